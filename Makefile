@@ -1,0 +1,54 @@
+# Two commands do everything, set-up included, on a machine with python3 (>= 3.11), make and a C++ compiler:
+#     make demo      make test
+# Both make .venv from the pinned CPU build (constraints.txt) the first time; a second call goes straight to work.
+#
+# PYTHON=python3.12     the Python that .venv is made with
+# ARGS="-k lora -x"     more words for pytest or for the demo
+# TORCH_INDEX=URL       where PyTorch's CPU build is fetched when pip does not find it by itself
+
+PYTHON ?= python3
+ARGS ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# -qq: errors only. pip would otherwise print a line for every index it asks.
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -qq -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow clean
+
+help:
+	@echo 'make demo       debias a tiny BERT in a made-up world, both phases, and print the table'
+	@echo 'make test       the tests, without the slow ones   (ARGS="tests/test_lora.py -x" to choose)'
+	@echo 'make test-slow  the slow ones'
+	@echo 'make clean      remove .venv, runs/demo, builds and caches'
+
+demo: $(VENV)/.package
+	$(VENV)/bin/peftdebias demo --out runs/demo $(ARGS)
+
+test: $(VENV)/.test
+	$(PY) -m pytest -q -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.test
+	$(PY) -m pytest -q -m slow $(ARGS)
+
+# The package and what it needs at run time. A stamp file is touched last, so an interrupted install is taken up again.
+$(VENV)/.package: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "error: need Python 3.11 or newer, got '$(PYTHON)' ($$($(PYTHON) --version 2>/dev/null || echo not found)); name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: '$(PYTHON)' cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@echo "Installing peftdebias and PyTorch (CPU build) into $(VENV): about a minute, once ..."
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) torch setuptools 2>/dev/null || { $(PIP) --no-deps --index-url $(TORCH_INDEX) torch && $(PIP) torch setuptools; } || { echo "error: PyTorch's CPU build could not be installed for this Python (looked at $(TORCH_INDEX) too); another place: make TORCH_INDEX=URL" >&2; exit 1; }
+	@$(PIP) --no-build-isolation -e .
+	@touch $@
+
+# Beside it: pytest, and transformers and peft to compare with.
+$(VENV)/.test: $(VENV)/.package
+	@echo "Installing the test extra into $(VENV): about half a minute, once ..."
+	@$(PIP) --no-build-isolation -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs/demo build dist *.egg-info .pytest_cache
+	find peftdebias kernels bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

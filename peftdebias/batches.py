@@ -1,0 +1,188 @@
+"""Packed batches: token ids of many texts end to end, without padding, in a seeded order.
+
+What it adds over tokens.py: which texts share a batch, and where each begins. It leaves out masking (tokens) and losses (tasks).
+
+Letters: T tokens in the batch, B sequences, M rows asked for.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy
+import torch
+from torch import Tensor
+
+WINDOW = 64  # batches that are sorted by length together: enough for near-equal lengths, small against an epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class Spans:
+    """Where sequences begin in packed queries and keys; everything attention knows about a batch.
+
+    query_lengths, key_lengths: host lists, B entries each. In the last layer a sequence has only as many queries as rows asked for.
+    """
+
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    device: torch.device = torch.device("cpu")
+
+    @functools.cached_property
+    def cu_queries(self) -> Tensor:
+        """int32 [B+1]: sequence b's queries are rows cu_queries[b] to cu_queries[b+1]."""
+        return cumulative(self.query_lengths).to(self.device, non_blocking=True)
+
+    @functools.cached_property
+    def cu_keys(self) -> Tensor:
+        """int32 [B+1], the same for keys."""
+        return cumulative(self.key_lengths).to(self.device, non_blocking=True)
+
+    @functools.cached_property
+    def padded_queries(self) -> Tensor:
+        """int64 [sum(query_lengths)]: where each packed query stands in a padded [B * longest]."""
+        return _padded_places(self.query_lengths).to(self.device, non_blocking=True)
+
+    @functools.cached_property
+    def padded_keys(self) -> Tensor:
+        """int64 [sum(key_lengths)], the same for keys."""
+        return _padded_places(self.key_lengths).to(self.device, non_blocking=True)
+
+    @functools.cached_property
+    def key_mask(self) -> Tensor | None:
+        """bool [B, longest]: True where a padded key is a real one; None where all are."""
+        longest = max(self.key_lengths, default=0)
+        if min(self.key_lengths, default=0) == longest:
+            return None
+        return (torch.arange(longest)[None, :] < torch.tensor(self.key_lengths)[:, None]).to(self.device, non_blocking=True)
+
+
+def cumulative(lengths: Sequence[int]) -> Tensor:
+    """int32 [len(lengths) + 1], starting at 0."""
+    return torch.from_numpy(numpy.concatenate(([0], numpy.cumsum(lengths, dtype=numpy.int64))).astype(numpy.int32))
+
+
+def _padded_places(lengths: Sequence[int]) -> Tensor:
+    longest = max(lengths, default=0)
+    return torch.from_numpy(numpy.concatenate([numpy.arange(n) + b * longest for b, n in enumerate(lengths)] or [numpy.zeros(0, dtype=numpy.int64)]))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """One tokenised sequence and the rows of it that are asked for.
+
+    ids: int [n]; segments: int [n] or None (all 0); rows: int [m], ascending places in 0..n-1; targets: int [m] for masked tokens, [1] for a label,
+    or None; family: index of the source text.
+    """
+
+    ids: numpy.ndarray
+    rows: numpy.ndarray
+    targets: numpy.ndarray | None = None
+    segments: numpy.ndarray | None = None
+    family: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """What the encoder reads. The host builds all of it; nothing is derived from device data.
+
+    ids, positions, segments: int64 [T]; positions count from 0 in every text. cu_seqlens: int32 [B+1]. rows: int64 [M], ascending indices into T,
+    the rows asked for. targets: int64 [M] (masked tokens) or labels [B], or None. lengths, row_lengths: host tuples of B entries, tokens and rows asked
+    for of each sequence. max_length: the longest. family: int64 [B], the source text each member came from.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    segments: Tensor
+    cu_seqlens: Tensor
+    rows: Tensor
+    targets: Tensor | None
+    lengths: tuple[int, ...]
+    row_lengths: tuple[int, ...]
+    max_length: int
+    family: Tensor
+
+    @functools.cached_property
+    def spans(self) -> Spans:
+        """Queries of every token: all layers but the last."""
+        return Spans(self.lengths, self.lengths, self.ids.device)
+
+    @functools.cached_property
+    def row_spans(self) -> Spans:
+        """Queries of the rows asked for: the last layer."""
+        return Spans(self.row_lengths, self.lengths, self.ids.device)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`; copies run asynchronously from pinned memory."""
+        device = torch.device(device)
+        if device == self.ids.device:
+            return self
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+        return dataclasses.replace(self, **{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)
+                                            if isinstance(getattr(self, f.name), Tensor)})
+
+
+def pack(samples: Sequence[Sample]) -> Batch:
+    """One Batch of the samples, in their order. Targets are packed where every sample has them."""
+    lengths = tuple(len(s.ids) for s in samples)
+    row_lengths = tuple(len(s.rows) for s in samples)
+    starts = numpy.concatenate(([0], numpy.cumsum(lengths, dtype=numpy.int64)))
+
+    def join(arrays: list, dtype=numpy.int64) -> Tensor:
+        return torch.from_numpy(numpy.concatenate(arrays or [[]]).astype(dtype))
+
+    with_targets = len(samples) > 0 and all(s.targets is not None for s in samples)
+    return Batch(
+        ids=join([s.ids for s in samples]),
+        positions=join([numpy.arange(n) for n in lengths]),
+        segments=join([numpy.zeros(len(s.ids)) if s.segments is None else s.segments for s in samples]),
+        cu_seqlens=cumulative(lengths),
+        rows=join([s.rows + start for s, start in zip(samples, starts)]),
+        targets=join([s.targets for s in samples]) if with_targets else None,
+        lengths=lengths,
+        row_lengths=row_lengths,
+        max_length=max(lengths, default=0),
+        family=torch.tensor([s.family for s in samples], dtype=torch.int64),
+    )
+
+
+def plan(lengths: Sequence[int], *, batch_size: int | None = None, batch_tokens: int | None = None, members: Sequence[int] | None = None,
+         seed: int | Sequence[int] | None = None) -> list[list[int]]:
+    """Which items share a batch: lists of item indices, each item in exactly one.
+
+    An item is a text or a family that may not be parted; `lengths` are its tokens, `members` its texts (default 1 each). A batch holds at most
+    `batch_size` members or `batch_tokens` tokens, and at least one item. With a seed, items are shuffled, sorted by length within windows of WINDOW
+    batches, and the batches shuffled: lengths in a batch are near-equal, the order is the seed's. Without one, all are sorted by length.
+    """
+    if (batch_size is None) == (batch_tokens is None):
+        raise ValueError("plan: expected one of batch_size and batch_tokens")
+    lengths = numpy.asarray(lengths)
+    cost = lengths if batch_tokens is not None else numpy.ones(len(lengths), dtype=int) if members is None else numpy.asarray(members)
+    limit = batch_tokens if batch_tokens is not None else batch_size
+    if seed is None:
+        return list(_cut(numpy.argsort(lengths, kind="stable"), cost, limit))
+    generator = numpy.random.default_rng(seed)
+    order = generator.permutation(len(lengths))
+    share = max(1, int(WINDOW * limit / max(1.0, cost.mean() if len(cost) else 1.0)))
+    batches = []
+    for begin in range(0, len(order), share):
+        window = order[begin:begin + share]
+        batches.extend(_cut(window[numpy.argsort(lengths[window] / (1 if members is None else numpy.asarray(members)[window]), kind="stable")], cost, limit))
+    return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def _cut(order: numpy.ndarray, cost: numpy.ndarray, limit: int) -> Iterator[list[int]]:
+    batch: list[int] = []
+    used = 0
+    for item in order.tolist():
+        if batch and used + cost[item] > limit:
+            yield batch
+            batch, used = [], 0
+        batch.append(item)
+        used += int(cost[item])
+    if batch:
+        yield batch

@@ -1,0 +1,256 @@
+"""Adapter files, run folders, and writing them whole or not at all.
+
+    RUN/config.toml     as resolved                 RUN/metrics.jsonl   one line an event
+    RUN/versions.json   packages, commit, device    RUN/adapter/        adapter.json, adapter.safetensors; further modules in adapter-2, adapter-3, ...
+    RUN/model/          Hugging Face layout; only where the base or a head was trained
+
+What it adds over weights.py (models) and methods (modules): which file belongs to which base, and how both come back together. Everything is
+safetensors, JSON or TOML.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tomllib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors.torch
+import tomli_w
+import torch
+from safetensors import SafetensorError
+
+from . import __version__, methods, patch, weights
+from .encoder import Model
+from .errors import AdapterError, ConfigError, ModelError
+from .methods import Method
+from .tokens import Tokenizer
+
+FORMAT = 1
+PACKAGES = ("torch", "tokenizers", "safetensors", "numpy", "triton")
+
+
+# ---------------------------------------------------------------- adapters
+
+def describe_base(model: Model) -> dict:
+    """What an adapter belongs to: type, layers, hidden, vocab, and the sha256 of the encoder without heads."""
+    c = model.config
+    return {"type": c.kind, "layers": c.layers, "hidden": c.hidden, "vocab": c.vocab, "sha256": patch.base_checksum(model)}
+
+
+@dataclasses.dataclass
+class Adapter:
+    """A module from a file. axis: what it was learnt on. about: the rest of adapter.json."""
+
+    method: Method
+    axis: str
+    base: dict
+    folder: Path
+    about: dict
+
+
+def save_adapter(folder: Path, method: Method, axis: str, base: dict, about: dict | None = None) -> None:
+    """Write adapter.json and adapter.safetensors. base: describe_base of the model it belongs to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(method.state(), folder / "adapter.safetensors", metadata={"format": "pt"})
+    header = {"format": FORMAT, "method": method.name, "axis": axis, "config": dataclasses.asdict(method.config), "base": base} | (about or {})
+    (folder / "adapter.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+
+
+def read_header(folder: Path) -> dict:
+    """adapter.json, checked. Raises AdapterError that names the file."""
+    path = folder / "adapter.json"
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{folder}: expected an adapter or run folder with adapter.json, found none") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+        raise AdapterError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(header, dict):
+        raise AdapterError(f"{path}: expected a JSON object, got {type(header).__name__}")
+    if header.get("format") != FORMAT:
+        raise AdapterError(f"{path}: expected format {FORMAT}, got {header.get('format')!r}")
+    missing = [key for key in ("method", "axis", "config", "base") if key not in header]
+    if missing:
+        raise AdapterError(f"{path}: expected the key {missing[0]!r}, found none")
+    return header
+
+
+def load_adapter(folder: str | Path, model: Model) -> Adapter:
+    """The module of a run or adapter folder, for `model`. Raises AdapterError where it was made for another base, naming both."""
+    folder = Path(folder)
+    if not folder.exists():
+        raise AdapterError(f"adapter {str(folder)!r}: no such folder")
+    if (folder / "adapter").is_dir():
+        folder = folder / "adapter"
+    elif (folder / "config.toml").exists() and not (folder / "adapter.json").exists():
+        raise AdapterError(f"{folder}: a run without a module (its base was trained); expected it as --model {folder}")
+    header = read_header(folder)
+    try:
+        cls = methods.method_class(header["method"])
+        chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()}
+        method = cls(cls.Config(**chosen), model.config)
+    except (ConfigError, TypeError, AttributeError) as error:
+        raise AdapterError(f"{folder / 'adapter.json'}: {error}") from None
+    check_base(folder, header["base"], model)
+    try:
+        method.load(safetensors.torch.load_file(folder / "adapter.safetensors"))
+    except FileNotFoundError:
+        raise AdapterError(f"{folder}: expected adapter.safetensors, found none") from None
+    except SafetensorError as error:
+        raise AdapterError(f"{folder / 'adapter.safetensors'}: cannot be read: {error}") from None
+    rest = {k: v for k, v in header.items() if k not in ("format", "method", "axis", "config", "base")}
+    return Adapter(method, header["axis"], header["base"], folder, rest)
+
+
+def check_base(folder: Path, base: dict, model: Model) -> None:
+    """Raises AdapterError where `base` is not this model's; warns where it carries no checksum."""
+    own = {"type": model.config.kind, "layers": model.config.layers, "hidden": model.config.hidden, "vocab": model.config.vocab}
+    theirs = {key: base.get(key) for key in own}
+    if theirs != own:
+        raise AdapterError(f"{folder}: made for {_named(theirs)}; expected {_named(own)}, the model given")
+    if not base.get("sha256"):
+        warnings.warn(f"{folder}: carries no checksum of its base; whether it belongs to this model cannot be checked", stacklevel=3)
+    elif base["sha256"] != (found := patch.base_checksum(model)):
+        raise AdapterError(f"{folder}: made for the base with checksum {base['sha256'][:12]}; expected {found[:12]}, the model given")
+
+
+def _named(base: dict) -> str:
+    return f"{base['type']} of {base['layers']} layers, hidden {base['hidden']}, vocabulary {base['vocab']}"
+
+
+def attach_adapters(model: Model, folders: tuple[str, ...]) -> list[Adapter]:
+    """Load and attach each folder's module under its axis (the second of an axis as `axis-2`), in order."""
+    adapters = [load_adapter(folder, model) for folder in folders]
+    for adapter in adapters:
+        name, count = adapter.axis, 1
+        while name in model.methods:
+            count += 1
+            name = f"{adapter.axis}-{count}"
+        patch.attach(model, name, adapter.method)
+    return adapters
+
+
+# ---------------------------------------------------------------- run folders
+
+def adapter_folders(run: Path) -> list[Path]:
+    """RUN/adapter, RUN/adapter-2, ... as far as they exist."""
+    found = [run / "adapter"] if (run / "adapter").is_dir() else []
+    while found and (folder := run / f"adapter-{len(found) + 1}").is_dir():
+        found.append(folder)
+    return found
+
+
+class RunFolder:
+    """A run being written: files go to a hidden folder beside it, which takes its name when all is there."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def event(self, **values) -> None:
+        """Append a line to metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+@contextlib.contextmanager
+def writing_run(out: str | Path, command: str, values: dict, overwrite: bool = False) -> Iterator[RunFolder]:
+    """A RunFolder that becomes `out` when the block ends well and vanishes when it does not.
+
+    values: the resolved configuration, for config.toml. Raises ConfigError where `out` exists and is not to be replaced.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise ConfigError(f"--out {out}: exists; expected a new folder (or --overwrite)")
+    if out.exists() and not ((out / "config.toml").exists() or (out.is_dir() and not any(out.iterdir()))):
+        raise ConfigError(f"--out {out}: exists and is no run folder; it is not replaced")
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
+    try:
+        (partial / "config.toml").write_text(tomli_w.dumps({"command": command} | values), encoding="utf-8")
+        (partial / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+        yield RunFolder(partial)
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_config(run: Path) -> dict:
+    """config.toml of a run. Raises ModelError where there is none."""
+    try:
+        return tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{run}: expected a run folder with config.toml, found none") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ModelError(f"{run / 'config.toml'}: expected TOML, got {error}") from None
+
+
+def is_run(path: str | Path) -> bool:
+    return (Path(path) / "config.toml").exists()
+
+
+@dataclasses.dataclass
+class Run:
+    """A model with its tokenizer and attached modules, ready to use. config: the run's own, empty for a plain model folder."""
+
+    model: Model
+    tokenizer: Tokenizer
+    config: dict
+    report: weights.LoadReport
+
+
+def load_run(path: str | Path, adapters: tuple[str, ...] = (), device: str | torch.device = "cpu", **options) -> Run:
+    """A run folder (its base, head and modules) or a plain model folder, plus further `adapters`; in eval mode.
+
+    options: of weights.load_model. An upstream run of a module keeps no base: it is loaded from where the run found it.
+    """
+    path, config = Path(path), {}
+    own: list[Path] = []
+    source: str | Path = path
+    if is_run(path):
+        config, own = read_config(path), adapter_folders(path)
+        source = path / "model" if (path / "model").is_dir() else config.get("model", path)
+    loaded = weights.load(source, **options)
+    attach_adapters(loaded.model, (*map(str, own), *adapters))
+    return Run(loaded.model.to(device).eval(), loaded.tokenizer, config, loaded.report)
+
+
+def versions() -> dict:
+    """What a result depends on besides its configuration: packages, this project's commit where it runs from a checkout, the device."""
+    found = {"peftdebias": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found | {"commit": _commit(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(), "threads": torch.get_num_threads()}
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        said = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.stdout.strip() or None
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

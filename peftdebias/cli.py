@@ -1,0 +1,181 @@
+"""The command line: one sub-command a verb, each a dataclass of config.py and a function that takes it.
+
+Errors that a user can mend leave one line and exit code 2; anything else is a bug and keeps its traceback. Results go to standard output or
+to files, everything for people to standard error where standard output carries data.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+from . import __version__, config
+from .errors import PeftDebiasError
+
+EXAMPLES = {
+    "demo": "peftdebias demo --out runs/demo",
+    "augment": "peftdebias augment --axis gender corpus.txt --out counterfactuals.jsonl",
+    "upstream": "peftdebias upstream --model bert-base-uncased --axis gender --method lora --corpus corpus.txt --budget 0.01 --out runs/gender",
+    "downstream": "peftdebias downstream --model bert-base-uncased --adapter runs/gender --train train.csv --dev dev.csv --test test.csv \\\n"
+                  "    --text hard_text --label profession --group gender --out runs/bios",
+    "evaluate": "peftdebias evaluate bert-base-uncased --adapter runs/gender --on crows-pairs=crows_pairs_anonymized.csv --on perplexity=heldout.txt",
+    "predict": "peftdebias predict runs/bios texts.csv --text hard_text --out labels.jsonl",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, or 2 on bad input."""
+    arguments = vars(parser().parse_args(argv))
+    command, _, settings = COMMANDS[arguments.pop("command")]
+    try:
+        command(config.resolve(settings, arguments))
+        sys.stdout.flush()
+        return 0
+    except PeftDebiasError as error:
+        print(f"peftdebias: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output went away, `| head` say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("peftdebias: stopped", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="peftdebias", description="Debias BERT and RoBERTa with small modules: learn them upstream on counterfactual "
+                                  "text, freeze them downstream. `peftdebias COMMAND --help` explains each command.")
+    top.add_argument("--version", action="version", version=f"peftdebias {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, positional, settings) in COMMANDS.items():
+        epilog = f"example:\n  {EXAMPLES[name]}"
+        if name == "evaluate":
+            epilog = "names for --on:\n" + "".join(f"  {key:<16}{text}\n" for key, text in config.MEASURES.items()) + "\n" + epilog
+        one = commands.add_parser(name, help=settings.__doc__.split(":")[0].split(".")[0], description=settings.__doc__, epilog=epilog,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        config.add_flags(one, settings, positional)
+    return top
+
+
+# ---------------------------------------------------------------- commands
+
+def upstream(settings: config.Upstream) -> None:
+    from . import phases
+
+    show(settings)
+    result = phases.upstream(settings)
+    tell(result.notes)
+    outcome = result.outcome
+    print(f"validation loss {outcome.before['loss']:.4f} -> {outcome.best['loss']:.4f} nats a masked token at step {outcome.best_step}; "
+          f"{outcome.seconds:.0f} s, {outcome.tokens_per_second:,.0f} tokens/s")
+    print(f"result: {result.out}")
+
+
+def downstream(settings: config.Downstream) -> None:
+    from . import phases
+
+    show(settings)
+    result = phases.downstream(settings)
+    tell(result.notes)
+    outcome = result.outcome
+    print(f"best {settings.metric} on dev {outcome.best[settings.metric]:.2f} % at step {outcome.best_step}; {outcome.seconds:.0f} s, "
+          f"{outcome.tokens_per_second:,.0f} tokens/s")
+    print(f"on {settings.test or settings.dev}, from the saved files:")
+    print(table(result.measures))
+    print(f"result: {result.out}")
+
+
+def evaluate(settings: config.Evaluate) -> None:
+    from . import evaluation
+
+    show(settings)
+    result = evaluation.evaluate(settings)
+    tell(result.notes)
+    print(table(result.measures))
+    places = [p for p in (settings.json, settings.examples) if p]
+    print(f"result: {' and '.join(places) if places else 'above (--json FILE keeps it)'}")
+
+
+def predict(settings: config.Predict) -> None:
+    from . import evaluation
+
+    show(settings)
+    tell(evaluation.predict(settings))
+    tell([f"result: {settings.out or 'standard output'}"])
+
+
+def augment(settings: config.Augment) -> None:
+    from . import axes, cda, corpus
+    from .evaluation import writing
+
+    show(settings)
+    axis = axes.load_axis(settings.axis)
+    texts = (t.text for t in corpus.read_texts(settings.files, settings.column)) if settings.files else _standard_input()
+    read = touched = written = 0
+
+    def counted():
+        nonlocal read
+        for text in texts:
+            read += 1
+            yield text
+
+    with writing(settings.out) as file:
+        for family in cda.families(counted(), axis):
+            touched += bool(family.variants)
+            for row in cda.rows(family):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                written += 1
+        if not read:
+            raise PeftDebiasError("standard input: expected at least one text, got none")
+        if not touched:
+            raise PeftDebiasError(f"{', '.join(settings.files) or 'standard input'}: expected words of the axis {axis.name}, found none in {read} texts")
+    tell([f"{read} texts, {touched} with words of the axis {axis.name}; {written} rows", f"result: {settings.out or 'standard output'}"])
+
+
+def demo(settings: config.Demo) -> None:
+    from .demo import demo as run
+
+    show(settings)
+    print(run(settings, say=lambda line: tell([line])))
+    print(f"result: {settings.out}")
+
+
+COMMANDS = {
+    "demo": (demo, (), config.Demo),
+    "augment": (augment, ("files",), config.Augment),
+    "upstream": (upstream, (), config.Upstream),
+    "downstream": (downstream, (), config.Downstream),
+    "evaluate": (evaluate, ("model",), config.Evaluate),
+    "predict": (predict, ("run", "file"), config.Predict),
+}
+"""verb -> (function, positional fields, its settings)."""
+
+
+# ---------------------------------------------------------------- what people see
+
+def show(settings) -> None:
+    """What was resolved, on standard error."""
+    values = " ".join(f"{key}={value}" for key, value in config.as_plain(settings).items() if value not in ([], {}))
+    tell([f"{type(settings).__name__.lower()}: {values}"])
+
+
+def tell(lines: list[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def table(measures) -> str:
+    """Measures in columns: name, value, 95 % interval, ideal, how many examples."""
+    def number(value) -> str:
+        return "-" if value is None or value != value else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+
+    rows = [("measure", "value", "95 % interval", "ideal", "n")]
+    rows += [(m.name, f"{number(m.value)} {m.unit if m.unit != '1' else ''}".rstrip(), f"{number(m.low)} to {number(m.high)}", number(m.ideal), str(m.n)) for m in measures]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows)
+
+
+def _standard_input():
+    for line in sys.stdin:
+        if line.strip():
+            yield line.rstrip("\r\n")

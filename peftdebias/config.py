@@ -1,0 +1,304 @@
+"""What can be set, in one place: a frozen dataclass per command; its fields are the flags of the command line and the keys of a TOML file.
+
+Order of force: a flag, else the TOML file, else the default here. Unknown keys raise. What was resolved is printed and saved with the run.
+"""
+
+import argparse
+import dataclasses
+import tomllib
+import types
+import typing
+from pathlib import Path
+
+from .errors import ConfigError
+
+
+def option(help: str, default=dataclasses.MISSING, *, many: str = "", metavar: str | None = None, choices: tuple[str, ...] = ()):
+    """A field with its help. many: "words" takes several after one flag, "repeat" takes one flag each; such fields are tuples."""
+    metadata = {"help": help, "many": many, "metavar": metavar, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata) if default is not dataclasses.MISSING else dataclasses.field(metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """What both phases share."""
+
+    seed: int = option("every random choice follows from it: same seed, same machine, same bits", 0)
+    batch_size: int | None = option("texts in a batch (default 32 unless --batch-tokens is given)", None)
+    batch_tokens: int | None = option("tokens in a batch, instead of --batch-size", None)
+    max_length: int = option("longest text in tokens; longer ones are cut, counted and reported", 256)
+    weight_decay: float = option("decoupled weight decay of matrices (AdamW)", 0.0)
+    warmup: float = option("share of all steps in which the learning rate rises; it falls linearly afterwards", 0.1)
+    clip: float = option("largest gradient norm", 1.0)
+    device: str = option("cpu, cuda, cuda:1, ...; auto takes a GPU where there is one", "auto")
+    precision: str = option("float32 or bf16 (autocast, on a GPU only); auto is bf16 on a GPU", "auto", choices=("auto", "float32", "bf16"))
+    overwrite: bool = option("replace --out if it exists", False)
+
+    def __post_init__(self):
+        if self.batch_size is not None and self.batch_tokens is not None:
+            raise ConfigError("--batch-size and --batch-tokens: expected one of them, got both")
+        for name in ("batch_size", "batch_tokens", "max_length", "clip"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{flag(name)}: expected more than 0, got {value}")
+        if self.lr <= 0:
+            raise ConfigError(f"--lr: expected more than 0, got {self.lr}")
+        if not 0 <= self.warmup <= 1:
+            raise ConfigError(f"--warmup: expected a share from 0 to 1, got {self.warmup}")
+
+    @property
+    def batch(self) -> dict:
+        """batch_size or batch_tokens as batches.plan takes them."""
+        if self.batch_tokens is not None:
+            return {"batch_tokens": self.batch_tokens}
+        return {"batch_size": self.batch_size or 32}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Upstream(Training):
+    """Learn to undo one axis of bias: the base is frozen, a small module is trained by masked-LM on counterfactual text."""
+
+    model: str = option("Hugging Face model folder, run folder, or name in the local cache", metavar="DIR")
+    axis: str = option("axis of bias: a shipped name (gender, race, ...) or a TOML file of yours", metavar="NAME|FILE")
+    corpus: tuple[str, ...] = option("text files: txt, csv, tsv, jsonl, each also .gz", many="words", metavar="FILE")
+    out: str = option("run folder to write", metavar="RUN")
+    method: str = option("what is trained: lora, or full for the whole base (Full-Debias)", "lora")
+    column: str | None = option("column with the text, in csv, tsv and jsonl (default: text)", None, metavar="COL")
+    valid: tuple[str, ...] = option("text files to validate on (default: a share of the corpus)", (), many="words", metavar="FILE")
+    valid_share: float = option("share of the corpus held out for validation, chosen by hash of the text", 0.02)
+    valid_texts: int = option("at most that many held-out texts with their counterfactuals", 500)
+    valid_every: int = option("steps between validations; the module with the lowest loss is kept", 1000)
+    budget: float | None = option("size of the module as a share of the base's parameters, e.g. 0.01", None)
+    set: dict | None = option("option of the method, e.g. --set rank=8 --set targets=query,key,value", None, many="repeat", metavar="KEY=VALUE")
+    adapter: tuple[str, ...] = option("frozen modules to attach first, each a run or adapter folder", (), many="repeat", metavar="RUN")
+    steps: int = option("training steps", 10000)
+    lr: float = option("peak learning rate", 5e-5)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.steps < 1 or self.valid_every < 1:
+            raise ConfigError(f"--steps and --valid-every: expected at least 1, got {self.steps} and {self.valid_every}")
+        if not self.corpus:
+            raise ConfigError("--corpus: expected at least one file, got none")
+        if not 0 < self.valid_share < 1:
+            raise ConfigError(f"--valid-share: expected a share between 0 and 1, got {self.valid_share}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Downstream(Training):
+    """Train a classifier on a labelled file: attached modules are frozen, the base and a new head learn the task."""
+
+    model: str = option("Hugging Face model folder, run folder, or name in the local cache", metavar="DIR")
+    train: str = option("labelled csv, tsv or jsonl file to train on", metavar="FILE")
+    dev: str = option("labelled file to choose the best epoch on", metavar="FILE")
+    text: str = option("column with the text", metavar="COL")
+    label: str = option("column with the label; several, as a,b, mean: 1 if any of them is 1", metavar="COL")
+    out: str = option("run folder to write", metavar="RUN")
+    test: str | None = option("labelled file to report on at the end", None, metavar="FILE")
+    adapter: tuple[str, ...] = option("debiasing module to attach and freeze, a run or adapter folder; may be given several times", (), many="repeat", metavar="RUN")
+    text_pair: str | None = option("column with the second text, for pair tasks", None, metavar="COL")
+    group: str | None = option("column with the protected group of each text's subject (m/f, say), for TPR-GAP", None, metavar="COL")
+    class_weights: str | None = option("weights of the labels in the loss, e.g. 0=1,1=10 (default 1 each)", None, metavar="A=W,...")
+    metric: str = option("what chooses the best epoch", "accuracy", choices=("accuracy", "f1", "macro-f1"))
+    positive: str | None = option("the label that F1 is of (default: 1, true or yes of two labels)", None, metavar="LABEL")
+    epochs: int = option("passes over the training file", 10)
+    lr: float = option("peak learning rate", 2e-5)
+    fold: bool = option("train W + delta in place of W where a frozen module allows it: the same training, faster", True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.epochs < 1:
+            raise ConfigError(f"--epochs: expected at least 1, got {self.epochs}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure bias and quality of a model or run. Each --on NAME=FILE adds measures."""
+
+    model: str = option("model folder, run folder, or name in the local cache", metavar="DIR_OR_RUN")
+    on: tuple[str, ...] = option("what to measure and the file to measure it on; may be given several times", (), many="repeat", metavar="NAME=FILE")
+    adapter: tuple[str, ...] = option("module to attach, a run or adapter folder; may be given several times", (), many="repeat", metavar="RUN")
+    bias_type: str | None = option("CrowS-Pairs: only this category (gender, race-color, ...; default: all, and each)", None)
+    text: str | None = option("classification, perplexity: column with the text", None, metavar="COL")
+    text_pair: str | None = option("classification: column with the second text", None, metavar="COL")
+    label: str | None = option("classification: column with the label", None, metavar="COL")
+    group: str | None = option("classification: column with the protected group", None, metavar="COL")
+    positive: str | None = option("classification: the label that F1 is of", None, metavar="LABEL")
+    max_length: int = option("longest text in tokens", 256)
+    batch_tokens: int = option("tokens in a batch", 8192)
+    samples: int = option("bootstrap samples for the intervals", 1000)
+    seed: int = option("of the bootstrap and of the perplexity's masks", 0)
+    device: str = option("cpu, cuda, ...; auto takes a GPU where there is one", "auto")
+    json: str | None = option("write the measures there", None, metavar="FILE")
+    examples: str | None = option("write the scores of every example there, as jsonl", None, metavar="FILE")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Label texts with a downstream run: label and probabilities, one JSON object a line."""
+
+    run: str = option("run folder of `downstream`", metavar="RUN")
+    file: str | None = option("csv, tsv, jsonl or txt file (default: one text a line on standard input)", None, metavar="FILE")
+    text: str | None = option("column with the text", None, metavar="COL")
+    text_pair: str | None = option("column with the second text", None, metavar="COL")
+    out: str | None = option("file to write (default: standard output)", None, metavar="FILE")
+    max_length: int = option("longest text in tokens; longer ones are cut, counted and reported", 256)
+    batch_tokens: int = option("tokens in a batch", 8192)
+    device: str = option("cpu, cuda, ...; auto takes a GPU where there is one", "auto")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Write counterfactuals of texts: what each text says when the attribute words of an axis are swapped, one JSON object a line."""
+
+    axis: str = option("axis of bias: a shipped name (gender, race, ...) or a TOML file of yours", metavar="NAME|FILE")
+    files: tuple[str, ...] = option("txt, csv, tsv or jsonl files (default: one text a line on standard input)", (), many="words", metavar="FILE")
+    column: str | None = option("column with the text, in csv, tsv and jsonl (default: text)", None, metavar="COL")
+    out: str | None = option("file to write (default: standard output)", None, metavar="FILE")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demo:
+    """The whole method on a small made-up world, in about two minutes: pretrain a tiny BERT, debias it, classify, measure."""
+
+    out: str = option("folder to write", "runs/demo", metavar="DIR")
+    strength: float = option("how strongly occupations are linked to a gender in the pretraining text, from 0 to 1", 0.8)
+    label_strength: float = option("the same in the labelled task", 0.5)
+    seed: int = option("every random choice follows from it", 0)
+    overwrite: bool = option("replace --out if it exists", False)
+
+
+MEASURES = {
+    "crows-pairs": "CrowS-Pairs csv: share of pairs in which the stereotype is preferred (ideal 50 %), both scorings",
+    "perplexity": "text file: masked-LM loss (nats) and perplexity, the cost of debiasing",
+    "classification": "labelled file, for a downstream run: accuracy, F1 and, with --group, TPR-GAP per class and rms",
+}
+"""The names of `evaluate --on NAME=FILE`, with help; evaluation.ON computes them."""
+
+
+# ---------------------------------------------------------------- flags, TOML, resolved
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type, positional: tuple[str, ...] = ()) -> None:
+    """A flag for every field of `cls`, `--config` besides; `positional` fields stand without a flag. Defaults stay out: only what is typed arrives."""
+    hints = typing.get_type_hints(cls)
+    shared = {f.name for f in dataclasses.fields(Training)}
+    for field in sorted(dataclasses.fields(cls), key=lambda f: (f.default is not dataclasses.MISSING, f.name in shared)):
+        meta, kind = field.metadata, _plain(hints[field.name])
+        required = field.default is dataclasses.MISSING
+        help = meta["help"].replace("%", "%%") + (" (required)" if required else "" if field.default in (None, (), False) or meta["many"] else f" (default: {_shown(field.default)})")
+        kwargs: dict = {"default": argparse.SUPPRESS, "help": help}
+        if kind is bool:
+            kwargs["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
+        else:
+            kwargs["metavar"] = meta["metavar"] or (None if meta["choices"] else {int: "N", float: "X"}.get(kind, "TEXT"))
+            if meta["choices"]:
+                kwargs["choices"] = meta["choices"]
+            elif kind in (int, float):
+                kwargs["type"] = kind
+            if meta["many"] == "repeat":
+                kwargs["action"] = "append"
+            elif meta["many"] == "words":
+                kwargs["nargs"] = "*" if field.name in positional else "+"
+        if field.name in positional:
+            if not required and "nargs" not in kwargs:
+                kwargs["nargs"] = "?"
+            parser.add_argument(field.name, **kwargs)
+        else:
+            parser.add_argument(flag(field.name), **kwargs)
+    parser.add_argument("--config", metavar="FILE.toml", default=argparse.SUPPRESS, help="TOML file with the same names as the flags; a flag wins over it")
+
+
+def resolve(cls: type, given: dict):
+    """An instance of `cls` from typed flags and, under "config", a TOML file. Raises ConfigError on unknown keys, wrong types and what is missing."""
+    given = dict(given)
+    values = _read_toml(cls, Path(given.pop("config"))) if "config" in given else {}
+    return build(cls, values | {k: v for k, v in given.items() if v is not None and v != []}, "")
+
+
+def build(cls: type, values: dict, where: str):
+    """An instance of `cls` from plain values; `where` begins the messages."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    ready = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f"{where}unknown key {key!r}; expected some of {', '.join(fields)}")
+        kind = _plain(hints[key])
+        if kind is dict:
+            ready[key] = parse_settings(value) if not isinstance(value, dict) else dict(value)
+        elif kind is tuple:
+            ready[key] = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+            ready[key] = float(value)
+        elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ConfigError(f"{where}{key}: expected {kind.__name__}, got {value!r}")
+        elif (choices := fields[key].metadata["choices"]) and value not in choices:
+            raise ConfigError(f"{where}{key}: expected one of {', '.join(choices)}, got {value!r}")
+        else:
+            ready[key] = value
+    missing = [flag(f.name) for f in fields.values() if f.default is dataclasses.MISSING and f.name not in ready]
+    if missing:
+        raise ConfigError(f"{where}missing: {', '.join(missing)}")
+    return cls(**ready)
+
+
+def parse_settings(pairs: list[str]) -> dict:
+    """["rank=8", "targets=query,value"] -> {"rank": 8, "targets": ("query", "value")}; numbers and true/false as in TOML, the rest is text."""
+    settings = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set: expected KEY=VALUE, got {pair!r}")
+        parts = [_literal(part) for part in text.split(",")]
+        settings[key.replace("-", "_")] = parts[0] if len(parts) == 1 else tuple(parts)
+    return settings
+
+
+def as_plain(config) -> dict:
+    """The resolved values for TOML: tuples as lists, what is None left out."""
+    def plain(value):
+        if isinstance(value, (tuple, list)):
+            return [plain(v) for v in value]
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return value
+
+    values = {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return {k: v for k, v in values.items() if v is not None}
+
+
+def _literal(text: str):
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _read_toml(cls: type, path: Path) -> dict:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"--config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--config {path}: expected TOML, got {error}") from None
+    fields = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        if key.replace("-", "_") not in fields:
+            raise ConfigError(f"{path}: unknown key {key!r}; expected some of {', '.join(sorted(fields))}")
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def _plain(hint) -> type:
+    """int | None -> int, tuple[str, ...] -> tuple."""
+    if isinstance(hint, types.UnionType):
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    return typing.get_origin(hint) or hint
+
+
+def _shown(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,104 @@
+"""The whole method on the small world of testbed.py: pretrain a tiny BERT, debias it upstream, classify downstream, measure before and after.
+
+Every step is the public command on files in the demo's folder, so each can be run again by hand; only the pretraining (plain masked-LM, no
+counterfactuals) is done here.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from . import phases, weights
+from .checkpoint import load_run
+from .config import Demo, Downstream, Evaluate, Upstream
+from .encoder import EncoderConfig, Model
+from .errors import ConfigError
+from .evaluation import evaluate_run
+from .metrics import Measure
+from .patch import all_parameters, train_only
+from .tasks import MaskedLM
+from .testbed import World, write
+from .tokens import STYLES, Tokenizer, wordpiece
+from .training import Schedule, train
+
+LAYERS, HIDDEN, HEADS = 2, 128, 4
+PRETRAINING_STEPS, UPSTREAM_STEPS, EPOCHS = 1200, 600, 3
+LEARNING_RATES = {"pretraining": 1e-3, "upstream": 3e-3, "downstream": 5e-4}
+SCORING = "crows-pairs/bias-bench/all"
+
+
+def world_tokenizer(world: World) -> Tokenizer:
+    """WordPiece over the world's own words, every one a token."""
+    return wordpiece([*STYLES["bert"].values(), *world.vocabulary()])
+
+
+def pretrain(corpus: Path, tokenizer: Tokenizer, folder: Path, seed: int) -> None:
+    """A tiny BERT trained by plain masked-LM on corpus.txt, saved as a Hugging Face folder."""
+    config = EncoderConfig(kind="bert", layers=LAYERS, hidden=HIDDEN, heads=HEADS, feed_forward=4 * HIDDEN, vocab=tokenizer.vocab_size, max_positions=128,
+                           dropout=0.0, attention_dropout=0.0, classifier_dropout=0.0)
+    model = Model(config, mlm=True)
+    model.initialize(model, torch.Generator().manual_seed(seed))
+    texts = corpus.read_text(encoding="utf-8").splitlines()
+    encoded = [[e.ids] for e in tokenizer.encode(texts, max_length=config.max_positions)]
+    task = MaskedLM(encoded[200:], encoded[:200], tokenizer, seed=seed, batch={"batch_size": 64})
+    trained = all_parameters(model)
+    train_only(model, trained.values())
+    train(model, task, trained, Schedule(steps=PRETRAINING_STEPS, lr=LEARNING_RATES["pretraining"], weight_decay=0.01, seed=seed), label="pretraining")
+    weights.save_model(model, folder, tokenizer)
+
+
+def stereotype_preference(measures: list[Measure]) -> float:
+    """|share of matched pairs in which the stereotype is preferred - 0.5|, from CrowS-Pairs' bias-bench scoring; 0 is ideal, range 0 to 0.5."""
+    share = next(m for m in measures if m.name == SCORING)
+    return abs(share.value / 100 - 0.5)
+
+
+def demo(settings: Demo, say=lambda line: None) -> str:
+    """Run it all in settings.out and return the table; `say` hears of each step. Raises PeftDebiasError where the folder is taken."""
+    out = Path(settings.out)
+    if out.exists():
+        if not settings.overwrite and not (out / "demo.json").exists():
+            raise ConfigError(f"--out {out}: exists and is no earlier demo; expected a new folder (or --overwrite)")
+        shutil.rmtree(out)
+    world = World(text_link=settings.strength, label_link=settings.label_strength, seed=settings.seed)
+    files = write(world, out / "world")
+    tokenizer = world_tokenizer(world)
+    base = out / "base"
+    say(f"1 of 4: pretraining a BERT of {LAYERS} layers, hidden {HIDDEN}, on 20,000 biographies (plain masked-LM, {PRETRAINING_STEPS} steps)")
+    pretrain(files["corpus"], tokenizer, base, settings.seed)
+    upstream = Upstream(model=str(base), axis="gender", method="lora", corpus=(str(files["corpus"]),), out=str(out / "gender"), budget=0.01, steps=UPSTREAM_STEPS,
+                        valid_every=100, lr=LEARNING_RATES["upstream"], batch_size=64, max_length=128, seed=settings.seed)
+    say(f"2 of 4: upstream, LoRA of 1 % of the base on counterfactual pairs ({UPSTREAM_STEPS} steps)")
+    phases.upstream(upstream)
+    say("3 of 4: measuring the masked-LM before and after")
+    rows = []
+    for name, adapters in (("base", ()), ("base + LoRA", (upstream.out,))):
+        on = Evaluate(model=str(base), on=(f"crows-pairs={files['pairs']}", f"perplexity={files['heldout']}"), max_length=128, seed=settings.seed)
+        measures = evaluate_run(load_run(base, adapters), on).measures
+        loss = next(m for m in measures if m.name == "mlm-loss")
+        rows.append({"system": name, "mlm_loss": loss.value, "stereotype_preference": stereotype_preference(measures)})
+    say(f"4 of 4: downstream, classifying occupations with plain fine-tuning and under the frozen LoRA ({EPOCHS} epochs each)")
+    for name, folder, adapters in (("plain fine-tuning", "plain", ()), ("LoRA, frozen", "debiased", (upstream.out,))):
+        result = phases.downstream(Downstream(model=str(base), adapter=adapters, train=str(files["train"]), dev=str(files["dev"]), test=str(files["test"]),
+                                              text="hard_text", label="profession", group="gender", epochs=EPOCHS, lr=LEARNING_RATES["downstream"],
+                                              max_length=128, out=str(out / folder), seed=settings.seed))
+        found = {m.name: m for m in result.measures}
+        rows.append({"system": name, "accuracy": found["accuracy"].value, "tpr_gap": found["tpr-gap/rms"].value, "floor": found["tpr-gap/rms-shuffled"].value,
+                     "intervals": {key: [found[key].low, found[key].high] for key in ("accuracy", "tpr-gap/rms")}})
+    (out / "demo.json").write_text(json.dumps({"strength": settings.strength, "label_strength": settings.label_strength, "seed": settings.seed, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    return render(rows, out)
+
+
+def render(rows: list[dict], out: Path) -> str:
+    """The table for people, and where the files lie."""
+    first, second = rows[:2], rows[2:]
+    lines = [f"{'masked-LM (upstream)':<24}{'MLM loss, nats':>16}{'stereotype preference':>24}"]
+    lines += [f"  {r['system']:<22}{r['mlm_loss']:>16.3f}{r['stereotype_preference']:>24.3f}" for r in first]
+    lines += ["", f"{'classifier (downstream)':<24}{'accuracy, %':>16}{'TPR-GAP rms, points':>24}{'of which chance':>18}"]
+    lines += [f"  {r['system']:<22}{r['accuracy']:>16.1f}{r['tpr_gap']:>24.1f}{r['floor']:>18.1f}" for r in second]
+    lines += ["", "MLM loss on held-out text balanced between the genders; stereotype preference 0 is ideal, 0.5 the most; TPR-GAP 0 is ideal, and chance",
+              "alone gives what stands beside it. One seed of a made-up world: it shows that everything works, not how well the method does.",
+              f"files: {out}/world (texts), {out}/base (model), {out}/gender (LoRA), {out}/plain and {out}/debiased (classifiers)"]
+    return "\n".join(lines)

@@ -1,0 +1,484 @@
+"""One encoder for BERT and RoBERTa on packed tokens, with its masked-LM and classifier heads.
+
+What it adds over its neighbours: all arithmetic of the base model, and the places (sites) where methods take hold of it. It leaves out padding,
+decoding, cross-attention and relative positions; foreign names stay in weights.py.
+
+Two savings, both exact: no padding flows through anything but attention, and the last layer computes queries, output projection and feed-forward
+only for the rows that the batch asks for.
+
+Letters: T tokens in the batch, B sequences, D hidden, F feed-forward, H heads, W head width, V vocabulary, M rows asked for, P prefix length.
+Papers: Devlin et al. 2019 (BERT), Liu et al. 2019 (RoBERTa), Vaswani et al. 2017 (attention).
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import kernels
+from .batches import Batch, Spans
+from .errors import AdapterError, ModelError
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """The shape of a base model. Sizes are counts; dropout rates lie in [0, 1).
+
+    kind: "bert" or "roberta". max_positions: texts may have that many tokens. position_offset: added to positions before they are looked up
+    (RoBERTa: padding index + 1; BERT: 0); the position table has max_positions + position_offset rows. tied: the masked-LM decoder is the word embedding.
+    """
+
+    kind: str
+    layers: int
+    hidden: int
+    heads: int
+    feed_forward: int
+    vocab: int
+    max_positions: int
+    segments: int = 2
+    position_offset: int = 0
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    classifier_dropout: float = 0.1
+    pad_id: int = 0
+    tied: bool = True
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        if self.kind not in ("bert", "roberta"):
+            raise ModelError(f"model type: expected bert or roberta, got {self.kind!r}")
+        for name in ("layers", "hidden", "heads", "feed_forward", "vocab", "max_positions", "segments"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ModelError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        if self.hidden % self.heads:
+            raise ModelError(f"hidden size {self.hidden}: expected a multiple of the number of heads, got {self.heads} heads")
+        if self.activation not in ACTIVATIONS:
+            raise ModelError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden // self.heads
+
+
+# ---------------------------------------------------------------- sites
+
+LINEARS = ("attention.query", "attention.key", "attention.value", "attention.output", "feed_forward.up", "feed_forward.down")
+BLOCKS = ("attention", "feed_forward")
+
+
+def linear_sites(config: EncoderConfig, kinds: tuple[str, ...] = LINEARS) -> tuple[str, ...]:
+    """Names of the linears of all layers: `layers.3.attention.query`, ...; their biases are the same name + `.bias`."""
+    return tuple(f"layers.{i}.{kind}" for i in range(config.layers) for kind in kinds)
+
+
+def block_sites(config: EncoderConfig, kinds: tuple[str, ...] = BLOCKS) -> tuple[str, ...]:
+    """Names of the places between a block's output and its LayerNorm: `layers.3.feed_forward`, ..."""
+    return tuple(f"layers.{i}.{kind}" for i in range(config.layers) for kind in kinds)
+
+
+def key_value_sites(config: EncoderConfig) -> tuple[str, ...]:
+    """Names of the places where keys and values shared by the batch come in: `layers.3.attention.key_value`, ..."""
+    return tuple(f"layers.{i}.attention.key_value" for i in range(config.layers))
+
+
+EMBED_SITE = "embeddings"
+
+
+def linear_shape(config: EncoderConfig, site: str) -> tuple[int, int]:
+    """(out, in) of the linear at `site`."""
+    if site.endswith("feed_forward.up"):
+        return config.feed_forward, config.hidden
+    if site.endswith("feed_forward.down"):
+        return config.hidden, config.feed_forward
+    return config.hidden, config.hidden
+
+
+@dataclasses.dataclass
+class Merged:
+    """Deltas that patch.merge wrote into the base: which methods, and each touched parameter with the tensor it held and the one it holds.
+
+    placed: whether the merged tensors are in now (inside a `without` of one of the methods they are not).
+    """
+
+    names: set[str]
+    tensors: list[tuple[nn.Parameter, Tensor, Tensor]]
+    placed: bool = False
+
+    def place(self, merged: bool) -> None:
+        """Put the merged or the kept tensors in; nothing is computed, so the kept ones come back bit for bit."""
+        self.placed = merged
+        for parameter, kept, written in self.tensors:
+            parameter.data = written if merged else kept
+
+
+class Hooks:
+    """The methods attached to one encoder, by name, in the order they were attached; those in `off` are passed over.
+
+    An encoder without methods asks once per site and pays a dictionary look-up.
+    """
+
+    def __init__(self):
+        self.methods: dict[str, object] = {}
+        self.off: set[str] = set()
+        self.merged: Merged | None = None
+        self._at: dict[str, list] = {}
+        self._hosts: dict[str, set[str]] = {}
+
+    def add(self, name: str, method, sites: tuple[str, ...]) -> None:
+        self.methods[name] = method
+        self._hosts[name] = set(sites)
+        self.refresh()
+
+    def remove(self, name: str) -> None:
+        del self.methods[name], self._hosts[name]
+        self.off.discard(name)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Must follow any change of `off`."""
+        self._at = {}
+        for name, method in self.methods.items():
+            if name not in self.off:
+                for site in self._hosts[name]:
+                    self._at.setdefault(site, []).append(method)
+
+    def at(self, site: str) -> list:
+        return self._at.get(site, [])
+
+    def value(self, site: str, tensor: Tensor) -> Tensor:
+        """A parameter with the deltas of all methods at `site` added."""
+        for method in self.at(site):
+            tensor = add_delta(tensor, method.delta(site))
+        return tensor
+
+    def linear(self, site: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """x [T, in] -> [T, out] through the methods at `site`: deltas go into the weight, at most one method computes the product itself.
+
+        The last method that defines `linear` computes the product; the others add their `delta`, and one without is an error.
+        """
+        bias = self.value(site + ".bias", bias)
+        methods = self.at(site)
+        own = [m for m in methods if m.computes(site)]
+        product = own[-1] if own else None
+        for method in methods:
+            if method is not product:
+                delta = method.delta(site)
+                if delta is None and method in own:
+                    raise AdapterError(f"{site}: {method.name} and {product.name} both compute this product; expected at most one without a delta")
+                weight = add_delta(weight, delta)
+        return F.linear(x, weight, bias) if product is None else product.linear(site, x, weight, bias)
+
+    def block(self, site: str, hidden: Tensor, residual: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+        """hidden, residual [T, D] -> norm(hidden + residual), through the methods at `site`; stacked methods each get the last one's sum as hidden."""
+        methods = self.at(site)
+        if not methods:
+            return norm(hidden + residual)
+        for method in methods[:-1]:
+            hidden = method.block(site, hidden, residual, _identity) - residual
+        return methods[-1].block(site, hidden, residual, norm)
+
+    def key_value(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """([P, H, W], [P, H, W]), the prefixes of all methods end to end, or None."""
+        found = [kv for m in self.at(f"layers.{layer}.attention.key_value") if (kv := m.key_value(layer)) is not None]
+        if not found:
+            return None
+        return torch.cat([k for k, _ in found]), torch.cat([v for _, v in found])
+
+    @property
+    def position_shift(self) -> int:
+        return sum(m.position_shift for name, m in self.methods.items() if name not in self.off)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def add_delta(tensor: Tensor, delta: Tensor | tuple[Tensor, Tensor] | None) -> Tensor:
+    """tensor + delta, out of place. delta: dense of the same shape, or (flat indices int64 [k], values [k]), or None."""
+    if delta is None:
+        return tensor
+    if isinstance(delta, tuple):
+        indices, values = delta
+        return tensor.flatten().index_add(0, indices, values.to(tensor.dtype)).view_as(tensor)
+    return tensor + delta.to(tensor.dtype)
+
+
+# ---------------------------------------------------------------- attention
+
+def attention_ref(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: tuple[Tensor, Tensor] | None = None, dropout: float = 0.0) -> Tensor:
+    """Bidirectional attention inside each sequence; the specification. query [Mq, H, W], key and value [T, H, W] -> [Mq, H, W].
+
+    prefix: keys and values [P, H, W] that every sequence sees besides its own, without positions. dropout acts on the probabilities.
+    A sequence without keys gives no rows, whatever its queries ask: it has none.
+    """
+    outputs, q0, k0 = [], 0, 0
+    for queries, keys in zip(spans.query_lengths, spans.key_lengths):
+        q, k, v = query[q0:q0 + queries], key[k0:k0 + keys], value[k0:k0 + keys]
+        if prefix is not None:
+            k, v = torch.cat([prefix[0], k]), torch.cat([prefix[1], v])
+        scores = torch.einsum("qhw,khw->hqk", q, k) / math.sqrt(q.shape[-1])
+        outputs.append(torch.einsum("hqk,khw->qhw", F.dropout(scores.softmax(-1), dropout, training=dropout > 0), v))
+        q0, k0 = q0 + queries, k0 + keys
+    return torch.cat(outputs) if outputs else query
+
+
+def attention_padded(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: tuple[Tensor, Tensor] | None = None,
+                     dropout: float = 0.0) -> Tensor:
+    """attention_ref through torch's scaled_dot_product_attention on a padded copy: a few large ops instead of B small ones."""
+    batch, heads, width = len(spans.key_lengths), query.shape[1], query.shape[2]
+    q = _pad(query, spans.padded_queries, batch, max(spans.query_lengths, default=0))  # [Mq, H, W] -> [B, H, Sq, W]
+    k = _pad(key, spans.padded_keys, batch, max(spans.key_lengths, default=0))
+    v = _pad(value, spans.padded_keys, batch, max(spans.key_lengths, default=0))
+    mask = spans.key_mask
+    if prefix is not None:
+        k, v = (torch.cat([p.transpose(0, 1).expand(batch, -1, -1, -1), x], 2) for p, x in zip(prefix, (k, v)))
+        mask = None if mask is None else F.pad(mask, (prefix[0].shape[0], 0), value=True)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :], dropout_p=dropout)
+    return out.transpose(1, 2).reshape(-1, heads, width).index_select(0, spans.padded_queries)  # [B, H, Sq, W] -> [Mq, H, W]
+
+
+def _pad(packed: Tensor, places: Tensor, batch: int, longest: int) -> Tensor:
+    padded = packed.new_zeros(batch * longest, *packed.shape[1:]).index_copy(0, places, packed)
+    return padded.view(batch, longest, *packed.shape[1:]).transpose(1, 2)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: tuple[Tensor, Tensor] | None = None, dropout: float = 0.0) -> Tensor:
+    """attention_ref by the implementation that `kernels` chooses for the tensors' device."""
+    return kernels.choose("attention", reference=attention_padded, device=query.device)(query, key, value, spans, prefix, dropout)
+
+
+# ---------------------------------------------------------------- parameters
+
+class Embeddings(nn.Module):
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.word = nn.Embedding(config.vocab, config.hidden)
+        self.position = nn.Embedding(config.max_positions + config.position_offset, config.hidden)
+        self.segment = nn.Embedding(config.segments, config.hidden)
+        self.norm = nn.LayerNorm(config.hidden, eps=config.norm_eps)
+
+
+class Attention(nn.Module):
+    """Q, K and V are one weight [3D, D], in that order; sites name slices of it."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
+        self.output = nn.Linear(config.hidden, config.hidden)
+        self.norm = nn.LayerNorm(config.hidden, eps=config.norm_eps)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.up = nn.Linear(config.hidden, config.feed_forward)
+        self.down = nn.Linear(config.feed_forward, config.hidden)
+        self.norm = nn.LayerNorm(config.hidden, eps=config.norm_eps)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+
+
+class MaskedLMHead(nn.Module):
+    """dense -> activation -> LayerNorm -> decoder. `decoder` is None where the word embedding serves (tied)."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden, config.hidden)
+        self.norm = nn.LayerNorm(config.hidden, eps=config.norm_eps)
+        self.decoder = None if config.tied else nn.Linear(config.hidden, config.vocab, bias=False)
+        self.bias = nn.Parameter(torch.zeros(config.vocab))
+
+
+class ClassifierHead(nn.Module):
+    """BERT: dense (the pooler) -> tanh -> dropout -> output. RoBERTa: dropout -> dense -> tanh -> dropout -> output."""
+
+    def __init__(self, config: EncoderConfig, labels: tuple[str, ...]):
+        super().__init__()
+        self.labels = labels
+        self.dense = nn.Linear(config.hidden, config.hidden)
+        self.output = nn.Linear(config.hidden, len(labels))
+
+
+# ---------------------------------------------------------------- encoder
+
+class Encoder(nn.Module):
+    """Embeddings and layers on packed tokens, with the hooks of attached methods."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.config = config
+        self.hooks = Hooks()
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+
+    def forward(self, batch: Batch, all_rows: bool = False) -> Tensor:
+        """Hidden states of the rows asked for, [M, D]; with `all_rows` of every token, [T, D].
+
+        batch: ids and positions int64 [T], ids in [0, V), positions in [0, max_positions); see batches.Batch. Raises ModelError on a longer text.
+        """
+        hidden, batch = self._embed(batch)
+        for i in range(self.config.layers):
+            last = i == self.config.layers - 1 and not all_rows
+            hidden = self._layer(i, hidden, batch.row_spans if last else batch.spans, batch.rows if last else None)
+        return hidden
+
+    def _embed(self, batch: Batch) -> tuple[Tensor, Batch]:
+        config, table, hooks = self.config, self.embeddings, self.hooks
+        shift = config.position_offset + hooks.position_shift
+        hidden = F.embedding(batch.ids, hooks.value("embeddings.word", table.word.weight))
+        for method in hooks.at(EMBED_SITE):
+            hidden, batch = method.embed(hidden, batch)
+        if batch.max_length + hooks.position_shift > config.max_positions:
+            raise ModelError(f"text of {batch.max_length} tokens: expected at most {config.max_positions - hooks.position_shift}")
+        hidden = hidden + F.embedding(batch.positions + shift, hooks.value("embeddings.position", table.position.weight))
+        hidden = hidden + F.embedding(batch.segments, hooks.value("embeddings.segment", table.segment.weight))
+        return self._dropout(self._norm("embeddings.norm", table.norm)(hidden)), batch
+
+    def _layer(self, i: int, hidden: Tensor, spans: Spans, rows: Tensor | None) -> Tensor:
+        """hidden [T, D] -> [T, D], or [M, D] where rows int64 [M] are asked for."""
+        layer, config, site = self.layers[i], self.config, f"layers.{i}"
+        residual = hidden if rows is None else hidden.index_select(0, rows)
+        query, key, value = self._query_key_value(i, residual, hidden)
+        context = attention(query, key, value, spans, self.hooks.key_value(i), config.attention_dropout if self.training else 0.0)
+        hidden = self._linear(f"{site}.attention.output", context.flatten(1), layer.attention.output)
+        hidden = self.hooks.block(f"{site}.attention", self._dropout(hidden), residual, self._norm(f"{site}.attention.norm", layer.attention.norm))
+        residual = hidden
+        hidden = ACTIVATIONS[config.activation](self._linear(f"{site}.feed_forward.up", hidden, layer.feed_forward.up))
+        hidden = self._linear(f"{site}.feed_forward.down", hidden, layer.feed_forward.down)
+        return self.hooks.block(f"{site}.feed_forward", self._dropout(hidden), residual, self._norm(f"{site}.feed_forward.norm", layer.feed_forward.norm))
+
+    def _query_key_value(self, i: int, asked: Tensor, hidden: Tensor) -> list[Tensor]:
+        """asked [M, D], hidden [T, D] -> query [M, H, W], key and value [T, H, W]; as few products as the methods there allow."""
+        linear, width = self.layers[i].attention.qkv, self.config.hidden
+        sites = [f"layers.{i}.attention.{kind}" for kind in ("query", "key", "value")]
+        split = (-1, self.config.heads, self.config.head_width)
+        if any(self.hooks.at(s) or self.hooks.at(s + ".bias") for s in sites):
+            parts = zip(sites, (asked, hidden, hidden), linear.weight.split(width), linear.bias.split(width))
+            return [self.hooks.linear(s, x, w, b).view(split) for s, x, w, b in parts]
+        if asked is hidden:
+            return [x.reshape(split) for x in F.linear(hidden, linear.weight, linear.bias).split(width, -1)]
+        query = F.linear(asked, linear.weight[:width], linear.bias[:width])
+        key, value = F.linear(hidden, linear.weight[width:], linear.bias[width:]).split(width, -1)
+        return [x.reshape(split) for x in (query, key, value)]
+
+    def _linear(self, site: str, x: Tensor, linear: nn.Linear) -> Tensor:
+        return self.hooks.linear(site, x, linear.weight, linear.bias)
+
+    def _norm(self, site: str, norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+        def apply(x: Tensor) -> Tensor:
+            return F.layer_norm(x, norm.normalized_shape, self.hooks.value(site, norm.weight), self.hooks.value(site + ".bias", norm.bias), norm.eps)
+        return apply
+
+    def _dropout(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout, training=self.training)
+
+
+class Model(nn.Module):
+    """An encoder with the heads that its files or its task gave it.
+
+    mlm: MaskedLMHead or None. classifier: ClassifierHead or None. Methods are attached by patch.attach and found in `methods`.
+    carried: tensors of the files, by our names, that no head here uses (a pooler); weights.py saves them again.
+    """
+
+    def __init__(self, config: EncoderConfig, mlm: bool = False, labels: tuple[str, ...] = ()):
+        super().__init__()
+        self.encoder = Encoder(config)
+        self.mlm = MaskedLMHead(config) if mlm else None
+        self.classifier = ClassifierHead(config, labels) if labels else None
+        self.carried: dict[str, Tensor] = {}
+
+    @property
+    def config(self) -> EncoderConfig:
+        return self.encoder.config
+
+    @property
+    def methods(self) -> dict:
+        """The attached methods by name, in order; read only."""
+        return dict(self.encoder.hooks.methods)
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.embeddings.word.weight.device
+
+    def mlm_logits(self, batch: Batch) -> Tensor:
+        """[M, V]: scores of every token at the rows asked for. Raises ModelError without a masked-LM head."""
+        if self.mlm is None:
+            raise ModelError("masked-LM scores: expected a model with a masked-LM head, got one without")
+        head, encoder = self.mlm, self.encoder
+        activation = F.gelu if self.config.kind == "roberta" else ACTIVATIONS[self.config.activation]  # RoBERTa's head is GELU whatever its layers use
+        hidden = head.norm(activation(head.dense(encoder(batch))))
+        table = encoder.hooks.value("embeddings.word", encoder.embeddings.word.weight) if head.decoder is None else head.decoder.weight
+        return F.linear(hidden, table, head.bias)
+
+    def class_logits(self, batch: Batch) -> Tensor:
+        """[B, C]: scores of every label from the row asked for of each text (its first token). Raises ModelError without a classifier."""
+        if self.classifier is None:
+            raise ModelError("classification: expected a model with a classifier, got one without (train one with `peftdebias downstream`)")
+        head, hidden, rate = self.classifier, self.encoder(batch), self.config.classifier_dropout
+        if self.config.kind == "roberta":
+            hidden = F.dropout(hidden, rate, training=self.training)
+        return head.output(F.dropout(torch.tanh(head.dense(hidden)), rate, training=self.training))
+
+    def initialize(self, part: nn.Module, generator: torch.Generator | None = None) -> None:
+        """Fresh weights for `part` as BERT draws them: normal(0, initializer_range), zero biases, unit gains."""
+        for name, parameter in part.named_parameters():
+            with torch.no_grad():
+                if parameter.dim() > 1:
+                    parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+                else:
+                    parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+
+    @contextlib.contextmanager
+    def without(self, *names: str) -> Iterator["Model"]:
+        """Inside the `with` block the named methods are off; merged ones too, by the base tensors that merge kept. Raises AdapterError on another name."""
+        hooks = self.encoder.hooks
+        for name in names:
+            if name not in hooks.methods:
+                raise AdapterError(f"without({name!r}): expected one of {', '.join(hooks.methods) or 'no'} attached methods")
+        before, merged = set(hooks.off), hooks.merged
+        placed = merged is not None and merged.placed
+        hooks.off |= set(names)
+        if placed and merged.names & set(names):
+            merged.place(False)
+            hooks.off -= merged.names - set(names)
+        hooks.refresh()
+        try:
+            yield self
+        finally:
+            hooks.off = before
+            if placed:
+                merged.place(True)
+            hooks.refresh()
+
+    def train(self, mode: bool = True) -> "Model":
+        """As nn.Module.train; methods that are frozen stay in eval mode, so that their dropout is off."""
+        super().train(mode)
+        for method in self.methods.values():
+            method.training = mode and any(p.requires_grad for p in method.parameters().values())
+        return self
+
+    def _apply(self, fn, recurse: bool = True) -> "Model":
+        super()._apply(fn, recurse)
+        for method in self.methods.values():
+            for parameter in method.parameters().values():
+                parameter.data = fn(parameter.data)
+        return self

@@ -1,0 +1,138 @@
+"""What a method is, and the methods there are.
+
+A method is a value, never a branch: loops, tasks, checkpoint and command line call this Protocol and name no method. It says which sites of the encoder
+it takes hold of, owns a few parameters, and offers any of five hooks. Adding one is a file here and a line in METHODS.
+
+Letters: T tokens, D hidden, H heads, W head width, P prefix length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..encoder import EncoderConfig
+from ..errors import AdapterError, ConfigError
+
+
+class Method:
+    """The Protocol, with hooks that do nothing. A subclass sets `Config`, fills `values` and overrides the hooks it needs.
+
+    trains_base: upstream trains the base itself; there is nothing to attach. mergeable: writing `delta` into the weights gives the same outputs.
+    foldable: training the merged weights downstream is the same training (additive deltas only). position_shift: how far text positions move.
+    first_row: which row a classifier reads, "text" or "prompt".
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    trains_base: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = False
+    foldable: ClassVar[bool] = False
+    sized: ClassVar[bool] = False  # whether `budget` can choose its size
+    position_shift: int = 0
+    first_row: str = "text"
+
+    def __init__(self, config, encoder_config: EncoderConfig, generator: torch.Generator | None = None):
+        self.config = config
+        self.encoder_config = encoder_config
+        self.training = False
+        self.values: dict[str, Parameter] = {}
+
+    # ---- what it is made of
+
+    @classmethod
+    def size_for(cls, encoder_config: EncoderConfig, target_parameters: int, **chosen):
+        """The config whose parameter count is nearest to `target_parameters`; `chosen` are its other fields. Fixed-size methods raise ConfigError."""
+        raise ConfigError(f"budget: {cls.name} has a fixed size; expected no budget")
+
+    def sites(self, encoder_config: EncoderConfig) -> tuple[str, ...]:
+        """Names of the sites and parameters (see encoder.linear_sites and its neighbours) that this method takes hold of."""
+        return ()
+
+    def parameters(self) -> dict[str, Parameter]:
+        """Its own parameters by name: what is trained, counted and saved."""
+        return self.values
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors to save, detached, on the CPU."""
+        return {name: p.detach().cpu().contiguous() for name, p in self.parameters().items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take saved tensors. Raises AdapterError on a name or shape that does not match."""
+        own = self.parameters()
+        if set(own) != set(state):
+            odd = sorted(set(own) ^ set(state))
+            raise AdapterError(f"{self.name} adapter: expected tensors {len(own)} by name, got {len(state)}; first that differs: {odd[0]}")
+        for name, parameter in own.items():
+            if parameter.shape != state[name].shape:
+                raise AdapterError(f"{self.name} adapter, {name}: expected shape {list(parameter.shape)}, got {list(state[name].shape)}")
+            parameter.data = state[name].to(parameter.device, parameter.dtype).clone()
+
+    # ---- hooks
+
+    def computes(self, site: str) -> bool:
+        """Whether `linear` is this method's way to act at `site` (otherwise `delta` is)."""
+        return type(self).linear is not Method.linear
+
+    def linear(self, site: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """x [T, in] -> [T, out]: the product at a linear site."""
+        raise AdapterError(f"{self.name}: no product of its own at {site}")
+
+    def delta(self, site: str) -> Tensor | tuple[Tensor, Tensor] | None:
+        """What is added to the parameter `site`: dense, or (flat indices int64 [k], values [k]), or None."""
+        return None
+
+    def block(self, site: str, hidden: Tensor, residual: Tensor, norm) -> Tensor:
+        """hidden, residual [T, D] -> [T, D]: a block's output before its residual, and what the next block reads; norm is the block's LayerNorm."""
+        raise AdapterError(f"{self.name}: no block at {site}")
+
+    def key_value(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """([P, H, W], [P, H, W]): keys and values that every text's queries see in `layer`."""
+        return None
+
+    def embed(self, hidden: Tensor, batch) -> tuple[Tensor, object]:
+        """hidden [T, D] word embeddings before positions are added, and the Batch -> the same with vectors put in and rows, positions, cu_seqlens remapped."""
+        return hidden, batch
+
+
+METHODS: dict[str, str] = {"lora": "LoRA", "full": "Full"}
+"""name -> class, each in the module of its name."""
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method by name. Raises ConfigError that lists the known ones."""
+    if name not in METHODS:
+        raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{name}"), METHODS[name])
+
+
+def base_parameters(config: EncoderConfig) -> int:
+    """What `budget` is a share of: embeddings and layers; no pooler, no heads, tied weights once."""
+    d, f = config.hidden, config.feed_forward
+    embeddings = (config.vocab + config.max_positions + config.position_offset + config.segments + 2) * d
+    layer = 4 * d * (d + 1) + d * (f + 1) + f * (d + 1) + 4 * d
+    return embeddings + config.layers * layer
+
+
+def create(name: str, encoder_config: EncoderConfig, *, budget: float | None = None, options: dict | None = None, seed: int = 0) -> Method:
+    """A new method. options: fields of its Config. budget: share of base_parameters that its size should come nearest to.
+
+    Raises ConfigError on an unknown field, or a budget together with the field it would choose.
+    """
+    cls = method_class(name)
+    options = dict(options or {})
+    fields = {f.name: f for f in dataclasses.fields(cls.Config)}
+    for key in options:
+        if key not in fields:
+            raise ConfigError(f"{name} option {key!r}: expected one of {', '.join(fields) or 'none'}")
+    generator = torch.Generator().manual_seed(seed)
+    if budget is None:
+        return cls(cls.Config(**options), encoder_config, generator)
+    if not 0 < budget < 1:
+        raise ConfigError(f"budget: expected a share between 0 and 1, got {budget}")
+    return cls(cls.size_for(encoder_config, round(budget * base_parameters(encoder_config)), **options), encoder_config, generator)

@@ -1,0 +1,21 @@
+"""Full-Debias: the base itself is trained upstream. No module: its run folder is a base model, and what follows starts from that.
+
+Agarwal et al. 2023, section 4 ("Full-Debias"); counterfactual augmentation of all weights goes back to Zmigrod et al. 2019.
+"""
+
+import dataclasses
+
+from . import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class FullConfig:
+    """Nothing to choose."""
+
+
+class Full(Method):
+    """Owns no parameters and takes hold of no site; `trains_base` says the rest."""
+
+    name = "full"
+    Config = FullConfig
+    trains_base = True

@@ -1,0 +1,26 @@
+"""Measures of bias and of quality, one file each, on plain arrays: what a model predicted, not how.
+
+Every figure leaves as a `Measure`, with a 95 % bootstrap interval over examples (bootstrap.py) where one can be had. A bias
+measure has positive predictive power only: it can show bias, never its absence.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measure:
+    name: str  # "tpr-gap/rms": measure/variant/subset
+    value: float
+    unit: str  # "%", "points" (difference of two %), "nats", "1"
+    ideal: float | None  # what an unbiased or perfect model has; None where there is no such value
+    low: float | None  # of the interval
+    high: float | None
+    n: int  # examples behind the value
+
+    def as_json(self) -> dict:
+        """The row of CONTRACTS.md's `evaluate --json`; what is not finite is None."""
+        row = {key: getattr(self, key) for key in ("name", "value", "unit", "ideal", "low", "high", "n")}
+        for key in ("value", "ideal", "low", "high"):
+            row[key] = float(row[key]) if row[key] is not None and math.isfinite(row[key]) else None
+        return row | {"n": int(row["n"])}

@@ -1,0 +1,203 @@
+"""Put methods on a model and take them off: attach, detach, freeze, merge, fold.
+
+Two words, two things. *merge* is for use: the deltas are written into the weights, outputs stay the same, and unmerge puts the kept tensors back bit for
+bit. *fold* is for training the base under a frozen delta D: W' = W + D has the same gradient as W, so training W' is the same training, provided that
+weight decay acts on W' - D; afterwards `unfold` leaves W' - D in the base and the method beside it.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .encoder import EMBED_SITE, Merged, Model, add_delta, block_sites, key_value_sites
+from .errors import AdapterError
+from .methods import Method
+
+QKV = {"query": 0, "key": 1, "value": 2}
+
+
+def base_parameters(model: Model) -> dict[str, Parameter]:
+    """The encoder's own parameters by our names; no heads, no methods."""
+    return dict(model.encoder.named_parameters())
+
+
+def parameter_at(model: Model, site: str) -> tuple[str, Parameter, slice]:
+    """(name, parameter, rows of it) behind a site: `layers.0.attention.query` is the first third of `layers.0.attention.qkv.weight`.
+
+    A site is a linear, embedding or norm (its weight) or any of those + `.bias`. Raises AdapterError on a name without a parameter.
+    """
+    stem, kind = (site.removesuffix(".bias"), "bias") if site.endswith(".bias") else (site, "weight")
+    head, _, last = stem.rpartition(".")
+    rows = slice(None)
+    if last in QKV and head.endswith(".attention"):
+        width = model.config.hidden
+        rows, stem = slice(QKV[last] * width, (QKV[last] + 1) * width), f"{head}.qkv"
+    name = f"{stem}.{kind}"
+    found = base_parameters(model).get(name)
+    if found is None:
+        raise AdapterError(f"site {site!r}: no such linear, embedding or norm in this model")
+    return name, found, rows
+
+
+def attach(model: Model, name: str, method: Method) -> None:
+    """Attach `method` as `name` (the axis it was learnt on, say). Outputs change as its hooks say; parameters stay where they are.
+
+    Raises AdapterError on a name in use, a base that is no module (Full-Debias), or a site that the model does not have.
+    """
+    if name in model.methods:
+        raise AdapterError(f"attach: {name!r} is attached already; expected another name")
+    if method.trains_base:
+        raise AdapterError(f"attach: {method.name} is a base model, not a module; expected it as --model")
+    if model.encoder.hooks.merged:
+        raise AdapterError(f"attach {name!r}: expected an unmerged model; unmerge it first")
+    sites, config = method.sites(model.config), model.config
+    places = {*block_sites(config), *key_value_sites(config), EMBED_SITE}
+    for site in sites:
+        if site not in places:
+            parameter_at(model, site)
+    device = model.device
+    for parameter in method.parameters().values():
+        parameter.data = parameter.data.to(device)
+    model.encoder.hooks.add(name, method, sites)
+    model.train(model.training)
+
+
+def detach(model: Model, name: str) -> Method:
+    """Take `name` off and give its method back; the base is bitwise what it was before attach. Raises AdapterError on another name."""
+    hooks = model.encoder.hooks
+    if name not in hooks.methods:
+        raise AdapterError(f"detach: expected one of {', '.join(hooks.methods) or 'no'} attached methods, got {name!r}")
+    if hooks.merged and name in hooks.merged.names:
+        unmerge(model)
+    method = hooks.methods[name]
+    hooks.remove(name)
+    return method
+
+
+def train_only(model: Model, parameters: Iterable[Parameter]) -> None:
+    """These parameters require gradients, all others of the model and its methods do not; a frozen weight costs nothing in backward."""
+    wanted = {id(p) for p in parameters}
+    for parameter in all_parameters(model).values():
+        parameter.requires_grad_(id(parameter) in wanted)
+    model.train(model.training)
+
+
+def all_parameters(model: Model) -> dict[str, Parameter]:
+    """Every parameter by name: `encoder.*`, `mlm.*`, `classifier.*`, and `methods.NAME.*` of what is attached."""
+    named = dict(model.named_parameters())
+    for name, method in model.methods.items():
+        named |= {f"methods.{name}.{key}": p for key, p in method.parameters().items()}
+    return named
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, dtypes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def base_checksum(model: Model) -> str:
+    """checksum of the encoder without heads: what an adapter belongs to."""
+    return checksum(base_parameters(model))
+
+
+# ---------------------------------------------------------------- merge
+
+def _deltas(method: Method, sites: tuple[str, ...]) -> Iterator[tuple[str, Tensor | tuple[Tensor, Tensor]]]:
+    for site in sites:
+        delta = method.delta(site)
+        if delta is not None:
+            yield site, delta
+
+
+def merge(model: Model, *names: str) -> None:
+    """Write the deltas of the named methods (default: all) into the base. Outputs equal within rounding; the base tensors are kept for unmerge.
+
+    Raises AdapterError on a method that is not mergeable.
+    """
+    hooks = model.encoder.hooks
+    if hooks.merged:
+        raise AdapterError("merge: expected an unmerged model; unmerge it first")
+    names = names or tuple(hooks.methods)
+    for name in names:
+        if name not in hooks.methods:
+            raise AdapterError(f"merge: expected one of {', '.join(hooks.methods) or 'no'} attached methods, got {name!r}")
+        if not hooks.methods[name].mergeable:
+            raise AdapterError(f"merge {name!r}: {hooks.methods[name].name} cannot be written into the weights with the same outputs")
+    written: dict[str, tuple[Parameter, Tensor, Tensor]] = {}
+    with torch.no_grad():
+        for name in names:
+            for site, delta in _deltas(hooks.methods[name], hooks.methods[name].sites(model.config)):
+                key, parameter, rows = parameter_at(model, site)
+                _, _, value = written.setdefault(key, (parameter, parameter.data, parameter.data.clone()))
+                value[rows] = add_delta(value[rows], delta)
+    hooks.merged = Merged(set(names), list(written.values()))
+    hooks.merged.place(True)
+    hooks.off |= set(names)
+    hooks.refresh()
+
+
+def unmerge(model: Model) -> None:
+    """Put the kept base tensors back, bit for bit; the methods act again. Does nothing on an unmerged model."""
+    hooks = model.encoder.hooks
+    if hooks.merged:
+        hooks.merged.place(False)
+        hooks.off -= hooks.merged.names
+        hooks.merged = None
+        hooks.refresh()
+
+
+# ---------------------------------------------------------------- fold
+
+@dataclasses.dataclass
+class Folded:
+    """Frozen deltas written into a base that is being trained. anchors: (parameter, rows, D), D dense like parameter[rows]."""
+
+    model: Model
+    names: tuple[str, ...]
+    anchors: list[tuple[Parameter, slice, Tensor]]
+
+    @torch.no_grad()
+    def after_step(self, rate_times_decay: dict[int, float]) -> None:
+        """Make decoupled weight decay act on W' - D: the optimizer did W' <- W' (1 - lr wd) - lr u; the missing lr wd D is added.
+
+        rate_times_decay: id(parameter) -> lr * wd of the step just done.
+        """
+        for parameter, rows, delta in self.anchors:
+            amount = rate_times_decay.get(id(parameter), 0.0)
+            if amount:
+                parameter[rows].add_(delta, alpha=amount)
+
+    @torch.no_grad()
+    def unfold(self) -> None:
+        """Leave W' - D in the base and let the methods act again."""
+        for parameter, rows, delta in self.anchors:
+            parameter[rows].sub_(delta)
+        hooks = self.model.encoder.hooks
+        hooks.off -= set(self.names)
+        hooks.refresh()
+
+
+def fold(model: Model) -> Folded:
+    """Fold every attached method that is foldable; the others keep acting through their hooks. See Folded and PERF figures in bench/."""
+    hooks = model.encoder.hooks
+    names = tuple(name for name, method in hooks.methods.items() if method.foldable and name not in hooks.off)
+    anchors: list[tuple[Parameter, slice, Tensor]] = []
+    with torch.no_grad():
+        for name in names:
+            for site, delta in _deltas(hooks.methods[name], hooks.methods[name].sites(model.config)):
+                _, parameter, rows = parameter_at(model, site)
+                dense = add_delta(torch.zeros_like(parameter[rows]), delta)
+                parameter[rows].add_(dense)
+                anchors.append((parameter, rows, dense))
+    hooks.off |= set(names)
+    hooks.refresh()
+    return Folded(model, names, anchors)

@@ -1,0 +1,272 @@
+"""The two phases as a user runs them: configuration in, run folder out.
+
+upstream    base frozen, a module (or, for a method that trains the base, the base) learns masked-LM on counterfactual families
+downstream  modules frozen, base and head learn a labelled task; foldable modules are folded, what is saved is the base apart from them
+
+What it adds over training.py: reading the data, building model and task, proving what stayed frozen, saving, and reporting from the reloaded files.
+It names no method and no axis.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy
+
+from . import checkpoint, corpus, methods, patch, weights
+from .axes import load_axis
+from .cda import families
+from .config import Downstream, Upstream, as_plain
+from .encoder import Model
+from .errors import ConfigError, DataError, PeftDebiasError
+from .evaluation import classification_measures, cut_note, encode_examples, max_length, positive_label
+from .metrics import Measure
+from .metrics.classification import accuracy, f1, macro_f1
+from .patch import all_parameters, base_checksum, train_only
+from .tasks import Classification, MaskedLM, class_probabilities, label_indices, labelled_samples
+from .tokens import Tokenizer
+from .training import Outcome, Schedule, pick_device, pick_precision, train
+
+CHUNK = 4096  # texts tokenised together
+
+
+@dataclasses.dataclass
+class PhaseResult:
+    """out: the run folder. outcome: of the training loop. measures: on the test file, from the reloaded run. notes: lines for people."""
+
+    out: Path
+    outcome: Outcome
+    measures: list[Measure]
+    notes: list[str]
+
+
+# ---------------------------------------------------------------- upstream
+
+@dataclasses.dataclass
+class FamilyIds:
+    """Tokenised families, and what their texts were: texts read, families kept, members, how many of these were cut and by how much."""
+
+    families: list[list[numpy.ndarray]]
+    texts: int = 0
+    cut: int = 0
+
+    @property
+    def members(self) -> int:
+        return sum(len(f) for f in self.families)
+
+
+def encode_families(texts: Iterable[str], axis, tokenizer: Tokenizer, longest: int) -> FamilyIds:
+    """Counterfactual families of the texts as token ids; the axis says whether texts without an attribute word stay."""
+    found, pending = FamilyIds([]), []
+
+    def counted():
+        for text in texts:
+            found.texts += 1
+            yield text
+
+    def flush():
+        encoded = iter(tokenizer.encode([m for members in pending for m in members], max_length=longest))
+        for members in pending:
+            ids = [next(encoded) for _ in members]
+            found.cut += sum(e.cut > 0 for e in ids)
+            found.families.append([e.ids for e in ids])
+        pending.clear()
+
+    for family in families(counted(), axis):
+        pending.append(family.members)
+        if len(pending) == CHUNK:
+            flush()
+    if pending:
+        flush()
+    return found
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a text is for validation: by its hash, so that equal texts are never on both sides."""
+    return zlib.crc32(text.strip().encode("utf-8", "surrogatepass")) < share * 2**32
+
+
+def _split_corpus(settings: Upstream) -> tuple[list[str], list[str]]:
+    texts = [t.text for t in corpus.read_texts(settings.corpus, settings.column)]
+    if settings.valid:
+        return texts, [t.text for t in corpus.read_texts(settings.valid, settings.column)]
+    held_out = [t for t in texts if is_held_out(t, settings.valid_share)]
+    training = [t for t in texts if not is_held_out(t, settings.valid_share)]
+    if not held_out:  # a corpus of a few lines
+        held_out, training = training[:1], training[1:]
+    return training, held_out
+
+
+def upstream(settings: Upstream) -> PhaseResult:
+    """Learn a debiasing module. Writes the run folder of CONTRACTS.md; raises PeftDebiasError on bad input and leaves nothing behind then."""
+    device = pick_device(settings.device)
+    axis = load_axis(settings.axis)
+    cls = methods.method_class(settings.method)
+    with checkpoint.writing_run(settings.out, "upstream", _saved(settings), settings.overwrite) as run:
+        loaded = weights.load(settings.model, mlm=True, labels=(), seed=settings.seed)
+        model, tokenizer = loaded.model, loaded.tokenizer
+        longest = max_length(model, settings.max_length)
+        training_texts, held_out_texts = _split_corpus(settings)
+        ready = encode_families(training_texts, axis, tokenizer, longest)
+        held_out = encode_families(held_out_texts, axis, tokenizer, longest)
+        if not any(len(f) > 1 for f in ready.families):
+            raise DataError(f"{', '.join(settings.corpus)}: expected words of the axis {axis.name}, found none in {ready.texts} texts")
+        if not held_out.families:
+            raise DataError(f"validation: expected texts with words of the axis {axis.name}, found none in {held_out.texts}; give more with --valid FILE")
+        notes = loaded.report.lines() + [_corpus_note(ready, held_out, axis.name)]
+        if ready.cut:
+            notes.append(f"{ready.cut} of {ready.members} texts are longer than {longest} tokens and were cut")
+        checkpoint.attach_adapters(model, settings.adapter)
+        method = methods.create(settings.method, model.config, budget=settings.budget, options=settings.set, seed=settings.seed)
+        base = checkpoint.describe_base(model)
+        if cls.trains_base:
+            if model.methods:
+                raise ConfigError(f"--method {cls.name}: trains the base itself; expected no --adapter beside it")
+            trained = {n: p for n, p in all_parameters(model).items() if not n.startswith("classifier.")}
+        else:
+            patch.attach(model, axis.name if axis.name not in model.methods else axis.name + "-new", method)
+            trained = {name: p for name, p in all_parameters(model).items() if any(p is q for q in method.parameters().values())}
+        model.to(device)
+        train_only(model, trained.values())
+        notes.append(size_note(cls.name, trained, model))
+        task = MaskedLM(ready.families, held_out.families[:settings.valid_texts], tokenizer, seed=settings.seed, batch=settings.batch)
+        schedule = _schedule(settings, settings.steps, settings.valid_every, device)
+        outcome = train(model, task, trained, schedule, run.event, label=f"upstream {axis.name}")
+        model.to("cpu")
+        if cls.trains_base:
+            weights.save_model(model, run.path / "model", tokenizer)
+        else:
+            _assert_frozen("base", base["sha256"], base_checksum(model))
+            checkpoint.save_adapter(run.path / "adapter", method, axis.name, base)
+        run.event(event="final", step=outcome.best_step, seconds=round(outcome.seconds, 1), **outcome.best)
+    return PhaseResult(Path(settings.out), outcome, [], notes)
+
+
+def _corpus_note(ready: FamilyIds, held_out: FamilyIds, axis: str) -> str:
+    touched = sum(len(f) > 1 for f in ready.families)
+    return (f"corpus: {ready.texts} texts, {touched} with words of the axis {axis}; {len(ready.families)} families of {ready.members} texts to train on, "
+            f"{len(held_out.families)} families held out")
+
+
+# ---------------------------------------------------------------- downstream
+
+def downstream(settings: Downstream) -> PhaseResult:
+    """Train a classifier under frozen modules. Writes the run folder, reloads it, and reports what the reloaded files give. Raises PeftDebiasError."""
+    device = pick_device(settings.device)
+    splits = {name: _read(settings, path) for name, path in (("train", settings.train), ("dev", settings.dev), ("test", settings.test)) if path}
+    labels = tuple(sorted({e.label for e in splits["train"]}, key=_natural))
+    if len(labels) < 2:
+        raise DataError(f"{settings.train}: expected at least two labels in the column {settings.label}, got {labels[0]!r} alone")
+    targets = {name: label_indices([e.label for e in examples], labels, [e.place for e in examples]) for name, examples in splits.items()}
+    positive = positive_label(labels, settings.positive)
+    if settings.metric == "f1" and positive is None:
+        raise ConfigError(f"--metric f1: expected --positive with one of {', '.join(labels)}")
+    class_weights = parse_class_weights(settings.class_weights, labels)
+    with checkpoint.writing_run(settings.out, "downstream", _saved(settings), settings.overwrite) as run:
+        loaded = weights.load(settings.model, mlm=False, labels=labels, seed=settings.seed)
+        model, tokenizer = loaded.model, loaded.tokenizer
+        longest = max_length(model, settings.max_length)
+        encoded = {name: encode_examples(tokenizer, examples, longest) for name, examples in splits.items()}
+        notes = loaded.report.lines()
+        for name, path in (("train", settings.train), ("dev", settings.dev), ("test", settings.test)):
+            notes += cut_note(encoded.get(name, []), longest, path)
+        adapters = checkpoint.attach_adapters(model, settings.adapter)
+        frozen = {name: patch.checksum(m.state()) for name, m in model.methods.items()}
+        model.to(device)
+        trained = {n: p for n, p in all_parameters(model).items() if not n.startswith("methods.")}
+        train_only(model, trained.values())
+        notes.append(size_note("base and classifier", trained, model))
+        samples = {name: labelled_samples(encoded[name], targets[name]) for name in splits}
+        task = Classification(samples["train"], samples["dev"], _validation(labels, positive), settings.metric, seed=settings.seed, batch=settings.batch,
+                              weights=class_weights)
+        steps = settings.epochs * sum(1 for _ in task.epoch(0))
+        folded = patch.fold(model) if settings.fold else None
+        outcome = train(model, task, trained, _schedule(settings, steps, None, device), run.event, folded, "downstream")
+        if folded is not None:
+            folded.unfold()
+        model.to("cpu")
+        for name, method in model.methods.items():
+            _assert_frozen(f"module {name}", frozen[name], patch.checksum(method.state()))
+        weights.save_model(model, run.path / "model", tokenizer)
+        base = checkpoint.describe_base(model)
+        for i, adapter in enumerate(adapters):
+            folder = run.path / ("adapter" if i == 0 else f"adapter-{i + 1}")
+            checkpoint.save_adapter(folder, adapter.method, adapter.axis, base, {"learnt_on": adapter.about.get("learnt_on", adapter.base)})
+        measures: list[Measure] = []
+        reloaded = checkpoint.load_run(run.path, device=device).model
+        last = "test" if settings.test else "dev"
+        predicted = [labels[i] for i in class_probabilities(reloaded, samples[last]).argmax(1)]
+        measures, more = classification_measures(predicted, splits[last], labels, settings.positive, seed=settings.seed)
+        notes += more
+        run.event(event="final", step=outcome.best_step, seconds=round(outcome.seconds, 1), on=last, measures=[m.as_json() for m in measures])
+    return PhaseResult(Path(settings.out), outcome, measures, notes)
+
+
+def _read(settings: Downstream, path: str):
+    return corpus.read_examples(path, text=settings.text, label=settings.label.split(","), text_pair=settings.text_pair, group=settings.group)
+
+
+def _natural(label: str) -> tuple:
+    """Numbers in their order, before words."""
+    return (0, int(label), "") if label.lstrip("-").isdigit() else (1, 0, label)
+
+
+def _validation(labels: tuple[str, ...], positive: str | None):
+    """What Classification calls on predicted and true indices: accuracy, macro-F1 and the positive label's F1, in %."""
+    def measure(predicted: numpy.ndarray, truth: numpy.ndarray) -> dict[str, float]:
+        found = {"accuracy": accuracy(predicted, truth, samples=1).value, "macro-f1": macro_f1(predicted, truth, samples=1).value}
+        if positive is not None and labels.index(positive) in truth:
+            found["f1"] = f1(predicted, truth, labels.index(positive), samples=1).value
+        return found
+    return measure
+
+
+def parse_class_weights(text: str | None, labels: tuple[str, ...]) -> list[float] | None:
+    """"0=1,1=10" -> [1.0, 10.0] in the order of `labels`; 1 where not named. Raises ConfigError on an unknown label or a weight that is no positive number."""
+    if not text:
+        return None
+    found = dict.fromkeys(labels, 1.0)
+    for part in text.split(","):
+        label, _, weight = part.rpartition("=")
+        if label not in found:
+            raise ConfigError(f"--class-weights {part}: expected LABEL=WEIGHT with LABEL one of {', '.join(labels)}, got {label!r}")
+        try:
+            found[label] = float(weight)
+        except ValueError:
+            found[label] = math.nan
+        if not (found[label] > 0 and math.isfinite(found[label])):
+            raise ConfigError(f"--class-weights {part}: expected a positive number, got {weight!r}")
+    return list(found.values())
+
+
+# ---------------------------------------------------------------- both
+
+def size_note(what: str, trained: dict, model: Model) -> str:
+    """How many parameters are trained, as a number and a share of the base."""
+    count, total = sum(p.numel() for p in trained.values()), methods.base_parameters(model.config)
+    return f"trained: {what}, {count:,} parameters in {len(trained)} tensors, {100 * count / total:.2f} % of the base's {total:,}; everything else is frozen"
+
+
+def _schedule(settings: Upstream | Downstream, steps: int, validate_every: int | None, device) -> Schedule:
+    return Schedule(steps=steps, lr=settings.lr, validate_every=validate_every, warmup=settings.warmup, weight_decay=settings.weight_decay,
+                    clip=settings.clip, precision=pick_precision(settings.precision, device), seed=settings.seed)
+
+
+def _saved(settings: Upstream | Downstream) -> dict:
+    """The configuration as the run keeps it: folders and files by absolute path, so that it can be found again from anywhere."""
+    values = as_plain(settings)
+    for key in ("model", "corpus", "valid", "adapter", "train", "dev", "test"):
+        if key in values:
+            values[key] = [_absolute(v) for v in values[key]] if isinstance(values[key], list) else _absolute(values[key])
+    return values
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
+def _assert_frozen(what: str, before: str, after: str) -> None:
+    if before != after:
+        raise PeftDebiasError(f"{what}: expected to stay frozen bit for bit (sha256 {before[:12]}), got {after[:12]}; please report this")

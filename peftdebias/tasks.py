@@ -1,0 +1,179 @@
+"""The two tasks: masked-LM on counterfactual families (upstream), classification (downstream); and the same scored without training.
+
+A task gives the loop batches, a loss and a validation; it knows no method and no axis. Scores without gradients live here too, because measures build on
+them: `masked_log_probs`, `masked_lm_nll`, `class_probabilities`.
+
+Letters: B texts, M rows asked for, C labels.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .batches import Batch, Sample, pack, plan
+from .encoder import Model
+from .errors import DataError
+from .tokens import Encoded, Tokenizer, mask_tokens
+
+VALIDATION_TOKENS = 8192
+
+
+# ---------------------------------------------------------------- scores without gradients
+
+@dataclasses.dataclass(frozen=True)
+class MaskedToken:
+    """One question to a masked-LM: ids int [n] with the mask in place, the place asked about, the token id whose log-probability is wanted."""
+
+    ids: Sequence[int]
+    place: int
+    target: int
+
+
+def in_eval(function):
+    """Runs a function whose first argument is a Model in eval mode and without gradients, then puts the mode back."""
+    def run(model: Model, *args, **kwargs):
+        mode = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                return function(model, *args, **kwargs)
+        finally:
+            model.train(mode)
+    run.__doc__, run.__name__ = function.__doc__, function.__name__
+    return run
+
+
+def _batches(samples: Sequence[Sample], batch_tokens: int) -> Iterator[tuple[list[int], Batch]]:
+    for items in plan([len(s.ids) for s in samples], batch_tokens=batch_tokens):
+        yield items, pack([samples[i] for i in items])
+
+
+@in_eval
+def masked_log_probs(model: Model, questions: Sequence[MaskedToken], batch_tokens: int = VALIDATION_TOKENS) -> numpy.ndarray:
+    """float64 [len(questions)]: log-probability (nats) of each target at its place; packed, the head on the asked rows only."""
+    samples = [Sample(numpy.asarray(q.ids), numpy.array([q.place]), numpy.array([q.target])) for q in questions]
+    found = numpy.zeros(len(samples))
+    for items, batch in _batches(samples, batch_tokens):
+        found[items] = -_token_nll(model, batch.to(model.device)).cpu().numpy()
+    return found
+
+
+def _token_nll(model: Model, batch: Batch) -> Tensor:
+    """float64 [M]: negative log-likelihood of each target, in nats."""
+    logits = model.mlm_logits(batch).float()  # [M, V]
+    return logits.logsumexp(-1).double() - logits.gather(1, batch.targets[:, None])[:, 0].double()
+
+
+@in_eval
+def masked_lm_nll(model: Model, samples: Sequence[Sample], batch_tokens: int = VALIDATION_TOKENS) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """(float64 [B] summed negative log-likelihood of each sample's targets in nats, int [B] how many targets)."""
+    sums, counts = numpy.zeros(len(samples)), numpy.array([len(s.rows) for s in samples])
+    for items, batch in _batches(samples, batch_tokens):
+        nll = _token_nll(model, batch.to(model.device)).cpu().numpy()
+        sums[items] = [part.sum() for part in numpy.split(nll, numpy.cumsum(batch.row_lengths)[:-1])]
+    return sums, counts
+
+
+@in_eval
+def class_probabilities(model: Model, samples: Sequence[Sample], batch_tokens: int = VALIDATION_TOKENS) -> numpy.ndarray:
+    """float64 [B, C]: probability of each label."""
+    found = numpy.zeros((len(samples), len(model.classifier.labels)))
+    for items, batch in _batches(samples, batch_tokens):
+        found[items] = model.class_logits(batch.to(model.device)).double().softmax(-1).cpu().numpy()
+    return found
+
+
+# ---------------------------------------------------------------- samples
+
+def masked_samples(encoded: Sequence[numpy.ndarray], tokenizer: Tokenizer, generator: numpy.random.Generator, families: Sequence[int] | None = None) -> list[Sample]:
+    """Each text masked by tokens.mask_tokens; rows and targets are what was masked."""
+    samples = []
+    for i, ids in enumerate(encoded):
+        masked, rows, targets = mask_tokens(ids, tokenizer, generator)
+        samples.append(Sample(masked, rows, targets, family=i if families is None else families[i]))
+    return samples
+
+
+FIRST_TOKEN = numpy.array([0])
+
+
+def labelled_samples(encoded: Sequence[Encoded], labels: Sequence[int] | None = None) -> list[Sample]:
+    """Each text with its first token asked for, and its label as target where given."""
+    return [Sample(e.ids, FIRST_TOKEN, None if labels is None else numpy.array([labels[i]]), e.segments, i) for i, e in enumerate(encoded)]
+
+
+def label_indices(labels: Sequence[str], known: Sequence[str], places: Sequence[str]) -> list[int]:
+    """Index of each label in `known`. Raises DataError at the place of one that was not seen in training."""
+    index = {label: i for i, label in enumerate(known)}
+    for label, place in zip(labels, places):
+        if label not in index:
+            shown = ", ".join(list(known)[:10]) + (", ..." if len(known) > 10 else "")
+            raise DataError(f"{place}: label {label!r} was not seen in training; expected one of {shown}")
+    return [index[label] for label in labels]
+
+
+# ---------------------------------------------------------------- tasks
+
+class MaskedLM:
+    """Masked-LM on families (a text and its counterfactuals, never parted). Validation masks are fixed by the seed; the lowest loss is best."""
+
+    metric = "loss"
+    higher_is_better = False
+
+    def __init__(self, families: Sequence[Sequence[numpy.ndarray]], held_out: Sequence[Sequence[numpy.ndarray]], tokenizer: Tokenizer, *, seed: int, batch: dict):
+        self.families, self.tokenizer, self.seed, self.batch = families, tokenizer, seed, batch
+        self.lengths = [sum(len(ids) for ids in family) for family in families]
+        self.members = [len(family) for family in families]
+        self.held_out = masked_samples([ids for family in held_out for ids in family], tokenizer, numpy.random.default_rng([seed, 1]))
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Every family once, in the order and with the masks that (seed, number) give."""
+        order = plan(self.lengths, members=self.members, seed=(self.seed, 0, number), **self.batch)
+        for i, items in enumerate(order):
+            generator = numpy.random.default_rng([self.seed, 2, number, i])
+            encoded = [ids for item in items for ids in self.families[item]]
+            yield pack(masked_samples(encoded, self.tokenizer, generator, [item for item in items for _ in self.families[item]]))
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        """Mean cross-entropy in nats over the masked tokens of the batch."""
+        return F.cross_entropy(model.mlm_logits(batch), batch.targets)
+
+    def validate(self, model: Model) -> dict[str, float]:
+        """{"loss": mean over the held-out masked tokens, in nats}."""
+        sums, counts = masked_lm_nll(model, self.held_out)
+        return {"loss": float(sums.sum() / counts.sum())}
+
+
+class Classification:
+    """Labelled texts; the best value of `measure` on the held-out ones is best.
+
+    measure: (predicted int [N], labels int [N]) -> {name: value}; `metric` names the value that counts. weights: [C] of the labels in the loss, a weighted mean.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, samples: Sequence[Sample], held_out: Sequence[Sample], measure, metric: str, *, seed: int, batch: dict, weights: Sequence[float] | None = None):
+        self.samples, self.held_out, self.measure, self.metric = samples, held_out, measure, metric
+        self.seed, self.batch = seed, batch
+        self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Every text once, in the order that (seed, number) give."""
+        for items in plan([len(s.ids) for s in self.samples], seed=(self.seed, 0, number), **self.batch):
+            yield pack([self.samples[i] for i in items])
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        """Cross-entropy in nats, the mean over the batch weighted by the labels' weights."""
+        logits = model.class_logits(batch)
+        if self.weights is not None and (self.weights.device, self.weights.dtype) != (logits.device, logits.dtype):
+            self.weights = self.weights.to(logits.device, logits.dtype)
+        return F.cross_entropy(logits, batch.targets, weight=self.weights)
+
+    def validate(self, model: Model) -> dict[str, float]:
+        """The measures on the held-out texts."""
+        predicted = class_probabilities(model, self.held_out).argmax(1)
+        return self.measure(predicted, numpy.array([int(s.targets[0]) for s in self.held_out]))

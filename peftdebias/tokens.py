@@ -1,0 +1,165 @@
+"""Text to token ids, and the masking of masked-LM training.
+
+What it adds over the tokenizers library: finding a folder's tokenizer in any of its three forms, special tokens put in here (so that a cut text keeps
+them and is counted), and masking. It leaves out padding.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from .errors import ConfigError, ModelError
+
+STYLES = {
+    "bert": {"cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]", "pad": "[PAD]", "unk": "[UNK]"},
+    "roberta": {"cls": "<s>", "sep": "</s>", "mask": "<mask>", "pad": "<pad>", "unk": "<unk>"},
+}
+MASK_SHARE = 0.15
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """ids int32 [n] with special tokens; segments int32 [n], or None where all are 0; cut: tokens that did not fit."""
+
+    ids: numpy.ndarray
+    segments: numpy.ndarray | None
+    cut: int
+
+
+class Tokenizer:
+    """A tokenizer and the ids of its special tokens. style: "bert" ([CLS] a [SEP] b [SEP], segments 0 and 1) or "roberta" (<s> a </s></s> b </s>)."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, style: str | None = None, settings: dict | None = None):
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.settings = dict(settings or {})
+        self.style = style or ("roberta" if backend.token_to_id("<mask>") is not None else "bert")
+        ids = {}
+        for role, default in STYLES[self.style].items():
+            given = self.settings.get(f"{role}_token", default)
+            given = given["content"] if isinstance(given, dict) else given
+            ids[role] = backend.token_to_id(given or default)
+            if ids[role] is None and role != "unk":
+                raise ModelError(f"tokenizer: expected a {role} token {given or default!r} in the vocabulary, got none")
+        self.cls_id, self.sep_id, self.mask_id, self.pad_id, self.unk_id = (ids[r] for r in ("cls", "sep", "mask", "pad", "unk"))
+        self.special_ids = numpy.array(sorted({i for i in ids.values() if i is not None}))
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1  # one more than the highest id
+
+    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None, max_length: int = 512) -> list[Encoded]:
+        """Each text (with its pair) as ids. What exceeds max_length tokens is cut from the longer of the two, and counted in `cut`.
+
+        Raises ConfigError on a max_length that has no room for the special tokens.
+        """
+        first = [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if pairs is None:
+            return [self._assemble(a, None, max_length) for a in first]
+        second = [e.ids for e in self.backend.encode_batch_fast(list(pairs), add_special_tokens=False)]
+        return [self._assemble(a, b, max_length) for a, b in zip(first, second)]
+
+    def _assemble(self, a: list[int], b: list[int] | None, max_length: int) -> Encoded:
+        middle = [] if b is None else [self.sep_id] * (2 if self.style == "roberta" else 1)
+        room = max_length - 2 - len(middle)
+        if room < 0:
+            raise ConfigError(f"max_length {max_length}: expected at least {2 + len(middle)}, the special tokens of a text")
+        length = len(a) + len(b or ())
+        if b is None:
+            a = a[:room]
+        elif length > room:  # the longer first, then both alike; an odd token is the longer's, as in the tokenizers library
+            short = min(len(a), len(b), room // 2)
+            keep = (short, room - short) if len(a) <= len(b) else (room - short, short)
+            a, b = a[:keep[0]], b[:keep[1]]
+        head = [self.cls_id, *a]
+        tail = [self.sep_id] if b is None else [*b, self.sep_id]
+        ids = head + middle + tail
+        segments = None
+        if b is not None and self.style == "bert":
+            segments = numpy.array([0] * (len(head) + 1) + [1] * len(tail), dtype=numpy.int32)
+        return Encoded(numpy.array(ids, dtype=numpy.int32), segments, max(0, length - room))
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json as transformers reads them."""
+        self.backend.save(str(folder / "tokenizer.json"))
+        names = {f"{role}_token": self.settings.get(f"{role}_token") or token for role, token in STYLES[self.style].items()}
+        names["tokenizer_class"] = "RobertaTokenizer" if self.style == "roberta" else "BertTokenizer"
+        (folder / "tokenizer_config.json").write_text(json.dumps({**self.settings, **names}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a model folder: tokenizer.json, else vocab.txt, else vocab.json + merges.txt.
+
+    Lower-casing of a vocab.txt is read from tokenizer_config.json (`do_lower_case`, default true). Raises ModelError that names what is missing.
+    """
+    folder = Path(folder)
+    settings = {}
+    try:
+        if (folder / "tokenizer_config.json").exists():
+            settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if (folder / "tokenizer.json").exists():
+            return Tokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), settings=settings)
+        if (folder / "vocab.txt").exists():
+            return wordpiece(_lines(folder / "vocab.txt"), settings)
+        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            return _byte_bpe(folder, settings)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from None
+    except Exception as error:  # the tokenizers library raises bare Exception on a malformed file
+        raise ModelError(f"{folder}: tokenizer cannot be read: {error}") from None
+    raise ModelError(f"{folder}: expected tokenizer.json, vocab.txt, or vocab.json with merges.txt; found none")
+
+
+def _lines(path: Path) -> list[str]:
+    """A token a line; only newlines end one (str.splitlines would part tokens that hold other separators, and shift all ids after them)."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def wordpiece(vocabulary: Iterable[str], settings: dict | None = None) -> Tokenizer:
+    """BERT's WordPiece tokenizer over a list of tokens, ids in order; `do_lower_case` and `strip_accents` from settings."""
+    settings = dict(settings or {})
+    lower = settings.get("do_lower_case", True)
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    backend = tokenizers.Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lower, strip_accents=settings.get("strip_accents"),
+                                                    handle_chinese_chars=settings.get("tokenize_chinese_chars", True))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.add_special_tokens([t for t in STYLES["bert"].values() if t in ids])
+    tokenizer = Tokenizer(backend, "bert", settings)
+    backend.post_processor = tokenizers.processors.BertProcessing(("[SEP]", tokenizer.sep_id), ("[CLS]", tokenizer.cls_id))
+    return tokenizer
+
+
+def _byte_bpe(folder: Path, settings: dict) -> Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.get("add_prefix_space", False))
+    backend.decoder = decoders.ByteLevel()
+    special = [t for role, t in STYLES["roberta"].items() if role != "mask" and backend.token_to_id(t) is not None]
+    # RoBERTa's mask takes the space before it, so that " <mask>" is one token.
+    backend.add_special_tokens([*special, tokenizers.AddedToken("<mask>", lstrip=True, special=True)])
+    tokenizer = Tokenizer(backend, "roberta", settings)
+    backend.post_processor = tokenizers.processors.RobertaProcessing(("</s>", tokenizer.sep_id), ("<s>", tokenizer.cls_id))
+    return tokenizer
+
+
+def mask_tokens(ids: numpy.ndarray, tokenizer: Tokenizer, generator: numpy.random.Generator,
+                share: float = MASK_SHARE) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """BERT's masking (Devlin et al. 2019, 3.1): (ids to read [n], rows [m] ascending, targets [m]).
+
+    max(1, round(share * n)) of the n tokens that are not special are chosen without replacement; of these 80 % become the mask token, 10 % a random token,
+    10 % stay. A text of special tokens only gets no rows.
+    """
+    places = numpy.flatnonzero(~numpy.isin(ids, tokenizer.special_ids))
+    if len(places) == 0:
+        return ids, places, ids[places]
+    rows = numpy.sort(generator.choice(places, size=max(1, round(share * len(places))), replace=False))
+    masked, kind = ids.copy(), generator.random(len(rows))
+    masked[rows[kind < 0.8]] = tokenizer.mask_id
+    drawn = (kind >= 0.8) & (kind < 0.9)
+    masked[rows[drawn]] = generator.integers(tokenizer.vocab_size, size=int(drawn.sum()))
+    return masked, rows, ids[rows]

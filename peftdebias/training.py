@@ -1,0 +1,163 @@
+"""One loop for both phases. It knows no method, no axis and no task: it gets parameters, batches, a loss and a validation.
+
+AdamW (Loshchilov and Hutter 2019) with a linear warm-up and decay, gradient clipping, bf16 autocast on a GPU; the state with the best validation is kept.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from tqdm import tqdm
+
+from .encoder import Model
+from .errors import ConfigError, PeftDebiasError
+from .patch import Folded
+
+LOG_EVERY = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """steps in all; validate_every steps (or None: at the end of every epoch); lr is the peak; warmup a share of the steps; clip a gradient norm."""
+
+    steps: int
+    lr: float
+    validate_every: int | None = None
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    precision: str = "float32"
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step 1..steps."""
+        rise = max(1, round(self.warmup * self.steps))
+        if step <= rise and self.warmup > 0:
+            return self.lr * step / rise
+        return self.lr * (self.steps - step + 1) / max(1, self.steps - (rise if self.warmup > 0 else 0))
+
+
+@dataclasses.dataclass
+class Outcome:
+    """before: validation at the start; best: the one kept, and at which step; seconds of training and how many valid tokens a second."""
+
+    before: dict[str, float]
+    best: dict[str, float]
+    best_step: int
+    seconds: float
+    tokens_per_second: float
+
+
+def pick_device(name: str) -> torch.device:
+    """auto is a GPU where there is one. Raises ConfigError on a name torch does not know or a GPU that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device: expected cpu, cuda, cuda:1, ... or auto, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: expected a CUDA device, found none here")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """auto is bf16 on a GPU, float32 elsewhere. Raises ConfigError on bf16 without a GPU."""
+    if name == "auto":
+        return "bf16" if device.type == "cuda" else "float32"
+    if name == "bf16" and device.type != "cuda":
+        raise ConfigError(f"--precision bf16: expected a GPU, got {device.type}; use float32")
+    return name
+
+
+def make_optimizer(parameters: dict[str, Parameter], schedule: Schedule) -> torch.optim.AdamW:
+    """Fused AdamW; matrices decay, biases, norms and other vectors do not."""
+    matrices = [p for p in parameters.values() if p.dim() > 1]
+    vectors = [p for p in parameters.values() if p.dim() <= 1]
+    groups = [{"params": ps, "weight_decay": decay} for ps, decay in ((matrices, schedule.weight_decay), (vectors, 0.0)) if ps]
+    return torch.optim.AdamW(groups, lr=schedule.lr, fused=True)
+
+
+def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedule, log: Callable[..., None] = lambda **event: None,
+          folded: Folded | None = None, label: str = "") -> Outcome:
+    """Train `parameters` (all that requires gradients) on task.epoch(0), task.epoch(1), ... and leave the best state in them.
+
+    task: see tasks.MaskedLM. folded: deltas in the base that weight decay must not touch. log: gets every event as keywords. label: names the progress bar.
+    Repeats bit for bit on the same machine. Raises PeftDebiasError when the loss is not finite.
+    """
+    device = model.device
+    optimizer = make_optimizer(parameters, schedule)
+    decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(schedule.seed)
+        before = task.validate(model)
+        log(event="validation", step=0, **before)
+        best, best_step, kept = None, 0, {}
+        model.train()
+        step, epoch, tokens = 0, 0, 0
+        started, losses = time.perf_counter(), []
+        bar = tqdm(total=schedule.steps, desc=label, unit="step", disable=None, dynamic_ncols=True)
+        while step < schedule.steps:
+            batches, found = task.epoch(epoch), 0
+            for batch in batches:
+                found += 1
+                step += 1
+                rate = schedule.rate(step)
+                losses.append(_step(model, task, batch.to(device), optimizer, rate, parameters, schedule))
+                if folded is not None:
+                    folded.after_step({key: rate * decay for key, decay in decay_of.items()})
+                tokens += sum(batch.lengths)
+                bar.update()
+                if step % LOG_EVERY == 0 or step == schedule.steps:
+                    mean = float(torch.stack(losses).mean())
+                    if not math.isfinite(mean):
+                        raise PeftDebiasError(f"step {step}: the loss is {mean}; expected a finite one (a lower --lr may help)")
+                    speed = tokens / (time.perf_counter() - started)
+                    log(event="step", step=step, loss=mean, lr=rate, tokens_per_second=round(speed))
+                    bar.set_postfix(loss=f"{mean:.4f}", tokens=f"{speed:.0f}/s")
+                    losses = []
+                if (schedule.validate_every and step % schedule.validate_every == 0) or step == schedule.steps:
+                    best, best_step, kept = _validate(model, task, parameters, log, step, best, best_step, kept)
+                if step == schedule.steps:
+                    break
+            if not found:
+                raise PeftDebiasError("training: expected at least one batch an epoch, got none")
+            if schedule.validate_every is None and step < schedule.steps:
+                best, best_step, kept = _validate(model, task, parameters, log, step, best, best_step, kept)
+            epoch += 1
+        bar.close()
+        seconds = time.perf_counter() - started
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(kept[name])
+    model.eval()
+    return Outcome(before, best, best_step, seconds, tokens / seconds)
+
+
+def _step(model: Model, task, batch, optimizer: torch.optim.Optimizer, rate: float, parameters: dict[str, Parameter], schedule: Schedule) -> Tensor:
+    """One update; returns the loss, detached and still on its device."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    with torch.autocast("cuda", torch.bfloat16) if schedule.precision == "bf16" else contextlib.nullcontext():
+        loss = task.loss(model, batch)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters.values(), schedule.clip)
+    optimizer.step()
+    return loss.detach()
+
+
+def _validate(model: Model, task, parameters: dict[str, Parameter], log, step: int, best: dict | None, best_step: int, kept: dict) -> tuple[dict, int, dict]:
+    found = task.validate(model)
+    sign = 1 if task.higher_is_better else -1
+    better = best is None or sign * found[task.metric] > sign * best[task.metric]
+    log(event="validation", step=step, kept=better, **found)
+    if better:
+        best, best_step = found, step
+        kept = {name: p.detach().cpu().clone() for name, p in parameters.items()}
+    return best, best_step, kept

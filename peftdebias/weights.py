@@ -1,0 +1,348 @@
+"""Hugging Face model folders in and out: the border where foreign names become ours, through one reversible table.
+
+It reads `config.json` with `model.safetensors`, sharded safetensors with an index, or `pytorch_model.bin` (weights_only), as they are found in the
+wild; it writes what `transformers` loads to the same outputs. It leaves out every model type but bert and roberta.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .encoder import EncoderConfig, Model
+from .errors import ModelError
+from .tokens import Tokenizer, load_tokenizer
+
+# ours -> theirs; {i} is the layer. Q, K and V of a layer are three tensors there and one here, in that order.
+ENCODER_NAMES = {
+    "embeddings.word": "embeddings.word_embeddings",
+    "embeddings.position": "embeddings.position_embeddings",
+    "embeddings.segment": "embeddings.token_type_embeddings",
+    "embeddings.norm": "embeddings.LayerNorm",
+    "layers.{i}.attention.query": "encoder.layer.{i}.attention.self.query",
+    "layers.{i}.attention.key": "encoder.layer.{i}.attention.self.key",
+    "layers.{i}.attention.value": "encoder.layer.{i}.attention.self.value",
+    "layers.{i}.attention.output": "encoder.layer.{i}.attention.output.dense",
+    "layers.{i}.attention.norm": "encoder.layer.{i}.attention.output.LayerNorm",
+    "layers.{i}.feed_forward.up": "encoder.layer.{i}.intermediate.dense",
+    "layers.{i}.feed_forward.down": "encoder.layer.{i}.output.dense",
+    "layers.{i}.feed_forward.norm": "encoder.layer.{i}.output.LayerNorm",
+}
+HEAD_NAMES = {
+    "bert": {
+        "mlm.dense": "cls.predictions.transform.dense",
+        "mlm.norm": "cls.predictions.transform.LayerNorm",
+        "mlm.decoder": "cls.predictions.decoder",
+        "mlm": "cls.predictions",
+        "classifier.dense": "bert.pooler.dense",
+        "classifier.output": "classifier",
+    },
+    "roberta": {
+        "mlm.dense": "lm_head.dense",
+        "mlm.norm": "lm_head.layer_norm",
+        "mlm.decoder": "lm_head.decoder",
+        "mlm": "lm_head",
+        "classifier.dense": "classifier.dense",
+        "classifier.output": "classifier.out_proj",
+    },
+}
+QKV = ("query", "key", "value")
+ARCHITECTURES = {"bert": "Bert", "roberta": "Roberta"}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What a folder held against what the model needed, by our names: new (drawn or zeroed here) and unused (in the files, not in the model)."""
+
+    folder: Path
+    new: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """For people: nothing where all fits."""
+        return [f"{self.folder}: {what} {', '.join(names)}" for what, names in
+                (("new, not in the files:", self.new), ("in the files, not used:", self.unused)) if names]
+
+
+@dataclasses.dataclass
+class Loaded:
+    """A model with the tokenizer of its folder."""
+
+    model: Model
+    tokenizer: Tokenizer
+    report: LoadReport
+
+
+# ---------------------------------------------------------------- names
+
+def foreign_names(config: EncoderConfig) -> dict[str, str]:
+    """Our module name -> theirs, with prefix, for every layer; Q, K and V apart."""
+    prefix = config.kind + "."
+    names = {}
+    for ours, theirs in ENCODER_NAMES.items():
+        for i in range(config.layers) if "{i}" in ours else (0,):
+            names[ours.format(i=i)] = prefix + theirs.format(i=i)
+    return names | HEAD_NAMES[config.kind]
+
+
+def from_foreign(tensors: dict[str, Tensor], config: EncoderConfig) -> tuple[dict[str, Tensor], list[str]]:
+    """Their tensors -> (ours by name, with Q, K, V joined; names nobody here knows).
+
+    Accepts names with and without the `bert.`/`roberta.` prefix and legacy LayerNorm names gamma and beta. Raises ModelError where Q, K and V of a layer do not
+    fit together.
+    """
+    back = {theirs: ours for ours, theirs in foreign_names(config).items()}
+    found, unknown = {}, []
+    prefix = config.kind + "."
+    for name, tensor in tensors.items():
+        stem, _, last = name.rpartition(".")
+        last = {"gamma": "weight", "beta": "bias"}.get(last, last)
+        ours = back.get(stem) or back.get(prefix + stem)
+        if ours is None or last not in ("weight", "bias"):
+            unknown.append(name)
+        elif ours == "mlm.decoder" and last == "bias":
+            found["mlm.bias"] = tensor  # some files store the bias under the decoder, some under both: as in transformers the decoder's counts
+        elif ours == "mlm":
+            found.setdefault("mlm.bias", tensor)
+        else:
+            found[f"{ours}.{last}"] = tensor
+    for i in range(config.layers):
+        for last in ("weight", "bias"):
+            names = [f"layers.{i}.attention.{kind}.{last}" for kind in QKV]
+            parts = [found.pop(name, None) for name in names]
+            if any(p is not None for p in parts):
+                for name, part in zip(names, parts):
+                    _fits(name, part, [config.hidden] * (2 if last == "weight" else 1), config)
+                found[f"layers.{i}.attention.qkv.{last}"] = torch.cat(parts)
+    return found, unknown
+
+
+def to_foreign(tensors: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
+    """The inverse of from_foreign, with prefix and today's names."""
+    names, out = foreign_names(config), {}
+    for name, tensor in tensors.items():
+        stem, _, last = name.rpartition(".")
+        if stem.endswith(".qkv"):
+            for kind, part in zip(QKV, tensor.split(config.hidden)):
+                out[f"{names[stem.removesuffix('qkv') + kind]}.{last}"] = part.contiguous()
+        else:
+            out[f"{names[stem]}.{last}"] = tensor.contiguous()
+    if "mlm.decoder.weight" in tensors and "mlm.bias" in tensors:
+        out[names["mlm.decoder"] + ".bias"] = tensors["mlm.bias"].clone()  # transformers ties the two biases only where it ties the weights
+    return out
+
+
+@contextlib.contextmanager
+def _naming(place: Path) -> Iterator[None]:
+    """A ModelError raised inside says where."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{place}: {error}") from None
+
+
+def _fits(ours: str, tensor: Tensor | None, shape: Sequence[int], config: EncoderConfig) -> None:
+    """Raises ModelError that names the tensor, here and there, unless it has the shape that config.json asks for."""
+    stem, _, last = ours.rpartition(".")
+    name = f"{ours} ({foreign_names(config).get(stem.replace('qkv', 'query'), stem)}.{last})"
+    if tensor is None:
+        raise ModelError(f"expected the tensor {name}, found none")
+    if list(tensor.shape) != list(shape):
+        raise ModelError(f"{name}: expected shape {list(shape)} by config.json, got {list(tensor.shape)}")
+
+
+# ---------------------------------------------------------------- configuration
+
+def read_config(folder: Path) -> tuple[EncoderConfig, dict]:
+    """(our configuration, the raw one) of a folder's config.json. Raises ModelError on another model type or a feature that is not here."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ModelError(f"{folder}: expected a Hugging Face model folder with config.json, found none")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    kind = raw.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ModelError(f"{path}: model_type: expected bert or roberta, got {kind!r}")
+    for key, want in (("position_embedding_type", "absolute"), ("is_decoder", False), ("add_cross_attention", False)):
+        if raw.get(key, want) != want:
+            raise ModelError(f"{path}: {key}: expected {want!r}, got {raw[key]!r}")
+    pad = raw.get("pad_token_id")
+    pad = (0 if kind == "bert" else 1) if pad is None else pad
+    offset = pad + 1 if kind == "roberta" else 0
+    dropout = raw.get("hidden_dropout_prob", 0.1)
+    classifier_dropout = raw.get("classifier_dropout")
+    try:
+        config = EncoderConfig(
+            kind=kind, layers=raw["num_hidden_layers"], hidden=raw["hidden_size"], heads=raw["num_attention_heads"], feed_forward=raw["intermediate_size"],
+            vocab=raw["vocab_size"], max_positions=raw["max_position_embeddings"] - offset, segments=raw.get("type_vocab_size", 2),
+            position_offset=offset, activation=raw.get("hidden_act", "gelu"), norm_eps=raw.get("layer_norm_eps", 1e-12), dropout=dropout,
+            attention_dropout=raw.get("attention_probs_dropout_prob", 0.1),
+            classifier_dropout=dropout if classifier_dropout is None else classifier_dropout, pad_id=pad,
+            tied=raw.get("tie_word_embeddings", True), initializer_range=raw.get("initializer_range", 0.02))
+    except KeyError as error:
+        raise ModelError(f"{path}: expected the key {error}, found none") from None
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    return config, raw
+
+
+def foreign_config(model: Model) -> dict:
+    """config.json for `model`, as transformers reads it."""
+    c = model.config
+    head = "ForSequenceClassification" if model.classifier else "ForMaskedLM" if model.mlm else "Model"
+    raw = {
+        "architectures": [ARCHITECTURES[c.kind] + head], "model_type": c.kind, "num_hidden_layers": c.layers, "hidden_size": c.hidden,
+        "num_attention_heads": c.heads, "intermediate_size": c.feed_forward, "vocab_size": c.vocab,
+        "max_position_embeddings": c.max_positions + c.position_offset, "type_vocab_size": c.segments, "hidden_act": c.activation,
+        "layer_norm_eps": c.norm_eps, "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": c.attention_dropout,
+        "classifier_dropout": c.classifier_dropout, "pad_token_id": c.pad_id, "tie_word_embeddings": model.mlm is None or model.mlm.decoder is None,
+        "initializer_range": c.initializer_range, "dtype": str(model.encoder.embeddings.word.weight.dtype).removeprefix("torch."),
+    }
+    if c.kind == "roberta":
+        raw |= {"bos_token_id": 0, "eos_token_id": 2}
+    if model.classifier:
+        raw["id2label"] = {str(i): label for i, label in enumerate(model.classifier.labels)}
+        raw["label2id"] = {label: i for i, label in enumerate(model.classifier.labels)}
+    return raw
+
+
+# ---------------------------------------------------------------- folders
+
+def find_folder(name: str | Path) -> Path:
+    """A model folder: the path itself, RUN/model of a run folder, or a name in the local Hugging Face cache. Raises ModelError that says how to fetch it."""
+    path = Path(name)
+    if (path / "model" / "config.json").exists() and not (path / "config.json").exists():
+        return path / "model"
+    if path.is_dir():
+        return path
+    cache = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+    stored = Path(cache) / ("models--" + str(name).replace("/", "--"))
+    reference = stored / "refs" / "main"
+    snapshots = sorted((stored / "snapshots").glob("*/config.json"))
+    if reference.exists() and (stored / "snapshots" / reference.read_text().strip() / "config.json").exists():
+        return stored / "snapshots" / reference.read_text().strip()
+    if snapshots:
+        return snapshots[-1].parent
+    raise ModelError(f"model {str(name)!r}: no such folder, and not in the Hugging Face cache {cache}; fetch it with `hf download {name}`")
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model folder by their names there. Raises ModelError that names the files it looked for, or the one it could not read."""
+    index = folder / "model.safetensors.index.json"
+    bin_index = folder / "pytorch_model.bin.index.json"
+    files = [folder / "model.safetensors"]
+    for listing in (index, bin_index):
+        if listing.exists() and not files[0].exists():
+            try:
+                files = [folder / name for name in sorted(set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values()))]
+            except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+                raise ModelError(f"{listing}: expected JSON with a weight_map, got {error!r}") from None
+            break
+    else:
+        if not files[0].exists():
+            files = [folder / "pytorch_model.bin"]
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        if not path.exists():
+            wanted = "model.safetensors, model.safetensors.index.json or pytorch_model.bin" if len(files) == 1 else path.name
+            raise ModelError(f"{folder}: expected {wanted}, found none")
+        try:
+            tensors |= (safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True))
+        except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, TypeError) as error:
+            raise ModelError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # pickle.UnpicklingError: the file wants to run code
+            raise ModelError(f"{path}: expected plain tensors, got {type(error).__name__} (unpickling anything else is refused)") from None
+    return tensors
+
+
+def load_model(folder: str | Path, *, mlm: bool | None = None, labels: tuple[str, ...] | None = None, dtype: torch.dtype = torch.float32,
+               seed: int = 0) -> tuple[Model, LoadReport]:
+    """A model from a folder or cached name.
+
+    mlm: True needs the masked-LM head (ModelError where the files have none), False leaves it out, None takes it where it is.
+    labels: the classifier wanted; None takes the stored one, () none. A stored output layer is used where its labels are the same, else drawn anew from
+    `seed`; a stored pooler always serves. dtype: of all parameters. Raises ModelError on missing tensors and on shapes that do not match, by name.
+    """
+    folder = find_folder(folder)
+    config, raw = read_config(folder)
+    tensors = read_tensors(folder)
+    with _naming(folder):
+        found, unknown = from_foreign(tensors, config)
+    stored_labels = _stored_labels(raw, found, folder)
+    labels = stored_labels if labels is None else labels
+    if labels != stored_labels:
+        found = {name: t for name, t in found.items() if not name.startswith("classifier.output.")}
+    has_mlm = "mlm.dense.weight" in found
+    if mlm and not has_mlm:
+        raise ModelError(f"{folder}: expected a masked-LM head (cls.predictions or lm_head), found none; upstream training needs one")
+    mlm = has_mlm if mlm is None else mlm
+    decoder, word = found.pop("mlm.decoder.weight", None), found.get("embeddings.word.weight")
+    # As transformers does: what the files hold wins over `tie_word_embeddings`; without a stored decoder there is nothing to untie.
+    same = decoder is None or (word is not None and decoder.shape == word.shape and torch.equal(decoder, word))
+    config = dataclasses.replace(config, tied=decoder is None or (same and config.tied))
+    if decoder is not None and mlm and not config.tied:
+        found["mlm.decoder.weight"] = decoder
+    with torch.device("meta"):
+        model = Model(config, mlm=mlm, labels=labels)
+    model = model.to(dtype).to_empty(device="cpu").eval()
+    generator, new = torch.Generator().manual_seed(seed), []
+    for part, module in (("mlm", model.mlm), ("classifier", model.classifier)):
+        if module is not None:
+            model.initialize(module, generator)
+    for name, parameter in model.named_parameters():
+        ours = name.removeprefix("encoder.")
+        tensor = found.pop(ours, None)
+        if tensor is None and name.startswith(("classifier.", "mlm.bias")):
+            new.append(ours)
+            continue
+        with _naming(folder), torch.no_grad():
+            _fits(ours, tensor, parameter.shape, config)
+            parameter.copy_(tensor)
+    # A pooler that no head uses now is carried along, so that saving loses nothing a later classifier starts from.
+    model.carried = {name: found.pop(name).to(dtype) for name in list(found) if name.startswith("classifier.dense.")}
+    unused = sorted(found) + [n for n in sorted(unknown) if not n.endswith("position_ids")]
+    return model, LoadReport(folder, tuple(new), tuple(unused))
+
+
+def _stored_labels(raw: dict, found: dict[str, Tensor], folder: Path) -> tuple[str, ...]:
+    output = found.get("classifier.output.weight")
+    if output is None:
+        return ()
+    names = raw.get("id2label") or {str(i): f"LABEL_{i}" for i in range(output.shape[0])}
+    if set(names) != {str(i) for i in range(output.shape[0])}:
+        raise ModelError(f"{folder}: id2label names the labels {', '.join(names)}; expected 0 to {output.shape[0] - 1}, the rows of the classifier")
+    return tuple(str(names[str(i)]) for i in range(len(names)))
+
+
+def load(folder: str | Path, **options) -> Loaded:
+    """load_model with the folder's tokenizer. Raises ModelError where the tokenizer's ids exceed the model's vocabulary, naming both."""
+    model, report = load_model(folder, **options)
+    tokenizer = load_tokenizer(report.folder)
+    if tokenizer.vocab_size > model.config.vocab:
+        raise ModelError(f"{report.folder}: tokenizer has {tokenizer.vocab_size} tokens; expected at most the model's vocabulary of {model.config.vocab}")
+    return Loaded(model, tokenizer, report)
+
+
+def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
+    """Write a folder that transformers loads to the same outputs; attached methods are not part of it. Returns the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = {name.removeprefix("encoder."): p.detach().cpu() for name, p in model.named_parameters()}
+    if model.classifier is None:
+        ours |= model.carried
+    safetensors.torch.save_file(to_foreign(ours, model.config), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(foreign_config(model), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    return folder

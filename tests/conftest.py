@@ -1,0 +1,32 @@
+"""What every test file may use: the fixture `shared`, the marks `slow` and `gpu` (described in pyproject.toml), and no network."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Set before anything imports transformers or tokenizers: tests never ask a hub, and a forked tokenizer does not warn.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and models: ../shared beside the checkout, or $PEFTDEBIAS_SHARED. Without it the test is skipped."""
+    folder = Path(os.environ.get("PEFTDEBIAS_SHARED") or ROOT.parent / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"needs the real data and models in {folder} (PEFTDEBIAS_SHARED names another folder)")
+    return folder
+
+
+def pytest_collection_modifyitems(items):
+    """Skips tests marked `gpu` where torch sees no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,167 @@
+"""Packing against batches made by hand; the plan is a partition, keeps its limits and its seed; where spans say that sequences begin."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from peftdebias.batches import WINDOW, Sample, Spans, cumulative, pack, plan
+
+
+def sample(*ids, rows=(), targets=None, segments=None, family=0):
+    arrays = [None if x is None else np.array(x, dtype=np.int32) for x in (ids, rows, targets, segments)]
+    return Sample(arrays[0], arrays[1], arrays[2], arrays[3], family)
+
+
+def equal(tensor, values, dtype=torch.int64):
+    assert tensor.dtype == dtype and tensor.tolist() == list(values)
+    return True
+
+
+# pack
+
+
+def test_every_field_of_a_batch_made_by_hand():
+    batch = pack([
+        sample(11, 12, 13, rows=[1], targets=[7], family=5),
+        sample(21, rows=[0], targets=[8], family=5),
+        sample(31, 32, 33, 34, rows=[0, 3], targets=[9, 10], segments=[0, 0, 1, 1], family=2),
+    ])
+    assert equal(batch.ids, [11, 12, 13, 21, 31, 32, 33, 34])
+    assert equal(batch.positions, [0, 1, 2, 0, 0, 1, 2, 3])
+    assert equal(batch.segments, [0, 0, 0, 0, 0, 0, 1, 1])
+    assert equal(batch.cu_seqlens, [0, 3, 4, 8], torch.int32)
+    assert equal(batch.rows, [1, 3, 4, 7])
+    assert equal(batch.targets, [7, 8, 9, 10])
+    assert equal(batch.family, [5, 5, 2])
+    assert (batch.lengths, batch.row_lengths, batch.max_length) == ((3, 1, 4), (1, 1, 2), 4)
+    assert {f.name for f in dataclasses.fields(batch)} == {  # CONTRACTS.md, and the host's row_lengths
+        "ids", "positions", "segments", "cu_seqlens", "rows", "targets", "lengths", "row_lengths", "max_length", "family"}
+
+
+def test_targets_are_packed_only_where_every_sample_has_them():
+    assert pack([sample(1, rows=[0], targets=[3]), sample(2, rows=[0])]).targets is None
+    assert equal(pack([sample(1, rows=[0], targets=[3]), sample(2, 3, targets=[])]).targets, [3])
+
+
+def test_no_sample_is_an_empty_batch():
+    batch = pack([])
+    assert equal(batch.ids, []) and equal(batch.rows, []) and equal(batch.cu_seqlens, [0], torch.int32)
+    assert (batch.lengths, batch.max_length, batch.targets) == ((), 0, None)
+
+
+def test_spans_of_a_batch():
+    batch = pack([sample(1, 2, 3, rows=[2]), sample(4), sample(5, 6, rows=[0, 1])])
+    assert (batch.spans.query_lengths, batch.spans.key_lengths) == ((3, 1, 2), (3, 1, 2))
+    assert (batch.row_spans.query_lengths, batch.row_spans.key_lengths) == ((1, 0, 2), (3, 1, 2))
+
+
+def test_moving_a_batch_moves_every_tensor_and_nothing_else():
+    batch = pack([sample(1, 2, 3, rows=[2], targets=[1]), sample(4, rows=[0], targets=[2])])
+    moved = batch.to("meta")
+    for field in dataclasses.fields(batch):
+        before, after = getattr(batch, field.name), getattr(moved, field.name)
+        if isinstance(before, torch.Tensor):
+            assert (after.device.type, after.shape, after.dtype) == ("meta", before.shape, before.dtype)
+        else:
+            assert after == before
+    assert moved.spans.cu_keys.device.type == "meta"
+    assert batch.to("cpu") is batch
+
+
+# Spans
+
+
+def test_spans_made_by_hand():
+    spans = Spans((1, 0, 2), (3, 1, 2))
+    assert equal(spans.cu_queries, [0, 1, 1, 3], torch.int32)
+    assert equal(spans.cu_keys, [0, 3, 4, 6], torch.int32)
+    assert equal(spans.padded_queries, [0, 4, 5])  # three sequences of 2 places each
+    assert equal(spans.padded_keys, [0, 1, 2, 3, 6, 7])  # three sequences of 3 places each
+    assert spans.key_mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
+
+
+def test_equal_lengths_need_no_mask():
+    assert Spans((1, 2), (3, 3)).key_mask is None
+    assert Spans((), ()).key_mask is None
+    assert Spans((0, 1), (0, 1)).key_mask.tolist() == [[False], [True]]
+
+
+def test_cumulative_starts_at_zero():
+    assert equal(cumulative([]), [0], torch.int32)
+    assert equal(cumulative((2, 0, 5)), [0, 2, 2, 7], torch.int32)
+
+
+# plan
+
+
+LENGTHS = np.random.default_rng(0).integers(1, 61, 1009)
+MEMBERS = np.random.default_rng(1).integers(2, 6, 1009)
+
+
+@pytest.mark.parametrize("seed", [None, 0, (0, 3)])
+@pytest.mark.parametrize("options", [
+    dict(batch_size=13), dict(batch_tokens=211), dict(batch_size=13, members=MEMBERS), dict(batch_tokens=211, members=MEMBERS), dict(batch_size=1)])
+def test_a_plan_is_a_partition_within_its_limit(options, seed):
+    batches = plan(LENGTHS, seed=seed, **options)
+    assert sorted(item for batch in batches for item in batch) == list(range(1009))
+    tokens, members = options.get("batch_tokens"), options.get("members", np.ones(1009))
+    for batch in batches:
+        assert batch
+        used = LENGTHS[batch].sum() if tokens else members[batch].sum()
+        assert used <= (tokens or options["batch_size"])
+    if seed is None:  # greedy over one order: no two neighbours would have fitted into one
+        for one, two in zip(batches, batches[1:]):
+            assert (LENGTHS if tokens else members)[[*one, two[0]]].sum() > (tokens or options["batch_size"])
+
+
+def test_a_family_is_one_item_and_never_parted():
+    """Members count towards batch_size, but a family larger than a batch still comes whole, alone."""
+    batches = plan([10, 30, 50], members=[2, 6, 10], batch_size=5, seed=0)
+    assert sorted(batches) == [[0], [1], [2]]
+    assert sorted(plan([10, 30, 50], batch_tokens=45, seed=0)) == [[0, 1], [2]]
+
+
+def test_a_seed_repeats_and_another_differs():
+    order = plan(LENGTHS, batch_size=13, seed=(0, 1))
+    assert order == plan(LENGTHS, batch_size=13, seed=(0, 1))
+    assert order != plan(LENGTHS, batch_size=13, seed=(0, 2))
+    assert plan(LENGTHS, batch_size=13) == plan(LENGTHS, batch_size=13)
+
+
+def spread(batches, lengths):
+    """Mean over batches of longest - shortest."""
+    return np.mean([np.ptp(lengths[batch]) for batch in batches])
+
+
+def test_lengths_in_a_batch_are_near_equal():
+    assert spread(plan(LENGTHS, batch_size=13, seed=0), LENGTHS) < 3  # shuffled batches of 13 of 60 lengths would spread over 52
+    assert spread(plan(LENGTHS, batch_size=13), LENGTHS) < 1
+    per_member = LENGTHS * MEMBERS  # families of texts of LENGTHS tokens: near-equal are the texts, not the families
+    assert spread(plan(per_member, members=MEMBERS, batch_size=37, seed=0), LENGTHS) < 3
+    assert spread(plan(per_member, members=MEMBERS, batch_tokens=997, seed=0), LENGTHS) < 6
+
+
+def test_lengths_are_sorted_within_windows_only():
+    """Ten windows of 1920 different lengths: three neighbours of a window lie 2 x 10 apart on average (sorted over all: 2), and the seed says which."""
+    lengths = np.arange(10 * WINDOW * 3)
+    batches = plan(lengths, batch_size=3, seed=0)
+    assert 15 < spread(batches, lengths) < 25
+    assert {tuple(sorted(b)) for b in batches} != {tuple(sorted(b)) for b in plan(lengths, batch_size=3, seed=1)}
+
+
+def test_the_order_of_batches_is_shuffled_too():
+    """A window of 1009 texts holds all: sorted batches would begin with the shortest and end with the longest."""
+    means = [LENGTHS[batch].mean() for batch in plan(LENGTHS, batch_size=16, seed=0)]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 4 / np.sqrt(len(means))
+
+
+def test_nothing_to_plan():
+    assert plan([], batch_size=3, seed=0) == plan([], batch_tokens=3) == []
+
+
+@pytest.mark.parametrize("options", [{}, dict(batch_size=3, batch_tokens=5)])
+def test_one_limit_is_needed(options):
+    with pytest.raises(ValueError, match="expected one of batch_size and batch_tokens"):
+        plan([1, 2], **options)

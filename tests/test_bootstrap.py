@@ -1,0 +1,79 @@
+"""Bootstrap intervals: repeatable, the three ways agree, they cover the truth, and resampled counts are what drawing gives."""
+
+import json
+
+import numpy as np
+import pytest
+
+from peftdebias.errors import DataError
+from peftdebias.metrics import Measure, bootstrap
+
+
+def test_seeds_repeat_and_differ():
+    values = np.random.default_rng(0).normal(size=37)
+    for call in (
+        lambda seed: bootstrap.interval(lambda i: values[i].max(), 37, seed=seed, samples=50),
+        lambda seed: bootstrap.mean_interval(values, seed=seed, samples=50),
+        lambda seed: bootstrap.counts([3, 7, 13], seed=seed, samples=5).tolist(),
+    ):
+        assert call(1) == call(1) != call(2)
+
+
+def test_the_generic_interval_of_a_mean_is_the_normal_one():
+    """sd / sqrt(n) is known: the ends lie at 1.96 of it, within the noise of 4000 resamples."""
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    width = 1.96 * values.std() / 20
+    for low, high in (
+        bootstrap.interval(lambda i: values[i].mean(), 400, samples=4000),
+        bootstrap.mean_interval(values, samples=4000),
+    ):
+        assert abs(low - (values.mean() - width)) < 0.08 * width
+        assert abs(high - (values.mean() + width)) < 0.08 * width
+
+
+def test_means_of_few_values_go_through_counts_and_agree():
+    values = np.random.default_rng(0).integers(0, 3, 1000)
+    fast, slow = bootstrap.mean_interval(values, samples=4000), bootstrap.interval(lambda i: values[i].mean(), 1000, samples=4000)
+    assert np.allclose(fast, slow, atol=0.008)  # standard error of a mean here is 0.026
+
+
+def test_means_in_blocks_are_means_one_by_one():
+    values = np.random.default_rng(0).normal(size=10_007)  # 419 resamples a block
+    assert bootstrap.mean_interval(values) == pytest.approx(bootstrap.interval(lambda i: values[i].mean(), 10_007), abs=1e-12)
+
+
+def test_intervals_cover_the_truth():
+    """95 % intervals of a mean of 200 over 400 data sets: between 91 and 98 % of them hold the true mean."""
+    random = np.random.default_rng(0)
+    covered = 0
+    for seed in range(400):
+        low, high = bootstrap.mean_interval(random.random(200) < 0.3, seed=seed, samples=200)
+        covered += low <= 0.3 <= high
+    assert 0.91 * 400 <= covered <= 0.98 * 400
+
+
+def test_resampled_counts_keep_their_total_and_have_multinomial_moments():
+    cells = np.array([[13, 7], [37, 0]])
+    drawn = bootstrap.counts(cells, samples=20_000)
+    assert drawn.shape == (20_000, 2, 2) and (drawn.sum((1, 2)) == 57).all()
+    p = cells / 57
+    assert np.allclose(drawn.mean(0), cells, atol=4 * np.sqrt(57 * p * (1 - p) / 20_000).max())
+    assert np.allclose(drawn.var(0), 57 * p * (1 - p), rtol=0.05)
+    assert (drawn[:, 1, 1] == 0).all()
+
+
+def test_undefined_resamples_are_left_out():
+    assert bootstrap.percentile(np.array([np.nan, 1.0, 2.0, 3.0]), 0.5) == (1.5, 2.5)
+    assert np.isnan(bootstrap.percentile(np.array([np.nan]))).all()
+
+
+def test_no_examples_is_an_error():
+    for call in (lambda: bootstrap.interval(np.mean, 0), lambda: bootstrap.mean_interval([]), lambda: bootstrap.counts([0, 0])):
+        with pytest.raises(DataError, match="no examples to measure on: expected at least 1, got 0"):
+            call()
+
+
+def test_a_measure_as_json_has_no_nan_and_no_numpy():
+    row = Measure("a/b", np.float32(0.5), "%", None, float("nan"), float("inf"), np.int64(3)).as_json()
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+    assert row == {"name": "a/b", "value": 0.5, "unit": "%", "ideal": None, "low": None, "high": None, "n": 3}

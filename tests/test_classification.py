@@ -1,0 +1,76 @@
+"""Accuracy and F1 against their definitions written out as loops, and the words of their errors."""
+
+import numpy as np
+import pytest
+
+from peftdebias.errors import DataError
+from peftdebias.metrics import bootstrap
+from peftdebias.metrics.classification import accuracy, f1, macro_f1
+
+
+def f1_by_hand(predicted, labels, positive):
+    true = sum(p == positive and y == positive for p, y in zip(predicted, labels))
+    precision = true / max(1, sum(p == positive for p in predicted))
+    recall = true / max(1, sum(y == positive for y in labels))
+    return 100 * 2 * precision * recall / (precision + recall) if true else 0.0
+
+
+def some(n=211, classes="abcd", seed=0, right=0.6):
+    random = np.random.default_rng(seed)
+    labels = random.choice(list(classes), n, p=np.arange(1, len(classes) + 1) / sum(range(len(classes) + 1)))
+    return np.where(random.random(n) < right, labels, random.choice(list(classes), n)).tolist(), labels.tolist()
+
+
+def test_accuracy():
+    measure = accuracy(["a", "b", "a", "b"], ["a", "b", "b", "b"])
+    assert (measure.name, measure.value, measure.unit, measure.ideal, measure.n) == ("accuracy", 75.0, "%", 100.0, 4)
+    predicted, labels = some()
+    measure = accuracy(predicted, labels)
+    assert measure.low < measure.value < measure.high
+    assert accuracy(labels, labels).value == accuracy(labels, labels).low == 100.0
+
+
+@pytest.mark.parametrize("positive", "abcd")
+def test_f1_is_its_definition(positive):
+    predicted, labels = some()
+    measure = f1(predicted, labels, positive)
+    assert measure.value == pytest.approx(f1_by_hand(predicted, labels, positive), abs=1e-9)
+    assert measure.name == f"f1/{positive}" and measure.low < measure.value < measure.high and measure.n == 211
+
+
+def test_f1_knows_positive_from_negative():
+    assert f1(["1", "0", "0", "0"], ["1", "1", "0", "0"], "1").value == pytest.approx(200 / 3)
+    assert f1(["1", "0", "0", "0"], ["1", "1", "0", "0"], "0").value == pytest.approx(80.0)
+    assert f1(["0", "0"], ["1", "0"], "1").value == 0.0
+    assert f1([1, 0], [True + 0, 0], 1).value == 100.0  # compared as strings
+
+
+def test_macro_f1_is_the_mean_over_classes_of_labels_and_predictions():
+    predicted, labels = some()
+    predicted[0] = "e"  # a class that no label has counts with 0
+    expected = np.mean([f1_by_hand(predicted, labels, c) for c in "abcde"])
+    measure = macro_f1(predicted, labels)
+    assert measure.value == pytest.approx(expected, abs=1e-9)
+    assert measure.low < measure.high
+
+
+@pytest.mark.parametrize("score, by_hand", [
+    (lambda p, y: f1(p, y, "a", samples=4000), lambda p, y: f1_by_hand(p, y, "a")),
+    (lambda p, y: macro_f1(p, y, samples=4000), lambda p, y: np.mean([f1_by_hand(p, y, c) for c in np.unique(y)])),
+])
+def test_intervals_by_counts_are_intervals_by_examples(score, by_hand):
+    predicted, labels = map(np.array, some())
+    measure = score(predicted, labels)
+    low, high = bootstrap.interval(lambda i: by_hand(predicted[i], labels[i]), len(labels), samples=600)
+    assert abs(measure.low - low) < 0.12 * (high - low) and abs(measure.high - high) < 0.12 * (high - low)
+
+
+def test_errors_say_what_was_expected():
+    with pytest.raises(DataError, match="expected as many labels as predicted, 2, got 1"):
+        accuracy(["a", "b"], ["a"])
+    with pytest.raises(DataError, match="expected at least 1, got 0"):
+        accuracy([], [])
+    with pytest.raises(DataError, match="no example with label 'x'; labels: a, b"):
+        f1(["a", "b"], ["a", "b"], "x")
+    with pytest.raises(DataError, match=r"labels: expected a value for every example, got none for example 1 \(counted from 0\)"):
+        accuracy(["a", "b"], ["a", None])

@@ -1,0 +1,258 @@
+"""Readers: every format and its gzip, the public files with their published row counts, and the words of each error."""
+
+import csv
+import gzip
+import json
+from collections import Counter
+
+import pytest
+
+from peftdebias.corpus import Example, Text, read_examples, read_texts
+from peftdebias.errors import DataError
+
+
+def write(folder, name, content):
+    path = folder / name
+    data = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return path
+
+
+@pytest.fixture
+def file(tmp_path):
+    return lambda name, content: write(tmp_path, name, content)
+
+
+def message(call):
+    """The error's message; it must be one line. Generators are run to their end."""
+    with pytest.raises(DataError) as caught:
+        list(call())
+    words = str(caught.value)
+    assert "\n" not in words
+    return words
+
+
+# Texts
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.txt", "one two\n\nthree\n"),
+        ("a.csv", 'id,text\n1,one two\n\n2,""\n3,"three"\n'),
+        ("a.tsv", 'id\ttext\n1\tone two\n\n2\t\n3\t"three"\n'),
+        ("a.jsonl", '{"text": "one two", "id": 1}\n\n{"text": ""}\n{"text": "three"}\n'),
+        ("A.TXT", "one two\n  \nthree"),
+    ],
+)
+def test_every_format_gives_the_same_texts(file, name, content, end):
+    path = file(name + end, content)
+    assert [text.text for text in read_texts([path])] == ["one two", "three"]
+
+
+def test_lines_end_at_newlines_only_and_keep_their_spaces(file):
+    path = file("a.txt", "\ufeff one \r\ntwo\u2028still two\x0btwo\nthree\rthree\n".encode())
+    assert list(read_texts([path])) == [
+        Text(" one ", f"{path}:1"),
+        Text("two\u2028still two\x0btwo", f"{path}:2"),
+        Text("three\rthree", f"{path}:3"),
+    ]
+
+
+def test_texts_stream_over_several_files_and_name_their_places(file):
+    first, second = file("a.txt", "\na\n"), file("b.csv", 'body,text\n"x\ny",b\nz,c\n')
+    assert list(read_texts([first, second])) == [
+        Text("a", f"{first}:2"),
+        Text("b", f"{second}:2"),  # the record starts at line 2 and ends at line 3
+        Text("c", f"{second}:4"),
+    ]
+    bad = file("c.txt", b"good\n\xff\n")
+    texts = read_texts([bad])
+    assert next(texts).text == "good"  # nothing beyond the line was read
+    with pytest.raises(DataError, match="c.txt:2"):
+        next(texts)
+
+
+def test_a_missing_file_is_known_before_anything_is_read(file, tmp_path):
+    good = file("a.txt", "a\n")
+    with pytest.raises(DataError, match="no such file"):
+        read_texts([good, tmp_path / "b.txt"])  # at the call, not at the first text
+
+
+# Examples
+
+
+def test_examples_of_csv_with_quotes_and_line_breaks(file):
+    path = file("a.csv", 'text,job,sex\n"She said ""no"", twice.\r\nThen left.",nurse, f \nHe.,pilot,m\n')
+    assert read_examples(path, text="text", label="job", group="sex") == [
+        Example('She said "no", twice.\nThen left.', None, "nurse", "f", f"{path}:2"),
+        Example("He.", None, "pilot", "m", f"{path}:4"),
+    ]
+
+
+def test_tsv_undoes_whole_quoted_fields_and_leaves_stray_quotes(file):
+    rows = ['"He said ""hi"""', 'He said "hi"', '"open', 'end"', '""""', '"a" and "b"', '"', "plain"]
+    path = file("a.tsv", "text\tlabel\n" + "".join(f"{row}\t1\n" for row in rows))
+    texts = [example.text for example in read_examples(path, text="text", label="label")]
+    assert texts == ['He said "hi"', 'He said "hi"', '"open', 'end"', '"', '"a" and "b"', '"', "plain"]
+
+
+@pytest.mark.parametrize("name, tab", [("a.tsv", "\t"), ("a.csv", ","), ("a.txt", "\t")])
+def test_columns_by_number_mean_no_header(file, name, tab):
+    path = file(name, tab.join("0 premise hypothesis\n".split(" ")) + tab.join("2 p h\n".split(" ")))
+    examples = read_examples(path, text="1", text_pair="2", label="0")
+    assert [(e.text, e.text_pair, e.label) for e in examples] == [("premise", "hypothesis", "0"), ("p", "h", "2")]
+
+
+def test_columns_by_number_that_the_header_has_are_names(file):
+    path = file("a.tsv", "1\t0\nx\ty\n")
+    assert [(e.text, e.label) for e in read_examples(path, text="0", label="1")] == [("y", "x")]
+
+
+def test_labels_of_json_are_strings(file):
+    values = ["a", 3, 2.0, 0.5, True, False, " b "]
+    path = file("a.jsonl", "".join(json.dumps({"t": "x", "l": value}) + "\n" for value in values))
+    assert [e.label for e in read_examples(path, text="t", label="l")] == ["a", "3", "2", "0.5", "true", "false", "b"]
+
+
+def test_a_label_in_several_columns_is_any_of_them(file):
+    path = file("a.tsv", "text\thd\tcv\na\t0\t0\nb\t1\t0\nc\t0\tTrue\nd\t1\t1.0\n")
+    assert [e.label for e in read_examples(path, text="text", label=["hd", "cv"])] == ["0", "1", "1", "1"]
+    assert [e.label for e in read_examples(path, text="text", label=["hd"])] == ["0", "1", "0", "1"]
+    assert [e.label for e in read_examples(path, text="text")] == [None] * 4
+
+
+def test_huge_fields_are_read(file):
+    long = "x" * 300_000
+    assert read_examples(file("a.csv", f'text,l\n"{long}",1\n'), text="text", label="l")[0].text == long
+
+
+# Errors: what, where, expected and got
+
+
+def test_errors_of_files(tmp_path, file):
+    assert message(lambda: read_texts([tmp_path / "no.txt"])) == f"{tmp_path / 'no.txt'}: no such file"
+    assert message(lambda: read_texts([tmp_path])) == f"{tmp_path}: expected a file, got a folder"
+    pickle = file("bios.pkl", "x")
+    assert message(lambda: read_texts([pickle])) == (
+        f"{pickle}: expected a file named .txt, .csv, .tsv, .jsonl, or one of these with .gz, got '.pkl'"
+    )
+    for name, content in [("a.txt", ""), ("b.txt", "\n \n"), ("a.csv", "text\n"), ("a.jsonl", ""), ("a.tsv", "text\tl\n")]:
+        path = file(name, content)
+        assert message(lambda: read_texts([path])) == f"no text in {path}"
+    path = file("c.tsv", "text\tl\n\t1\n")
+    assert message(lambda: read_examples(path, text="text", label="l")) == f"no text in {path}"
+
+
+def test_errors_of_encoding(file):
+    path = file("a.txt", b"ok\ncaf\xe9\n")
+    assert message(lambda: read_texts([path])) == f"{path}:2: expected utf-8, got 0xe9 at byte 4 of the line"
+    path = file("a.csv", "text\nok\n".encode("utf-16"))
+    assert message(lambda: read_texts([path])) == f"{path}:1: expected utf-8, got 0xff at byte 1 of the line"
+    path = file("a.jsonl", '{"text": "a\\ud800"}\n')
+    assert message(lambda: read_texts([path])) == f"{path}:1: column 'text' holds half a surrogate pair at character 1"
+
+
+def test_errors_of_gzip(tmp_path, file):
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(b"no gzip")
+    assert message(lambda: read_texts([path])).startswith(f"{path}:1: cannot be read: Not a gzipped file")
+    path.write_bytes(gzip.compress(b"line\n" * 1000)[:-9])
+    assert "cannot be read: Compressed file ended" in message(lambda: read_texts([path]))
+
+
+@pytest.mark.parametrize("name, content", [("a.csv", "id,body\n1,x\n"), ("a.tsv", "id\tbody\n1\tx\n"), ("a.jsonl", '{"id": 1, "body": "x"}')])
+def test_errors_of_columns_list_the_columns(file, name, content):
+    path = file(name, content)
+    assert message(lambda: read_texts([path])) == f"{path}:1: no column 'text'; columns: id, body"
+    assert message(lambda: read_examples(path, text="body", label="hate")) == f"{path}:1: no column 'hate'; columns: id, body"
+
+
+def test_errors_of_column_numbers_and_double_columns(file):
+    path = file("a.tsv", "a\tb\n")
+    assert message(lambda: read_examples(path, text="5")) == f"{path}:1: no column 5; a line has 2 fields, the first is number 0"
+    path = file("b.tsv", "a\tb\ta\n1\t2\t3\n")
+    assert message(lambda: read_examples(path, text="a")) == f"{path}:1: expected one column 'a', got 2"
+
+
+@pytest.mark.parametrize("name, tab", [("a.csv", ","), ("a.tsv", "\t")])
+def test_errors_of_rows(file, name, tab):
+    path = file(name, tab.join("ab") + "\n\n" + tab.join("xy") + "\n" + tab.join("xyz") + "\n")
+    assert message(lambda: read_examples(path, text="a")) == f"{path}:4: expected 2 fields, got 3"
+    path = file(name, tab.join("ab") + "\nx\n")
+    assert message(lambda: read_examples(path, text="a")) == f"{path}:2: expected 2 fields, got 1"
+
+
+def test_errors_of_csv_name_the_line_where_the_record_starts(file):
+    path = file("a.csv", 'a,b\nx,y\nx,"open\nand\non\n')
+    assert message(lambda: read_examples(path, text="a")) == f"{path}:3: not csv: unexpected end of data"
+
+
+def test_errors_of_json(file):
+    path = file("a.jsonl", '{"text": "x"}\n{"text": \n')
+    assert message(lambda: read_texts([path])).startswith(f"{path}:2: not JSON: Expecting value: line 1 column")
+    path = file("b.jsonl", '["text"]\n')
+    assert message(lambda: read_texts([path])) == f"{path}:1: expected a JSON object, got a list"
+    path = file("c.jsonl", '{"text": 5}\n')
+    assert message(lambda: read_texts([path])) == f"{path}:1: expected a text in column 'text', got a number"
+
+
+def test_errors_of_labels(file):
+    path = file("a.csv", "text,l,m\na,1,1\nb, ,1\n")
+    assert message(lambda: read_examples(path, text="text", label="l")) == f"{path}:3: empty label in column 'l'"
+    assert message(lambda: read_examples(path, text="text", group="l")) == f"{path}:3: empty group in column 'l'"
+    for value in ("null", "NaN"):
+        path = file("a.jsonl", '{"text": "a", "l": %s}' % value)
+        assert message(lambda: read_examples(path, text="text", label="l")) == f"{path}:1: empty label in column 'l'"
+    path = file("b.jsonl", '{"text": "a", "l": [1]}')
+    assert message(lambda: read_examples(path, text="text", label="l")) == f"{path}:1: expected a label in column 'l', got a list"
+    path = file("b.csv", "text,l,m\na,1,2\n")
+    assert message(lambda: read_examples(path, text="text", label=["l", "m"])) == (
+        f"{path}:2: expected 0 or 1 in column 'm' of a label in several columns, got '2'"
+    )
+
+
+# Real files: row counts of DATA.md
+
+
+@pytest.mark.parametrize(
+    "path, rows, columns",
+    [
+        ("ghc/ghc_train.tsv", 22_036, {"text": "text", "label": ["hd", "cv"]}),
+        ("ghc/ghc_test.tsv", 5_510, {"text": "text", "label": ["hd", "cv"]}),
+        ("stormfront/ws_train.tsv", 7_896, {"text": "text", "label": "is_hate"}),
+        ("stormfront/ws_dev.tsv", 978, {"text": "text", "label": "is_hate"}),
+        ("stormfront/ws_test.tsv", 1_998, {"text": "text", "label": "is_hate"}),
+        ("iptts/iptts77k_test.csv", 76_564, {"text": "Text", "label": "bin_label"}),
+        ("nli/SICK_train.txt", 4_500, {"text": "sentence_A", "text_pair": "sentence_B", "label": "entailment_judgment"}),
+        ("nli/SICK_trial.txt", 500, {"text": "sentence_A", "text_pair": "sentence_B", "label": "entailment_judgment"}),
+        ("nli/SICK_test.txt", 4_927, {"text": "sentence_A", "text_pair": "sentence_B", "label": "entailment_judgment"}),
+        ("nli/textfooler_mnli.tsv", 1_000, {"text": "1", "text_pair": "2", "label": "0"}),
+        ("nli/textfooler_mnli_matched.tsv", 1_000, {"text": "1", "text_pair": "2", "label": "0"}),
+        ("biasbios/sample_28x10.csv", 280, {"text": "hard_text", "label": "profession", "group": "gender"}),
+        ("biasbios/accountant_complete.csv", 1_000, {"text": "hard_text", "label": "profession", "group": "gender"}),
+        ("crows_pairs/crows_pairs_anonymized.csv", 1_508, {"text": "sent_more", "text_pair": "sent_less", "label": "bias_type"}),
+        ("bug_professions/dev.jsonl", 4_991, {"text": "hard_text", "label": "profession", "group": "gender"}),
+    ],
+)
+def test_public_files(shared, path, rows, columns):
+    examples = read_examples(shared / "data" / path, **columns)
+    assert len(examples) == rows
+    labels = Counter(example.label for example in examples)
+    assert len(labels) <= 28 and min(map(len, labels)) > 0
+
+
+def test_public_quotes_are_undone(shared):
+    path = shared / "data/ghc/ghc_train.tsv"  # every quoted field of GHC is whole, so the csv module reads it as well
+    with open(path, encoding="utf-8", newline="") as stream:
+        expected = [row[0] for row in csv.reader(stream, delimiter="\t")][1:]
+    texts = [e.text for e in read_examples(path, text="text")]
+    assert texts == expected
+    assert texts[0].startswith('"He most') and texts[0].endswith('psychopath."')
+    texts = [e.text for e in read_examples(shared / "data/stormfront/ws_test.tsv", text="text")]
+    assert 'Restaurant " ? "' in texts
+
+
+def test_public_corpus_streams(shared):
+    assert sum(1 for _ in read_texts([shared / "data/corpus/bug_upstream.txt"])) == 90_599

@@ -1,0 +1,98 @@
+"""Folding is exact: training W' = W + D under a frozen D is training W, and weight decay has to act on W' - D for that."""
+
+import dataclasses
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+
+from peftdebias import methods, patch
+from peftdebias.batches import Sample, pack
+from peftdebias.encoder import EncoderConfig, Model
+from peftdebias.training import Schedule, train
+
+TINY = EncoderConfig(kind="bert", layers=2, hidden=14, heads=2, feed_forward=37, vocab=61, max_positions=19, dropout=0.0, attention_dropout=0.0,
+                     classifier_dropout=0.0)
+STEPS = 50
+
+
+class Task:
+    """Fixed random batches of labelled texts, and a validation that prefers the last step."""
+
+    metric, higher_is_better = "age", True
+
+    def __init__(self):
+        self.seen = 0
+
+    def epoch(self, number):
+        generator = numpy.random.default_rng(number)
+        for _ in range(10):
+            yield pack([Sample(generator.integers(5, 61, n), numpy.array([0]), generator.integers(0, 3, 1)) for n in (13, 1, 7)])
+
+    def loss(self, model, batch):
+        return F.cross_entropy(model.class_logits(batch), batch.targets)
+
+    def validate(self, model):
+        self.seen += 1
+        return {"age": self.seen}
+
+
+def downstream(fold: bool, naive: bool = False) -> dict[str, torch.Tensor]:
+    """The base after 50 steps at lr 1e-3 and weight decay 0.1, two frozen LoRA modules attached, in float64."""
+    model = Model(TINY, labels=("a", "b", "c")).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3, generator=generator)
+    for name, options in (("gender", {"rank": 3}), ("race", {"rank": 2, "targets": ("query", "output", "down")})):
+        method = methods.create("lora", TINY, options=options, seed=1)
+        for p in method.parameters().values():
+            p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3
+        patch.attach(model, name, method)
+    trained = {n: p for n, p in patch.all_parameters(model).items() if not n.startswith("methods.")}
+    patch.train_only(model, trained.values())
+    folded = patch.fold(model) if fold else None
+    if naive:
+        folded = dataclasses.replace(folded)
+        undo, folded.after_step = folded.unfold, lambda rates: None
+    schedule = Schedule(steps=STEPS, lr=1e-3, weight_decay=0.1, warmup=0.1, validate_every=STEPS, seed=0)
+    train(model, Task(), trained, schedule, folded=folded)
+    if fold:
+        (undo if naive else folded.unfold)()
+    return {n: p.detach() for n, p in trained.items()}
+
+
+def furthest(one: dict, other: dict) -> float:
+    return max(float((one[n] - other[n]).abs().max()) for n in one)
+
+
+def test_folded_and_unfolded_training_end_in_the_same_base():
+    assert furthest(downstream(fold=True), downstream(fold=False)) < 1e-10
+
+
+def test_naive_decay_on_the_merged_weight_does_not():
+    assert furthest(downstream(fold=True, naive=True), downstream(fold=False)) > 1e-4
+
+
+def test_fold_acts_on_what_is_foldable_and_unfold_gives_the_methods_back():
+    model = Model(TINY, labels=("a", "b")).double().eval()
+    model.initialize(model, torch.Generator().manual_seed(0))
+    method = methods.create("lora", TINY)
+    for name, p in method.parameters().items():
+        p.data = torch.randn(p.shape, dtype=torch.float64)
+    patch.attach(model, "gender", method)
+    batch = next(Task().epoch(0))
+    before = model.class_logits(batch)
+    folded = patch.fold(model)
+    assert folded.names == ("gender",) and not model.encoder.hooks.at("layers.0.attention.query")
+    torch.testing.assert_close(model.class_logits(batch), before, rtol=1e-10, atol=1e-12)
+    folded.unfold()
+    assert model.encoder.hooks.at("layers.0.attention.query")
+    torch.testing.assert_close(model.class_logits(batch), before, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps,warmup,rates", [(4, 0.5, [0.5, 1.0, 1.0, 0.5]), (3, 0.0, [1.0, 2 / 3, 1 / 3])])
+def test_learning_rate_rises_and_falls_linearly(steps, warmup, rates):
+    schedule = Schedule(steps=steps, lr=1.0, warmup=warmup)
+    assert [schedule.rate(s) for s in range(1, steps + 1)] == pytest.approx(rates)
