@@ -1,4 +1,4 @@
-"""Counterfactual data augmentation: a text with the identity words of one axis swapped, and where.
+r"""Counterfactual data augmentation: a text with the identity words of one axis swapped, and where.
 
 What it adds over axes/: how a word is found in a text, how its letter case is kept, and which pronoun `her` and `his` stand for. This plain Python is
 the specification; an engine in another language has to equal it character for character, and reads the same tables (axes/*.toml).
@@ -8,6 +8,9 @@ A word is a run of word characters (`axes.word_class`); a swap replaces whole wo
 in any other case (hE, kINg) is somebody's own spelling and is left alone. Possessives and contractions (king's, she'll, both ' and U+2019, joined or
 apart) need no rule, since the apostrophe parts words, but one: where only one of the two words is a plural in s, 's and ' trade places too
 (gentlemen's, ladies').
+
+What is a word character, a space (Python's ``\s``) and a capital is Python's Unicode table; another engine takes those from here as data
+(`axes.word_class`, the forms of `_lexicon`), so that the two agree whatever Unicode version Python has. A text holds no lone surrogates.
 """
 
 import functools
@@ -18,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from peftdebias.axes import Axis, is_word_character, lower, upper, word_class
+from peftdebias.axes import SHAPES, Axis, is_word_character, upper, word_class
 
 WINDOW = 64  # characters on either side of a pronoun that its rules may look at; a word that the border cuts counts as the piece inside
 APOSTROPHES = "'\u2019"
@@ -68,14 +71,14 @@ def counterfactuals(text: str, axis: Axis) -> list[Counterfactual]:
     hits = [(*found.span(), lexicon.forms[found[0]]) for found in lexicon.pattern(text).finditer(text)]
     if not hits:
         return []
-    others = [_decide(text, start, end, form) if type(form) is _Pronoun else form for start, end, form in hits]
+    others = [form.choice(text, start, end) if type(form) is _Pronoun else form for start, end, form in hits]
     variants, seen = [], {text}
     for r in range(1, 1 + max(map(len, others))):
         swaps, pieces, done = [], [], 0
         for (start, end, _), row in zip(hits, others):
             if turn := r % (len(row) + 1):
                 after = row[turn - 1]
-                if text[end : end + 1] in _APOSTROPHE_SET:
+                if text[end : end + 1] in _APOSTROPHES:
                     end, after = _possessive(text, start, end, after)
                 swaps.append(Swap(start, end, text[start:end], after))
                 pieces += text[done:start], after
@@ -107,7 +110,13 @@ def rows(family: Family) -> list[dict]:
 
 # ---- words
 
-_APOSTROPHE_SET = frozenset(APOSTROPHES)
+_APOSTROPHES = frozenset(APOSTROPHES)
+_PLURALS = ("men", "people", "children")  # plurals without an s
+_SHAPES = {
+    "lower": lambda word: word,
+    "Capital": lambda word: upper(word[0]) + word[1:],
+    "UPPER": lambda word: "".join(map(upper, word)),
+}
 
 
 class _Pronoun(NamedTuple):
@@ -115,6 +124,9 @@ class _Pronoun(NamedTuple):
 
     word: str  # "her" or "his"
     choices: dict[str, tuple[str, ...]]  # her: {"his": ("His",), "him": ("Him",), "her": ()}
+
+    def choice(self, text: str, start: int, end: int) -> tuple[str, ...]:
+        return self.choices[deciding_rule(text, start, end, self.word).becomes[self.word]]
 
 
 class _Lexicon(NamedTuple):
@@ -131,20 +143,17 @@ class _Lexicon(NamedTuple):
 @functools.lru_cache(maxsize=32)
 def _lexicon(axis: Axis) -> _Lexicon:
     only = dict(axis.only)
-    shapes, others = {}, {}
+    entries = []  # (word, what stands in its place, variant by variant, the letter cases it counts in)
     for row in axis.groups:
-        allowed = [only[word] for word in row if word in only]
-        for column, word in enumerate(row):
-            others[word] = row[column + 1 :] + row[:column]
-            shapes[word] = [shape for shape in _SHAPES if all(shape in some for some in allowed)]
-    for word, model in axis.like:
-        others[word], shapes[word] = others[model], only.get(word, tuple(_SHAPES))
+        limits = [only[word] for word in row if word in only]
+        shapes = [shape for shape in _SHAPES if all(shape in limit for limit in limits)]
+        entries += [(word, row[column + 1 :] + row[:column], shapes) for column, word in enumerate(row)]
+    others = {word: row for word, row, _ in entries}
+    entries += [(word, others[model], only.get(word, SHAPES)) for word, model in axis.like]
     forms = {}
-    for word, row in others.items():
-        for shape in _SHAPES:  # in this order: of two equal forms (a one-letter word) the first counts
-            if shape in shapes[word]:
-                put = _SHAPES[shape]
-                forms.setdefault(put(word), tuple(map(put, row)))
+    for word, row, shapes in entries:
+        for put in map(_SHAPES.get, shapes):
+            forms.setdefault(put(word), tuple(map(put, row)))  # of two equal forms (a one-letter word: Capital and UPPER) the first counts
     if axis.pronouns:
         for put in _SHAPES.values():
             forms[put("her")] = _Pronoun("her", {"his": (put("his"),), "him": (put("him"),), "her": ()})
@@ -158,13 +167,6 @@ def _lexicon(axis: Axis) -> _Lexicon:
         re.compile(rf"\b(?=[{first}]){tree}\b", re.ASCII),
         re.compile(rf"(?=[{first}])(?<![{word}]){tree}(?![{word}])"),
     )
-
-
-_SHAPES = {
-    "lower": lambda word: word,
-    "Capital": lambda word: upper(word[0]) + word[1:],
-    "UPPER": lambda word: "".join(map(upper, word)),
-}
 
 
 def _tree(words: Iterable[str]) -> str:
@@ -186,134 +188,136 @@ def _tree(words: Iterable[str]) -> str:
 
 
 def _possessive(text: str, start: int, end: int, after: str) -> tuple[int, str]:
-    """Where the swap of text[start:end] ends, and what it puts: 's goes and comes where one word is a plural in s and the other is not."""
-    before, mark = text[start:end], text[end]
-    if _plural(after) and before[-1] not in "sS" and text[end + 1 : end + 2] in ("s", "S") and not _TOKEN.match(text[end + 2 : end + 3] or " "):
-        return end + 2, after + mark
-    if _plural(before) and after[-1] not in "sS" and text[end + 1 : end + 2].isspace() and text[end + 2 : end + 3].isalnum():
-        return end + 1, after + mark + ("S" if after[-1] != lower(after[-1]) else "s")
+    """Where the swap of text[start:end] ends and what it puts, an apostrophe standing at `end`: gentlemen's <-> ladies'.
+
+    Only where one word is a plural in -s and the other is not, and only for a joined apostrophe; a bare one (ladies') counts as a possessive when a
+    space and a word follow. Everything else keeps what it has: king's, kings', he's.
+    """
+    before, mark = text[start:end].lower(), text[end]
+    if before.endswith(_PLURALS) and after.lower().endswith("s"):
+        if text[end + 1 : end + 2] in ("s", "S") and not _word_at(text, end + 2):
+            return end + 2, after + mark
+    elif before.endswith("s") and after.lower().endswith(_PLURALS):
+        if text[end + 1 : end + 2].isspace() and _word_at(text, end + 2):
+            return end + 1, after + mark + ("S" if after.isupper() else "s")
     return end, after
 
 
-def _plural(word: str) -> bool:
-    return word[-1:] in ("s", "S") and word[-2:-1] not in ("s", "S")
+def _word_at(text: str, offset: int) -> bool:
+    return offset < len(text) and is_word_character(text[offset])
 
 
 # ---- pronouns
 
-_TOKEN = re.compile(rf"[{word_class()}]+|[^\s{word_class()}]")
-_TOKEN_ASCII = re.compile(r"\w+|[^\s\w]")  # the same on ASCII text, and faster
 _SLOTS = ("before2", "before", "next", "next2", "next3")
+_BUILT_IN = ("END", "WORD", "SIGN", "NUMBER", "CAPITAL", "ING", "LY", "ED", "ADJ")
+_TOKEN = re.compile(rf"[{word_class()}]+|\n\s*\n|[^\s{word_class()}]")
+_TOKEN_ASCII = re.compile(r"\w+|\n\s*\n|[^\s\w]")  # the same on ASCII text, and faster
 
 
 class Rule(NamedTuple):
-    """One row of pronouns.toml: what each slot must be (any of these classes, none of those), as bit sets, and what the pronouns become."""
+    """One row of pronouns.toml."""
 
     number: int
-    conditions: tuple[tuple[int, int, int], ...]  # (slot, any, none)
-    becomes: dict[str, str]  # {"her": "his" | "him", "his": "her" | "hers"}
+    conditions: tuple[tuple[int, int, int], ...]  # (slot, any of these classes, none of those): bit sets
+    becomes: dict[str, str]  # {"her": "his" | "him" | "her", "his": "her" | "hers" | "his"}
     example: str
 
 
 class _Table(NamedTuple):
     rules: tuple[Rule, ...]
     bits: dict[str, int]  # class -> its bit
-    words: dict[str, int]  # word -> the bits of the classes it is in
+    words: dict[str, int]  # word or sign -> the bits of all its classes
 
 
 @functools.cache
 def pronoun_table() -> _Table:
-    """axes/pronouns.toml, its classes turned into bits. A literal word in a rule is a class of its own."""
+    """axes/pronouns.toml with its classes turned into bits. The words that a rule writes out are a class of their own."""
     table = tomllib.loads((Path(__file__).parent / "axes" / "pronouns.toml").read_text(encoding="utf-8"))
-    bits = {name: 1 << number for number, name in enumerate(("END", "WORD", "NUMBER", "ING", "LY", "ED", "ADJ", "CAPITAL", "SIGN"))}
+    classes = table["classes"]
+    bits = {name: 1 << number for number, name in enumerate(_BUILT_IN)}
     words: dict[str, int] = {}
 
     def members(names: str) -> set[str]:
-        found = set()
-        for name in names.split():
-            found |= members(table["classes"][name]) if name in table["classes"] else {name}
-        return found
+        return {word for name in names.split() for word in (members(classes[name]) if name in classes else (name,))}
 
     def bit(name: str, listed: str) -> int:
         if name not in bits:
             bits[name] = 1 << len(bits)
             for word in members(listed):
-                words[word] = words.get(word, 0) | bits[name]
+                words[word] = words.get(word, _by_spelling(bits, word)) | bits[name]
         return bits[name]
 
-    def condition(slot: int, wanted: str) -> tuple[int, int, int]:
-        yes, no, literal = 0, 0, []
-        for name in wanted.split():
-            bare = name.removeprefix("!")
-            if bare.isupper() and bare not in bits and bare not in table["classes"]:
-                raise ValueError(f"pronouns.toml: unknown class {bare}")
-            if bare in bits or bare in table["classes"]:
-                mask = bit(bare, table["classes"].get(bare, ""))
-                yes, no = (yes, no | mask) if name != bare else (yes | mask, no)
-            elif name != bare:
-                no |= bit(f"'{bare}'", bare)
-            else:
-                literal.append(name)
-        if literal:
-            yes |= bit("'" + " ".join(sorted(literal)) + "'", " ".join(literal))
-        return slot, yes, no
+    def union(names: list[str]) -> int:
+        unknown = [name for name in names if name.isupper() and name not in bits and name not in classes]
+        if unknown:
+            raise ValueError(f"pronouns.toml: expected a class, got {unknown[0]}")
+        named = [name for name in names if name.isupper()]
+        literal = " ".join(sorted(set(names) - set(named)))
+        return sum({bit(name, classes.get(name, "")) for name in named} | ({bit(f"'{literal}'", literal)} if literal else set()))
+
+    def condition(slot: int, names: list[str]) -> tuple[int, int, int]:
+        return slot, union([name for name in names if name[0] != "!"]), union([name[1:] for name in names if name[0] == "!"])
 
     rules = []
     for number, row in enumerate(table["rules"]):
-        conditions = tuple(condition(slot, row[name]) for slot, name in enumerate(_SLOTS) if name in row)
-        rules.append(Rule(number, conditions, {word: row[word] for word in ("her", "his") if word in row}, row.get("example", "")))
-    for word in words:
-        words[word] |= _by_spelling(bits, word)
+        conditions = tuple(condition(slot, row[name].split()) for slot, name in enumerate(_SLOTS) if name in row)
+        rules.append(Rule(number, conditions, {word: row[word] for word in ("her", "his") if word in row}, row["example"]))
     return _Table(tuple(rules), bits, words)
 
 
 def _by_spelling(bits: dict[str, int], token: str) -> int:
-    if is_word_character(token[0]):
-        kind = bits["WORD"]
-        if "0" <= token[0] <= "9":
-            kind |= bits["NUMBER"]
-        if token.endswith("ing") and len(token) > 5:
-            kind |= bits["ING"]
-        elif token.endswith("ly") and len(token) > 4:
-            kind |= bits["LY"]
-        elif token.endswith("ed") and not token.endswith("eed") and len(token) > 4:
-            kind |= bits["ED"]
-        elif token.endswith(("able", "ible", "ful", "less", "ous")) and len(token) > 5:
-            kind |= bits["ADJ"]
-        return kind
-    return bits["SIGN"]
+    """The built-in classes of a token in lower case."""
+    if token[0] == "\n":
+        return bits["END"]
+    if not is_word_character(token[0]):
+        return bits["SIGN"]
+    kind = bits["WORD"]
+    if "0" <= token[0] <= "9":
+        kind |= bits["NUMBER"]
+    if token.endswith("ing") and len(token) > 5:
+        kind |= bits["ING"]
+    elif token.endswith("ly") and len(token) > 4:
+        kind |= bits["LY"]
+    elif token.endswith("ed") and not token.endswith("eed") and len(token) > 4:
+        kind |= bits["ED"]
+    elif token.endswith(("able", "ible", "ful", "less", "ous")) and len(token) > 5:
+        kind |= bits["ADJ"]
+    return kind
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _classes(token: str) -> int:
+    """All classes of a token as it stands in the text. Case matters to CAPITAL alone; a token with a character beyond ASCII is not lowered."""
+    table = pronoun_table()
+    low = token.lower() if token.isascii() else token
+    known = table.words.get(low) or _by_spelling(table.bits, low)
+    return known | table.bits["CAPITAL"] if "A" <= token[0] <= "Z" and "a" <= token[1:2] <= "z" else known
 
 
 def deciding_rule(text: str, start: int, end: int, word: str) -> Rule:
     """The first rule of the table that fits the pronoun `word` ("her" or "his") at text[start:end]."""
-    table = pronoun_table()
-    token = _TOKEN_ASCII if text.isascii() else _TOKEN
-    before = token.findall(text, max(0, start - WINDOW), start)[-2:]
-    after = token.findall(text, end, end + WINDOW)[:3]
-    beyond = table.bits["END"] if end + WINDOW >= len(text) else 0
-
-    def classes(piece: str) -> int:
-        low = piece.lower() if piece.isascii() else piece
-        known = table.words.get(low)
-        capital = table.bits["CAPITAL"] if "A" <= piece[0] <= "Z" and "a" <= piece[1:2] <= "z" else 0
-        return capital | (_by_spelling(table.bits, low) if known is None else known)
-
-    seen = [0] * (2 - len(before)) + [classes(piece) for piece in before] + [classes(piece) for piece in after] + [beyond] * (3 - len(after))
+    find = (_TOKEN_ASCII if text.isascii() else _TOKEN).findall
+    before = find(text, max(0, start - WINDOW), start)[-2:]
+    after = find(text, end, end + WINDOW)[:3]
+    beyond = pronoun_table().bits["END"] if end + WINDOW >= len(text) else 0
+    seen = [0] * (2 - len(before)) + [_classes(token) for token in before + after] + [beyond] * (3 - len(after))
     for rule in _rules_after(word, seen[2]):
-        for slot, wanted, barred in rule.conditions:
-            if seen[slot] & barred or (wanted and not seen[slot] & wanted):
-                break
-        else:
+        if all(_fits(condition, seen[condition[0]]) for condition in rule.conditions):
             return rule
     raise AssertionError("pronouns.toml ends with a rule that always fits")
 
 
-@functools.lru_cache(maxsize=4096)
+def _fits(condition: tuple[int, int, int], classes: int) -> bool:
+    _, wanted, barred = condition
+    return not classes & barred and (not wanted or classes & wanted != 0)
+
+
+@functools.lru_cache(maxsize=1 << 14)
 def _rules_after(word: str, following: int) -> tuple[Rule, ...]:
-    """The rules for `word` that the class of the word after it does not already rule out."""
-    fits = lambda condition: condition[0] != 2 or not (following & condition[2] or (condition[1] and not following & condition[1]))
-    return tuple(rule for rule in pronoun_table().rules if word in rule.becomes and all(map(fits, rule.conditions)))
-
-
-def _decide(text: str, start: int, end: int, pronoun: _Pronoun) -> tuple[str, ...]:
-    return pronoun.choices[deciding_rule(text, start, end, pronoun.word).becomes[pronoun.word]]
+    """The rules for `word` that the classes of the token after it do not rule out already, that condition taken off."""
+    fitting = []
+    for rule in pronoun_table().rules:
+        if word in rule.becomes and all(_fits(condition, following) for condition in rule.conditions if condition[0] == 2):
+            fitting.append(rule._replace(conditions=tuple(condition for condition in rule.conditions if condition[0] != 2)))
+    return tuple(fitting)

@@ -79,6 +79,9 @@ def read_header(folder: Path) -> dict:
     missing = [key for key in ("method", "axis", "config", "base") if key not in header]
     if missing:
         raise AdapterError(f"{path}: expected the key {missing[0]!r}, found none")
+    for key in ("config", "base"):
+        if not isinstance(header[key], dict):
+            raise AdapterError(f"{path}: {key}: expected a JSON object, got {header[key]!r}")
     return header
 
 
@@ -126,8 +129,8 @@ def _named(base: dict) -> str:
 
 
 def attach_adapters(model: Model, folders: tuple[str, ...]) -> list[Adapter]:
-    """Load and attach each folder's module under its axis (the second of an axis as `axis-2`), in order."""
-    adapters = [load_adapter(folder, model) for folder in folders]
+    """Load and attach each folder's module, all of a run's, under its axis (the second of an axis as `axis-2`), in order."""
+    adapters = [load_adapter(one, model) for folder in folders for one in adapter_folders(Path(folder)) or [folder]]
     for adapter in adapters:
         name, count = adapter.axis, 1
         while name in model.methods:
@@ -163,19 +166,20 @@ class RunFolder:
 def writing_run(out: str | Path, command: str, values: dict, overwrite: bool = False) -> Iterator[RunFolder]:
     """A RunFolder that becomes `out` when the block ends well and vanishes when it does not.
 
-    values: the resolved configuration, for config.toml. Raises ConfigError where `out` exists and is not to be replaced.
+    values: the resolved configuration, for config.toml. Raises ConfigError where `out` exists and is not to be replaced, or cannot be written.
     """
     out = Path(out)
-    if out.exists() and not overwrite:
+    if os.path.exists(out) and not overwrite:  # not Path.exists: in a folder that may not be read it raises
         raise ConfigError(f"--out {out}: exists; expected a new folder (or --overwrite)")
-    if out.exists() and not ((out / "config.toml").exists() or (out.is_dir() and not any(out.iterdir()))):
+    if os.path.exists(out) and not ((out / "config.toml").exists() or (out.is_dir() and not any(out.iterdir()))):
         raise ConfigError(f"--out {out}: exists and is no run folder; it is not replaced")
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    made = [folder for folder in partial.parents if not os.path.exists(folder)]  # by us, the innermost first
     try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
-    try:
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
         (partial / "config.toml").write_text(tomli_w.dumps({"command": command} | values), encoding="utf-8")
         (partial / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
         yield RunFolder(partial)
@@ -184,6 +188,9 @@ def writing_run(out: str | Path, command: str, values: dict, overwrite: bool = F
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # with the run in it, it stays
+                folder.rmdir()
 
 
 def read_config(run: Path) -> dict:
@@ -217,11 +224,17 @@ def load_run(path: str | Path, adapters: tuple[str, ...] = (), device: str | tor
     """
     path, config = Path(path), {}
     own: list[Path] = []
-    source: str | Path = path
-    if is_run(path):
+    if not is_run(path):
+        loaded = weights.load(path, **options)
+    else:
         config, own = read_config(path), adapter_folders(path)
-        source = path / "model" if (path / "model").is_dir() else config.get("model", path)
-    loaded = weights.load(source, **options)
+        if (path / "model").is_dir() or "model" not in config:
+            loaded = weights.load(path / "model", **options)
+        else:
+            try:
+                loaded = weights.load(config["model"], **options)
+            except ModelError as error:
+                raise ModelError(f"{path}: a module, whose base was {config['model']}: {error}") from None
     attach_adapters(loaded.model, (*map(str, own), *adapters))
     return Run(loaded.model.to(device).eval(), loaded.tokenizer, config, loaded.report)
 

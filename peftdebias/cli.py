@@ -1,7 +1,7 @@
 """The command line: one sub-command a verb, each a dataclass of config.py and a function that takes it.
 
-Errors that a user can mend leave one line and exit code 2; anything else is a bug and keeps its traceback. Results go to standard output or
-to files, everything for people to standard error where standard output carries data.
+Errors that a user can mend leave one line and exit code 2; anything else is a bug and keeps its traceback. Results go to standard output (utf-8) or
+to files, everything else for people to standard error.
 """
 
 import argparse
@@ -23,16 +23,28 @@ EXAMPLES = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, as all of ours are; flags are written out, so that a new one breaks nobody's script."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        self.exit(2, f"peftdebias: {message} (see `{self.prog} --help`)\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, or 2 on bad input."""
     arguments = vars(parser().parse_args(argv))
-    command, _, settings = COMMANDS[arguments.pop("command")]
+    command, settings = COMMANDS[arguments.pop("command")]
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8")
     try:
         command(config.resolve(settings, arguments))
         sys.stdout.flush()
         return 0
     except PeftDebiasError as error:
-        print(f"peftdebias: {error}", file=sys.stderr)
+        print(f"peftdebias: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output went away, `| head` say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -43,17 +55,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="peftdebias", description="Debias BERT and RoBERTa with small modules: learn them upstream on counterfactual "
+    top = Parser(prog="peftdebias", description="Debias BERT and RoBERTa with small modules: learn them upstream on counterfactual "
                                   "text, freeze them downstream. `peftdebias COMMAND --help` explains each command.")
     top.add_argument("--version", action="version", version=f"peftdebias {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, positional, settings) in COMMANDS.items():
+    for name, (_, settings) in COMMANDS.items():
         epilog = f"example:\n  {EXAMPLES[name]}"
         if name == "evaluate":
             epilog = "names for --on:\n" + "".join(f"  {key:<16}{text}\n" for key, text in config.MEASURES.items()) + "\n" + epilog
         one = commands.add_parser(name, help=settings.__doc__.split(":")[0].split(".")[0], description=settings.__doc__, epilog=epilog,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-        config.add_flags(one, settings, positional)
+        config.add_flags(one, settings)
     return top
 
 
@@ -63,8 +75,7 @@ def upstream(settings: config.Upstream) -> None:
     from . import phases
 
     show(settings)
-    result = phases.upstream(settings)
-    tell(result.notes)
+    result = phases.upstream(settings, say)
     outcome = result.outcome
     print(f"validation loss {outcome.before['loss']:.4f} -> {outcome.best['loss']:.4f} nats a masked token at step {outcome.best_step}; "
           f"{outcome.seconds:.0f} s, {outcome.tokens_per_second:,.0f} tokens/s")
@@ -75,8 +86,7 @@ def downstream(settings: config.Downstream) -> None:
     from . import phases
 
     show(settings)
-    result = phases.downstream(settings)
-    tell(result.notes)
+    result = phases.downstream(settings, say)
     outcome = result.outcome
     print(f"best {settings.metric} on dev {outcome.best[settings.metric]:.2f} % at step {outcome.best_step}; {outcome.seconds:.0f} s, "
           f"{outcome.tokens_per_second:,.0f} tokens/s")
@@ -90,7 +100,8 @@ def evaluate(settings: config.Evaluate) -> None:
 
     show(settings)
     result = evaluation.evaluate(settings)
-    tell(result.notes)
+    for line in result.notes:
+        say(line)
     print(table(result.measures))
     places = [p for p in (settings.json, settings.examples) if p]
     print(f"result: {' and '.join(places) if places else 'above (--json FILE keeps it)'}")
@@ -100,8 +111,11 @@ def predict(settings: config.Predict) -> None:
     from . import evaluation
 
     show(settings)
-    tell(evaluation.predict(settings))
-    tell([f"result: {settings.out or 'standard output'}"])
+    if settings.file is None:
+        wait_for_input()
+    for line in evaluation.predict(settings):
+        say(line)
+    say(f"result: {settings.out or 'standard output'}")
 
 
 def augment(settings: config.Augment) -> None:
@@ -110,7 +124,9 @@ def augment(settings: config.Augment) -> None:
 
     show(settings)
     axis = axes.load_axis(settings.axis)
-    texts = (t.text for t in corpus.read_texts(settings.files, settings.column)) if settings.files else _standard_input()
+    if not settings.files:
+        wait_for_input()
+    texts = (t.text for t in corpus.read_texts(settings.files or ("-",), settings.column))
     read = touched = written = 0
 
     def counted():
@@ -125,30 +141,29 @@ def augment(settings: config.Augment) -> None:
             for row in cda.rows(family):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 written += 1
-        if not read:
-            raise PeftDebiasError("standard input: expected at least one text, got none")
         if not touched:
             raise PeftDebiasError(f"{', '.join(settings.files) or 'standard input'}: expected words of the axis {axis.name}, found none in {read} texts")
-    tell([f"{read} texts, {touched} with words of the axis {axis.name}; {written} rows", f"result: {settings.out or 'standard output'}"])
+    say(f"{read} texts, {touched} with words of the axis {axis.name}; {written} rows")
+    say(f"result: {settings.out or 'standard output'}")
 
 
 def demo(settings: config.Demo) -> None:
     from .demo import demo as run
 
     show(settings)
-    print(run(settings, say=lambda line: tell([line])))
+    print(run(settings, say))
     print(f"result: {settings.out}")
 
 
 COMMANDS = {
-    "demo": (demo, (), config.Demo),
-    "augment": (augment, ("files",), config.Augment),
-    "upstream": (upstream, (), config.Upstream),
-    "downstream": (downstream, (), config.Downstream),
-    "evaluate": (evaluate, ("model",), config.Evaluate),
-    "predict": (predict, ("run", "file"), config.Predict),
+    "demo": (demo, config.Demo),
+    "augment": (augment, config.Augment),
+    "upstream": (upstream, config.Upstream),
+    "downstream": (downstream, config.Downstream),
+    "evaluate": (evaluate, config.Evaluate),
+    "predict": (predict, config.Predict),
 }
-"""verb -> (function, positional fields, its settings)."""
+"""verb -> (function, its settings)."""
 
 
 # ---------------------------------------------------------------- what people see
@@ -156,12 +171,18 @@ COMMANDS = {
 def show(settings) -> None:
     """What was resolved, on standard error."""
     values = " ".join(f"{key}={value}" for key, value in config.as_plain(settings).items() if value not in ([], {}))
-    tell([f"{type(settings).__name__.lower()}: {values}"])
+    say(f"{type(settings).__name__.lower()}: {values}")
 
 
-def tell(lines: list[str]) -> None:
-    for line in lines:
-        print(line, file=sys.stderr)
+def say(line: str) -> None:
+    """A line for people."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def wait_for_input() -> None:
+    """Tell whoever sits at a terminal that it is their turn."""
+    if sys.stdin.isatty():
+        say("reading standard input, one text a line; Ctrl-D ends it")
 
 
 def table(measures) -> str:
@@ -173,9 +194,3 @@ def table(measures) -> str:
     rows += [(m.name, f"{number(m.value)} {m.unit if m.unit != '1' else ''}".rstrip(), f"{number(m.low)} to {number(m.high)}", number(m.ideal), str(m.n)) for m in measures]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows)
-
-
-def _standard_input():
-    for line in sys.stdin:
-        if line.strip():
-            yield line.rstrip("\r\n")

@@ -1,6 +1,7 @@
 """What can be set, in one place: a frozen dataclass per command; its fields are the flags of the command line and the keys of a TOML file.
 
-Order of force: a flag, else the TOML file, else the default here. Unknown keys raise. What was resolved is printed and saved with the run.
+Order of force: a flag, else the TOML file, else the default here. Unknown keys raise. What was resolved is printed and saved with the run; the saved
+config.toml can be given as --config again.
 """
 
 import argparse
@@ -13,9 +14,9 @@ from pathlib import Path
 from .errors import ConfigError
 
 
-def option(help: str, default=dataclasses.MISSING, *, many: str = "", metavar: str | None = None, choices: tuple[str, ...] = ()):
-    """A field with its help. many: "words" takes several after one flag, "repeat" takes one flag each; such fields are tuples."""
-    metadata = {"help": help, "many": many, "metavar": metavar, "choices": choices}
+def option(help: str, default=dataclasses.MISSING, *, many: str = "", metavar: str | None = None, choices: tuple[str, ...] = (), positional: bool = False):
+    """A field with its help. many: "words" takes several after one flag, "repeat" takes one flag each; such fields are tuples. positional: no flag."""
+    metadata = {"help": help, "many": many, "metavar": metavar, "choices": choices, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata) if default is not dataclasses.MISSING else dataclasses.field(metadata=metadata)
 
 
@@ -37,12 +38,11 @@ class Training:
     def __post_init__(self):
         if self.batch_size is not None and self.batch_tokens is not None:
             raise ConfigError("--batch-size and --batch-tokens: expected one of them, got both")
-        for name in ("batch_size", "batch_tokens", "max_length", "clip"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{flag(name)}: expected more than 0, got {value}")
-        if self.lr <= 0:
-            raise ConfigError(f"--lr: expected more than 0, got {self.lr}")
+        _at_least(1, self, "batch_size", "batch_tokens", "max_length")
+        _at_least(0, self, "seed", "weight_decay")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{flag(name)}: expected more than 0, got {getattr(self, name)}")
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"--warmup: expected a share from 0 to 1, got {self.warmup}")
 
@@ -76,8 +76,7 @@ class Upstream(Training):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.steps < 1 or self.valid_every < 1:
-            raise ConfigError(f"--steps and --valid-every: expected at least 1, got {self.steps} and {self.valid_every}")
+        _at_least(1, self, "steps", "valid_every", "valid_texts")
         if not self.corpus:
             raise ConfigError("--corpus: expected at least one file, got none")
         if not 0 < self.valid_share < 1:
@@ -107,24 +106,23 @@ class Downstream(Training):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.epochs < 1:
-            raise ConfigError(f"--epochs: expected at least 1, got {self.epochs}")
+        _at_least(1, self, "epochs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Measure bias and quality of a model or run. Each --on NAME=FILE adds measures."""
 
-    model: str = option("model folder, run folder, or name in the local cache", metavar="DIR_OR_RUN")
+    model: str = option("model folder, run folder, or name in the local cache", metavar="DIR_OR_RUN", positional=True)
     on: tuple[str, ...] = option("what to measure and the file to measure it on; may be given several times", (), many="repeat", metavar="NAME=FILE")
     adapter: tuple[str, ...] = option("module to attach, a run or adapter folder; may be given several times", (), many="repeat", metavar="RUN")
     bias_type: str | None = option("CrowS-Pairs: only this category (gender, race-color, ...; default: all, and each)", None)
-    text: str | None = option("classification, perplexity: column with the text", None, metavar="COL")
-    text_pair: str | None = option("classification: column with the second text", None, metavar="COL")
-    label: str | None = option("classification: column with the label", None, metavar="COL")
-    group: str | None = option("classification: column with the protected group", None, metavar="COL")
-    positive: str | None = option("classification: the label that F1 is of", None, metavar="LABEL")
-    max_length: int = option("longest text in tokens", 256)
+    text: str | None = option("classification, perplexity: column with the text (default: the run's own; for perplexity: text)", None, metavar="COL")
+    text_pair: str | None = option("classification: column with the second text (default: the run's own)", None, metavar="COL")
+    label: str | None = option("classification: column with the label (default: the run's own)", None, metavar="COL")
+    group: str | None = option("classification: column with the protected group (default: the run's own)", None, metavar="COL")
+    positive: str | None = option("classification: the label that F1 is of (default: the run's own)", None, metavar="LABEL")
+    max_length: int | None = option("longest text in tokens; longer ones are cut, counted and reported (default: the run's own, else 256)", None)
     batch_tokens: int = option("tokens in a batch", 8192)
     samples: int = option("bootstrap samples for the intervals", 1000)
     seed: int = option("of the bootstrap and of the perplexity's masks", 0)
@@ -132,19 +130,26 @@ class Evaluate:
     json: str | None = option("write the measures there", None, metavar="FILE")
     examples: str | None = option("write the scores of every example there, as jsonl", None, metavar="FILE")
 
+    def __post_init__(self):
+        _at_least(1, self, "max_length", "batch_tokens", "samples")
+        _at_least(0, self, "seed")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Predict:
     """Label texts with a downstream run: label and probabilities, one JSON object a line."""
 
-    run: str = option("run folder of `downstream`", metavar="RUN")
-    file: str | None = option("csv, tsv, jsonl or txt file (default: one text a line on standard input)", None, metavar="FILE")
-    text: str | None = option("column with the text", None, metavar="COL")
-    text_pair: str | None = option("column with the second text", None, metavar="COL")
+    run: str = option("run folder of `downstream`", metavar="RUN", positional=True)
+    file: str | None = option("csv, tsv, jsonl or txt file (default: one text a line on standard input)", None, metavar="FILE", positional=True)
+    text: str | None = option("column with the text (default: the run's own)", None, metavar="COL")
+    text_pair: str | None = option("column with the second text (default: the run's own)", None, metavar="COL")
     out: str | None = option("file to write (default: standard output)", None, metavar="FILE")
-    max_length: int = option("longest text in tokens; longer ones are cut, counted and reported", 256)
+    max_length: int | None = option("longest text in tokens; longer ones are cut, counted and reported (default: the run's own, else 256)", None)
     batch_tokens: int = option("tokens in a batch", 8192)
     device: str = option("cpu, cuda, ...; auto takes a GPU where there is one", "auto")
+
+    def __post_init__(self):
+        _at_least(1, self, "max_length", "batch_tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +157,7 @@ class Augment:
     """Write counterfactuals of texts: what each text says when the attribute words of an axis are swapped, one JSON object a line."""
 
     axis: str = option("axis of bias: a shipped name (gender, race, ...) or a TOML file of yours", metavar="NAME|FILE")
-    files: tuple[str, ...] = option("txt, csv, tsv or jsonl files (default: one text a line on standard input)", (), many="words", metavar="FILE")
+    files: tuple[str, ...] = option("txt, csv, tsv or jsonl files (default: one text a line on standard input)", (), many="words", metavar="FILE", positional=True)
     column: str | None = option("column with the text, in csv, tsv and jsonl (default: text)", None, metavar="COL")
     out: str | None = option("file to write (default: standard output)", None, metavar="FILE")
 
@@ -163,9 +168,15 @@ class Demo:
 
     out: str = option("folder to write", "runs/demo", metavar="DIR")
     strength: float = option("how strongly occupations are linked to a gender in the pretraining text, from 0 to 1", 0.8)
-    label_strength: float = option("the same in the labelled task", 0.5)
+    label_strength: float = option("how strongly they are linked in the labelled task, from 0 to 1", 0.5)
     seed: int = option("every random choice follows from it", 0)
-    overwrite: bool = option("replace --out if it exists", False)
+    overwrite: bool = option("replace --out if it is a demo's folder", False)
+
+    def __post_init__(self):
+        _at_least(0, self, "seed")
+        for name in ("strength", "label_strength"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{flag(name)}: expected a strength from 0 to 1, got {getattr(self, name)}")
 
 
 MEASURES = {
@@ -182,15 +193,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type, positional: tuple[str, ...] = ()) -> None:
-    """A flag for every field of `cls`, `--config` besides; `positional` fields stand without a flag. Defaults stay out: only what is typed arrives."""
+def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
+    """A flag for every field of `cls`, `--config` besides. Defaults stay out, and nothing is required here: only what is typed arrives, TOML fills up."""
     hints = typing.get_type_hints(cls)
     shared = {f.name for f in dataclasses.fields(Training)}
     for field in sorted(dataclasses.fields(cls), key=lambda f: (f.default is not dataclasses.MISSING, f.name in shared)):
         meta, kind = field.metadata, _plain(hints[field.name])
-        required = field.default is dataclasses.MISSING
-        help = meta["help"].replace("%", "%%") + (" (required)" if required else "" if field.default in (None, (), False) or meta["many"] else f" (default: {_shown(field.default)})")
-        kwargs: dict = {"default": argparse.SUPPRESS, "help": help}
+        kwargs: dict = {"default": argparse.SUPPRESS, "help": (meta["help"] + _shown(field)).replace("%", "%%")}
         if kind is bool:
             kwargs["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
         else:
@@ -202,56 +211,77 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, positional: tuple[str,
             if meta["many"] == "repeat":
                 kwargs["action"] = "append"
             elif meta["many"] == "words":
-                kwargs["nargs"] = "*" if field.name in positional else "+"
-        if field.name in positional:
-            if not required and "nargs" not in kwargs:
-                kwargs["nargs"] = "?"
-            parser.add_argument(field.name, **kwargs)
+                kwargs["nargs"] = "*" if meta["positional"] else "+"
+        if meta["positional"]:
+            parser.add_argument(field.name, **{"nargs": "?"} | kwargs)
         else:
             parser.add_argument(flag(field.name), **kwargs)
-    parser.add_argument("--config", metavar="FILE.toml", default=argparse.SUPPRESS, help="TOML file with the same names as the flags; a flag wins over it")
+    parser.add_argument("--config", metavar="FILE.toml", default=argparse.SUPPRESS,
+                        help="TOML file with the same names as the flags, a run's config.toml too; a flag wins over it")
+
+
+def _shown(field: dataclasses.Field) -> str:
+    """What a field's help says of its default."""
+    if field.default is dataclasses.MISSING:
+        return " (required)"
+    if field.default is None or field.default is False or field.default == ():
+        return ""
+    if field.default is True:
+        return f" (default: {flag(field.name)})"
+    return f" (default: {field.default:g})" if isinstance(field.default, float) else f" (default: {field.default})"
 
 
 def resolve(cls: type, given: dict):
     """An instance of `cls` from typed flags and, under "config", a TOML file. Raises ConfigError on unknown keys, wrong types and what is missing."""
-    given = dict(given)
+    given = {key: value for key, value in given.items() if value is not None and value != []}
     values = _read_toml(cls, Path(given.pop("config"))) if "config" in given else {}
-    return build(cls, values | {k: v for k, v in given.items() if v is not None and v != []}, "")
+    return build(cls, values | checked(cls, given))
 
 
-def build(cls: type, values: dict, where: str):
-    """An instance of `cls` from plain values; `where` begins the messages."""
+def build(cls: type, values: dict):
+    """An instance of `cls` from values that `checked` has seen. Raises ConfigError on what is missing."""
+    missing = [f.metadata["metavar"] if f.metadata["positional"] else flag(f.name)
+               for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
+    if missing:
+        raise ConfigError(f"missing: {', '.join(missing)} (see `peftdebias {cls.__name__.lower()} --help`)")
+    return cls(**values)
+
+
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", tuple: "a list of texts", dict: "a table of options"}
+
+
+def checked(cls: type, values: dict, where: str = "") -> dict:
+    """`values` as the fields of the dataclass `cls` want them; what --set, flags and TOML write alike. `where` begins the messages.
+
+    A whole number serves as a number, one value as a list of one. Raises ConfigError on an unknown key or another type.
+    """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    values = {key.replace("-", "_"): value for key, value in values.items()}
     ready = {}
-    for key, value in values.items():
+    for name, value in values.items():
+        key = name.replace("-", "_")
         if key not in fields:
-            raise ConfigError(f"{where}unknown key {key!r}; expected some of {', '.join(fields)}")
+            raise ConfigError(f"{where}unknown key {name!r}; expected {'one of ' + ', '.join(fields) if fields else 'none'}")
         kind = _plain(hints[key])
         if kind is dict:
-            ready[key] = parse_settings(value) if not isinstance(value, dict) else dict(value)
+            value = parse_settings(value) if isinstance(value, list) else value
         elif kind is tuple:
-            ready[key] = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-            ready[key] = float(value)
-        elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ConfigError(f"{where}{key}: expected {kind.__name__}, got {value!r}")
-        elif (choices := fields[key].metadata["choices"]) and value not in choices:
-            raise ConfigError(f"{where}{key}: expected one of {', '.join(choices)}, got {value!r}")
-        else:
-            ready[key] = value
-    missing = [flag(f.name) for f in fields.values() if f.default is dataclasses.MISSING and f.name not in ready]
-    if missing:
-        raise ConfigError(f"{where}missing: {', '.join(missing)}")
-    return cls(**ready)
+            value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        elif kind is float and type(value) is int:
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)) or (kind is tuple and not all(isinstance(v, str) for v in value)):
+            raise ConfigError(f"{where}{name}: expected {KINDS[kind]}, got {value!r}")
+        if (choices := fields[key].metadata.get("choices")) and value not in choices:
+            raise ConfigError(f"{where}{name}: expected one of {', '.join(choices)}, got {value!r}")
+        ready[key] = value
+    return ready
 
 
 def parse_settings(pairs: list[str]) -> dict:
     """["rank=8", "targets=query,value"] -> {"rank": 8, "targets": ("query", "value")}; numbers and true/false as in TOML, the rest is text."""
     settings = {}
     for pair in pairs:
-        key, equals, text = pair.partition("=")
+        key, equals, text = str(pair).partition("=")
         if not equals or not key:
             raise ConfigError(f"--set: expected KEY=VALUE, got {pair!r}")
         parts = [_literal(part) for part in text.split(",")]
@@ -286,19 +316,22 @@ def _read_toml(cls: type, path: Path) -> dict:
         raise ConfigError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"--config {path}: expected TOML, got {error}") from None
-    fields = {f.name for f in dataclasses.fields(cls)}
-    for key in values:
-        if key.replace("-", "_") not in fields:
-            raise ConfigError(f"{path}: unknown key {key!r}; expected some of {', '.join(sorted(fields))}")
-    return {key.replace("-", "_"): value for key, value in values.items()}
+    command = cls.__name__.lower()
+    if (of := values.pop("command", command)) != command:  # a run's config.toml names its command
+        raise ConfigError(f"--config {path}: expected the configuration of `{command}`, got one of `{of}`")
+    return checked(cls, values, f"{path}: ")
+
+
+def _at_least(least: int, settings, *names: str) -> None:
+    """Raises ConfigError on a named field that is set and less, or not a number."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= least:
+            raise ConfigError(f"{flag(name)}: expected at least {least}, got {value}")
 
 
 def _plain(hint) -> type:
-    """int | None -> int, tuple[str, ...] -> tuple."""
-    if isinstance(hint, types.UnionType):
+    """int | None -> int, tuple[str, ...] -> tuple (all our tuples are of text)."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
     return typing.get_origin(hint) or hint
-
-
-def _shown(value) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

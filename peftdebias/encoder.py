@@ -481,4 +481,7 @@ class Model(nn.Module):
         for method in self.methods.values():
             for parameter in method.parameters().values():
                 parameter.data = fn(parameter.data)
+        if merged := self.encoder.hooks.merged:
+            merged.tensors = [(parameter, fn(kept), fn(written)) for parameter, kept, written in merged.tensors]
+            merged.place(merged.placed)
         return self

@@ -60,9 +60,11 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"--device: expected cpu, cuda, cuda:1, ... or auto, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: expected a CUDA device, found none here")
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device: expected cpu, cuda, cuda:1, ... or auto, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: expected one of the CUDA devices here, found {torch.cuda.device_count() or 'none'}")
     return device
 
 
@@ -101,36 +103,35 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
         model.train()
         step, epoch, tokens = 0, 0, 0
         started, losses = time.perf_counter(), []
-        bar = tqdm(total=schedule.steps, desc=label, unit="step", disable=None, dynamic_ncols=True)
-        while step < schedule.steps:
-            batches, found = task.epoch(epoch), 0
-            for batch in batches:
-                found += 1
-                step += 1
-                rate = schedule.rate(step)
-                losses.append(_step(model, task, batch.to(device), optimizer, rate, parameters, schedule))
-                if folded is not None:
-                    folded.after_step({key: rate * decay for key, decay in decay_of.items()})
-                tokens += sum(batch.lengths)
-                bar.update()
-                if step % LOG_EVERY == 0 or step == schedule.steps:
-                    mean = float(torch.stack(losses).mean())
-                    if not math.isfinite(mean):
-                        raise PeftDebiasError(f"step {step}: the loss is {mean}; expected a finite one (a lower --lr may help)")
-                    speed = tokens / (time.perf_counter() - started)
-                    log(event="step", step=step, loss=mean, lr=rate, tokens_per_second=round(speed))
-                    bar.set_postfix(loss=f"{mean:.4f}", tokens=f"{speed:.0f}/s")
-                    losses = []
-                if (schedule.validate_every and step % schedule.validate_every == 0) or step == schedule.steps:
+        with tqdm(total=schedule.steps, desc=label, unit="step", disable=None, dynamic_ncols=True) as bar:
+            while step < schedule.steps:
+                batches, found = task.epoch(epoch), 0
+                for batch in batches:
+                    found += 1
+                    step += 1
+                    rate = schedule.rate(step)
+                    losses.append(_step(model, task, batch.to(device), optimizer, rate, parameters, schedule))
+                    if folded is not None:
+                        folded.after_step({key: rate * decay for key, decay in decay_of.items()})
+                    tokens += sum(batch.lengths)
+                    bar.update()
+                    if step % LOG_EVERY == 0 or step == schedule.steps:
+                        mean = float(torch.stack(losses).mean())
+                        if not math.isfinite(mean):
+                            raise PeftDebiasError(f"step {step}: the loss is {mean}; expected a finite one (a lower --lr may help)")
+                        speed = tokens / (time.perf_counter() - started)
+                        log(event="step", step=step, loss=mean, lr=rate, tokens_per_second=round(speed))
+                        bar.set_postfix(loss=f"{mean:.4f}", tokens=f"{speed:.0f}/s")
+                        losses = []
+                    if (schedule.validate_every and step % schedule.validate_every == 0) or step == schedule.steps:
+                        best, best_step, kept = _validate(model, task, parameters, log, step, best, best_step, kept)
+                    if step == schedule.steps:
+                        break
+                if not found:
+                    raise PeftDebiasError("training: expected at least one batch an epoch, got none")
+                if schedule.validate_every is None and step < schedule.steps:
                     best, best_step, kept = _validate(model, task, parameters, log, step, best, best_step, kept)
-                if step == schedule.steps:
-                    break
-            if not found:
-                raise PeftDebiasError("training: expected at least one batch an epoch, got none")
-            if schedule.validate_every is None and step < schedule.steps:
-                best, best_step, kept = _validate(model, task, parameters, log, step, best, best_step, kept)
-            epoch += 1
-        bar.close()
+                epoch += 1
         seconds = time.perf_counter() - started
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -154,6 +155,8 @@ def _step(model: Model, task, batch, optimizer: torch.optim.Optimizer, rate: flo
 
 def _validate(model: Model, task, parameters: dict[str, Parameter], log, step: int, best: dict | None, best_step: int, kept: dict) -> tuple[dict, int, dict]:
     found = task.validate(model)
+    if not math.isfinite(found[task.metric]) or not all(bool(p.isfinite().all()) for p in parameters.values()):
+        raise PeftDebiasError(f"step {step}: validation gives {task.metric} {found[task.metric]}, or a parameter is not finite; a lower --lr may help")
     sign = 1 if task.higher_is_better else -1
     better = best is None or sign * found[task.metric] > sign * best[task.metric]
     log(event="validation", step=step, kept=better, **found)

@@ -260,7 +260,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         try:
             tensors |= (safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True))
         except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, TypeError) as error:
-            raise ModelError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+            raise ModelError(f"{path}: cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
         except Exception as error:  # pickle.UnpicklingError: the file wants to run code
             raise ModelError(f"{path}: expected plain tensors, got {type(error).__name__} (unpickling anything else is refused)") from None
     return tensors

@@ -83,7 +83,7 @@ def pair(kind: str, folder, head: str = "ForMaskedLM", dtype: torch.dtype = torc
 # ---------------------------------------------------------------- their answers, in our layout
 
 def padded(other, batch: Batch) -> dict[str, Tensor]:
-    """What their forward takes: [B, S] ids, mask and segments. The padding holds ids that would change the outputs if they were seen."""
+    """What their forward takes: [B, S] ids, mask and segments. The padding token's embedding is drawn like all others: outputs would show it if it were seen."""
     shape = len(batch.lengths), batch.max_length
     mask = torch.arange(shape[1])[None, :] < torch.tensor(batch.lengths)[:, None]
     pad = other.config.pad_token_id

@@ -167,7 +167,8 @@ class _Check:
         for left, character, right in zip(" " + word, word, word[1:] + " "):
             inner = character == "'" and is_word_character(left) and is_word_character(right)
             if not (inner or is_word_character(character)):
-                self.fail(f"{where}: {word!r} can never match as a whole word, for {character!r} is no part of a word: expected letters, digits or an inner '", word)
+                why = f"can never match as a whole word, for {character!r} is no part of a word"
+                self.fail(f"{where}: {word!r} {why}: expected letters, digits or an inner '", word)
         if word != "".join(map(lower, word)):
             self.fail(f"{where}: {word!r} has a capital letter: expected lower case (a text's own case is kept)", word)
         if len(word) > LONGEST_WORD:
