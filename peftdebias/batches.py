@@ -150,6 +150,25 @@ def pack(samples: Sequence[Sample]) -> Batch:
     )
 
 
+def with_inserted(batch: Batch, count: int, first_row: bool = False) -> tuple[Tensor, Batch]:
+    """(order int64 [T + B * count], the batch that fits) for `count` vectors put before every text.
+
+    order: rows of [vectors; hidden] end to end, to gather with. The rows asked for move with the text; with `first_row` the first vector of each text
+    is asked for in place of its first row. ids, positions and segments keep describing the text.
+    """
+    lengths = tuple(n + count for n in batch.lengths)
+    starts = numpy.cumsum([0, *batch.lengths])
+    order = numpy.concatenate([part for start, n in zip(starts, batch.lengths) for part in (numpy.arange(count), numpy.arange(start, start + n) + count)]
+                              or [numpy.zeros(0, dtype=numpy.int64)])
+    places = numpy.repeat(numpy.arange(1, len(lengths) + 1) * count, batch.row_lengths)
+    device = batch.ids.device
+    rows = batch.rows + torch.from_numpy(places).to(device, non_blocking=True)
+    if first_row:
+        rows = torch.from_numpy(numpy.cumsum([0, *lengths])[:-1]).to(device, non_blocking=True)
+    return torch.from_numpy(order).to(device, non_blocking=True), dataclasses.replace(
+        batch, cu_seqlens=cumulative(lengths).to(device, non_blocking=True), rows=rows, lengths=lengths, max_length=max(lengths, default=0))
+
+
 def plan(lengths: Sequence[int], *, batch_size: int | None = None, batch_tokens: int | None = None, members: Sequence[int] | None = None,
          seed: int | Sequence[int] | None = None) -> list[list[int]]:
     """Which items share a batch: lists of item indices, each item in exactly one.

@@ -1,7 +1,7 @@
 """One encoder for BERT and RoBERTa on packed tokens, with its masked-LM and classifier heads.
 
-What it adds over its neighbours: all arithmetic of the base model, and the places (sites) where methods take hold of it. It leaves out padding,
-decoding, cross-attention and relative positions; foreign names stay in weights.py.
+What it adds over its neighbours: all arithmetic of the base model. It leaves out padding, decoding, cross-attention and relative positions; what methods
+do to it is in sites.py, foreign names stay in weights.py.
 
 Two savings, both exact: no padding flows through anything but attention, and the last layer computes queries, output projection and feed-forward
 only for the rows that the batch asks for.
@@ -11,7 +11,6 @@ Papers: Devlin et al. 2019 (BERT), Liu et al. 2019 (RoBERTa), Vaswani et al. 201
 """
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
@@ -22,200 +21,7 @@ from torch import Tensor, nn
 from . import kernels
 from .batches import Batch, Spans
 from .errors import AdapterError, ModelError
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderConfig:
-    """The shape of a base model. Sizes are counts; dropout rates lie in [0, 1).
-
-    kind: "bert" or "roberta". max_positions: texts may have that many tokens. position_offset: added to positions before they are looked up
-    (RoBERTa: padding index + 1; BERT: 0); the position table has max_positions + position_offset rows. tied: the masked-LM decoder is the word embedding.
-    """
-
-    kind: str
-    layers: int
-    hidden: int
-    heads: int
-    feed_forward: int
-    vocab: int
-    max_positions: int
-    segments: int = 2
-    position_offset: int = 0
-    activation: str = "gelu"
-    norm_eps: float = 1e-12
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    classifier_dropout: float = 0.1
-    pad_id: int = 0
-    tied: bool = True
-    initializer_range: float = 0.02
-
-    def __post_init__(self):
-        if self.kind not in ("bert", "roberta"):
-            raise ModelError(f"model type: expected bert or roberta, got {self.kind!r}")
-        for name in ("layers", "hidden", "heads", "feed_forward", "vocab", "max_positions", "segments"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ModelError(f"{name}: expected a whole number of at least 1, got {value!r}")
-        if self.hidden % self.heads:
-            raise ModelError(f"hidden size {self.hidden}: expected a multiple of the number of heads, got {self.heads} heads")
-        if self.activation not in ACTIVATIONS:
-            raise ModelError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-
-    @property
-    def head_width(self) -> int:
-        return self.hidden // self.heads
-
-
-# ---------------------------------------------------------------- sites
-
-LINEARS = ("attention.query", "attention.key", "attention.value", "attention.output", "feed_forward.up", "feed_forward.down")
-BLOCKS = ("attention", "feed_forward")
-
-
-def linear_sites(config: EncoderConfig, kinds: tuple[str, ...] = LINEARS) -> tuple[str, ...]:
-    """Names of the linears of all layers: `layers.3.attention.query`, ...; their biases are the same name + `.bias`."""
-    return tuple(f"layers.{i}.{kind}" for i in range(config.layers) for kind in kinds)
-
-
-def block_sites(config: EncoderConfig, kinds: tuple[str, ...] = BLOCKS) -> tuple[str, ...]:
-    """Names of the places between a block's output and its LayerNorm: `layers.3.feed_forward`, ..."""
-    return tuple(f"layers.{i}.{kind}" for i in range(config.layers) for kind in kinds)
-
-
-def key_value_sites(config: EncoderConfig) -> tuple[str, ...]:
-    """Names of the places where keys and values shared by the batch come in: `layers.3.attention.key_value`, ..."""
-    return tuple(f"layers.{i}.attention.key_value" for i in range(config.layers))
-
-
-EMBED_SITE = "embeddings"
-
-
-def linear_shape(config: EncoderConfig, site: str) -> tuple[int, int]:
-    """(out, in) of the linear at `site`."""
-    if site.endswith("feed_forward.up"):
-        return config.feed_forward, config.hidden
-    if site.endswith("feed_forward.down"):
-        return config.hidden, config.feed_forward
-    return config.hidden, config.hidden
-
-
-@dataclasses.dataclass
-class Merged:
-    """Deltas that patch.merge wrote into the base: which methods, and each touched parameter with the tensor it held and the one it holds.
-
-    placed: whether the merged tensors are in now (inside a `without` of one of the methods they are not).
-    """
-
-    names: set[str]
-    tensors: list[tuple[nn.Parameter, Tensor, Tensor]]
-    placed: bool = False
-
-    def place(self, merged: bool) -> None:
-        """Put the merged or the kept tensors in; nothing is computed, so the kept ones come back bit for bit."""
-        self.placed = merged
-        for parameter, kept, written in self.tensors:
-            parameter.data = written if merged else kept
-
-
-class Hooks:
-    """The methods attached to one encoder, by name, in the order they were attached; those in `off` are passed over.
-
-    An encoder without methods asks once per site and pays a dictionary look-up.
-    """
-
-    def __init__(self):
-        self.methods: dict[str, object] = {}
-        self.off: set[str] = set()
-        self.merged: Merged | None = None
-        self._at: dict[str, list] = {}
-        self._hosts: dict[str, set[str]] = {}
-
-    def add(self, name: str, method, sites: tuple[str, ...]) -> None:
-        self.methods[name] = method
-        self._hosts[name] = set(sites)
-        self.refresh()
-
-    def remove(self, name: str) -> None:
-        del self.methods[name], self._hosts[name]
-        self.off.discard(name)
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Must follow any change of `off`."""
-        self._at = {}
-        for name, method in self.methods.items():
-            if name not in self.off:
-                for site in self._hosts[name]:
-                    self._at.setdefault(site, []).append(method)
-
-    def at(self, site: str) -> list:
-        return self._at.get(site, [])
-
-    def value(self, site: str, tensor: Tensor) -> Tensor:
-        """A parameter with the deltas of all methods at `site` added."""
-        for method in self.at(site):
-            tensor = add_delta(tensor, method.delta(site))
-        return tensor
-
-    def linear(self, site: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """x [T, in] -> [T, out] through the methods at `site`: deltas go into the weight, at most one method computes the product itself.
-
-        The last method that defines `linear` computes the product; the others add their `delta`, and one without is an error.
-        """
-        bias = self.value(site + ".bias", bias)
-        methods = self.at(site)
-        own = [m for m in methods if m.computes(site)]
-        product = own[-1] if own else None
-        for method in methods:
-            if method is not product:
-                delta = method.delta(site)
-                if delta is None and method in own:
-                    raise AdapterError(f"{site}: {method.name} and {product.name} both compute this product; expected at most one without a delta")
-                weight = add_delta(weight, delta)
-        return F.linear(x, weight, bias) if product is None else product.linear(site, x, weight, bias)
-
-    def block(self, site: str, hidden: Tensor, residual: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
-        """hidden, residual [T, D] -> norm(hidden + residual), through the methods at `site`; stacked methods each get the last one's sum as hidden."""
-        methods = self.at(site)
-        if not methods:
-            return norm(hidden + residual)
-        for method in methods[:-1]:
-            hidden = method.block(site, hidden, residual, _identity) - residual
-        return methods[-1].block(site, hidden, residual, norm)
-
-    def key_value(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """([P, H, W], [P, H, W]), the prefixes of all methods end to end, or None."""
-        found = [kv for m in self.at(f"layers.{layer}.attention.key_value") if (kv := m.key_value(layer)) is not None]
-        if not found:
-            return None
-        return torch.cat([k for k, _ in found]), torch.cat([v for _, v in found])
-
-    @property
-    def position_shift(self) -> int:
-        return sum(m.position_shift for name, m in self.methods.items() if name not in self.off)
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-def add_delta(tensor: Tensor, delta: Tensor | tuple[Tensor, Tensor] | None) -> Tensor:
-    """tensor + delta, out of place. delta: dense of the same shape, or (flat indices int64 [k], values [k]), or None."""
-    if delta is None:
-        return tensor
-    if isinstance(delta, tuple):
-        indices, values = delta
-        return tensor.flatten().index_add(0, indices, values.to(tensor.dtype)).view_as(tensor)
-    return tensor + delta.to(tensor.dtype)
-
+from .sites import ACTIVATIONS, EMBED_SITE, EncoderConfig, Hooks
 
 # ---------------------------------------------------------------- attention
 
@@ -343,14 +149,21 @@ class Encoder(nn.Module):
 
     def _embed(self, batch: Batch) -> tuple[Tensor, Batch]:
         config, table, hooks = self.config, self.embeddings, self.hooks
-        shift = config.position_offset + hooks.position_shift
-        hidden = F.embedding(batch.ids, hooks.value("embeddings.word", table.word.weight))
-        for method in hooks.at(EMBED_SITE):
-            hidden, batch = method.embed(hidden, batch)
         if batch.max_length + hooks.position_shift > config.max_positions:
             raise ModelError(f"text of {batch.max_length} tokens: expected at most {config.max_positions - hooks.position_shift}")
-        hidden = hidden + F.embedding(batch.positions + shift, hooks.value("embeddings.position", table.position.weight))
-        hidden = hidden + F.embedding(batch.segments, hooks.value("embeddings.segment", table.segment.weight))
+        positions = hooks.value("embeddings.position", table.position.weight)
+        segments = hooks.value("embeddings.segment", table.segment.weight)
+
+        hidden = F.embedding(batch.ids, hooks.value("embeddings.word", table.word.weight))
+        hidden = hidden + F.embedding(batch.positions + (config.position_offset + hooks.position_shift), positions) + F.embedding(batch.segments, segments)
+        # From the last to the first, each put before every text: they stand in the order in which they were attached.
+        for method in reversed(hooks.at(EMBED_SITE)):
+            start = config.position_offset + hooks.shift_before(method)
+
+            def positioned(vectors: Tensor, places: Tensor, start: int = start) -> Tensor:
+                return vectors + F.embedding(places + start, positions) + segments[0]
+
+            hidden, batch = method.embed(hidden, batch, positioned)
         return self._dropout(self._norm("embeddings.norm", table.norm)(hidden)), batch
 
     def _layer(self, i: int, hidden: Tensor, spans: Spans, rows: Tensor | None) -> Tensor:
@@ -426,7 +239,8 @@ class Model(nn.Module):
         head, encoder = self.mlm, self.encoder
         activation = F.gelu if self.config.kind == "roberta" else ACTIVATIONS[self.config.activation]  # RoBERTa's head is GELU whatever its layers use
         hidden = head.norm(activation(head.dense(encoder(batch))))
-        table = encoder.hooks.value("embeddings.word", encoder.embeddings.word.weight) if head.decoder is None else head.decoder.weight
+        # Tied or not, the decoder is the base's: a delta of the embedding acts on the input side only.
+        table = encoder.hooks.base(encoder.embeddings.word.weight) if head.decoder is None else head.decoder.weight
         return F.linear(hidden, table, head.bias)
 
     def class_logits(self, batch: Batch) -> Tensor:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .encoder import EMBED_SITE, Merged, Model, add_delta, block_sites, key_value_sites
+from .encoder import Model
 from .errors import AdapterError
 from .methods import Method
+from .sites import EMBED_SITE, Merged, add_delta, block_sites, key_value_sites
 
 QKV = {"query": 0, "key": 1, "value": 2}
 
@@ -119,9 +120,9 @@ def _deltas(method: Method, sites: tuple[str, ...]) -> Iterator[tuple[str, Tenso
 
 
 def merge(model: Model, *names: str) -> None:
-    """Write the deltas of the named methods (default: all) into the base. Outputs equal within rounding; the base tensors are kept for unmerge.
+    """Write the deltas and scales of the named methods (default: all) into the base. Outputs equal within rounding; the base tensors are kept for unmerge.
 
-    Raises AdapterError on a method that is not mergeable.
+    Raises AdapterError on a method that is not mergeable, or one that scales a site where another method stays.
     """
     hooks = model.encoder.hooks
     if hooks.merged:
@@ -133,12 +134,28 @@ def merge(model: Model, *names: str) -> None:
         if not hooks.methods[name].mergeable:
             raise AdapterError(f"merge {name!r}: {hooks.methods[name].name} cannot be written into the weights with the same outputs")
     written: dict[str, tuple[Parameter, Tensor, Tensor]] = {}
+
+    def value(site: str) -> Tensor:
+        key, parameter, rows = parameter_at(model, site)
+        return written.setdefault(key, (parameter, parameter.data, parameter.data.clone()))[2][rows]
+
     with torch.no_grad():
         for name in names:
             for site, delta in _deltas(hooks.methods[name], hooks.methods[name].sites(model.config)):
-                key, parameter, rows = parameter_at(model, site)
-                _, _, value = written.setdefault(key, (parameter, parameter.data, parameter.data.clone()))
-                value[rows] = add_delta(value[rows], delta)
+                value(site).copy_(add_delta(value(site), delta))
+        for name in names:
+            method = hooks.methods[name]
+            for site in method.sites(model.config):
+                inputs, outputs = method.scale(site)
+                if inputs is None and outputs is None:
+                    continue
+                if any(m not in [hooks.methods[n] for n in names] for m in hooks.at(site)):
+                    raise AdapterError(f"merge {name!r}: it scales {site}, where another method acts; expected that one to be merged too")
+                if inputs is not None:
+                    value(site).mul_(inputs)
+                if outputs is not None:
+                    value(site).mul_(outputs[:, None])
+                    value(site + ".bias").mul_(outputs)
     hooks.merged = Merged(set(names), list(written.values()))
     hooks.merged.place(True)
     hooks.off |= set(names)
@@ -149,6 +166,8 @@ def unmerge(model: Model) -> None:
     """Put the kept base tensors back, bit for bit; the methods act again. Does nothing on an unmerged model."""
     hooks = model.encoder.hooks
     if hooks.merged:
+        if not hooks.merged.placed:
+            raise AdapterError("unmerge: expected to be outside of `with model.without(...)`")
         hooks.merged.place(False)
         hooks.off -= hooks.merged.names
         hooks.merged = None

@@ -8,6 +8,8 @@ import pytest
 # Set before anything imports transformers or tokenizers: tests never ask a hub, and a forked tokenizer does not warn.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Toy-sized tensors: threads cost more than they bring, much more on a machine that others use too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,11 +15,11 @@ from torch.nn import Parameter
 
 from peftdebias import kernels
 from peftdebias.batches import Sample, Spans, cumulative, pack
-from peftdebias.encoder import (ACTIVATIONS, BLOCKS, EMBED_SITE, LINEARS, Encoder, EncoderConfig, Model, attention, attention_padded, attention_ref,
-                                block_sites, key_value_sites, linear_shape, linear_sites)
+from peftdebias.encoder import Encoder, Model, attention, attention_padded, attention_ref
 from peftdebias.errors import AdapterError, ModelError
 from peftdebias.methods import Method, base_parameters
 from peftdebias.patch import attach, detach, merge, train_only, unmerge
+from peftdebias.sites import ACTIVATIONS, BLOCKS, EMBED_SITE, LINEARS, EncoderConfig, block_sites, key_value_sites, linear_shape, linear_sites
 from peftdebias.weights import load_model, to_foreign
 
 from . import outside
@@ -478,7 +478,7 @@ class Adapter(Toy):
     mergeable = foldable = False
 
     def block(self, site, hidden, residual, norm):
-        return norm(self.adapt(self.values, site, hidden) + residual)
+        return self.adapt(self.values, site, hidden)
 
     @staticmethod
     def adapt(values, site, x):
@@ -504,18 +504,22 @@ class Prefix(Toy):
 
 
 class Prompt(Toy):
-    """`vectors` [P, D] before the words of every text; rows, positions and lengths move on."""
+    """`vectors` [P, D] before the words of every text, which moves on by P positions."""
 
     name = "prompt"
     mergeable = foldable = False
 
-    def embed(self, hidden, batch):
+    @property
+    def position_shift(self):
+        return len(self.values["vectors"])
+
+    def embed(self, hidden, batch, positioned):
         vectors = self.values["vectors"]
         p, lengths = len(vectors), tuple(n + len(vectors) for n in batch.lengths)
         owners = torch.arange(len(lengths)).repeat_interleave(torch.tensor(batch.row_lengths))
+        vectors = positioned(vectors, torch.arange(p))
         return torch.cat([x for words in hidden.split(batch.lengths) for x in (vectors, words)]), dataclasses.replace(
-            batch, positions=torch.cat([torch.arange(n) for n in lengths]), rows=batch.rows + (owners + 1) * p, lengths=lengths,
-            segments=torch.cat([F.pad(s, (p, 0)) for s in batch.segments.split(batch.lengths)]), cu_seqlens=cumulative(lengths), max_length=max(lengths))
+            batch, rows=batch.rows + (owners + 1) * p, lengths=lengths, cu_seqlens=cumulative(lengths), max_length=max(lengths))
 
     @staticmethod
     def oracle(model, values):
@@ -671,6 +675,13 @@ def test_attaching_changes_no_tensor_and_detaching_gives_the_outputs_back(model,
     assert not torch.equal(model.mlm_logits(batch), output)
     assert detach(model, "toy") is toy
     assert torch.equal(model.mlm_logits(batch), output)
+    attach(model, "toy", toy)
+    with model.without("toy"):
+        detach(model, "toy")
+        attach(model, "toy", toy)  # a new attachment acts at once
+        assert not torch.equal(model.mlm_logits(batch), output)
+        detach(model, "toy")
+    assert torch.equal(model.mlm_logits(batch), output)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters()) and model.methods == {}
 
 
@@ -710,9 +721,23 @@ def test_deltas_of_two_methods_add(model, batch):
     assert_close(model.encoder(batch, all_rows=True), plain(model, batch, weights=weights))
 
 
+class Both(Dense):
+    """Acts by product or by delta, as LoRA does; remembers by which."""
+
+    def __init__(self, sites, values):
+        super().__init__(sites, values)
+        self.products = []
+
+    def linear(self, site, x, weight, bias):
+        self.products.append(site)
+        return F.linear(x, weight + self.values[site], bias)
+
+
+@pytest.mark.parametrize("kind", [Dense, Both])
 @pytest.mark.parametrize("first", ["delta", "product"])
-def test_a_product_takes_the_weight_with_the_deltas_of_the_others(model, batch, first):
-    added, scaled = dense(SOME_LINEARS), scale()
+def test_a_product_without_a_delta_takes_the_weight_with_the_deltas_of_the_others(model, batch, first, kind):
+    """In either order of attachment."""
+    added, scaled = kind(SOME_LINEARS, dense(SOME_LINEARS).values), scale()
     weights = added.oracle(model, added.values)["weights"]
     for site, s in scaled.values.items():
         change(weights, site, lambda w: w * s[:, None])
@@ -731,11 +756,6 @@ def test_two_products_without_a_delta_are_an_error(model, batch):
 
 def test_a_method_with_product_and_delta_gives_way_to_another(model, batch):
     """Two of the same kind (LoRA of two axes): the last computes its product, the first adds its delta."""
-
-    class Both(Dense):
-        def linear(self, site, x, weight, bias):
-            return F.linear(x, weight + self.values[site], bias)
-
     site = ("layers.1.feed_forward.up",)
     one, two = (Both(site, dense(site, seed=seed).values) for seed in (0, 1))
     weights = copied(model)
@@ -743,6 +763,7 @@ def test_a_method_with_product_and_delta_gives_way_to_another(model, batch):
     attach(model, "one", one)
     attach(model, "two", two)
     assert_close(model.encoder(batch, all_rows=True), plain(model, batch, weights=weights))
+    assert (one.products, two.products) == ([], list(site))
 
 
 def test_a_site_where_a_method_has_nothing_to_add_stays_as_it_is(model, batch):
@@ -791,7 +812,7 @@ def test_prompts_of_two_methods_stand_one_before_the_other(model, batch):
     one, two = prompt(), prompt(seed=50, length=2)
     attach(model, "one", one)
     attach(model, "two", two)
-    expected = plain(model, batch, vectors=torch.cat([two.values["vectors"], one.values["vectors"]]))
+    expected = plain(model, batch, vectors=torch.cat([one.values["vectors"], two.values["vectors"]]))
     assert_close(model.encoder(batch, all_rows=True), expected)
     owners = torch.repeat_interleave(torch.tensor(batch.row_lengths))
     assert_close(model.encoder(batch), expected[batch.rows + (owners + 1) * 5])
@@ -799,7 +820,7 @@ def test_prompts_of_two_methods_stand_one_before_the_other(model, batch):
 
 def test_all_hooks_at_once(model, batch):
     """A delta, an adapter, a prefix, a prompt and a shift, each as it would act alone on what the others give."""
-    methods = [dense(SOME_LINEARS + TABLES), adapter(), prefix(), prompt(), Shift((), {})]
+    methods = [Shift((), {}), dense(SOME_LINEARS + TABLES), adapter(), prefix(), prompt()]
     expected = plain(model, batch, **{key: value for method in methods for key, value in method.oracle(model, method.values).items()})
     for i, method in enumerate(methods):
         attach(model, str(i), method)
@@ -819,7 +840,7 @@ def test_shifts_add_and_shorten_the_longest_text(model):
 
 def test_a_prompt_counts_towards_the_longest_text(model):
     attach(model, "toy", prompt())
-    with pytest.raises(ModelError, match="text of 54 tokens: expected at most 53"):
+    with pytest.raises(ModelError, match="text of 51 tokens: expected at most 50"):
         model.encoder(some("bert", lengths=(POSITIONS - 2,)))
 
 
@@ -911,13 +932,21 @@ def test_what_merging_keeps_moves_with_the_model(model, batch):
     assert same_tensors(model, {name: t.float() for name, t in before.items()})
 
 
-def test_a_tied_decoder_reads_the_same_table_as_the_embedding(model, batch):
-    """A delta of the word embeddings acts on both ends, merged or not."""
+def test_a_tied_decoder_keeps_the_base_table(model, batch):
+    """A delta of the word embeddings acts on the input side only, merged or not."""
     toy = dense(("embeddings.word",))
-    expected = toy.oracle(model, toy.values)["weights"]["embeddings.word.weight"]
+    base = model.encoder.embeddings.word.weight.detach().clone()
     attach(model, "toy", toy)
-    head, hidden = model.mlm, model.encoder(batch)
-    assert_close(model.mlm_logits(batch), head.norm(F.gelu(head.dense(hidden))) @ expected.T + head.bias)
+
+    def expected():
+        head = model.mlm
+        return head.norm(F.gelu(head.dense(model.encoder(batch)))) @ base.T + head.bias
+
+    plain = expected()
+    assert_close(model.mlm_logits(batch), plain)
+    merge(model)
+    assert not torch.equal(model.encoder.embeddings.word.weight, base)
+    assert_close(model.mlm_logits(batch), plain)
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 
 from peftdebias import methods, patch
 from peftdebias.batches import Sample, pack
-from peftdebias.encoder import LINEARS, EncoderConfig, Model, linear_shape, linear_sites
+from peftdebias.encoder import EncoderConfig, Model
 from peftdebias.errors import AdapterError, ConfigError
 from peftdebias.methods.lora import LoRA, LoRAConfig, lora_linear_ref
+from peftdebias.sites import LINEARS, linear_shape, linear_sites
 
 TINY = EncoderConfig(kind="bert", layers=3, hidden=21, heads=3, feed_forward=37, vocab=89, max_positions=23, dropout=0.0, attention_dropout=0.0)
 

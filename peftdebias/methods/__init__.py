@@ -1,7 +1,7 @@
 """What a method is, and the methods there are.
 
 A method is a value, never a branch: loops, tasks, checkpoint and command line call this Protocol and name no method. It says which sites of the encoder
-it takes hold of, owns a few parameters, and offers any of five hooks. Adding one is a file here and a line in METHODS.
+it takes hold of, owns a few parameters, and offers any of six hooks. Adding one is a file here and a line in METHODS.
 
 Letters: T tokens, D hidden, H heads, W head width, P prefix length.
 """
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..encoder import EncoderConfig
 from ..errors import AdapterError, ConfigError
+from ..sites import EncoderConfig
 
 
 class Method:
@@ -51,7 +51,7 @@ class Method:
         raise ConfigError(f"budget: {cls.name} has a fixed size; expected no budget")
 
     def sites(self, encoder_config: EncoderConfig) -> tuple[str, ...]:
-        """Names of the sites and parameters (see encoder.linear_sites and its neighbours) that this method takes hold of."""
+        """Names of the sites and parameters (see sites.linear_sites and its neighbours) that this method takes hold of."""
         return ()
 
     def parameters(self) -> dict[str, Parameter]:
@@ -87,17 +87,40 @@ class Method:
         """What is added to the parameter `site`: dense, or (flat indices int64 [k], values [k]), or None."""
         return None
 
+    def scale(self, site: str) -> tuple[Tensor | None, Tensor | None]:
+        """(input [in], output [out]) that multiply what goes into and comes out of a linear, its deltas and bias included; None leaves it."""
+        return None, None
+
     def block(self, site: str, hidden: Tensor, residual: Tensor, norm) -> Tensor:
-        """hidden, residual [T, D] -> [T, D]: a block's output before its residual, and what the next block reads; norm is the block's LayerNorm."""
+        """hidden [T, D], a block's output, and residual [T, D], its input -> [T, D] that takes hidden's place; norm is the block's own LayerNorm.
+
+        The encoder goes on with norm(result + residual), so methods stack.
+        """
         raise AdapterError(f"{self.name}: no block at {site}")
 
     def key_value(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """([P, H, W], [P, H, W]): keys and values that every text's queries see in `layer`."""
         return None
 
-    def embed(self, hidden: Tensor, batch) -> tuple[Tensor, object]:
-        """hidden [T, D] word embeddings before positions are added, and the Batch -> the same with vectors put in and rows, positions, cu_seqlens remapped."""
+    def embed(self, hidden: Tensor, batch: Batch, positioned) -> tuple[Tensor, Batch]:
+        """hidden [T, D], words, positions and segments summed, before the first LayerNorm -> the same with vectors put in, and the batch that fits.
+
+        positioned(vectors [N, D], positions int64 [N]) -> [N, D]: the vectors as words at these positions. See batches.with_inserted.
+        """
         return hidden, batch
+
+    # ---- training and files
+
+    def learn(self, model: Model, loop) -> object:
+        """Train this method on `model`, to which it is attached, and return what the last `loop` returned.
+
+        loop(parameters: {name: Parameter}, penalty=None) trains exactly these, adds penalty() to every loss, and leaves the best state in them.
+        """
+        return loop(self.parameters())
+
+    def saved_config(self):
+        """The config that goes with `state`, where saving simplifies."""
+        return self.config
 
 
 METHODS: dict[str, str] = {"lora": "LoRA", "full": "Full"}

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..encoder import LINEARS, EncoderConfig, linear_shape, linear_sites
 from ..errors import ConfigError
+from ..sites import LINEARS, EncoderConfig, linear_shape, linear_sites
 from . import Method
 
 
