@@ -153,8 +153,8 @@ def pack(samples: Sequence[Sample]) -> Batch:
 def with_inserted(batch: Batch, count: int, first_row: bool = False) -> tuple[Tensor, Batch]:
     """(order int64 [T + B * count], the batch that fits) for `count` vectors put before every text.
 
-    order: rows of [vectors; hidden] end to end, to gather with. The rows asked for move with the text; with `first_row` the first vector of each text
-    is asked for in place of its first row. ids, positions and segments keep describing the text.
+    order: rows of [vectors; hidden] end to end, to gather with. The rows asked for move with the text; with `first_row` the first vector before a text
+    is asked for where the text's first token was. ids, positions and segments keep describing the text.
     """
     lengths = tuple(n + count for n in batch.lengths)
     starts = numpy.cumsum([0, *batch.lengths])
@@ -164,7 +164,10 @@ def with_inserted(batch: Batch, count: int, first_row: bool = False) -> tuple[Te
     device = batch.ids.device
     rows = batch.rows + torch.from_numpy(places).to(device, non_blocking=True)
     if first_row:
-        rows = torch.from_numpy(numpy.cumsum([0, *lengths])[:-1]).to(device, non_blocking=True)
+        firsts = torch.from_numpy(numpy.repeat(starts[:-1], batch.row_lengths)).to(device, non_blocking=True)  # of each row's text
+        before = (sum(batch.lengths) - len(batch.ids)) // max(1, len(lengths))  # vectors that stand there already
+        place = batch.rows - firsts
+        rows = torch.where((place == 0) | (place == before), rows - place - count, rows)
     return torch.from_numpy(order).to(device, non_blocking=True), dataclasses.replace(
         batch, cu_seqlens=cumulative(lengths).to(device, non_blocking=True), rows=rows, lengths=lengths, max_length=max(lengths, default=0))
 

@@ -59,7 +59,7 @@ def save_adapter(folder: Path, method: Method, axis: str, base: dict, about: dic
     """Write adapter.json and adapter.safetensors. base: describe_base of the model it belongs to."""
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(method.state(), folder / "adapter.safetensors", metadata={"format": "pt"})
-    header = {"format": FORMAT, "method": method.name, "axis": axis, "config": dataclasses.asdict(method.config), "base": base} | (about or {})
+    header = {"format": FORMAT, "method": method.name, "axis": axis, "config": dataclasses.asdict(method.saved_config()), "base": base} | (about or {})
     (folder / "adapter.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,13 +1,14 @@
 """The command line: one sub-command a verb, each a dataclass of config.py and a function that takes it.
 
-Errors that a user can mend leave one line and exit code 2; anything else is a bug and keeps its traceback. Results go to standard output (utf-8) or
-to files, everything else for people to standard error.
+Errors that a user can mend, and files that the system refuses, leave one line and exit code 2; anything else is a bug and keeps its traceback. Results
+go to standard output (utf-8) or to files, everything else for people to standard error.
 """
 
 import argparse
 import json
 import os
 import sys
+import warnings
 
 from . import __version__, config
 from .errors import PeftDebiasError
@@ -40,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8")
     try:
-        command(config.resolve(settings, arguments))
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *where: say(f"warning: {message}")
+            command(config.resolve(settings, arguments))
         sys.stdout.flush()
         return 0
     except PeftDebiasError as error:
@@ -49,6 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, `| head` say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"peftdebias: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("peftdebias: stopped", file=sys.stderr)
         return 130

@@ -166,11 +166,10 @@ class Augment:
 class Demo:
     """The whole method on a small made-up world, in about two minutes: pretrain a tiny BERT, debias it, classify, measure."""
 
-    out: str = option("folder to write", "runs/demo", metavar="DIR")
+    out: str = option("folder to write; an earlier demo there is replaced", "runs/demo", metavar="DIR")
     strength: float = option("how strongly occupations are linked to a gender in the pretraining text, from 0 to 1", 0.8)
     label_strength: float = option("how strongly they are linked in the labelled task, from 0 to 1", 0.5)
     seed: int = option("every random choice follows from it", 0)
-    overwrite: bool = option("replace --out if it is a demo's folder", False)
 
     def __post_init__(self):
         _at_least(0, self, "seed")

@@ -26,6 +26,7 @@ from .training import Schedule, train
 LAYERS, HIDDEN, HEADS = 2, 128, 4
 PRETRAINING_STEPS, UPSTREAM_STEPS, EPOCHS = 1200, 600, 3
 LEARNING_RATES = {"pretraining": 1e-3, "upstream": 3e-3, "downstream": 5e-4}
+MARK = "demo.json"
 SCORING = "crows-pairs/bias-bench/all"
 
 
@@ -56,13 +57,20 @@ def stereotype_preference(measures: list[Measure]) -> float:
 
 
 def demo(settings: Demo, say=lambda line: None) -> str:
-    """Run it all in settings.out and return the table; `say` hears of each step. Raises PeftDebiasError where the folder is taken."""
+    """Run it all in settings.out and return the table; `say` hears of each step. An earlier demo there is replaced, whatever else is there is not: ConfigError."""
     out = Path(settings.out)
-    if out.exists():
-        if not settings.overwrite and not (out / "demo.json").exists():
-            raise ConfigError(f"--out {out}: exists and is no earlier demo; expected a new folder (or --overwrite)")
-        shutil.rmtree(out)
     world = World(text_link=settings.strength, label_link=settings.label_strength, seed=settings.seed)
+    about = {"strength": settings.strength, "label_strength": settings.label_strength, "seed": settings.seed}
+    if (out / MARK).exists():
+        say(f"{out}: an earlier demo, replaced")
+        shutil.rmtree(out)
+    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"--out {out}: exists and is no earlier demo; expected a new folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
+    _write_mark(out, about, None)
     files = write(world, out / "world")
     tokenizer = world_tokenizer(world)
     base = out / "base"
@@ -87,8 +95,13 @@ def demo(settings: Demo, say=lambda line: None) -> str:
         found = {m.name: m for m in result.measures}
         rows.append({"system": name, "accuracy": found["accuracy"].value, "tpr_gap": found["tpr-gap/rms"].value, "floor": found["tpr-gap/rms-shuffled"].value,
                      "intervals": {key: [found[key].low, found[key].high] for key in ("accuracy", "tpr-gap/rms")}})
-    (out / "demo.json").write_text(json.dumps({"strength": settings.strength, "label_strength": settings.label_strength, "seed": settings.seed, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    _write_mark(out, about, rows)
     return render(rows, out)
+
+
+def _write_mark(out: Path, about: dict, rows: list[dict] | None) -> None:
+    """demo.json: what the folder is, and the table once there is one."""
+    (out / MARK).write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 
 def render(rows: list[dict], out: Path) -> str:

@@ -262,6 +262,20 @@ class Model(nn.Module):
                     parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
 
     @contextlib.contextmanager
+    def frozen_decoder(self) -> Iterator[None]:
+        """Inside the `with` block a tied masked-LM decoder is a frozen copy of the word embedding, which can then be trained apart from it."""
+        if self.mlm is None or self.mlm.decoder is not None:
+            yield
+            return
+        table = self.encoder.embeddings.word.weight
+        self.mlm.decoder = nn.Linear(*reversed(table.shape), bias=False, device="meta")
+        self.mlm.decoder.weight = nn.Parameter(table.detach().clone(), requires_grad=False)
+        try:
+            yield
+        finally:
+            self.mlm.decoder = None
+
+    @contextlib.contextmanager
     def without(self, *names: str) -> Iterator["Model"]:
         """Inside the `with` block the named methods are off; merged ones too, by the base tensors that merge kept. Raises AdapterError on another name."""
         hooks = self.encoder.hooks
@@ -299,3 +313,24 @@ class Model(nn.Module):
             merged.tensors = [(parameter, fn(kept), fn(written)) for parameter, kept, written in merged.tensors]
             merged.place(merged.placed)
         return self
+
+
+QKV = {"query": 0, "key": 1, "value": 2}
+
+
+def parameter_at(model: Model, site: str) -> tuple[str, nn.Parameter, slice]:
+    """(name, parameter, rows of it) behind a site: `layers.0.attention.query` is the first third of `layers.0.attention.qkv.weight`.
+
+    A site is a linear, embedding or norm (its weight) or any of those + `.bias`. Raises AdapterError on a name without a parameter.
+    """
+    stem, kind = (site.removesuffix(".bias"), "bias") if site.endswith(".bias") else (site, "weight")
+    head, _, last = stem.rpartition(".")
+    rows = slice(None)
+    if last in QKV and head.endswith(".attention"):
+        width = model.config.hidden
+        rows, stem = slice(QKV[last] * width, (QKV[last] + 1) * width), f"{head}.qkv"
+    name = f"{stem}.{kind}"
+    found = dict(model.encoder.named_parameters()).get(name)
+    if found is None:
+        raise AdapterError(f"site {site!r}: no such linear, embedding or norm in this model")
+    return name, found, rows

@@ -38,9 +38,22 @@ class Result:
     notes: list[str]
 
 
+LONGEST = 256  # tokens, where neither the caller nor the run says
+
+
 def max_length(model: Model, wanted: int) -> int:
     """The longest text that both the caller and the model allow."""
-    return min(wanted, model.config.max_positions)
+    return min(wanted, model.config.max_positions - model.encoder.hooks.position_shift)
+
+
+def _longest(run: Run, settings: Evaluate | Predict) -> int:
+    """As the caller says, else as the run was trained."""
+    return max_length(run.model, settings.max_length or run.config.get("max_length", LONGEST))
+
+
+def _masked_lm(run: Run, settings: Evaluate, entry: str) -> None:
+    if run.model.mlm is None:
+        raise ModelError(f"{settings.model}: expected a model with a masked-LM head for --on {entry}, got one without (a downstream run has a classifier instead)")
 
 
 def cut_note(encoded, longest: int, what: str) -> list[str]:
@@ -52,22 +65,29 @@ def cut_note(encoded, longest: int, what: str) -> list[str]:
 # ---------------------------------------------------------------- what can be measured
 
 def _crows_pairs(run: Run, path: str, settings: Evaluate) -> Result:
-    pairs = [p for p in crows_pairs.read_pairs(path)]
-    if settings.bias_type is not None and settings.bias_type in {p.bias_type for p in pairs}:
+    _masked_lm(run, settings, f"crows-pairs={path}")
+    pairs = crows_pairs.read_pairs(path)
+    kinds = sorted({p.bias_type for p in pairs})
+    if settings.bias_type is not None:
+        if settings.bias_type not in kinds:
+            raise DataError(f"{path}: expected --bias-type to be one of {', '.join(kinds)}, got {settings.bias_type!r}")
         pairs = [p for p in pairs if p.bias_type == settings.bias_type]
+    longest = run.model.config.max_positions
+    notes = cut_note(run.tokenizer.encode([s for p in pairs for s in (p.more, p.less)], max_length=longest), longest, path)
     measures, examples = [], []
     for scoring in crows_pairs.SCORINGS:
         scored = crows_pairs.score_pairs(run.model, run.tokenizer, pairs, scoring, settings.batch_tokens)
         measures += crows_pairs.measures(scored, scoring, settings.bias_type, seed=settings.seed, samples=settings.samples)
         examples += [{"measure": f"crows-pairs/{scoring}", "bias_type": s.pair.bias_type, "sent_more": s.pair.more, "sent_less": s.pair.less,
                       "more": s.more, "less": s.less} for s in scored]
-    return Result(measures, examples, [])
+    return Result(measures, examples, notes)
 
 
 def _perplexity(run: Run, path: str, settings: Evaluate) -> Result:
     """Masked-LM loss in nats a masked token, and its exponential, with masks fixed by the seed (15 %, 80/10/10)."""
+    _masked_lm(run, settings, f"perplexity={path}")
     texts = [t.text for t in corpus.read_texts([path], settings.text)]
-    longest = max_length(run.model, settings.max_length)
+    longest = _longest(run, settings)
     encoded = run.tokenizer.encode(texts, max_length=longest)
     samples = masked_samples([e.ids for e in encoded], run.tokenizer, numpy.random.default_rng([settings.seed, 4]))
     sums, counts = masked_lm_nll(run.model, samples, settings.batch_tokens)
@@ -87,19 +107,20 @@ def _classification(run: Run, path: str, settings: Evaluate) -> Result:
         return getattr(settings, name) or run.config.get(name)
 
     if run.model.classifier is None:
-        raise ModelError(f"{settings.model}: expected a model with a classifier for classification={path}, got one without")
+        raise ModelError(f"{settings.model}: expected a model with a classifier for --on classification={path}, got one without (`downstream` trains one)")
     if not column("text") or not column("label"):
-        raise ConfigError(f"classification={path}: expected --text COL and --label COL")
+        raise ConfigError(f"--on classification={path}: expected --text COL and --label COL")
     examples = corpus.read_examples(path, text=column("text"), label=column("label").split(","), text_pair=column("text_pair"), group=column("group"))
-    encoded = encode_examples(run.tokenizer, examples, max_length(run.model, settings.max_length))
+    longest = _longest(run, settings)
+    encoded = encode_examples(run.tokenizer, examples, longest)
     known = run.model.classifier.labels
     label_indices([e.label for e in examples], known, [e.place for e in examples])
     probabilities = class_probabilities(run.model, labelled_samples(encoded), settings.batch_tokens)
     predicted = [known[i] for i in probabilities.argmax(1)]
-    measures, notes = classification_measures(predicted, examples, known, column("positive"), seed=settings.seed, samples=settings.samples)
+    measures, notes = classification_measures(predicted, examples, known, column("positive"), where=path, seed=settings.seed, samples=settings.samples)
     rows = [{"measure": "classification", "text": e.text, "label": e.label, "group": e.group, "predicted": p,
              "probabilities": dict(zip(known, row.tolist()))} for e, p, row in zip(examples, predicted, probabilities)]
-    return Result(measures, rows, cut_note(encoded, max_length(run.model, settings.max_length), path) + notes)
+    return Result(measures, rows, cut_note(encoded, longest, path) + notes)
 
 
 ON: dict[str, Callable[[Run, str, Evaluate], Result]] = {"crows-pairs": _crows_pairs, "perplexity": _perplexity, "classification": _classification}
@@ -121,20 +142,27 @@ def positive_label(labels: tuple[str, ...], wanted: str | None) -> str | None:
     return next((label for label in labels if label.lower() in TRUE_LABELS), None)
 
 
-def classification_measures(predicted: list[str], examples, labels: tuple[str, ...], positive: str | None = None, *, seed: int = 0,
+def classification_measures(predicted: list[str], examples, labels: tuple[str, ...], positive: str | None = None, *, where: str, seed: int = 0,
                             samples: int = 1000) -> tuple[list[Measure], list[str]]:
-    """Accuracy, F1 (macro, and of the positive label where there is one) and, where the examples have groups, TPR-GAP; with notes on what was left out."""
-    truth = [e.label for e in examples]
+    """Accuracy, F1 (macro, and of the positive label where there is one) and, where the examples have groups, TPR-GAP; with notes on what was left out.
+
+    Raises DataError that begins with `where`, the file, on what cannot be measured there.
+    """
+    truth, notes = [e.label for e in examples], []
     positive = positive_label(labels, positive)
-    found = [accuracy(predicted, truth, seed=seed, samples=samples), macro_f1(predicted, truth, seed=seed, samples=samples)]
-    notes: list[str] = []
-    if positive is not None:
-        found.append(f1(predicted, truth, positive, seed=seed, samples=samples))
-    if any(e.group is not None for e in examples):
-        gap = tpr_gap(predicted, truth, [e.group for e in examples], seed=seed, samples=samples)
-        found += gap.as_measures()
-        if gap.left_out:
-            notes.append(f"TPR-GAP: left out, without positives of both groups: {', '.join(gap.left_out)}")
+    try:
+        found = [accuracy(predicted, truth, seed=seed, samples=samples), macro_f1(predicted, truth, seed=seed, samples=samples)]
+        if positive in truth:
+            found.append(f1(predicted, truth, positive, seed=seed, samples=samples))
+        elif positive is not None:
+            notes.append(f"{where}: no F1 of {positive!r}, which no example has")
+        if any(e.group is not None for e in examples):
+            gap = tpr_gap(predicted, truth, [e.group for e in examples], seed=seed, samples=samples)
+            found += gap.as_measures()
+            if gap.left_out:
+                notes.append(f"TPR-GAP: left out, without positives of both groups: {', '.join(gap.left_out)}")
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
     return found, notes
 
 
@@ -169,15 +197,14 @@ def evaluate(settings: Evaluate) -> Result:
     if not settings.on:
         raise ConfigError(f"--on: expected at least one NAME=FILE with NAME one of {', '.join(ON)}, got none")
     parse_on(settings.on)
-    run = checkpoint.load_run(settings.model, settings.adapter, pick_device(settings.device))
-    result = evaluate_run(run, settings)
-    if settings.json:
-        with writing(settings.json) as file:
-            json.dump({"measures": [m.as_json() for m in result.measures]}, file, indent=2)
-            file.write("\n")
-    if settings.examples:
-        with writing(settings.examples) as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in result.examples)
+    with contextlib.ExitStack() as opened:
+        files = {name: opened.enter_context(writing(path)) for name in ("json", "examples") if (path := getattr(settings, name))}
+        run = checkpoint.load_run(settings.model, settings.adapter, pick_device(settings.device))
+        result = evaluate_run(run, settings)
+        if "json" in files:
+            files["json"].write(json.dumps({"measures": [m.as_json() for m in result.measures]}, indent=2) + "\n")
+        if "examples" in files:
+            files["examples"].writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in result.examples)
     return result
 
 
@@ -185,32 +212,30 @@ def evaluate(settings: Evaluate) -> Result:
 
 def predict(settings: Predict) -> list[str]:
     """Label the texts of settings.file (or standard input) and write {"text", "label", "probabilities"} a line. Returns notes. Raises PeftDebiasError."""
-    run = checkpoint.load_run(settings.run, device=pick_device(settings.device))
-    if run.model.classifier is None:
-        raise ModelError(f"{settings.run}: expected a downstream run with a classifier, got a model without")
-    if settings.file is None:
-        lines = [line.rstrip("\r\n") for line in sys.stdin]
-        texts, pairs = [line for line in lines if line.strip()], None
-    elif settings.text is None and settings.text_pair is None:
-        texts, pairs = [t.text for t in corpus.read_texts([settings.file])], None
-    else:
-        column = settings.text or run.config.get("text")
-        if column is None:
-            raise ConfigError(f"{settings.file}: expected --text COL, got none")
-        examples = corpus.read_examples(settings.file, text=column, text_pair=settings.text_pair)
-        texts = [e.text for e in examples]
-        pairs = [e.text_pair for e in examples] if settings.text_pair else None
-    if not texts:
-        raise DataError(f"{settings.file or 'standard input'}: expected at least one text, got none")
-    longest = max_length(run.model, settings.max_length)
-    encoded = run.tokenizer.encode(texts, pairs, longest)
-    probabilities = class_probabilities(run.model, labelled_samples(encoded), settings.batch_tokens)
-    labels = run.model.classifier.labels
+    device = pick_device(settings.device)
     with writing(settings.out) as file:
-        for text, row in zip(texts, probabilities):
+        run = checkpoint.load_run(settings.run, device=device)
+        if run.model.classifier is None:
+            raise ModelError(f"{settings.run}: expected a downstream run with a classifier, got a model without")
+        texts, pairs = _to_label(run, settings)
+        longest, labels = _longest(run, settings), run.model.classifier.labels
+        encoded = run.tokenizer.encode(texts, pairs, longest)
+        for text, row in zip(texts, class_probabilities(run.model, labelled_samples(encoded), settings.batch_tokens)):
             line = {"text": text, "label": labels[int(row.argmax())], "probabilities": {label: round(float(p), 6) for label, p in zip(labels, row)}}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return cut_note(encoded, longest, settings.file or "standard input")
+
+
+def _to_label(run: Run, settings: Predict) -> tuple[list[str], list[str] | None]:
+    """(texts, second texts or None). Columns default to the run's own; a txt file and standard input have none, unless --text names one."""
+    source, text, pair = settings.file or "-", settings.text or run.config.get("text"), settings.text_pair or run.config.get("text_pair")
+    plain = source == "-" or (Path(source).name.lower().removesuffix(".gz").endswith(".txt") and settings.text is None)
+    if plain and pair:
+        raise ConfigError(f"{settings.file or 'standard input'}: expected a csv, tsv or jsonl file with the columns {text} and {pair}, since the run labels pairs")
+    if plain:
+        return [t.text for t in corpus.read_texts([source])], None
+    examples = corpus.read_examples(source, text=text or "text", text_pair=pair)
+    return [e.text for e in examples], [e.text_pair for e in examples] if pair else None
 
 
 @contextlib.contextmanager
@@ -220,7 +245,9 @@ def writing(path: str | None) -> Iterator:
         yield sys.stdout
         return
     target = Path(path)
-    if target.exists() and not target.is_file():  # a device such as /dev/null
+    if os.path.isdir(target):
+        raise ConfigError(f"{path}: expected a file to write, got a folder")
+    if os.path.exists(target) and not target.is_file():  # a device such as /dev/null
         with open(target, "w", encoding="utf-8") as file:
             yield file
         return

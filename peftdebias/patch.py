@@ -13,35 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .encoder import Model
+from .encoder import Model, parameter_at
 from .errors import AdapterError
 from .methods import Method
 from .sites import EMBED_SITE, Merged, add_delta, block_sites, key_value_sites
 
-QKV = {"query": 0, "key": 1, "value": 2}
-
-
 def base_parameters(model: Model) -> dict[str, Parameter]:
     """The encoder's own parameters by our names; no heads, no methods."""
     return dict(model.encoder.named_parameters())
-
-
-def parameter_at(model: Model, site: str) -> tuple[str, Parameter, slice]:
-    """(name, parameter, rows of it) behind a site: `layers.0.attention.query` is the first third of `layers.0.attention.qkv.weight`.
-
-    A site is a linear, embedding or norm (its weight) or any of those + `.bias`. Raises AdapterError on a name without a parameter.
-    """
-    stem, kind = (site.removesuffix(".bias"), "bias") if site.endswith(".bias") else (site, "weight")
-    head, _, last = stem.rpartition(".")
-    rows = slice(None)
-    if last in QKV and head.endswith(".attention"):
-        width = model.config.hidden
-        rows, stem = slice(QKV[last] * width, (QKV[last] + 1) * width), f"{head}.qkv"
-    name = f"{stem}.{kind}"
-    found = base_parameters(model).get(name)
-    if found is None:
-        raise AdapterError(f"site {site!r}: no such linear, embedding or norm in this model")
-    return name, found, rows
 
 
 def attach(model: Model, name: str, method: Method) -> None:
@@ -149,7 +128,8 @@ def merge(model: Model, *names: str) -> None:
                 inputs, outputs = method.scale(site)
                 if inputs is None and outputs is None:
                     continue
-                if any(m not in [hooks.methods[n] for n in names] for m in hooks.at(site)):
+                beside = hooks.at(site) + (hooks.at(site + ".bias") if outputs is not None else [])
+                if any(m not in [hooks.methods[n] for n in names] for m in beside):
                     raise AdapterError(f"merge {name!r}: it scales {site}, where another method acts; expected that one to be merged too")
                 if inputs is not None:
                     value(site).mul_(inputs)

@@ -9,16 +9,17 @@ It names no method and no axis.
 
 import dataclasses
 import math
+import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy
 
 from . import checkpoint, corpus, methods, patch, weights
 from .axes import load_axis
-from .cda import families
-from .config import Downstream, Upstream, as_plain
+from .cda import counterfactuals, families
+from .config import Downstream, Upstream, as_plain, checked
 from .encoder import Model
 from .errors import ConfigError, DataError, PeftDebiasError
 from .evaluation import classification_measures, cut_note, encode_examples, max_length, positive_label
@@ -88,52 +89,70 @@ def is_held_out(text: str, share: float) -> bool:
     return zlib.crc32(text.strip().encode("utf-8", "surrogatepass")) < share * 2**32
 
 
-def _split_corpus(settings: Upstream) -> tuple[list[str], list[str]]:
-    texts = [t.text for t in corpus.read_texts(settings.corpus, settings.column)]
+def _split_corpus(settings: Upstream, axis) -> tuple[list[str], list[str]]:
+    """(texts to train on, texts to validate on), both with words of the axis. Raises DataError where there are none, or too few."""
+    def touched(texts):
+        return next((t for t in texts if counterfactuals(t, axis)), None)
+
+    texts, files = [t.text for t in corpus.read_texts(settings.corpus, settings.column)], ", ".join(settings.corpus)
+    if touched(texts) is None:
+        raise DataError(f"{files}: expected words of the axis {axis.name}, found none in {len(texts)} texts")
     if settings.valid:
-        return texts, [t.text for t in corpus.read_texts(settings.valid, settings.column)]
-    held_out = [t for t in texts if is_held_out(t, settings.valid_share)]
-    training = [t for t in texts if not is_held_out(t, settings.valid_share)]
-    if not held_out:  # a corpus of a few lines
-        held_out, training = training[:1], training[1:]
-    return training, held_out
+        held_out = [t.text for t in corpus.read_texts(settings.valid, settings.column)]
+        if touched(held_out) is None:
+            raise DataError(f"{', '.join(settings.valid)}: expected words of the axis {axis.name}, found none in {len(held_out)} texts")
+        return texts, held_out
+    chosen = {t for t in texts if is_held_out(t, settings.valid_share)}
+    if touched(chosen) is None:  # a corpus of a few lines
+        chosen.add(touched(texts))
+    training = [t for t in texts if t not in chosen]
+    if touched(training) is None:
+        raise DataError(f"{files}: expected two different texts with words of the axis {axis.name}, one to validate on; found one (or give --valid FILE)")
+    return training, [t for t in texts if t in chosen]
 
 
-def upstream(settings: Upstream) -> PhaseResult:
-    """Learn a debiasing module. Writes the run folder of CONTRACTS.md; raises PeftDebiasError on bad input and leaves nothing behind then."""
+def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None) -> PhaseResult:
+    """Learn a debiasing module. Writes the run folder of CONTRACTS.md; `say` hears the notes before the training begins.
+
+    Raises PeftDebiasError on bad input and leaves nothing behind then.
+    """
     device = pick_device(settings.device)
+    precision = pick_precision(settings.precision, device)
     axis = load_axis(settings.axis)
     cls = methods.method_class(settings.method)
+    options = checked(cls.Config, settings.set or {}, f"--set, {cls.name}: ")
     with checkpoint.writing_run(settings.out, "upstream", _saved(settings), settings.overwrite) as run:
-        loaded = weights.load(settings.model, mlm=True, labels=(), seed=settings.seed)
+        loaded = _load_base(settings, mlm=True, labels=())
         model, tokenizer = loaded.model, loaded.tokenizer
-        longest = max_length(model, settings.max_length)
-        training_texts, held_out_texts = _split_corpus(settings)
-        ready = encode_families(training_texts, axis, tokenizer, longest)
-        held_out = encode_families(held_out_texts, axis, tokenizer, longest)
-        if not any(len(f) > 1 for f in ready.families):
-            raise DataError(f"{', '.join(settings.corpus)}: expected words of the axis {axis.name}, found none in {ready.texts} texts")
-        if not held_out.families:
-            raise DataError(f"validation: expected texts with words of the axis {axis.name}, found none in {held_out.texts}; give more with --valid FILE")
-        notes = loaded.report.lines() + [_corpus_note(ready, held_out, axis.name)]
-        if ready.cut:
-            notes.append(f"{ready.cut} of {ready.members} texts are longer than {longest} tokens and were cut")
         checkpoint.attach_adapters(model, settings.adapter)
-        method = methods.create(settings.method, model.config, budget=settings.budget, options=settings.set, seed=settings.seed)
+        method = methods.create(settings.method, model.config, budget=settings.budget, options=options, seed=settings.seed)
         base = checkpoint.describe_base(model)
         if cls.trains_base:
             if model.methods:
                 raise ConfigError(f"--method {cls.name}: trains the base itself; expected no --adapter beside it")
-            trained = {n: p for n, p in all_parameters(model).items() if not n.startswith("classifier.")}
         else:
             patch.attach(model, axis.name if axis.name not in model.methods else axis.name + "-new", method)
-            trained = {name: p for name, p in all_parameters(model).items() if any(p is q for q in method.parameters().values())}
+        longest = max_length(model, settings.max_length)
+        training_texts, held_out_texts = _split_corpus(settings, axis)
+        ready = encode_families(training_texts, axis, tokenizer, longest)
+        held_out = encode_families(held_out_texts, axis, tokenizer, longest)
+        notes = [*loaded.report.lines(), _corpus_note(ready, held_out, axis.name)]
+        for found, what in ((ready, "corpus"), (held_out, "held out")):
+            if found.cut:
+                notes.append(f"{what}: {found.cut} of {found.members} texts (counterfactuals counted) are longer than {longest} tokens and were cut")
         model.to(device)
-        train_only(model, trained.values())
-        notes.append(size_note(cls.name, trained, model))
+        notes.append(f"device: {device}, {precision}")
         task = MaskedLM(ready.families, held_out.families[:settings.valid_texts], tokenizer, seed=settings.seed, batch=settings.batch)
-        schedule = _schedule(settings, settings.steps, settings.valid_every, device)
-        outcome = train(model, task, trained, schedule, run.event, label=f"upstream {axis.name}")
+        schedule = _schedule(settings, settings.steps, settings.valid_every, precision)
+        _tell(say, notes)
+
+        def loop(parameters: dict, penalty=None) -> Outcome:
+            train_only(model, parameters.values())
+            notes.append(size_note(cls.name, parameters, model))
+            say(notes[-1])
+            return train(model, task, parameters, schedule, run.event, label=f"upstream {axis.name}", penalty=penalty)
+
+        outcome = method.learn(model, loop)
         model.to("cpu")
         if cls.trains_base:
             weights.save_model(model, run.path / "model", tokenizer)
@@ -152,38 +171,50 @@ def _corpus_note(ready: FamilyIds, held_out: FamilyIds, axis: str) -> str:
 
 # ---------------------------------------------------------------- downstream
 
-def downstream(settings: Downstream) -> PhaseResult:
-    """Train a classifier under frozen modules. Writes the run folder, reloads it, and reports what the reloaded files give. Raises PeftDebiasError."""
+def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: None) -> PhaseResult:
+    """Train a classifier under frozen modules. Writes the run folder, reloads it, and reports what the reloaded files give; `say` hears the notes.
+
+    Raises PeftDebiasError on bad input and leaves nothing behind then.
+    """
     device = pick_device(settings.device)
-    splits = {name: _read(settings, path) for name, path in (("train", settings.train), ("dev", settings.dev), ("test", settings.test)) if path}
-    labels = tuple(sorted({e.label for e in splits["train"]}, key=_natural))
-    if len(labels) < 2:
-        raise DataError(f"{settings.train}: expected at least two labels in the column {settings.label}, got {labels[0]!r} alone")
-    targets = {name: label_indices([e.label for e in examples], labels, [e.place for e in examples]) for name, examples in splits.items()}
-    positive = positive_label(labels, settings.positive)
-    if settings.metric == "f1" and positive is None:
-        raise ConfigError(f"--metric f1: expected --positive with one of {', '.join(labels)}")
-    class_weights = parse_class_weights(settings.class_weights, labels)
+    precision = pick_precision(settings.precision, device)
     with checkpoint.writing_run(settings.out, "downstream", _saved(settings), settings.overwrite) as run:
-        loaded = weights.load(settings.model, mlm=False, labels=labels, seed=settings.seed)
+        paths = {name: path for name, path in (("train", settings.train), ("dev", settings.dev), ("test", settings.test)) if path}
+        splits = {name: _read(settings, path) for name, path in paths.items()}
+        labels = tuple(sorted({e.label for e in splits["train"]}, key=_natural))
+        if len(labels) < 2:
+            raise DataError(f"{settings.train}: expected at least two labels in the column {settings.label}, got {labels[0]!r} alone")
+        targets = {name: label_indices([e.label for e in examples], labels, [e.place for e in examples]) for name, examples in splits.items()}
+        positive = positive_label(labels, settings.positive)
+        class_weights = parse_class_weights(settings.class_weights, labels)
+        if settings.metric == "f1":
+            if positive is None:
+                raise ConfigError(f"--metric f1: expected --positive with one of {', '.join(labels)}")
+            if positive not in {e.label for e in splits["dev"]}:
+                raise DataError(f"{settings.dev}: expected examples with the label {positive!r} for --metric f1, found none")
+        last = "test" if settings.test else "dev"
+        # What cannot be measured at the end is said now.
+        classification_measures([e.label for e in splits[last]], splits[last], labels, positive, where=paths[last], samples=1)
+        loaded = _load_base(settings, mlm=False, labels=labels)
         model, tokenizer = loaded.model, loaded.tokenizer
-        longest = max_length(model, settings.max_length)
-        encoded = {name: encode_examples(tokenizer, examples, longest) for name, examples in splits.items()}
         notes = loaded.report.lines()
-        for name, path in (("train", settings.train), ("dev", settings.dev), ("test", settings.test)):
-            notes += cut_note(encoded.get(name, []), longest, path)
         adapters = checkpoint.attach_adapters(model, settings.adapter)
         frozen = {name: patch.checksum(m.state()) for name, m in model.methods.items()}
+        longest = max_length(model, settings.max_length)
+        encoded = {name: encode_examples(tokenizer, examples, longest) for name, examples in splits.items()}
+        for name, path in paths.items():
+            notes += cut_note(encoded[name], longest, path)
         model.to(device)
         trained = {n: p for n, p in all_parameters(model).items() if not n.startswith("methods.")}
         train_only(model, trained.values())
-        notes.append(size_note("base and classifier", trained, model))
+        notes += [size_note("base and classifier", trained, model), f"device: {device}, {precision}"]
         samples = {name: labelled_samples(encoded[name], targets[name]) for name in splits}
         task = Classification(samples["train"], samples["dev"], _validation(labels, positive), settings.metric, seed=settings.seed, batch=settings.batch,
                               weights=class_weights)
         steps = settings.epochs * sum(1 for _ in task.epoch(0))
         folded = patch.fold(model) if settings.fold else None
-        outcome = train(model, task, trained, _schedule(settings, steps, None, device), run.event, folded, "downstream")
+        _tell(say, notes)
+        outcome = train(model, task, trained, _schedule(settings, steps, None, precision), run.event, folded, "downstream")
         if folded is not None:
             folded.unfold()
         model.to("cpu")
@@ -194,14 +225,12 @@ def downstream(settings: Downstream) -> PhaseResult:
         for i, adapter in enumerate(adapters):
             folder = run.path / ("adapter" if i == 0 else f"adapter-{i + 1}")
             checkpoint.save_adapter(folder, adapter.method, adapter.axis, base, {"learnt_on": adapter.about.get("learnt_on", adapter.base)})
-        measures: list[Measure] = []
         reloaded = checkpoint.load_run(run.path, device=device).model
-        last = "test" if settings.test else "dev"
         predicted = [labels[i] for i in class_probabilities(reloaded, samples[last]).argmax(1)]
-        measures, more = classification_measures(predicted, splits[last], labels, settings.positive, seed=settings.seed)
-        notes += more
+        measures, more = classification_measures(predicted, splits[last], labels, positive, where=paths[last], seed=settings.seed)
+        _tell(say, more)
         run.event(event="final", step=outcome.best_step, seconds=round(outcome.seconds, 1), on=last, measures=[m.as_json() for m in measures])
-    return PhaseResult(Path(settings.out), outcome, measures, notes)
+    return PhaseResult(Path(settings.out), outcome, measures, notes + more)
 
 
 def _read(settings: Downstream, path: str):
@@ -210,7 +239,10 @@ def _read(settings: Downstream, path: str):
 
 def _natural(label: str) -> tuple:
     """Numbers in their order, before words."""
-    return (0, int(label), "") if label.lstrip("-").isdigit() else (1, 0, label)
+    try:
+        return 0, int(label), label  # "1" and "01" are two labels
+    except ValueError:
+        return 1, 0, label
 
 
 def _validation(labels: tuple[str, ...], positive: str | None):
@@ -243,15 +275,31 @@ def parse_class_weights(text: str | None, labels: tuple[str, ...]) -> list[float
 
 # ---------------------------------------------------------------- both
 
+def _tell(say: Callable[[str], None], lines: list[str]) -> None:
+    for line in lines:
+        say(line)
+
+
+def _load_base(settings: Upstream | Downstream, **options) -> weights.Loaded:
+    """The base named by --model. Raises ConfigError on a run whose module would be left behind unsaid."""
+    run = Path(settings.model)
+    if checkpoint.is_run(run):
+        if not (run / "model").is_dir():
+            raise ConfigError(f"--model {run}: a run with a module alone; expected the base it was learnt on as --model, and the run as --adapter")
+        if checkpoint.adapter_folders(run) and run.resolve() not in {Path(a).resolve() for a in settings.adapter}:
+            raise ConfigError(f"--model {run}: its base works with the module beside it; expected --adapter {run} too, or --model {run / 'model'} to do without")
+    return weights.load(settings.model, seed=settings.seed, **options)
+
+
 def size_note(what: str, trained: dict, model: Model) -> str:
     """How many parameters are trained, as a number and a share of the base."""
     count, total = sum(p.numel() for p in trained.values()), methods.base_parameters(model.config)
     return f"trained: {what}, {count:,} parameters in {len(trained)} tensors, {100 * count / total:.2f} % of the base's {total:,}; everything else is frozen"
 
 
-def _schedule(settings: Upstream | Downstream, steps: int, validate_every: int | None, device) -> Schedule:
+def _schedule(settings: Upstream | Downstream, steps: int, validate_every: int | None, precision: str) -> Schedule:
     return Schedule(steps=steps, lr=settings.lr, validate_every=validate_every, warmup=settings.warmup, weight_decay=settings.weight_decay,
-                    clip=settings.clip, precision=pick_precision(settings.precision, device), seed=settings.seed)
+                    clip=settings.clip, precision=precision, seed=settings.seed)
 
 
 def _saved(settings: Upstream | Downstream) -> dict:
@@ -264,7 +312,7 @@ def _saved(settings: Upstream | Downstream) -> dict:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).resolve()) if Path(path).exists() else path
+    return os.path.realpath(path) if os.path.exists(path) else path
 
 
 def _assert_frozen(what: str, before: str, after: str) -> None:

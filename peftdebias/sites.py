@@ -98,6 +98,15 @@ def linear_shape(config: EncoderConfig, site: str) -> tuple[int, int]:
     return config.hidden, config.hidden
 
 
+def parameter_size(config: EncoderConfig, site: str) -> int:
+    """How many values the parameter of a linear, its bias, or an embedding table has."""
+    tables = {"embeddings.word": config.vocab, "embeddings.position": config.max_positions + config.position_offset, "embeddings.segment": config.segments}
+    if site in tables:
+        return tables[site] * config.hidden
+    out_width, in_width = linear_shape(config, site.removesuffix(".bias"))
+    return out_width if site.endswith(".bias") else out_width * in_width
+
+
 @dataclasses.dataclass
 class Merged:
     """Deltas that patch.merge wrote into the base: which methods, and each touched parameter with the tensor it held and the one it holds.
@@ -160,12 +169,13 @@ class Hooks:
         """x [T, in] -> [T, out] through the methods at `site`: deltas go into the weight, scales multiply input and output, at most one method computes the
         product itself.
 
-        Of the methods that define `linear`, the one without a `delta`, else the last, computes the product; the others add their deltas.
+        Of the methods that define `linear`, the one without a `delta` (or whose delta does not say it now: `drops`), else the last, computes the product;
+        the others add their deltas.
         """
         bias = self.value(site + ".bias", bias)
         methods = self.at(site)
         own = [m for m in methods if m.computes(site)]
-        bare = [m for m in own if m.delta(site) is None] if len(own) > 1 else own
+        bare = [m for m in own if m.drops or m.delta(site) is None] if len(own) > 1 else own
         if len(bare) > 1:
             raise AdapterError(f"{site}: {bare[0].name} and {bare[1].name} both compute this product; expected at most one without a delta")
         product = (bare or own or [None])[-1]
@@ -174,10 +184,10 @@ class Hooks:
                 weight = add_delta(weight, method.delta(site))
         scales = [m.scale(site) for m in methods]
         for scale, _ in scales:
-            x = x if scale is None else x * scale
+            x = x if scale is None else (x * scale).to(x.dtype)
         x = F.linear(x, weight, bias) if product is None else product.linear(site, x, weight, bias)
         for _, scale in scales:
-            x = x if scale is None else x * scale
+            x = x if scale is None else (x * scale).to(x.dtype)
         return x
 
     def block(self, site: str, hidden: Tensor, residual: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:

@@ -64,7 +64,8 @@ def masked_log_probs(model: Model, questions: Sequence[MaskedToken], batch_token
 
 def _token_nll(model: Model, batch: Batch) -> Tensor:
     """float64 [M]: negative log-likelihood of each target, in nats."""
-    logits = model.mlm_logits(batch).float()  # [M, V]
+    logits = model.mlm_logits(batch)  # [M, V]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.logsumexp(-1).double() - logits.gather(1, batch.targets[:, None])[:, 0].double()
 
 
@@ -129,6 +130,8 @@ class MaskedLM:
         self.lengths = [sum(len(ids) for ids in family) for family in families]
         self.members = [len(family) for family in families]
         self.held_out = masked_samples([ids for family in held_out for ids in family], tokenizer, numpy.random.default_rng([seed, 1]))
+        if not any(len(s.rows) for s in self.held_out):
+            raise DataError("validation texts: expected words to mask, got none but special and unknown tokens")
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """Every family once, in the order and with the masks that (seed, number) give."""
@@ -139,8 +142,8 @@ class MaskedLM:
             yield pack(masked_samples(encoded, self.tokenizer, generator, [item for item in items for _ in self.families[item]]))
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
-        """Mean cross-entropy in nats over the masked tokens of the batch."""
-        return F.cross_entropy(model.mlm_logits(batch), batch.targets)
+        """Mean cross-entropy in nats over the masked tokens of the batch; 0 where it has none (unknown tokens only)."""
+        return F.cross_entropy(model.mlm_logits(batch), batch.targets, reduction="sum") / max(1, len(batch.targets))
 
     def validate(self, model: Model) -> dict[str, float]:
         """{"loss": mean over the held-out masked tokens, in nats}."""

@@ -64,7 +64,7 @@ def pick_device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise ConfigError(f"--device: expected cpu, cuda, cuda:1, ... or auto, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {name}: expected one of the CUDA devices here, found {torch.cuda.device_count() or 'none'}")
+        raise ConfigError(f"--device {name}: expected a CUDA device that is here, found {torch.cuda.device_count() or 'none'}")
     return device
 
 
@@ -86,16 +86,17 @@ def make_optimizer(parameters: dict[str, Parameter], schedule: Schedule) -> torc
 
 
 def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedule, log: Callable[..., None] = lambda **event: None,
-          folded: Folded | None = None, label: str = "") -> Outcome:
+          folded: Folded | None = None, label: str = "", penalty: Callable[[], Tensor] | None = None) -> Outcome:
     """Train `parameters` (all that requires gradients) on task.epoch(0), task.epoch(1), ... and leave the best state in them.
 
     task: see tasks.MaskedLM. folded: deltas in the base that weight decay must not touch. log: gets every event as keywords. label: names the progress bar.
+    penalty: added to every training loss; validation and what is logged go without it.
     Repeats bit for bit on the same machine. Raises PeftDebiasError when the loss is not finite.
     """
     device = model.device
     optimizer = make_optimizer(parameters, schedule)
     decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _bar(schedule.steps, label) as bar:
         torch.manual_seed(schedule.seed)
         before = task.validate(model)
         log(event="validation", step=0, **before)
@@ -103,35 +104,35 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
         model.train()
         step, epoch, tokens = 0, 0, 0
         started, losses = time.perf_counter(), []
-        with tqdm(total=schedule.steps, desc=label, unit="step", disable=None, dynamic_ncols=True) as bar:
-            while step < schedule.steps:
-                batches, found = task.epoch(epoch), 0
-                for batch in batches:
-                    found += 1
-                    step += 1
-                    rate = schedule.rate(step)
-                    losses.append(_step(model, task, batch.to(device), optimizer, rate, parameters, schedule))
-                    if folded is not None:
-                        folded.after_step({key: rate * decay for key, decay in decay_of.items()})
-                    tokens += sum(batch.lengths)
-                    bar.update()
-                    if step % LOG_EVERY == 0 or step == schedule.steps:
-                        mean = float(torch.stack(losses).mean())
-                        if not math.isfinite(mean):
-                            raise PeftDebiasError(f"step {step}: the loss is {mean}; expected a finite one (a lower --lr may help)")
-                        speed = tokens / (time.perf_counter() - started)
-                        log(event="step", step=step, loss=mean, lr=rate, tokens_per_second=round(speed))
-                        bar.set_postfix(loss=f"{mean:.4f}", tokens=f"{speed:.0f}/s")
-                        losses = []
-                    if (schedule.validate_every and step % schedule.validate_every == 0) or step == schedule.steps:
-                        best, best_step, kept = _validate(model, task, parameters, log, step, best, best_step, kept)
-                    if step == schedule.steps:
-                        break
-                if not found:
-                    raise PeftDebiasError("training: expected at least one batch an epoch, got none")
-                if schedule.validate_every is None and step < schedule.steps:
+        bar.unpause()
+        while step < schedule.steps:
+            batches, found = task.epoch(epoch), 0
+            for batch in batches:
+                found += 1
+                step += 1
+                rate = schedule.rate(step)
+                losses.append(_step(model, task, batch.to(device), optimizer, rate, parameters, schedule, penalty))
+                if folded is not None:
+                    folded.after_step({key: rate * decay for key, decay in decay_of.items()})
+                tokens += sum(batch.lengths)
+                bar.update()
+                if step % LOG_EVERY == 0 or step == schedule.steps:
+                    mean = float(torch.stack(losses).mean())
+                    if not math.isfinite(mean):
+                        raise PeftDebiasError(f"step {step}: the loss is {mean}; expected a finite one (a lower --lr may help)")
+                    speed = tokens / (time.perf_counter() - started)
+                    log(event="step", step=step, loss=mean, lr=rate, tokens_per_second=round(speed))
+                    bar.set_postfix(loss=f"{mean:.4f}", tokens=f"{speed:.0f}/s")
+                    losses = []
+                if (schedule.validate_every and step % schedule.validate_every == 0) or step == schedule.steps:
                     best, best_step, kept = _validate(model, task, parameters, log, step, best, best_step, kept)
-                epoch += 1
+                if step == schedule.steps:
+                    break
+            if not found:
+                raise PeftDebiasError("training: expected at least one batch an epoch, got none")
+            if schedule.validate_every is None and step < schedule.steps:
+                best, best_step, kept = _validate(model, task, parameters, log, step, best, best_step, kept)
+            epoch += 1
         seconds = time.perf_counter() - started
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -140,14 +141,20 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
     return Outcome(before, best, best_step, seconds, tokens / seconds)
 
 
-def _step(model: Model, task, batch, optimizer: torch.optim.Optimizer, rate: float, parameters: dict[str, Parameter], schedule: Schedule) -> Tensor:
+def _bar(steps: int, label: str) -> tqdm:
+    """Steps done and time left, on standard error; quiet when that is no terminal."""
+    return tqdm(total=steps, desc=label, unit="step", disable=None, dynamic_ncols=True)
+
+
+def _step(model: Model, task, batch, optimizer: torch.optim.Optimizer, rate: float, parameters: dict[str, Parameter], schedule: Schedule,
+          penalty: Callable[[], Tensor] | None = None) -> Tensor:
     """One update; returns the loss, detached and still on its device."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     with torch.autocast("cuda", torch.bfloat16) if schedule.precision == "bf16" else contextlib.nullcontext():
         loss = task.loss(model, batch)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    (loss if penalty is None else loss + penalty()).backward()
     torch.nn.utils.clip_grad_norm_(parameters.values(), schedule.clip)
     optimizer.step()
     return loss.detach()
@@ -155,8 +162,11 @@ def _step(model: Model, task, batch, optimizer: torch.optim.Optimizer, rate: flo
 
 def _validate(model: Model, task, parameters: dict[str, Parameter], log, step: int, best: dict | None, best_step: int, kept: dict) -> tuple[dict, int, dict]:
     found = task.validate(model)
-    if not math.isfinite(found[task.metric]) or not all(bool(p.isfinite().all()) for p in parameters.values()):
-        raise PeftDebiasError(f"step {step}: validation gives {task.metric} {found[task.metric]}, or a parameter is not finite; a lower --lr may help")
+    if not math.isfinite(found[task.metric]):
+        raise PeftDebiasError(f"step {step}: {task.metric} in validation is {found[task.metric]}; expected a finite one (a lower --lr may help)")
+    for name, parameter in parameters.items():
+        if not parameter.isfinite().all():
+            raise PeftDebiasError(f"step {step}: {name} is not finite any more (a lower --lr may help)")
     sign = 1 if task.higher_is_better else -1
     better = best is None or sign * found[task.metric] > sign * best[task.metric]
     log(event="validation", step=step, kept=better, **found)

@@ -120,3 +120,151 @@ def assert_close(ours: Tensor, expected: Tensor, what: str = "outputs", logits: 
     bound = 1e-10 if ours.dtype == torch.float64 else 2e-6 * (largest if logits else max(1.0, largest))
     apart = (ours - expected).abs().max().item() if expected.numel() else 0.0
     assert apart <= bound, f"{what}: max|difference| {apart:.2e}, expected at most {bound:.2e}"  # also false for nan
+
+
+# ---------------------------------------------------------------- the encoder in plain words
+
+def drawn_model(kind: str = "bert", seed: int = 0, **changes) -> Model:
+    """Ours with both heads, drawn at random, in float64 and eval mode."""
+    from peftdebias.sites import EncoderConfig
+
+    sizes = dict(layers=LAYERS, hidden=HIDDEN, heads=HEADS, feed_forward=FEED_FORWARD, vocab=VOCAB, max_positions=POSITIONS)
+    sizes |= dict(segments=1, position_offset=2) if kind == "roberta" else dict(segments=2)
+    return randomize(Model(EncoderConfig(kind=kind, **sizes | changes), mlm=True, labels=LABELS), seed).double().eval()
+
+
+def batch_for(model: Model, head: str, **options) -> Batch:
+    """What the head asks: "mlm" some rows of every text but the short ones, "class" the first of each."""
+    return ragged(segments=model.config.segments, rows="first" if head == "class" else "some", **options)
+
+
+def attached(model: Model, name: str, method: str, seed: int = 1, untrained: bool = False, **options):
+    """A new module attached as `name`, in float64; every parameter moved away from where it starts, unless `untrained`."""
+    from peftdebias import methods, patch
+
+    module, generator = methods.create(method, model.config, options=options, seed=seed), torch.Generator().manual_seed(seed)
+    for parameter in module.parameters().values():
+        parameter.data = parameter.data.double()
+        if not untrained:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    patch.attach(model, name, module)
+    return module
+
+
+def spelled_out(model: Model, batch: Batch, head: str, *, weights=None, linear=None, block=None, prefix=None, prompt=None, shift: int = 0, first_row="text") -> Tensor:
+    """Logits of the head ("mlm" [M, V] or "class" [B, C]), text after text and line after line: no packing, no rows, no hooks, no fused weight.
+
+    weights: by our names, in place of the model's own. linear(site, x, W, b), block(site, hidden, residual, norm): in place of x W^T + b and of hidden.
+    prefix(layer): keys and values [P, H, W] before each text's own. prompt [P, D]: rows before each text's words, position and segment included if they
+    have any. shift: of the text's positions. first_row: "prompt" answers with the prompt's first row where the text's first token is asked for.
+    """
+    c, p = model.config, dict(model.named_parameters()) | {f"encoder.{name}": tensor for name, tensor in (weights or {}).items()}
+    activation = torch.nn.functional.gelu  # what all models of the tests have
+
+    def product(site: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return x @ weight.T + bias if linear is None else linear(site, x, weight, bias)
+
+    def module(site: str, x: Tensor) -> Tensor:
+        return product(site, x, p[f"encoder.{site}.weight"], p[f"encoder.{site}.bias"])
+
+    def norm_of(name: str):
+        def norm(x: Tensor) -> Tensor:
+            centred = x - x.mean(-1, keepdim=True)
+            return centred / (centred.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * p[f"{name}.weight"] + p[f"{name}.bias"]
+        return norm
+
+    def joined(name: str, hidden: Tensor, residual: Tensor) -> Tensor:
+        norm = norm_of(f"encoder.{name}.norm")
+        return norm((hidden if block is None else block(name, hidden, residual, norm)) + residual)
+
+    answers, starts, before = [], batch.cu_seqlens.tolist(), 0 if prompt is None else len(prompt)
+    for b, rows in enumerate(batch.rows.split(batch.row_lengths)):
+        text = slice(starts[b], starts[b + 1])
+        places = torch.arange(batch.lengths[b]) + c.position_offset + shift
+        x = (p["encoder.embeddings.word.weight"][batch.ids[text]] + p["encoder.embeddings.position.weight"][places]
+             + p["encoder.embeddings.segment.weight"][batch.segments[text]])
+        x = norm_of("encoder.embeddings.norm")(x if prompt is None else torch.cat([prompt, x]))
+        for i in range(c.layers):
+            site = f"layers.{i}.attention"
+            fused = zip(p[f"encoder.{site}.qkv.weight"].split(c.hidden), p[f"encoder.{site}.qkv.bias"].split(c.hidden))
+            query, key, value = (product(f"{site}.{kind}", x, *both).view(-1, c.heads, c.head_width) for kind, both in zip(("query", "key", "value"), fused))
+            if prefix is not None:
+                key, value = (torch.cat(both) for both in zip(prefix(i), (key, value)))
+            heads = [(query[:, h] @ key[:, h].T / c.head_width**0.5).softmax(-1) @ value[:, h] for h in range(c.heads)]
+            x = joined(site, module(f"{site}.output", torch.cat(heads, -1)), x)
+            site = f"layers.{i}.feed_forward"
+            x = joined(site, module(f"{site}.down", activation(module(f"{site}.up", x))), x)
+        answers += [x[0 if first_row == "prompt" and row == starts[b] else row - starts[b] + before] for row in rows.tolist()]
+    x = torch.stack(answers)
+    if head == "class":
+        return torch.tanh(x @ p["classifier.dense.weight"].T + p["classifier.dense.bias"]) @ p["classifier.output.weight"].T + p["classifier.output.bias"]
+    return norm_of("mlm.norm")(activation(x @ p["mlm.dense.weight"].T + p["mlm.dense.bias"])) @ p["encoder.embeddings.word.weight"].T + p["mlm.bias"]
+
+
+def assert_spelled_out(model: Model, batch: Batch, head: str, **changes) -> None:
+    """The model with what is attached to it gives the logits of `spelled_out` with these changes, and every module parameter the same gradient."""
+    owned = {f"{name}.{key}": p for name, method in model.methods.items() for key, p in method.parameters().items()}
+    ours, expected = getattr(model, f"{head}_logits")(batch), spelled_out(model, batch, head, **changes)
+    assert_close(ours, expected)
+    weights = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    pairs = zip(*(torch.autograd.grad((logits * weights).sum(), list(owned.values())) for logits in (ours, expected)))
+    for name, (found, wanted) in zip(owned, pairs):
+        assert_close(found, wanted, f"gradient of {name}")
+
+
+def changed_weights(model: Model, deltas: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's weights by our names with a delta added at each site (`layers.0.attention.key`, `layers.0.attention.norm.bias`), differentiable."""
+    found = dict(model.encoder.named_parameters())
+    for site, delta in deltas.items():
+        stem, last = (site[:-5], "bias") if site.endswith(".bias") else (site, "weight")
+        head, _, kind = stem.rpartition(".")
+        third = ("query", "key", "value").index(kind) if kind in ("query", "key", "value") else None
+        name = f"{stem if third is None else head + '.qkv'}.{last}"
+        parts = [found[name]] if third is None else list(found[name].split(model.config.hidden))
+        parts[third or 0] = parts[third or 0] + delta
+        found[name] = torch.cat(parts)
+    return found
+
+
+# ---------------------------------------------------------------- peft
+
+def twin(model: Model, head: str):
+    """The transformers model with our model's weights, for masked-LM or classification."""
+    from peftdebias.weights import to_foreign
+
+    unlike = theirs(model.config.kind, {"mlm": "ForMaskedLM", "class": "ForSequenceClassification"}[head], layer_norm_eps=model.config.norm_eps)
+    own = {name.removeprefix("encoder."): p.detach() for name, p in model.named_parameters()
+           if name.startswith(("encoder.", {"mlm": "mlm.", "class": "classifier."}[head]))}
+    lacking = unlike.load_state_dict(to_foreign(own, model.config), strict=False)
+    assert not lacking.unexpected_keys and all(".decoder." in name for name in lacking.missing_keys), lacking  # a tied decoder is no tensor of its own
+    return unlike
+
+
+def with_peft(model: Model, head: str, config: str, **fields):
+    """`twin` wrapped by peft with a new config of theirs, "LoraConfig" say, in float64 and eval mode."""
+    peft = library("peft")
+    return peft.get_peft_model(twin(model, head), getattr(peft, config)(**fields)).double().eval()
+
+
+def our_site(model: Model, name: str) -> str:
+    """`base_model.model.bert.encoder.layer.0.attention.self.key.lora_A...` -> `layers.0.attention.key`."""
+    from peftdebias.weights import foreign_names
+
+    return next(ours for ours, stem in foreign_names(model.config).items() if f".{stem}." in name)
+
+
+def assert_equals_peft(model: Model, wrapped, pairs: dict[str, tuple], head: str, batch: Batch) -> None:
+    """Same numbers in both, then the same logits and gradients. pairs: name -> (their parameter, our tensors -> theirs, our parameters)."""
+    trained = {id(p) for name, p in wrapped.named_parameters() if p.requires_grad and "modules_to_save" not in name}
+    assert trained == {id(parameter) for parameter, _, _ in pairs.values()}, "expected a partner for every parameter that peft trains"
+    with torch.no_grad():
+        for parameter, arrange, own in pairs.values():
+            parameter.copy_(arrange(*own))
+    ours = getattr(model, f"{head}_logits")(batch)
+    expected = class_logits(wrapped, batch) if head == "class" else mlm_logits(wrapped, batch)
+    assert_close(ours, expected)
+    weights = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    (ours * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for name, (parameter, arrange, own) in pairs.items():
+        assert_close(arrange(*(p.grad for p in own)), parameter.grad, f"gradient of {name}")

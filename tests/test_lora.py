@@ -15,6 +15,9 @@ from peftdebias.errors import AdapterError, ConfigError
 from peftdebias.methods.lora import LoRA, LoRAConfig, lora_linear_ref
 from peftdebias.sites import LINEARS, linear_shape, linear_sites
 
+from . import outside
+from .outside import one_thread
+
 TINY = EncoderConfig(kind="bert", layers=3, hidden=21, heads=3, feed_forward=37, vocab=89, max_positions=23, dropout=0.0, attention_dropout=0.0)
 
 
@@ -155,12 +158,10 @@ def test_same_seed_same_module():
 def test_budget_is_the_nearest_rank(budget):
     method = methods.create("lora", TINY, budget=budget)
     base = sum(p.numel() for p in Model(TINY).encoder.parameters())
-    assert methods.base_parameters(TINY) == base
-    count = lambda m: sum(p.numel() for p in m.parameters().values())  # noqa: E731
     per_rank = sum(sum(linear_shape(TINY, s)) for s in method.sites(TINY))
-    assert count(method) == method.config.rank * per_rank
+    assert method.count() == method.config.rank * per_rank
     if method.config.rank > 1:
-        assert abs(count(method) - budget * base) <= per_rank / 2 + 1
+        assert abs(method.count() - budget * base) <= per_rank / 2 + 1
     else:
         assert budget * base <= 1.5 * per_rank + 1
 
@@ -168,7 +169,9 @@ def test_budget_is_the_nearest_rank(budget):
 @pytest.mark.parametrize("options,budget,words", [
     ({"rank": 0}, None, "lora rank: expected at least 1, got 0"),
     ({"targets": ("quary",)}, None, "lora targets: expected some of query, key, value, output, up, down, got 'quary'"),
-    ({"ranks": 3}, None, "lora option 'ranks': expected one of rank, alpha, targets"),
+    ({"targets": ()}, None, "lora targets: expected at least one linear, got none"),
+    ({"dropout": 1.0}, None, "lora dropout: expected a share from 0 up to but not 1, got 1.0"),
+    ({"ranks": 3}, None, "lora option 'ranks': expected one of rank, alpha, targets, rank_stabilized, dropout"),
     ({"rank": 3}, 0.01, "budget: chooses lora's rank; expected no rank beside it"),
     ({}, 1.5, "budget: expected a share between 0 and 1, got 1.5"),
 ])
@@ -177,9 +180,7 @@ def test_errors(options, budget, words):
         methods.create("lora", TINY, options=options, budget=budget)
 
 
-def test_other_methods_and_fixed_sizes_are_named():
-    with pytest.raises(ConfigError, match="method: expected one of lora, full, got 'qlora'"):
-        methods.create("qlora", TINY)
+def test_a_method_that_is_a_base_is_named():
     with pytest.raises(ConfigError, match="budget: full has a fixed size"):
         methods.create("full", TINY, budget=0.01)
     with pytest.raises(AdapterError, match="full is a base model, not a module; expected it as --model"):
@@ -201,40 +202,113 @@ def test_single_target_and_scale():
     assert LoRAConfig(targets=("value", "query")).targets == ("attention.query", "attention.value")
 
 
-def test_equals_peft():
-    """Same A and B: outputs and the gradients of A and B."""
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    from peftdebias.weights import to_foreign
+# ---------------------------------------------------------------- scaling and dropout
 
-    model, batch = tiny_model(), ragged_batch()
-    method = trained_lora(model, rank=5, alpha=7)
+def test_rank_stabilised_scaling():
+    """alpha / sqrt(r); without an alpha it is 16, so that s falls as 1 / sqrt(r)."""
+    assert LoRAConfig(rank=16, alpha=6, rank_stabilized=True).scale == 1.5
+    assert [LoRAConfig(rank=r, rank_stabilized=True).scale for r in (1, 4, 64)] == [16.0, 8.0, 2.0]
+    model = tiny_model()
+    method = trained_lora(model, rank=4, alpha=6, rank_stabilized=True)
+    site = "layers.1.attention.value"
+    torch.testing.assert_close(method.delta(site), 3.0 * method.values[site + ".b"] @ method.values[site + ".a"], rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_acts_on_the_update_alone_and_only_in_training():
+    """The reference with the x that torch drops from the same seed; the base's product sees all of x."""
+    model = tiny_model()
+    method = trained_lora(model, dropout=0.4)
+    plain = tiny_model()
+    trained_lora(plain)
     patch.train_only(model, method.parameters().values())
-    F.cross_entropy(model.mlm_logits(batch), batch.targets).backward()
+    site, x = "layers.1.attention.value", torch.randn(11, 21, dtype=torch.float64)
+    _, weight, rows = patch.parameter_at(model, site)
+    weight, bias = weight[rows], patch.parameter_at(model, site + ".bias")[1][rows]
+    a, b = method.values[site + ".a"], method.values[site + ".b"]
+    assert torch.equal(model.encoder.hooks.linear(site, x, weight, bias), lora_linear_ref(x, weight, bias, a, b, 2.0))
+    assert torch.equal(model.mlm_logits(ragged_batch()), plain.mlm_logits(ragged_batch()))
+    model.train()
+    torch.manual_seed(3)
+    found = model.encoder.hooks.linear(site, x, weight, bias)
+    torch.manual_seed(3)
+    dropped = F.dropout(x, 0.4)
+    assert (dropped == 0).any() and torch.equal(found, lora_linear_ref(x, weight, bias, a, b, 2.0, dropped))
+    torch.testing.assert_close(found, x @ weight.T + bias + 2.0 * dropped @ a.T @ b.T, rtol=1e-12, atol=1e-12)
+    patch.train_only(model, model.encoder.parameters())  # downstream: the module is frozen, the base is trained
+    assert model.training and torch.equal(model.encoder.hooks.linear(site, x, weight, bias), lora_linear_ref(x, weight, bias, a, b, 2.0))
 
-    c = TINY
-    theirs = transformers.BertForMaskedLM(transformers.BertConfig(
-        vocab_size=c.vocab, hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads, intermediate_size=c.feed_forward,
-        max_position_embeddings=c.max_positions, hidden_dropout_prob=0, attention_probs_dropout_prob=0)).double().eval()
-    ours = {n.removeprefix("encoder."): p.detach() for n, p in model.named_parameters() if not n.startswith("classifier")}
-    missing = theirs.load_state_dict(to_foreign(ours, c), strict=False)
-    assert not missing.unexpected_keys and set(missing.missing_keys) <= {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
-    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(r=5, lora_alpha=7, lora_dropout=0.0, target_modules=["query", "value"]))
-    pairs = []
+
+@pytest.mark.parametrize("trained", ["gender", "race"])
+def test_the_module_that_is_trained_drops_and_the_frozen_one_does_not(trained):
+    """Whichever was attached first: the frozen one gives its delta, the trained one computes the product."""
+    model = tiny_model()
+    both = {name: trained_lora(model, name, rank=rank, dropout=0.4) for name, rank in (("gender", 2), ("race", 3))}
+    own, other = both[trained], both[{"gender": "race", "race": "gender"}[trained]]
+    patch.train_only(model, own.parameters().values())
+    model.train()
+    site, x = "layers.0.attention.query", torch.randn(11, 21, dtype=torch.float64)
+    weight, bias = torch.randn(21, 21, dtype=torch.float64), torch.randn(21, dtype=torch.float64)
+    torch.manual_seed(3)
+    found = model.encoder.hooks.linear(site, x, weight, bias)
+    torch.manual_seed(3)
+    expected = lora_linear_ref(x, weight + other.delta(site), bias, own.values[site + ".a"], own.values[site + ".b"], 2.0, F.dropout(x, 0.4))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_two_that_drop_at_one_site_are_an_error():
+    model = tiny_model()
+    methods_ = [trained_lora(model, name, dropout=0.4) for name in ("gender", "race")]
+    patch.train_only(model, [p for m in methods_ for p in m.parameters().values()])
+    model.train()
+    with pytest.raises(AdapterError, match="layers.0.attention.query: lora and lora both compute this product; expected at most one without a delta"):
+        model.mlm_logits(ragged_batch())
+
+
+def test_a_module_with_dropout_merges_as_it_is_used():
+    """Also while it is being trained: what is written is s B A."""
+    model, batch = tiny_model(), ragged_batch()
+    method = trained_lora(model, dropout=0.4)
+    attached = model.mlm_logits(batch)
+    patch.train_only(model, method.parameters().values())
+    model.train()
+    patch.merge(model)
+    torch.testing.assert_close(model.eval().mlm_logits(batch), attached, rtol=1e-10, atol=1e-10)
+
+
+# ---------------------------------------------------------------- peft
+
+@pytest.mark.parametrize("kind,head,options,theirs", [
+    ("bert", "mlm", {"rank": 5, "alpha": 7.0}, {"r": 5, "lora_alpha": 7, "target_modules": ["query", "value"]}),
+    ("bert", "class", {"rank": 3, "alpha": 7.0, "rank_stabilized": True, "targets": ("key", "output", "up", "down")},
+     {"r": 3, "lora_alpha": 7, "use_rslora": True, "target_modules": ["key", "output.dense", "intermediate.dense"], "task_type": "SEQ_CLS"}),
+    ("roberta", "mlm", {"rank": 2, "targets": ("query", "key", "up")}, {"r": 2, "lora_alpha": 4, "target_modules": ["query", "key", "intermediate.dense"]}),
+])
+def test_equals_peft(kind, head, options, theirs):
+    model = outside.drawn_model(kind)
+    method = outside.attached(model, "gender", "lora", **options)
+    wrapped = outside.with_peft(model, head, "LoraConfig", **theirs)
+    pairs = {name: (p, lambda own: own, (method.values[f"{outside.our_site(model, name)}.{'a' if 'lora_A' in name else 'b'}"],))
+             for name, p in wrapped.named_parameters() if "lora_" in name}
+    assert len(pairs) == len(method.values)
+    outside.assert_equals_peft(model, wrapped, pairs, head, outside.batch_for(model, head))
+
+
+def test_dropout_stands_where_peft_has_it():
+    """Texts of one length, every row: from one seed both libraries draw the same masks, as long as they ask for them in the same places and order."""
+    model = outside.drawn_model(dropout=0.0, attention_dropout=0.0)
+    method = outside.attached(model, "gender", "lora", rank=3, alpha=7.0, dropout=0.3)
+    patch.train_only(model, method.parameters().values())
+    wrapped = outside.with_peft(model, "mlm", "LoraConfig", r=3, lora_alpha=7, lora_dropout=0.3, target_modules=["query", "value"])
     for name, p in wrapped.named_parameters():
         if "lora_" in name:
-            layer, kind = name.split(".layer.")[1].split(".")[0], name.split(".attention.self.")[1].split(".")[0]
-            own = method.values[f"layers.{layer}.attention.{kind}.{'a' if 'lora_A' in name else 'b'}"]
-            p.data = own.detach().clone()
-            pairs.append((p, own))
-    assert len(pairs) == 12
-
-    longest = batch.max_length
-    ids, mask = torch.zeros(3, longest, dtype=torch.long), torch.zeros(3, longest, dtype=torch.long)
-    starts = batch.cu_seqlens.tolist()
-    for i, n in enumerate(batch.lengths):
-        ids[i, :n], mask[i, :n] = batch.ids[starts[i]:starts[i + 1]], 1
-    logits = wrapped(input_ids=ids, attention_mask=mask).logits[mask.bool()][batch.rows]
-    torch.testing.assert_close(model.mlm_logits(batch), logits, rtol=1e-10, atol=1e-10)
-    F.cross_entropy(logits, batch.targets).backward()
-    for theirs_p, own in pairs:
-        torch.testing.assert_close(own.grad, theirs_p.grad, rtol=1e-9, atol=1e-12)
+            p.data = method.values[f"{outside.our_site(model, name)}.{'a' if 'lora_A' in name else 'b'}"].detach()
+    for name, module in wrapped.named_modules():
+        if name.endswith("lora_dropout.default"):
+            module.train()
+    batch = outside.ragged((9, 9, 9), rows="all")
+    model.train()
+    torch.manual_seed(11)
+    found = model.encoder(batch, all_rows=True)
+    torch.manual_seed(11)
+    outside.assert_close(found, outside.hidden(wrapped.base_model.model, batch))
+    assert (found - model.eval().encoder(batch, all_rows=True)).abs().max() > 1e-3

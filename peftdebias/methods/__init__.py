@@ -3,6 +3,10 @@
 A method is a value, never a branch: loops, tasks, checkpoint and command line call this Protocol and name no method. It says which sites of the encoder
 it takes hold of, owns a few parameters, and offers any of six hooks. Adding one is a file here and a line in METHODS.
 
+    linear, delta    lora (a product, and its delta), bias (a delta)        block        adapter
+    scale            ia3                                                    key_value    prefix
+    learn            what trains itself in its own way                      embed        prompt
+
 Letters: T tokens, D hidden, H heads, W head width, P prefix length.
 """
 
@@ -17,7 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..errors import AdapterError, ConfigError
-from ..sites import EncoderConfig
+from ..sites import LINEARS, EncoderConfig
 
 
 class Method:
@@ -33,7 +37,7 @@ class Method:
     trains_base: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
     foldable: ClassVar[bool] = False
-    sized: ClassVar[bool] = False  # whether `budget` can choose its size
+    size: ClassVar[str | None] = None  # the field of Config that `budget` chooses; None: the size is fixed
     position_shift: int = 0
     first_row: str = "text"
 
@@ -46,9 +50,32 @@ class Method:
     # ---- what it is made of
 
     @classmethod
+    def parameters_for(cls, config, encoder_config: EncoderConfig) -> int:
+        """How many parameters a module of `config` has as it is saved: a straight line in the field `size`. Methods with a `size` say it."""
+        raise NotImplementedError
+
+    @classmethod
     def size_for(cls, encoder_config: EncoderConfig, target_parameters: int, **chosen):
-        """The config whose parameter count is nearest to `target_parameters`; `chosen` are its other fields. Fixed-size methods raise ConfigError."""
-        raise ConfigError(f"budget: {cls.name} has a fixed size; expected no budget")
+        """The config whose parameter count is nearest to `target_parameters`, of size 1 at least; `chosen` are its other fields.
+
+        Raises ConfigError where the size is fixed, or chosen.
+        """
+        if cls.size is None:
+            raise ConfigError(f"budget: {cls.name} has a fixed size; expected no budget")
+        if cls.size in chosen:
+            raise ConfigError(f"budget: chooses {cls.name}'s {cls.size}; expected no {cls.size} beside it")
+        one = cls.Config(**chosen, **{cls.size: 1})
+        first, second = (cls.parameters_for(dataclasses.replace(one, **{cls.size: n}), encoder_config) for n in (1, 2))
+        return dataclasses.replace(one, **{cls.size: 1 + max(0, round((target_parameters - first) / (second - first)))})
+
+    @classmethod
+    def capped(cls, config, encoder_config: EncoderConfig, max_length: int):
+        """`config` as budget chose it, made no larger than texts of max_length tokens allow."""
+        return config
+
+    def count(self) -> int:
+        """How many parameters it has as it is saved and used: a re-parametrised prefix flat, sparse values without their indices."""
+        return sum(tensor.numel() for tensor in self.state().values() if tensor.is_floating_point())
 
     def sites(self, encoder_config: EncoderConfig) -> tuple[str, ...]:
         """Names of the sites and parameters (see sites.linear_sites and its neighbours) that this method takes hold of."""
@@ -78,6 +105,11 @@ class Method:
     def computes(self, site: str) -> bool:
         """Whether `linear` is this method's way to act at `site` (otherwise `delta` is)."""
         return type(self).linear is not Method.linear
+
+    @property
+    def drops(self) -> bool:
+        """Whether `linear` does now what `delta` cannot say (dropout, in training): then it computes the product, and others give way to it."""
+        return False
 
     def linear(self, site: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """x [T, in] -> [T, out]: the product at a linear site."""
@@ -123,7 +155,7 @@ class Method:
         return self.config
 
 
-METHODS: dict[str, str] = {"lora": "LoRA", "full": "Full"}
+METHODS: dict[str, str] = {"adapter": "Adapter", "prefix": "Prefix", "prompt": "Prompt", "lora": "LoRA", "sparse": "Sparse", "ia3": "IA3", "bias": "Bias", "full": "Full"}
 """name -> class, each in the module of its name."""
 
 
@@ -142,8 +174,18 @@ def base_parameters(config: EncoderConfig) -> int:
     return embeddings + config.layers * layer
 
 
-def create(name: str, encoder_config: EncoderConfig, *, budget: float | None = None, options: dict | None = None, seed: int = 0) -> Method:
-    """A new method. options: fields of its Config. budget: share of base_parameters that its size should come nearest to.
+def linear_kinds(chosen: tuple[str, ...], what: str) -> tuple[str, ...]:
+    """Linears of a layer by full name, in the order of sites.LINEARS: "query" or "attention.query" -> "attention.query". Raises ConfigError about `what`."""
+    known = {kind.split(".")[1]: kind for kind in LINEARS} | {kind: kind for kind in LINEARS}
+    for name in chosen:
+        if name not in known:
+            raise ConfigError(f"{what}: expected some of {', '.join(k.split('.')[1] for k in LINEARS)}, got {name!r}")
+    return tuple(kind for kind in LINEARS if kind in {known[name] for name in chosen})
+
+
+def create(name: str, encoder_config: EncoderConfig, *, budget: float | None = None, options: dict | None = None, seed: int = 0, max_length: int = 256) -> Method:
+    """A new method. options: fields of its Config. budget: share of base_parameters that its size should come nearest to, with room left for texts of
+    max_length tokens; the share reached is method.count() / base_parameters(encoder_config).
 
     Raises ConfigError on an unknown field, or a budget together with the field it would choose.
     """
@@ -158,4 +200,5 @@ def create(name: str, encoder_config: EncoderConfig, *, budget: float | None = N
         return cls(cls.Config(**options), encoder_config, generator)
     if not 0 < budget < 1:
         raise ConfigError(f"budget: expected a share between 0 and 1, got {budget}")
-    return cls(cls.size_for(encoder_config, round(budget * base_parameters(encoder_config)), **options), encoder_config, generator)
+    config = cls.size_for(encoder_config, round(budget * base_parameters(encoder_config)), **options)
+    return cls(cls.capped(config, encoder_config, max_length), encoder_config, generator)

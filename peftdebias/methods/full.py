@@ -5,6 +5,7 @@ Agarwal et al. 2023, section 4 ("Full-Debias"); counterfactual augmentation of a
 
 import dataclasses
 
+from ..encoder import Model
 from . import Method
 
 
@@ -19,3 +20,6 @@ class Full(Method):
     name = "full"
     Config = FullConfig
     trains_base = True
+
+    def learn(self, model: Model, loop) -> object:
+        return loop({name: p for name, p in model.named_parameters() if not name.startswith("classifier.")})

@@ -1,12 +1,12 @@
 """LoRA: a low-rank update of chosen linears. Hu et al. 2021, arXiv 2106.09685, equation 3.
 
-    y = x W^T + b + (alpha / r) (x A^T) B^T
+    y = x W^T + b + s (dropout(x) A^T) B^T        s = alpha / r, or alpha / sqrt(r) where rank-stabilised (Kalajdzievski 2023, arXiv 2312.03732)
 
-x [T, in], W [out, in] frozen, A [r, in] drawn, B [out, r] zero at the start: an untrained module changes nothing. With s = alpha / r the same map is
-y = x (W + s B A)^T + b: mergeable and foldable.
+x [T, in], W [out, in] frozen, A [r, in] drawn, B [out, r] zero at the start: an untrained module changes nothing. Without dropout the same map is
+y = x (W + s B A)^T + b: mergeable and foldable. Dropout acts while the module is trained, and only then; a frozen module never drops.
 
 The room: this file (specification, module), tests/test_lora.py (proof), bench/cases.py (rows).
-Left out: dropout on x, rank-stabilised scaling, embeddings.
+Left out: embeddings, biases trained beside it (methods/bias.py is a module of its own), ranks that differ from site to site.
 """
 
 import dataclasses
@@ -18,37 +18,42 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..errors import ConfigError
-from ..sites import LINEARS, EncoderConfig, linear_shape, linear_sites
-from . import Method
+from ..sites import EncoderConfig, linear_shape, linear_sites
+from . import Method, linear_kinds
 
 
-def lora_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """x [T, in], weight [out, in], bias [out], a [r, in], b [out, r] -> [T, out]; the specification."""
-    return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, a), b)
+def lora_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, dropped: Tensor | None = None) -> Tensor:
+    """x [T, in], weight [out, in], bias [out], a [r, in], b [out, r] -> [T, out]; the specification. dropped: x after dropout, for the update alone."""
+    return F.linear(x, weight, bias) + scale * F.linear(F.linear(x if dropped is None else dropped, a), b)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """rank: r >= 1. alpha: s = alpha / rank; None is 2 * rank. targets: which linears of every layer, of encoder.LINEARS or their last part."""
+    """rank: r >= 1. targets: which linears of every layer, of sites.LINEARS or their last part. dropout: in [0, 1), on the update's x.
+
+    alpha: None is 2 * rank, so that s = 2; rank-stabilised it is 16, whatever the rank: s falls as 1 / sqrt(r) only if alpha stays.
+    """
 
     rank: int = 8
     alpha: float | None = None
     targets: tuple[str, ...] = ("query", "value")
+    rank_stabilized: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self):
         if self.rank < 1:
             raise ConfigError(f"lora rank: expected at least 1, got {self.rank}")
-        known = {kind.split(".")[1]: kind for kind in LINEARS} | {kind: kind for kind in LINEARS}
-        # "output" and "down" are told apart by their last part; both spellings end as the full one.
-        for target in self.targets:
-            if target not in known:
-                raise ConfigError(f"lora targets: expected some of {', '.join(k.split('.')[1] for k in LINEARS)}, got {target!r}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora dropout: expected a share from 0 up to but not 1, got {self.dropout}")
         if not self.targets:
             raise ConfigError("lora targets: expected at least one linear, got none")
-        object.__setattr__(self, "targets", tuple(kind for kind in LINEARS if kind in {known[t] for t in self.targets}))
+        object.__setattr__(self, "targets", linear_kinds(self.targets, "lora targets"))
 
     @property
     def scale(self) -> float:
+        """s."""
+        if self.rank_stabilized:
+            return (16.0 if self.alpha is None else self.alpha) / math.sqrt(self.rank)
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
 
@@ -59,7 +64,7 @@ class LoRA(Method):
     Config = LoRAConfig
     mergeable = True
     foldable = True
-    sized = True
+    size = "rank"
 
     def __init__(self, config: LoRAConfig, encoder_config: EncoderConfig, generator: torch.Generator | None = None):
         super().__init__(config, encoder_config, generator)
@@ -70,18 +75,19 @@ class LoRA(Method):
             self.values[site + ".b"] = Parameter(torch.zeros(out_width, config.rank))
 
     @classmethod
-    def size_for(cls, encoder_config: EncoderConfig, target_parameters: int, **chosen) -> LoRAConfig:
-        if "rank" in chosen:
-            raise ConfigError("budget: chooses lora's rank; expected no rank beside it")
-        one = cls.Config(rank=1, **chosen)
-        per_rank = sum(sum(linear_shape(encoder_config, site)) for site in linear_sites(encoder_config, one.targets))
-        return dataclasses.replace(one, rank=max(1, round(target_parameters / per_rank)))
+    def parameters_for(cls, config: LoRAConfig, encoder_config: EncoderConfig) -> int:
+        return config.rank * sum(sum(linear_shape(encoder_config, site)) for site in linear_sites(encoder_config, config.targets))
 
     def sites(self, encoder_config: EncoderConfig) -> tuple[str, ...]:
         return linear_sites(encoder_config, self.config.targets)
 
+    @property
+    def drops(self) -> bool:
+        return self.training and self.config.dropout > 0
+
     def linear(self, site: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return lora_linear_ref(x, weight, bias, self.values[site + ".a"], self.values[site + ".b"], self.config.scale)
+        dropped = F.dropout(x, self.config.dropout) if self.drops else None
+        return lora_linear_ref(x, weight, bias, self.values[site + ".a"], self.values[site + ".b"], self.config.scale, dropped)
 
     def delta(self, site: str) -> Tensor:
         """s B A, [out, in]."""

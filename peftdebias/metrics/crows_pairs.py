@@ -10,7 +10,6 @@ Both align the two token-id sequences with difflib, round scores to 3 decimals, 
 All masked sentences of a file are scored in packed batches, each with the one row asked for. Left out: the confidence scores of the authors' script.
 """
 
-import csv
 import dataclasses
 import difflib
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy
 
+from .. import corpus
 from ..encoder import Model
 from ..errors import DataError
 from ..tasks import MaskedToken, masked_log_probs
@@ -26,7 +26,6 @@ from . import Measure
 from .bootstrap import mean_interval
 
 SCORINGS = ("nangia", "bias-bench")
-COLUMNS = ("sent_more", "sent_less", "bias_type")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,25 +52,11 @@ class Scored:
 
 def read_pairs(path: str | Path) -> list[Pair]:
     """The published csv (columns sent_more, sent_less, bias_type). Raises DataError that names file and line."""
-    path = Path(path)
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = [c for c in COLUMNS if c not in (reader.fieldnames or ())]
-            if missing:
-                raise DataError(f"{path}: expected the columns {', '.join(COLUMNS)}, got {', '.join(reader.fieldnames or ('none',))}")
-            pairs = []
-            for row in reader:
-                if any(not row[c] for c in COLUMNS):
-                    raise DataError(f"{path}:{reader.line_num}: expected values in {', '.join(COLUMNS)}, got an empty one")
-                pairs.append(Pair(row["sent_more"], row["sent_less"], row["bias_type"]))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: expected CrowS-Pairs as utf-8 csv, got {error}") from None
-    if not pairs:
-        raise DataError(f"{path}: expected at least one pair, got none")
-    return pairs
+    examples = corpus.read_examples(path, text="sent_more", text_pair="sent_less", label="bias_type")
+    for e in examples:
+        if not (e.text.strip() and e.text_pair.strip()):
+            raise DataError(f"{e.place}: expected a sentence in sent_more and in sent_less, got an empty one")
+    return [Pair(e.text, e.text_pair, e.label) for e in examples]
 
 
 def masked_places(first: Sequence[int], second: Sequence[int], scoring: str) -> tuple[list[int], list[int]]:

@@ -1,0 +1,77 @@
+"""The gender axis on real text: LoRA upstream on BUG sentences, CrowS-Pairs before and after, professions downstream, several seeds.
+
+    python bench/bug_gender.py ../shared runs/bug-gender --seeds 0 1 2
+
+Runs the public commands (printed as they run), skips what is already there, and prints one table with mean, spread and every seed's value.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+UPSTREAM = "--axis gender --method lora --budget 0.01 --steps 1000 --valid-every 250 --lr 1e-3"
+DOWNSTREAM = "--text hard_text --label profession --group gender --epochs 2 --lr 5e-4"
+
+
+def peftdebias(words: str) -> None:
+    """One command of the package, shown and run; a failing one ends the script with its exit code."""
+    print(f"$ peftdebias {words}", flush=True)
+    done = subprocess.run([sys.executable, "-m", "peftdebias", *shlex.split(words)], stdout=subprocess.DEVNULL)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def measures(path: Path) -> dict[str, float]:
+    return {m["name"]: m["value"] for m in json.loads(path.read_text())["measures"]}
+
+
+def final(run: Path) -> dict[str, float]:
+    """The measures that a downstream run ended with, and its training time."""
+    event = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    return {m["name"]: m["value"] for m in event["measures"]} | {"seconds": event["seconds"]}
+
+
+def row(name: str, values: list[float], digits: int = 2) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"| {name} | {statistics.mean(values):.{digits}f}{spread} | {', '.join(f'{v:.{digits}f}' for v in values)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shared", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    a = parser.parse_args()
+    model, data = a.shared / "models" / "bert-tiny-mlm", a.shared / "data"
+    on = f"--bias-type gender --on crows-pairs={data}/crows_pairs/crows_pairs_anonymized.csv --on perplexity={data}/corpus/wikitext2_valid.txt"
+    splits = " ".join(f"--{s} {data}/bug_professions/{s}.jsonl" for s in ("train", "dev", "test"))
+    a.out.mkdir(parents=True, exist_ok=True)
+    if not (a.out / "base.json").exists():
+        peftdebias(f"evaluate {model} {on} --json {a.out}/base.json")
+    for seed in a.seeds:
+        run = a.out / f"gender-{seed}"
+        if not run.exists():
+            peftdebias(f"upstream --model {model} --corpus {data}/corpus/bug_upstream.txt {UPSTREAM} --seed {seed} --out {run}")
+        if not (a.out / f"gender-{seed}.json").exists():
+            peftdebias(f"evaluate {model} --adapter {run} {on} --json {a.out}/gender-{seed}.json")
+        for name, extra in (("plain", ""), ("lora", f"--adapter {run}")):
+            if not (a.out / f"{name}-{seed}").exists():
+                peftdebias(f"downstream --model {model} {extra} {splits} {DOWNSTREAM} --seed {seed} --out {a.out}/{name}-{seed}")
+    base = measures(a.out / "base.json")
+    after = [measures(a.out / f"gender-{s}.json") for s in a.seeds]
+    print(f"\n| masked-LM | mean ± sd | seeds {', '.join(map(str, a.seeds))} |\n|---|---|---|")
+    for key in ("crows-pairs/bias-bench/gender", "crows-pairs/nangia/gender", "perplexity"):
+        print(row(f"{key}, base", [base[key]]))
+        print(row(f"{key}, base + LoRA", [m[key] for m in after]))
+    print(f"\n| downstream | mean ± sd | seeds {', '.join(map(str, a.seeds))} |\n|---|---|---|")
+    for key in ("accuracy", "tpr-gap/rms", "tpr-gap/rms-shuffled", "seconds"):
+        for name in ("plain", "lora"):
+            print(row(f"{key}, {name}", [final(a.out / f"{name}-{s}")[key] for s in a.seeds]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Sparse fine-tuning by lottery ticket: only the k weights of the base that move most are trained. Ansell et al. 2022, arXiv 2110.07560.
+
+    1  train every weight of the encoder but the LayerNorms, pulled towards the start:  loss + 0.1 * sum |theta - theta_0| / N
+    2  keep the k weights with the largest |theta - theta_0|, exactly k
+    3  rewind to theta_0
+    4  train only those k, pulled alike; the module is the differences at these places
+
+N counts the encoder's parameters. While all weights train, a tied masked-LM decoder is a frozen copy; later the embedding's delta acts on the input side
+only. In its second stage the optimizer holds k values, not the base. Additive: it merges and folds.
+
+The room: this file, tests/test_sparse.py. Left out: training the heads, dynamic choice of the weights.
+"""
+
+import dataclasses
+
+import numpy
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..encoder import Model, parameter_at
+from ..errors import AdapterError, ConfigError
+from ..sites import EncoderConfig, linear_sites, parameter_size
+from . import Method, base_parameters
+
+SHARE = 0.01
+
+
+def largest(moved: list[numpy.ndarray], k: int) -> list[numpy.ndarray]:
+    """Flat indices (int64, ascending) into each array of the k largest values of all of them together; of equal ones at the edge the first count.
+
+    moved: arrays of any length, values >= 0. Raises ConfigError where k is more than there are.
+    """
+    values = numpy.concatenate([m.ravel() for m in moved])
+    if not 1 <= k <= len(values):
+        raise ConfigError(f"sparse k: expected 1 to {len(values)}, the weights there are, got {k}")
+    edge = numpy.partition(values, len(values) - k)[len(values) - k]
+    above = numpy.flatnonzero(values > edge)
+    chosen = numpy.sort(numpy.concatenate([above, numpy.flatnonzero(values == edge)[:k - len(above)]]))
+    ends = numpy.cumsum([m.size for m in moved])
+    return [part - start for part, start in zip(numpy.split(chosen, numpy.searchsorted(chosen, ends[:-1])), [0, *ends[:-1]])]
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseConfig:
+    """k: how many weights are kept; None is 1 % of the base's parameters. l1: strength of the pull towards the start, in both stages."""
+
+    k: int | None = None
+    l1: float = 0.1
+
+    def __post_init__(self):
+        if self.k is not None and self.k < 1:
+            raise ConfigError(f"sparse k: expected at least 1, got {self.k}")
+        if self.l1 < 0:
+            raise ConfigError(f"sparse l1: expected at least 0, got {self.l1}")
+
+
+class Sparse(Method):
+    """`layers.3.attention.query` [k_site] values at flat `indices` int64 [k_site], for every weight, bias and table that has some; none before it has learnt."""
+
+    name = "sparse"
+    Config = SparseConfig
+    mergeable = True
+    foldable = True
+    sized = True
+
+    def __init__(self, config: SparseConfig, encoder_config: EncoderConfig, generator: torch.Generator | None = None):
+        super().__init__(config, encoder_config, generator)
+        if config.k is None:
+            self.config = dataclasses.replace(config, k=round(SHARE * base_parameters(encoder_config)))
+        self.indices: dict[str, Tensor] = {}
+
+    @classmethod
+    def size_for(cls, encoder_config: EncoderConfig, target_parameters: int, **chosen) -> SparseConfig:
+        if "k" in chosen:
+            raise ConfigError("budget: chooses sparse's k; expected no k beside it")
+        return cls.Config(k=max(1, target_parameters), **chosen)
+
+    def count(self) -> int:
+        """Parameters, known before it has learnt."""
+        return self.config.k
+
+    def sites(self, encoder_config: EncoderConfig) -> tuple[str, ...]:
+        linears = linear_sites(encoder_config)
+        return ("embeddings.word", "embeddings.position", "embeddings.segment", *linears, *(site + ".bias" for site in linears))
+
+    def delta(self, site: str) -> tuple[Tensor, Tensor] | None:
+        if site not in self.values:
+            return None
+        if self.indices[site].device != self.values[site].device:
+            self.indices[site] = self.indices[site].to(self.values[site].device)
+        return self.indices[site], self.values[site]
+
+    def learn(self, model: Model, loop) -> object:
+        places = {site: parameter_at(model, site) for site in self.sites(model.config)}
+        whole = {name: parameter for name, parameter, _ in places.values()}
+        start = {name: p.detach().clone() for name, p in whole.items()}
+        strength = self.config.l1 / base_parameters(model.config)
+        with model.frozen_decoder():
+            loop(whole, lambda: strength * sum((p - start[name]).abs().sum() for name, p in whole.items()))
+        with torch.no_grad():
+            moved = [(parameter[rows] - start[name][rows]).abs().flatten().float().cpu().numpy() for name, parameter, rows in places.values()]
+            for site, chosen in zip(places, largest(moved, self.config.k)):
+                if len(chosen):
+                    self.indices[site] = torch.from_numpy(chosen)
+                    self.values[site] = Parameter(torch.zeros(len(chosen), dtype=places[site][1].dtype, device=places[site][1].device))
+            for name, parameter in whole.items():
+                parameter.copy_(start[name])
+        return loop(self.parameters(), lambda: strength * sum(v.abs().sum() for v in self.values.values()))
+
+    def state(self) -> dict[str, Tensor]:
+        saved = {f"{site}.values": v for site, v in super().state().items()}
+        return saved | {f"{site}.indices": self.indices[site].cpu().to(torch.int32) for site in self.values}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        known = set(self.sites(self.encoder_config))
+        found = {name.removesuffix(".values"): tensor for name, tensor in state.items() if name.endswith(".values")}
+        for site, values in found.items():
+            indices = state.get(f"{site}.indices")
+            if site not in known or indices is None or indices.shape != values.shape or values.dim() != 1:
+                raise AdapterError(f"sparse adapter, {site}: expected values and indices of one length for a weight of the base, got something else")
+            size = parameter_size(self.encoder_config, site)
+            if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < size:
+                raise AdapterError(f"sparse adapter, {site}: expected indices from 0 to {size - 1}, got {int(indices.min())} to {int(indices.max())}")
+        if len(state) != 2 * len(found) or sum(map(len, found.values())) != self.config.k:
+            raise AdapterError(f"sparse adapter: expected {self.config.k} values, got {sum(map(len, found.values()))} in {len(state)} tensors")
+        self.indices = {site: state[f"{site}.indices"].long() for site in found}
+        self.values = {site: Parameter(values.clone()) for site, values in found.items()}

@@ -1,0 +1,97 @@
+"""Adapters read as a proof: the three architectures spelled out, their gradients, stacking, and names. What holds for every method: test_methods.py."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from peftdebias.errors import ConfigError
+from peftdebias.methods import create
+from peftdebias.methods.adapter import ARCHITECTURES, AdapterConfig, adapter_ref
+from peftdebias.sites import ACTIVATIONS
+
+from .outside import HIDDEN, LAYERS, assert_close, assert_spelled_out, attached, batch_for, drawn_model, one_thread
+
+
+def spelled(method, hidden_to_input):
+    """block(site, hidden, residual, norm) of an adapter in plain arithmetic; hidden_to_input(h, x, norm) is what its architecture sends down."""
+    c, v = method.config, method.values
+
+    def block(site, hidden, residual, norm):
+        if f"{site}.down.weight" not in v:
+            return hidden
+        inner = hidden_to_input(hidden, residual, norm) @ v[f"{site}.down.weight"].T + v[f"{site}.down.bias"]
+        inner = {"relu": lambda x: x.clamp(min=0), "silu": lambda x: x / (1 + (-x).exp()), "gelu": F.gelu}[c.activation](inner)
+        return hidden + c.scale * (inner @ v[f"{site}.up.weight"].T + v[f"{site}.up.bias"])
+
+    return block
+
+
+READS = {"pfeiffer": lambda h, x, norm: norm(x + h), "houlsby": lambda h, x, norm: h, "parallel": lambda h, x, norm: x}
+
+
+@pytest.mark.parametrize("head", ["mlm", "class"])
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_each_architecture_is_its_formula(architecture, kind, head):
+    model = drawn_model(kind)
+    method = attached(model, "gender", "adapter", architecture=architecture, bottleneck=5)
+    assert_spelled_out(model, batch_for(model, head), head, block=spelled(method, READS[architecture]))
+
+
+def test_activation_and_scale_can_be_chosen():
+    model = drawn_model()
+    method = attached(model, "gender", "adapter", architecture="houlsby", bottleneck=3, activation="gelu", scale=0.7)
+    assert_spelled_out(model, batch_for(model, "mlm"), "mlm", block=spelled(method, READS["houlsby"]))
+
+
+def test_two_stack_in_the_order_of_attachment():
+    """The second reads what the first gave, through the same LayerNorm; the other order is another function."""
+    def stack(*seeds):
+        model = drawn_model()
+        parts = {seed: spelled(attached(model, str(seed), "adapter", seed, architecture="pfeiffer" if seed == 1 else "houlsby", bottleneck=5),
+                               READS["pfeiffer" if seed == 1 else "houlsby"]) for seed in seeds}
+        return model, parts
+
+    model, parts = stack(1, 2)
+    batch = batch_for(model, "mlm")
+    assert_spelled_out(model, batch, "mlm", block=lambda site, h, x, norm: parts[2](site, parts[1](site, h, x, norm), x, norm))
+    assert (model.mlm_logits(batch) - stack(2, 1)[0].mlm_logits(batch)).abs().max() > 1e-3
+    with model.without("1"):
+        assert_close(model.mlm_logits(batch), stack(2)[0].mlm_logits(batch))
+
+
+def test_reference_gradients():
+    shapes = ((3, 7), (3, 7), (5, 7), (5,), (7, 5), (7,))
+    tensors = [torch.randn(*s, dtype=torch.float64, generator=torch.Generator().manual_seed(i)).requires_grad_() for i, s in enumerate(shapes)]
+    assert torch.autograd.gradcheck(lambda *t: adapter_ref(*t, ACTIVATIONS["silu"], 0.6), tensors)
+
+
+def test_untrained_up_is_zero_and_down_is_not():
+    method = create("adapter", drawn_model().config, options={"architecture": "houlsby"})
+    assert all(p.any() == name.endswith("down.weight") for name, p in method.parameters().items())
+
+
+@pytest.mark.parametrize("architecture,blocks", [("pfeiffer", ["feed_forward"]), ("houlsby", ["attention", "feed_forward"]), ("parallel", ["feed_forward"])])
+def test_names_and_shapes(architecture, blocks):
+    method = create("adapter", drawn_model().config, options={"architecture": architecture, "bottleneck": 5})
+    wanted = {}
+    for site in (f"layers.{i}.{block}" for i in range(LAYERS) for block in blocks):
+        wanted |= {f"{site}.down.weight": (5, HIDDEN), f"{site}.down.bias": (5,), f"{site}.up.weight": (HIDDEN, 5), f"{site}.up.bias": (HIDDEN,)}
+    assert {name: tuple(p.shape) for name, p in method.parameters().items()} == wanted
+
+
+@pytest.mark.parametrize("architecture,activation,scale", [("pfeiffer", "relu", 1.0), ("houlsby", "silu", 1.0), ("parallel", "relu", 4.0)])
+def test_what_an_architecture_brings_is_written_into_the_config(architecture, activation, scale):
+    config = AdapterConfig(architecture)
+    assert (config.activation, config.scale) == (activation, scale)
+    assert AdapterConfig(architecture, activation="gelu", scale=2.0).scale == 2.0
+
+
+@pytest.mark.parametrize("options,words", [
+    ({"architecture": "compacter"}, "adapter architecture: expected one of pfeiffer, houlsby, parallel, got 'compacter'"),
+    ({"bottleneck": 0}, "adapter bottleneck: expected at least 1, got 0"),
+    ({"activation": "swish"}, "adapter activation: expected one of gelu, gelu_new, relu, silu, got 'swish'"),
+])
+def test_errors(options, words):
+    with pytest.raises(ConfigError, match=words):
+        create("adapter", drawn_model().config, options=options)

@@ -1,0 +1,245 @@
+"""Adapter files and run folders: what is written comes back, only for the base it belongs to, and a run is there whole or not at all."""
+
+import dataclasses
+import json
+import tomllib
+import warnings
+
+import pytest
+import safetensors.torch
+import torch
+
+from peftdebias import checkpoint, methods, patch, weights
+from peftdebias.checkpoint import load_adapter, load_run, save_adapter, writing_run
+from peftdebias.encoder import EncoderConfig, Model
+from peftdebias.errors import AdapterError, ConfigError, ModelError
+
+from .outside import one_thread  # noqa: F401
+from .small import done, lines, save_bert, small, tree  # noqa: F401
+
+TINY = EncoderConfig(kind="bert", layers=2, hidden=14, heads=2, feed_forward=37, vocab=61, max_positions=19)
+
+
+def model_of(config=TINY, seed=0) -> Model:
+    model = Model(config)
+    model.initialize(model, torch.Generator().manual_seed(seed))
+    return model.eval()
+
+
+def lora(model: Model, seed=0, **options):
+    method = methods.create("lora", model.config, options=options, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 100)
+    for parameter in method.parameters().values():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    return method
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with an adapter of model_of()."""
+    model = model_of()
+    save_adapter(tmp_path / "adapter", lora(model, rank=3, alpha=5.0, targets=("query", "down")), "gender", checkpoint.describe_base(model))
+    return tmp_path / "adapter"
+
+
+# ---------------------------------------------------------------- adapters
+
+def test_an_adapter_comes_back_as_it_was(saved):
+    found = load_adapter(saved, model_of())
+    assert found.axis == "gender" and found.method.config == type(found.method.config)(rank=3, alpha=5.0, targets=("query", "down"))
+    expected = lora(model_of(), rank=3, alpha=5.0, targets=("query", "down")).state()
+    assert list(found.method.state()) == list(expected) and all(torch.equal(t, expected[n]) for n, t in found.method.state().items())
+    assert load_adapter(saved.parent, model_of()).folder == saved  # RUN stands for RUN/adapter
+
+
+def test_the_files_are_what_contracts_say(saved):
+    header = json.loads((saved / "adapter.json").read_text())
+    assert sorted(p.name for p in saved.iterdir()) == ["adapter.json", "adapter.safetensors"]
+    assert list(header) == ["format", "method", "axis", "config", "base"] and (header["format"], header["method"], header["axis"]) == (1, "lora", "gender")
+    assert header["base"] == {"type": "bert", "layers": 2, "hidden": 14, "vocab": 61, "sha256": patch.base_checksum(model_of())}
+    assert all(t.dtype == torch.float32 for t in safetensors.torch.load_file(saved / "adapter.safetensors").values())
+
+
+@pytest.mark.parametrize("change,words", [
+    ({"kind": "roberta", "position_offset": 2}, "made for bert of 2 layers, hidden 14, vocabulary 61; expected roberta of 2 layers, hidden 14, vocabulary 61, the model given"),
+    ({"layers": 3}, "made for bert of 2 layers, .*; expected bert of 3 layers"),
+    ({"hidden": 28}, "made for .*hidden 14.*; expected .*hidden 28"),
+    ({"vocab": 62}, "made for .*vocabulary 61; expected .*vocabulary 62"),
+])  # fmt: skip
+def test_an_adapter_of_another_architecture_is_refused_with_both_names(change, words, saved):
+    with pytest.raises(AdapterError, match=f"^{saved}: {words}"):
+        load_adapter(saved, model_of(dataclasses.replace(TINY, **change)))
+
+
+def test_an_adapter_of_a_base_with_other_values_is_refused_by_checksum(saved):
+    own, other = (patch.base_checksum(model_of(seed=seed))[:12] for seed in (0, 1))
+    with pytest.raises(AdapterError, match=f"made for the base with checksum {own}; expected {other}, the model given"):
+        load_adapter(saved, model_of(seed=1))
+    model = model_of()
+    with torch.no_grad():
+        model.encoder.layers[1].feed_forward.down.bias[3] += 1e-6  # one value
+    with pytest.raises(AdapterError, match="checksum"):
+        load_adapter(saved, model)
+
+
+def test_heads_are_no_part_of_the_base(saved):
+    model = Model(TINY, mlm=True, labels=("a", "b"))
+    model.encoder.load_state_dict(model_of().encoder.state_dict())
+    assert load_adapter(saved, model).axis == "gender"
+
+
+def edited(folder, **changes):
+    header = json.loads((folder / "adapter.json").read_text()) | changes
+    (folder / "adapter.json").write_text(json.dumps({k: v for k, v in header.items() if v is not ...}))
+
+
+def test_an_adapter_without_checksum_warns_once_and_loads(saved):
+    base = json.loads((saved / "adapter.json").read_text())["base"]
+    edited(saved, base={k: v for k, v in base.items() if k != "sha256"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert load_adapter(saved, model_of(seed=1)).axis == "gender"
+    assert len(caught) == 1 and "carries no checksum of its base" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("changes,words", [
+    ({"format": 2}, "expected format 1, got 2"), ({"axis": ...}, "expected the key 'axis', found none"), ({"base": ...}, "expected the key 'base'"),
+    ({"base": 3}, "base: expected a JSON object, got 3"), ({"config": []}, "config: expected a JSON object"), ({"method": "nope"}, "method: expected one of .*lora.*, got 'nope'"),
+    ({"config": {"rank": 0}}, "lora rank: expected at least 1, got 0"), ({"config": {"depth": 1}}, "depth"),
+])  # fmt: skip
+def test_a_header_that_is_wrong_is_named_with_its_file(changes, words, saved):
+    edited(saved, **changes)
+    with pytest.raises(AdapterError, match=f"^{saved}/adapter.json: .*{words}"):
+        load_adapter(saved, model_of())
+
+
+def test_files_that_are_missing_or_broken_are_named(saved, tmp_path):
+    def fails(words, folder=saved):
+        with pytest.raises(AdapterError, match=words):
+            load_adapter(folder, model_of())
+
+    fails("adapter '.*none': no such folder", tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    fails("empty: expected an adapter or run folder with adapter.json, found none", tmp_path / "empty")
+    tensors = saved / "adapter.safetensors"
+    kept = safetensors.torch.load_file(tensors)
+    safetensors.torch.save_file({n: t for n, t in kept.items() if "layers.1" not in n}, tensors)
+    fails("lora adapter: expected tensors 8 by name, got 4; first that differs: layers.1.attention.query.a")
+    safetensors.torch.save_file({n: t[:, :1].contiguous() for n, t in kept.items()}, tensors)
+    fails(r"lora adapter, layers.0.attention.query.a: expected shape \[3, 14\], got \[3, 1\]")
+    tensors.write_bytes(b"nonsense")
+    fails("adapter.safetensors: cannot be read")
+    tensors.unlink()
+    fails("expected adapter.safetensors, found none")
+    (saved / "adapter.json").write_text("{")
+    fails("adapter.json: expected JSON, got ")
+    (saved / "adapter.json").write_text("[]")
+    fails("adapter.json: expected a JSON object, got list")
+
+
+def test_adapters_are_attached_in_order_under_their_axis(tmp_path):
+    model = model_of()
+    base = checkpoint.describe_base(model)
+    for i, axis in enumerate(("gender", "race", "gender")):
+        save_adapter(tmp_path / f"run{i}" / "adapter", lora(model, seed=i, rank=2), axis, base)
+    found = checkpoint.attach_adapters(model, tuple(str(tmp_path / f"run{i}") for i in range(3)))
+    assert list(model.methods) == ["gender", "race", "gender-2"] and list(model.methods.values()) == [a.method for a in found]
+
+
+def test_a_run_of_several_modules_gives_all_of_them(tmp_path):
+    model = model_of()
+    base = checkpoint.describe_base(model)
+    for i, (folder, axis) in enumerate((("adapter", "gender"), ("adapter-2", "race"), ("adapter-3", "religion"))):
+        save_adapter(tmp_path / folder, lora(model, seed=i, rank=2), axis, base)
+    checkpoint.attach_adapters(model, (str(tmp_path),))
+    assert list(model.methods) == ["gender", "race", "religion"]
+
+
+# ---------------------------------------------------------------- writing a run
+
+def test_a_run_takes_its_name_when_all_is_there(tmp_path):
+    out = tmp_path / "deep" / "er" / "run"
+    with writing_run(out, "upstream", {"steps": 3, "set": {"rank": 2}}) as run:
+        assert not out.exists() and run.path.parent == out.parent
+        run.event(event="step", step=1, loss=0.5)
+        run.event(event="final", step=1)
+    assert sorted(tree(out)) == ["config.toml", "metrics.jsonl", "versions.json"] and tree(tmp_path / "deep" / "er").keys() == {"run", *(f"run/{n}" for n in tree(out))}
+    assert tomllib.loads((out / "config.toml").read_text()) == {"command": "upstream", "steps": 3, "set": {"rank": 2}}
+    assert lines(out / "metrics.jsonl") == [{"event": "step", "step": 1, "loss": 0.5}, {"event": "final", "step": 1}]
+    versions = json.loads((out / "versions.json").read_text())
+    assert {"peftdebias", "python", "platform", "torch", "tokenizers", "safetensors", "numpy", "triton", "commit", "device", "threads"} == set(versions)
+    assert versions["torch"] == torch.__version__ and versions["device"]
+
+
+@pytest.mark.parametrize("error", [ConfigError("x"), RuntimeError("x"), KeyboardInterrupt()])
+def test_a_run_that_fails_leaves_nothing_behind(error, tmp_path):
+    with pytest.raises(type(error)), writing_run(tmp_path / "deep" / "er" / "run", "upstream", {}) as run:
+        (run.path / "model").mkdir()
+        (run.path / "model" / "file").write_text("half")
+        raise error
+    assert tree(tmp_path) == {}
+
+
+def test_a_run_that_is_there_is_kept_unless_asked_and_until_the_new_one_is_whole(tmp_path):
+    out = tmp_path / "run"
+    with writing_run(out, "upstream", {"steps": 1}):
+        pass
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^--out {out}: exists; expected a new folder \(or --overwrite\)$"), writing_run(out, "upstream", {}):
+        pass
+    with pytest.raises(RuntimeError), writing_run(out, "upstream", {"steps": 2}, overwrite=True):
+        raise RuntimeError
+    assert tree(tmp_path) == before
+    with writing_run(out, "upstream", {"steps": 3}, overwrite=True):
+        pass
+    assert tomllib.loads((out / "config.toml").read_text())["steps"] == 3
+
+
+def test_only_runs_are_replaced(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    before = tree(tmp_path)
+    for name in ("thesis", "file"):
+        with pytest.raises(ConfigError, match="exists and is no run folder; it is not replaced"), writing_run(tmp_path / name, "upstream", {}, overwrite=True):
+            pass
+    assert tree(tmp_path) == before
+    with writing_run(tmp_path / "empty", "upstream", {}, overwrite=True):
+        pass
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "run", "/proc/nowhere/run"):
+        with pytest.raises(ConfigError, match=f"^--out {out}: cannot be written: "), writing_run(out, "upstream", {}):
+            pass
+    assert list(tree(tmp_path)) == ["file"]
+
+
+# ---------------------------------------------------------------- reading a run
+
+def test_an_upstream_run_finds_its_base_and_says_when_that_is_gone(small, tmp_path):  # noqa: F811
+    base = save_bert(tmp_path / "base", weights.load(small.base).tokenizer)
+    done("upstream", *small.learning(model=base, out=tmp_path / "run"))
+    run = load_run(tmp_path / "run")
+    assert list(run.model.methods) == ["gender"] and run.config["command"] == "upstream" and not run.model.training
+    base.rename(tmp_path / "moved")
+    with pytest.raises(ModelError, match=f"^{tmp_path}/run: a module, whose base was {base}: .*no such folder"):
+        load_run(tmp_path / "run")
+    save_bert(tmp_path / "base", run.tokenizer, seed=1)  # another base in its place
+    with pytest.raises(AdapterError, match="checksum"):
+        load_run(tmp_path / "run")
+
+
+def test_a_plain_model_folder_is_a_run_without_configuration(small):  # noqa: F811
+    run = load_run(small.base)
+    assert run.config == {} and run.model.methods == {} and run.model.mlm is not None
+
+
+def test_a_run_whose_configuration_is_broken_is_named(tmp_path):
+    (tmp_path / "config.toml").write_text("a = ")
+    with pytest.raises(ModelError, match=f"^{tmp_path}/config.toml: expected TOML, got "):
+        load_run(tmp_path)
+    with pytest.raises(ModelError, match="expected a run folder with config.toml, found none"):
+        checkpoint.read_config(tmp_path / "none")

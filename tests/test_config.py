@@ -1,0 +1,216 @@
+"""Settings: every field is a flag with help, the pinned flags are there, a flag wins over the TOML file over the default, and what is wrong is named with its file."""
+
+import argparse
+import dataclasses
+import typing
+
+import pytest
+import tomli_w
+
+from peftdebias import cli, config
+from peftdebias.config import Augment, Demo, Downstream, Evaluate, Predict, Upstream
+from peftdebias.errors import ConfigError
+
+COMMANDS = [settings for _, settings in cli.COMMANDS.values()]
+FIELDS = [(cls, field) for cls in COMMANDS for field in dataclasses.fields(cls)]
+UPSTREAM = {"model": "m", "axis": "gender", "corpus": ("c.txt",), "out": "o"}
+DOWNSTREAM = {"model": "m", "train": "a", "dev": "b", "text": "t", "label": "l", "out": "o"}
+
+# Issue 2's command line, word for word: others script against it.
+PINNED = """
+upstream   --model --axis --method --corpus --out --budget --set --steps --batch-size --batch-tokens --lr --seed --adapter --config
+downstream --model --adapter --train --dev --test --text --text-pair --label --group --class-weights --epochs --out --config
+evaluate   DIR_OR_RUN --adapter --on --json --examples --config
+augment    FILE --axis --out --config
+predict    RUN FILE --text --out --config
+demo       --out --config
+"""
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    (commands,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return commands.choices[command]
+
+
+@pytest.mark.parametrize("line", PINNED.strip().splitlines(), ids=lambda line: line.split()[0])
+def test_the_pinned_flags_are_there(line):
+    command, *names = line.split()
+    actions = parser_of(command)._actions
+    assert set(names) <= {name for a in actions for name in a.option_strings or (a.metavar,)}
+
+
+@pytest.mark.parametrize("cls,field", FIELDS, ids=[f"{c.__name__}.{f.name}" for c, f in FIELDS])
+def test_every_field_is_a_flag_with_help_and_says_its_default(cls, field):
+    (action,) = (a for a in parser_of(cls.__name__.lower())._actions if a.dest == field.name)
+    assert (action.option_strings == []) if field.metadata["positional"] else (config.flag(field.name) in action.option_strings)
+    assert len(field.metadata["help"]) > 10 and not field.metadata["help"].endswith(".")
+    if field.default is dataclasses.MISSING:
+        assert action.help.endswith("(required)")
+    elif field.default is True:
+        assert action.help.endswith(f"(default: --{field.name})") and f"--no-{field.name}" in action.option_strings
+    elif isinstance(field.default, (int, float, str)) and field.default is not False:
+        assert action.help.endswith(f"(default: {field.default:g})" if isinstance(field.default, float) else f"(default: {field.default})")
+
+
+def test_help_names_every_measure_and_shows_an_example():
+    text = parser_of("evaluate").format_help()
+    assert all(name in text for name in config.MEASURES)
+    for name in cli.COMMANDS:
+        assert f"peftdebias {name}" in parser_of(name).format_help().split("example:")[1]
+    assert all(name in cli.parser().format_help() for name in cli.COMMANDS)
+
+
+def test_measures_and_what_computes_them_have_the_same_names():
+    from peftdebias import evaluation
+
+    assert set(config.MEASURES) == set(evaluation.ON)
+
+
+# ---------------------------------------------------------------- order of force
+
+@pytest.fixture
+def toml(tmp_path):
+    def write(text: str):
+        (tmp_path / "c.toml").write_text(text)
+        return str(tmp_path / "c.toml")
+    return write
+
+
+def test_a_flag_wins_over_the_file_over_the_default(toml):
+    path = toml('model = "from file"\naxis = "race"\ncorpus = ["a.txt", "b.txt"]\nout = "o"\nsteps = 7\nvalid-every = 3\nlr = 1\n[set]\nrank = 2\n')
+    found = config.resolve(Upstream, {"config": path, "axis": "gender"})
+    assert (found.axis, found.model, found.steps, found.valid_every, found.seed) == ("gender", "from file", 7, 3, 0)
+    assert found.lr == 1.0 and type(found.lr) is float  # a whole number serves as a number
+    assert found.corpus == ("a.txt", "b.txt") and found.set == {"rank": 2}
+    assert config.resolve(Upstream, {"config": path, "set": ["rank=4", "targets=key"]}).set == {"rank": 4, "targets": "key"}
+
+
+def test_one_value_serves_as_a_list_of_one(toml):
+    assert config.resolve(Upstream, {"config": toml('model="m"\naxis="a"\ncorpus="c.txt"\nout="o"')}).corpus == ("c.txt",)
+
+
+@pytest.mark.parametrize("cls,values", [
+    (Upstream, UPSTREAM | {"set": {"rank": 2, "targets": ("query", "key")}, "budget": 0.01, "adapter": ("x", "y")}),
+    (Upstream, UPSTREAM), (Downstream, DOWNSTREAM | {"fold": False, "class_weights": "a=1,b=2"}), (Evaluate, {"model": "m", "on": ("perplexity=f",)}),
+    (Predict, {"run": "r", "file": "f"}), (Augment, {"axis": "gender", "files": ("a",)}), (Demo, {}),
+])  # fmt: skip
+def test_what_is_saved_can_be_read_back(cls, values, toml):
+    settings = cls(**values)
+    saved = tomli_w.dumps({"command": cls.__name__.lower()} | config.as_plain(settings))
+    found = config.resolve(cls, {"config": toml(saved)})
+    assert config.as_plain(found) == config.as_plain(settings)  # lists for the tuples inside --set
+
+
+def test_required_values_may_all_come_from_the_file(toml):
+    given = vars(cli.parser().parse_args(["evaluate", "--config", toml('model = "m"\non = "perplexity=f"\n')]))
+    assert given.pop("command") == "evaluate" and config.resolve(Evaluate, given) == Evaluate(model="m", on=("perplexity=f",))
+
+
+# ---------------------------------------------------------------- --set
+
+@pytest.mark.parametrize("pairs,expected", [
+    (["rank=8"], {"rank": 8}), (["alpha=2.5"], {"alpha": 2.5}), (["targets=query,value"], {"targets": ("query", "value")}), (["a=true"], {"a": True}),
+    (["name=x y"], {"name": "x y"}), (["p=a=b"], {"p": "a=b"}), (["q='8'"], {"q": "8"}), (["two-words=1", "b=2"], {"two_words": 1, "b": 2}), (["e="], {"e": ""}),
+])  # fmt: skip
+def test_settings_of_a_method(pairs, expected):
+    assert config.parse_settings(pairs) == expected
+
+
+@pytest.mark.parametrize("bad", ["rank", "=8", ""])
+def test_a_setting_without_key_or_value_is_named(bad):
+    with pytest.raises(ConfigError, match=f"--set: expected KEY=VALUE, got '{bad}'"):
+        config.parse_settings([bad])
+
+
+def test_checked_takes_any_dataclass():
+    from peftdebias.methods.lora import LoRAConfig
+
+    assert config.checked(LoRAConfig, {"rank": 2, "alpha": 3, "targets": "query"}, "") == {"rank": 2, "alpha": 3.0, "targets": ("query",)}
+    for values, words in (({"rank": "x"}, "--set: rank: expected a whole number, got 'x'"), ({"rank": 2.5}, "expected a whole number, got 2.5"),
+                          ({"rank": True}, "expected a whole number, got True"), ({"rnak": 2}, "unknown key 'rnak'; expected one of rank, alpha, targets")):
+        with pytest.raises(ConfigError, match=words):
+            config.checked(LoRAConfig, values, "--set: ")
+
+
+# ---------------------------------------------------------------- what is wrong
+
+REST = 'model="m"\naxis="a"\ncorpus="c"\nout="o"\n'
+
+
+@pytest.mark.parametrize("text,words", [
+    (REST + "stepz = 3", "unknown key 'stepz'; expected one of "), (REST + 'steps = "3"', "steps: expected a whole number, got '3'"),
+    (REST + "steps = 3.0", "steps: expected a whole number, got 3.0"), (REST + "steps = true", "steps: expected a whole number, got True"),
+    (REST + 'lr = "high"', "lr: expected a number, got 'high'"), (REST + "overwrite = 1", "overwrite: expected true or false, got 1"),
+    ("corpus = [1, 2]", r"corpus: expected a list of texts, got \(1, 2\)"), ("corpus = 5", r"corpus: expected a list of texts, got \(5,\)"), ("model = 5", "model: expected a text, got 5"),
+    ('set = "rank"', "set: expected a table of options, got 'rank'"), ("set = 3", "set: expected a table of options, got 3"),
+    ('precision = "fp8"', "precision: expected one of auto, float32, bf16, got 'fp8'"),
+])  # fmt: skip
+def test_what_the_file_gets_wrong_is_named_with_the_file(text, words, toml):
+    path = toml(text)
+    with pytest.raises(ConfigError, match=f"^{path}: {words}"):
+        config.resolve(Upstream, {"config": path})
+
+
+def test_a_file_that_is_no_toml_or_is_not_there(toml, tmp_path):
+    with pytest.raises(ConfigError, match=r"--config .*c.toml: expected TOML, got .*line 2"):
+        config.resolve(Upstream, {"config": toml("a = 1\nb 2")})
+    with pytest.raises(ConfigError, match="no such file"):
+        config.resolve(Upstream, {"config": str(tmp_path / "none.toml")})
+    with pytest.raises(ConfigError, match="expected TOML"):
+        config.resolve(Upstream, {"config": str(tmp_path)})
+    (tmp_path / "latin.toml").write_bytes("model = 'é'".encode("latin-1"))
+    with pytest.raises(ConfigError, match="expected TOML"):
+        config.resolve(Upstream, {"config": str(tmp_path / "latin.toml")})
+
+
+def test_a_configuration_of_another_command_is_refused(toml):
+    with pytest.raises(ConfigError, match="expected the configuration of `downstream`, got one of `upstream`"):
+        config.resolve(Downstream, {"config": toml('command = "upstream"\n')})
+
+
+def test_all_that_is_missing_is_named_as_it_is_typed():
+    with pytest.raises(ConfigError, match=r"^missing: --model, --axis, --corpus, --out \(see `peftdebias upstream --help`\)$"):
+        config.resolve(Upstream, {})
+    with pytest.raises(ConfigError, match="^missing: RUN "):
+        config.resolve(Predict, {})
+
+
+@pytest.mark.parametrize("cls,rest,changes,words", [
+    (Upstream, UPSTREAM, {"batch_size": 8, "batch_tokens": 9}, "--batch-size and --batch-tokens: expected one of them, got both"),
+    (Upstream, UPSTREAM, {"batch_size": 0}, "--batch-size: expected at least 1, got 0"),
+    (Upstream, UPSTREAM, {"batch_tokens": -1}, "--batch-tokens: expected at least 1, got -1"),
+    (Upstream, UPSTREAM, {"steps": 0}, "--steps: expected at least 1, got 0"),
+    (Upstream, UPSTREAM, {"valid_every": 0}, "--valid-every: expected at least 1"),
+    (Upstream, UPSTREAM, {"valid_texts": 0}, "--valid-texts: expected at least 1"),
+    (Upstream, UPSTREAM, {"valid_share": 1.0}, "--valid-share: expected a share between 0 and 1"),
+    (Upstream, UPSTREAM, {"corpus": ()}, "--corpus: expected at least one file, got none"),
+    (Upstream, UPSTREAM, {"lr": 0.0}, "--lr: expected more than 0, got 0"),
+    (Upstream, UPSTREAM, {"lr": float("nan")}, "--lr: expected more than 0, got nan"),
+    (Upstream, UPSTREAM, {"clip": -1.0}, "--clip: expected more than 0"),
+    (Upstream, UPSTREAM, {"seed": -1}, "--seed: expected at least 0, got -1"),
+    (Upstream, UPSTREAM, {"weight_decay": -0.1}, "--weight-decay: expected at least 0"),
+    (Upstream, UPSTREAM, {"warmup": 1.5}, "--warmup: expected a share from 0 to 1"),
+    (Upstream, UPSTREAM, {"max_length": 0}, "--max-length: expected at least 1"),
+    (Downstream, DOWNSTREAM, {"epochs": 0}, "--epochs: expected at least 1"),
+    (Evaluate, {"model": "m"}, {"samples": 0}, "--samples: expected at least 1"),
+    (Evaluate, {"model": "m"}, {"seed": -2}, "--seed: expected at least 0"),
+    (Predict, {"run": "r"}, {"batch_tokens": 0}, "--batch-tokens: expected at least 1"),
+    (Predict, {"run": "r"}, {"max_length": -5}, "--max-length: expected at least 1"),
+    (Demo, {}, {"strength": 1.2}, "--strength: expected a strength from 0 to 1, got 1.2"),
+    (Demo, {}, {"label_strength": -1.0}, "--label-strength: expected a strength"),
+])  # fmt: skip
+def test_values_that_make_no_sense_are_named_by_their_flag(cls, rest, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        cls(**rest | changes)
+    assert cls(**rest)  # the rest was fine
+
+
+def test_batches_are_32_texts_unless_asked_otherwise():
+    assert Upstream(**UPSTREAM).batch == {"batch_size": 32}
+    assert Upstream(**UPSTREAM, batch_size=4).batch == {"batch_size": 4}
+    assert Upstream(**UPSTREAM, batch_tokens=99).batch == {"batch_tokens": 99}
+
+
+def test_annotations_are_ones_that_checked_understands():
+    for cls in COMMANDS:
+        assert {config._plain(hint) for hint in typing.get_type_hints(cls).values()} <= set(config.KINDS)

@@ -1,0 +1,187 @@
+"""CrowS-Pairs: both scorings against the definition as loops (one forward pass a mask, nothing packed, all logits), what each masks, ties, drops, bad files."""
+
+import difflib
+import json
+import math
+
+import numpy
+import pytest
+import torch
+
+from peftdebias.batches import Sample, pack
+from peftdebias.errors import DataError
+from peftdebias.metrics import crows_pairs
+from peftdebias.metrics.crows_pairs import Pair, Scored, masked_places, measures, read_pairs, score_pairs
+from peftdebias.weights import load
+
+from .outside import one_thread  # noqa: F401
+from .small import cli, done, small  # noqa: F401
+
+# Swaps, insertions, deletions, both, several places, a sentence inside the other, equal ones, and a difference in the first and in the last word.
+PAIRS = [
+    ("he is a nurse", "she is a nurse"),
+    ("he is a nurse in bergen", "he is a nurse"),
+    ("she works as a surgeon", "she often works as a good surgeon"),
+    ("he lives in osaka and he is a baker", "she lives in bergen and she is a banker"),
+    ("her father is a florist", "the work of her father is well known"),
+    ("she is a teacher", "she is a teacher"),
+    ("he", "she"),
+    ("nurse", "he is a nurse"),
+    ("the man is a butcher .", "the man is a baker ,"),
+]
+
+
+def textbook(model, tokenizer, more: str, less: str, scoring: str) -> tuple[float, float] | None:
+    """The scores by the words of PAPER.md; None where the scoring drops the pair."""
+    ids = [tokenizer.encode([text])[0].ids.tolist() for text in (more, less)]
+    shared, differing = ([], []), ([], [])
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, *ids).get_opcodes():
+        for side, span in enumerate((range(a, b), range(c, d))):
+            (shared if kind == "equal" else differing)[side].extend(span)
+    scores = []
+    for side in range(2):
+        places = shared[side][1:-1] if scoring == "nangia" else differing[side]
+        found = []
+        for place in places:
+            masked = list(ids[side])
+            masked[place] = tokenizer.mask_id
+            with torch.no_grad():
+                logits = model.mlm_logits(pack([Sample(numpy.array(masked), numpy.arange(len(masked)))])).double()  # [n, V], every row
+            found.append(float(torch.log_softmax(logits[place], -1)[ids[side][place]]))
+        if scoring == "bias-bench" and not found:
+            return None
+        scores.append(sum(found) if scoring == "nangia" else sum(found) / len(found))
+    return tuple(scores)
+
+
+@pytest.fixture(scope="module")
+def loaded(small):  # noqa: F811
+    return load(small.base, mlm=True, labels=(), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 50, 8192])
+@pytest.mark.parametrize("scoring", crows_pairs.SCORINGS)
+def test_both_scorings_are_their_definition(loaded, scoring, batch_tokens, monkeypatch):
+    monkeypatch.setattr(crows_pairs, "round", lambda value, digits: value, raising=False)  # compare what is rounded
+    model, tokenizer = loaded.model, loaded.tokenizer
+    scored = score_pairs(model, tokenizer, [Pair(*pair, "gender") for pair in PAIRS], scoring, batch_tokens)
+    for pair, found in zip(PAIRS, scored):
+        expected = textbook(model, tokenizer, *pair, scoring)
+        assert (found.more is None) == (found.less is None) == (expected is None), pair
+        if expected:
+            assert (found.more, found.less) == pytest.approx(expected, abs=1e-9), pair
+    dropped = [pair for pair, found in zip(PAIRS, scored) if found.more is None]
+    assert dropped == ([] if scoring == "nangia" else [PAIRS[1], PAIRS[2], PAIRS[5], PAIRS[7]])  # one side has no differing token
+    assert len({round(s.more, 6) for s in scored if s.more}) > 4  # the model does tell them apart
+
+
+def test_scores_are_rounded_to_three_decimals_and_the_mode_is_put_back(loaded):
+    model = loaded.model.train()
+    first, again = (score_pairs(model, loaded.tokenizer, [Pair(*PAIRS[3], "gender")], "nangia")[0] for _ in range(2))
+    assert first == again and model.training  # no dropout while scoring
+    assert first.more == round(first.more, 3) and abs(first.more - textbook(model.eval(), loaded.tokenizer, *PAIRS[3], "nangia")[0]) <= 0.0005 + 1e-6
+
+
+def test_which_places_are_masked():
+    #          0  1  2  3  4  5         0  1  2  3  4  5  6
+    first, second = [1, 7, 8, 9, 5, 2], [1, 7, 6, 9, 9, 5, 2]  # 8 became 6, a 9 came in
+    assert masked_places(first, second, "nangia") == ([1, 3, 4], [1, 4, 5])  # the longest common run is 9 5 2
+    assert masked_places(first, second, "bias-bench") == ([2], [2, 3])
+    assert masked_places([1, 4, 2], [1, 4, 2], "bias-bench") == ([], [])
+    assert masked_places([1, 4, 2], [1, 4, 2], "nangia") == ([1], [1])
+    assert masked_places([1, 4, 2], [1, 4, 5, 2], "bias-bench") == ([], [2])
+
+
+def test_special_tokens_are_never_asked_for(loaded):
+    encoded = loaded.tokenizer.encode([text for pair in PAIRS for text in pair])
+    for a, b in zip(encoded[::2], encoded[1::2]):
+        for scoring in crows_pairs.SCORINGS:
+            for ids, places in zip((a.ids, b.ids), masked_places(a.ids.tolist(), b.ids.tolist(), scoring)):
+                assert not set(ids[places].tolist()) & {loaded.tokenizer.cls_id, loaded.tokenizer.sep_id}
+
+
+def scored(more, less, kind="gender"):
+    return Scored(Pair("a", "b", kind), more, less)
+
+
+def test_ties_count_in_the_denominator_and_dropped_pairs_do_not():
+    found = measures([scored(-1.0, -2.0), scored(-2.0, -1.0), scored(-1.5, -1.5), scored(None, None), scored(-1.0, -3.0, "age")], "bias-bench")
+    values = {m.name: (m.value, m.n) for m in found}
+    assert values == {"crows-pairs/bias-bench/all": (50.0, 4), "crows-pairs/bias-bench/age": (100.0, 1), "crows-pairs/bias-bench/gender": (pytest.approx(100 / 3), 3)}
+    assert {(m.unit, m.ideal) for m in found} == {("%", 50.0)} and all(m.low <= m.value <= m.high for m in found)
+
+
+def test_one_category_alone_and_one_that_is_not_there():
+    rows = [scored(-1.0, -2.0), scored(-1.0, -3.0, "age")]
+    assert [m.name for m in measures(rows, "nangia", "age")] == ["crows-pairs/nangia/age"]
+    with pytest.raises(DataError, match="expected one of age, gender, got 'race'"):
+        measures(rows, "nangia", "race")
+    assert measures([scored(None, None)], "bias-bench") == []  # all dropped: nothing to say
+
+
+def test_an_unknown_scoring_is_a_mistake_of_the_caller(loaded):
+    with pytest.raises(ValueError, match="expected one of nangia, bias-bench, got 'mean'"):
+        score_pairs(loaded.model, loaded.tokenizer, [], "mean")
+
+
+# ---------------------------------------------------------------- files
+
+def written(tmp_path, content: str | bytes, name="pairs.csv"):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return tmp_path / name
+
+
+HEADER = ",sent_more,sent_less,stereo_antistereo,bias_type\n"
+
+
+def test_the_published_layout_is_read(tmp_path):
+    path = written(tmp_path, "\ufeff" + HEADER + '0,"He, said ""no"".",She said.,stereo,gender\n1,a,b,antistereo,age\n')
+    assert read_pairs(path) == [Pair('He, said "no".', "She said.", "gender"), Pair("a", "b", "age")]
+
+
+@pytest.mark.parametrize("content,words", [
+    ("a,b\n1,2\n", "pairs.csv:1: no column 'sent_more'; columns: a, b"),
+    ("sent_more,sent_less\nx,y\n", "pairs.csv:1: no column 'bias_type'"),
+    (HEADER + "0,a,b,stereo,gender\n1,c,,stereo,gender\n", "pairs.csv:3: expected a sentence in sent_more and in sent_less, got an empty one"),
+    (HEADER + "0,a,b,stereo,\n", "pairs.csv:2: empty label in column 'bias_type'"),
+    (HEADER + "0,a,b\n", "pairs.csv:2: expected 5 fields, got 3"),
+    (HEADER.encode() + b"0,caf\xe9,b,stereo,gender\n", "pairs.csv:2: expected utf-8"),
+    (HEADER, "no text in"), ("", "no text in"),
+])  # fmt: skip
+def test_bad_files_are_named_with_their_line(content, words, tmp_path):
+    with pytest.raises(DataError, match=words.replace("(", r"\(")):
+        read_pairs(written(tmp_path, content))
+    with pytest.raises(DataError, match="no such file"):
+        read_pairs(tmp_path / "none.csv")
+
+
+# ---------------------------------------------------------------- as evaluate reports it
+
+def test_evaluate_reports_both_scorings_and_each_example(small, tmp_path):  # noqa: F811
+    done("evaluate", small.base, "--on", f"crows-pairs={small.pairs}", "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
+    found = {m["name"]: m["value"] for m in json.loads((tmp_path / "m.json").read_text())["measures"]}
+    rows = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
+    for scoring in crows_pairs.SCORINGS:
+        own = [r for r in rows if r["measure"] == f"crows-pairs/{scoring}"]
+        assert len(own) == 12
+        assert found[f"crows-pairs/{scoring}/all"] == found[f"crows-pairs/{scoring}/gender"] == pytest.approx(100 * sum(r["more"] > r["less"] for r in own) / 12)
+
+
+def test_sentences_longer_than_the_model_are_cut_and_counted(small, tmp_path):  # noqa: F811
+    path = written(tmp_path, HEADER + f'0,he {"is " * 80},she {"is " * 80},stereo,gender\n1,he is,she is,stereo,gender\n')
+    said = done("evaluate", small.base, "--on", f"crows-pairs={path}", "--bias-type", "gender")
+    assert f"{path}: 2 of 4 texts are longer than 64 tokens and were cut (38 tokens left out)" in said.err
+    assert [line.split()[0] for line in said.out.splitlines()[1:3]] == ["crows-pairs/nangia/gender", "crows-pairs/bias-bench/gender"]
+    said = cli("evaluate", small.base, "--on", f"crows-pairs={path}", "--bias-type", "age")
+    assert said.code == 2 and f"{path}: expected --bias-type to be one of gender, got 'age'" in said.err
+
+
+def test_real_pairs_on_a_real_model(shared):
+    """Four of the first 60 pairs of the published file, by both scorings, against the definition; in float32, as they are used."""
+    loaded = load(shared / "models" / "bert-tiny-mlm", mlm=True, labels=())
+    pairs = read_pairs(shared / "data" / "crows_pairs" / "crows_pairs_anonymized.csv")
+    assert len(pairs) == 1508 and sum(p.bias_type == "gender" for p in pairs) == 262
+    for scoring in crows_pairs.SCORINGS:
+        for pair, found in zip(pairs[:60:15], score_pairs(loaded.model, loaded.tokenizer, pairs[:60:15], scoring)):
+            expected = textbook(loaded.model, loaded.tokenizer, pair.more, pair.less, scoring)
+            assert math.isclose(found.more, expected[0], abs_tol=0.0005 + 2e-5) and math.isclose(found.less, expected[1], abs_tol=0.0005 + 2e-5)

@@ -1,0 +1,240 @@
+"""evaluate and predict: figures against their definition, columns from the run, what is cut is counted, output files are whole or not there."""
+
+import json
+import sys
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+
+from peftdebias import evaluation
+from peftdebias.batches import Sample, pack
+from peftdebias.checkpoint import load_run
+from peftdebias.config import Evaluate
+from peftdebias.corpus import Example, read_examples
+from peftdebias.errors import ConfigError, DataError
+from peftdebias.evaluation import classification_measures, cut_note, parse_on, positive_label, writing
+from peftdebias.tokens import Encoded
+
+from .outside import one_thread  # noqa: F401
+from .small import cli, done, flags_of, lines, small, tree  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory):  # noqa: F811
+    """name -> run folder: a classifier of professions, one of health (0 and 1), one of pairs."""
+    out = tmp_path_factory.mktemp("runs")
+    done("downstream", *small.task(out=out / "jobs"))
+    done("downstream", *flags_of(dict(model=small.base, train=small.binary, dev=small.binary, text="text", label="is_health", epochs=1, max_length=12, out=out / "health")))
+    done("downstream", *flags_of(dict(model=small.base, train=small.paired, dev=small.paired, text="first", text_pair="second", label="same", epochs=1, out=out / "pairs")))
+    return {path.name: path for path in out.iterdir()}
+
+
+def by_name(path) -> dict[str, dict]:
+    return {m["name"]: m for m in json.loads(path.read_text())["measures"]}
+
+
+@pytest.fixture
+def answer():
+    """What a classifier says of one text at a time: {label: probability}."""
+    def ask(folder, text, pair=None):
+        run = load_run(folder)
+        (e,) = run.tokenizer.encode([text], None if pair is None else [pair], run.config["max_length"] if run.config["max_length"] < 64 else 64)
+        with torch.no_grad():
+            row = run.model.class_logits(pack([Sample(e.ids, numpy.array([0]), None, e.segments)]))[0].softmax(-1)
+        return dict(zip(run.model.classifier.labels, row.tolist()))
+    return ask
+
+
+# ---------------------------------------------------------------- figures
+
+def test_perplexity_is_its_definition(small, tmp_path):  # noqa: F811
+    """The masks are those of the seed; loss is the mean over masked tokens of -log P, one text at a time here."""
+    done("evaluate", small.base, "--on", f"perplexity={small.heldout}", "--seed", 3, "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
+    run, found = load_run(small.base), by_name(tmp_path / "m.json")
+    texts = small.heldout.read_text().splitlines()
+    samples = evaluation.masked_samples([e.ids for e in run.tokenizer.encode(texts)], run.tokenizer, numpy.random.default_rng([3, 4]))
+    nll = []
+    for s in samples:
+        with torch.no_grad():
+            nll.append(F.cross_entropy(run.model.mlm_logits(pack([s])).double(), torch.as_tensor(s.targets).long(), reduction="sum").item())
+    loss = sum(nll) / sum(len(s.targets) for s in samples)
+    assert found["mlm-loss"]["value"] == pytest.approx(loss, rel=1e-5) and found["perplexity"]["value"] == pytest.approx(numpy.exp(loss), rel=1e-4)
+    assert found["mlm-loss"]["low"] < loss < found["mlm-loss"]["high"] and found["mlm-loss"]["n"] == len(texts) and found["mlm-loss"]["unit"] == "nats"
+    rows = lines(tmp_path / "e.jsonl")
+    assert [r["text"] for r in rows] == texts and [r["nll"] for r in rows] == pytest.approx(nll, rel=1e-5) and [r["tokens"] for r in rows] == [len(s.targets) for s in samples]
+    done("evaluate", small.base, "--on", f"perplexity={small.heldout}", "--seed", 4, "--json", tmp_path / "other.json")
+    assert by_name(tmp_path / "other.json")["mlm-loss"]["value"] != found["mlm-loss"]["value"]
+
+
+def test_a_module_changes_what_is_measured(small, tmp_path):  # noqa: F811
+    done("upstream", *small.learning(out=tmp_path / "gender"))
+    for name, argv in (("base", [small.base]), ("with", [small.base, "--adapter", tmp_path / "gender"]), ("run", [tmp_path / "gender"])):
+        done("evaluate", *argv, "--on", f"perplexity={small.heldout}", "--on", f"crows-pairs={small.pairs}", "--json", tmp_path / f"{name}.json")
+    base, attached, run = (by_name(tmp_path / f"{name}.json") for name in ("base", "with", "run"))
+    assert base["mlm-loss"]["value"] != attached["mlm-loss"]["value"] and attached == run  # RUN is its base with its module
+    assert list(base) == ["mlm-loss", "perplexity", *(f"crows-pairs/{s}/{k}" for s in ("nangia", "bias-bench") for k in ("all", "gender"))]
+
+
+def test_classification_figures_are_those_of_the_examples(small, runs, tmp_path, answer):  # noqa: F811
+    done("evaluate", runs["jobs"], "--on", f"classification={small.test}", "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
+    found, rows = by_name(tmp_path / "m.json"), lines(tmp_path / "e.jsonl")
+    truth = [json.loads(line) for line in small.test.read_text().splitlines()]
+    assert [(r["text"], r["label"], r["group"]) for r in rows] == [(t["hard_text"], t["profession"], t["gender"]) for t in truth]
+    for r in rows[:5]:
+        assert r["probabilities"] == pytest.approx(answer(runs["jobs"], r["text"]), abs=1e-6) and r["predicted"] == max(r["probabilities"], key=r["probabilities"].get)
+    assert found["accuracy"]["value"] == pytest.approx(100 * numpy.mean([r["predicted"] == r["label"] for r in rows]))
+    assert set(found["accuracy"]) == {"name", "value", "unit", "ideal", "low", "high", "n"} and found["accuracy"]["n"] == 60
+
+
+def test_columns_come_from_the_run_unless_they_are_named(small, runs, tmp_path):  # noqa: F811
+    assert "f1/1" in done("evaluate", runs["health"], "--on", f"classification={small.binary}").out  # text and is_health, F1 of 1
+    renamed = tmp_path / "r.csv"
+    renamed.write_text(small.binary.read_text().replace("text,is_health", "body,ill"))
+    said = cli("evaluate", runs["health"], "--on", f"classification={renamed}")
+    assert said.code == 2 and f"{renamed}:1: no column 'text'; columns: body, ill" in said.err
+    own = done("evaluate", runs["health"], "--on", f"classification={small.binary}").out
+    assert done("evaluate", runs["health"], "--on", f"classification={renamed}", "--text", "body", "--label", "ill").out == own
+    assert done("evaluate", runs["health"], "--on", f"classification={small.binary}", "--positive", "0").out.count("f1/0") == 1
+    said = cli("evaluate", runs["health"] / "model", "--on", f"classification={small.binary}")  # the bare model folder knows no columns
+    assert said.code == 2 and f"--on classification={small.binary}: expected --text COL and --label COL" in said.err
+
+
+def example(label, group=None):
+    return Example("t", None, label, group, "f:1")
+
+
+def test_what_cannot_be_measured_is_left_out_or_named_with_its_file():
+    found, notes = classification_measures(["0", "0"], [example("0"), example("0")], ("0", "1"), where="f.csv", samples=5)
+    assert [m.name for m in found] == ["accuracy", "f1/macro"] and notes == ["f.csv: no F1 of '1', which no example has"]
+    found, notes = classification_measures(["0", "1", "0"], [example("0", "f"), example("0", "m"), example("1", "f")], ("0", "1"), where="f.csv", samples=5)
+    assert [m.name for m in found] == ["accuracy", "f1/macro", "f1/1", "tpr-gap/rms", "tpr-gap/rms-shuffled", "tpr-gap/class/0"]
+    assert notes == ["TPR-GAP: left out, without positives of both groups: 1"]
+    with pytest.raises(DataError, match="^f.csv: expected 2 groups, got 1: f$"):
+        classification_measures(["0"], [example("0", "f")], ("0", "1"), where="f.csv", samples=5)
+
+
+@pytest.mark.parametrize("labels,wanted,found", [(("0", "1"), None, "1"), (("no", "Yes"), None, "Yes"), (("a", "b"), None, None), (("a", "b"), "a", "a"), (("0", "1", "2"), None, None),
+                                                 (("0", "1", "2"), "2", "2")])  # fmt: skip
+def test_which_label_f1_is_of(labels, wanted, found):
+    assert positive_label(labels, wanted) == found
+
+
+# ---------------------------------------------------------------- --on
+
+def test_entries_name_a_measure_and_a_file(tmp_path):
+    (tmp_path / "a=b.txt").write_text("x")
+    assert parse_on((f"perplexity={tmp_path}/a=b.txt",)) == [("perplexity", f"{tmp_path}/a=b.txt")]
+    for entry, error, words in (("bias=f", ConfigError, "--on bias=f: expected NAME=FILE with NAME one of crows-pairs, perplexity, classification, got 'bias'"),
+                                ("perplexity", ConfigError, "expected perplexity=FILE, got no file"), ("perplexity=", ConfigError, "got no file"),
+                                ("perplexity=none.txt", DataError, "none.txt: no such file")):
+        with pytest.raises(error, match=words):
+            parse_on((entry,))
+
+
+def test_a_model_without_the_head_that_a_measure_needs_is_named(small, runs):  # noqa: F811
+    for name, path in (("perplexity", small.heldout), ("crows-pairs", small.pairs)):
+        said = cli("evaluate", runs["jobs"], "--on", f"{name}={path}")
+        assert said.code == 2 and f"{runs['jobs']}: expected a model with a masked-LM head for --on {name}={path}, got one without" in said.err
+    said = cli("evaluate", small.base, "--on", f"classification={small.test}")
+    assert said.code == 2 and f"{small.base}: expected a model with a classifier for --on classification={small.test}, got one without" in said.err
+    said = cli("evaluate", small.base)
+    assert said.code == 2 and "--on: expected at least one NAME=FILE with NAME one of crows-pairs, perplexity, classification, got none" in said.err
+
+
+# ---------------------------------------------------------------- cut
+
+def test_the_note_on_cut_texts():
+    def encoded(cut):
+        return Encoded(numpy.zeros(3), None, cut)
+
+    assert cut_note([encoded(0), encoded(0)], 9, "f") == []
+    assert cut_note([encoded(0), encoded(2), encoded(5)], 9, "f") == ["f: 2 of 3 texts are longer than 9 tokens and were cut (7 tokens left out)"]
+
+
+def test_evaluate_and_predict_count_what_they_cut_and_cut_as_the_run_did(small, runs, tmp_path):  # noqa: F811
+    words = f"{small.binary}: {{}} of 96 texts are longer than {{}} tokens and were cut"
+    lengths = [len(e.ids) for e in load_run(small.base).tokenizer.encode([e.text for e in read_examples(small.binary, text="text")])]
+    for said in (done("evaluate", runs["health"], "--on", f"classification={small.binary}"), done("predict", runs["health"], small.binary)):
+        assert words.format(sum(n > 12 for n in lengths), 12) in said.err  # the run's --max-length
+    assert words.format(sum(n > 20 for n in lengths), 20) in done("predict", runs["health"], small.binary, "--max-length", 20).err
+    assert "longer than" not in done("predict", runs["health"], small.binary, "--max-length", 64).err
+    (tmp_path / "long.txt").write_text("he is a nurse\n" + "he " * 80 + "\n")
+    said = done("evaluate", small.base, "--on", f"perplexity={tmp_path / 'long.txt'}")
+    assert f"{tmp_path}/long.txt: 1 of 2 texts are longer than 64 tokens and were cut (18 tokens left out)" in said.err
+
+
+# ---------------------------------------------------------------- predict
+
+def test_predictions_are_the_models_answers_whatever_the_format(small, runs, tmp_path, monkeypatch, answer):  # noqa: F811
+    texts = [e.text for e in read_examples(small.test, text="hard_text")][:7]
+    (tmp_path / "t.txt").write_text("\n".join(texts[:3]) + "\n\n" + "\n".join(texts[3:]) + "\n")  # a blank line is no text
+    (tmp_path / "t.csv").write_text("id,body\n" + "".join(f'{i},"{t}"\n' for i, t in enumerate(texts)))
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"hard_text": t}) + "\n" for t in texts))
+    with open(tmp_path / "t.txt") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        rows = done("predict", runs["jobs"]).rows
+    assert [r["text"] for r in rows] == texts and all(list(r) == ["text", "label", "probabilities"] for r in rows)
+    for row in rows:
+        expected = answer(runs["jobs"], row["text"])
+        assert row["probabilities"] == pytest.approx(expected, abs=2e-6) and list(row["probabilities"]) == list(expected)
+        assert row["label"] == max(expected, key=expected.get) and sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    assert len({r["probabilities"]["nurse"] for r in rows}) > 3  # the answers differ
+    assert done("predict", runs["jobs"], tmp_path / "t.txt").rows == rows
+    assert done("predict", runs["jobs"], tmp_path / "t.jsonl").rows == rows  # the run's own column
+    for row, again in zip(rows, done("predict", runs["jobs"], tmp_path / "t.csv", "--text", "body", "--batch-tokens", 30).rows, strict=True):
+        assert again["text"] == row["text"] and again["probabilities"] == pytest.approx(row["probabilities"], abs=2e-6)
+    said = done("predict", runs["jobs"], tmp_path / "t.txt", "--out", tmp_path / "out.jsonl")
+    assert said.out == "" and lines(tmp_path / "out.jsonl") == rows and said.err.splitlines()[-1] == f"result: {tmp_path / 'out.jsonl'}"
+
+
+def test_a_run_on_pairs_labels_pairs(small, runs, tmp_path, monkeypatch, answer):  # noqa: F811
+    rows = done("predict", runs["pairs"], small.paired).rows
+    first, second, _ = small.paired.read_text().splitlines()[1].split("\t")
+    assert len(rows) == 95 and rows[0]["text"] == first and rows[0]["probabilities"] == pytest.approx(answer(runs["pairs"], first, second), abs=2e-6)
+    assert rows[0]["probabilities"] != pytest.approx(answer(runs["pairs"], first), abs=1e-4)  # the second text counts
+    with open(small.heldout) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        for argv, what in (([], "standard input"), ([small.heldout], str(small.heldout))):
+            said = cli("predict", runs["pairs"], *argv)
+            assert said.code == 2 and f"{what}: expected a csv, tsv or jsonl file with the columns first and second, since the run labels pairs" in said.err
+
+
+def test_a_model_folder_with_a_classifier_predicts_too(runs, tmp_path):
+    (tmp_path / "t.csv").write_text("text\nhe is a nurse\n")
+    assert done("predict", runs["health"] / "model", tmp_path / "t.csv").rows[0]["label"] in "01"
+
+
+# ---------------------------------------------------------------- files
+
+def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
+    path = tmp_path / "f.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), writing(str(path)) as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tree(tmp_path)) == ["f.txt"]
+    with writing(str(path)) as file:
+        file.write("né\u2028w")
+        assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "né\u2028w" and list(tree(tmp_path)) == ["f.txt"]
+    with writing("/dev/null") as file:
+        file.write("gone")
+    for bad, words in ((tmp_path, "expected a file to write, got a folder"), (tmp_path / "none" / "f", "cannot be written: No such file or directory"),
+                       (path / "f", "cannot be written: Not a directory")):
+        with pytest.raises(ConfigError, match=f"^{bad}: {words}"), writing(str(bad)):
+            pass
+
+
+def test_output_files_that_cannot_be_written_are_known_before_anything_is_computed(small, runs, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(evaluation.checkpoint, "load_run", None)
+    for argv in (["evaluate", small.base, "--on", f"perplexity={small.heldout}", "--json", tmp_path / "m.json", "--examples", tmp_path / "no" / "e.jsonl"],
+                 ["predict", runs["jobs"], small.heldout, "--out", tmp_path / "no" / "e.jsonl"]):
+        said = cli(*argv)
+        assert said.code == 2 and f"{tmp_path}/no/e.jsonl: cannot be written" in said.err and tree(tmp_path) == {}
+
+
+def test_settings_for_the_python_api():
+    with pytest.raises(ConfigError, match="--on: expected at least one"):
+        evaluation.evaluate(Evaluate(model="none"))

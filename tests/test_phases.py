@@ -1,0 +1,361 @@
+"""Both phases on files: seeds repeat, what is frozen stays bit for bit, what is saved is what was trained, runs follow on each other only where that makes sense."""
+
+import json
+import re
+
+import numpy
+import pytest
+import safetensors.torch
+import torch
+
+from peftdebias import checkpoint, patch, phases, weights
+from peftdebias.checkpoint import load_run
+from peftdebias.config import Downstream, Upstream
+from peftdebias.errors import ConfigError, DataError, PeftDebiasError
+from peftdebias.evaluation import encode_examples
+from peftdebias.phases import parse_class_weights
+from peftdebias.tasks import class_probabilities, labelled_samples
+
+from .outside import one_thread  # noqa: F401
+from .small import cli, done, lines, sha256, small, tree  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory):  # noqa: F811
+    """name -> run folder; each made once, by the command line."""
+    out = tmp_path_factory.mktemp("runs")
+    before = tree(small.root)
+    done("upstream", *small.learning(out=out / "gender"))
+    done("upstream", *small.learning(out=out / "full", method="full", set=None, lr=1e-3))
+    done("downstream", *small.task(out=out / "plain"))
+    done("downstream", *small.task(out=out / "debiased", adapter=out / "gender", weight_decay=0.1))
+    assert tree(small.root) == before  # nothing that was read is written
+    return {path.name: path for path in out.iterdir()}
+
+
+def tensors(folder, file="model.safetensors") -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / file)
+
+
+
+
+@pytest.fixture(scope="module")
+def ready(small):  # noqa: F811
+    """The test file's texts, tokenised."""
+    from peftdebias.corpus import read_examples
+
+    examples = read_examples(small.test, text="hard_text", label="profession")
+    return labelled_samples(encode_examples(weights.load(small.base).tokenizer, examples, 64))
+
+
+# ---------------------------------------------------------------- seeds
+
+@pytest.mark.parametrize("name,file,command", [("gender", "adapter/adapter.safetensors", "learning"), ("debiased", "model/model.safetensors", "task")])
+def test_a_seed_repeats_bit_for_bit_and_another_differs(name, file, command, small, runs, tmp_path):  # noqa: F811
+    extra = {"adapter": runs["gender"], "weight_decay": 0.1} if name == "debiased" else {}
+    verb = {"learning": "upstream", "task": "downstream"}[command]
+    for seed in (0, 1):
+        done(verb, *getattr(small, command)(out=tmp_path / str(seed), seed=seed, **extra))
+    assert sha256(tmp_path / "0" / file) == sha256(runs[name] / file) != sha256(tmp_path / "1" / file)
+    first, again, other = (without_times(run / "metrics.jsonl") for run in (runs[name], tmp_path / "0", tmp_path / "1"))
+    assert first == again != other
+
+
+def without_times(path) -> list[dict]:
+    return [{k: v for k, v in event.items() if k not in ("seconds", "tokens_per_second")} for event in lines(path)]
+
+
+# ---------------------------------------------------------------- what is trained
+
+def test_upstream_trains_the_module_alone(small, runs):  # noqa: F811
+    model = weights.load(small.base).model
+    header = json.loads((runs["gender"] / "adapter" / "adapter.json").read_text())
+    assert header["base"]["sha256"] == patch.base_checksum(model)  # of the base as it came out of training
+    found = tensors(runs["gender"] / "adapter", "adapter.safetensors")
+    assert set(found) == {f"layers.{i}.attention.{kind}.{part}" for i in range(2) for kind in ("query", "value") for part in "ab"}
+    assert all(t.any() for t in found.values())  # B starts at zero
+    assert not (runs["gender"] / "model").exists()
+
+
+def test_full_trains_the_whole_base_and_its_head(small, runs):  # noqa: F811
+    before, after = tensors(small.base), tensors(runs["full"] / "model")
+    assert before.keys() == after.keys() and not (runs["full"] / "adapter").exists()
+    assert {name for name in before if torch.equal(before[name], after[name])} == set()
+
+
+def test_downstream_trains_base_and_head_and_leaves_the_module_alone(small, runs):  # noqa: F811
+    before, after = tensors(small.base), tensors(runs["debiased"] / "model")
+    stems = {name for name in after if name.startswith("bert.") and not name.startswith("bert.pooler")}
+    assert stems == {name for name in before if name.startswith("bert.")}
+    assert {name for name in stems if torch.equal(before[name], after[name])} == set()
+    assert {name for name in after if name not in stems} == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
+    assert sha256(runs["debiased"] / "adapter" / "adapter.safetensors") == sha256(runs["gender"] / "adapter" / "adapter.safetensors")
+    upstream, downstream = (json.loads((runs[name] / "adapter" / "adapter.json").read_text()) for name in ("gender", "debiased"))
+    assert downstream["learnt_on"] == upstream["base"] and downstream["base"]["sha256"] == patch.base_checksum(weights.load(runs["debiased"] / "model").model)
+    assert {k: v for k, v in downstream.items() if k not in ("base", "learnt_on")} == {k: v for k, v in upstream.items() if k != "base"}
+
+
+def test_what_is_frozen_asks_for_no_gradient(small, runs, tmp_path, monkeypatch):  # noqa: F811
+    asked, original = [], phases.train
+
+    def train(model, task, parameters, *args, **kwargs):
+        asked.append({name for name, p in patch.all_parameters(model).items() if p.requires_grad} ^ set(parameters))
+        return original(model, task, parameters, *args, **kwargs)
+
+    monkeypatch.setattr(phases, "train", train)
+    done("upstream", *small.learning(out=tmp_path / "up", adapter=runs["gender"], steps=1))
+    done("downstream", *small.task(out=tmp_path / "down", adapter=[runs["gender"]], epochs=1))
+    assert asked == [set(), set()]
+
+
+def test_a_frozen_part_that_moved_is_found_out(small, tmp_path, monkeypatch):  # noqa: F811
+    original = phases.train
+
+    def train(model, *args, **kwargs):
+        model.encoder.layers[0].attention.norm.bias.data[0] += 1e-7
+        return original(model, *args, **kwargs)
+
+    monkeypatch.setattr(phases, "train", train)
+    with pytest.raises(PeftDebiasError, match="base: expected to stay frozen bit for bit"):
+        phases.upstream(Upstream(model=str(small.base), axis="gender", corpus=(str(small.corpus),), out=str(tmp_path / "run"), steps=1))
+    assert tree(tmp_path) == {}
+
+
+# ---------------------------------------------------------------- what is saved
+
+def test_the_saved_base_with_its_module_is_the_model_at_the_end(small, runs, tmp_path, monkeypatch, ready):  # noqa: F811
+    kept, save = [], weights.save_model
+    monkeypatch.setattr(phases.weights, "save_model", lambda model, *rest: (kept.append(model), save(model, *rest))[1])
+    done("downstream", *small.task(out=tmp_path / "run", adapter=runs["gender"]))
+    at_the_end = class_probabilities(kept[0], ready)
+    assert numpy.array_equal(at_the_end, class_probabilities(load_run(tmp_path / "run").model, ready))
+    by_hand = weights.load(tmp_path / "run" / "model").model
+    alone = class_probabilities(by_hand, ready)
+    checkpoint.attach_adapters(by_hand, (str(tmp_path / "run" / "adapter"),))
+    assert numpy.array_equal(at_the_end, class_probabilities(by_hand, ready))
+    patch.merge(by_hand)
+    assert class_probabilities(by_hand, ready) == pytest.approx(at_the_end, abs=1e-5)
+    assert abs(alone - at_the_end).max() > 1e-3  # the module matters
+
+
+def test_folded_and_unfolded_runs_end_in_the_same_base(small, runs, tmp_path, ready):  # noqa: F811
+    done("downstream", *small.task(out=tmp_path / "run", adapter=runs["gender"], weight_decay=0.1, no_fold=True))
+    before, folded, unfolded = tensors(small.base), tensors(runs["debiased"] / "model"), tensors(tmp_path / "run" / "model")
+    for name in before.keys() & folded.keys():
+        if name.endswith("key.bias"):
+            continue  # no gradient but rounding: attention does not see it
+        moved = (folded[name] - before[name]).norm()
+        assert (folded[name] - unfolded[name]).norm() < 0.02 * moved, name  # float32 rounding through Adam; test_fold.py has it exact
+    assert not torch.equal(folded["bert.encoder.layer.0.attention.self.query.weight"], unfolded["bert.encoder.layer.0.attention.self.query.weight"])
+    assert class_probabilities(load_run(tmp_path / "run").model, ready) == pytest.approx(class_probabilities(load_run(runs["debiased"]).model, ready), abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["plain", "debiased"])
+def test_what_was_printed_is_what_the_reloaded_run_gives(name, small, runs, tmp_path):  # noqa: F811
+    final = lines(runs[name] / "metrics.jsonl")[-1]
+    said = done("evaluate", runs[name], "--on", f"classification={small.test}", "--json", tmp_path / "m.json")
+    assert json.loads((tmp_path / "m.json").read_text())["measures"] == final["measures"] and final["on"] == "test"
+    names = [m["name"] for m in final["measures"]]
+    assert {"accuracy", "f1/macro", "tpr-gap/rms", "tpr-gap/rms-shuffled"} < set(names) and all(f"\n{name} " in said.out for name in names)
+
+
+def test_without_a_test_file_the_dev_file_is_reported(small, tmp_path):  # noqa: F811
+    said = done("downstream", *small.task(out=tmp_path / "run", test=None, group=None))
+    events = lines(tmp_path / "run" / "metrics.jsonl")
+    best = next(e for e in events if e["event"] == "validation" and e.get("kept") and e["step"] == events[-1]["step"])
+    assert events[-1]["on"] == "dev" and f"on {small.dev}, from the saved files:" in said.out
+    assert events[-1]["measures"][0]["value"] == pytest.approx(best["accuracy"])  # validation in the loop, and from the files
+
+
+def test_labels_that_are_numbers_keep_their_order(small, tmp_path):  # noqa: F811
+    path = tmp_path / "t.csv"
+    path.write_text("text,label\n" + "".join(f"he {'is ' * i},{label}\n" for i, label in enumerate(["10", "2", "1", "0001", "01", "001", "-3", "b", "a", "²"] * 2)))
+    done("downstream", "--model", small.base, "--train", path, "--dev", path, "--text", "text", "--label", "label", "--epochs", 1, "--out", tmp_path / "run")
+    labels = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["id2label"]
+    assert [labels[str(i)] for i in range(10)] == ["-3", "0001", "001", "01", "1", "2", "10", "a", "b", "²"]  # equal numbers too
+
+
+def test_a_label_in_several_columns_pairs_and_f1(small, tmp_path):  # noqa: F811
+    path = tmp_path / "t.csv"
+    path.write_text("a,b,hd,cv\n" + "".join(f"he is,she is {'a ' * i},{i % 2},{int(i % 3 == 0)}\n" for i in range(12)))
+    done("downstream", "--model", small.base, "--train", path, "--dev", path, "--text", "a", "--text-pair", "b", "--label", "hd,cv", "--metric", "f1",
+         "--class-weights", "1=10", "--epochs", 2, "--batch-tokens", 40, "--out", tmp_path / "run")
+    events = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [m["name"] for m in events[-1]["measures"]] == ["accuracy", "f1/macro", "f1/1"] and all("f1" in e for e in events if e["event"] == "validation")
+    assert done("evaluate", tmp_path / "run", "--on", f"classification={path}").out.splitlines()[1:4]
+
+
+def test_equal_settings_but_class_weights_train_differently(small, tmp_path):  # noqa: F811
+    flags = ["--model", small.base, "--train", small.binary, "--dev", small.binary, "--text", "text", "--label", "is_health", "--epochs", 1, "--lr", 1e-3]
+    for name, more in (("none", []), ("ones", ["--class-weights", "0=1,1=1"]), ("rare", ["--class-weights", "1=9"])):
+        done("downstream", *flags, *more, "--out", tmp_path / name)
+    none, ones, rare = (tensors(tmp_path / name / "model")["classifier.bias"] for name in ("none", "ones", "rare"))
+    torch.testing.assert_close(none, ones, rtol=0, atol=1e-5)
+    assert rare[1] - rare[0] > none[1] - none[0]  # pushed towards the rare label
+
+
+@pytest.mark.parametrize("text,expected", [(None, None), ("a=2", [2.0, 1.0]), ("b=0.5,a=3", [3.0, 0.5])])
+def test_class_weights_are_read_in_the_order_of_the_labels(text, expected):
+    assert parse_class_weights(text, ("a", "b")) == expected
+
+
+def test_class_weights_take_labels_with_an_equals_sign():
+    assert parse_class_weights("a=b=2", ("a=b", "c")) == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("text,words", [("c=1", "--class-weights c=1: expected LABEL=WEIGHT with LABEL one of a, b, got 'c'"), ("a", "expected LABEL=WEIGHT"), ("a=", "expected a positive number, got ''"),
+                                        ("a=x", "expected a positive number, got 'x'"), ("a=0", "got '0'"), ("a=-1", "got '-1'"), ("a=nan", "got 'nan'"), ("a=inf", "got 'inf'"), ("a=1,", "got ''")])  # fmt: skip
+def test_class_weights_that_make_no_sense(text, words):
+    with pytest.raises(ConfigError, match=words):
+        parse_class_weights(text, ("a", "b"))
+
+
+# ---------------------------------------------------------------- one run after another
+
+def test_a_full_debias_run_is_a_base(small, runs, tmp_path):  # noqa: F811
+    done("downstream", *small.task(out=tmp_path / "run", model=runs["full"]))
+    assert not (tmp_path / "run" / "adapter").exists()
+    from_base, from_full = (weights.load(folder / "model").model for folder in (runs["plain"], tmp_path / "run"))
+    assert patch.base_checksum(from_base) != patch.base_checksum(from_full)
+    said = cli("downstream", *small.task(out=tmp_path / "x", adapter=runs["full"]))
+    assert said.code == 2 and f"{runs['full']}: a run without a module (its base was trained); expected it as --model {runs['full']}" in said.err
+    done("upstream", *small.learning(out=tmp_path / "on top", model=runs["full"]))  # a module on a debiased base
+    assert load_run(tmp_path / "on top").model.methods.keys() == {"gender"}
+
+
+def test_a_base_without_the_module_it_was_trained_with_is_not_taken_unsaid(small, runs, tmp_path):  # noqa: F811
+    def refused(words, **changes):
+        said = cli("downstream", *small.task(out=tmp_path / "x", **changes))
+        assert said.code == 2 and words in said.err, said.err
+
+    refused(f"--model {runs['gender']}: a run with a module alone; expected the base it was learnt on as --model, and the run as --adapter", model=runs["gender"])
+    refused(f"--model {runs['debiased']}: its base works with the module beside it; expected --adapter {runs['debiased']} too, or --model {runs['debiased']}/model",
+            model=runs["debiased"])
+    refused("made for the base with checksum", model=runs["debiased"] / "model", adapter=runs["gender"])  # the base has moved on since
+    done("downstream", *small.task(out=tmp_path / "both", model=runs["debiased"], adapter=runs["debiased"]))
+    done("downstream", *small.task(out=tmp_path / "alone", model=runs["debiased"] / "model"))
+    assert (tmp_path / "both" / "adapter").is_dir() and not (tmp_path / "alone" / "adapter").exists()
+    said = cli("upstream", *small.learning(out=tmp_path / "x", model=runs["plain"]))
+    assert said.code == 2 and "expected a masked-LM head" in said.err and str(runs["plain"] / "model") in said.err
+
+
+def test_modules_stack_and_all_of_them_are_saved(small, runs, tmp_path):  # noqa: F811
+    done("upstream", *small.learning(out=tmp_path / "second", adapter=runs["gender"], seed=5))
+    (tmp_path / "second" / "adapter" / "adapter.json").write_text((tmp_path / "second" / "adapter" / "adapter.json").read_text().replace('"axis": "gender"', '"axis": "race"'))
+    done("downstream", *small.task(out=tmp_path / "run", adapter=[runs["gender"], tmp_path / "second"]))
+    assert list(load_run(tmp_path / "run").model.methods) == ["gender", "race"]
+    for folder, source in (("adapter", runs["gender"]), ("adapter-2", tmp_path / "second")):
+        assert sha256(tmp_path / "run" / folder / "adapter.safetensors") == sha256(source / "adapter" / "adapter.safetensors")
+    final = lines(tmp_path / "run" / "metrics.jsonl")[-1]
+    done("evaluate", tmp_path / "run", "--on", f"classification={small.test}", "--json", tmp_path / "m.json")
+    assert json.loads((tmp_path / "m.json").read_text())["measures"] == final["measures"]
+    said = cli("upstream", *small.learning(out=tmp_path / "x", adapter=runs["gender"], method="full", set=None))
+    assert said.code == 2 and "--method full: trains the base itself; expected no --adapter beside it" in said.err
+
+
+# ---------------------------------------------------------------- the corpus
+
+def learn(small, tmp_path, text: str, **changes):  # noqa: F811
+    path = tmp_path / "c.txt"
+    path.write_text(text)
+    return cli("upstream", *small.learning(out=tmp_path / "run", corpus=path, steps=2, **changes))
+
+
+def note(said) -> tuple[int, ...]:
+    """(texts, touched, families, members, held out) of the note on the corpus."""
+    found = re.search(r"corpus: (\d+) texts, (\d+) with words of the axis gender; (\d+) families of (\d+) texts to train on, (\d+) families held out", said.err)
+    return tuple(map(int, found.groups()))
+
+
+def test_a_corpus_of_a_few_lines_holds_out_a_text_with_words_of_the_axis(small, tmp_path):  # noqa: F811
+    said = learn(small, tmp_path, "bergen is in osaka\nhe is a nurse\nshe is a baker\n", valid_share=1e-9)
+    assert said.code == 0 and note(said) == (2, 1, 1, 2, 1), said.err  # of the three, "he is a nurse" is held out
+
+
+def test_equal_texts_are_never_on_both_sides(small, tmp_path):  # noqa: F811
+    said = learn(small, tmp_path, "he is a nurse\n" * 5 + "she is a baker\n", valid_share=1e-9)
+    assert said.code == 0 and note(said) == (1, 1, 1, 2, 5), said.err
+    said = learn(small, tmp_path, "he is a nurse\n" * 5, overwrite=True)
+    assert said.code == 2 and f"{tmp_path}/c.txt: expected two different texts with words of the axis gender, one to validate on; found one (or give --valid FILE)" in said.err
+
+
+def test_the_share_held_out_is_by_hash_of_the_text(small, tmp_path):  # noqa: F811
+    texts = small.corpus.read_text().splitlines()
+    held_out = [t for t in texts if phases.is_held_out(t, 0.2)]
+    said = learn(small, tmp_path, "\n".join(texts), valid_share=0.2)
+    assert note(said)[2] == len(texts) - len(held_out) and note(said)[4] == len(held_out) and 15 < len(held_out) < 45
+    assert [phases.is_held_out(" " + t, 0.2) for t in texts] == [phases.is_held_out(t, 0.2) for t in texts]
+
+
+def test_validation_texts_of_their_own(small, tmp_path):  # noqa: F811
+    said = learn(small, tmp_path, "he is a nurse\nshe is a baker\n", valid=small.heldout)
+    assert said.code == 0 and note(said) == (2, 2, 2, 4, 20)
+    (tmp_path / "bad.txt").write_text("bergen is in osaka\n")
+    said = learn(small, tmp_path, "he is a nurse\n", valid=tmp_path / "bad.txt", overwrite=True)
+    assert said.code == 2 and f"{tmp_path}/bad.txt: expected words of the axis gender, found none in 1 texts" in said.err
+
+
+# ---------------------------------------------------------------- said in time
+
+def test_what_is_cut_is_counted_and_reported(small, tmp_path):  # noqa: F811
+    #                                          [CLS] he is a nurse [SEP]: 6 tokens
+    said = learn(small, tmp_path, "he is a nurse\n" + "".join(f"he is a nurse {'and baker ' * i}\n" for i in range(1, 9)), max_length=10, valid_share=1e-9)
+    assert "corpus: 12 of 16 texts (counterfactuals counted) are longer than 10 tokens and were cut" in said.err, said.err  # 8, 10 | 12 ... 22
+    assert "held out:" not in said.err  # the first text is held out
+    said = learn(small, tmp_path, "he is a nurse and baker and baker\nshe is\n", max_length=9, valid_share=1e-9, overwrite=True)
+    assert "held out: 2 of 2 texts (counterfactuals counted) are longer than 9 tokens and were cut" in said.err and "corpus: 0 of" not in said.err
+    said = done("downstream", *small.task(out=tmp_path / "down", max_length=12))
+    for path in (small.train, small.dev, small.test):
+        texts = [json.loads(line)["hard_text"] for line in path.read_text().splitlines()]
+        lengths = [len(e.ids) for e in weights.load(small.base).tokenizer.encode(texts)]
+        cut = [n - 12 for n in lengths if n > 12]
+        assert f"{path}: {len(cut)} of {len(texts)} texts are longer than 12 tokens and were cut ({sum(cut)} tokens left out)" in said.err
+    assert "longer than" not in done("downstream", *small.task(out=tmp_path / "whole", epochs=1)).err
+
+
+def test_the_models_own_limit_counts_too(small, tmp_path):  # noqa: F811
+    said = learn(small, tmp_path, f"he is {'a ' * 70}\nshe is\n", max_length=256, valid_share=0.5)
+    assert re.search(r"2 of 2 texts \(counterfactuals counted\) are longer than 64 tokens", said.err), said.err
+
+
+def never(*args, **kwargs):
+    raise AssertionError("training began")
+
+
+@pytest.mark.parametrize("column,words", [
+    ("group", "expected 2 groups, got 3: f, m, x"),
+    ("group of one", "expected 2 groups, got 1: f"),
+    ("group by label", "expected a class with positives in both groups 'f' and 'm', got none of 2 classes"),
+])  # fmt: skip
+def test_what_cannot_be_measured_at_the_end_is_said_before_training(column, words, small, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(phases, "train", never)
+    path = tmp_path / "t.csv"
+    path.write_text("text,label,group,group of one,group by label\n" + "".join(f"he is,{'ab'[i % 2]},{'fmx'[i % 3]},f,{'fm'[i % 2]}\n" for i in range(6)))
+    settings = Downstream(model=str(small.base), train=str(path), dev=str(path), text="text", label="label", group=column, out=str(tmp_path / "run"))
+    with pytest.raises(DataError, match=f"^{path}: {words}"):
+        phases.downstream(settings)
+    assert list(tree(tmp_path)) == ["t.csv"]
+
+
+def test_f1_as_the_metric_needs_a_positive_label_in_dev(small, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(phases, "train", never)
+    (tmp_path / "t.csv").write_text("text,label\nhe is,0\nshe is,1\n")
+    (tmp_path / "d.csv").write_text("text,label\nhe is,0\n")
+    settings = dict(model=str(small.base), train=str(tmp_path / "t.csv"), dev=str(tmp_path / "d.csv"), text="text", label="label", metric="f1", out=str(tmp_path / "run"))
+    with pytest.raises(DataError, match="d.csv: expected examples with the label '1' for --metric f1, found none"):
+        phases.downstream(Downstream(**settings))
+    (tmp_path / "t.csv").write_text("text,label\nhe is,a\nshe is,b\n")
+    (tmp_path / "d.csv").write_text("text,label\nhe is,a\n")
+    with pytest.raises(ConfigError, match="--metric f1: expected --positive with one of a, b"):
+        phases.downstream(Downstream(**settings))
+    with pytest.raises(ConfigError, match="--positive: expected one of a, b, got 'c'"):
+        phases.downstream(Downstream(**settings, positive="c"))
+
+
+def test_notes_are_said_before_training_begins(small, tmp_path, monkeypatch):  # noqa: F811
+    said, before = [], []
+    original = phases.train
+    monkeypatch.setattr(phases, "train", lambda *a, **k: (before.extend(said), original(*a, **k))[1])
+    result = phases.upstream(Upstream(model=str(small.base), axis="gender", corpus=(str(small.corpus),), out=str(tmp_path / "run"), steps=1), said.append)
+    assert said == before == result.notes
+    assert said[0].startswith("corpus: ") and said[-2] == "device: cpu, float32" and said[-1].startswith("trained: lora, 2,048 parameters in 8 tensors, ")

@@ -1,0 +1,178 @@
+"""Sparse fine-tuning: exactly the k weights that moved most, a base that comes back bit for bit, and a module of indices and values."""
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+
+from peftdebias import methods, patch
+from peftdebias.batches import Sample, pack
+from peftdebias.encoder import EncoderConfig, Model
+from peftdebias.errors import AdapterError, ConfigError
+from peftdebias.methods.sparse import Sparse, SparseConfig, largest
+from peftdebias.training import Schedule, train
+
+TINY = EncoderConfig(kind="bert", layers=2, hidden=14, heads=2, feed_forward=37, vocab=61, max_positions=19, dropout=0.0, attention_dropout=0.0)
+
+
+def tiny_model() -> Model:
+    model = Model(TINY, mlm=True, labels=("a", "b")).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3, generator=generator)
+    return model
+
+
+class Task:
+    """Random masked batches; the last step is best."""
+
+    metric, higher_is_better = "age", True
+    age = 0
+
+    def epoch(self, number):
+        generator = numpy.random.default_rng(number)
+        for _ in range(4):
+            yield pack([Sample(generator.integers(5, 61, n), numpy.arange(min(n, 2)), generator.integers(5, 61, min(n, 2))) for n in (13, 1, 7)])
+
+    def loss(self, model, batch):
+        return F.cross_entropy(model.mlm_logits(batch), batch.targets)
+
+    def validate(self, model):
+        self.age += 1
+        return {"age": self.age}
+
+
+def learnt(k: int = 100, steps: int = 4, l1: float = 0.1):
+    """(model with the module attached as "gender", the module, what each call of the loop trained)."""
+    model, seen = tiny_model(), []
+    method = methods.create("sparse", TINY, options={"k": k, "l1": l1})
+    patch.attach(model, "gender", method)
+
+    def loop(parameters, penalty=None):
+        patch.train_only(model, parameters.values())
+        seen.append({name: p.detach().clone() for name, p in parameters.items()} | {"penalty": penalty().detach()})
+        outcome = train(model, Task(), parameters, Schedule(steps=steps, lr=1e-2, warmup=0.0, validate_every=steps), penalty=penalty)
+        seen[-1]["after"] = {name: p.detach().clone() for name, p in parameters.items()}
+        seen[-1]["decoder"] = None if model.mlm.decoder is None else model.mlm.decoder.weight.detach().clone()
+        return outcome
+
+    method.learn(model, loop)
+    return model, method, seen
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 11, 12])
+def test_largest_is_the_sorted_head_with_exact_k(k):
+    generator = numpy.random.default_rng(k)
+    moved = [generator.integers(0, 4, n).astype(float) for n in (7, 1, 0, 4)]  # many ties
+    chosen = largest(moved, k)
+    assert sum(map(len, chosen)) == k
+    flat = numpy.sort(numpy.concatenate([m[c] for m, c in zip(moved, chosen)]))
+    assert flat.tolist() == numpy.sort(numpy.concatenate(moved))[-k:].tolist()
+    assert all((numpy.diff(c) > 0).all() for c in chosen)
+
+
+@pytest.mark.parametrize("k", [0, 13])
+def test_largest_refuses_a_k_that_is_not_there(k):
+    with pytest.raises(ConfigError, match=f"sparse k: expected 1 to 12, the weights there are, got {k}"):
+        largest([numpy.zeros(12)], k)
+
+
+def test_an_untrained_module_changes_nothing():
+    model, batch = tiny_model(), next(Task().epoch(0))
+    before = model.mlm_logits(batch)
+    patch.attach(model, "gender", methods.create("sparse", TINY))
+    torch.testing.assert_close(model.mlm_logits(batch), before, rtol=0, atol=1e-13)  # Q, K and V apart: another rounding
+
+
+def test_everything_but_the_norms_moves_then_exactly_k_values_train():
+    model, method, (first, second) = learnt(k=100)
+    norms = {n for n, _ in model.encoder.named_parameters() if ".norm." in n}
+    names = set(first) - {"penalty", "after", "decoder"}
+    assert names == {n for n, _ in model.encoder.named_parameters()} - norms
+    assert all(not torch.equal(first["after"][n], first[n]) for n in names)
+    assert sum(v.numel() for v in method.parameters().values()) == method.count() == 100
+    assert all((second[n] == 0).all() for n in method.parameters())
+    assert any(not torch.equal(v, second[n]) for n, v in method.parameters().items())
+    moved = torch.cat([(first["after"][n] - first[n]).abs().flatten() for n in sorted(names)])
+    kept = torch.cat([((first["after"][name] - first[name])[rows]).abs().flatten()[method.indices[site]] for site in method.values
+                      for name, _, rows in [patch.parameter_at(model, site)]])
+    assert sorted(kept.tolist()) == pytest.approx(sorted(moved.tolist())[-100:])
+
+
+def test_the_base_is_rewound_bit_for_bit_and_the_decoder_was_a_frozen_copy():
+    model, _, (first, second) = learnt()
+    fresh = tiny_model()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), fresh.parameters()))
+    assert torch.equal(first["decoder"], fresh.encoder.embeddings.word.weight) and second["decoder"] is None and model.mlm.decoder is None
+
+
+def test_the_pull_is_the_mean_distance_over_the_encoder():
+    model, method, (first, second) = learnt(l1=3.0)
+    assert first["penalty"] == 0 and second["penalty"] == 0
+    seen = []
+
+    def loop(parameters, penalty):
+        with torch.no_grad():
+            for p in parameters.values():
+                p += 0.5
+        seen.append((penalty().item(), sum(p.numel() for p in parameters.values())))
+
+    other = Sparse(SparseConfig(k=7, l1=3.0), TINY)
+    other.learn(tiny_model(), loop)
+    total = methods.base_parameters(TINY)
+    assert seen[0][0] == pytest.approx(3.0 * 0.5 * seen[0][1] / total) and seen[1] == (pytest.approx(3.0 * 0.5 * 7 / total), 7)
+
+
+def test_attached_equals_the_changed_weights_and_merges_folds_and_comes_off():
+    model, method, _ = learnt()
+    batch, attached = next(Task().epoch(3)), None
+    attached, classes = model.mlm_logits(batch), model.class_logits(batch)
+    changed = tiny_model()
+    decoder = changed.encoder.embeddings.word.weight.detach().clone()
+    with torch.no_grad():
+        for site, values in method.values.items():
+            _, parameter, rows = patch.parameter_at(changed, site)
+            part = parameter[rows].flatten()
+            part[method.indices[site]] += values
+            parameter[rows] = part.view_as(parameter[rows])
+    with changed.frozen_decoder():
+        changed.mlm.decoder.weight.data = decoder
+        torch.testing.assert_close(attached, changed.mlm_logits(batch), rtol=1e-10, atol=1e-12)
+    patch.merge(model)
+    torch.testing.assert_close(model.mlm_logits(batch), attached, rtol=1e-10, atol=1e-12)
+    patch.unmerge(model)
+    folded = patch.fold(model)
+    assert folded.names == ("gender",)
+    torch.testing.assert_close(model.class_logits(batch), classes, rtol=1e-10, atol=1e-12)
+    folded.unfold()
+    patch.detach(model, "gender")
+    torch.testing.assert_close(model.mlm_logits(batch), tiny_model().mlm_logits(batch), rtol=1e-10, atol=1e-12)
+
+
+def test_state_is_indices_and_values_and_survives():
+    _, method, _ = learnt()
+    state = method.state()
+    assert {t.dtype for n, t in state.items() if n.endswith(".indices")} == {torch.int32}
+    other = Sparse(method.config, TINY)
+    other.load(state)
+    again = other.state()
+    assert set(again) == set(state) and all(torch.equal(again[n], t) for n, t in state.items())
+
+
+def test_budget_is_k():
+    assert methods.create("sparse", TINY, budget=0.01).config.k == round(0.01 * methods.base_parameters(TINY)) == methods.create("sparse", TINY).config.k
+    with pytest.raises(ConfigError, match="budget: chooses sparse's k; expected no k beside it"):
+        methods.create("sparse", TINY, budget=0.01, options={"k": 5})
+
+
+@pytest.mark.parametrize("change,words", [
+    (lambda s: s | {"embeddings.norm.values": torch.zeros(1), "embeddings.norm.indices": torch.zeros(1, dtype=torch.int32)}, "embeddings.norm: expected values and indices"),
+    (lambda s: {n: t for n, t in s.items() if n != "embeddings.word.indices"}, "embeddings.word: expected values and indices of one length"),
+    (lambda s: s | {"embeddings.word.indices": s["embeddings.word.indices"] + 61 * 14}, "embeddings.word: expected indices from 0 to 853"),
+    (lambda s: {n: t for n, t in s.items() if not n.startswith("embeddings.word.")}, "expected 100 values, got"),
+])
+def test_files_that_do_not_fit_are_named(change, words):
+    _, method, _ = learnt()
+    with pytest.raises(AdapterError, match=words):
+        Sparse(method.config, TINY).load(change(method.state()))
