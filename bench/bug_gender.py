@@ -6,33 +6,13 @@ Runs the public commands (printed as they run), skips what is already there, and
 """
 
 import argparse
-import json
-import shlex
 import statistics
-import subprocess
-import sys
 from pathlib import Path
+
+from commands import final, measures, peftdebias
 
 UPSTREAM = "--axis gender --method lora --budget 0.01 --steps 1000 --valid-every 250 --lr 1e-3"
 DOWNSTREAM = "--text hard_text --label profession --group gender --epochs 2 --lr 5e-4"
-
-
-def peftdebias(words: str) -> None:
-    """One command of the package, shown and run; a failing one ends the script with its exit code."""
-    print(f"$ peftdebias {words}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "peftdebias", *shlex.split(words)], stdout=subprocess.DEVNULL)
-    if done.returncode:
-        sys.exit(done.returncode)
-
-
-def measures(path: Path) -> dict[str, float]:
-    return {m["name"]: m["value"] for m in json.loads(path.read_text())["measures"]}
-
-
-def final(run: Path) -> dict[str, float]:
-    """The measures that a downstream run ended with, and its training time."""
-    event = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    return {m["name"]: m["value"] for m in event["measures"]} | {"seconds": event["seconds"]}
 
 
 def row(name: str, values: list[float], digits: int = 2) -> str:

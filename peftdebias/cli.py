@@ -16,11 +16,14 @@ from .errors import PeftDebiasError
 EXAMPLES = {
     "demo": "peftdebias demo --out runs/demo",
     "augment": "peftdebias augment --axis gender corpus.txt --out counterfactuals.jsonl",
+    "export": "peftdebias export runs/gender --as peft --out for-peft",
+    "import": "peftdebias import their-adapter --model bert-base-uncased --axis gender --out runs/theirs",
     "upstream": "peftdebias upstream --model bert-base-uncased --axis gender --method lora --corpus corpus.txt --budget 0.01 --out runs/gender",
     "downstream": "peftdebias downstream --model bert-base-uncased --adapter runs/gender --train train.csv --dev dev.csv --test test.csv \\\n"
                   "    --text hard_text --label profession --group gender --out runs/bios",
     "evaluate": "peftdebias evaluate bert-base-uncased --adapter runs/gender --on crows-pairs=crows_pairs_anonymized.csv --on perplexity=heldout.txt",
     "predict": "peftdebias predict runs/bios texts.csv --text hard_text --out labels.jsonl",
+    "methods": "peftdebias methods --model bert-base-uncased --budget 0.01",
 }
 
 
@@ -128,7 +131,7 @@ def predict(settings: config.Predict) -> None:
 
 def augment(settings: config.Augment) -> None:
     from . import axes, cda, corpus
-    from .evaluation import writing
+    from .corpus import writing
 
     show(settings)
     axis = axes.load_axis(settings.axis)
@@ -155,6 +158,33 @@ def augment(settings: config.Augment) -> None:
     say(f"result: {settings.out or 'standard output'}")
 
 
+def methods(settings: config.Methods) -> None:
+    from . import weights
+    from .methods import overview
+
+    show(settings)
+    base, _ = weights.read_config(weights.find_folder(settings.model))
+    rows = overview(base, settings.budget, settings.max_length)
+    print(columns([("method", "size", "parameters", "share", "file, KiB", "mergeable", "foldable"), *rows]))
+    print("result: above")
+
+
+def export(settings: config.Export) -> None:
+    from .interchange import export_adapter
+
+    show(settings)
+    out = export_adapter(settings.run, settings.as_, settings.out, settings.overwrite)
+    print(f"result: {out}")
+
+
+def import_(settings: config.Import) -> None:
+    from .interchange import import_adapter
+
+    show(settings)
+    out = import_adapter(settings.folder, settings.model, settings.axis, settings.out, settings.overwrite)
+    print(f"result: {out}")
+
+
 def demo(settings: config.Demo) -> None:
     from .demo import demo as run
 
@@ -166,10 +196,13 @@ def demo(settings: config.Demo) -> None:
 COMMANDS = {
     "demo": (demo, config.Demo),
     "augment": (augment, config.Augment),
+    "export": (export, config.Export),
+    "import": (import_, config.Import),
     "upstream": (upstream, config.Upstream),
     "downstream": (downstream, config.Downstream),
     "evaluate": (evaluate, config.Evaluate),
     "predict": (predict, config.Predict),
+    "methods": (methods, config.Methods),
 }
 """verb -> (function, its settings)."""
 
@@ -200,5 +233,10 @@ def table(measures) -> str:
 
     rows = [("measure", "value", "95 % interval", "ideal", "n")]
     rows += [(m.name, f"{number(m.value)} {m.unit if m.unit != '1' else ''}".rstrip(), f"{number(m.low)} to {number(m.high)}", number(m.ideal), str(m.n)) for m in measures]
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return columns(rows)
+
+
+def columns(rows: list[tuple[str, ...]]) -> str:
+    """Rows of cells under each other: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows)

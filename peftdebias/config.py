@@ -71,12 +71,13 @@ class Upstream(Training):
     budget: float | None = option("size of the module as a share of the base's parameters, e.g. 0.01", None)
     set: dict | None = option("option of the method, e.g. --set rank=8 --set targets=query,key,value", None, many="repeat", metavar="KEY=VALUE")
     adapter: tuple[str, ...] = option("frozen modules to attach first, each a run or adapter folder", (), many="repeat", metavar="RUN")
+    fresh_head: int | None = option("for a base without a masked-LM head: first train a new tied one for N steps, encoder frozen; saved with the run", None)
     steps: int = option("training steps", 10000)
     lr: float = option("peak learning rate", 5e-5)
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least(1, self, "steps", "valid_every", "valid_texts")
+        _at_least(1, self, "steps", "valid_every", "valid_texts", "fresh_head")
         if not self.corpus:
             raise ConfigError("--corpus: expected at least one file, got none")
         if not 0 < self.valid_share < 1:
@@ -163,6 +164,39 @@ class Augment:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Methods:
+    """List the methods, each at the size that --budget chooses for a model: parameters, share of the base, file size, what merges and folds."""
+
+    model: str = option("Hugging Face model folder, run folder, or name in the local cache", metavar="DIR")
+    budget: float = option("size of a module as a share of the base's parameters", 0.01)
+    max_length: int = option("longest text in tokens, for which a prompt leaves room", 256)
+
+    def __post_init__(self):
+        _at_least(1, self, "max_length")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a run for other libraries, with a card: as a plain Hugging Face model folder, a `peft` adapter folder, or a model with the module in its weights."""
+
+    run: str = option("run folder of `upstream`, `downstream` or `import`", metavar="RUN", positional=True)
+    as_: str = option("hf: the run's model; peft: its module; merged: the model with its module in the weights", metavar="FORM", choices=("hf", "peft", "merged"))
+    out: str = option("folder to write", metavar="DIR")
+    overwrite: bool = option("replace --out if it is an exported folder", False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Import:
+    """Read a module of another library, a Hugging Face `peft` or AdapterHub folder, and write it as a run folder bound to its base."""
+
+    folder: str = option("adapter folder of theirs, with adapter_config.json", metavar="DIR", positional=True)
+    model: str = option("the base it belongs to: Hugging Face model folder, or name in the local cache", metavar="DIR")
+    axis: str = option("axis of bias that the module was learnt on; its name when attached", metavar="NAME")
+    out: str = option("run folder to write", metavar="RUN")
+    overwrite: bool = option("replace --out if it exists", False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo:
     """The whole method on a small made-up world, in about two minutes: pretrain a tiny BERT, debias it, classify, measure."""
 
@@ -189,7 +223,8 @@ MEASURES = {
 # ---------------------------------------------------------------- flags, TOML, resolved
 
 def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    """`batch_size` -> `--batch-size`; `as_`, which may not be called as it is typed, -> `--as`."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
@@ -214,7 +249,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
         if meta["positional"]:
             parser.add_argument(field.name, **{"nargs": "?"} | kwargs)
         else:
-            parser.add_argument(flag(field.name), **kwargs)
+            parser.add_argument(flag(field.name), dest=field.name, **kwargs)
     parser.add_argument("--config", metavar="FILE.toml", default=argparse.SUPPRESS,
                         help="TOML file with the same names as the flags, a run's config.toml too; a flag wins over it")
 
@@ -259,6 +294,7 @@ def checked(cls: type, values: dict, where: str = "") -> dict:
     ready = {}
     for name, value in values.items():
         key = name.replace("-", "_")
+        key = key + "_" if key + "_" in fields else key
         if key not in fields:
             raise ConfigError(f"{where}unknown key {name!r}; expected {'one of ' + ', '.join(fields) if fields else 'none'}")
         kind = _plain(hints[key])
@@ -297,7 +333,7 @@ def as_plain(config) -> dict:
             return {k: plain(v) for k, v in value.items()}
         return value
 
-    values = {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    values = {f.name.rstrip("_"): plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
     return {k: v for k, v in values.items() if v is not None}
 
 

@@ -18,17 +18,19 @@ Every text carries its place, "file:line", the line where its record starts. Wha
 DataError with that place. What the words mean (attribute words, tokens) is not known here.
 """
 
+import contextlib
 import csv
 import gzip
 import json
 import math
+import os
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftdebias.errors import DataError
+from peftdebias.errors import ConfigError, DataError
 
 FORMATS = ("txt", "csv", "tsv", "jsonl")
 TRUE = ("1", "1.0", "true", "yes")  # in any case, where a label is "any of these columns"
@@ -289,3 +291,32 @@ def _open(path):
 
 def _place(path, number: int) -> str:
     return f"{'<stdin>' if str(path) == '-' else path}:{number}"
+
+
+# Output: a file whole or not at all.
+
+
+@contextlib.contextmanager
+def writing(path: str | None) -> Iterator:
+    """A text file that takes its name only when the block ends well; None or "-" is standard output. Raises ConfigError where it cannot be written."""
+    if path in (None, "-"):
+        yield sys.stdout
+        return
+    target = Path(path)
+    if os.path.isdir(target):
+        raise ConfigError(f"{path}: expected a file to write, got a folder")
+    if os.path.exists(target) and not target.is_file():  # a device such as /dev/null
+        with open(target, "w", encoding="utf-8") as file:
+            yield file
+        return
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        file = open(partial, "w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+    try:
+        with file:
+            yield file
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -6,9 +6,7 @@ What it adds over metrics: which file each measure reads, and how a model answer
 import contextlib
 import dataclasses
 import json
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -16,6 +14,7 @@ import numpy
 from . import checkpoint, corpus
 from .checkpoint import Run
 from .config import Evaluate, Predict
+from .corpus import writing
 from .encoder import Model
 from .errors import ConfigError, DataError, ModelError
 from .metrics import Measure, crows_pairs
@@ -72,7 +71,7 @@ def _crows_pairs(run: Run, path: str, settings: Evaluate) -> Result:
         if settings.bias_type not in kinds:
             raise DataError(f"{path}: expected --bias-type to be one of {', '.join(kinds)}, got {settings.bias_type!r}")
         pairs = [p for p in pairs if p.bias_type == settings.bias_type]
-    longest = run.model.config.max_positions
+    longest = max_length(run.model, run.model.config.max_positions)
     notes = cut_note(run.tokenizer.encode([s for p in pairs for s in (p.more, p.less)], max_length=longest), longest, path)
     measures, examples = [], []
     for scoring in crows_pairs.SCORINGS:
@@ -236,29 +235,3 @@ def _to_label(run: Run, settings: Predict) -> tuple[list[str], list[str] | None]
         return [t.text for t in corpus.read_texts([source])], None
     examples = corpus.read_examples(source, text=text or "text", text_pair=pair)
     return [e.text for e in examples], [e.text_pair for e in examples] if pair else None
-
-
-@contextlib.contextmanager
-def writing(path: str | None) -> Iterator:
-    """A text file that takes its name only when the block ends well; None or "-" is standard output. Raises ConfigError where it cannot be written."""
-    if path in (None, "-"):
-        yield sys.stdout
-        return
-    target = Path(path)
-    if os.path.isdir(target):
-        raise ConfigError(f"{path}: expected a file to write, got a folder")
-    if os.path.exists(target) and not target.is_file():  # a device such as /dev/null
-        with open(target, "w", encoding="utf-8") as file:
-            yield file
-        return
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        file = open(partial, "w", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
-    try:
-        with file:
-            yield file
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)

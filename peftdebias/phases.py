@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy
+import torch
 
 from . import checkpoint, corpus, methods, patch, weights
 from .axes import load_axis
 from .cda import counterfactuals, families
 from .config import Downstream, Upstream, as_plain, checked
-from .encoder import Model
+from .encoder import MaskedLMHead, Model
 from .errors import ConfigError, DataError, PeftDebiasError
 from .evaluation import classification_measures, cut_note, encode_examples, max_length, positive_label
 from .metrics import Measure
@@ -122,10 +123,12 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
     cls = methods.method_class(settings.method)
     options = checked(cls.Config, settings.set or {}, f"--set, {cls.name}: ")
     with checkpoint.writing_run(settings.out, "upstream", _saved(settings), settings.overwrite) as run:
-        loaded = _load_base(settings, mlm=True, labels=())
+        loaded = _load_base(settings, mlm=None if settings.fresh_head else True, labels=())
         model, tokenizer = loaded.model, loaded.tokenizer
+        if settings.fresh_head:
+            _fresh_head(model, settings)
         checkpoint.attach_adapters(model, settings.adapter)
-        method = methods.create(settings.method, model.config, budget=settings.budget, options=options, seed=settings.seed)
+        method = methods.create(settings.method, model.config, budget=settings.budget, options=options, seed=settings.seed, max_length=settings.max_length)
         base = checkpoint.describe_base(model)
         if cls.trains_base:
             if model.methods:
@@ -146,6 +149,12 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
         schedule = _schedule(settings, settings.steps, settings.valid_every, precision)
         _tell(say, notes)
 
+        if settings.fresh_head:
+            head = {f"mlm.{name}": p for name, p in model.mlm.named_parameters()}
+            train_only(model, head.values())
+            _tell(say, [size_note("a new masked-LM head", head, model)])
+            train(model, task, head, dataclasses.replace(schedule, steps=settings.fresh_head), run.event, label="masked-LM head")
+
         def loop(parameters: dict, penalty=None) -> Outcome:
             train_only(model, parameters.values())
             notes.append(size_note(cls.name, parameters, model))
@@ -154,13 +163,22 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
 
         outcome = method.learn(model, loop)
         model.to("cpu")
-        if cls.trains_base:
+        if cls.trains_base or settings.fresh_head:
             weights.save_model(model, run.path / "model", tokenizer)
-        else:
+        if not cls.trains_base:
             _assert_frozen("base", base["sha256"], base_checksum(model))
             checkpoint.save_adapter(run.path / "adapter", method, axis.name, base)
         run.event(event="final", step=outcome.best_step, seconds=round(outcome.seconds, 1), **outcome.best)
     return PhaseResult(Path(settings.out), outcome, [], notes)
+
+
+def _fresh_head(model: Model, settings: Upstream) -> None:
+    """Give `model` a new masked-LM head, tied to its word embedding. Raises ConfigError where it has one."""
+    if model.mlm is not None:
+        raise ConfigError(f"--fresh-head: {settings.model} has a masked-LM head; expected a model without one")
+    model.mlm = MaskedLMHead(model.config)
+    model.initialize(model.mlm, torch.Generator().manual_seed(settings.seed))
+    model.eval()
 
 
 def _corpus_note(ready: FamilyIds, held_out: FamilyIds, axis: str) -> str:

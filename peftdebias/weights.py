@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .encoder import EncoderConfig, Model
 from .errors import ModelError
@@ -266,6 +267,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+class _NoInit(TorchFunctionMode):
+    """Inside the `with` block torch.nn.init leaves tensors as they are: the files fill them. (The meta device would import torch._dynamo: 2 s.)"""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return function(*args, **(kwargs or {}))
+
+
 def load_model(folder: str | Path, *, mlm: bool | None = None, labels: tuple[str, ...] | None = None, dtype: torch.dtype = torch.float32,
                seed: int = 0) -> tuple[Model, LoadReport]:
     """A model from a folder or cached name.
@@ -285,7 +295,7 @@ def load_model(folder: str | Path, *, mlm: bool | None = None, labels: tuple[str
         found = {name: t for name, t in found.items() if not name.startswith("classifier.output.")}
     has_mlm = "mlm.dense.weight" in found
     if mlm and not has_mlm:
-        raise ModelError(f"{folder}: expected a masked-LM head (cls.predictions or lm_head), found none; upstream training needs one")
+        raise ModelError(f"{folder}: expected a masked-LM head (cls.predictions or lm_head), found none; upstream training needs one (--fresh-head N trains a new one)")
     mlm = has_mlm if mlm is None else mlm
     decoder, word = found.pop("mlm.decoder.weight", None), found.get("embeddings.word.weight")
     # As transformers does: what the files hold wins over `tie_word_embeddings`; without a stored decoder there is nothing to untie.
@@ -293,9 +303,9 @@ def load_model(folder: str | Path, *, mlm: bool | None = None, labels: tuple[str
     config = dataclasses.replace(config, tied=decoder is None or (same and config.tied))
     if decoder is not None and mlm and not config.tied:
         found["mlm.decoder.weight"] = decoder
-    with torch.device("meta"):
+    with _NoInit():
         model = Model(config, mlm=mlm, labels=labels)
-    model = model.to(dtype).to_empty(device="cpu").eval()
+    model = model.to(dtype).eval()
     generator, new = torch.Generator().manual_seed(seed), []
     for part, module in (("mlm", model.mlm), ("classifier", model.classifier)):
         if module is not None:

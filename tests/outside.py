@@ -151,7 +151,8 @@ def attached(model: Model, name: str, method: str, seed: int = 1, untrained: boo
     return module
 
 
-def spelled_out(model: Model, batch: Batch, head: str, *, weights=None, linear=None, block=None, prefix=None, prompt=None, shift: int = 0, first_row="text") -> Tensor:
+def spelled_out(model: Model, batch: Batch, head: str, *, weights=None, linear=None, block=None, prefix=None, prompt=None, shift: int = 0,
+                first_row: str = "text") -> Tensor:
     """Logits of the head ("mlm" [M, V] or "class" [B, C]), text after text and line after line: no packing, no rows, no hooks, no fused weight.
 
     weights: by our names, in place of the model's own. linear(site, x, W, b), block(site, hidden, residual, norm): in place of x W^T + b and of hidden.

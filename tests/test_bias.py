@@ -1,12 +1,11 @@
 """Bias training read as a proof: every bias of the encoder and no other, added, merged and folded. What holds for every method: test_methods.py."""
 
 import pytest
-import torch
 
 from peftdebias import patch
 from peftdebias.methods import create
 
-from .outside import HIDDEN, LENGTHS, assert_close, assert_spelled_out, attached, batch_for, changed_weights, drawn_model, one_thread
+from .outside import assert_close, assert_spelled_out, attached, batch_for, changed_weights, drawn_model, one_thread
 
 
 @pytest.mark.parametrize("head", ["mlm", "class"])
@@ -31,7 +30,8 @@ def test_it_holds_every_bias_of_the_encoder_and_nothing_else():
 def test_two_add_up():
     model = drawn_model()
     one, two = attached(model, "gender", "bias", 1), attached(model, "race", "bias", 2)
-    assert_spelled_out(model, batch_for(model, "mlm"), "mlm", weights=changed_weights(model, {site: one.values[site] + two.values[site] for site in one.values}))
+    both = {site: one.values[site] + two.values[site] for site in one.values}
+    assert_spelled_out(model, batch_for(model, "mlm"), "mlm", weights=changed_weights(model, both))
 
 
 def test_a_keys_bias_shows_only_beside_a_prefix():

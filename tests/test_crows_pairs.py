@@ -10,8 +10,10 @@ import torch
 
 from peftdebias.batches import Sample, pack
 from peftdebias.errors import DataError
+from peftdebias.methods import Method
 from peftdebias.metrics import crows_pairs
 from peftdebias.metrics.crows_pairs import Pair, Scored, masked_places, measures, read_pairs, score_pairs
+from peftdebias.patch import attach
 from peftdebias.weights import load
 
 from .outside import one_thread  # noqa: F401
@@ -136,12 +138,22 @@ HEADER = ",sent_more,sent_less,stereo_antistereo,bias_type\n"
 
 def test_the_published_layout_is_read(tmp_path):
     path = written(tmp_path, "\ufeff" + HEADER + '0,"He, said ""no"".",She said.,stereo,gender\n1,a,b,antistereo,age\n')
-    assert read_pairs(path) == [Pair('He, said "no".', "She said.", "gender"), Pair("a", "b", "age")]
+    assert read_pairs(path) == [Pair('He, said "no".', "She said.", "gender"), Pair("a", "b", "age", "antistereo")]
+
+
+@pytest.mark.parametrize("scoring", crows_pairs.SCORINGS)
+def test_an_antistereo_pair_is_aligned_with_the_less_stereotyping_sentence_first(loaded, scoring):
+    """As the published scripts do; difflib gives another alignment the other way round."""
+    more, less = "he is a nurse is he", "is he a nurse he is"
+    stereo, turned, anti = score_pairs(loaded.model, loaded.tokenizer, [Pair(more, less, "gender"), Pair(less, more, "gender"), Pair(more, less, "gender", "antistereo")],
+                                       scoring)
+    assert (anti.more, anti.less) == (turned.less, turned.more) != (stereo.more, stereo.less)
 
 
 @pytest.mark.parametrize("content,words", [
     ("a,b\n1,2\n", "pairs.csv:1: no column 'sent_more'; columns: a, b"),
     ("sent_more,sent_less\nx,y\n", "pairs.csv:1: no column 'bias_type'"),
+    (HEADER + "0,a,b,sterio,gender\n", "pairs.csv:2: expected stereo or antistereo in stereo_antistereo, got 'sterio'"),
     (HEADER + "0,a,b,stereo,gender\n1,c,,stereo,gender\n", "pairs.csv:3: expected a sentence in sent_more and in sent_less, got an empty one"),
     (HEADER + "0,a,b,stereo,\n", "pairs.csv:2: empty label in column 'bias_type'"),
     (HEADER + "0,a,b\n", "pairs.csv:2: expected 5 fields, got 3"),
@@ -174,6 +186,19 @@ def test_sentences_longer_than_the_model_are_cut_and_counted(small, tmp_path):  
     assert [line.split()[0] for line in said.out.splitlines()[1:3]] == ["crows-pairs/nangia/gender", "crows-pairs/bias-bench/gender"]
     said = cli("evaluate", small.base, "--on", f"crows-pairs={path}", "--bias-type", "age")
     assert said.code == 2 and f"{path}: expected --bias-type to be one of gender, got 'age'" in said.err
+
+
+def test_a_module_that_takes_positions_leaves_less_room(small):  # noqa: F811
+    """As a prefix of 40 in peft's way does: texts are cut to the 24 positions that are left, where the encoder would refuse them."""
+    class Shift(Method):
+        name, Config, position_shift = "shift", object, 40
+
+    loaded = load(small.base, mlm=True, labels=())
+    attach(loaded.model, "gender", Shift(None, loaded.model.config))
+    long = Pair("he " + "is " * 50, "she " + "is " * 50, "gender")
+    (found,) = score_pairs(loaded.model, loaded.tokenizer, [long], "bias-bench")
+    (short,) = score_pairs(loaded.model, loaded.tokenizer, [Pair("he " + "is " * 21, "she " + "is " * 21, "gender")], "bias-bench")
+    assert (found.more, found.less) == (short.more, short.less)
 
 
 def test_real_pairs_on_a_real_model(shared):

@@ -14,7 +14,8 @@ from peftdebias.checkpoint import load_run
 from peftdebias.config import Evaluate
 from peftdebias.corpus import Example, read_examples
 from peftdebias.errors import ConfigError, DataError
-from peftdebias.evaluation import classification_measures, cut_note, parse_on, positive_label, writing
+from peftdebias.corpus import writing
+from peftdebias.evaluation import classification_measures, cut_note, parse_on, positive_label
 from peftdebias.tokens import Encoded
 
 from .outside import one_thread  # noqa: F401

@@ -8,8 +8,8 @@ from peftdebias.errors import ConfigError
 from peftdebias.methods import create
 from peftdebias.methods.ia3 import IA3Config, ia3_linear_ref
 
-from .outside import (FEED_FORWARD, HIDDEN, LAYERS, assert_close, assert_equals_peft, assert_spelled_out, attached, batch_for, drawn_model, one_thread, our_site,
-                      with_peft)
+from .outside import (FEED_FORWARD, HIDDEN, LAYERS, assert_close, assert_equals_peft, assert_spelled_out, attached, batch_for, drawn_model, one_thread,
+                      our_site, with_peft)
 
 OPTIONS = {
     "paper": ({}, {"attention.key", "attention.value"}, {"feed_forward.down"}),
@@ -21,13 +21,13 @@ each = pytest.mark.parametrize("options,outputs,inputs", OPTIONS.values(), ids=O
 
 
 def spelled(method, outputs, inputs):
-    """linear(site, x, W, b): one entry at a time of what is scaled."""
+    """linear(site, x, W, b) with the scales in the open."""
     def linear(site, x, weight, bias):
         kind = site.split(".", 2)[2]
         if kind in inputs:
-            x = torch.stack([x[:, j] * method.values[site][j] for j in range(x.shape[1])], 1)
+            x = x @ torch.diag(method.values[site])
         y = x @ weight.T + bias
-        return torch.stack([y[:, j] * method.values[site][j] for j in range(y.shape[1])], 1) if kind in outputs else y
+        return y @ torch.diag(method.values[site]) if kind in outputs else y
 
     return linear
 
@@ -46,11 +46,8 @@ def test_two_multiply():
     one, two = attached(model, "gender", "ia3", 1), attached(model, "race", "ia3", 2, inputs=("output", "down"))
 
     def linear(site, x, weight, bias):
-        scale = 1
-        for method in (one, two):
-            scale = scale * method.values.get(site, 1)
-        kind = site.split(".", 2)[2]
-        return ((x if kind in ("attention.key", "attention.value") else x * scale) @ weight.T + bias) * (scale if kind in ("attention.key", "attention.value") else 1)
+        scale = one.values.get(site, 1) * two.values.get(site, 1)
+        return (x @ weight.T + bias) * scale if site.endswith(("key", "value")) else (x * scale) @ weight.T + bias
 
     assert_spelled_out(model, batch_for(model, "mlm"), "mlm", linear=linear)
 
@@ -81,7 +78,8 @@ def test_reference():
 
 def test_names_and_shapes():
     method = create("ia3", drawn_model().config)
-    wanted = {f"layers.{i}.{kind}": (n,) for i in range(LAYERS) for kind, n in (("attention.key", HIDDEN), ("attention.value", HIDDEN), ("feed_forward.down", FEED_FORWARD))}
+    widths = {"attention.key": HIDDEN, "attention.value": HIDDEN, "feed_forward.down": FEED_FORWARD}
+    wanted = {f"layers.{i}.{kind}": (n,) for i in range(LAYERS) for kind, n in widths.items()}
     assert {name: tuple(p.shape) for name, p in method.parameters().items()} == wanted
     assert all((p == 1).all() for p in method.parameters().values())
 
@@ -91,10 +89,9 @@ def test_short_names_are_the_full_ones():
 
 
 def test_scaling_keeps_the_dtype_of_what_it_scales():
-    """bf16 products under float32 vectors stay bf16, as queries beside them are."""
-    model = drawn_model().float()
+    """Products in bf16 under wider vectors stay bf16, as the queries beside them are."""
+    model = drawn_model()
     attached(model, "gender", "ia3")
-    model.methods["gender"].parameters()
     hooks, x = model.encoder.hooks, torch.randn(3, HIDDEN, dtype=torch.bfloat16)
     weight, bias = torch.randn(HIDDEN, HIDDEN, dtype=torch.bfloat16), torch.randn(HIDDEN, dtype=torch.bfloat16)
     assert hooks.linear("layers.0.attention.key", x, weight, bias).dtype == torch.bfloat16
@@ -117,6 +114,7 @@ def test_equals_peft(kind, head):
     model = drawn_model(kind)
     method = attached(model, "gender", "ia3", inputs=("output", "down"))
     wrapped = with_peft(model, head, "IA3Config", **({"task_type": "SEQ_CLS"} if head == "class" else {}))
-    pairs = {name: (p, lambda own, shape=p.shape: own.view(shape), (method.values[our_site(model, name)],)) for name, p in wrapped.named_parameters() if "ia3_l" in name}
+    pairs = {name: (p, lambda own, shape=p.shape: own.view(shape), (method.values[our_site(model, name)],))
+             for name, p in wrapped.named_parameters() if "ia3_l" in name}
     assert len(pairs) == 4 * LAYERS
     assert_equals_peft(model, wrapped, pairs, head, batch_for(model, head))

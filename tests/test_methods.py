@@ -277,9 +277,12 @@ def test_all_kinds_at_once(kind, head):
             hidden = hidden + F.relu(norm(hidden + residual) @ v["down.weight"].T + v["down.bias"]) @ v["up.weight"].T + v["up.bias"]
         return hidden
 
+    def prefixes(i):
+        return [torch.cat([m.values[f"layers.{i}.{part}"] for m in (prefix, shifted)]) for part in ("key", "value")]
+
     deltas = {site: 2 * lora.values[site + ".b"] @ lora.values[site + ".a"] for site in lora.sites(model.config)} | bias.values
-    assert_spelled_out(model, batch_for(model, head), head, weights=changed_weights(model, deltas), linear=linear, block=block, shift=2, prompt=prompt.values["vectors"],
-                       prefix=lambda i: [torch.cat([prefix.values[f"layers.{i}.{part}"], shifted.values[f"layers.{i}.{part}"]]) for part in ("key", "value")])
+    assert_spelled_out(model, batch_for(model, head), head, weights=changed_weights(model, deltas), linear=linear, block=block, prefix=prefixes,
+                       prompt=prompt.values["vectors"], shift=2)
 
 
 @pytest.mark.parametrize("names", [("a",), ("b",), ("c", "d"), ("a", "c", "e")])
@@ -338,10 +341,11 @@ def test_one_per_cent_of_bert_base():
 @pytest.mark.parametrize("name", METHODS)
 def test_fixed_sizes_are_named_and_chosen_ones_too(name):
     size = method_class(name).size
-    if size is None and name in ("ia3", "bias", "full"):
+    assert (size is None) == (name in ("ia3", "bias", "full"))
+    if size is None:
         with pytest.raises(ConfigError, match=f"budget: {name} has a fixed size; expected no budget"):
             create(name, SHAPE, budget=0.01)
-    elif size is not None:
+    else:
         with pytest.raises(ConfigError, match=f"budget: chooses {name}'s {size}; expected no {size} beside it"):
             create(name, SHAPE, budget=0.01, options={size: 3})
 

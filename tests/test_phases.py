@@ -99,13 +99,14 @@ def test_what_is_frozen_asks_for_no_gradient(small, runs, tmp_path, monkeypatch)
     asked, original = [], phases.train
 
     def train(model, task, parameters, *args, **kwargs):
-        asked.append({name for name, p in patch.all_parameters(model).items() if p.requires_grad} ^ set(parameters))
+        trained = {id(p) for p in parameters.values()}
+        asked.append([name for name, p in patch.all_parameters(model).items() if p.requires_grad != (id(p) in trained)])
         return original(model, task, parameters, *args, **kwargs)
 
     monkeypatch.setattr(phases, "train", train)
     done("upstream", *small.learning(out=tmp_path / "up", adapter=runs["gender"], steps=1))
     done("downstream", *small.task(out=tmp_path / "down", adapter=[runs["gender"]], epochs=1))
-    assert asked == [set(), set()]
+    assert asked == [[], []]
 
 
 def test_a_frozen_part_that_moved_is_found_out(small, tmp_path, monkeypatch):  # noqa: F811
@@ -203,8 +204,11 @@ def test_class_weights_take_labels_with_an_equals_sign():
     assert parse_class_weights("a=b=2", ("a=b", "c")) == [2.0, 1.0]
 
 
-@pytest.mark.parametrize("text,words", [("c=1", "--class-weights c=1: expected LABEL=WEIGHT with LABEL one of a, b, got 'c'"), ("a", "expected LABEL=WEIGHT"), ("a=", "expected a positive number, got ''"),
-                                        ("a=x", "expected a positive number, got 'x'"), ("a=0", "got '0'"), ("a=-1", "got '-1'"), ("a=nan", "got 'nan'"), ("a=inf", "got 'inf'"), ("a=1,", "got ''")])  # fmt: skip
+@pytest.mark.parametrize("text,words", [
+    ("c=1", "--class-weights c=1: expected LABEL=WEIGHT with LABEL one of a, b, got 'c'"), ("a", "expected LABEL=WEIGHT"), ("a=1,", "got ''"),
+    ("a=", "expected a positive number, got ''"), ("a=x", "expected a positive number, got 'x'"), ("a=0", "got '0'"), ("a=-1", "got '-1'"),
+    ("a=nan", "got 'nan'"), ("a=inf", "got 'inf'"),
+])  # fmt: skip
 def test_class_weights_that_make_no_sense(text, words):
     with pytest.raises(ConfigError, match=words):
         parse_class_weights(text, ("a", "b"))

@@ -165,7 +165,8 @@ def test_encoder_only_files_load_and_save_without_heads(kind, tmp_path):
     assert found.mlm is None and found.classifier is None and report.lines() == []
     assert_same(tensors_of(found), tensors_of(model))
     words = message(lambda: load_model(tmp_path, mlm=True))
-    assert words == f"{tmp_path}: expected a masked-LM head (cls.predictions or lm_head), found none; upstream training needs one"
+    assert words == (f"{tmp_path}: expected a masked-LM head (cls.predictions or lm_head), found none; upstream training needs one "
+                     "(--fresh-head N trains a new one)")
 
 
 def test_a_decoder_of_its_own_is_kept_apart(saved):

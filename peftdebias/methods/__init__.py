@@ -77,6 +77,10 @@ class Method:
         """How many parameters it has as it is saved and used: a re-parametrised prefix flat, sparse values without their indices."""
         return sum(tensor.numel() for tensor in self.state().values() if tensor.is_floating_point())
 
+    def file_bytes(self) -> int:
+        """How many bytes its tensors take in a file."""
+        return 4 * self.count()
+
     def sites(self, encoder_config: EncoderConfig) -> tuple[str, ...]:
         """Names of the sites and parameters (see sites.linear_sites and its neighbours) that this method takes hold of."""
         return ()
@@ -155,7 +159,8 @@ class Method:
         return self.config
 
 
-METHODS: dict[str, str] = {"adapter": "Adapter", "prefix": "Prefix", "prompt": "Prompt", "lora": "LoRA", "sparse": "Sparse", "ia3": "IA3", "bias": "Bias", "full": "Full"}
+METHODS: dict[str, str] = {"adapter": "Adapter", "prefix": "Prefix", "prompt": "Prompt", "lora": "LoRA", "sparse": "Sparse", "ia3": "IA3", "bias": "Bias",
+                           "full": "Full"}
 """name -> class, each in the module of its name."""
 
 
@@ -183,7 +188,8 @@ def linear_kinds(chosen: tuple[str, ...], what: str) -> tuple[str, ...]:
     return tuple(kind for kind in LINEARS if kind in {known[name] for name in chosen})
 
 
-def create(name: str, encoder_config: EncoderConfig, *, budget: float | None = None, options: dict | None = None, seed: int = 0, max_length: int = 256) -> Method:
+def create(name: str, encoder_config: EncoderConfig, *, budget: float | None = None, options: dict | None = None, seed: int = 0,
+           max_length: int = 256) -> Method:
     """A new method. options: fields of its Config. budget: share of base_parameters that its size should come nearest to, with room left for texts of
     max_length tokens; the share reached is method.count() / base_parameters(encoder_config).
 
@@ -202,3 +208,18 @@ def create(name: str, encoder_config: EncoderConfig, *, budget: float | None = N
         raise ConfigError(f"budget: expected a share between 0 and 1, got {budget}")
     config = cls.size_for(encoder_config, round(budget * base_parameters(encoder_config)), **options)
     return cls(cls.capped(config, encoder_config, max_length), encoder_config, generator)
+
+
+def overview(encoder_config: EncoderConfig, budget: float, max_length: int = 256) -> list[tuple[str, ...]]:
+    """A row for every method: name, size chosen by `budget` (a fixed one says so), parameters, share of the base, KiB of its tensors, mergeable, foldable."""
+    rows, total = [], base_parameters(encoder_config)
+    for name in METHODS:
+        cls = method_class(name)
+        flags = tuple("yes" if flag else "no" for flag in (cls.mergeable, cls.foldable))
+        if cls.trains_base:
+            rows.append((name, "the base itself", f"{total:,}", "100.00 %", f"{total * 4 / 1024:,.0f}", "-", "-"))
+            continue
+        method = create(name, encoder_config, budget=None if cls.size is None else budget, max_length=max_length)
+        size = "fixed" if cls.size is None else f"{cls.size} {getattr(method.config, cls.size)}"
+        rows.append((name, size, f"{method.count():,}", f"{100 * method.count() / total:.2f} %", f"{method.file_bytes() / 1024:,.0f}", *flags))
+    return rows

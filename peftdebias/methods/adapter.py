@@ -9,7 +9,7 @@ down is [K, D], up [D, K], both with a bias. They are AdapterHub's `seq_bn`, `do
 untrained module changes nothing; Houlsby and Pfeiffer draw it near zero.
 
 The room: this file (specification, module), tests/test_adapter.py (proof).
-Left out: adapters of embeddings, invertible ones, fusion of several, dropout inside, LayerNorms of their own or trained beside them (Houlsby trains the base's).
+Left out: adapters of embeddings, invertible ones, fusion of several, dropout inside, LayerNorms of their own, the base's LayerNorms (Houlsby trains them).
 """
 
 import dataclasses

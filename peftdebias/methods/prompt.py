@@ -25,7 +25,10 @@ from . import Method
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
-    """length: P >= 1. positioned: the vectors take positions 0 to P - 1 and segment 0, the text follows. first_row: where a classifier reads, "text" or "prompt"."""
+    """length: P >= 1. positioned: the vectors take positions 0 to P - 1 and segment 0, the text follows.
+
+    first_row: where a classifier reads, at the "text"'s first token or the "prompt"'s first vector.
+    """
 
     length: int = 20
     positioned: bool = False

@@ -62,7 +62,7 @@ class Sparse(Method):
     Config = SparseConfig
     mergeable = True
     foldable = True
-    sized = True
+    size = "k"
 
     def __init__(self, config: SparseConfig, encoder_config: EncoderConfig, generator: torch.Generator | None = None):
         super().__init__(config, encoder_config, generator)
@@ -71,14 +71,15 @@ class Sparse(Method):
         self.indices: dict[str, Tensor] = {}
 
     @classmethod
-    def size_for(cls, encoder_config: EncoderConfig, target_parameters: int, **chosen) -> SparseConfig:
-        if "k" in chosen:
-            raise ConfigError("budget: chooses sparse's k; expected no k beside it")
-        return cls.Config(k=max(1, target_parameters), **chosen)
+    def parameters_for(cls, config: SparseConfig, encoder_config: EncoderConfig) -> int:
+        return config.k
 
     def count(self) -> int:
         """Parameters, known before it has learnt."""
         return self.config.k
+
+    def file_bytes(self) -> int:
+        return 8 * self.config.k  # an int32 index beside every float32 value
 
     def sites(self, encoder_config: EncoderConfig) -> tuple[str, ...]:
         linears = linear_sites(encoder_config)

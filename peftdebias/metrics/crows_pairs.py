@@ -30,11 +30,12 @@ SCORINGS = ("nangia", "bias-bench")
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """more: the sentence that stereotypes more."""
+    """more: the sentence that stereotypes more. direction: "stereo", or "antistereo" where the published pair goes against the stereotype."""
 
     more: str
     less: str
     bias_type: str
+    direction: str = "stereo"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +52,14 @@ class Scored:
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """The published csv (columns sent_more, sent_less, bias_type). Raises DataError that names file and line."""
-    examples = corpus.read_examples(path, text="sent_more", text_pair="sent_less", label="bias_type")
+    """The published csv (columns sent_more, sent_less, bias_type, stereo_antistereo). Raises DataError that names file and line."""
+    examples = corpus.read_examples(path, text="sent_more", text_pair="sent_less", label="bias_type", group="stereo_antistereo")
     for e in examples:
         if not (e.text.strip() and e.text_pair.strip()):
             raise DataError(f"{e.place}: expected a sentence in sent_more and in sent_less, got an empty one")
-    return [Pair(e.text, e.text_pair, e.label) for e in examples]
+        if e.group not in ("stereo", "antistereo"):
+            raise DataError(f"{e.place}: expected stereo or antistereo in stereo_antistereo, got {e.group!r}")
+    return [Pair(e.text, e.text_pair, e.label, e.group) for e in examples]
 
 
 def masked_places(first: Sequence[int], second: Sequence[int], scoring: str) -> tuple[list[int], list[int]]:
@@ -69,15 +72,19 @@ def masked_places(first: Sequence[int], second: Sequence[int], scoring: str) -> 
 
 
 def score_pairs(model: Model, tokenizer: Tokenizer, pairs: Sequence[Pair], scoring: str, batch_tokens: int = 8192) -> list[Scored]:
-    """Every pair scored in eval mode. scoring: one of SCORINGS."""
+    """Every pair scored in eval mode, cut to what the model can read. scoring: one of SCORINGS."""
     if scoring not in SCORINGS:
         raise ValueError(f"scoring: expected one of {', '.join(SCORINGS)}, got {scoring!r}")
-    encoded = tokenizer.encode([s for p in pairs for s in (p.more, p.less)], max_length=model.config.max_positions)
+    longest = model.config.max_positions - model.encoder.hooks.position_shift
+    encoded = tokenizer.encode([s for p in pairs for s in (p.more, p.less)], max_length=longest)
     questions: list[MaskedToken] = []
     ranges = []  # of each sentence in questions
     for i in range(len(pairs)):
         sides = [encoded[2 * i].ids, encoded[2 * i + 1].ids]
-        for ids, places in zip(sides, masked_places(*(side.tolist() for side in sides), scoring)):
+        # difflib's alignment depends on the order; the published scripts put the less stereotyping sentence of an antistereo pair first.
+        turn = -1 if pairs[i].direction == "antistereo" else 1
+        places_of = masked_places(*(side.tolist() for side in sides[::turn]), scoring)[::turn]
+        for ids, places in zip(sides, places_of):
             ranges.append((len(questions), len(questions) + len(places)))
             for place in places:
                 masked = ids.copy()

@@ -1,0 +1,78 @@
+"""Each method through both phases as a user runs them: it learns, its files come back, and what is printed is what the files give."""
+
+import json
+
+import pytest
+
+from peftdebias import checkpoint
+from peftdebias.methods import METHODS, create
+from peftdebias.weights import load, load_model
+
+from .small import cli, done, lines, save_bert, sha256, small  # noqa: F401
+
+MODULES = [name for name in METHODS if name != "full"]
+
+
+def learn(small, out, method, **changes):  # noqa: F811
+    return done("upstream", *small.learning(method=method, out=out, **{"set": None} | changes))
+
+
+@pytest.mark.parametrize("method", MODULES)
+def test_both_phases_and_back_from_the_files(method, small, tmp_path):  # noqa: F811
+    said = learn(small, tmp_path / "up", method, budget=0.01 if create(method, load_model(small.base)[0].config).size else None)
+    assert f"trained: {method}, " in said.err
+    header = json.loads((tmp_path / "up" / "adapter" / "adapter.json").read_text())
+    assert header["method"] == method and header["axis"] == "gender" and not (tmp_path / "up" / "model").exists()
+    events = lines(tmp_path / "up" / "metrics.jsonl")
+    assert events[0]["step"] == 0 and events[-1]["event"] == "final"
+
+    run = checkpoint.load_run(small.base, (str(tmp_path / "up"),))
+    again = run.model.methods["gender"]
+    checkpoint.save_adapter(tmp_path / "again", again, "gender", header["base"])
+    for name in ("adapter.json", "adapter.safetensors"):
+        assert sha256(tmp_path / "again" / name) == sha256(tmp_path / "up" / "adapter" / name)
+
+    done("downstream", *small.task(adapter=tmp_path / "up", out=tmp_path / "down", epochs=1))
+    printed = {m["name"]: m["value"] for m in lines(tmp_path / "down" / "metrics.jsonl")[-1]["measures"]}
+    done("evaluate", tmp_path / "down", "--on", f"classification={small.test}", "--json", tmp_path / "m.json")
+    reloaded = {m["name"]: m["value"] for m in json.loads((tmp_path / "m.json").read_text())["measures"]}
+    assert printed == reloaded
+    assert sha256(tmp_path / "down" / "adapter" / "adapter.safetensors") == sha256(tmp_path / "up" / "adapter" / "adapter.safetensors")
+
+
+def test_sparse_learns_in_two_stages(small, tmp_path):  # noqa: F811
+    said = learn(small, tmp_path / "up", "sparse", set="k=50")
+    trained = [line for line in said.err.splitlines() if line.startswith("trained: sparse")]
+    assert len(trained) == 2 and "50 parameters" in trained[1]
+
+
+def test_a_reparametrised_prefix_is_saved_flat(small, tmp_path):  # noqa: F811
+    done("upstream", *small.learning(method="prefix", out=tmp_path / "up", set=["reparametrised=true", "length=3", "inner=8"]))
+    header = json.loads((tmp_path / "up" / "adapter" / "adapter.json").read_text())
+    assert header["config"]["reparametrised"] is False and header["config"]["length"] == 3
+
+
+def test_different_kinds_compose_downstream(small, tmp_path):  # noqa: F811
+    for method in ("lora", "adapter", "prefix"):
+        learn(small, tmp_path / method, method)
+    done("downstream", *small.task(adapter=[tmp_path / m for m in ("lora", "adapter", "prefix")], out=tmp_path / "down", epochs=1))
+    run = checkpoint.load_run(tmp_path / "down")
+    assert [m.name for m in run.model.methods.values()] == ["lora", "adapter", "prefix"] and list(run.model.methods) == ["gender", "gender-2", "gender-3"]
+
+
+def test_a_fresh_head_is_trained_with_the_encoder_frozen_and_saved(small, tmp_path):  # noqa: F811
+    bare = save_bert(tmp_path / "bare", load(small.base).tokenizer, mlm=False)
+    said = done("upstream", *small.learning(model=bare, out=tmp_path / "up", fresh_head=4))
+    assert "trained: a new masked-LM head" in said.err
+    before, after = load_model(bare)[0], load_model(tmp_path / "up" / "model", mlm=True)[0]
+    assert all(p.equal(q) for p, q in zip(before.encoder.parameters(), after.encoder.parameters()))
+    done("evaluate", tmp_path / "up", "--on", f"perplexity={small.heldout}")
+    refused = cli("upstream", *small.learning(out=tmp_path / "two", fresh_head=4))
+    assert refused.code == 2 and "--fresh-head" in refused.err and "has a masked-LM head; expected a model without one" in refused.err
+    assert not (tmp_path / "two").exists()
+
+
+def test_the_table_of_methods(small):  # noqa: F811
+    said = done("methods", "--model", small.base, "--budget", "0.02")
+    rows = {line.split()[0]: line for line in said.out.splitlines()}
+    assert set(METHODS) <= set(rows) and "rank" in rows["lora"] and "fixed" in rows["bias"] and "%" in rows["sparse"]
