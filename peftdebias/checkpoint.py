@@ -85,8 +85,11 @@ def read_header(folder: Path) -> dict:
     return header
 
 
-def load_adapter(folder: str | Path, model: Model) -> Adapter:
-    """The module of a run or adapter folder, for `model`. Raises AdapterError where it was made for another base, naming both."""
+def load_adapter(folder: str | Path, model: Model, force: bool = False) -> Adapter:
+    """The module of a run or adapter folder, for `model`. Raises AdapterError where it was made for another base, naming both.
+
+    force: a warning in place of that error; tensors whose shapes do not fit are still refused.
+    """
     folder = Path(folder)
     if not folder.exists():
         raise AdapterError(f"adapter {str(folder)!r}: no such folder")
@@ -101,7 +104,7 @@ def load_adapter(folder: str | Path, model: Model) -> Adapter:
         method = cls(cls.Config(**chosen), model.config)
     except (ConfigError, TypeError, AttributeError) as error:
         raise AdapterError(f"{folder / 'adapter.json'}: {error}") from None
-    check_base(folder, header["base"], model)
+    check_base(folder, header["base"], model, force)
     try:
         method.load(safetensors.torch.load_file(folder / "adapter.safetensors"))
     except FileNotFoundError:
@@ -112,25 +115,29 @@ def load_adapter(folder: str | Path, model: Model) -> Adapter:
     return Adapter(method, header["axis"], header["base"], folder, rest)
 
 
-def check_base(folder: Path, base: dict, model: Model) -> None:
-    """Raises AdapterError where `base` is not this model's; warns where it carries no checksum."""
+def check_base(folder: Path, base: dict, model: Model, force: bool = False) -> None:
+    """Raises AdapterError where `base` is not this model's, or warns with `force`; warns where it carries no checksum."""
     own = {"type": model.config.kind, "layers": model.config.layers, "hidden": model.config.hidden, "vocab": model.config.vocab}
-    theirs = {key: base.get(key) for key in own}
+    theirs, wrong = {key: base.get(key) for key in own}, None
     if theirs != own:
-        raise AdapterError(f"{folder}: made for {_named(theirs)}; expected {_named(own)}, the model given")
-    if not base.get("sha256"):
+        wrong = f"{folder}: made for {_named(theirs)}; expected {_named(own)}, the model given"
+    elif not base.get("sha256"):
         warnings.warn(f"{folder}: carries no checksum of its base; whether it belongs to this model cannot be checked", stacklevel=3)
     elif base["sha256"] != (found := patch.base_checksum(model)):
-        raise AdapterError(f"{folder}: made for the base with checksum {base['sha256'][:12]}; expected {found[:12]}, the model given")
+        wrong = f"{folder}: made for the base with checksum {base['sha256'][:12]}; expected {found[:12]}, the model given"
+    if wrong and not force:
+        raise AdapterError(f"{wrong} (--force goes on where shapes allow it)")
+    if wrong:
+        warnings.warn(f"{wrong}; going on by --force", stacklevel=3)
 
 
 def _named(base: dict) -> str:
     return f"{base['type']} of {base['layers']} layers, hidden {base['hidden']}, vocabulary {base['vocab']}"
 
 
-def attach_adapters(model: Model, folders: tuple[str, ...]) -> list[Adapter]:
+def attach_adapters(model: Model, folders: tuple[str, ...], force: bool = False) -> list[Adapter]:
     """Load and attach each folder's module, all of a run's, under its axis (the second of an axis as `axis-2`), in order."""
-    adapters = [load_adapter(one, model) for folder in folders for one in adapter_folders(Path(folder)) or [folder]]
+    adapters = [load_adapter(one, model, force) for folder in folders for one in adapter_folders(Path(folder)) or [folder]]
     for adapter in adapters:
         name, count = adapter.axis, 1
         while name in model.methods:
@@ -217,10 +224,11 @@ class Run:
     report: weights.LoadReport
 
 
-def load_run(path: str | Path, adapters: tuple[str, ...] = (), device: str | torch.device = "cpu", **options) -> Run:
+def load_run(path: str | Path, adapters: tuple[str, ...] = (), device: str | torch.device = "cpu", force: bool = False,
+             dtype: torch.dtype = torch.float32, **options) -> Run:
     """A run folder (its base, head and modules) or a plain model folder, plus further `adapters`; in eval mode.
 
-    options: of weights.load_model. An upstream run of a module keeps no base: it is loaded from where the run found it.
+    force: as in load_adapter. dtype: of all parameters at the end. options: of weights.load_model. An upstream run of a module keeps no base: it is loaded from where the run found it.
     """
     path, config = Path(path), {}
     own: list[Path] = []
@@ -235,8 +243,8 @@ def load_run(path: str | Path, adapters: tuple[str, ...] = (), device: str | tor
                 loaded = weights.load(config["model"], **options)
             except ModelError as error:
                 raise ModelError(f"{path}: a module, whose base was {config['model']}: {error}") from None
-    attach_adapters(loaded.model, (*map(str, own), *adapters))
-    return Run(loaded.model.to(device).eval(), loaded.tokenizer, config, loaded.report)
+    attach_adapters(loaded.model, (*map(str, own), *adapters), force)
+    return Run(loaded.model.to(device, dtype).eval(), loaded.tokenizer, config, loaded.report)
 
 
 def versions() -> dict:

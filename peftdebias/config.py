@@ -34,6 +34,7 @@ class Training:
     device: str = option("cpu, cuda, cuda:1, ...; auto takes a GPU where there is one", "auto")
     precision: str = option("float32 or bf16 (autocast, on a GPU only); auto is bf16 on a GPU", "auto", choices=("auto", "float32", "bf16"))
     overwrite: bool = option("replace --out if it exists", False)
+    force: bool = option("attach modules that were made for another base, where shapes allow it", False)
 
     def __post_init__(self):
         if self.batch_size is not None and self.batch_tokens is not None:
@@ -128,6 +129,7 @@ class Evaluate:
     samples: int = option("bootstrap samples for the intervals", 1000)
     seed: int = option("of the bootstrap and of the perplexity's masks", 0)
     device: str = option("cpu, cuda, ...; auto takes a GPU where there is one", "auto")
+    force: bool = option("attach modules that were made for another base, where shapes allow it", False)
     json: str | None = option("write the measures there", None, metavar="FILE")
     examples: str | None = option("write the scores of every example there, as jsonl", None, metavar="FILE")
 

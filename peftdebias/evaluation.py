@@ -180,14 +180,27 @@ def parse_on(entries: tuple[str, ...]) -> list[tuple[str, str]]:
     return parsed
 
 
+def systems(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Which modules to switch off for each system that is measured: {prefix of its measures' names: off}.
+
+    One module or none: the model as it is. Several: besides it the base without them, and each module alone, so that what one axis's module does to the
+    other axis's measures stands in the same table.
+    """
+    if len(names) < 2:
+        return {"": ()}
+    return {"": (), "base/": names} | {f"only-{name}/": tuple(n for n in names if n != name) for name in names}
+
+
 def evaluate_run(run: Run, settings: Evaluate) -> Result:
-    """All that settings.on asks for, on a loaded run."""
+    """All that settings.on asks for, on a loaded run; see `systems` for one with several modules."""
     total = Result([], [], [])
-    for name, path in parse_on(settings.on):
-        found = ON[name](run, path, settings)
-        total.measures += found.measures
-        total.examples += found.examples
-        total.notes += found.notes
+    for prefix, off in systems(tuple(run.model.methods)).items():
+        with run.model.without(*off):
+            for name, path in parse_on(settings.on):
+                found = ON[name](run, path, settings)
+                total.measures += [dataclasses.replace(m, name=prefix + m.name) for m in found.measures]
+                total.examples += [row | {"measure": prefix + row["measure"]} for row in found.examples]
+                total.notes += [note for note in found.notes if note not in total.notes]
     return total
 
 
@@ -198,7 +211,7 @@ def evaluate(settings: Evaluate) -> Result:
     parse_on(settings.on)
     with contextlib.ExitStack() as opened:
         files = {name: opened.enter_context(writing(path)) for name in ("json", "examples") if (path := getattr(settings, name))}
-        run = checkpoint.load_run(settings.model, settings.adapter, pick_device(settings.device))
+        run = checkpoint.load_run(settings.model, settings.adapter, pick_device(settings.device), settings.force)
         result = evaluate_run(run, settings)
         if "json" in files:
             files["json"].write(json.dumps({"measures": [m.as_json() for m in result.measures]}, indent=2) + "\n")

@@ -127,7 +127,7 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
         model, tokenizer = loaded.model, loaded.tokenizer
         if settings.fresh_head:
             _fresh_head(model, settings)
-        checkpoint.attach_adapters(model, settings.adapter)
+        checkpoint.attach_adapters(model, settings.adapter, settings.force)
         method = methods.create(settings.method, model.config, budget=settings.budget, options=options, seed=settings.seed, max_length=settings.max_length)
         base = checkpoint.describe_base(model)
         if cls.trains_base:
@@ -216,7 +216,7 @@ def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: N
         loaded = _load_base(settings, mlm=False, labels=labels)
         model, tokenizer = loaded.model, loaded.tokenizer
         notes = loaded.report.lines()
-        adapters = checkpoint.attach_adapters(model, settings.adapter)
+        adapters = checkpoint.attach_adapters(model, settings.adapter, settings.force)
         frozen = {name: patch.checksum(m.state()) for name, m in model.methods.items()}
         longest = max_length(model, settings.max_length)
         encoded = {name: encode_examples(tokenizer, examples, longest) for name, examples in splits.items()}

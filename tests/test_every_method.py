@@ -60,6 +60,33 @@ def test_different_kinds_compose_downstream(small, tmp_path):  # noqa: F811
     assert [m.name for m in run.model.methods.values()] == ["lora", "adapter", "prefix"] and list(run.model.methods) == ["gender", "gender-2", "gender-3"]
 
 
+def test_evaluate_shows_what_each_module_does_alone(small, tmp_path):  # noqa: F811
+    for method in ("lora", "adapter"):
+        learn(small, tmp_path / method, method)
+    both = ["--adapter", tmp_path / "lora", "--adapter", tmp_path / "adapter"]
+
+    def values(name, *modules):
+        done("evaluate", small.base, *modules, "--on", f"perplexity={small.heldout}", "--json", tmp_path / name)
+        return {m["name"]: m["value"] for m in json.loads((tmp_path / name).read_text())["measures"]}
+
+    found, base, lora = values("both.json", *both), values("base.json"), values("lora.json", *both[:2])
+    assert set(found) == {f"{system}{name}" for system in ("", "base/", "only-gender/", "only-gender-2/") for name in ("mlm-loss", "perplexity")}
+    assert found["base/mlm-loss"] == base["mlm-loss"] and found["only-gender/mlm-loss"] == lora["mlm-loss"] != base["mlm-loss"]
+    assert len({round(v, 9) for n, v in found.items() if n.endswith("mlm-loss")}) == 4
+
+
+def test_force_goes_on_where_shapes_allow_it(small, tmp_path):  # noqa: F811
+    learn(small, tmp_path / "up", "lora")
+    other = save_bert(tmp_path / "other", load(small.base).tokenizer, seed=5)
+    wide = save_bert(tmp_path / "wide", load(small.base).tokenizer, hidden=48)
+    on = ["--on", f"perplexity={small.heldout}", "--adapter", tmp_path / "up"]
+    refused = cli("evaluate", other, *on)
+    assert refused.code == 2 and "made for the base with checksum" in refused.err and "--force goes on where shapes allow it" in refused.err
+    assert "going on by --force" in done("evaluate", other, *on, "--force").err
+    said = cli("evaluate", wide, *on, "--force")
+    assert said.code == 2 and "expected shape" in said.err.splitlines()[-1]
+
+
 def test_a_fresh_head_is_trained_with_the_encoder_frozen_and_saved(small, tmp_path):  # noqa: F811
     bare = save_bert(tmp_path / "bare", load(small.base).tokenizer, mlm=False)
     said = done("upstream", *small.learning(model=bare, out=tmp_path / "up", fresh_head=4))
