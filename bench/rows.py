@@ -1,0 +1,171 @@
+"""A row: one figure of one provider in one setting, with all that is needed to read it later; tables are made from rows alone.
+
+What it adds over measure.py: names, JSON and Markdown. It leaves out measuring.
+"""
+
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import ROOT
+
+MODES = ("forward", "backward", "full", "step")
+UNITS = {"time": "ms", "rate": "valid tokens/s", "arithmetic": "TFLOP/s", "bandwidth": "GB/s", "peak memory": "MiB"}
+"""metric_name -> metric_unit. time: of one step (mode step) or one call. peak memory: above what lay there once the weights were loaded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """y_50, y_20, y_80: median and quantiles over the repeats, all three the same where there is one. extra_config: whatever JSON holds."""
+
+    kernel_name: str
+    provider: str
+    mode: str
+    metric_name: str
+    metric_unit: str
+    x_name: str
+    x_value: float
+    y_50: float
+    y_20: float
+    y_80: float
+    extra_config: dict
+    device_name: str
+    torch_version: str
+    triton_version: str | None
+    commit: str
+    timestamp: str
+
+
+# ---------------------------------------------------------------- where and with what
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's as Linux gives it with the vector width that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M) if Path("/proc/cpuinfo").exists() else None
+    return f"CPU {found[1].strip() if found else 'unknown'}"
+
+
+def slug(device: torch.device) -> str:
+    """device_name as part of a file name: `cpu-amd-epyc`, `nvidia-h200`."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+@functools.cache
+def version(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of this checkout, `+changes` where files differ from it; `unknown` where git does not say."""
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    # What was measured is the code; results written beside it do not count as a change of it.
+    return "unknown" if head is None else head + ("+changes" if git("status", "--porcelain", "--", ".", ":!bench/results") else "")
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+# ---------------------------------------------------------------- files and tables
+
+def write(path: Path, rows: Sequence[Row], title: str) -> None:
+    """FILE.json with the rows, and beside it FILE.md with their tables."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(f"# {title}\n\n{table(rows)}\n", encoding="utf-8")
+
+
+def read(path: Path) -> list[Row]:
+    return [Row(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: where and with what, then a table a case. `of baseline` is a provider's median time over that of the case's first provider."""
+    if not rows:
+        return "Nothing was measured."
+    out = [_facts(rows)]
+    for name, mode in dict.fromkeys((row.kernel_name, row.mode) for row in rows):
+        group = [row for row in rows if (row.kernel_name, row.mode) == (name, mode)]
+        metrics = [metric for metric in UNITS if any(row.metric_name == metric for row in group)]
+        heads = ["size", group[0].x_name, "provider", *(f"{m}, {UNITS[m]}" for m in metrics)]
+        if "time" in metrics:
+            heads.insert(4, "of baseline")
+        out += ["", f"## {name} ({mode})", "", "| " + " | ".join(heads) + " |", "|---" * 3 + "|---:" * (len(heads) - 3) + "|"]
+        for key in dict.fromkeys(_line(row) for row in group):
+            found = {row.metric_name: row for row in group if _line(row) == key}
+            cells = [_cell(found.get(m)) for m in metrics]
+            if "time" in metrics:
+                cells.insert(1, _ratio(found["time"], group) if "time" in found else "")
+            out.append("| " + " | ".join([*map(str, key), *cells]) + " |")
+        out += _settings(group)
+    return "\n".join(out)
+
+
+def _settings(group: Sequence[Row]) -> list[str]:
+    """What each line of a table was measured on, in words; with x where it differs between the x of one size."""
+    words = dict.fromkeys((row.extra_config.get("size", ""), f"{row.x_name} {row.x_value:g}", row.extra_config.get("setting", "")) for row in group)
+    found = []
+    for size in dict.fromkeys(key[0] for key in words):
+        mine = [(x, text) for s, x, text in words if s == size and text]
+        same = len({text for _, text in mine}) == 1
+        found += [f"- {size}: {mine[0][1]}"] if same else [f"- {size}, {x}: {text}" for x, text in mine]
+    return ["", *found] if found else []
+
+
+def _line(row: Row) -> tuple:
+    return row.extra_config.get("size", ""), f"{row.x_value:g}", row.provider
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row.y_20 == row.y_80:
+        return _number(row.y_50)
+    return f"{_number(row.y_50)} ({_number(row.y_20)} to {_number(row.y_80)})"
+
+
+def _number(y: float) -> str:
+    return f"{y:,.0f}" if abs(y) >= 1000 else f"{y:.3g}"
+
+
+def _ratio(row: Row, group: Sequence[Row]) -> str:
+    base = [r for r in group if r.metric_name == "time" and r.provider == row.extra_config.get("baseline") and _line(r)[:2] == _line(row)[:2]]
+    return f"{row.y_50 / base[0].y_50:.2f}" if base else "no baseline"
+
+
+def _facts(rows: Sequence[Row]) -> str:
+    def all_of(key) -> str:
+        return ", ".join(dict.fromkeys(str(key(row)) for row in rows))
+
+    libraries = dict.fromkeys(f", {name} {v}" for row in rows for name, v in row.extra_config.get("versions", {}).items())
+    loads = [row.extra_config["load_average"] for row in rows if "load_average" in row.extra_config] or [float("nan")]
+    return "\n".join((
+        f"- {all_of(lambda r: r.device_name)}; {all_of(lambda r: r.extra_config.get('device', '?'))}",
+        f"- torch {all_of(lambda r: r.torch_version)}, triton {all_of(lambda r: r.triton_version)}" + "".join(libraries),
+        f"- commit {all_of(lambda r: r.commit)}; {min(r.timestamp for r in rows)} to {max(r.timestamp for r in rows)}",
+        f"- load average {all_of(lambda r: r.extra_config.get('load_at_start', '?'))} at the start, {min(loads):.1f} to {max(loads):.1f} later, this run's own threads "
+        "among them",
+        "- median (20 % and 80 % quantile) over the repeats; every provider gave equal results before it was timed",
+    ))

@@ -1,0 +1,135 @@
+"""python bench/run.py [NAME...]: checks that all providers compute the same, then times them; on a CPU.
+
+Exit code 0; 1 where providers disagree (then nothing is timed); 2 on bad arguments. bench/gpu.py does the same on a GPU; README.md says how to add a case.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import measure, rows  # noqa: E402
+from bench.cases import CASES, SIZES, Case, Setting  # noqa: E402
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"bench: {message}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Parser(prog="bench/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("names", nargs="*", metavar="NAME", help="cases to run, or the stem of some: lora (default: all); --list shows them")
+    top.add_argument("--size", default="tiny", metavar="S[,S...]", help=f"sizes of the base model: {', '.join(SIZES)} (default tiny)")
+    top.add_argument("--repeats", type=int, metavar="N", help="times that every provider is timed (default: by size, " +
+                     ", ".join(f"{name} {size.repeats}" for name, size in SIZES.items()) + ")")
+    top.add_argument("--batches", type=int, metavar="N", help="batches in one pass of a step (default: by size)")
+    top.add_argument("--out", type=Path, metavar="FILE.json", help="write the rows there, and FILE.md beside it")
+    top.add_argument("--compile", action="store_true", help="with torch.compile as a further baseline (slow to start on a CPU)")
+    top.add_argument("--memory", action="store_true", help="with peak memory, every provider of a step in a fresh process")
+    top.add_argument("--list", action="store_true", help="show the cases and leave")
+    top.add_argument("--memory-of", metavar="PROVIDER", help=argparse.SUPPRESS)  # what --memory starts: one case, one size, one x; prints one number
+    top.add_argument("--x", type=float, help=argparse.SUPPRESS)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    sizes = arguments.size.split(",")
+    chosen = [name for name in CASES if not arguments.names or any(name == given or name.startswith(given + "_") for given in arguments.names)]
+    for kind, given, known in (("case", arguments.names, {*CASES, *(name.split("_")[0] for name in CASES)}), ("size", sizes, SIZES)):
+        for name in given:
+            if name not in known:
+                return complain(f"no {kind} {name!r}; expected one of {', '.join(CASES if kind == 'case' else SIZES)}")
+    for flag, value in (("--repeats", arguments.repeats), ("--batches", arguments.batches)):
+        if value is not None and value < 1:
+            return complain(f"{flag}: expected at least 1, got {value}")
+    if arguments.out and (arguments.out.suffix != ".json" or arguments.out.is_dir()):
+        return complain(f"--out {arguments.out}: expected a file name that ends in .json")
+    if arguments.list:
+        print(listing())
+        return 0
+    with tempfile.TemporaryDirectory(prefix="peftdebias-bench-") as folder:
+        settings = [(case, Setting(size, x, Path(folder), batches=arguments.batches, longest=min(128, SIZES[size].positions)))
+                    for case in map(CASES.get, chosen) for size in (sizes if case.sized else sizes[:1]) for x in case.x_values]
+        if arguments.memory_of:
+            case, setting = next((case, setting) for case, setting in settings if setting.x == arguments.x)
+            print(json.dumps(measure.cpu_peak(case.providers[arguments.memory_of], setting)))
+            return 0
+        return run(settings, arguments)
+
+
+def run(settings: list[tuple[Case, Setting]], arguments) -> int:
+    """All equality checks, then all times."""
+    taking_part = {case.name: measure.taking_part(case, arguments.compile, say) for case, _ in settings}
+    try:
+        shares = [check(case, setting, taking_part[case.name]) for case, setting in settings]
+    except measure.Unequal as red:
+        print(red)
+        return 1
+    load, processors = os.getloadavg()[0], os.cpu_count()
+    if load > 0.5 * processors:
+        say(f"load average {load:.1f} on {processors} processors: the times will be those of a busy machine")
+    found = []
+    for (case, setting), share in zip(settings, shares):
+        say(f"{title(case, setting)}: timing")
+        memory = memory_gauge(case, setting, arguments) if arguments.memory and case.mode == "step" else None
+        found += measure.time_case(case, setting, taking_part[case.name], arguments.repeats or setting.size.repeats, shares=share, memory=memory, say=say)
+    print(rows.table(found))
+    if arguments.out:
+        rows.write(arguments.out, found, f"Measured by bench/run.py on {found[0].device_name if found else 'nothing'}")
+        say(f"result: {arguments.out} and {arguments.out.with_suffix('.md')}")
+    return 0
+
+
+def check(case: Case, setting: Setting, providers: dict) -> dict[str, float]:
+    """measure.check with a line on standard error."""
+    shares = measure.check(case, setting, providers, say)
+    if shares:
+        say(f"{title(case, setting)}: equal (largest difference {max(shares.values()):.2g} of the allowed one)")
+    return shares
+
+
+def memory_gauge(case: Case, setting: Setting, arguments):
+    def gauge(provider: str) -> float | None:
+        if case.providers[provider].compiled:
+            return None  # a fresh process would count the compiler's memory
+        command = [sys.executable, __file__, case.name, "--size", setting.size_name, "--batches", str(setting.number), "--x", str(setting.x),
+                   "--memory-of", provider]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            say(f"{title(case, setting)}: {provider}: peak memory is not measured: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+            return None
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return gauge
+
+
+def title(case: Case, setting: Setting) -> str:
+    return f"{case.name}, {setting.size_name}, {case.x_name} {setting.x:g}"
+
+
+def listing() -> str:
+    lines = []
+    for case in CASES.values():
+        values = ", ".join(f"{x:g}" for x in case.x_values)
+        lines += [f"{case.name:<12} {case.mode:<8} {case.what}", f"{'':<22}{case.x_name} {values}; providers: {'; '.join(case.providers)}"]
+    return "\n".join(lines)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def complain(line: str) -> int:
+    say(f"bench: {line}")
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
