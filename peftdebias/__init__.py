@@ -17,6 +17,7 @@ _HOME = {
     "attach": "patch", "detach": "patch", "merge": "patch", "unmerge": "patch",
     "upstream": "phases", "downstream": "phases", "evaluate": "evaluation", "predict": "evaluation",
     "load_run": "checkpoint",
+    "attach_to": "foreign", "load": "embedding", "Debiased": "embedding",
     "export_adapter": "interchange", "import_adapter": "interchange",
     "PeftDebiasError": "errors",
 }

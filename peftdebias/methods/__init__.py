@@ -52,7 +52,7 @@ class Method:
     @classmethod
     def parameters_for(cls, config, encoder_config: EncoderConfig) -> int:
         """How many parameters a module of `config` has as it is saved: a straight line in the field `size`. Methods with a `size` say it."""
-        raise NotImplementedError
+        raise ConfigError(f"budget: {cls.name} has a fixed size; expected no budget")
 
     @classmethod
     def size_for(cls, encoder_config: EncoderConfig, target_parameters: int, **chosen):

@@ -1,0 +1,210 @@
+"""LoRA, sparse, (IA)^3 and bias modules on a user's own BERT or RoBERTa, found by module name; transformers is not imported.
+
+    W' = (W + deltas) * inputs * outputs[:, None]        b' = (b + deltas) * outputs
+
+What it adds over patch.py: the host is any nn.Module. Weights and biases are parametrised (torch.nn.utils.parametrize): whoever reads `query.weight` there gets
+W'. The host's own tensors are never written to, so taking a module off leaves the original bits. Embedding tables get their delta in a forward hook, on the
+rows looked up: a decoder tied to the table keeps the base, as in our own model.
+
+It leaves out methods that do more than change weights (adapters, prefixes, prompts), LoRA's dropout (it is off here), and hosts whose Q, K and V are one tensor.
+While a module is attached, the host's state_dict names its changed tensors `parametrizations.weight.original`: save after `remove`.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from . import checkpoint
+from .encoder import EncoderConfig, Model
+from .errors import AdapterError
+from .methods import Method, method_class
+from .sites import add_delta, linear_shape
+from .weights import ENCODER_NAMES, from_foreign
+
+TABLES = ("embeddings.word", "embeddings.position", "embeddings.segment")
+
+
+class Changed(nn.Module):
+    """The parametrization of one weight or bias: (method, site) pairs in `parts`; deltas of all first, then scales of all, as sites.Hooks does.
+
+    order: the names of the host's parameters before the first of them was changed, since an optimizer's state goes by it.
+    """
+
+    def __init__(self, kind: str, order: list[str]):
+        super().__init__()
+        self.kind, self.order = kind, order
+        self.parts: list[tuple[Method, str]] = []
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """[out, in] or [out] -> the same shape."""
+        for method, site in self.parts:
+            tensor = add_delta(tensor, method.delta(site + ".bias" if self.kind == "bias" else site))
+        for method, site in self.parts:
+            inputs, outputs = method.scale(site)
+            if inputs is not None and self.kind == "weight":
+                tensor = tensor * inputs.to(tensor.dtype)
+            if outputs is not None:
+                tensor = tensor * outputs.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1))
+        return tensor
+
+
+class Attached:
+    """What attach_to gives back. method: its own parameters are `parameters()`. places: our site -> their module's name."""
+
+    def __init__(self, method: Method, places: dict[str, str]):
+        self.method, self.places = method, places
+        self._undo: list = []
+
+    def parameters(self) -> list[nn.Parameter]:
+        """For the optimizer; the host's own parameters are left as they are, frozen or not."""
+        return list(self.method.parameters().values())
+
+    def remove(self) -> None:
+        """Take the module off: the host has its own tensors again, bit for bit, and what else is attached stays. A second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, str] | None = None) -> Attached:
+    """Attach a method, or the module of an adapter or run folder, to `module`; several may be attached, one after another.
+
+    names: our site -> their module name, over the names that transformers has; `{i}` stands for the layer on both sides ("layers.{i}.attention.query":
+    "blocks.{i}.q"). A name may leave out what comes before it: `encoder.layer.0.output.dense` is found inside `bert` or deeper. A folder is checked against
+    the base that it was made for, which needs every tensor of the encoder; a Method needs only its own sites. Its parameters move to the device of `module`.
+    Raises AdapterError on a method that does more than change weights, a module or bias that is missing or stands there twice, and a shape that does not match.
+    """
+    find = _Finder(module, names or {})
+    if not isinstance(method, Method):
+        method = _load(Path(method), find)
+    _only_weights(type(method))
+    places: dict[str, str] = {}
+    changes: dict[tuple[str, str], nn.Module] = {}  # (site, "weight" or "bias") -> their module
+    for full in method.sites(method.encoder_config):
+        site, bare = full.removesuffix(".bias"), not full.endswith(".bias")
+        scaled = bare and any(scale is not None for scale in method.scale(site))
+        if method.delta(full) is None and not scaled:
+            continue
+        places[full], host = find(site)
+        _check(full, places[full], host, method.encoder_config)
+        changes[site, "weight" if bare else "bias"] = host
+        if scaled and method.scale(site)[1] is not None and getattr(host, "bias", None) is not None:
+            changes[site, "bias"] = host
+    if not changes:
+        raise AdapterError(f"{method.name}: expected a module that changes at least one weight, got one that changes none (it has not learnt yet)")
+    for parameter in method.parameters().values():
+        parameter.data = parameter.data.to(next(iter(changes.values())).weight.device)
+    attached = Attached(method, places)
+    for (site, kind), host in changes.items():
+        attached._undo.append(_hook_rows(host, method, site) if site in TABLES else _change(host, kind, method, site))
+    return attached
+
+
+def _hook_rows(host: nn.Module, method: Method, site: str):
+    """Adds the delta's rows to what the embedding gives; returns the undoing."""
+    def add_rows(host: nn.Module, args: tuple, named: dict, output: Tensor) -> Tensor:
+        delta = add_delta(torch.zeros_like(host.weight), method.delta(site))
+        return output + F.embedding(args[0] if args else named["input"], delta)
+    return host.register_forward_hook(add_rows, with_kwargs=True).remove
+
+
+def _change(host: nn.Module, kind: str, method: Method, site: str):
+    """Makes `host`'s weight or bias W'; returns the undoing."""
+    own = [(name, p) for name, there in getattr(host, "parametrizations", {}).items() for p in there if isinstance(p, Changed)]
+    changed = next((p for name, p in own if name == kind), None)
+    if changed is None:
+        changed = Changed(kind, own[0][1].order if own else list(host._parameters))
+        parametrize.register_parametrization(host, kind, changed)
+    part = (method, site)
+    changed.parts.append(part)
+
+    def undo() -> None:
+        changed.parts = [p for p in changed.parts if p is not part]
+        if not changed.parts and len(there := host.parametrizations[kind]) > 1:  # someone else's parametrization stays
+            del there[next(i for i, p in enumerate(there) if p is changed)]
+        elif not changed.parts:
+            parametrize.remove_parametrizations(host, kind, leave_parametrized=False)
+            for name in changed.order:
+                if name in host._parameters:
+                    host._parameters[name] = host._parameters.pop(name)
+    return undo
+
+
+def _only_weights(cls: type[Method]) -> None:
+    acts = cls.trains_base or any(getattr(cls, hook) is not getattr(Method, hook) for hook in ("block", "key_value", "embed"))
+    if acts or (cls.delta is Method.delta and cls.scale is Method.scale):
+        raise AdapterError(f"{cls.name}: does more than change weights, so it acts in this package's own model only; expected lora, sparse, ia3 or bias")
+
+
+def _check(site: str, theirs: str, host: nn.Module, config: EncoderConfig) -> None:
+    """The tensor behind `site` is there and has its shape."""
+    stem, kind = site.removesuffix(".bias"), "bias" if site.endswith(".bias") else "weight"
+    tensor = getattr(host, kind, None)
+    if not isinstance(tensor, Tensor):
+        raise AdapterError(f"{site} ({theirs}.{kind}): expected a tensor, found none")
+    rows = {"embeddings.word": config.vocab, "embeddings.position": config.max_positions + config.position_offset, "embeddings.segment": config.segments}
+    if stem in rows:
+        shape = [rows[stem], config.hidden]
+    else:
+        shape = [config.hidden] if stem.endswith("norm") else list(linear_shape(config, stem))[:1 if kind == "bias" else 2]
+    if list(tensor.shape) != shape:
+        raise AdapterError(f"{site} ({theirs}.{kind}): expected shape {shape}, got {list(tensor.shape)}")
+
+
+class _Finder:
+    """find(site) -> (their name, their module). names: as attach_to takes them."""
+
+    def __init__(self, module: nn.Module, names: dict[str, str]):
+        self.modules, self.names = dict(module.named_modules()), ENCODER_NAMES | names
+
+    def wanted(self, site: str) -> str | None:
+        layer = re.match(r"layers\.(\d+)\.", site)
+        pattern = site if layer is None else site.replace(layer[0], "layers.{i}.", 1)
+        named = self.names.get(site) or self.names.get(pattern)
+        return named if named is None or layer is None else named.replace("{i}", layer[1])
+
+    def all(self, site: str) -> list[str]:
+        wanted = self.wanted(site)
+        if wanted in self.modules:
+            return [wanted]
+        return [] if wanted is None else [name for name in self.modules if name.endswith("." + wanted)]
+
+    def __call__(self, site: str) -> tuple[str, nn.Module]:
+        found = self.all(site)
+        if len(found) != 1:
+            got = f"{' and '.join(found[:2])}; name it in `names`" if found else "none"
+            raise AdapterError(f"{site}: expected one module named {self.wanted(site) or 'in `names`'}, found {got}")
+        return found[0], self.modules[found[0]]
+
+
+def _load(folder: Path, find: _Finder) -> Method:
+    """The method of a folder, checked against the base by its checksum, for which our encoder is filled with the host's tensors."""
+    own = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    if not folder.is_dir():
+        raise AdapterError(f"adapter {str(folder)!r}: no such folder")
+    if len(checkpoint.adapter_folders(folder)) > 1:
+        raise AdapterError(f"{folder}: a run with several modules; expected one, as {own} is")
+    header = checkpoint.read_header(own)
+    _only_weights(method_class(header["method"]))
+    layers = 0
+    while find.all(f"layers.{layers}.attention.query"):
+        layers += 1
+    word, position, segment, up = (find(site)[1].weight for site in (*TABLES, "layers.0.feed_forward.up"))
+    config = EncoderConfig(kind=header["base"].get("type", "bert"), layers=layers, hidden=word.shape[1], heads=1, feed_forward=up.shape[0], vocab=word.shape[0],
+                           max_positions=position.shape[0], segments=segment.shape[0])  # heads: no method here asks
+    theirs = {}
+    for ours, name in ENCODER_NAMES.items():
+        for i in range(layers) if "{i}" in ours else (0,):
+            host = find(ours.format(i=i))[1]
+            for kind in ("weight",) if ours in TABLES else ("weight", "bias"):
+                plain = host.parametrizations[kind].original if parametrize.is_parametrized(host, kind) else getattr(host, kind)
+                theirs[f"{name.format(i=i)}.{kind}"] = plain.detach()
+    model, tensors = Model(config), from_foreign(theirs, config)[0]
+    for name, parameter in model.encoder.named_parameters():
+        if parameter.shape != tensors[name].shape:
+            raise AdapterError(f"{name}: expected shape {list(parameter.shape)}, got {list(tensors[name].shape)} in the module to attach to")
+        parameter.data = tensors[name]
+    return checkpoint.load_adapter(own, model).method

@@ -1,0 +1,348 @@
+"""A debiased model inside another program: its answers, the padded graph against the packed encoder, and a .pt2 file that runs without this package."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+import peftdebias
+from peftdebias import checkpoint, methods, patch, weights
+from peftdebias.batches import Batch
+from peftdebias.config import Predict
+from peftdebias.embedding import Padded, export_padded
+from peftdebias.encoder import EncoderConfig, Model
+from peftdebias.errors import AdapterError, ConfigError, ModelError
+from peftdebias.evaluation import predict
+from peftdebias.methods import Method
+from peftdebias.sites import linear_sites
+from peftdebias.testbed import World
+
+from .outside import LABELS, assert_close, attached, drawn_model, one_thread, packed, ragged, randomize  # noqa: F401
+from .small import tokenizer_of
+
+MODULES = {
+    "nothing": [],
+    "lora": [("lora", dict(targets=("query", "key", "up")))],
+    "ia3, inputs too": [("ia3", dict(inputs=("down", "output")))],
+    "bias": [("bias", {})],
+    "pfeiffer": [("adapter", dict(architecture="pfeiffer"))],
+    "houlsby": [("adapter", dict(architecture="houlsby"))],
+    "parallel": [("adapter", dict(architecture="parallel"))],
+    "prefix": [("prefix", dict(length=3))],
+    "prefix, reparametrised, positioned": [("prefix", dict(length=3, reparametrised=True, inner=5, positioned=True))],
+    "prompt": [("prompt", dict(length=4))],
+    "prompt, positioned, read at": [("prompt", dict(length=4, positioned=True, first_row="prompt"))],
+    "two prompts, one read at": [("prompt", dict(length=2)), ("prompt", dict(length=3, positioned=True, first_row="prompt"))],
+    "two prompts, both read at": [("prompt", dict(length=2, first_row="prompt")), ("prompt", dict(length=3, first_row="prompt"))],
+    "all": [("lora", {}), ("ia3", {}), ("bias", {}), ("adapter", {}), ("adapter", dict(architecture="houlsby")), ("prefix", dict(length=2)),
+            ("prefix", dict(length=3, positioned=True)), ("prompt", dict(length=2, positioned=True)), ("prompt", dict(length=1))],
+}
+
+
+def sparse(model: Model, name: str, k: int = 60):
+    """A sparse module with values everywhere, the word embedding too."""
+    method, generator = methods.create("sparse", model.config, options={"k": k}), torch.Generator().manual_seed(3)
+    sites = method.sites(model.config)
+    for i, site in enumerate(sites):
+        size = patch.parameter_at(model, site)[1][patch.parameter_at(model, site)[2]].numel()
+        share = k // len(sites) + (i < k % len(sites))
+        method.indices[site] = torch.randperm(size, generator=generator)[:share]
+        method.values[site] = torch.nn.Parameter(torch.randn(share, generator=generator, dtype=model.encoder.embeddings.word.weight.dtype))
+    patch.attach(model, name, method)
+    return method
+
+
+def with_modules(kind: str, modules) -> Model:
+    model = drawn_model(kind)
+    for i, (name, options) in enumerate(modules):
+        attached(model, f"axis-{i}", name, seed=i, **options)
+    return model
+
+
+def in_rectangle(batch: Batch, left: bool = False, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(ids, mask) [B, S] of a packed batch; where nothing is, ids are drawn: outputs would show it if they were seen."""
+    there = torch.arange(batch.max_length)[None, :] < torch.tensor(batch.lengths)[:, None]
+    there = there.flip(1) if left else there
+    return torch.randint(5, 97, there.shape, generator=torch.Generator().manual_seed(seed)).masked_scatter(there, batch.ids), there
+
+
+def packed_answers(model: Model, what: str, pooling: str = "first") -> tuple[Batch, Tensor]:
+    """(a ragged batch that asks for every row, what the packed model says of it: [B, C], [T, V] or [B, D])."""
+    every = ragged(rows="all")
+    first = dataclasses.replace(every, rows=every.cu_seqlens[:-1].long(), row_lengths=(1,) * len(every.lengths))
+    if what == "fill_mask":
+        return every, model.mlm_logits(every)
+    if what == "encode" and pooling == "mean":
+        return every, torch.stack([rows.mean(0) for rows in model.encoder(every).split(every.lengths)])
+    return every, model.class_logits(first) if what == "predict" else model.encoder(first)
+
+
+def assert_same(graph, model: Model, what: str, pooling: str = "first", left: bool = False) -> None:
+    batch, expected = packed_answers(model, what, pooling)
+    ids, mask = in_rectangle(batch, left)
+    for kind in (torch.bool, torch.int64):
+        found = graph(ids, mask.to(kind))
+        assert_close(found[mask] if what == "fill_mask" else found, expected, what, logits=what != "encode")
+
+
+# ---------------------------------------------------------------- the padded graph against the packed encoder
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("modules", MODULES.values(), ids=MODULES)
+def test_padded_equals_packed(kind, modules):
+    model = with_modules(kind, modules)
+    plain = [packed_answers(drawn_model(kind), what)[1] for what in ("predict", "encode")]
+    for what, pooling in (("predict", "first"), ("fill_mask", "first"), ("encode", "first"), ("encode", "mean")):
+        for left in (False, True):
+            assert_same(Padded(model, what, pooling=pooling), model, what, pooling, left)
+    if modules:  # else the test would pass with modules that nobody applies
+        assert all((found - packed_answers(model, what)[1]).abs().max() > 1e-3 for found, what in zip(plain, ("predict", "encode")))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_padded_sparse_keeps_the_tied_decoder(kind):
+    model = drawn_model(kind)
+    sparse(model, "gender")
+    for what in ("predict", "fill_mask"):
+        assert_same(Padded(model, what), model, what)
+    patch.merge(model)
+    assert_same(Padded(model, "fill_mask"), model, "fill_mask")
+
+
+@torch.no_grad()
+def test_padded_is_the_model_as_it_is_now():
+    model = with_modules("bert", MODULES["all"])
+    with model.without("axis-0", "axis-3", "axis-6", "axis-7"):
+        assert_same(Padded(model, "predict"), model, "predict")
+    untouched = {name: p.clone() for name, p in model.named_parameters()}
+    graph, expected = Padded(model, "predict"), packed_answers(model, "predict")[1]
+    for name, method in model.methods.items():
+        patch.detach(model, name)
+        for parameter in method.parameters().values():
+            parameter.zero_()
+    assert_close(graph(*in_rectangle(ragged(rows="all"))), expected)  # a copy: what happens to the model later is not its business
+    assert all(p.equal(untouched[name]) for name, p in model.named_parameters())
+
+
+@torch.no_grad()
+def test_segments_of_pairs_come_from_the_first_separator():
+    model, texts = drawn_model("bert"), ragged(segments=2, rows="all", lengths=(13, 7, 29))
+    ids, cut = texts.ids.clone(), []
+    for start, n, segments in zip(texts.cu_seqlens.tolist(), texts.lengths, texts.segments.split(texts.lengths)):
+        cut += [start + max(0, n - int(segments.sum()) - 1), start + n - 1]
+    ids[cut] = 3  # [CLS] a [SEP] b [SEP]
+    segments = torch.cat([(torch.arange(n) > part.eq(3).long().argmax()).long() for n, part in zip(texts.lengths, ids.split(texts.lengths))])
+    batch = dataclasses.replace(texts, ids=ids, segments=segments)
+    for left in (False, True):
+        rectangle, mask = in_rectangle(batch, left)
+        assert_close(Padded(model, "fill_mask", separator=3)(rectangle, mask)[mask], model.mlm_logits(batch), logits=True)
+    single = dataclasses.replace(batch, segments=torch.zeros_like(segments))
+    assert_close(Padded(model, "fill_mask")(rectangle, mask)[mask], model.mlm_logits(single), logits=True)
+
+
+def test_what_the_graph_cannot_hold_is_refused_by_name():
+    class Own(Method):
+        name = "own"
+
+        def sites(self, config):
+            return linear_sites(config, ("attention.query",))
+
+        def linear(self, site, x, weight, bias):
+            return torch.relu(x) @ weight.T + bias
+
+    class Shifts(Method):
+        name = "shifts"
+
+        def sites(self, config):
+            return ("embeddings",)
+
+        def embed(self, hidden, batch, positioned):
+            return hidden + 1, batch
+
+    for method, words in ((Own, "own computes the product at layers.0.attention.query itself"), (Shifts, "shifts changes the embedded text itself")):
+        model = drawn_model()
+        patch.attach(model, "axis", method(None, model.config))
+        with pytest.raises(AdapterError, match=words):
+            Padded(model, "predict")
+
+
+# ---------------------------------------------------------------- a run folder
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(a run with a classifier, a masked-LM head and two modules; a plain model folder; a second run's adapter folder), float32, hidden 32."""
+    root, tokenizer = tmp_path_factory.mktemp("embedding"), tokenizer_of(World(seed=3))
+    config = EncoderConfig(kind="bert", layers=1, hidden=32, heads=2, feed_forward=48, vocab=tokenizer.vocab_size, max_positions=64)
+    model = randomize(Model(config, mlm=True, labels=LABELS))
+    weights.save_model(model, root / "plain", tokenizer)
+    bare = Model(config)
+    bare.load_state_dict(model.state_dict(), strict=False)
+    weights.save_model(bare, root / "bare", tokenizer)
+    base = checkpoint.describe_base(model)
+    made = [methods.create(name, config, options=options, seed=5) for name, options in (("lora", {}), ("adapter", {}), ("prompt", dict(length=3, positioned=True)))]
+    for i, method in enumerate(made):
+        for name, p in method.parameters().items():
+            p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    with checkpoint.writing_run(root / "run", "downstream", {"model": "nowhere", "max_length": 24}) as run:
+        weights.save_model(model, run.path / "model", tokenizer)
+        checkpoint.save_adapter(run.path / "adapter", made[0], "gender", base)
+        checkpoint.save_adapter(run.path / "adapter-2", made[1], "race", base)
+    checkpoint.save_adapter(root / "third", made[2], "religion", base)
+    return root
+
+
+WORLD = World(seed=3)
+WORDS = [w for w in WORLD.vocabulary() if w.isalpha()][:40]
+TEXTS = [" ".join(WORDS[:9]), WORDS[3], " ".join(reversed(WORDS[:15])), ""]
+
+
+@pytest.fixture
+def model(folders):
+    return peftdebias.load(folders / "run")
+
+
+def test_predict_is_what_the_command_line_says(model, folders, tmp_path):
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS[:3]) + "\n")
+    predict(Predict(run=str(folders / "run"), file=str(tmp_path / "texts.txt"), out=str(tmp_path / "out.jsonl")))
+    said, found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()], model.predict(TEXTS[:3])
+    assert [list(f) for f in found] == [list(s) for s in said] and [f["text"] for f in found] == TEXTS[:3]
+    assert found[0]["probabilities"] != pytest.approx(found[1]["probabilities"], abs=1e-3)
+    for f, s in zip(found, said):
+        assert f["label"] == s["label"] and f["probabilities"] == pytest.approx(s["probabilities"], abs=1e-6) and sum(f["probabilities"].values()) == pytest.approx(1)
+    paired = model.predict(TEXTS[:2], [TEXTS[1], TEXTS[0]])
+    assert paired[0]["probabilities"] != pytest.approx(found[0]["probabilities"], abs=1e-6) and model.predict([]) == []
+
+
+def test_fill_mask_answers_each_mask(model):
+    text = f"{WORDS[0]} [MASK] {WORDS[1]} [MASK]"
+    found = model.fill_mask(text, top=4)
+    run = model.run
+    ids = run.tokenizer.encode([text])[0].ids
+    batch = peftdebias.batches.pack([peftdebias.batches.Sample(ids, numpy.arange(len(ids)))])
+    with torch.no_grad():
+        expected = run.model.mlm_logits(batch).double().softmax(-1)
+    assert [len(one) for one in found] == [4, 4]
+    for answers, place in zip(found, numpy.flatnonzero(ids == run.tokenizer.mask_id)):
+        best = expected[place].topk(4)
+        assert [a["id"] for a in answers] == best.indices.tolist() and [a["probability"] for a in answers] == pytest.approx(best.values.tolist(), rel=1e-5)
+        assert all(a["token"] == run.tokenizer.backend.id_to_token(a["id"]) for a in answers)
+    with pytest.raises(ConfigError, match=r"expected \[MASK\] in the text .*, got none"):
+        model.fill_mask(WORDS[0])
+    with pytest.raises(ConfigError, match="top: expected 1 to .*, got 0"):
+        model.fill_mask("[MASK]", top=0)
+
+
+def test_encode_is_the_first_token_or_the_mean(model):
+    first, mean = model.encode(TEXTS), model.encode(TEXTS, pooling="mean")
+    assert first.shape == mean.shape == (4, 32) and not first.equal(mean) and not first.requires_grad
+    for i, text in enumerate(TEXTS):  # alone as in company
+        assert_close(model.encode([text])[0], first[i])
+        assert_close(model.encode([text], pooling="mean")[0], mean[i])
+    with pytest.raises(ConfigError, match="pooling: expected one of first, mean, got 'last'"):
+        model.encode(TEXTS, pooling="last")
+    with pytest.raises(ConfigError, match="expected a list of texts, got one text"):
+        model.encode("text")
+
+
+def test_modules_go_off_and_more_come_in(model, folders):
+    assert model.methods == ("gender", "race")
+    both = model.encode(TEXTS)
+    with model.without("gender", "race") as plain:
+        assert_close(plain.encode(TEXTS), peftdebias.load(folders / "plain").encode(TEXTS))
+    with model.without("race"):
+        assert not model.encode(TEXTS).equal(both)
+    assert model.encode(TEXTS).equal(both)
+    more = peftdebias.load(folders / "run", [folders / "third"])
+    assert more.methods == ("gender", "race", "religion") and not more.encode(TEXTS).equal(both)
+    with pytest.raises(AdapterError, match="expected one of gender, race attached"), model.without("age"):
+        pass
+
+
+def test_a_head_that_is_not_there_is_named_in_one_line(folders, tmp_path):
+    bare = peftdebias.load(folders / "bare")
+    assert bare.encode(TEXTS).shape == (4, 32)
+    for ask, words in ((lambda: bare.predict(TEXTS), "bare: predict: expected a downstream run with a classifier, got a model without"),
+                       (lambda: bare.fill_mask("[MASK]"), "bare: fill_mask: expected a model with a masked-LM head, got one without"),
+                       (lambda: bare.export(tmp_path / "x.pt2"), "predict: expected a downstream run"),
+                       (lambda: bare.export(tmp_path / "x.pt2", "fill_mask"), "fill_mask: expected a model with a masked-LM head"),
+                       (lambda: bare.export(tmp_path / "x.pt2", "guess"), "export: what: expected one of predict, fill_mask, encode, got 'guess'"),
+                       (lambda: bare.export(tmp_path / "x.onnx", "encode"), "expected a file name that ends in .pt2"),
+                       (lambda: bare.export(tmp_path / "no" / "x.pt2", "encode"), "cannot be written: expected a file in a folder that is there"),
+                       (lambda: bare.predict(TEXTS, ["one"]), "predict: expected a downstream run")):
+        with pytest.raises((ModelError, ConfigError), match=words) as raised:
+            ask()
+        assert "\n" not in str(raised.value)
+    with pytest.raises(ConfigError, match="pairs: expected 4, one for each text, got 1"):
+        peftdebias.load(folders / "run").predict(TEXTS, ["one"])
+    with pytest.warns(UserWarning, match="cut"):
+        peftdebias.load(folders / "run").encode([" ".join(WORDS)])
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- a file that runs without this package
+
+RUNS_ALONE = """
+import json, sys
+sys.modules["peftdebias"] = None  # whoever imports it gets an ImportError
+import torch
+answers = {}
+for path in sys.argv[3:]:
+    extra = {"peftdebias.json": "", "tokenizer.json": ""}
+    graph = torch.export.load(path, extra_files=extra).module()
+    about, asked = json.loads(extra["peftdebias.json"]), torch.load(sys.argv[1])
+    answers[about["what"]] = [graph(ids, mask) for ids, mask in asked]
+    answers[about["what"] + " about"] = about | {"tokenizer": json.loads(extra["tokenizer.json"])["model"]["type"]}
+    try:
+        graph(torch.zeros(1, 100, dtype=torch.int64), torch.ones(1, 100, dtype=torch.int64))
+    except Exception as error:
+        answers["too long"] = str(error)
+torch.save(answers, sys.argv[2])
+"""
+
+
+def test_an_exported_file_runs_without_this_package(folders, tmp_path):
+    """Two modules of the run (LoRA merged, an adapter in the graph) and a positioned prompt; texts, lengths and batch sizes that export never saw."""
+    model = peftdebias.load(folders / "run", [folders / "third"])
+    before = {name: p.clone() for name, p in patch.all_parameters(model.run.model).items()}
+    for what in ("predict", "fill_mask", "encode"):
+        assert model.export(tmp_path / f"{what}.pt2", what) == tmp_path / f"{what}.pt2"
+    assert {p.name for p in tmp_path.iterdir()} == {"predict.pt2", "fill_mask.pt2", "encode.pt2"}
+    assert all(p.equal(before[name]) and p.grad is None for name, p in patch.all_parameters(model.run.model).items())
+    tokenizer, asked = model.run.tokenizer, []
+    for texts, dtype in ((TEXTS, torch.int64), (TEXTS[:1], torch.bool), ([""], torch.int64), (TEXTS * 3, torch.int64)):
+        encoded = [torch.from_numpy(e.ids).long() for e in tokenizer.encode(texts)]
+        longest = max(map(len, encoded))
+        asked.append((torch.stack([torch.cat([e, torch.full((longest - len(e),), tokenizer.pad_id)]) for e in encoded]),
+                      (torch.arange(longest)[None] < torch.tensor([len(e) for e in encoded])[:, None]).to(dtype)))
+    asked.append((asked[2][0][:, :1], asked[2][1][:, :1]))  # one text of one token
+    torch.save(asked, tmp_path / "asked.pt")
+    (tmp_path / "alone.py").write_text(RUNS_ALONE)
+    done = subprocess.run([sys.executable, "-I", "alone.py", "asked.pt", "answers.pt", "predict.pt2", "fill_mask.pt2", "encode.pt2"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answers = torch.load(tmp_path / "answers.pt")
+
+    assert answers["predict about"]["labels"] == list(LABELS) and answers["predict about"]["modules"] == {"gender": "lora", "race": "adapter", "religion": "prompt"}
+    assert answers["fill_mask about"]["special_ids"]["mask"] == tokenizer.mask_id and answers["encode about"]["pooling"] == "first"
+    assert answers["encode about"]["longest"] == 24 and answers["encode about"]["tokenizer"] == "WordPiece" and "61" in answers["too long"]
+    assert_close(answers["encode"][0], model.encode(TEXTS))
+    for (ids, mask), *found in zip(asked, *(answers[what] for what in ("predict", "fill_mask", "encode"))):
+        samples = [peftdebias.batches.Sample(row[m.bool()].numpy(), numpy.arange(int(m.sum()))) for row, m in zip(ids, mask)]
+        every = peftdebias.batches.pack(samples)
+        first = dataclasses.replace(every, rows=every.cu_seqlens[:-1].long(), row_lengths=(1,) * len(samples))
+        with torch.no_grad():
+            assert_close(found[0], model.run.model.class_logits(first), "predict", logits=True)
+            assert_close(found[1][mask.bool()], model.run.model.mlm_logits(every), "fill_mask", logits=True)
+            assert_close(found[2], model.run.model.encoder(first), "encode")
+
+
+@torch.no_grad()
+def test_a_roberta_exports_with_everything_attached():
+    model = with_modules("roberta", MODULES["all"] + [("prefix", dict(length=2, reparametrised=True, inner=5))])
+    assert_same(export_padded(Padded(model, "fill_mask")).module(), model, "fill_mask")

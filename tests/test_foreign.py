@@ -1,0 +1,216 @@
+"""Modules on models that are not ours: transformers' BERT and RoBERTa, and a user's own in plain torch, with the outputs of our own model."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftdebias import attach_to, checkpoint, methods, patch
+from peftdebias.encoder import Model
+from peftdebias.errors import AdapterError
+from peftdebias.weights import ENCODER_NAMES, to_foreign
+
+from .outside import assert_close, attached, class_logits, drawn_model, mlm_logits, one_thread, padded, pair, ragged  # noqa: F401
+from .test_embedding import in_rectangle, sparse
+
+MODULES = {
+    "lora": dict(targets=("query", "key", "value", "output", "up", "down"), rank=3),
+    "sparse": {},
+    "ia3": dict(outputs=("key", "value", "up"), inputs=("down", "output")),
+    "bias": {},
+}
+CASES = [(name,) for name in MODULES] + [("ia3", "lora", "sparse", "bias"), ("bias", "lora", "ia3")]
+
+
+def attach_ours(model: Model, names: tuple[str, ...]) -> list:
+    return [sparse(model, name) if name == "sparse" else attached(model, name, name, **MODULES[name]) for name in names]
+
+
+class Block(nn.Module):
+    def __init__(self, hidden: int, inner: int):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(hidden, hidden) for _ in range(4))
+        self.up, self.down = nn.Linear(hidden, inner), nn.Linear(inner, hidden)
+        self.norm1, self.norm2 = nn.LayerNorm(hidden, eps=1e-12), nn.LayerNorm(hidden, eps=1e-12)
+
+
+class Own(nn.Module):
+    """A BERT as a user may write it: names of their own, a decoder tied to the embedding."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.words = c.heads, nn.Embedding(c.vocab, c.hidden)
+        self.places, self.kinds = nn.Embedding(c.max_positions, c.hidden), nn.Embedding(c.segments, c.hidden)
+        self.norm, self.blocks = nn.LayerNorm(c.hidden, eps=1e-12), nn.ModuleList(Block(c.hidden, c.feed_forward) for _ in range(c.layers))
+        self.decoder = nn.Linear(c.hidden, c.vocab, bias=False)
+        self.decoder.weight = self.words.weight
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.norm(self.words(ids) + self.places(torch.arange(ids.shape[1])) + self.kinds(torch.zeros_like(ids)))
+        for block in self.blocks:
+            q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (block.q, block.k, block.v))
+            x = block.norm1(x + block.o(F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None]).transpose(1, 2).flatten(2)))
+            x = block.norm2(x + block.down(F.gelu(block.up(x))))
+        return x
+
+
+NAMES = {"embeddings.word": "words", "embeddings.position": "places", "embeddings.segment": "kinds", "embeddings.norm": "norm",
+         "layers.{i}.attention.query": "blocks.{i}.q", "layers.{i}.attention.key": "blocks.{i}.k", "layers.{i}.attention.value": "blocks.{i}.v",
+         "layers.{i}.attention.output": "blocks.{i}.o", "layers.{i}.attention.norm": "blocks.{i}.norm1", "layers.{i}.feed_forward.up": "blocks.{i}.up",
+         "layers.{i}.feed_forward.down": "blocks.{i}.down", "layers.{i}.feed_forward.norm": "blocks.{i}.norm2"}
+
+
+def own_twin(model: Model) -> Own:
+    """The user's BERT with our model's weights."""
+    tensors = {n.removeprefix("encoder."): p.detach() for n, p in model.encoder.named_parameters()}
+    found = {}
+    for name, tensor in to_foreign(tensors, model.config).items():
+        stem, _, last = name.removeprefix("bert.").rpartition(".")
+        for ours, theirs in ENCODER_NAMES.items():
+            for i in range(model.config.layers):
+                if theirs.format(i=i) == stem:
+                    found[f"{NAMES[ours].format(i=i)}.{last}"] = tensor.clone()
+    own = Own(model.config)
+    assert own.load_state_dict(found, strict=False).missing_keys == ["decoder.weight"]
+    return own.to(model.encoder.embeddings.word.weight.dtype).eval()
+
+
+def bits(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def same(module: nn.Module, before: dict[str, Tensor]) -> bool:
+    now = module.state_dict()
+    return list(now) == list(before) and all(now[name].equal(before[name]) for name in before)
+
+
+# ---------------------------------------------------------------- the same outputs as our own model
+
+@pytest.mark.parametrize("names", CASES, ids="+".join)
+def test_a_users_own_model(names):
+    model = drawn_model()
+    own, batch = own_twin(model), ragged(rows="all")
+    ids, mask = in_rectangle(batch)
+    before, types = bits(own), [type(m) for m in own.modules()]
+    base = own(ids, mask)
+    assert_close(base[mask], model.encoder(batch))
+    found = attach_ours(model, names)
+    handles = [attach_to(own, method, NAMES) for method in found]
+    ours, theirs = model.encoder(batch), own(ids, mask)[mask]
+    assert_close(theirs, ours)
+    assert (theirs - base[mask]).abs().max() > 1e-3
+    assert own.words.weight is own.decoder.weight and own.words.weight.equal(before["words.weight"])  # a tied decoder keeps the base, however it is tied
+
+    parameters = [p for handle in handles for p in handle.parameters()]
+    assert len(parameters) == sum(len(m.parameters()) for m in found)
+    weight = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    wanted = torch.autograd.grad((ours * weight).sum(), parameters)
+    for got, expected in zip(torch.autograd.grad((own(ids, mask)[mask] * weight).sum(), parameters), wanted):
+        assert_close(got, expected, "gradient")
+
+    for handle, name in zip(handles, names):  # first in, first out: the others stay
+        handle.remove()
+        handle.remove()
+        patch.detach(model, name)
+        assert_close(own(ids, mask)[mask], model.encoder(batch))
+    assert same(own, before) and own(ids, mask).equal(base) and [type(m) for m in own.modules()] == types and own.decoder.weight is own.words.weight
+
+
+@pytest.mark.parametrize("names", CASES, ids="+".join)
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_transformers(kind, names, tmp_path):
+    other, model = pair(kind, tmp_path)
+    batch, before = ragged(), bits(other)
+    plain = other(**padded(other, batch)).logits
+    handles = [attach_to(other, method) for method in attach_ours(model, names)]
+    assert handles[0].places[next(iter(handles[0].places))].startswith(f"{kind}.")
+    assert_close(mlm_logits(other, batch), model.mlm_logits(batch))
+    with model.without(names[-1]):
+        handles.pop().remove()
+        assert_close(mlm_logits(other, batch), model.mlm_logits(batch))
+    for handle in handles:
+        handle.remove()
+    assert same(other, before) and other(**padded(other, batch)).logits.equal(plain)
+
+
+def test_training_moves_the_module_alone():
+    model = drawn_model()
+    own, (ids, mask) = own_twin(model), in_rectangle(ragged(rows="all"))
+    method = methods.create("lora", model.config, options=dict(rank=2))
+    for p in method.parameters().values():
+        p.data = p.data.double()
+    handle, before = attach_to(own.requires_grad_(False), method, NAMES), own_twin(model).state_dict()
+    start = own(ids, mask)
+    assert_close(start[mask], model.encoder(ragged(rows="all")))  # zero B: nothing has changed yet
+    optimizer = torch.optim.AdamW(handle.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        own(ids, mask).square().sum().backward()
+        optimizer.step()
+    assert all(p.grad is None for p in own.parameters()) and not own(ids, mask).equal(start)
+    handle.remove()
+    assert same(own, before) and own(ids, mask).equal(start)
+
+
+def test_a_host_inside_a_larger_module_and_a_folder(tmp_path):
+    """float32: the folder's checksum is of the base as it is stored."""
+    model = drawn_model().float()
+    own, batch = own_twin(model), ragged(rows="all")
+    base, method = checkpoint.describe_base(model), attach_ours(model, ("lora",))[0]
+    for p in method.parameters().values():
+        p.data = p.data.float()
+    checkpoint.save_adapter(tmp_path / "run" / "adapter", method, "gender", base)
+    whole, (ids, mask) = nn.ModuleDict({"encoder": own, "head": nn.Linear(3, 2)}), in_rectangle(batch)
+    names = NAMES | {"embeddings.norm": "encoder.norm"}  # "norm" alone may stand in many places
+    handle = attach_to(whole, tmp_path / "run", names)
+    assert handle.places["layers.1.attention.query"] == "encoder.blocks.1.q"
+    assert_close(own(ids, mask)[mask], model.encoder(batch))
+    again = attach_to(whole, tmp_path / "run", names)  # the base is still recognised under what is attached
+    again.remove()
+    handle.remove()
+    with torch.no_grad():
+        own.blocks[0].q.weight[0, 0] += 1
+    with pytest.raises(AdapterError, match="made for the base with checksum"):
+        attach_to(whole, tmp_path / "run", names)
+
+
+# ---------------------------------------------------------------- what is refused, in one line
+
+def refused(words: str, *args) -> None:
+    with pytest.raises(AdapterError, match=words) as raised:
+        attach_to(*args)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["adapter", "prefix", "prompt", "full"])
+def test_methods_that_do_more_than_change_weights(name, tmp_path):
+    model = drawn_model()
+    method = methods.create(name, model.config)
+    refused(f"^{name}: does more than change weights", own_twin(model), method, NAMES)
+    if name != "full":
+        checkpoint.save_adapter(tmp_path, method, "gender", checkpoint.describe_base(model))
+        refused(f"^{name}: does more than change weights", own_twin(model), tmp_path, NAMES)
+
+
+def test_missing_modules_biases_and_shapes(tmp_path):
+    model = drawn_model()
+    own, lora = own_twin(model), methods.create("lora", model.config)
+    before = bits(own)
+    refused("layers.0.attention.query: expected one module named encoder.layer.0.attention.self.query, found none", own, lora)
+    refused("layers.0.attention.value: expected one module named blocks.0.w, found none", own, lora, NAMES | {"layers.{i}.attention.value": "blocks.{i}.w"})
+    refused(r"layers.0.attention.value \(blocks.0.up.weight\): expected shape \[21, 21\], got \[41, 21\]", own, lora, NAMES | {"layers.0.attention.value": "blocks.0.up"})
+    refused("expected one module named blocks.0.q, found a.blocks.0.q and b.blocks.0.q; name it in `names`", nn.ModuleDict({"a": own, "b": own_twin(model)}), lora, NAMES)
+    refused("sparse: expected a module that changes at least one weight", own, methods.create("sparse", model.config), NAMES)
+    refused("no such folder", own, tmp_path / "none", NAMES)
+    assert same(own, before)
+    own.blocks[1].o.bias = None
+    refused(r"layers.1.attention.output.bias \(blocks.1.o.bias\): expected a tensor, found none", own, methods.create("bias", model.config), NAMES)
+    attach_to(own, methods.create("ia3", model.config, options=dict(outputs=("output",))), NAMES)  # scales a weight without bias all the same
+
+
+def test_transformers_is_not_imported():
+    code = "import sys, peftdebias; peftdebias.attach_to; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
