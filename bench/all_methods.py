@@ -38,6 +38,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shared", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--axes", nargs="+", default=("gender", "group"), choices=("gender", "group"))
+    parser.add_argument("--methods", nargs="+", default=("none", *METHODS), choices=("none", *METHODS))
     a = parser.parse_args()
     model, data = a.shared / "models" / "bert-tiny-mlm", a.shared / "data"
     a.out.mkdir(parents=True, exist_ok=True)
@@ -49,9 +51,10 @@ def main() -> None:
         "group": (f"--corpus {train} --column text", "race-color", f"--train {train} --dev {dev} --test {data}/ghc/ghc_test.tsv"
                   " --text text --label hd,cv --class-weights 0=1,1=10 --metric f1 --epochs 1 --lr 5e-4", ("accuracy", "f1/1")),
     }
-    for axis, (corpus, category, task, wanted) in axes.items():
+    for axis in a.axes:
+        corpus, category, task, wanted = axes[axis]
         rows = []
-        for method in (None, *METHODS):
+        for method in (None if name == "none" else name for name in a.methods):
             run, label = a.out / f"{axis}-{method}", method or "none (base, plain fine-tuning)"
             base = f"--model {run}" if method == "full" else f"--model {model}"
             module = f"--adapter {run}" if method not in (None, "full") else ""
