@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -256,3 +257,15 @@ def test_public_quotes_are_undone(shared):
 
 def test_public_corpus_streams(shared):
     assert sum(1 for _ in read_texts([shared / "data/corpus/bug_upstream.txt"])) == 90_599
+
+
+def test_upstream_text_holds_no_source_of_the_dev_and_test_sentences(shared):
+    """bug_professions' texts are BUG sentences with the profession's mention as "person": none of dev's and test's may be learnt from upstream."""
+    rows = {split: read_examples(shared / "data" / "bug_professions" / f"{split}.jsonl", text="hard_text", label="profession") for split in ("train", "dev", "test")}
+    mention = re.compile(rf"\b(?:{'|'.join(sorted({e.label for e in rows['train']}))})\b", re.IGNORECASE)
+    masked = set()
+    for line in read_texts([shared / "data" / "corpus" / "bug_upstream.txt"]):
+        masked.update(line.text[:m.start()] + "person" + line.text[m.end():] for m in mention.finditer(line.text))
+    found = {split: sum(e.text in masked for e in examples) for split, examples in rows.items()}
+    assert found["dev"] == found["test"] == 0
+    assert found["train"] > 0.9 * len(rows["train"])  # the check does find the sources of the training sentences
