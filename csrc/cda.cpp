@@ -44,6 +44,10 @@ struct cda_tables {
     const uint8_t* choice_bytes;  // what is put
     const int32_t* choice_ends;
     const uint8_t* choice_flags;  // the same
+    const uint64_t* form_barred;  // sets of words behind which the form does not count
+    const uint8_t* barred_bytes;  // those words, as they stand
+    const int32_t* barred_ends;
+    const uint64_t* barred_sets;  // the sets that each is in
     const uint8_t* token_bytes;   // words and signs that the pronoun rules know, in lower case
     const int32_t* token_ends;
     const int32_t* token_class;
@@ -53,7 +57,7 @@ struct cda_tables {
     const uint8_t* outcomes;       // [2, rules] which of the three rows
     int32_t spelled[20];           // class by spelling: (number * 5 + ending) * 2 + capital; endings none, ing, ly, ed, adj
     int32_t sign_class, end_class, none_class;
-    int32_t forms, rows, choices, words, tokens, classes, rules, rule_words;
+    int32_t forms, rows, choices, words, barred, tokens, classes, rules, rule_words;
 };
 
 enum { KEEP_PAIRS = 0, KEEP_ORIGINALS = 1, KEEP_COUNTERFACTUALS = 2 };
@@ -94,8 +98,10 @@ struct cda_result {
 
 namespace {
 
-constexpr int ABI = 1;
+constexpr int ABI = 2;
 constexpr int WINDOW = 64;  // cda.WINDOW
+constexpr int GAP = 3;      // cda.GAP
+constexpr int LONGEST = 400;  // bytes of axes.LONGEST_WORD characters at most
 enum { OK = 0, NO_MEMORY = 1, NO_THREAD = 2 };
 enum { WORD = 1, SPACE = 2 };
 enum { PLURAL_NO_S = 1, ENDS_IN_S = 2, BARE = 4, UPPER = 8 };
@@ -248,10 +254,10 @@ struct cda_axis {
     std::vector<uint8_t> characters;
     std::vector<std::string> forms, choices;
     std::vector<Word> beginnings;
-    Dictionary words, tokens;
+    Dictionary words, barred, tokens;
     std::vector<int32_t> form_word, form_row, row_ends, token_class, capital_class, spelled;
     std::vector<uint8_t> form_pronoun, form_flags, choice_flags, outcomes;
-    std::vector<uint64_t> allowed, pronoun_rules;
+    std::vector<uint64_t> form_barred, barred_sets, allowed, pronoun_rules;
     int32_t sign_class, end_class, none_class, classes, rules, rule_words, counted;
     int32_t ascii_signs[128];  // class of each sign
     size_t longest_token = 0;
@@ -262,6 +268,7 @@ struct cda_axis {
           row_ends(copied(t.row_ends, t.rows)), token_class(copied(t.token_class, t.tokens)), capital_class(copied(t.capital_class, t.classes)),
           spelled(t.spelled, t.spelled + 20), form_pronoun(copied(t.form_pronoun, t.forms)), form_flags(copied(t.form_flags, t.forms)),
           choice_flags(copied(t.choice_flags, t.choices)), outcomes(copied(t.outcomes, int64_t(2) * t.rules)),
+          form_barred(copied(t.form_barred, t.forms)), barred_sets(copied(t.barred_sets, t.barred)),
           allowed(copied(t.allowed, int64_t(5) * t.classes * t.rule_words)), pronoun_rules(copied(t.pronoun_rules, int64_t(2) * t.rule_words)),
           sign_class(t.sign_class), end_class(t.end_class), none_class(t.none_class), classes(t.classes), rules(t.rules), rule_words(t.rule_words),
           counted(t.words) {
@@ -285,6 +292,7 @@ struct cda_axis {
             }
         }
         words = known;
+        barred.build(strings(t.barred_bytes, t.barred_ends, t.barred));
         tokens.build(strings(t.token_bytes, t.token_ends, t.tokens));
         for (uint8_t c = 0; c < 128; ++c) {
             const int found = tokens.find(&c, 1, &c + 1);
@@ -617,10 +625,22 @@ private:
                 }
                 if (form < 0) continue;
                 free_from = start + n;
+                if (axis->form_barred[size_t(form)] && is_barred(t, start, axis->form_barred[size_t(form)])) continue;
                 ++counts[size_t(axis->form_word[size_t(form)])];
                 hits_.push_back(Hit{start, start + n, form, 0, 0});
             }
         }
+    }
+
+    // Whether the word before `start` is in one of the sets.
+    bool is_barred(const Text& t, int64_t start, uint64_t sets) const {
+        int64_t end_before = start;
+        while (end_before > std::max(t.start, start - GAP) && (base_[end_before - 1] == ' ' || base_[end_before - 1] == '-')) --end_before;
+        if (end_before == start) return false;
+        int64_t begin_before = end_before;
+        while (begin_before > t.start && end_before - begin_before <= LONGEST && word_.at(begin_before - 1)) --begin_before;
+        const int found = axis->barred.find(base_ + begin_before, end_before - begin_before, request->bytes + request->size);
+        return found >= 0 && axis->barred_sets[size_t(found)] & sets;
     }
 
     // All variants of a text with hits; how many.

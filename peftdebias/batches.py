@@ -1,19 +1,21 @@
-"""Packed batches: token ids of many texts end to end, without padding, in a seeded order.
+"""Packed batches: token ids of many texts end to end, without padding, as torch reads them.
 
-What it adds over tokens.py: which texts share a batch, and where each begins. It leaves out masking (tokens) and losses (tasks).
+What it adds over buckets.py (which texts share a batch, in numpy): tensors, and where each text begins. It leaves out masking (tokens) and losses (tasks).
 
 Letters: T tokens in the batch, B sequences, M rows asked for.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy
 import torch
 from torch import Tensor
 
-WINDOW = 64  # batches that are sorted by length together: enough for near-equal lengths, small against an epoch
+from .buckets import WINDOW, Packed, plan
+
+__all__ = ["WINDOW", "Batch", "Sample", "Spans", "cumulative", "from_packed", "pack", "plan", "with_inserted"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +152,28 @@ def pack(samples: Sequence[Sample]) -> Batch:
     )
 
 
+def from_packed(packed: Packed) -> Batch:
+    """The Batch of masked texts that buckets.masked_batches put together; what `pack` makes of the same texts one by one."""
+    lengths = tuple(packed.lengths.tolist())
+    starts = numpy.repeat(numpy.cumsum(packed.lengths, dtype=numpy.int64) - packed.lengths, packed.lengths)
+
+    def tensor(array: numpy.ndarray) -> Tensor:
+        return torch.from_numpy(array.astype(numpy.int64))
+
+    return Batch(
+        ids=tensor(packed.ids),
+        positions=tensor(numpy.arange(len(packed.ids)) - starts),
+        segments=torch.zeros(len(packed.ids), dtype=torch.int64),
+        cu_seqlens=cumulative(lengths),
+        rows=tensor(packed.rows),
+        targets=tensor(packed.targets),
+        lengths=lengths,
+        row_lengths=tuple(packed.row_lengths.tolist()),
+        max_length=max(lengths, default=0),
+        family=tensor(packed.family),
+    )
+
+
 def with_inserted(batch: Batch, count: int, first_row: bool = False) -> tuple[Tensor, Batch]:
     """(order int64 [T + B * count], the batch that fits) for `count` vectors put before every text.
 
@@ -170,41 +194,3 @@ def with_inserted(batch: Batch, count: int, first_row: bool = False) -> tuple[Te
         rows = torch.where((place == 0) | (place == before), rows - place - count, rows)
     return torch.from_numpy(order).to(device, non_blocking=True), dataclasses.replace(
         batch, cu_seqlens=cumulative(lengths).to(device, non_blocking=True), rows=rows, lengths=lengths, max_length=max(lengths, default=0))
-
-
-def plan(lengths: Sequence[int], *, batch_size: int | None = None, batch_tokens: int | None = None, members: Sequence[int] | None = None,
-         seed: int | Sequence[int] | None = None) -> list[list[int]]:
-    """Which items share a batch: lists of item indices, each item in exactly one.
-
-    An item is a text or a family that may not be parted; `lengths` are its tokens, `members` its texts (default 1 each). A batch holds at most
-    `batch_size` members or `batch_tokens` tokens, and at least one item. With a seed, items are shuffled, sorted by length within windows of WINDOW
-    batches, and the batches shuffled: lengths in a batch are near-equal, the order is the seed's. Without one, all are sorted by length.
-    """
-    if (batch_size is None) == (batch_tokens is None):
-        raise ValueError("plan: expected one of batch_size and batch_tokens")
-    lengths = numpy.asarray(lengths)
-    cost = lengths if batch_tokens is not None else numpy.ones(len(lengths), dtype=int) if members is None else numpy.asarray(members)
-    limit = batch_tokens if batch_tokens is not None else batch_size
-    if seed is None:
-        return list(_cut(numpy.argsort(lengths, kind="stable"), cost, limit))
-    generator = numpy.random.default_rng(seed)
-    order = generator.permutation(len(lengths))
-    share = max(1, int(WINDOW * limit / max(1.0, cost.mean() if len(cost) else 1.0)))
-    batches = []
-    for begin in range(0, len(order), share):
-        window = order[begin:begin + share]
-        batches.extend(_cut(window[numpy.argsort(lengths[window] / (1 if members is None else numpy.asarray(members)[window]), kind="stable")], cost, limit))
-    return [batches[i] for i in generator.permutation(len(batches))]
-
-
-def _cut(order: numpy.ndarray, cost: numpy.ndarray, limit: int) -> Iterator[list[int]]:
-    batch: list[int] = []
-    used = 0
-    for item in order.tolist():
-        if batch and used + cost[item] > limit:
-            yield batch
-            batch, used = [], 0
-        batch.append(item)
-        used += int(cost[item])
-    if batch:
-        yield batch

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from peftdebias.axes import SHAPES, Axis, is_word_character, upper, word_class
+from peftdebias.axes import LONGEST_WORD, SHAPES, Axis, is_word_character, upper, word_class
 from peftdebias.errors import ConfigError
 
 WINDOW = 64  # characters on either side of a pronoun that its rules may look at; a word that the border cuts counts as the piece inside
 APOSTROPHES = "'\u2019"
+GAP = 3  # spaces and hyphens that may lie between a word and the one that it counts as being behind
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ def counterfactuals(text: str, axis: Axis, intervention: Intervention = PAPER) -
     are those of the first word, r = 1 .. k' - 1, then those of the second, and so on.
     """
     known = lexicon(axis, intervention.only_from)
-    hits = [(*found.span(), known.forms[found[0]]) for found in known.pattern(text).finditer(text)]
+    hits = [(*found.span(), known.forms[found[0]]) for found in known.find(text)]
     if not hits:
         return []
     others = [form.choice(text, start, end) if type(form) is _Pronoun else form for start, end, form in hits]
@@ -149,7 +150,7 @@ def families(texts: Iterable[str], axis: Axis, intervention: Intervention = PAPE
 def attribute_words(text: str, axis: Axis, intervention: Intervention = PAPER) -> list[str]:
     """The attribute words of a text, as they stand in the axis, in the order of the text."""
     known = lexicon(axis, intervention.only_from)
-    return [known.words[found] for found in known.pattern(text).findall(text)]
+    return [known.words[found[0]] for found in known.find(text)]
 
 
 def rows(family: Family, keep: str = "pairs") -> list[dict]:
@@ -189,11 +190,16 @@ class Lexicon(NamedTuple):
 
     forms: dict[str, "tuple[str, ...] | _Pronoun"]
     words: dict[str, str]  # each form -> the word that it is a form of
+    unless_after: dict[str, frozenset[str]]  # some words -> what may not stand before them, in all letter cases
     ascii: re.Pattern
     unicode: re.Pattern
 
-    def pattern(self, text: str) -> re.Pattern:
-        return self.ascii if text.isascii() else self.unicode
+    def find(self, text: str) -> list[re.Match]:
+        """The attribute words of a text, from left to right."""
+        found = (self.ascii if text.isascii() else self.unicode).finditer(text)
+        if not self.unless_after:
+            return list(found)
+        return [one for one in found if word_before(text, one.start()) not in self.unless_after.get(self.words[one[0]], ())]
 
 
 @functools.lru_cache(maxsize=32)
@@ -221,11 +227,17 @@ def lexicon(axis: Axis, only_from: int | None = None) -> Lexicon:
     for form in [form for form in forms if "'" in form]:
         curly = form.replace("'", "\u2019")
         forms[curly], words[curly] = forms[form], words[form]
+    barred: dict[str, frozenset[str]] = {}
+    for word, before in axis.unless_after:
+        row = next((row for row in axis.groups if word in row), (word,))
+        every = frozenset(put(one) for one in before for put in _SHAPES.values())
+        barred |= {one: barred.get(one, frozenset()) | every for one in row}
     first, tree = "".join(sorted({re.escape(form[0]) for form in forms})), _tree(forms)
     word = word_class()
     return Lexicon(
         forms,
         words,
+        barred,
         re.compile(rf"\b(?=[{first}]){tree}\b", re.ASCII),
         re.compile(rf"(?=[{first}])(?<![{word}]){tree}(?![{word}])"),
     )
@@ -247,6 +259,17 @@ def _tree(words: Iterable[str]) -> str:
         return f"(?:{'|'.join(branches)}){'?' if '' in node else ''}" if branches else ""
 
     return expression(root)
+
+
+def word_before(text: str, start: int) -> str:
+    """The word that ends before text[start:], one to GAP spaces or hyphens between; "" where there is none, or a longer one than LONGEST_WORD."""
+    end = start
+    while end > max(0, start - GAP) and text[end - 1] in " -":
+        end -= 1
+    begin = end
+    while begin > max(0, end - LONGEST_WORD - 1) and _word_at(text, begin - 1):
+        begin -= 1
+    return text[begin:end] if end < start and end - begin <= LONGEST_WORD else ""
 
 
 def _possessive(text: str, start: int, end: int, after: str) -> tuple[int, str]:

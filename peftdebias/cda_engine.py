@@ -240,9 +240,10 @@ def _struct(name: str, *fields: tuple[str, object]) -> type[ctypes.Structure]:
 _Tables = _struct(
     "_Tables",
     ("characters form_bytes form_ends form_word form_row form_pronoun form_flags row_ends choice_bytes choice_ends choice_flags", ctypes.c_void_p),
+    ("form_barred barred_bytes barred_ends barred_sets", ctypes.c_void_p),
     ("token_bytes token_ends token_class capital_class allowed pronoun_rules outcomes", ctypes.c_void_p),
     ("spelled", ctypes.c_int32 * 20),
-    ("sign_class end_class none_class forms rows choices words tokens classes rules rule_words", ctypes.c_int32),
+    ("sign_class end_class none_class forms rows choices words barred tokens classes rules rule_words", ctypes.c_int32),
 )
 _Request = _struct(
     "_Request",
@@ -334,23 +335,28 @@ def _tables(axis: Axis, only_from: int | None) -> tuple["_Tables", list[str]]:
             rows += form.choices.values()
             pronouns.append(1 + list(cda.PRONOUNS).index(form.word))
     choices = [choice for row in rows for choice in row]
+    sets = list(dict.fromkeys(lexicon.unless_after.values()))[:64]  # no more: an axis has a handful
+    barred = sorted(set().union(*sets))
     rules = _pronoun_tables() if axis.pronouns else {
         "tokens": _strings(()), "token_class": array("i"), "capital_class": array("i", [0]), "allowed": array("Q", [0] * 5), "pronoun_rules": array("Q", [0] * 2),
         "outcomes": bytes(0), "spelled": [0] * 20, "sign_class": 0, "end_class": 0, "none_class": 0, "classes": 1, "rules": 0, "rule_words": 1}
     form_bytes, form_ends = _strings(lexicon.forms)
     choice_bytes, choice_ends = _strings(choices)
+    barred_bytes, barred_ends = _strings(barred)
     token_bytes, token_ends = rules["tokens"]
     arrays = {
         "characters": _characters(),
         "form_bytes": form_bytes, "form_ends": form_ends, "form_word": array("i", (place[word] for word in lexicon.words.values())),
         "form_row": array("i", row_of), "form_pronoun": bytes(pronouns), "form_flags": bytes(map(_flags, lexicon.forms)),
         "row_ends": array("i", itertools.accumulate(map(len, rows))),
+        "form_barred": array("Q", (sum(1 << i for i, one in enumerate(sets) if one == lexicon.unless_after.get(word)) for word in lexicon.words.values())),
+        "barred_bytes": barred_bytes, "barred_ends": barred_ends, "barred_sets": array("Q", (sum(1 << i for i, one in enumerate(sets) if word in one) for word in barred)),
         "choice_bytes": choice_bytes, "choice_ends": choice_ends, "choice_flags": bytes(map(_flags, choices)),
         "token_bytes": token_bytes, "token_ends": token_ends,
         **{name: rules[name] for name in ("token_class", "capital_class", "allowed", "pronoun_rules", "outcomes")},
     }
     tables = _Tables(
-        spelled=(ctypes.c_int32 * 20)(*rules["spelled"]), forms=len(lexicon.forms), rows=len(rows), choices=len(choices), words=len(words),
+        spelled=(ctypes.c_int32 * 20)(*rules["spelled"]), forms=len(lexicon.forms), rows=len(rows), choices=len(choices), words=len(words), barred=len(barred),
         tokens=len(token_ends), **{name: rules[name] for name in ("sign_class", "end_class", "none_class", "classes", "rules", "rule_words")},
     )
     tables.kept = arrays  # alive as long as the tables are

@@ -5,7 +5,6 @@ go to standard output (utf-8) or to files, everything else for people to standar
 """
 
 import argparse
-import json
 import os
 import sys
 import warnings
@@ -22,6 +21,7 @@ EXAMPLES = {
     "downstream": "peftdebias downstream --model bert-base-uncased --adapter runs/gender --train train.csv --dev dev.csv --test test.csv \\\n"
                   "    --text hard_text --label profession --group gender --out runs/bios",
     "evaluate": "peftdebias evaluate bert-base-uncased --adapter runs/gender --on crows-pairs=crows_pairs_anonymized.csv --on perplexity=heldout.txt",
+    "compare": "peftdebias compare base.jsonl debiased.jsonl\n  peftdebias compare --seeds base-0.json base-1.json --against debiased-0.json debiased-1.json",
     "predict": "peftdebias predict runs/bios texts.csv --text hard_text --out labels.jsonl",
     "methods": "peftdebias methods --model bert-base-uncased --budget 0.01",
 }
@@ -89,7 +89,7 @@ def upstream(settings: config.Upstream) -> None:
     result = phases.upstream(settings, say)
     outcome = result.outcome
     print(f"validation loss {outcome.before['loss']:.4f} -> {outcome.best['loss']:.4f} nats a masked token at step {outcome.best_step}; "
-          f"{outcome.seconds:.0f} s, {outcome.tokens_per_second:,.0f} tokens/s")
+          f"{outcome.seconds:.0f} s, {outcome.tokens_per_second:,.0f} tokens/s, {100 * outcome.waiting:.1f} % of the steps' time waiting for batches")
     print(f"result: {result.out}")
 
 
@@ -118,6 +118,20 @@ def evaluate(settings: config.Evaluate) -> None:
     print(f"result: {' and '.join(places) if places else 'above (--json FILE keeps it)'}")
 
 
+def compare(settings: config.Compare) -> None:
+    from . import comparison
+
+    show(settings)
+    found = comparison.compare(settings)
+    for line in found.notes:
+        say(line)
+    if found.differences:
+        print(differences(found.differences))
+    if found.spreads and not found.differences:
+        print(spreads(found.spreads))
+    print(f"result: {settings.json or 'above (--json FILE keeps it)'}")
+
+
 def predict(settings: config.Predict) -> None:
     from . import evaluation
 
@@ -130,31 +144,13 @@ def predict(settings: config.Predict) -> None:
 
 
 def augment(settings: config.Augment) -> None:
-    from . import axes, cda, corpus
-    from .corpus import writing
+    from .augment import augment as run
 
     show(settings)
-    axis = axes.load_axis(settings.axis)
     if not settings.files:
         wait_for_input()
-    texts = (t.text for t in corpus.read_texts(settings.files or ("-",), settings.column))
-    read = touched = written = 0
-
-    def counted():
-        nonlocal read
-        for text in texts:
-            read += 1
-            yield text
-
-    with writing(settings.out) as file:
-        for family in cda.families(counted(), axis):
-            touched += bool(family.variants)
-            for row in cda.rows(family):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                written += 1
-        if not touched:
-            raise PeftDebiasError(f"{', '.join(settings.files) or 'standard input'}: expected words of the axis {axis.name}, found none in {read} texts")
-    say(f"{read} texts, {touched} with words of the axis {axis.name}; {written} rows")
+    for line in run(settings).report():
+        say(line)
     say(f"result: {settings.out or 'standard output'}")
 
 
@@ -201,6 +197,7 @@ COMMANDS = {
     "upstream": (upstream, config.Upstream),
     "downstream": (downstream, config.Downstream),
     "evaluate": (evaluate, config.Evaluate),
+    "compare": (compare, config.Compare),
     "predict": (predict, config.Predict),
     "methods": (methods, config.Methods),
 }
@@ -228,12 +225,29 @@ def wait_for_input() -> None:
 
 def table(measures) -> str:
     """Measures in columns: name, value, 95 % interval, ideal, how many examples."""
-    def number(value) -> str:
-        return "-" if value is None or value != value else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
-
     rows = [("measure", "value", "95 % interval", "ideal", "n")]
     rows += [(m.name, f"{number(m.value)} {m.unit if m.unit != '1' else ''}".rstrip(), f"{number(m.low)} to {number(m.high)}", number(m.ideal), str(m.n)) for m in measures]
     return columns(rows)
+
+
+def differences(found) -> str:
+    """Differences of two systems in columns, each with its interval."""
+    rows = [("measure", "first", "second", "difference", "95 % interval", "p", "test", "n")]
+    rows += [(d.name, number(d.first), number(d.second), f"{d.value:+.4g} {d.unit if d.unit != '1' else ''}".rstrip(), f"{number(d.low)} to {number(d.high)}",
+              f"{d.p:.3f}" if d.p >= 0.001 else "< 0.001", d.test, str(d.n)) for d in found]
+    return columns(rows)
+
+
+def spreads(found) -> str:
+    """Means over seeds in columns, with the standard deviation of single seeds and the interval of the mean."""
+    rows = [("measure", "mean", "sd over seeds", "95 % interval", "ideal", "seeds")]
+    rows += [(s.name, f"{number(s.mean)} {s.unit if s.unit != '1' else ''}".rstrip(), number(s.sd), f"{number(s.low)} to {number(s.high)}", number(s.ideal), str(s.n))
+             for s in found]
+    return columns(rows)
+
+
+def number(value) -> str:
+    return "-" if value is None or value != value else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
 def columns(rows: list[tuple[str, ...]]) -> str:

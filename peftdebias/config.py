@@ -15,9 +15,28 @@ from .errors import ConfigError
 
 
 def option(help: str, default=dataclasses.MISSING, *, many: str = "", metavar: str | None = None, choices: tuple[str, ...] = (), positional: bool = False):
-    """A field with its help. many: "words" takes several after one flag, "repeat" takes one flag each; such fields are tuples. positional: no flag."""
+    """A field with its help. many: "words" takes several after one flag, "repeat" takes one flag each; such fields are tuples. "maybe": the flag
+    alone means SHIPPED. positional: no flag."""
     metadata = {"help": help, "many": many, "metavar": metavar, "choices": choices, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata) if default is not dataclasses.MISSING else dataclasses.field(metadata=metadata)
+
+
+SHIPPED = "shipped"  # --names without a file
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Swapping:
+    """How texts become counterfactuals; cda.Intervention says what each choice does."""
+
+    axis: str = option("axis of bias: a shipped name (gender, race, ...) or a TOML file of yours", metavar="NAME|FILE")
+    from_: str | None = option("one-sided: replace words of this column of the axis alone (female, say, or its number)", None, metavar="COLUMN")
+    occurrences: str = option("a counterfactual replaces all attribute words, or one of them, so that a text gets one for each", "all", choices=("all", "one"))
+    max_variants: int | None = option("at most that many counterfactuals of a text, chosen by its hash", None)
+    keep: str = option("texts with their counterfactuals, or either alone", "pairs", choices=("pairs", "originals", "counterfactuals"))
+    names: str | None = option("swap first names too: without FILE by the shipped table (US, axis gender), else by yours", None, many="maybe", metavar="FILE")
+
+    def __post_init__(self):
+        _at_least(1, self, "max_variants")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,10 +80,15 @@ class Upstream(Training):
 
     model: str = option("Hugging Face model folder, run folder, or name in the local cache", metavar="DIR")
     axis: str = option("axis of bias: a shipped name (gender, race, ...) or a TOML file of yours", metavar="NAME|FILE")
-    corpus: tuple[str, ...] = option("text files: txt, csv, tsv, jsonl, each also .gz", many="words", metavar="FILE")
+    corpus: tuple[str, ...] = option("text files or quoted patterns such as 'texts/*.txt.gz': txt, csv, tsv, jsonl, each also .gz", many="words", metavar="FILE")
     out: str = option("run folder to write", metavar="RUN")
     method: str = option("what is trained: lora, or full for the whole base (Full-Debias)", "lora")
     column: str | None = option("column with the text, in csv, tsv and jsonl (default: text)", None, metavar="COL")
+    unit: str = option("what a text is: a line or row, each of its sentences, or (txt) the lines up to a blank one", "line", choices=("line", "sentence", "document"))
+    on_error: str = option("a corrupt line or record (no utf-8, no JSON, another number of fields, no text) stops the run, or is left out and counted", "stop", choices=("stop", "skip"))
+    shuffle_buffer: int = option("texts with their counterfactuals that are shuffled together, in the order of the files; a corpus of no more is shuffled whole", 131072)
+    workers: int | None = option("0: batches are made between the steps; N: by a background process with N threads (default: 0 for less than 8 MiB of files, else up to 2)", None)
+    cache: str | None = option("folder that keeps the tokenised texts; the next run on the same texts, axis and tokenizer reads them from there", None, metavar="DIR")
     valid: tuple[str, ...] = option("text files to validate on (default: a share of the corpus)", (), many="words", metavar="FILE")
     valid_share: float = option("share of the corpus held out for validation, chosen by hash of the text", 0.02)
     valid_texts: int = option("at most that many held-out texts with their counterfactuals", 500)
@@ -78,7 +102,8 @@ class Upstream(Training):
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least(1, self, "steps", "valid_every", "valid_texts", "fresh_head")
+        _at_least(1, self, "steps", "valid_every", "valid_texts", "fresh_head", "shuffle_buffer")
+        _at_least(0, self, "workers")
         if not self.corpus:
             raise ConfigError("--corpus: expected at least one file, got none")
         if not 0 < self.valid_share < 1:
@@ -119,11 +144,14 @@ class Evaluate:
     on: tuple[str, ...] = option("what to measure and the file to measure it on; may be given several times", (), many="repeat", metavar="NAME=FILE")
     adapter: tuple[str, ...] = option("module to attach, a run or adapter folder; may be given several times", (), many="repeat", metavar="RUN")
     bias_type: str | None = option("CrowS-Pairs: only this category (gender, race-color, ...; default: all, and each)", None)
-    text: str | None = option("classification, perplexity: column with the text (default: the run's own; for perplexity: text)", None, metavar="COL")
-    text_pair: str | None = option("classification: column with the second text (default: the run's own)", None, metavar="COL")
-    label: str | None = option("classification: column with the label (default: the run's own)", None, metavar="COL")
+    text: str | None = option("classification, fprd, perplexity: column with the text (default: the run's own; for perplexity: text)", None, metavar="COL")
+    text_pair: str | None = option("classification, fprd: column with the second text (default: the run's own)", None, metavar="COL")
+    label: str | None = option("classification, fprd: column with the label (default: the run's own)", None, metavar="COL")
     group: str | None = option("classification: column with the protected group (default: the run's own)", None, metavar="COL")
-    positive: str | None = option("classification: the label that F1 is of (default: the run's own)", None, metavar="LABEL")
+    positive: str | None = option("classification, fprd, iptts: the label that F1 and FPRD are of (default: the run's own)", None, metavar="LABEL")
+    terms: str | None = option("fprd, iptts: file with the identity terms, one a line (default for iptts: identity.csv beside it)", None, metavar="FILE")
+    neutral: str | None = option("bias-nli: the label that means neutral (default: neutral; of the labels 0, 1, 2: 1)", None, metavar="LABEL")
+    max_pairs: int = option("bias-nli: at most that many pairs, a sample chosen by the seed; 0: all", 20000)
     max_length: int | None = option("longest text in tokens; longer ones are cut, counted and reported (default: the run's own, else 256)", None)
     batch_tokens: int = option("tokens in a batch", 8192)
     samples: int = option("bootstrap samples for the intervals", 1000)
@@ -135,6 +163,23 @@ class Evaluate:
 
     def __post_init__(self):
         _at_least(1, self, "max_length", "batch_tokens", "samples")
+        _at_least(0, self, "seed", "max_pairs")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Compare two systems, never without an interval: `evaluate --examples` files of both on the same examples (paired bootstrap, McNemar), or with --seeds
+    `evaluate --json` files of one system under several seeds (mean and spread), --against those of another."""
+
+    files: tuple[str, ...] = option("two --examples files; with --seeds, the --json files of one system", (), many="words", metavar="FILE", positional=True)
+    seeds: bool = option("the files are --json files, one a seed", False)
+    against: tuple[str, ...] = option("--seeds: the --json files of another system, the same seeds in the same order", (), many="words", metavar="FILE")
+    samples: int = option("bootstrap samples for the intervals", 1000)
+    seed: int = option("of the bootstrap", 0)
+    json: str | None = option("write the comparison there", None, metavar="FILE")
+
+    def __post_init__(self):
+        _at_least(1, self, "samples")
         _at_least(0, self, "seed")
 
 
@@ -156,13 +201,34 @@ class Predict:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Augment:
+class Augment(Swapping):
     """Write counterfactuals of texts: what each text says when the attribute words of an axis are swapped, one JSON object a line."""
 
-    axis: str = option("axis of bias: a shipped name (gender, race, ...) or a TOML file of yours", metavar="NAME|FILE")
-    files: tuple[str, ...] = option("txt, csv, tsv or jsonl files (default: one text a line on standard input)", (), many="words", metavar="FILE", positional=True)
+    files: tuple[str, ...] = option("txt, csv, tsv or jsonl files, each also .gz, or quoted patterns (default: one text a line on standard input)", (), many="words",
+                                    metavar="FILE", positional=True)
     column: str | None = option("column with the text, in csv, tsv and jsonl (default: text)", None, metavar="COL")
+    unit: str = option("what a text is: a line or row, each of its sentences, or (txt) the lines up to a blank one", "line", choices=("line", "sentence", "document"))
+    on_error: str = option("a corrupt line or record stops the command, or is left out and counted", "stop", choices=("stop", "skip"))
     out: str | None = option("file to write (default: standard output)", None, metavar="FILE")
+    format: str = option("jsonl: a row a counterfactual, with text, counterfactual, swaps and source; lines: the texts and counterfactuals alone, one a line", "jsonl",
+                         choices=("jsonl", "lines"))
+    stats: str | None = option("write what was found and done there, as JSON", None, metavar="FILE")
+    shard: str | None = option("i/n: only the i-th of n equal stretches of the texts; the outputs of 1/n to n/n end to end are that of the whole", None, metavar="I/N")
+    threads: int = option("threads of the engine", 1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _at_least(1, self, "threads")
+        if self.shard is not None:
+            first, slash, last = self.shard.partition("/")
+            if not (slash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+                raise ConfigError(f"--shard: expected I/N with I from 1 to N, got {self.shard!r}")
+
+    @property
+    def shard_of(self) -> tuple[int, int]:
+        """(i, n) of --shard."""
+        shard, _, shards = self.shard.partition("/")
+        return int(shard), int(shards)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,7 +283,10 @@ class Demo:
 MEASURES = {
     "crows-pairs": "CrowS-Pairs csv: share of pairs in which the stereotype is preferred (ideal 50 %), both scorings",
     "perplexity": "text file: masked-LM loss (nats) and perplexity, the cost of debiasing",
-    "classification": "labelled file, for a downstream run: accuracy, F1 and, with --group, TPR-GAP per class and rms",
+    "classification": "labelled file, for a downstream run: accuracy, F1 and, with --group, TPR-GAP per class and rms, equalised odds, demographic parity",
+    "fprd": "labelled file, for a downstream run: false positive rate differences over the identity terms of --terms",
+    "iptts": "identity phrase templates (csv with Text and bin_label), for a downstream run: the same on them",
+    "bias-nli": "folder of word lists, for a run on inference pairs: net neutral, fraction neutral, thresholds (ideal 1)",
 }
 """The names of `evaluate --on NAME=FILE`, with help; evaluation.ON computes them."""
 
@@ -246,6 +315,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
                 kwargs["type"] = kind
             if meta["many"] == "repeat":
                 kwargs["action"] = "append"
+            elif meta["many"] == "maybe":
+                kwargs |= {"nargs": "?", "const": SHIPPED}
             elif meta["many"] == "words":
                 kwargs["nargs"] = "*" if meta["positional"] else "+"
         if meta["positional"]:

@@ -16,23 +16,32 @@ the first line and all columns asked for are numbers, the file has no header (`t
 Text is utf-8, strictly; a BOM is dropped, a line ends at \\n or \\r\\n and nowhere else (GHC has U+2028 inside a text).
 Every text carries its place, "file:line", the line where its record starts. What cannot be read as asked raises
 DataError with that place. What the words mean (attribute words, tokens) is not known here.
+
+Texts come in chunks, neighbours of one file (`chunks`): a corpus of any size is read in the same memory, and reading can
+begin again at any text's `Place`. `on_error="skip"` leaves out every corrupt line or record, counts it and names the first
+ones (`Skipped`): no utf-8, another number of fields, no JSON, an object without the column, no text in it, half a surrogate
+pair. A file that is missing or ends too early and a column that the header does not have always stop.
 """
 
 import contextlib
 import csv
-import gzip
+import functools
+import itertools
 import json
 import math
 import os
 import sys
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from peftdebias import lines, sentences
 from peftdebias.errors import ConfigError, DataError
+from peftdebias.lines import BLOCK, Lines, Place, Report, Skipped, find
+from peftdebias.lines import place as _place
 
-FORMATS = ("txt", "csv", "tsv", "jsonl")
+UNITS = ("line", "sentence", "document")
 TRUE = ("1", "1.0", "true", "yes")  # in any case, where a label is "any of these columns"
 FALSE = ("0", "0.0", "false", "no")
 
@@ -52,32 +61,160 @@ class Example:
     place: str  # "file:line"
 
 
-def read_texts(paths: Sequence[str | Path], column: str | None = None) -> Iterator[Text]:
-    """The texts of all files in order, streaming. `column` names the text in csv, tsv and jsonl (default "text").
+def read_texts(paths: Sequence[str | Path], column: str | None = None, *, on_error: str = "stop", unit: str = "line",
+               skipped: Skipped | None = None) -> Iterator[Text]:
+    """The texts of all files and patterns (`lines.find`) in order, streaming. `column` names the text in csv, tsv and jsonl (default "text").
 
-    Blank lines and blank cells are skipped. "-" is the standard input, one text a line. Names that no reader fits and
-    files that are missing raise at the call; what is inside a file raises when it is reached.
+    unit: "line" (a line or row is a text), "sentence" (sentences.py parts each) or "document" (txt: the lines up to a blank one, joined by line breaks).
+    Blank lines and blank cells are skipped. "-" is the standard input, one text a line. on_error: "stop", or "skip", and `skipped` hears what was left out.
+    Names that no reader fits and files that are missing raise at the call; what is inside a file raises when it is reached.
     """
-    if isinstance(paths, (str, Path)):
-        paths = [paths]
-    kinds = [_kind(path) for path in paths]
-    return _texts(list(zip(paths, kinds)), column or "text")
+    stream = chunks(find(paths), column, on_error=on_error, unit=unit, skipped=skipped)
+    return (Text(text, place) for chunk in stream for text, place in zip(chunk.texts, chunk.places()))
 
 
-def _texts(files, column: str) -> Iterator[Text]:
+# Chunks: neighbouring texts of one file.
+
+
+class Chunk(NamedTuple):
+    """texts: at least one. numbers: the record that each is from, counted in the chunk; None where every text is one. where(): bytes and lines before each
+    record. dropped: texts of the first record that come before texts[0]."""
+
+    path: str
+    file: int
+    texts: list[str]
+    numbers: list[int] | None
+    where: Callable[[], tuple[Sequence[int], Sequence[int]]]
+    end: Place
+    dropped: int = 0
+
+    def start(self, index: int) -> Place:
+        """Where text `index` begins; for len(texts) the end of the chunk."""
+        if index == len(self.texts):
+            return self.end
+        record, part = index, 0
+        if self.numbers is not None:
+            record = self.numbers[index]
+            part = index - self.numbers.index(record) + (self.dropped if record == self.numbers[0] else 0)
+        offsets, counts = self.where()
+        return Place(self.file, offsets[record], counts[record], part)
+
+    def places(self) -> Iterator[str]:
+        """"file:line" of every text."""
+        counts = self.where()[1]
+        return (_place(self.path, counts[record] + 1) for record in (range(len(self.texts)) if self.numbers is None else self.numbers))
+
+
+def chunks(paths: Sequence[str], column: str | None = None, *, on_error: str = "stop", unit: str = "line", skipped: Skipped | None = None,
+           start: Place = Place()) -> Iterator[Chunk]:
+    """The texts of read_texts from `start` on, as chunks that end where they like; `paths` as `lines.find` gives them."""
+    if unit not in UNITS or on_error not in ("stop", "skip"):
+        raise ConfigError(f"corpus: expected a unit of {', '.join(UNITS)} and on_error stop or skip, got {unit} and {on_error}")
+    files = [(path, lines.kind(path)) for path in paths]
     for path, kind in files:
-        found = False
-        if kind == "txt":
-            cells = ((_place(path, number), (line,)) for number, line in _lines(path))
-        else:
-            cells = _records(path, kind, [column])
-        for place, (value,) in cells:
-            text = _text(value, column, place)
-            if text.strip():
+        if unit == "document" and kind != "txt":
+            raise ConfigError(f"{path}: --unit document: expected txt files, whose documents end at blank lines, got {kind}")
+    skipped = Skipped() if skipped is None else skipped
+    return _chunks(files, column or "text", unit, skipped.add if on_error == "skip" else lines.stop, skipped, start)
+
+
+def _chunks(files, column: str, unit: str, report: Report, skipped: Skipped, start: Place) -> Iterator[Chunk]:
+    for number, (path, kind) in enumerate(files):
+        if number < start.file:
+            continue
+        begin = start if number == start.file else Place(number)
+        found, before = begin != Place(number), skipped.count  # a file that is entered in the middle had texts before
+        with contextlib.closing(_file_chunks(path, kind, column, unit, report, begin)) as stream:
+            for chunk in stream:
                 found = True
-                yield Text(text, place)
+                yield chunk
         if not found:
-            raise DataError(f"no text in {path}")
+            left_out = skipped.count - before
+            raise DataError(f"no text in {path}" + (f" but {left_out} corrupt lines or records, such as {skipped.first[-1]}" if left_out else ""))
+
+
+def _file_chunks(path: str, kind: str, column: str, unit: str, report: Report, begin: Place) -> Iterator[Chunk]:
+    if kind != "txt":
+        stream = _record_chunks(path, begin.file, _cells(path, kind, column, report, begin))
+    elif unit == "document":
+        stream = _record_chunks(path, begin.file, _documents(path, report, begin))
+    else:
+        stream = _line_chunks(path, report, begin)
+    drop = begin.part  # texts of the first record that are not wanted
+    with contextlib.closing(stream):
+        for chunk in stream:
+            if unit == "sentence":
+                chunk = _in_sentences(chunk)
+            if drop:
+                chunk, drop = chunk._replace(texts=chunk.texts[drop:], numbers=chunk.numbers[drop:], dropped=drop), 0
+            if chunk.texts:
+                yield chunk
+
+
+def _in_sentences(chunk: Chunk) -> Chunk:
+    parts = [sentences.split(text) for text in chunk.texts]
+    numbers = [number for number, part in enumerate(parts) for _ in part]
+    return chunk._replace(texts=list(itertools.chain.from_iterable(parts)), numbers=numbers)
+
+
+def _line_chunks(path: str, report: Report, begin: Place) -> Iterator[Chunk]:
+    """The lines of a txt file, decoded and parted by the block."""
+    with contextlib.closing(lines.blocks(path, begin.offset, begin.lines)) as blocks:
+        for raw, offset, count in blocks:
+            try:
+                text = (raw.removeprefix(lines.BOM) if offset == 0 else raw).decode("utf-8")
+            except UnicodeDecodeError:  # which line it is, and what comes before it
+                yield from _record_chunks(path, begin.file, _decoded(path, raw, report, offset, count))
+                continue
+            rows = text.removesuffix("\n").split("\n")
+            end = Place(begin.file, offset + len(raw), count + len(rows))
+            if "\r" in text:
+                rows = [row.removesuffix("\r") for row in rows]
+            full = [i for i, row in enumerate(rows) if row and not row.isspace()]
+            where = functools.cache(functools.partial(_where, raw, offset, count, full))
+            yield Chunk(path, begin.file, rows if len(full) == len(rows) else [rows[i] for i in full], None, where, end)
+
+
+def _where(raw: bytes, offset: int, count: int, full: list[int]) -> tuple[list[int], list[int]]:
+    starts = list(itertools.accumulate((len(row) + 1 for row in raw.split(b"\n")), initial=offset))
+    return [starts[i] for i in full], [count + i for i in full]
+
+
+def _decoded(path: str, raw: bytes, report: Report, offset: int, count: int) -> Iterator["_Record"]:
+    for row in raw.removesuffix(b"\n").split(b"\n"):
+        line, begin = row.removeprefix(lines.BOM) if offset == 0 else row, (offset, count)
+        offset, count = offset + len(row) + 1, count + 1
+        try:
+            text = line.decode("utf-8").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            report(lines.not_utf8(path, count, line, error))
+            continue
+        if text and not text.isspace():
+            yield _Record([text], count, begin, (offset, count))
+
+
+def _record_chunks(path: str, file: int, records: Iterator["_Record"]) -> Iterator[Chunk]:
+    """Records with one text each, gathered to about BLOCK characters."""
+    gathered: list[_Record] = []
+    size = 0
+
+    def gather() -> Chunk:
+        starts = tuple(zip(*(record.begin for record in gathered)))
+        return Chunk(path, file, [record.values[0] for record in gathered], None, lambda: starts, Place(file, *gathered[-1].end))
+
+    try:
+        for record in records:
+            gathered.append(record)
+            size += len(record.values[0])
+            if size >= BLOCK:
+                yield gather()
+                gathered, size = [], 0
+    except DataError:  # what came before it counts
+        if gathered:
+            yield gather()
+        raise
+    if gathered:
+        yield gather()
 
 
 def read_examples(
@@ -94,12 +231,13 @@ def read_examples(
     "true"/"false"; spaces around them are dropped and an empty one is an error. Several `label` columns make one label,
     "1" where any of them is true and "0" elsewhere. A row with an empty text is a row; a file with no text is an error.
     """
-    kind = _kind(path)
+    kind = lines.kind(path)
     kind = "tsv" if kind == "txt" else kind
     labels = [] if label is None else [label] if isinstance(label, str) else list(label)
     wanted = [text, *labels, *([text_pair] if text_pair else []), *([group] if group else [])]
     examples = []
-    for place, values in _records(path, kind, wanted):
+    for record in _records(path, kind, wanted):
+        place, values = _place(path, record.first), record.values
         cell = dict(zip(wanted, values))
         examples.append(
             Example(
@@ -120,8 +258,12 @@ def read_examples(
 
 def _text(value, column: str, place: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{place}: expected a text in column '{column}', got {_json_type(value)}")
+        raise DataError(_no_text(value, column, place))
     return value
+
+
+def _no_text(value, column: str, place: str) -> str:
+    return f"{place}: expected a text in column '{column}', got {_json_type(value)}"
 
 
 def _label(cells: dict, place: str) -> str:
@@ -153,23 +295,75 @@ def _json_type(value) -> str:
     return kinds.get(type(value), "null")
 
 
-# Records: (place, the values of the wanted columns in the wanted order).
+# Records: the values of the wanted columns in the wanted order, and where they stand.
 
 
-def _records(path, kind: str, wanted: list[str]) -> Iterator[tuple[str, list]]:
-    if kind == "jsonl":
-        yield from _json_records(path, wanted)
-        return
-    positions = None
-    for place, row in _csv_rows(path) if kind == "csv" else _tsv_rows(path):
-        if positions is None:
-            width = len(row)
-            positions, has_header = _positions(row, wanted, place)
-            if has_header:
+class _Record(NamedTuple):
+    """values: of the columns asked for. first: number of its first line. begin, end: (bytes, lines) before it and up to its end."""
+
+    values: list
+    first: int
+    begin: tuple[int, int]
+    end: tuple[int, int]
+
+
+def _cells(path: str, kind: str, column: str, report: Report, begin: Place) -> Iterator[_Record]:
+    """The records whose one value is a text that is not blank."""
+    for record in _records(path, kind, [column], report, begin):
+        value = record.values[0]
+        if not isinstance(value, str):
+            report(_no_text(value, column, _place(path, record.first)))
+        elif value and not value.isspace():
+            yield record
+
+
+def _documents(path: str, report: Report, begin: Place) -> Iterator[_Record]:
+    """The lines between blank ones, joined by line breaks."""
+    rows: list[str] = []
+    with contextlib.closing(Lines(path, report)) as source:
+        source.seek(begin.offset, begin.lines)
+        start = (source.offset, source.count)
+        for line in source:
+            if line and not line.isspace():
+                first = first if rows else source.count
+                rows.append(line)
                 continue
-        if len(row) != width:
-            raise DataError(f"{place}: expected {width} fields, got {len(row)}")
-        yield place, [row[position] for position in positions]
+            if rows:
+                yield _Record(["\n".join(rows)], first, start, (source.offset, source.count))
+                rows = []
+            start = (source.offset, source.count)
+        if rows:
+            yield _Record(["\n".join(rows)], first, start, (source.offset, source.count))
+
+
+def _records(path, kind: str, wanted: list[str], report: Report = lines.stop, begin: Place = Place()) -> Iterator[_Record]:
+    with contextlib.closing(Lines(path, report)) as source:
+        if kind == "jsonl":
+            source.seek(begin.offset, begin.lines)
+            yield from _json_records(source, wanted)
+            return
+        rows = _csv_rows if kind == "csv" else _tsv_rows
+        positions = None
+        for record in rows(source):
+            if positions is None:
+                width, place = len(record.values), _place(path, record.first)
+                positions, has_header = _positions(record.values, wanted, place)
+                if begin.offset:
+                    break
+                if has_header:
+                    continue
+            yield from _row(path, record, width, positions, report)
+        if positions is not None and begin.offset:
+            source.seek(begin.offset, begin.lines)
+            for record in rows(source):
+                yield from _row(path, record, width, positions, report)
+
+
+def _row(path, record: _Record, width: int, positions: list[int], report: Report) -> Iterator[_Record]:
+    if len(record.values) != width:
+        report(f"{_place(path, record.first)}: expected {width} fields, got {len(record.values)}")
+    else:
+        yield record._replace(values=[record.values[position] for position in positions])
 
 
 def _positions(first_row: list[str], wanted: list[str], place: str) -> tuple[list[int], bool]:
@@ -195,25 +389,30 @@ def _listing(names) -> str:
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
-def _csv_rows(path) -> Iterator[tuple[str, list[str]]]:
+def _csv_rows(source: Lines) -> Iterator[_Record]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader((line + "\n" for _, line in _lines(path)), strict=True)
+    reader = csv.reader((line + "\n" for line in source), strict=True)
     while True:
-        place = _place(path, reader.line_num + 1)
+        begin = (source.offset, source.count)
+        source.begin()
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            raise DataError(f"{place}: not csv: {error}") from None
-        if len(row) > 1 or (row and row[0].strip()):
-            yield place, row
+            source.report(f"{_place(source.path, source.first)}: not csv: {error}")
+            continue
+        if not source.torn and (len(row) > 1 or (row and row[0].strip())):
+            yield _Record(row, source.first, begin, (source.offset, source.count))
 
 
-def _tsv_rows(path) -> Iterator[tuple[str, list[str]]]:
-    for number, line in _lines(path):
+def _tsv_rows(source: Lines) -> Iterator[_Record]:
+    begin = (source.offset, source.count)
+    for line in source:
+        end = (source.offset, source.count)
         if line.strip():
-            yield _place(path, number), [_unquote(field) for field in line.split("\t")]
+            yield _Record([_unquote(field) for field in line.split("\t")], source.count, begin, end)
+        begin = end
 
 
 def _unquote(field: str) -> str:
@@ -222,75 +421,34 @@ def _unquote(field: str) -> str:
     return field
 
 
-def _json_records(path, wanted: list[str]) -> Iterator[tuple[str, list]]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        place = _place(path, number)
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}: not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{place}: expected a JSON object, got {_json_type(record)}")
-        for name in wanted:
-            if name not in record:
-                raise DataError(f"{place}: no column '{name}'; columns: {_listing(record)}")
-            if isinstance(record[name], str) and not record[name].isascii():
-                try:
-                    record[name].encode()
-                except UnicodeEncodeError as error:  # "\ud800" alone is legal JSON and no text
-                    raise DataError(f"{place}: column '{name}' holds half a surrogate pair at character {error.start}") from None
-        yield place, [record[name] for name in wanted]
+def _json_records(source: Lines, wanted: list[str]) -> Iterator[_Record]:
+    begin = (source.offset, source.count)
+    for line in source:
+        before, begin = begin, (source.offset, source.count)
+        if line.strip():
+            try:
+                yield _Record(_json_values(line, wanted), source.count, before, begin)
+            except DataError as error:
+                source.report(f"{_place(source.path, source.count)}: {error}")
 
 
-# Files and lines.
-
-
-def _kind(path) -> str:
-    """"txt", "csv", "tsv" or "jsonl"; raises for a file that is not there or has another name."""
-    if str(path) == "-":
-        return "txt"
-    path = Path(path)
-    if path.is_dir():
-        raise DataError(f"{path}: expected a file, got a folder")
-    if not path.exists():
-        raise DataError(f"{path}: no such file")
-    name = path.name.lower().removesuffix(".gz")
-    kind = name.rpartition(".")[2]
-    if kind not in FORMATS or "." not in name:
-        expected = ", ".join("." + known for known in FORMATS)
-        raise DataError(f"{path}: expected a file named {expected}, or one of these with .gz, got '{Path(name).suffix}'")
-    return kind
-
-
-def _lines(path) -> Iterator[tuple[int, str]]:
-    """Line numbers from 1 and lines without their ends."""
-    number = 0
+def _json_values(line: str, wanted: list[str]) -> list:
+    """Raises DataError with what is wrong, the place left out."""
     try:
-        with _open(path) as stream:
-            for number, raw in enumerate(stream, 1):
-                if number == 1:
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
-                try:
-                    line = raw.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    byte = f"0x{raw[error.start]:02x} at byte {error.start + 1} of the line"
-                    raise DataError(f"{_place(path, number)}: expected utf-8, got {byte}") from None
-                yield number, line.removesuffix("\n").removesuffix("\r")
-    except (OSError, EOFError, zlib.error) as error:
-        message = getattr(error, "strerror", None) or error
-        raise DataError(f"{_place(path, number + 1)}: cannot be read: {message}") from None
-
-
-def _open(path):
-    if str(path) == "-":
-        return open(sys.stdin.fileno(), "rb", closefd=False)
-    return gzip.open(path, "rb") if str(path).lower().endswith(".gz") else open(path, "rb")
-
-
-def _place(path, number: int) -> str:
-    return f"{'<stdin>' if str(path) == '-' else path}:{number}"
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise DataError(f"expected a JSON object, got {_json_type(record)}")
+    for name in wanted:
+        if name not in record:
+            raise DataError(f"no column '{name}'; columns: {_listing(record)}")
+        if isinstance(record[name], str) and not record[name].isascii():
+            try:
+                record[name].encode()
+            except UnicodeEncodeError as error:  # "\ud800" alone is legal JSON and no text
+                raise DataError(f"column '{name}' holds half a surrogate pair at character {error.start}") from None
+    return [record[name] for name in wanted]
 
 
 # Output: a file whole or not at all.

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from . import phases, weights
+from .buckets import in_memory
 from .checkpoint import load_run
 from .config import Demo, Downstream, Evaluate, Upstream
 from .encoder import EncoderConfig, Model
@@ -43,7 +44,7 @@ def pretrain(corpus: Path, tokenizer: Tokenizer, folder: Path, seed: int) -> Non
     model.initialize(model, torch.Generator().manual_seed(seed))
     texts = corpus.read_text(encoding="utf-8").splitlines()
     encoded = [[e.ids] for e in tokenizer.encode(texts, max_length=config.max_positions)]
-    task = MaskedLM(encoded[200:], encoded[:200], tokenizer, seed=seed, batch={"batch_size": 64})
+    task = MaskedLM(in_memory(encoded[200:], tokenizer, seed=seed, batch={"batch_size": 64}), encoded[:200], tokenizer, seed=seed)
     trained = all_parameters(model)
     train_only(model, trained.values())
     train(model, task, trained, Schedule(steps=PRETRAINING_STEPS, lr=LEARNING_RATES["pretraining"], weight_decay=0.01, seed=seed), label="pretraining")

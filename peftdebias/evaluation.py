@@ -1,6 +1,7 @@
 """Measure a model, and use it: `evaluate` and `predict`, for the command line and the Python API.
 
-What it adds over metrics: which file each measure reads, and how a model answers. ON lists what `--on NAME=FILE` can be.
+What it adds over metrics: which file each measure of a masked-LM reads. ON lists what `--on NAME=FILE` can be; extrinsic.py has the measures of
+downstream runs.
 """
 
 import contextlib
@@ -11,55 +12,26 @@ from pathlib import Path
 
 import numpy
 
-from . import checkpoint, corpus
+from . import checkpoint, corpus, extrinsic
+from .answers import LONGEST, Result, cut_note, encode_examples, longest_of, max_length, positive_label
 from .checkpoint import Run
 from .config import Evaluate, Predict
 from .corpus import writing
-from .encoder import Model
 from .errors import ConfigError, DataError, ModelError
+from .extrinsic import classification_measures
 from .metrics import Measure, crows_pairs
 from .metrics.bootstrap import interval
-from .metrics.classification import accuracy, f1, macro_f1
-from .metrics.tpr_gap import tpr_gap
-from .tasks import class_probabilities, label_indices, labelled_samples, masked_lm_nll, masked_samples
-from .tokens import Tokenizer
+from .tasks import class_probabilities, labelled_samples, masked_lm_nll, masked_samples
 from .training import pick_device
 
-TRUE_LABELS = ("1", "true", "yes")
-
-
-@dataclasses.dataclass
-class Result:
-    """measures; examples: a dict for each example, for --examples; notes: lines for people (what was cut, left out)."""
-
-    measures: list[Measure]
-    examples: list[dict]
-    notes: list[str]
-
-
-LONGEST = 256  # tokens, where neither the caller nor the run says
-
-
-def max_length(model: Model, wanted: int) -> int:
-    """The longest text that both the caller and the model allow."""
-    return min(wanted, model.config.max_positions - model.encoder.hooks.position_shift)
-
-
-def _longest(run: Run, settings: Evaluate | Predict) -> int:
-    """As the caller says, else as the run was trained."""
-    return max_length(run.model, settings.max_length or run.config.get("max_length", LONGEST))
+__all__ = ["LONGEST", "ON", "Result", "classification_measures", "cut_note", "encode_examples", "evaluate", "evaluate_run", "max_length", "parse_on",
+           "positive_label", "predict", "systems"]
 
 
 def _masked_lm(run: Run, settings: Evaluate, entry: str) -> None:
     if run.model.mlm is None:
         raise ModelError(f"{settings.model}: expected a model with a masked-LM head for --on {entry}, got one without "
                          "(a downstream run has a classifier instead; a head that --fresh-head trained is in its own run)")
-
-
-def cut_note(encoded, longest: int, what: str) -> list[str]:
-    """One line where texts were cut, else none."""
-    cut = [e.cut for e in encoded if e.cut]
-    return [f"{what}: {len(cut)} of {len(encoded)} texts are longer than {longest} tokens and were cut ({sum(cut)} tokens left out)"] if cut else []
 
 
 # ---------------------------------------------------------------- what can be measured
@@ -87,7 +59,7 @@ def _perplexity(run: Run, path: str, settings: Evaluate) -> Result:
     """Masked-LM loss in nats a masked token, and its exponential, with masks fixed by the seed (15 %, 80/10/10)."""
     _masked_lm(run, settings, f"perplexity={path}")
     texts = [t.text for t in corpus.read_texts([path], settings.text)]
-    longest = _longest(run, settings)
+    longest = longest_of(run, settings)
     encoded = run.tokenizer.encode(texts, max_length=longest)
     samples = masked_samples([e.ids for e in encoded], run.tokenizer, numpy.random.default_rng([settings.seed, 4]))
     sums, counts = masked_lm_nll(run.model, samples, settings.batch_tokens)
@@ -101,69 +73,15 @@ def _perplexity(run: Run, path: str, settings: Evaluate) -> Result:
     return Result(measures, examples, cut_note(encoded, longest, path))
 
 
-def _classification(run: Run, path: str, settings: Evaluate) -> Result:
-    """Accuracy, F1 and, with a group column, TPR-GAP of a downstream run; columns default to the ones it was trained with."""
-    def column(name: str) -> str | None:
-        return getattr(settings, name) or run.config.get(name)
-
-    if run.model.classifier is None:
-        raise ModelError(f"{settings.model}: expected a model with a classifier for --on classification={path}, got one without (`downstream` trains one)")
-    if not column("text") or not column("label"):
-        raise ConfigError(f"--on classification={path}: expected --text COL and --label COL")
-    examples = corpus.read_examples(path, text=column("text"), label=column("label").split(","), text_pair=column("text_pair"), group=column("group"))
-    longest = _longest(run, settings)
-    encoded = encode_examples(run.tokenizer, examples, longest)
-    known = run.model.classifier.labels
-    label_indices([e.label for e in examples], known, [e.place for e in examples])
-    probabilities = class_probabilities(run.model, labelled_samples(encoded), settings.batch_tokens)
-    predicted = [known[i] for i in probabilities.argmax(1)]
-    measures, notes = classification_measures(predicted, examples, known, column("positive"), where=path, seed=settings.seed, samples=settings.samples)
-    rows = [{"measure": "classification", "text": e.text, "label": e.label, "group": e.group, "predicted": p,
-             "probabilities": dict(zip(known, row.tolist()))} for e, p, row in zip(examples, predicted, probabilities)]
-    return Result(measures, rows, cut_note(encoded, longest, path) + notes)
-
-
-ON: dict[str, Callable[[Run, str, Evaluate], Result]] = {"crows-pairs": _crows_pairs, "perplexity": _perplexity, "classification": _classification}
+ON: dict[str, Callable[[Run, str, Evaluate], Result]] = {
+    "crows-pairs": _crows_pairs,
+    "perplexity": _perplexity,
+    "classification": extrinsic.classification,
+    "fprd": extrinsic.fprd_in_domain,
+    "iptts": extrinsic.iptts,
+    "bias-nli": extrinsic.bias_nli,
+}
 """What computes each name of config.MEASURES."""
-
-
-def encode_examples(tokenizer: Tokenizer, examples, longest: int) -> list:
-    """Examples as token ids, pairs where they have a second text."""
-    pairs = [e.text_pair for e in examples] if examples and examples[0].text_pair is not None else None
-    return tokenizer.encode([e.text for e in examples], pairs, longest)
-
-
-def positive_label(labels: tuple[str, ...], wanted: str | None) -> str | None:
-    """The label F1 is of: the one asked for, else 1, true or yes of two labels, else None. Raises ConfigError on an unknown one."""
-    if wanted is not None and wanted not in labels:
-        raise ConfigError(f"--positive: expected one of {', '.join(labels)}, got {wanted!r}")
-    if wanted is not None or len(labels) != 2:
-        return wanted
-    return next((label for label in labels if label.lower() in TRUE_LABELS), None)
-
-
-def classification_measures(predicted: list[str], examples, labels: tuple[str, ...], positive: str | None = None, *, where: str, seed: int = 0,
-                            samples: int = 1000) -> tuple[list[Measure], list[str]]:
-    """Accuracy, F1 (macro, and of the positive label where there is one) and, where the examples have groups, TPR-GAP; with notes on what was left out.
-
-    Raises DataError that begins with `where`, the file, on what cannot be measured there.
-    """
-    truth, notes = [e.label for e in examples], []
-    positive = positive_label(labels, positive)
-    try:
-        found = [accuracy(predicted, truth, seed=seed, samples=samples), macro_f1(predicted, truth, seed=seed, samples=samples)]
-        if positive in truth:
-            found.append(f1(predicted, truth, positive, seed=seed, samples=samples))
-        elif positive is not None:
-            notes.append(f"{where}: no F1 of {positive!r}, which no example has")
-        if any(e.group is not None for e in examples):
-            gap = tpr_gap(predicted, truth, [e.group for e in examples], seed=seed, samples=samples)
-            found += gap.as_measures()
-            if gap.left_out:
-                notes.append(f"TPR-GAP: left out, without positives of both groups: {', '.join(gap.left_out)}")
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from None
-    return found, notes
 
 
 def parse_on(entries: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -231,7 +149,7 @@ def predict(settings: Predict) -> list[str]:
         if run.model.classifier is None:
             raise ModelError(f"{settings.run}: expected a downstream run with a classifier, got a model without")
         texts, pairs = _to_label(run, settings)
-        longest, labels = _longest(run, settings), run.model.classifier.labels
+        longest, labels = longest_of(run, settings), run.model.classifier.labels
         encoded = run.tokenizer.encode(texts, pairs, longest)
         for text, row in zip(texts, class_probabilities(run.model, labelled_samples(encoded), settings.batch_tokens)):
             line = {"text": text, "label": labels[int(row.argmax())], "probabilities": {label: round(float(p), 6) for label, p in zip(labels, row)}}

@@ -11,7 +11,7 @@ import warnings
 
 from peftdebias.errors import ConfigError
 
-ABI = 1  # of csrc/cda.cpp; raised there and here together
+ABI = 2  # of csrc/cda.cpp; raised there and here together
 
 
 def library() -> ctypes.CDLL | None:

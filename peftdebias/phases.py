@@ -7,29 +7,35 @@ What it adds over training.py: reading the data, building model and task, provin
 It names no method and no axis.
 """
 
+import contextlib
 import dataclasses
+import glob
 import math
 import os
-import zlib
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy
 import torch
 
-from . import checkpoint, corpus, methods, patch, weights
+from . import checkpoint, corpus, lines, methods, patch, weights
 from .axes import load_axis
-from .cda import counterfactuals, families
+from .cda import PAPER, families
 from .config import Downstream, Upstream, as_plain, checked
 from .encoder import MaskedLMHead, Model
 from .errors import ConfigError, DataError, PeftDebiasError
 from .evaluation import classification_measures, cut_note, encode_examples, max_length, positive_label
+from .holdout import HeldOut, choose, first_families
+from .lines import Skipped
 from .metrics import Measure
 from .metrics.classification import accuracy, f1, macro_f1
 from .patch import all_parameters, base_checksum, train_only
+from .stream import Counts, Recipe
 from .tasks import Classification, MaskedLM, class_probabilities, label_indices, labelled_samples
 from .tokens import Tokenizer
 from .training import Outcome, Schedule, pick_device, pick_precision, train
+from .worker import Epochs, default_workers
 
 CHUNK = 4096  # texts tokenised together
 
@@ -85,31 +91,18 @@ def encode_families(texts: Iterable[str], axis, tokenizer: Tokenizer, longest: i
     return found
 
 
-def is_held_out(text: str, share: float) -> bool:
-    """Whether a text is for validation: by its hash, so that equal texts are never on both sides."""
-    return zlib.crc32(text.strip().encode("utf-8", "surrogatepass")) < share * 2**32
+def _held_out(settings: Upstream, axis, files: list[str], valid: list[str], skipped: Skipped) -> tuple[HeldOut, list[str]]:
+    """(which texts of the corpus are held out, texts of the families to validate on). `skipped` hears of the corrupt lines of the validation files.
 
+    Raises DataError where either side has no words of the axis.
+    """
+    def read(paths: list[str], skipped: Skipped | None = None):
+        return lambda: (chunk.texts for chunk in corpus.chunks(paths, settings.column, unit=settings.unit, on_error=settings.on_error, skipped=skipped))
 
-def _split_corpus(settings: Upstream, axis) -> tuple[list[str], list[str]]:
-    """(texts to train on, texts to validate on), both with words of the axis. Raises DataError where there are none, or too few."""
-    def touched(texts):
-        return next((t for t in texts if counterfactuals(t, axis)), None)
-
-    texts, files = [t.text for t in corpus.read_texts(settings.corpus, settings.column)], ", ".join(settings.corpus)
-    if touched(texts) is None:
-        raise DataError(f"{files}: expected words of the axis {axis.name}, found none in {len(texts)} texts")
-    if settings.valid:
-        held_out = [t.text for t in corpus.read_texts(settings.valid, settings.column)]
-        if touched(held_out) is None:
-            raise DataError(f"{', '.join(settings.valid)}: expected words of the axis {axis.name}, found none in {len(held_out)} texts")
-        return texts, held_out
-    chosen = {t for t in texts if is_held_out(t, settings.valid_share)}
-    if touched(chosen) is None:  # a corpus of a few lines
-        chosen.add(touched(texts))
-    training = [t for t in texts if t not in chosen]
-    if touched(training) is None:
-        raise DataError(f"{files}: expected two different texts with words of the axis {axis.name}, one to validate on; found one (or give --valid FILE)")
-    return training, [t for t in texts if t in chosen]
+    if valid:
+        first_families(read(files), axis, PAPER, 1, ", ".join(settings.corpus))  # there is something to learn from
+        return HeldOut(), first_families(read(valid, skipped), axis, PAPER, settings.valid_texts, ", ".join(settings.valid))
+    return choose(read(files), axis, PAPER, settings.valid_share, settings.valid_texts, ", ".join(settings.corpus))
 
 
 def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None) -> PhaseResult:
@@ -122,7 +115,7 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
     axis = load_axis(settings.axis)
     cls = methods.method_class(settings.method)
     options = checked(cls.Config, settings.set or {}, f"--set, {cls.name}: ")
-    with checkpoint.writing_run(settings.out, "upstream", _saved(settings), settings.overwrite) as run:
+    with checkpoint.writing_run(settings.out, "upstream", _saved(settings), settings.overwrite) as run, contextlib.ExitStack() as stack:
         loaded = _load_base(settings, mlm=None if settings.fresh_head else True, labels=())
         model, tokenizer = loaded.model, loaded.tokenizer
         if settings.fresh_head:
@@ -136,16 +129,22 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
         else:
             patch.attach(model, axis.name if axis.name not in model.methods else axis.name + "-new", method)
         longest = max_length(model, settings.max_length)
-        training_texts, held_out_texts = _split_corpus(settings, axis)
-        ready = encode_families(training_texts, axis, tokenizer, longest)
+        copies = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peftdebias-")))
+        files, valid = (lines.seekable(lines.find(paths), copies) for paths in (settings.corpus, settings.valid))
+        skipped = Skipped()
+        rule, held_out_texts = _held_out(settings, axis, files, valid, skipped)
         held_out = encode_families(held_out_texts, axis, tokenizer, longest)
-        notes = [*loaded.report.lines(), _corpus_note(ready, held_out, axis.name)]
-        for found, what in ((ready, "corpus"), (held_out, "held out")):
-            if found.cut:
-                notes.append(f"{what}: {found.cut} of {found.members} texts (counterfactuals counted) are longer than {longest} tokens and were cut")
+        recipe = Recipe(tuple(files), axis, tokenizer, longest, settings.seed, settings.batch, column=settings.column, unit=settings.unit, on_error=settings.on_error,
+                        held_out=rule, buffer=settings.shuffle_buffer, cache=settings.cache)
+        epochs = stack.enter_context(Epochs(recipe, default_workers(recipe.files) if settings.workers is None else settings.workers))
+        counts = epochs.ready()
+        notes = [*loaded.report.lines(), *_corpus_notes(counts, len(held_out.families) if valid else None, axis.name, longest)]
+        if held_out.cut:
+            notes.append(f"held out: {_cut(held_out.cut, held_out.members, longest)}")
+        notes += skipped.report("held out")
         model.to(device)
         notes.append(f"device: {device}, {precision}")
-        task = MaskedLM(ready.families, held_out.families[:settings.valid_texts], tokenizer, seed=settings.seed, batch=settings.batch)
+        task = MaskedLM(epochs.epoch, held_out.families, tokenizer, seed=settings.seed)
         schedule = _schedule(settings, settings.steps, settings.valid_every, precision)
         _tell(say, notes)
 
@@ -168,7 +167,12 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
         if not cls.trains_base:
             _assert_frozen("base", base["sha256"], base_checksum(model))
             checkpoint.save_adapter(run.path / "adapter", method, axis.name, base)
-        run.event(event="final", step=outcome.best_step, seconds=round(outcome.seconds, 1), **outcome.best)
+        if not counts.whole:
+            more = [note for note in _corpus_notes(epochs.counts, len(held_out.families) if valid else None, axis.name, longest) if note not in notes]
+            _tell(say, more)
+            notes += more
+        run.event(event="final", step=outcome.best_step, seconds=round(outcome.seconds, 1), waiting=round(outcome.waiting, 4),
+                  corpus={k: v for k, v in dataclasses.asdict(epochs.counts).items() if k != "notes"}, **outcome.best)
     return PhaseResult(Path(settings.out), outcome, [], notes)
 
 
@@ -181,10 +185,22 @@ def _fresh_head(model: Model, settings: Upstream) -> None:
     model.eval()
 
 
-def _corpus_note(ready: FamilyIds, held_out: FamilyIds, axis: str) -> str:
-    touched = sum(len(f) > 1 for f in ready.families)
-    return (f"corpus: {ready.texts} texts, {touched} with words of the axis {axis}; {len(ready.families)} families of {ready.members} texts to train on, "
-            f"{len(held_out.families)} families held out")
+def _corpus_notes(counts: Counts, held_out: int | None, axis: str, longest: int) -> list[str]:
+    """What the corpus is, as far as it was read. held_out: families of a validation file; None: the corpus's own, as counted."""
+    aside = f"{counts.held_out if held_out is None else held_out} families held out"
+    touched = f"{counts.texts} texts, {counts.touched} with words of the axis {axis}; {counts.families} families of {counts.members} texts"
+    notes = list(counts.notes)
+    if counts.whole:
+        notes.append(f"corpus: {touched} to train on, {aside}")
+    else:
+        notes.append(f"corpus, as far as it was read: {touched}, {aside}")
+    if counts.cut:
+        notes.append(f"corpus: {_cut(counts.cut, counts.members, longest)}")
+    return notes + Skipped(counts.skipped, counts.first_skipped).report("corpus")
+
+
+def _cut(cut: int, members: int, longest: int) -> str:
+    return f"{cut} of {members} texts (counterfactuals counted) are longer than {longest} tokens and were cut"
 
 
 # ---------------------------------------------------------------- downstream
@@ -321,16 +337,16 @@ def _schedule(settings: Upstream | Downstream, steps: int, validate_every: int |
 
 
 def _saved(settings: Upstream | Downstream) -> dict:
-    """The configuration as the run keeps it: folders and files by absolute path, so that it can be found again from anywhere."""
+    """The configuration as the run keeps it: folders, files and patterns by absolute path, so that it can be found again from anywhere."""
     values = as_plain(settings)
-    for key in ("model", "corpus", "valid", "adapter", "train", "dev", "test"):
+    for key in ("model", "corpus", "valid", "adapter", "train", "dev", "test", "cache"):
         if key in values:
             values[key] = [_absolute(v) for v in values[key]] if isinstance(values[key], list) else _absolute(values[key])
     return values
 
 
 def _absolute(path: str) -> str:
-    return os.path.realpath(path) if os.path.exists(path) else path
+    return os.path.realpath(path) if os.path.exists(path) or glob.has_magic(path) else path
 
 
 def _assert_frozen(what: str, before: str, after: str) -> None:

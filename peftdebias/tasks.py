@@ -7,14 +7,15 @@ Letters: B texts, M rows asked for, C labels.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batches import Batch, Sample, pack, plan
+from .batches import Batch, Sample, from_packed, pack, plan
+from .buckets import Packed
 from .encoder import Model
 from .errors import DataError
 from .tokens import Encoded, Tokenizer, mask_tokens
@@ -90,12 +91,12 @@ def class_probabilities(model: Model, samples: Sequence[Sample], batch_tokens: i
 
 # ---------------------------------------------------------------- samples
 
-def masked_samples(encoded: Sequence[numpy.ndarray], tokenizer: Tokenizer, generator: numpy.random.Generator, families: Sequence[int] | None = None) -> list[Sample]:
+def masked_samples(encoded: Sequence[numpy.ndarray], tokenizer: Tokenizer, generator: numpy.random.Generator) -> list[Sample]:
     """Each text masked by tokens.mask_tokens; rows and targets are what was masked."""
     samples = []
     for i, ids in enumerate(encoded):
         masked, rows, targets = mask_tokens(ids, tokenizer, generator)
-        samples.append(Sample(masked, rows, targets, family=i if families is None else families[i]))
+        samples.append(Sample(masked, rows, targets, family=i))
     return samples
 
 
@@ -120,26 +121,23 @@ def label_indices(labels: Sequence[str], known: Sequence[str], places: Sequence[
 # ---------------------------------------------------------------- tasks
 
 class MaskedLM:
-    """Masked-LM on families (a text and its counterfactuals, never parted). Validation masks are fixed by the seed; the lowest loss is best."""
+    """Masked-LM on families (a text and its counterfactuals, never parted). Validation masks are fixed by the seed; the lowest loss is best.
+
+    batches: number of an epoch -> its masked batches (worker.Epochs.epoch, buckets.in_memory). held_out: families of token ids.
+    """
 
     metric = "loss"
     higher_is_better = False
 
-    def __init__(self, families: Sequence[Sequence[numpy.ndarray]], held_out: Sequence[Sequence[numpy.ndarray]], tokenizer: Tokenizer, *, seed: int, batch: dict):
-        self.families, self.tokenizer, self.seed, self.batch = families, tokenizer, seed, batch
-        self.lengths = [sum(len(ids) for ids in family) for family in families]
-        self.members = [len(family) for family in families]
+    def __init__(self, batches: Callable[[int], Iterator[Packed]], held_out: Sequence[Sequence[numpy.ndarray]], tokenizer: Tokenizer, *, seed: int):
+        self.batches = batches
         self.held_out = masked_samples([ids for family in held_out for ids in family], tokenizer, numpy.random.default_rng([seed, 1]))
         if not any(len(s.rows) for s in self.held_out):
             raise DataError("validation texts: expected words to mask, got none but special and unknown tokens")
 
     def epoch(self, number: int) -> Iterator[Batch]:
-        """Every family once, in the order and with the masks that (seed, number) give."""
-        order = plan(self.lengths, members=self.members, seed=(self.seed, 0, number), **self.batch)
-        for i, items in enumerate(order):
-            generator = numpy.random.default_rng([self.seed, 2, number, i])
-            encoded = [ids for item in items for ids in self.families[item]]
-            yield pack(masked_samples(encoded, self.tokenizer, generator, [item for item in items for _ in self.families[item]]))
+        """Every family once, in the order and with the masks that the epoch's number gives."""
+        return map(from_packed, self.batches(number))
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """Mean cross-entropy in nats over the masked tokens of the batch; 0 where it has none (unknown tokens only)."""

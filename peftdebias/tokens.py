@@ -5,6 +5,8 @@ them and is counted), and masking. It leaves out padding.
 """
 
 import dataclasses
+import functools
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -61,6 +63,40 @@ class Tokenizer:
             return [self._assemble(a, None, max_length) for a in first]
         second = [e.ids for e in self.backend.encode_batch_fast(list(pairs), add_special_tokens=False)]
         return [self._assemble(a, b, max_length) for a, b in zip(first, second)]
+
+    def encode_flat(self, texts: Sequence[str], max_length: int = 512) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+        """What `encode` gives for texts without pairs, end to end: (ids int32 [T], tokens of each text int32 [B], of them left out int32 [B])."""
+        return self.flat(self.encodings(texts), max_length)
+
+    def encodings(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """The first half of encode_flat: nearly all of its work, done without the GIL."""
+        return self.backend.encode_batch_fast(texts, add_special_tokens=False)
+
+    def flat(self, encodings: Sequence[tokenizers.Encoding], max_length: int) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+        """The second half of encode_flat."""
+        room = max_length - 2
+        if room < 0:
+            raise ConfigError(f"max_length {max_length}: expected at least 2, the special tokens of a text")
+        rows = [e.ids for e in encodings]
+        found = numpy.fromiter(map(len, rows), numpy.int32, len(rows))
+        kept = numpy.minimum(found, room)
+        if (found > room).any():
+            rows = [row[:room] for row in rows]
+        lengths = kept + 2
+        ends = numpy.cumsum(lengths, dtype=numpy.int64)
+        ids = numpy.empty(int(ends[-1]) if len(ends) else 0, numpy.int32)
+        inside = numpy.ones(len(ids), bool)
+        for places, special in ((ends - lengths, self.cls_id), (ends - 1, self.sep_id)):
+            ids[places], inside[places] = special, False
+        ids[inside] = numpy.fromiter(itertools.chain.from_iterable(rows), numpy.int32, int(kept.sum()))
+        return ids, lengths, found - kept
+
+    @functools.cached_property
+    def is_special(self) -> numpy.ndarray:
+        """bool [vocab_size]: ids that masking leaves alone."""
+        table = numpy.zeros(self.vocab_size, bool)
+        table[self.special_ids] = True
+        return table
 
     def _assemble(self, a: list[int], b: list[int] | None, max_length: int) -> Encoded:
         middle = [] if b is None else [self.sep_id] * (2 if self.style == "roberta" else 1)
@@ -163,3 +199,24 @@ def mask_tokens(ids: numpy.ndarray, tokenizer: Tokenizer, generator: numpy.rando
     drawn = (kind >= 0.8) & (kind < 0.9)
     masked[rows[drawn]] = generator.integers(tokenizer.vocab_size, size=int(drawn.sum()))
     return masked, rows, ids[rows]
+
+
+def mask_flat(ids: numpy.ndarray, lengths: numpy.ndarray, tokenizer: Tokenizer, generator: numpy.random.Generator,
+              share: float = MASK_SHARE) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """mask_tokens for texts end to end, text by text with the same draws: (ids to read [T], rows [M], targets [M], rows of each text [B])."""
+    places = numpy.flatnonzero(~tokenizer.is_special[ids])
+    starts = numpy.searchsorted(places, numpy.concatenate(([0], numpy.cumsum(lengths))))
+    chosen, kinds, drawn, counts = [], [], [], []
+    for start, n in zip(starts.tolist(), numpy.diff(starts).tolist()):
+        count = max(1, round(share * n)) if n else 0
+        counts.append(count)
+        if count:
+            chosen.append(generator.choice(places[start:start + n], size=count, replace=False))
+            kinds.append(kind := generator.random(count))
+            if other := sum(0.8 <= value < 0.9 for value in kind.tolist()):
+                drawn.append(generator.integers(tokenizer.vocab_size, size=other))
+    rows = numpy.sort(numpy.concatenate([numpy.zeros(0, numpy.int64), *chosen]))  # texts follow each other, so each text's rows are sorted
+    kind, masked = numpy.concatenate([numpy.zeros(0), *kinds]), ids.copy()
+    masked[rows[kind < 0.8]] = tokenizer.mask_id
+    masked[rows[(kind >= 0.8) & (kind < 0.9)]] = numpy.concatenate([numpy.zeros(0, numpy.int64), *drawn])
+    return masked, rows, ids[rows], numpy.array(counts, numpy.int32)

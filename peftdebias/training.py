@@ -44,13 +44,15 @@ class Schedule:
 
 @dataclasses.dataclass
 class Outcome:
-    """before: validation at the start; best: the one kept, and at which step; seconds of training and how many valid tokens a second."""
+    """before: validation at the start; best: the one kept, and at which step; seconds of training and how many valid tokens a second; waiting: share of
+    the steps' time (validation aside) in which the next batch was waited for."""
 
     before: dict[str, float]
     best: dict[str, float]
     best_step: int
     seconds: float
     tokens_per_second: float
+    waiting: float
 
 
 def pick_device(name: str) -> torch.device:
@@ -104,10 +106,16 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
         model.train()
         step, epoch, tokens = 0, 0, 0
         started, losses = time.perf_counter(), []
+        waited = validated = 0.0  # seconds
         bar.unpause()
         while step < schedule.steps:
-            batches, found = task.epoch(epoch), 0
-            for batch in batches:
+            batches, found = iter(task.epoch(epoch)), 0
+            while True:
+                asked = time.perf_counter()
+                batch = next(batches, None)
+                waited += time.perf_counter() - asked
+                if batch is None:
+                    break
                 found += 1
                 step += 1
                 rate = schedule.rate(step)
@@ -120,25 +128,30 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
                     mean = float(torch.stack(losses).mean())
                     if not math.isfinite(mean):
                         raise PeftDebiasError(f"step {step}: the loss is {mean}; expected a finite one (a lower --lr may help)")
-                    speed = tokens / (time.perf_counter() - started)
-                    log(event="step", step=step, loss=mean, lr=rate, tokens_per_second=round(speed))
-                    bar.set_postfix(loss=f"{mean:.4f}", tokens=f"{speed:.0f}/s")
+                    elapsed = time.perf_counter() - started
+                    speed, waiting = tokens / elapsed, waited / (elapsed - validated)
+                    log(event="step", step=step, loss=mean, lr=rate, tokens_per_second=round(speed), waiting=round(waiting, 4))
+                    bar.set_postfix(loss=f"{mean:.4f}", tokens=f"{speed:.0f}/s", waiting=f"{100 * waiting:.1f}%")
                     losses = []
                 if (schedule.validate_every and step % schedule.validate_every == 0) or step == schedule.steps:
+                    asked = time.perf_counter()
                     best, best_step, kept = _validate(model, task, parameters, log, step, best, best_step, kept)
+                    validated += time.perf_counter() - asked
                 if step == schedule.steps:
                     break
             if not found:
                 raise PeftDebiasError("training: expected at least one batch an epoch, got none")
             if schedule.validate_every is None and step < schedule.steps:
+                asked = time.perf_counter()
                 best, best_step, kept = _validate(model, task, parameters, log, step, best, best_step, kept)
+                validated += time.perf_counter() - asked
             epoch += 1
         seconds = time.perf_counter() - started
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(kept[name])
     model.eval()
-    return Outcome(before, best, best_step, seconds, tokens / seconds)
+    return Outcome(before, best, best_step, seconds, tokens / seconds, waiting)
 
 
 def _bar(steps: int, label: str) -> tqdm:

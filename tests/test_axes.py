@@ -90,6 +90,8 @@ def test_other_lists_are_covered_but_for_words_left_out_on_purpose(shared):
         ("a teenage girl, two youths", "a old girl, two pensioners"),
         ("Neil Young and Pliny the Elder read the Old Testament", None),  # names: young, younger, elder and old do not count as Capital
         ("a senior officer aged 24, new to the youth team in his teens", None),
+        ("TEN YEARS OLD, a two-year-old, 3 weeks older, ten years   young", None),  # an age in numbers
+        ("for ten years, old and young; the old years old", "for ten years, young and old; the young years old"),
     ],
 )
 def test_age(text, swapped):
@@ -97,7 +99,7 @@ def test_age(text, swapped):
 
 
 def test_age_tells_the_sentences_of_crows_pairs_apart(shared):
-    """Of the 87 pairs on age both sentences are touched in 45 and one in 18; in 28 the swap of one is the other, word by word."""
+    """Of the 87 pairs on age both sentences are touched in 42 and one in 18; in 28 the swap of one is the other, word by word."""
     axis, touched, twins = load_axis("age"), Counter(), 0
     with (shared / "data/crows_pairs/crows_pairs_anonymized.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -106,7 +108,7 @@ def test_age_tells_the_sentences_of_crows_pairs_apart(shared):
                 swapped = [[variant.text for variant in counterfactuals(text, axis)] for text in pair]
                 touched[sum(map(bool, swapped))] += 1
                 twins += swapped[0] == [pair[1]] or swapped[1] == [pair[0]]
-    assert touched == {2: 45, 1: 18, 0: 24} and twins == 28
+    assert touched == {2: 42, 1: 18, 0: 27} and twins == 28
 
 
 def test_age_comes_back_on_a_real_corpus(shared):
@@ -118,7 +120,7 @@ def test_age_comes_back_on_a_real_corpus(shared):
             if not like & {swap.before.lower() for swap in variant.swaps}:
                 lines += 1
                 back += [again.text for again in counterfactuals(variant.text, axis)] == [text]
-    assert lines == back > 800
+    assert lines == back > 500
 
 
 # ---- columns
@@ -265,6 +267,10 @@ def test_a_file_that_is_no_text(tmp_path):
         ('keep_untouched = true\npronouns = true\ngroups = [["he", "she"]]', DataError, r'pronouns = true: expected the rows \["him", "her"\]'),
         ('keep_untouched = true\ngroups = [["a", "b"]]\n[like]\n"a" = "b"', DataError, r"mine\.toml:4: like: 'a' stands in a group too"),
         ('keep_untouched = true\ngroups = [["a", "b"]]\n[like]\nc = "d"', DataError, "like: 'c' is to be treated like 'd': expected a word of the groups"),
+        ('keep_untouched = true\ngroups = [["a", "b"]]\n[unless_after]\nc = ["x"]', DataError, "unless_after: 'c' is in no group and not under like"),
+        ('keep_untouched = true\ngroups = [["a", "b"]]\n[unless_after]\na = "x"', DataError, r"mine\.toml:4: unless_after: 'a': expected a list of words, got 'x'"),
+        ('keep_untouched = true\ngroups = [["a", "b"]]\n[unless_after]\na = ["x y"]', DataError, r"unless_after: 'a': 'x y' can never match as a whole word"),
+        ('keep_untouched = true\ngroups = [["a", "b"]]\n[unless_after]\na = ["o\'x"]', DataError, r"unless_after: 'a': expected words without an apostrophe"),
         ('keep_untouched = true\ngroups = [["a", "b"]]\n[only]\nc = ["lower"]', DataError, "only: 'c' is in no group and not under like"),
         ('keep_untouched = true\ngroups = [["a", "b"]]\n[only]\na = ["title"]', DataError, r"mine\.toml:4: only: 'a': expected a list out of lower, Capital"),
         ('keep_untouched = true\ngroups = [["a", "b"]]\n[like]\nc = ["a"]', DataError, r"mine\.toml:4: like: 'c' is to be treated like \['a'\]: expected"),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from peftdebias.batches import WINDOW, Sample, Spans, cumulative, pack, plan
+from peftdebias.batches import WINDOW, Sample, Spans, cumulative, from_packed, pack, plan
+from peftdebias.buckets import Families, Packed
 
 
 def sample(*ids, rows=(), targets=None, segments=None, family=0):
@@ -38,6 +39,24 @@ def test_every_field_of_a_batch_made_by_hand():
     assert (batch.lengths, batch.row_lengths, batch.max_length) == ((3, 1, 4), (1, 1, 2), 4)
     assert {f.name for f in dataclasses.fields(batch)} == {  # CONTRACTS.md, and the host's row_lengths
         "ids", "positions", "segments", "cu_seqlens", "rows", "targets", "lengths", "row_lengths", "max_length", "family"}
+
+
+def test_a_batch_packed_in_numpy_is_the_same_batch():
+    samples = [sample(11, 12, 13, rows=[1], targets=[7], family=5), sample(21, rows=[], targets=[], family=5), sample(31, 32, rows=[0, 1], targets=[9, 10], family=2)]
+    arrays = ([11, 12, 13, 21, 31, 32], [1, 4, 5], [7, 9, 10], [3, 1, 2], [1, 0, 2], [5, 5, 2])
+    found, expected = from_packed(Packed(*(np.array(values, np.int32) for values in arrays))), pack(samples)
+    for field in dataclasses.fields(expected):
+        one, other = getattr(found, field.name), getattr(expected, field.name)
+        assert equal(one, other.tolist(), other.dtype) if isinstance(other, torch.Tensor) else one == other, field.name
+
+
+def test_families_end_to_end():
+    made = Families.of([[[1, 2], [3]], [[4]], [[5, 6, 7], [8], [9]]])
+    assert [a.tolist() for a in made.bounds()] == [[0, 2, 3, 6], [0, 3, 4, 9]]
+    part = made[1:3]
+    assert (part.ids.tolist(), part.lengths.tolist(), part.sizes.tolist(), part.sources.tolist()) == ([4, 5, 6, 7, 8, 9], [1, 3, 1, 1], [1, 3], [1, 2])
+    again = Families.joined([made[0:1], made[1:1], part])
+    assert all(np.array_equal(getattr(again, f.name), getattr(made, f.name)) for f in dataclasses.fields(made)) and len(again) == 3
 
 
 def test_targets_are_packed_only_where_every_sample_has_them():

@@ -15,7 +15,7 @@ from peftdebias.errors import ConfigError
 
 GENDER, RACE = load_axis("gender"), load_axis("race")
 UNEVEN = Axis("uneven", (("she", "he"), ("ma'am", "sir"), ("ma", "pa"), ("red", "blue", "green", "grün"), ("s", "z"), ("ladies", "gentlemen")), True,
-              source="uneven", like=(("crimson", "red"),), only=(("pa", ("Capital",)),))
+              source="uneven", like=(("crimson", "red"),), only=(("pa", ("Capital",)),), unless_after=(("red", ("the", "ünal", "own")), ("crimson", ("kim",))))
 AXES = [*map(load_axis, names()), UNEVEN, GENDER.with_names()]
 
 

@@ -8,8 +8,10 @@ from collections import Counter
 
 import pytest
 
-from peftdebias.corpus import Example, Text, read_examples, read_texts
-from peftdebias.errors import DataError
+from peftdebias import lines
+from peftdebias.corpus import Example, Text, chunks, read_examples, read_texts
+from peftdebias.errors import ConfigError, DataError
+from peftdebias.lines import Skipped
 
 
 def write(folder, name, content):
@@ -269,3 +271,98 @@ def test_upstream_text_holds_no_source_of_the_dev_and_test_sentences(shared):
     found = {split: sum(e.text in masked for e in examples) for split, examples in rows.items()}
     assert found["dev"] == found["test"] == 0
     assert found["train"] > 0.9 * len(rows["train"])  # the check does find the sources of the training sentences
+
+
+# Patterns, units, corrupt records, chunks
+
+
+def test_a_pattern_is_its_files_in_alphabetical_order(tmp_path, file):
+    for name in ("b.txt", "a.txt", "c.jsonl"):
+        file(name, f'{{"text": "{name}"}}\n')
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "e.txt").write_text("deep\n")
+    assert [t.place for t in read_texts([tmp_path / "c.jsonl", tmp_path / "*.txt"])] == [f"{tmp_path}/{name}:1" for name in ("c.jsonl", "a.txt", "b.txt")]
+    assert [t.place for t in read_texts([tmp_path / "**" / "[e]*.txt"])] == [f"{tmp_path}/d/e.txt:1"]
+    assert message(lambda: read_texts([tmp_path / "*.csv"])) == f"{tmp_path}/*.csv: expected files that fit this pattern, found none"
+    file("x[1].txt", "its own name\n")
+    assert [t.text for t in read_texts([tmp_path / "x[1].txt"])] == ["its own name"]
+
+
+def test_units(file):
+    path = file("a.txt", "One. Two!\n\n \nDr. Who went. He\nleft.\r\n\n\nEnd")
+    assert [t.text for t in read_texts([path])] == ["One. Two!", "Dr. Who went. He", "left.", "End"]
+    assert [(t.text, t.place) for t in read_texts([path], unit="sentence")] == [
+        ("One.", f"{path}:1"), ("Two!", f"{path}:1"), ("Dr. Who went.", f"{path}:4"), ("He", f"{path}:4"), ("left.", f"{path}:5"), ("End", f"{path}:8")]
+    assert [(t.text, t.place) for t in read_texts([path], unit="document")] == [
+        ("One. Two!", f"{path}:1"), ("Dr. Who went. He\nleft.", f"{path}:4"), ("End", f"{path}:8")]
+    table = file("a.csv", 'text\n"A b. C d."\n')
+    assert [t.text for t in read_texts([table], unit="sentence")] == ["A b.", "C d."]
+    with pytest.raises(ConfigError, match="--unit document: expected txt files, whose documents end at blank lines, got csv"):
+        read_texts([table], unit="document")
+
+
+CORRUPT = {
+    "a.txt": (b"one\n\xff\ntwo\ncaf\xe9\n", "line", ["one", "two"], [(2, "expected utf-8, got 0xff at byte 1 of the line"), (4, "expected utf-8, got 0xe9 at byte 4")]),
+    "d.txt": (b"one\n\xff\ntwo\n\nthree", "document", ["one\ntwo", "three"], [(2, "expected utf-8")]),
+    "a.csv": (b'text,n\none,1\n"a\n\xff\nb",2\ntwo,2\nx\n"y"z,3\nthree,\xff\nfour,4\n"open,5\n', "line", ["one", "two", "four"],
+              [(4, "expected utf-8"), (7, "expected 2 fields, got 1"), (8, "not csv"), (9, "expected utf-8"), (11, "not csv: unexpected end of data")]),
+    "a.tsv": (b"text\tn\none\t1\ntwo\n\xff\t2\nthree\t3\n", "line", ["one", "three"], [(3, "expected 2 fields, got 1"), (4, "expected utf-8")]),
+    "a.jsonl": (b'{"text": "one"}\n{"text": \n["x"]\n{"t": 1}\n{"text": 5}\n{"text": "\\ud800"}\n\xff\n{"text": "two"}\n', "line", ["one", "two"],
+                [(2, "not JSON"), (3, "expected a JSON object, got a list"), (4, "no column 'text'; columns: t"), (5, "expected a text in column 'text', got a number"),
+                 (6, "column 'text' holds half a surrogate pair"), (7, "expected utf-8")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+@pytest.mark.parametrize("name", CORRUPT)
+def test_what_is_corrupt_is_left_out_counted_and_named_or_stops(name, end, file):
+    content, unit, kept, bad = CORRUPT[name]
+    path, skipped = file(name + end, content), Skipped()
+    assert [t.text for t in read_texts([path], unit=unit, on_error="skip", skipped=skipped)] == kept
+    assert skipped.count == len(bad) and len(skipped.first) == min(5, len(bad))
+    for said, (line, words) in zip(skipped.first, bad):
+        assert said.startswith(f"{path}:{line}: {words}"), said
+    assert message(lambda: read_texts([path], unit=unit)) == skipped.first[0]
+
+
+def test_what_was_left_out_is_reported_in_a_few_lines():
+    skipped = Skipped()
+    assert skipped.report("corpus") == []
+    for number in range(7):
+        skipped.add(f"f:{number}: bad")
+    assert skipped.report("corpus") == ["corpus: 7 corrupt lines or records were left out; the first 5:", *(f"  f:{n}: bad" for n in range(5))]
+    assert Skipped(1, ["f:1: bad"]).report("c") == ["c: 1 corrupt lines or records were left out:", "  f:1: bad"]
+
+
+def test_what_no_skipping_mends_stops(tmp_path, file):
+    def skip(path, **options):
+        return message(lambda: read_texts([path], on_error="skip", **options))
+
+    assert skip(tmp_path / "none.txt") == f"{tmp_path}/none.txt: no such file"
+    broken = tmp_path / "a.txt.gz"
+    broken.write_bytes(gzip.compress(b"line\n" * 1000)[:-9])
+    assert "cannot be read: Compressed file ended" in skip(broken)
+    assert skip(file("a.csv", "body\nx\n")) == f"{tmp_path}/a.csv:1: no column 'text'; columns: body"
+    path = file("a.jsonl", '{"body": 1}\n' * 3)  # no record has the column
+    assert skip(path) == f"no text in {path} but 3 corrupt lines or records, such as {path}:3: no column 'text'; columns: body"
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 18])
+@pytest.mark.parametrize("unit", ["line", "sentence"])
+def test_blocks_may_end_anywhere(block, unit, file, monkeypatch):
+    content = "\ufeffone. Two\r\n\n\nthr\u00e9e\n" + "long " * 30 + "\nX. Y. Z\n \nlast"
+    path = file("a.txt", content)
+    expected = list(read_texts([path], unit=unit))
+    monkeypatch.setattr(lines, "BLOCK", block)
+    assert list(read_texts([path], unit=unit)) == expected and expected[0].place == f"{path}:1" and expected[-1].place == f"{path}:8"
+
+
+@pytest.mark.parametrize("kind, unit", [("a.txt", "document"), *((kind, unit) for kind in ("a.txt", "a.csv", "a.tsv", "a.jsonl") for unit in ("line", "sentence"))])
+def test_reading_begins_again_at_every_place(kind, unit, file):
+    made = {"a.txt": "A. B c. D\n\nx\r\n\nE. F\ny\n", "a.csv": 'text,n\n"A. B\nc. D",1\n"E. F",2\nx,3\n', "a.tsv": "text\tn\nA. B c. D\t1\n\nE. F\t2\n", "a.jsonl": '{"text": "A. B c. D"}\n{"text": "x"}\n'}
+    path = str(file(kind, "\ufeff" + made[kind]))
+    everything = [(chunk.start(i), text, place) for chunk in chunks([path, path], unit=unit) for i, (text, place) in enumerate(zip(chunk.texts, chunk.places()))]
+    assert len({start for start, _, _ in everything}) == len(everything) > 2
+    for at, (start, _, _) in enumerate(everything):
+        again = [(chunk.start(i), text, place) for chunk in chunks([path, path], unit=unit, start=start) for i, (text, place) in enumerate(zip(chunk.texts, chunk.places()))]
+        assert again == everything[at:]

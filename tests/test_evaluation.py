@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from peftdebias import evaluation
 from peftdebias.batches import Sample, pack
 from peftdebias.checkpoint import load_run
-from peftdebias.config import Evaluate
+from peftdebias.config import MEASURES, Evaluate
 from peftdebias.corpus import Example, read_examples
 from peftdebias.errors import ConfigError, DataError
 from peftdebias.corpus import writing
@@ -110,8 +110,11 @@ def test_what_cannot_be_measured_is_left_out_or_named_with_its_file():
     found, notes = classification_measures(["0", "0"], [example("0"), example("0")], ("0", "1"), where="f.csv", samples=5)
     assert [m.name for m in found] == ["accuracy", "f1/macro"] and notes == ["f.csv: no F1 of '1', which no example has"]
     found, notes = classification_measures(["0", "1", "0"], [example("0", "f"), example("0", "m"), example("1", "f")], ("0", "1"), where="f.csv", samples=5)
-    assert [m.name for m in found] == ["accuracy", "f1/macro", "f1/1", "tpr-gap/rms", "tpr-gap/rms-shuffled", "tpr-gap/class/0"]
-    assert notes == ["TPR-GAP: left out, without positives of both groups: 1"]
+    assert [m.name for m in found] == ["accuracy", "f1/macro", "f1/1", "tpr-gap/rms", "tpr-gap/rms-shuffled", "tpr-gap/class/0", "demographic-parity",
+                                       "demographic-parity/shuffled"]
+    assert notes == ["TPR-GAP: left out, without positives of both groups: 1", "equalized-odds: left out, without examples of them, or of others, in two groups: 0, 1"]
+    found, notes = classification_measures(["0", "1", "0"], [example("0", "f"), example("0", "m"), example("1", "x")], ("0", "1"), where="f.csv", samples=5)
+    assert [m.name for m in found][3:] == ["demographic-parity", "demographic-parity/shuffled"] and notes[0] == "f.csv: no TPR-GAP, which is of 2 groups; 3 groups here"
     with pytest.raises(DataError, match="^f.csv: expected 2 groups, got 1: f$"):
         classification_measures(["0"], [example("0", "f")], ("0", "1"), where="f.csv", samples=5)
 
@@ -127,7 +130,7 @@ def test_which_label_f1_is_of(labels, wanted, found):
 def test_entries_name_a_measure_and_a_file(tmp_path):
     (tmp_path / "a=b.txt").write_text("x")
     assert parse_on((f"perplexity={tmp_path}/a=b.txt",)) == [("perplexity", f"{tmp_path}/a=b.txt")]
-    for entry, error, words in (("bias=f", ConfigError, "--on bias=f: expected NAME=FILE with NAME one of crows-pairs, perplexity, classification, got 'bias'"),
+    for entry, error, words in (("bias=f", ConfigError, f"--on bias=f: expected NAME=FILE with NAME one of {', '.join(MEASURES)}, got 'bias'"),
                                 ("perplexity", ConfigError, "expected perplexity=FILE, got no file"), ("perplexity=", ConfigError, "got no file"),
                                 ("perplexity=none.txt", DataError, "none.txt: no such file")):
         with pytest.raises(error, match=words):
@@ -141,7 +144,7 @@ def test_a_model_without_the_head_that_a_measure_needs_is_named(small, runs):  #
     said = cli("evaluate", small.base, "--on", f"classification={small.test}")
     assert said.code == 2 and f"{small.base}: expected a model with a classifier for --on classification={small.test}, got one without" in said.err
     said = cli("evaluate", small.base)
-    assert said.code == 2 and "--on: expected at least one NAME=FILE with NAME one of crows-pairs, perplexity, classification, got none" in said.err
+    assert said.code == 2 and f"--on: expected at least one NAME=FILE with NAME one of {', '.join(MEASURES)}, got none" in said.err
 
 
 # ---------------------------------------------------------------- cut

@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+import tomllib
 
 import numpy
 import pytest
@@ -13,6 +16,7 @@ from peftdebias.checkpoint import load_run
 from peftdebias.config import Downstream, Upstream
 from peftdebias.errors import ConfigError, DataError, PeftDebiasError
 from peftdebias.evaluation import encode_examples
+from peftdebias.holdout import is_held_out
 from peftdebias.phases import parse_class_weights
 from peftdebias.tasks import class_probabilities, labelled_samples
 
@@ -62,7 +66,7 @@ def test_a_seed_repeats_bit_for_bit_and_another_differs(name, file, command, sma
 
 
 def without_times(path) -> list[dict]:
-    return [{k: v for k, v in event.items() if k not in ("seconds", "tokens_per_second")} for event in lines(path)]
+    return [{k: v for k, v in event.items() if k not in ("seconds", "tokens_per_second", "waiting")} for event in lines(path)]
 
 
 # ---------------------------------------------------------------- what is trained
@@ -286,10 +290,10 @@ def test_equal_texts_are_never_on_both_sides(small, tmp_path):  # noqa: F811
 
 def test_the_share_held_out_is_by_hash_of_the_text(small, tmp_path):  # noqa: F811
     texts = small.corpus.read_text().splitlines()
-    held_out = [t for t in texts if phases.is_held_out(t, 0.2)]
+    held_out = [t for t in texts if is_held_out(t, 0.2)]
     said = learn(small, tmp_path, "\n".join(texts), valid_share=0.2)
     assert note(said)[2] == len(texts) - len(held_out) and note(said)[4] == len(held_out) and 15 < len(held_out) < 45
-    assert [phases.is_held_out(" " + t, 0.2) for t in texts] == [phases.is_held_out(t, 0.2) for t in texts]
+    assert [is_held_out(" " + t, 0.2) for t in texts] == [is_held_out(t, 0.2) for t in texts]
 
 
 def test_validation_texts_of_their_own(small, tmp_path):  # noqa: F811
@@ -298,6 +302,61 @@ def test_validation_texts_of_their_own(small, tmp_path):  # noqa: F811
     (tmp_path / "bad.txt").write_text("bergen is in osaka\n")
     said = learn(small, tmp_path, "he is a nurse\n", valid=tmp_path / "bad.txt", overwrite=True)
     assert said.code == 2 and f"{tmp_path}/bad.txt: expected words of the axis gender, found none in 1 texts" in said.err
+
+
+def test_batches_are_the_same_bits_wherever_they_are_made(small, tmp_path):  # noqa: F811
+    """Several windows, in this process, in a background one, and from a cache written on the way."""
+    runs = {"here": {}, "there": {"workers": 1, "cache": tmp_path / "cache"}, "cached": {"workers": 0, "cache": tmp_path / "cache"}}
+    for name, options in runs.items():
+        said = done("upstream", *small.learning(out=tmp_path / name, shuffle_buffer=40, steps=30, **options))
+        assert "corpus, as far as it was read: " in said.err or name == "cached"
+        assert re.search(r"corpus: 1\d\d texts, 1\d\d with words of the axis gender; 1\d\d families", said.err), said.err  # after the first pass
+    adapters = {sha256(tmp_path / name / "adapter" / "adapter.safetensors") for name in runs}
+    first, *others = (without_times(tmp_path / name / "metrics.jsonl") for name in runs)
+    assert len(adapters) == 1 and others == [first, first]
+    final = first[-1]["corpus"]
+    assert final["whole"] and final["texts"] + final["held_out"] == 150 == len(small.corpus.read_text().splitlines()) and final["families"] == final["texts"]
+
+
+def test_what_was_read_is_said_at_the_end_of_a_run_within_the_first_pass(small, tmp_path):  # noqa: F811
+    texts = small.corpus.read_text().splitlines(keepends=True)
+    for i in range(3):  # what is read together ends with its file
+        (tmp_path / f"{i}.txt").write_text("".join(texts[50 * i:50 * i + 50]))
+    said = done("upstream", *small.learning(corpus=tmp_path / "?.txt", out=tmp_path / "run", shuffle_buffer=40))
+    read = [int(n) for n in re.findall(r"corpus, as far as it was read: (\d+) texts", said.err)]
+    assert len(read) == 2 and 40 <= read[0] <= 50 < read[1] <= 100, said.err
+    assert not lines(tmp_path / "run" / "metrics.jsonl")[-1]["corpus"]["whole"]
+    assert re.search(r" tokens/s, \d+\.\d % of the steps' time waiting for batches\n", said.out)
+
+
+def test_corrupt_lines_stop_the_run_or_are_left_out(small, tmp_path):  # noqa: F811
+    (tmp_path / "a.txt").write_bytes(b"he is a nurse\nshe is a baker\n\xff\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "he is a baker"}\n' + "{\n" * 6)
+    corpus = {"corpus": tmp_path / "[ab].*", "valid": small.heldout, "out": tmp_path / "run"}
+    said = cli("upstream", *small.learning(**corpus))
+    assert said.code == 2 and said.err.splitlines()[-1] == f"peftdebias: {tmp_path}/a.txt:3: expected utf-8, got 0xff at byte 1 of the line"
+    said = done("upstream", *small.learning(**corpus, on_error="skip"))
+    at = said.err.splitlines().index("corpus: 7 corrupt lines or records were left out; the first 5:")
+    assert said.err.splitlines()[at + 1 : at + 3] == [f"  {tmp_path}/a.txt:3: expected utf-8, got 0xff at byte 1 of the line",
+                                                      f"  {tmp_path}/b.jsonl:2: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"]
+    assert note(said)[:4] == (3, 3, 3, 6) and lines(tmp_path / "run" / "metrics.jsonl")[-1]["corpus"]["skipped"] == 7
+    saved = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    assert saved["corpus"] == [f"{tmp_path}/[ab].*"] and saved["on_error"] == "skip"
+    said = done("upstream", *small.learning(corpus=small.corpus, valid=tmp_path / "b.jsonl", out=tmp_path / "valid", on_error="skip"))
+    assert "held out: 6 corrupt lines or records were left out; the first 5:" in said.err
+    said = cli("upstream", *small.learning(out=tmp_path / "x", corpus=tmp_path / "*.tsv"))
+    assert said.code == 2 and said.err.splitlines()[-1] == f"peftdebias: {tmp_path}/*.tsv: expected files that fit this pattern, found none"
+
+
+def test_units_and_standard_input(small, tmp_path):  # noqa: F811
+    text = "He is a nurse. She is a baker.\nHe is in osaka.\n\nShe is in bergen.\n"
+    (tmp_path / "c.txt").write_text(text)
+    for unit, expected in (("line", 3), ("sentence", 4), ("document", 2)):
+        said = done("upstream", *small.learning(out=tmp_path / unit, corpus=tmp_path / "c.txt", valid=small.heldout, unit=unit, steps=1))
+        assert note(said)[0] == expected
+    words = [sys.executable, "-m", "peftdebias", "upstream", *small.learning(out=tmp_path / "stdin", corpus="-", valid=small.heldout, steps=1)]
+    process = subprocess.run(words, input=text, text=True, capture_output=True)
+    assert process.returncode == 0 and "corpus: 3 texts" in process.stderr, process.stderr
 
 
 # ---------------------------------------------------------------- said in time
@@ -328,7 +387,6 @@ def never(*args, **kwargs):
 
 
 @pytest.mark.parametrize("column,words", [
-    ("group", "expected 2 groups, got 3: f, m, x"),
     ("group of one", "expected 2 groups, got 1: f"),
     ("group by label", "expected a class with positives in both groups 'f' and 'm', got none of 2 classes"),
 ])  # fmt: skip

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from peftdebias.errors import ConfigError, ModelError
-from peftdebias.tokens import Tokenizer, load_tokenizer, mask_tokens, wordpiece
+from peftdebias.tokens import Tokenizer, load_tokenizer, mask_flat, mask_tokens, wordpiece
 
 from . import outside
 
@@ -303,3 +303,39 @@ def test_special_tokens_by_other_names_come_from_the_settings():
     assert (tokenizer.mask_id, tokenizer.pad_id, tokenizer.sep_id) == (6, 0, 3)
     with pytest.raises(ModelError, match="expected a cls token '<c>' in the vocabulary, got none"):
         Tokenizer(backend, "bert", {"cls_token": "<c>"})
+
+
+# Many texts end to end
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 512])
+def test_texts_end_to_end_are_those_one_by_one(bert, roberta, length):
+    for tokenizer in (bert, roberta):
+        for texts in (TEXTS, [""], TEXTS[:1], []):
+            one_by_one = tokenizer.encode(texts, max_length=length)
+            flat, lengths, cut = tokenizer.encode_flat(texts, length)
+            assert (flat.dtype, lengths.dtype) == (np.int32, np.int32)
+            assert flat.tolist() == [i for e in one_by_one for i in e.ids.tolist()]
+            assert lengths.tolist() == [len(e.ids) for e in one_by_one] and cut.tolist() == [e.cut for e in one_by_one]
+    with pytest.raises(ConfigError, match="max_length 1: expected at least 2, the special tokens of a text"):
+        bert.encode_flat(["a"], 1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_masking_end_to_end_draws_what_masking_one_by_one_draws(seed):
+    chosen = np.random.default_rng(seed)
+    texts = [np.concatenate(([BIG.cls_id], chosen.integers(5, BIG.vocab_size, n), [BIG.sep_id])).astype(np.int32) for n in chosen.integers(0, 150, 40)]
+    texts[3] = np.array([BIG.cls_id, BIG.unk_id, BIG.sep_id], np.int32)  # nothing to mask
+    one, other = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 1])
+    expected = [mask_tokens(text, BIG, one) for text in texts]
+    ids, rows, targets, counts = mask_flat(np.concatenate(texts), np.array([len(t) for t in texts]), BIG, other)
+    starts = np.cumsum([0, *map(len, texts)])
+    assert ids.tolist() == [i for masked, _, _ in expected for i in masked.tolist()]
+    assert rows.tolist() == [r + start for (_, found, _), start in zip(expected, starts) for r in found.tolist()]
+    assert targets.tolist() == [t for _, _, found in expected for t in found.tolist()] and counts.tolist() == [len(found) for _, found, _ in expected]
+    assert one.random() == other.random()  # and no draw more
+
+
+def test_no_text_is_masked_to_nothing():
+    ids, rows, targets, counts = mask_flat(np.zeros(0, np.int32), np.zeros(0, np.int32), BIG, np.random.default_rng(0))
+    assert len(ids) == len(rows) == len(targets) == len(counts) == 0

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from peftdebias import training
 from peftdebias.batches import Sample, pack
+from peftdebias.buckets import in_memory
 from peftdebias.encoder import EncoderConfig, Model
 from peftdebias.errors import ConfigError, DataError, PeftDebiasError
 from peftdebias.patch import all_parameters, train_only
@@ -92,10 +93,34 @@ def test_events_are_what_the_run_folder_keeps():
     assert [e["kept"] for e in events if e["event"] == "validation" and e["step"]] == [True, True, False]
     for e in events:
         if e["event"] == "step":
-            assert set(e) == {"event", "step", "loss", "lr", "tokens_per_second"} and 0.5 < e["loss"] < 2 and e["tokens_per_second"] > 0
+            assert set(e) == {"event", "step", "loss", "lr", "tokens_per_second", "waiting"} and 0 <= e["waiting"] < 1 and 0.5 < e["loss"] < 2 and e["tokens_per_second"] > 0
             assert e["lr"] == pytest.approx(Schedule(steps=25, lr=1e-3).rate(e["step"]))
         else:
             assert e["score"] in (0, 1, 5, 2) and e["other"] == 1.0
+
+
+def test_waiting_is_the_share_of_the_steps_in_which_no_batch_was_there(monkeypatch):
+    """By a clock of our own: each batch takes 3 s to come, a step 1 s, a validation 100 s."""
+    now = [0.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+
+    class Task(Plain):
+        def epoch(self, number):
+            for batch in super().epoch(number):
+                now[0] += 3
+                yield batch
+
+        def loss(self, model, batch):
+            now[0] += 1
+            return super().loss(model, batch)
+
+        def validate(self, model):
+            now[0] += 100
+            return super().validate(model)
+
+    for every in (5, None):
+        _, outcome, events = run(Task(), steps=20, validate_every=every)
+        assert outcome.waiting == 0.75 and {e["waiting"] for e in events if e["event"] == "step"} == {0.75}
 
 
 def test_every_valid_token_is_counted_once():
@@ -282,7 +307,7 @@ def families(sizes=(2, 1, 3, 2, 2, 4, 1, 2), seed=0):
 
 
 def masked_lm(seed=0, **batch):
-    return MaskedLM(families(), families((2, 2), seed=9), TOKENIZER, seed=seed, batch=batch or {"batch_size": 5})
+    return MaskedLM(in_memory(families(), TOKENIZER, seed=seed, batch=batch or {"batch_size": 5}), families((2, 2), seed=9), TOKENIZER, seed=seed)
 
 
 @pytest.mark.parametrize("batch", [{"batch_size": 1}, {"batch_size": 5}, {"batch_tokens": 40}])
@@ -307,7 +332,7 @@ def ids_of(task, number):
 def test_order_and_masks_follow_the_seed_and_the_epoch():
     assert ids_of(masked_lm(), 0) == ids_of(masked_lm(), 0)
     assert ids_of(masked_lm(), 0) != ids_of(masked_lm(), 1) and ids_of(masked_lm(), 0) != ids_of(masked_lm(seed=1), 0)
-    alone = MaskedLM(families((3,)), families((1,)), TOKENIZER, seed=0, batch={"batch_size": 3})  # no order to differ in
+    alone = MaskedLM(in_memory(families((3,)), TOKENIZER, seed=0, batch={"batch_size": 3}), families((1,)), TOKENIZER, seed=0)  # no order to differ in
     assert ids_of(alone, 0) == ids_of(alone, 0) != ids_of(alone, 1)
     fixed = [s.ids.tolist() for s in masked_lm().held_out]
     assert fixed == [s.ids.tolist() for s in masked_lm().held_out] != [s.ids.tolist() for s in masked_lm(seed=1).held_out]
@@ -334,12 +359,13 @@ def test_the_losses_are_means_over_masked_tokens():
 
 def test_a_batch_of_unknown_words_only_costs_nothing():
     unknown = numpy.array([TOKENIZER.cls_id, TOKENIZER.unk_id, TOKENIZER.sep_id])
-    task, model = MaskedLM([[unknown, unknown]], families((1,)), TOKENIZER, seed=0, batch={"batch_size": 2}), model_of(labels=(), mlm=True)
+    batches, model = in_memory([[unknown, unknown]], TOKENIZER, seed=0, batch={"batch_size": 2}), model_of(labels=(), mlm=True)
+    task = MaskedLM(batches, families((1,)), TOKENIZER, seed=0)
     loss = task.loss(model, next(task.epoch(0)))
     loss.backward()
     assert loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
     with pytest.raises(DataError, match="validation texts: expected words to mask, got none but special and unknown tokens"):
-        MaskedLM(families(), [[unknown]], TOKENIZER, seed=0, batch={"batch_size": 2})
+        MaskedLM(batches, [[unknown]], TOKENIZER, seed=0)
 
 
 # ---------------------------------------------------------------- tasks: classification

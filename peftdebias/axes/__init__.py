@@ -17,7 +17,7 @@ from peftdebias.errors import ConfigError, DataError
 
 _HERE = Path(__file__).parent
 _NOT_AXES = {"names", "pronouns"}  # tables that lie in the same folder
-_KEYS = {"name", "description", "keep_untouched", "pronouns", "columns", "groups", "like", "only"}
+_KEYS = {"name", "description", "keep_untouched", "pronouns", "columns", "groups", "like", "only", "unless_after"}
 _KINDS = {str: "a text", bool: "true or false", dict: "a table of words"}
 _NAMES_KEYS = {"description", "columns", "groups"}
 _PRONOUN_ROWS = (("him", "her"), ("his", "hers"))
@@ -36,6 +36,7 @@ class Axis:
     pronouns        True: her, his, him and hers follow the table axes/pronouns.toml (gender)
     like            (word, model): word is replaced as model, a word of a row, would be, but never put in anyone's place (ms like mrs)
     only            (word, shapes): the word's whole row counts in these letter cases alone ("lower", "Capital", "UPPER")
+    unless_after    (word, before): the word's whole row does not count behind one of these words ("years" old), spaces or a hyphen between
     columns         names of the identities, one a column of the longest row (a shorter row has the first ones); () where the rows' columns mean
                     different identities
     source          the file, and that of the first names if there are some: two axes of one name and source are the same to a cache
@@ -49,6 +50,7 @@ class Axis:
     source: str = ""
     like: tuple[tuple[str, str], ...] = ()
     only: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    unless_after: tuple[tuple[str, tuple[str, ...]], ...] = ()
     columns: tuple[str, ...] = ()
 
     def __hash__(self):  # by name and file: an axis is a cache key for every text, and its rows are long
@@ -163,7 +165,7 @@ class _Check:
 
     def axis(self, table: dict) -> Axis:
         self.keys(table, _KEYS)
-        for key, kind in (("name", str), ("description", str), ("keep_untouched", bool), ("pronouns", bool), ("like", dict), ("only", dict)):
+        for key, kind in (("name", str), ("description", str), ("keep_untouched", bool), ("pronouns", bool), ("like", dict), ("only", dict), ("unless_after", dict)):
             if key in table and not isinstance(table[key], kind):
                 self.fail(f"key {key!r}: expected {_KINDS[kind]}, got {table[key]!r}")
         if not (name := table.get("name", self.path.stem)).strip():
@@ -183,6 +185,7 @@ class _Check:
             source=str(self.path),
             like=self.like(table.get("like", {}), words),
             only=self.only(table.get("only", {}), words | set(table.get("like", {}))),
+            unless_after=self.unless_after(table.get("unless_after", {}), words | set(table.get("like", {}))),
             columns=self.columns(table["columns"], groups) if "columns" in table else (),
         )
 
@@ -263,6 +266,18 @@ class _Check:
             if not isinstance(shapes, list) or not shapes or any(shape not in SHAPES for shape in shapes):
                 self.fail(f"only: {word!r}: expected a list out of {', '.join(SHAPES)}, got {shapes!r}", word, nth=_LAST)
         return tuple((word, tuple(shapes)) for word, shapes in only.items())
+
+    def unless_after(self, unless_after: dict, known: set) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        for word, before in unless_after.items():
+            if word not in known:
+                self.fail(f"unless_after: {word!r} is in no group and not under like: expected a word of this axis", word, nth=_LAST)
+            if not isinstance(before, list) or not before:
+                self.fail(f"unless_after: {word!r}: expected a list of words, got {before!r}", word, nth=_LAST)
+            for one in before:
+                self.word(one, f"unless_after: {word!r}")
+                if "'" in one:
+                    self.fail(f"unless_after: {word!r}: expected words without an apostrophe, got {one!r}", word, nth=_LAST)
+        return tuple((word, tuple(before)) for word, before in unless_after.items())
 
 
 def lower(character: str) -> str:

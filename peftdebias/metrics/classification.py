@@ -33,8 +33,8 @@ def f1(predicted, labels, positive, *, seed: int = 0, samples: int = 1000) -> Me
     is_positive, said = labels == positive, predicted == positive
     cells = np.array([(is_positive & said).sum(), (~is_positive & said).sum(), (is_positive & ~said).sum(), 0])
     cells[3] = len(labels) - cells.sum()  # TP, FP, FN, TN
-    drawn = _f1(*np.moveaxis(bootstrap.counts(cells, seed=seed, samples=samples)[:, :3], 1, 0))
-    return Measure(f"f1/{positive}", float(_f1(*cells[:3])), "%", 100.0, *bootstrap.percentile(drawn), len(labels))
+    drawn = f1_of_counts(*np.moveaxis(bootstrap.counts(cells, seed=seed, samples=samples)[:, :3], 1, 0))
+    return Measure(f"f1/{positive}", float(f1_of_counts(*cells[:3])), "%", 100.0, *bootstrap.percentile(drawn), len(labels))
 
 
 def macro_f1(predicted, labels, *, seed: int = 0, samples: int = 1000) -> Measure:
@@ -52,14 +52,14 @@ def macro_f1(predicted, labels, *, seed: int = 0, samples: int = 1000) -> Measur
 
     def mean_f1(cells):  # [..., K] -> [...]
         true = cells @ (label_of * predicted_of)
-        scores = _f1(true, cells @ predicted_of - true, cells @ label_of - true)
+        scores = f1_of_counts(true, cells @ predicted_of - true, cells @ label_of - true)
         return np.nanmean(scores, axis=-1)
 
     low, high = bootstrap.percentile(mean_f1(bootstrap.counts(table[used], seed=seed, samples=samples)))
     return Measure("f1/macro", float(mean_f1(table[used])), "%", 100.0, low, high, len(labels))
 
 
-def _f1(true_positive, false_positive, false_negative):
+def f1_of_counts(true_positive, false_positive, false_negative):
     """In %; NaN where the class occurs neither in labels nor in predictions."""
     both = 2 * np.asarray(true_positive, float)
     total = both + false_positive + false_negative

@@ -70,13 +70,13 @@ def tpr_gap(
     kept = (table.sum(2) > 0).all(1)  # [C]
     if not kept.any():
         raise DataError(f"expected a class with positives in both groups '{first}' and '{second}', got none of {len(classes)} classes")
-    gaps = _gaps(table)  # [C], NaN where left out
-    value = float(_rms(gaps))
-    drawn = _gaps(bootstrap.counts(table, seed=seed, samples=samples))  # [samples, C]
-    drawn_rms = _rms(drawn[:, kept])
+    gaps = gaps_of_counts(table)  # [C], NaN where left out
+    value = float(rms_of_gaps(gaps))
+    drawn = gaps_of_counts(bootstrap.counts(table, seed=seed, samples=samples))  # [samples, C]
+    drawn_rms = rms_of_gaps(drawn[:, kept])
     lift = float(np.nanmean(drawn_rms)) - value
     low, high = (max(0.0, bound - lift) for bound in bootstrap.percentile(drawn_rms))
-    shuffled = _rms(_gaps(_shuffle(table[kept], seed, shuffles)))  # [shuffles]
+    shuffled = rms_of_gaps(gaps_of_counts(_shuffle(table[kept], seed, shuffles)))  # [shuffles]
     n = int(table[kept].sum())
     return TPRGap(
         first,
@@ -105,14 +105,14 @@ def _order(groups: np.ndarray, first: str | None) -> tuple[str, str]:
     return first, groups[1 - groups.index(first)]
 
 
-def _gaps(table: np.ndarray) -> np.ndarray:
+def gaps_of_counts(table: np.ndarray) -> np.ndarray:
     """[..., C, 2, 2] -> gaps in points [..., C], NaN where a group has no positives."""
     found, positives = table[..., 1].astype(float), table.sum(-1)
     rates = np.divide(found, positives, out=np.full_like(found, np.nan), where=positives > 0)  # [..., C, 2]
     return 100 * (rates[..., 0] - rates[..., 1])
 
 
-def _rms(gaps: np.ndarray) -> np.ndarray:
+def rms_of_gaps(gaps: np.ndarray) -> np.ndarray:
     """[..., C] -> [...], over the classes that have a gap; NaN where none has."""
     defined = ~np.isnan(gaps)
     squares = np.where(defined, gaps, 0.0) ** 2

@@ -1,0 +1,208 @@
+"""The corpus pipeline: its speed beside the tokenizer's alone, its memory on files of 1 and 3 GB, and how long training waits for it.
+
+    python bench/stream.py speed                         read, swap, tokenise and pack against encode_batch_fast on the same texts and threads
+    python bench/stream.py memory --gigabytes 1 3        peak PSS over all processes while batches are taken for --seconds, and while all is read and swapped
+    python bench/stream.py waiting                       share of the steps' time in which an upstream run waits, for one window and for many
+
+Prints one JSON object a line, with machine, load and commit. Speeds are medians over --repeats, the two sides in turn, in this process with `--threads`
+for tokenising; ratio_of_pairs is the median over neighbours (for a machine whose speed drifts), ratio_of_cpu that of processor time. It packs without masking; `with_masks` is one run with it. The files of `memory` are the corpus
+repeated, written to --folder and deleted afterwards; tokenising 3 GB takes a long time, so the batches are taken for a bounded time (many windows), and
+reading and swapping run over the whole file in a process of their own.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def shared() -> Path:
+    return Path(os.environ.get("PEFTDEBIAS_SHARED") or ROOT.parent / "shared")
+
+
+def recipe(arguments, file: str | Path, **changes):
+    from peftdebias.axes import load_axis
+    from peftdebias.stream import Recipe
+    from peftdebias.tokens import load_tokenizer
+
+    options = {"seed": 0, "batch": {"batch_size": 32}, "threads": arguments.threads} | changes
+    return Recipe((str(file),), load_axis("gender"), load_tokenizer(arguments.model), 256, **options)
+
+
+def show(**line) -> None:
+    processor = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    where = {"cpu": processor[1] if processor else "unknown", "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1), "commit": git.stdout.strip()}
+    print(json.dumps(line | where), flush=True)
+
+
+# ---------------------------------------------------------------- speed
+
+def speed(arguments) -> None:
+    from peftdebias import buckets, corpus, lines
+    from peftdebias.cda_engine import expand
+    from peftdebias.stream import Ended, Stream
+
+    ready = recipe(arguments, arguments.corpus, buffer=arguments.buffer)
+    members = []  # by the block, as the pipeline hands them over
+    for chunk in corpus.chunks(ready.files):
+        members.append(expand(chunk.texts, ready.axis).texts)
+    texts, size = sum(map(len, members)), os.path.getsize(arguments.corpus)
+    original = buckets.mask_flat
+
+    def alone() -> dict:
+        began, used = time.perf_counter(), time.process_time()
+        for block in members:
+            ready.tokenizer.backend.encode_batch_fast(block, add_special_tokens=False)
+        return {"seconds": time.perf_counter() - began, "cpu": time.process_time() - used}
+
+    def pipeline(masked: bool = False) -> dict:
+        buckets.mask_flat = original if masked else lambda ids, lengths, tokenizer, generator: (ids, lengths, lengths, lengths)
+        began, used = time.perf_counter(), time.process_time()
+        events = Stream(ready).run()
+        while not isinstance(next(events), Ended):
+            pass
+        found = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - used}
+        events.close()
+        buckets.mask_flat = original
+        return found
+
+    found = {"encode_batch_fast": [], "pipeline": []}
+    for repeat in range(arguments.repeats):
+        for name, run in (("encode_batch_fast", alone), ("pipeline", pipeline))[:: 1 if repeat % 2 else -1]:
+            found[name].append(run())
+    pairs = list(zip(*found.values()))
+    middle = {name: statistics.median(run["seconds"] for run in runs) for name, runs in found.items()}
+    show(measure="speed", threads=arguments.threads, texts=texts, input_mb=round(size / 1e6, 1), block=lines.BLOCK,
+         seconds={name: [round(run["seconds"], 2) for run in runs] for name, runs in found.items()}, median={name: round(s, 2) for name, s in middle.items()},
+         ratio=round(middle["pipeline"] / middle["encode_batch_fast"], 3), ratio_of_pairs=round(statistics.median(b["seconds"] / a["seconds"] for a, b in pairs), 3),
+         ratio_of_cpu=round(statistics.median(b["cpu"] / a["cpu"] for a, b in pairs), 3), input_mb_a_second=round(size / 1e6 / middle["pipeline"], 2),
+         with_masks=round(pipeline(masked=True)["seconds"], 2), buffer=ready.buffer)
+
+
+# ---------------------------------------------------------------- memory
+
+def memory(arguments) -> None:
+    for gigabytes in arguments.gigabytes:
+        with tempfile.TemporaryDirectory(prefix="peftdebias-stream-", dir=arguments.folder) as folder:
+            file, text = Path(folder) / "corpus.txt", Path(arguments.corpus).read_bytes()
+            with open(file, "wb") as out:
+                while out.tell() < gigabytes * 1e9:
+                    out.write(text)
+            for what in arguments.what:
+                words = [sys.executable, __file__, "take", what, str(file), "--seconds", str(arguments.seconds), "--threads", str(arguments.threads), "--model", str(arguments.model)]
+                process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                peak: dict = {"pss": 0}
+                watcher = threading.Thread(target=watch, args=(process, peak))
+                watcher.start()
+                said = json.loads(process.communicate()[0])
+                watcher.join()
+                show(measure="memory", what=what, gigabytes=gigabytes, peak_pss_mb=round(peak["pss"] / 1e6, 1), processes=peak["processes"], **said)
+
+
+def watch(process: subprocess.Popen, peak: dict) -> None:
+    """The largest sum of PSS over the process and its descendants, in bytes."""
+    while process.poll() is None:
+        found = [pss(pid) for pid in family(process.pid)]
+        if sum(found) > peak["pss"]:
+            peak.update(pss=sum(found), processes=[round(p / 1e6, 1) for p in found])
+        time.sleep(0.2)
+
+
+def family(pid: int) -> list[int]:
+    children = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            children.setdefault(int(status.read_text().rpartition(")")[2].split()[1]), []).append(int(status.parent.name))
+        except OSError:
+            pass  # it has ended
+    found = [pid]
+    for one in found:
+        found += children.get(one, [])
+    return found
+
+
+def pss(pid: int) -> int:
+    try:
+        return 1024 * int(re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)[1])
+    except (OSError, TypeError):
+        return 0
+
+
+def take(arguments) -> None:
+    """What `memory` watches: batches for a time, as tensors; or everything read and swapped."""
+    began = time.perf_counter()
+    if arguments.what == "batches":
+        from peftdebias.batches import from_packed
+        from peftdebias.worker import Epochs
+
+        texts, batches = 0, 0
+        with Epochs(recipe(arguments, arguments.file), arguments.threads) as epochs:
+            for packed in epochs.epoch(0):
+                texts, batches = texts + len(from_packed(packed).lengths), batches + 1
+                if time.perf_counter() - began > arguments.seconds:
+                    break
+        print(json.dumps({"batches": batches, "texts": texts, "windows": epochs.position["window"] + 1, "seconds": round(time.perf_counter() - began)}))
+    else:
+        from peftdebias.lines import Skipped
+        from peftdebias.stream import Start, _expanded
+
+        texts = sum(made[3] for made in _expanded(recipe(arguments, arguments.file), Start(), Skipped()))
+        print(json.dumps({"texts": texts, "seconds": round(time.perf_counter() - began)}))
+
+
+# ---------------------------------------------------------------- waiting
+
+def waiting(arguments) -> None:
+    for buffer in (131072, 8192):
+        with tempfile.TemporaryDirectory(prefix="peftdebias-stream-") as folder:
+            words = ["upstream", "--model", arguments.model, "--axis", "gender", "--corpus", arguments.corpus, "--steps", arguments.steps, "--valid-every", arguments.steps,
+                     "--valid-texts", 50, "--set", "rank=4", "--shuffle-buffer", buffer, "--workers", arguments.threads, "--out", Path(folder) / "run"]
+            subprocess.run([sys.executable, "-m", "peftdebias", *map(str, words)], check=True, capture_output=True, cwd=ROOT)
+            events = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+        steps = [event for event in events if event["event"] == "step"]
+        show(measure="waiting", model=Path(arguments.model).name, shuffle_buffer=buffer, workers=arguments.threads, steps=arguments.steps, seconds=events[-1]["seconds"],
+             waiting_percent=round(100 * events[-1]["waiting"], 2), tokens_per_second=steps[-1]["tokens_per_second"], torch_threads=os.environ.get("OMP_NUM_THREADS", "all"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run in (("speed", speed), ("memory", memory), ("waiting", waiting), ("take", take)):
+        one = commands.add_parser(name)
+        one.set_defaults(run=run)
+        one.add_argument("--threads", type=int, default=2)
+        one.add_argument("--corpus", default=str(shared() / "data" / "corpus" / "bug_upstream.txt"))
+        one.add_argument("--model", default=str(shared() / "models" / "bert-tiny-mlm"))
+        if name == "speed":
+            one.add_argument("--repeats", type=int, default=9)
+            one.add_argument("--buffer", type=int, default=131072)
+        if name == "memory":
+            one.add_argument("--gigabytes", type=float, nargs="+", default=[1, 3])
+            one.add_argument("--what", nargs="+", choices=("batches", "swapped"), default=["batches", "swapped"])
+            one.add_argument("--folder", default=None)
+        if name in ("memory", "take"):
+            one.add_argument("--seconds", type=float, default=120)
+        if name == "waiting":
+            one.add_argument("--steps", type=int, default=1500)
+        if name == "take":
+            one.add_argument("what")
+            one.add_argument("file")
+    arguments = parser.parse_args()
+    if arguments.command == "speed":  # before the tokenizer starts its threads
+        os.environ |= {"RAYON_NUM_THREADS": str(arguments.threads), "TOKENIZERS_PARALLELISM": "true"}
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""How a run answers: a file's examples in, predicted labels and probabilities out. What measuring (extrinsic.py, evaluation.py) and the phases share.
+
+What it leaves out: what a measure makes of the answers.
+"""
+
+import dataclasses
+
+import numpy
+
+from . import corpus
+from .checkpoint import Run
+from .config import Evaluate, Predict
+from .corpus import Example
+from .encoder import Model
+from .errors import ConfigError, ModelError
+from .metrics import Measure
+from .tasks import class_probabilities, label_indices, labelled_samples
+from .tokens import Tokenizer
+
+TRUE_LABELS = ("1", "true", "yes")
+LONGEST = 256  # tokens, where neither the caller nor the run says
+
+
+@dataclasses.dataclass
+class Result:
+    """measures; examples: a dict for each example, for --examples; notes: lines for people (what was cut, left out)."""
+
+    measures: list[Measure]
+    examples: list[dict]
+    notes: list[str]
+
+
+@dataclasses.dataclass
+class Answers:
+    """N examples of a file. known: the run's labels. probabilities: float64 [N, C labels]. predicted: the likeliest label of each. notes: what was cut."""
+
+    examples: list[Example]
+    known: tuple[str, ...]
+    probabilities: numpy.ndarray
+    predicted: list[str]
+    notes: list[str]
+
+    def rows(self, measure: str, **more) -> list[dict]:
+        """What --examples writes: all that a measure is computed from, so that two such files can be compared. more: the same value in every row."""
+        found = []
+        for e, predicted, row in zip(self.examples, self.predicted, self.probabilities):
+            texts = {"text": e.text} if e.text_pair is None else {"text": e.text, "text_pair": e.text_pair}
+            found.append({"measure": measure, "place": e.place, **texts, "label": e.label, "group": e.group, "predicted": predicted,
+                          "probabilities": dict(zip(self.known, row.tolist())), **more})
+        return found
+
+
+def max_length(model: Model, wanted: int) -> int:
+    """The longest text that both the caller and the model allow."""
+    return min(wanted, model.config.max_positions - model.encoder.hooks.position_shift)
+
+
+def longest_of(run: Run, settings: Evaluate | Predict) -> int:
+    """As the caller says, else as the run was trained."""
+    return max_length(run.model, settings.max_length or run.config.get("max_length", LONGEST))
+
+
+def cut_note(encoded, longest: int, what: str) -> list[str]:
+    """One line where texts were cut, else none."""
+    cut = [e.cut for e in encoded if e.cut]
+    return [f"{what}: {len(cut)} of {len(encoded)} texts are longer than {longest} tokens and were cut ({sum(cut)} tokens left out)"] if cut else []
+
+
+def encode_examples(tokenizer: Tokenizer, examples, longest: int) -> list:
+    """Examples as token ids, pairs where they have a second text."""
+    pairs = [e.text_pair for e in examples] if examples and examples[0].text_pair is not None else None
+    return tokenizer.encode([e.text for e in examples], pairs, longest)
+
+
+def positive_label(labels: tuple[str, ...], wanted: str | None) -> str | None:
+    """The label F1 is of: the one asked for, else 1, true or yes of two labels, else None. Raises ConfigError on an unknown one."""
+    if wanted is not None and wanted not in labels:
+        raise ConfigError(f"--positive: expected one of {', '.join(labels)}, got {wanted!r}")
+    if wanted is not None or len(labels) != 2:
+        return wanted
+    return next((label for label in labels if label.lower() in TRUE_LABELS), None)
+
+
+def column(run: Run, settings: Evaluate, name: str) -> str | None:
+    """A column, or the positive label: as the caller says, else as the run was trained."""
+    return getattr(settings, name) or run.config.get(name)
+
+
+def needs_classifier(run: Run, settings: Evaluate, entry: str) -> tuple[str, ...]:
+    """The run's labels. Raises ModelError where it has none."""
+    if run.model.classifier is None:
+        raise ModelError(f"{settings.model}: expected a model with a classifier for --on {entry}, got one without (`downstream` trains one)")
+    return run.model.classifier.labels
+
+
+def answer(run: Run, settings: Evaluate, entry: str, path: str, *, grouped: bool = False) -> Answers:
+    """Answers to a labelled file whose columns default to the ones the run was trained with. Raises DataError on a label that is not the run's."""
+    known = needs_classifier(run, settings, entry)
+    if not column(run, settings, "text") or not column(run, settings, "label"):
+        raise ConfigError(f"--on {entry}: expected --text COL and --label COL")
+    examples = corpus.read_examples(path, text=column(run, settings, "text"), label=column(run, settings, "label").split(","),
+                                    text_pair=column(run, settings, "text_pair"), group=column(run, settings, "group") if grouped else None)
+    label_indices([e.label for e in examples], known, [e.place for e in examples])
+    return answer_examples(run, settings, examples, path)
+
+
+def answer_examples(run: Run, settings: Evaluate, examples: list[Example], what: str) -> Answers:
+    """Answers to examples that were read; `what` names them in the note on texts that were cut."""
+    longest, known = longest_of(run, settings), run.model.classifier.labels
+    encoded = encode_examples(run.tokenizer, examples, longest)
+    probabilities = class_probabilities(run.model, labelled_samples(encoded), settings.batch_tokens)
+    return Answers(examples, known, probabilities, [known[i] for i in probabilities.argmax(1)], cut_note(encoded, longest, what))

@@ -1,0 +1,141 @@
+"""Tokenised families on disk: a second run on the same corpus, axis and tokenizer reads no text.
+
+    DIR/KEY/about.json      format, sizes of the files, counts of the pass
+    DIR/KEY/ids.bin         int32, the tokens of all texts end to end
+    DIR/KEY/lengths.bin     int32, tokens of each text          sizes.bin int32, texts of each family          sources.bin int64, number of its source text
+
+KEY is the sha256 of all that decides the families: the files' contents and how they are read, axis, intervention, tokenizer, longest text, what is held
+out, the shard, and the sources that read and swap. A folder takes its name when it is whole, so two processes may write the same one at once: the first
+to finish counts. Numbers are little-endian. It leaves out when a window is full and what a batch is.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy
+
+from . import cda, corpus, lines, sentences
+from .buckets import Families
+from .errors import ConfigError
+
+FORMAT = 1
+ARRAYS = {"ids": "<i4", "lengths": "<i4", "sizes": "<i4", "sources": "<i8"}
+READ = 1 << 14  # families read together
+
+_unfinished: set[Path] = set()
+
+
+def sweep() -> None:
+    """Removes what this process has begun to write, for a process that ends without unwinding."""
+    for folder in list(_unfinished):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Cache:
+    """The folder of one recipe (stream.Recipe)."""
+
+    def __init__(self, recipe):
+        self.root = Path(recipe.cache)
+        self.folder = self.root / key(recipe)
+
+    def open(self) -> tuple["Cached | None", str]:
+        """(the families, a line that names the folder), or (None, why they have to be made). A damaged folder is removed."""
+        if not self.folder.exists():
+            return None, f"cache: {self.folder} is written"
+        try:
+            about = json.loads((self.folder / "about.json").read_text(encoding="utf-8"))
+            for name in ARRAYS:
+                found = (self.folder / f"{name}.bin").stat().st_size
+                if found != about["bytes"][name]:
+                    raise ValueError(f"{name}.bin: expected {about['bytes'][name]} bytes, got {found}")
+            return Cached(self.folder, about["counts"]), f"cache: {self.folder} is read"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return None, f"cache: {self.folder} was damaged and is made again ({' '.join(str(error).split())})"
+
+    def writing(self, blocks: Iterable) -> Iterator:
+        """The blocks (stream.Block) as they come, written besides; the folder is there once the last one was taken. Raises ConfigError where it cannot be."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            partial = self.root / f".partial-{uuid.uuid4().hex}"
+            partial.mkdir()
+        except OSError as error:
+            raise ConfigError(f"--cache {self.root}: cannot be written: {error.strerror}") from None
+        _unfinished.add(partial)
+        try:
+            written, counts = dict.fromkeys(ARRAYS, 0), {}
+            with contextlib.ExitStack() as stack:
+                files = {name: stack.enter_context(open(partial / f"{name}.bin", "wb")) for name in ARRAYS}
+                for block in blocks:
+                    for name, kind in ARRAYS.items():
+                        written[name] += self._write(files[name], getattr(block.families, name).astype(kind))
+                    counts = dataclasses.asdict(block.counts)
+                    yield block
+            about = {"format": FORMAT, "bytes": written, "counts": {name: counts[name] for name in counts.keys() - {"whole", "notes"}}}
+            with open(partial / "about.json", "wb") as file:
+                self._write(file, json.dumps(about, indent=1).encode())
+            with contextlib.suppress(OSError):  # another process was first
+                os.rename(partial, self.folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            _unfinished.discard(partial)
+
+    def _write(self, file, data) -> int:
+        try:
+            return file.write(memoryview(data).cast("B"))
+        except OSError as error:
+            raise ConfigError(f"--cache {self.root}: cannot be written: {error.strerror}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """A whole folder; counts: of stream.Counts."""
+
+    folder: Path
+    counts: dict
+
+    def blocks(self, first: int = 0) -> Iterator[tuple[Families, int]]:
+        """(some families, the number of their first) from family `first` on, in order."""
+        with contextlib.ExitStack() as stack:
+            files = {name: stack.enter_context(open(self.folder / f"{name}.bin", "rb")) for name in ARRAYS}
+
+            def read(name: str, count: int) -> numpy.ndarray:
+                return numpy.fromfile(files[name], ARRAYS[name], count)
+
+            done = 0
+            while True:
+                count = READ if done >= first else min(READ, first - done)
+                sizes = read("sizes", count)
+                if not len(sizes):
+                    return
+                lengths = read("lengths", int(sizes.sum()))
+                tokens, sources = int(lengths.sum(dtype=numpy.int64)), read("sources", len(sizes))
+                if done >= first:
+                    yield Families(read("ids", tokens), lengths, sizes, sources), done
+                else:
+                    files["ids"].seek(4 * tokens, os.SEEK_CUR)
+                done += len(sizes)
+
+
+def key(recipe) -> str:
+    """sha256 of all that decides the families of a recipe."""
+    tokenizer, axis = recipe.tokenizer, recipe.axis
+    code = [Path(module.__file__) for module in (cda, corpus, lines, sentences)] + [Path(cda.__file__).parent / "axes" / "pronouns.toml"]
+    about = [
+        FORMAT, [_sha256(path) for path in code], [_sha256(path) for path in recipe.files], recipe.column, recipe.unit, recipe.on_error,
+        repr(dataclasses.replace(axis, description="", source="")), repr(recipe.intervention), repr(recipe.held_out), recipe.shard,
+        tokenizer.backend.to_str(), tokenizer.style, recipe.max_length,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def _sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

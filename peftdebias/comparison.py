@@ -1,0 +1,248 @@
+"""Compare two systems on the same examples, or over the same seeds: `compare`, for the command line and the Python API.
+
+Two files of `evaluate --examples`: every figure that both hold, the difference second - first with its 95 % interval from the paired bootstrap, and a
+p-value (of accuracy: McNemar's). Files about different examples are refused. Files of `evaluate --json`, one a seed: mean and spread, and with
+another system's files the difference of the means, paired by seed.
+
+What it adds over metrics/compare.py: reading the files, and what to do with each kind of row. FIGURES lists what can be compared. Identity terms one
+by one are left out: with 50 differences in a table some look significant by chance.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from .config import Compare
+from .corpus import writing
+from .errors import ConfigError, DataError
+from .lines import Lines, place
+from .metrics import nli
+from .metrics.compare import Spread, classification_tally, mcnemar, mean_tally, over_seeds, seed_difference
+from .metrics.fprd import fprd_tally
+from .metrics.tally import Difference, Tally, differences
+
+ANSWERS = {"predicted", "probabilities", "more", "less", "nll"}  # what a system says; everything else in a row is the example
+NOT_THE_EXAMPLE = ANSWERS | {"measure", "place", "positive", "neutral"}
+
+
+@dataclasses.dataclass
+class Comparison:
+    """differences: of two systems, in the order of the first file. spreads: over the seeds of one. notes: lines for people."""
+
+    differences: list[Difference]
+    spreads: list[Spread]
+    notes: list[str]
+
+
+@dataclasses.dataclass
+class Rows:
+    """The rows of one measure in one file. lines: where each stands."""
+
+    path: str
+    name: str
+    rows: list[dict]
+    lines: list[int]
+
+    def column(self, name: str) -> list:
+        for row, line in zip(self.rows, self.lines):
+            if name not in row:
+                raise DataError(f"{place(self.path, line)}: expected {name!r} in a row of {self.name}, got {', '.join(row)}")
+        return [row[name] for row in self.rows]
+
+    def one(self, name: str):
+        """The value that all rows share."""
+        found = self.column(name)
+        for value, line in zip(found, self.lines):
+            if value != found[0]:
+                raise DataError(f"{place(self.path, line)}: expected {name} to be {found[0]!r} as above, got {value!r}")
+        return found[0]
+
+
+def compare(settings: Compare) -> Comparison:
+    """What settings ask for; writes settings.json. Raises PeftDebiasError on files that cannot be compared."""
+    if settings.against and not settings.seeds:
+        raise ConfigError("--against: expected --seeds beside it; two --examples files are compared without")
+    if not settings.seeds and len(settings.files) != 2:
+        raise ConfigError(f"expected two files of `evaluate --examples`, got {len(settings.files)} (--seeds takes --json files, one a seed)")
+    with writing(settings.json) if settings.json else contextlib.nullcontext() as file:
+        found = _seeds(settings) if settings.seeds else compare_examples(*settings.files, seed=settings.seed, samples=settings.samples)
+        if file:
+            rows = {"differences": [d.as_json() for d in found.differences], "spreads": [s.as_json() for s in found.spreads]}
+            file.write(json.dumps(rows, indent=2) + "\n")
+    return found
+
+
+# ---------------------------------------------------------------- two systems on the same examples
+
+def compare_examples(first: str, second: str, *, seed: int = 0, samples: int = 1000) -> Comparison:
+    """Every measure that both files of `evaluate --examples` hold."""
+    one, other = read_rows(first), read_rows(second)
+    common = [name for name in one if name in other]
+    if not common:
+        raise DataError(f"{second}: expected rows of what {first} has, {', '.join(one)}, got {', '.join(other)}")
+    found, notes = [], []
+    for path, only in ((first, [n for n in one if n not in other]), (second, [n for n in other if n not in one])):
+        if only:
+            notes.append(f"{path}: not compared, only there: {', '.join(only)}")
+    for name in common:
+        a, b = one[name], other[name]
+        _same_examples(a, b)
+        prefix, tallies = _kind(name)
+        if tallies is None:
+            notes.append(f"not compared, has no comparison by example: {name}")
+            continue
+        compared, without = differences(*tallies(a, b), seed=seed, samples=samples)
+        if name.removeprefix(prefix) == "classification":
+            compared = [_with_mcnemar(d, a, b) if d.name == "accuracy" else d for d in compared]
+        compared = [d for d in compared if "/term/" not in d.name]
+        found += [dataclasses.replace(d, name=prefix + d.name) for d in compared]
+        notes += [f"no difference without an interval, so none: {prefix}{figure}" for figure in without if "/term/" not in figure]
+    return Comparison(found, [], notes)
+
+
+def read_rows(path: str) -> dict[str, Rows]:
+    """measure -> its rows, as `evaluate --examples` writes them."""
+    found: dict[str, Rows] = {}
+    source = Lines(path)
+    try:
+        for line in source:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict) or not isinstance(row.get("measure"), str):
+                raise DataError(f"{place(path, source.count)}: expected a row of `evaluate --examples`, an object with 'measure', got {line[:40]!r}")
+            rows = found.setdefault(row["measure"], Rows(str(path), row["measure"], [], []))
+            rows.rows.append(row)
+            rows.lines.append(source.count)
+    finally:
+        source.close()
+    if not found:
+        raise DataError(f"{path}: expected rows of `evaluate --examples`, found none")
+    return found
+
+
+def _same_examples(a: Rows, b: Rows) -> None:
+    """Raises DataError that names the first example in which the files differ."""
+    if len(a.rows) != len(b.rows):
+        raise DataError(f"{b.path}: expected the {len(a.rows)} examples of {a.name} that {a.path} has, got {len(b.rows)}")
+    for row, other, line, there in zip(a.rows, b.rows, a.lines, b.lines):
+        for key in dict.fromkeys([*row, *other]):
+            if key not in NOT_THE_EXAMPLE and row.get(key) != other.get(key):
+                raise DataError(f"{place(b.path, there)}: expected the example of {place(a.path, line)}, got another {key}: "
+                                f"{_short(other.get(key))} instead of {_short(row.get(key))}")
+
+
+def _short(value) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:40] + "..."
+
+
+def _classes(*sides: Rows) -> list[str]:
+    """The labels that either system knows."""
+    return list(dict.fromkeys(label for rows in sides for label in rows.column("probabilities")[0]))
+
+
+def _classification(a: Rows, b: Rows) -> tuple[Tally, Tally]:
+    classes, groups = _classes(a, b), a.column("group")
+    positive = a.one("positive")
+    groups = None if all(group is None for group in groups) else groups
+    return tuple(classification_tally(rows.column("predicted"), rows.column("label"), groups, classes=classes, positive=positive) for rows in (a, b))
+
+
+def _with_mcnemar(difference: Difference, a: Rows, b: Rows) -> Difference:
+    right = [[p == label for p, label in zip(rows.column("predicted"), rows.column("label"))] for rows in (a, b)]
+    found = mcnemar(*right)
+    return dataclasses.replace(difference, p=found.p, test=f"{found.test} ({found.only_first} : {found.only_second})")
+
+
+def _fprd(a: Rows, b: Rows) -> tuple[Tally, Tally]:
+    terms = sorted({term for mentioned in a.column("terms") for term in mentioned})
+    index = {term: z for z, term in enumerate(terms)}
+    mentioned = [[False] * len(terms) for _ in a.rows]
+    for row, found in zip(mentioned, a.column("terms")):
+        for term in found:
+            row[index[term]] = True
+    name = a.name.split("/")[-1]
+    return tuple(fprd_tally(rows.column("predicted"), rows.column("label"), rows.one("positive"), mentioned, terms, name=name).tally for rows in (a, b))
+
+
+def _nli(a: Rows, b: Rows) -> tuple[Tally, Tally]:
+    def one(rows: Rows) -> Tally:
+        neutral = rows.one("neutral")
+        return nli.nli_tally([p[neutral] for p in rows.column("probabilities")], [p == neutral for p in rows.column("predicted")], rows.column("occupation"))
+    return one(a), one(b)
+
+
+def _crows_pairs(a: Rows, b: Rows) -> tuple[Tally, Tally]:
+    name = "/".join(a.name.split("/")[-2:]) + "/all"
+    return tuple(mean_tally(name, [100.0 * (m > l) for m, l in zip(rows.column("more"), rows.column("less"))], unit="%", ideal=50.0) for rows in (a, b))
+
+
+def _loss(a: Rows, b: Rows) -> tuple[Tally, Tally]:
+    return tuple(mean_tally("mlm-loss", rows.column("nll"), rows.column("tokens"), unit="nats", ideal=None) for rows in (a, b))
+
+
+FIGURES: dict[str, Callable[[Rows, Rows], tuple[Tally, Tally]]] = {
+    "classification": _classification,
+    "fprd": _fprd,
+    "fprd-iptts": _fprd,
+    "bias-nli": _nli,
+    "crows-pairs/nangia": _crows_pairs,
+    "crows-pairs/bias-bench": _crows_pairs,
+    "mlm-loss": _loss,
+}
+"""The rows of `evaluate --examples`, by their measure -> the tallies of two systems."""
+
+
+def _kind(name: str) -> tuple[str, Callable | None]:
+    """("only-gender/", what compares) of "only-gender/fprd"."""
+    prefix, _, rest = name.partition("/")
+    if name not in FIGURES and rest in FIGURES:
+        return prefix + "/", FIGURES[rest]
+    return "", FIGURES.get(name)
+
+
+# ---------------------------------------------------------------- seeds
+
+def _seeds(settings: Compare) -> Comparison:
+    if len(settings.files) < 2:
+        raise ConfigError(f"--seeds: expected two files of `evaluate --json` or more, one a seed, got {len(settings.files)}")
+    if settings.against and len(settings.against) != len(settings.files):
+        raise ConfigError(f"--against: expected the same seeds in the same order, {len(settings.files)} files, got {len(settings.against)}")
+    own, notes = _over_files(settings.files)
+    spreads = [over_seeds(m["values"], name=name, unit=m["unit"], ideal=m["ideal"]) for name, m in own.items()]
+    if not settings.against:
+        return Comparison([], spreads, notes)
+    theirs, more = _over_files(settings.against)
+    found = [seed_difference(m["values"], theirs[name]["values"], name=name, unit=m["unit"], ideal=m["ideal"]) for name, m in own.items() if name in theirs]
+    if not found:
+        raise DataError(f"{settings.against[0]}: expected measures that {settings.files[0]} has, found none")
+    return Comparison(found, spreads, notes + [note for note in more if note not in notes])
+
+
+def _over_files(paths: tuple[str, ...]) -> tuple[dict[str, dict], list[str]]:
+    """(name -> values in the order of `paths`, unit, ideal, of the measures that all files have; a note on the others)."""
+    tables = [read_measures(path) for path in paths]
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    common = [name for name in names if all(table.get(name, {}).get("value") is not None for table in tables)]
+    missing = [name for name in names if name not in common]
+    if not common:
+        raise DataError(f"{paths[0]}: expected measures that all {len(paths)} files have, found none")
+    notes = [f"{Path(paths[0]).name} and others: left out, not in every file: {', '.join(missing)}"] if missing else []
+    return {name: {"values": [table[name]["value"] for table in tables], "unit": tables[0][name]["unit"], "ideal": tables[0][name]["ideal"]} for name in common}, notes
+
+
+def read_measures(path: str) -> dict[str, dict]:
+    """name -> the measure as `evaluate --json` writes it."""
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))["measures"]
+        return {row["name"]: {key: row[key] for key in ("value", "unit", "ideal")} for row in rows}
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: expected a file of `evaluate --json`, got something else") from None

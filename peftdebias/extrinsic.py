@@ -1,0 +1,148 @@
+"""Extrinsic measures: quality and bias of a downstream run's answers, from the files that `evaluate --on NAME=FILE` names.
+
+    classification   accuracy, F1 and, with a group column, TPR-GAP, equalised odds and demographic parity differences
+    fprd, iptts      false positive rate differences over identity terms, on the run's own kind of file and on the identity phrase templates
+    bias-nli         an inference run's answers to pairs of an occupation and a gendered word
+
+What it adds over metrics/: reading the files, the run's columns and labels, and what a user is told when they do not fit.
+"""
+
+from pathlib import Path
+
+import numpy
+
+from . import corpus
+from .answers import Answers, Result, answer, answer_examples, column, longest_of, needs_classifier, positive_label
+from .checkpoint import Run
+from .config import Evaluate
+from .errors import ConfigError, DataError, ModelError
+from .metrics import Measure, nli
+from .metrics.classification import accuracy, f1, macro_f1
+from .metrics.fairness import fairness
+from .metrics.fprd import fprd, mentions, read_terms
+from .metrics.tpr_gap import tpr_gap
+from .tasks import class_probabilities, labelled_samples
+
+IPTTS_TEXT, IPTTS_LABEL = "Text", "bin_label"
+PAIRS_AT_ONCE = 8192
+
+
+def classification(run: Run, path: str, settings: Evaluate) -> Result:
+    """Accuracy, F1 and, with a group column, the gaps between groups of a downstream run; columns default to the ones it was trained with."""
+    found = answer(run, settings, f"classification={path}", path, grouped=True)
+    wanted = column(run, settings, "positive")
+    measures, notes = classification_measures(found.predicted, found.examples, found.known, wanted, where=path, seed=settings.seed, samples=settings.samples)
+    return Result(measures, found.rows("classification", positive=positive_label(found.known, wanted)), found.notes + notes)
+
+
+def classification_measures(predicted: list[str], examples, labels: tuple[str, ...], positive: str | None = None, *, where: str, seed: int = 0,
+                            samples: int = 1000) -> tuple[list[Measure], list[str]]:
+    """Accuracy, F1 (macro, and of the positive label where there is one) and, where the examples have groups, TPR-GAP (of two groups), equalised odds and
+    demographic parity; with notes on what was left out.
+
+    Raises DataError that begins with `where`, the file, on what cannot be measured there.
+    """
+    truth, notes = [e.label for e in examples], []
+    positive = positive_label(labels, positive)
+    try:
+        found = [accuracy(predicted, truth, seed=seed, samples=samples), macro_f1(predicted, truth, seed=seed, samples=samples)]
+        if positive in truth:
+            found.append(f1(predicted, truth, positive, seed=seed, samples=samples))
+        elif positive is not None:
+            notes.append(f"{where}: no F1 of {positive!r}, which no example has")
+        groups = [e.group for e in examples]
+        if any(group is not None for group in groups):
+            if len(number := set(groups)) > 2:
+                notes.append(f"{where}: no TPR-GAP, which is of 2 groups; {len(number)} groups here")
+            else:
+                gap = tpr_gap(predicted, truth, groups, seed=seed, samples=samples)
+                found += gap.as_measures()
+                if gap.left_out:
+                    notes.append(f"TPR-GAP: left out, without positives of both groups: {', '.join(gap.left_out)}")
+            fair = fairness(predicted, truth, groups, classes=labels, seed=seed, samples=samples, shuffles=min(200, samples))
+            found += fair.measures
+            if fair.left_out:
+                notes.append(f"equalized-odds: left out, without examples of them, or of others, in two groups: {', '.join(fair.left_out)}")
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    return found, notes
+
+
+# ---------------------------------------------------------------- identity terms
+
+def fprd_in_domain(run: Run, path: str, settings: Evaluate) -> Result:
+    """FPRD on a labelled file; columns default to the ones the run was trained with."""
+    entry = f"fprd={path}"
+    positive = _positive(run, settings, entry)
+    terms = read_terms(_terms(settings, entry))
+    return _fprd(answer(run, settings, entry, path), positive, terms, "fprd", path, settings)
+
+
+def iptts(run: Run, path: str, settings: Evaluate) -> Result:
+    """FPRD on the identity phrase templates (columns Text and bin_label, 1 for hateful), whatever the run's own columns and labels are called."""
+    entry = f"iptts={path}"
+    positive = _positive(run, settings, entry)
+    if column(run, settings, "text_pair"):
+        raise ModelError(f"--on {entry}: expected a run on single texts, got one on pairs")
+    beside = Path(path).with_name("identity.csv")
+    terms = read_terms(settings.terms or (beside if beside.exists() else _terms(settings, entry)))
+    examples = corpus.read_examples(path, text=IPTTS_TEXT, label=IPTTS_LABEL)
+    for e in examples:
+        if e.label not in ("0", "1"):
+            raise DataError(f"{e.place}: expected 0 or 1 in column '{IPTTS_LABEL}', got {e.label!r}")
+    found = answer_examples(run, settings, examples, path)
+    found.predicted = ["1" if label == positive else "0" for label in found.predicted]
+    return _fprd(found, "1", terms, "fprd-iptts", path, settings)
+
+
+def _positive(run: Run, settings: Evaluate, entry: str) -> str:
+    positive = positive_label(needs_classifier(run, settings, entry), column(run, settings, "positive"))
+    if positive is None:
+        raise ConfigError(f"--on {entry}: expected --positive with the hateful label, one of {', '.join(run.model.classifier.labels)}")
+    return positive
+
+
+def _terms(settings: Evaluate, entry: str) -> str:
+    if settings.terms is None:
+        raise ConfigError(f"--on {entry}: expected --terms FILE with the identity terms, one a line")
+    return settings.terms
+
+
+def _fprd(found: Answers, positive: str, terms: list[str], name: str, path: str, settings: Evaluate) -> Result:
+    mentioned = mentions([e.text if e.text_pair is None else f"{e.text}\n{e.text_pair}" for e in found.examples], terms)
+    try:
+        measured = fprd(found.predicted, [e.label for e in found.examples], positive, mentioned, terms, name=name, seed=settings.seed, samples=settings.samples)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    notes = [f"{path}: terms left out, which no text without the label {positive!r} mentions: {', '.join(measured.left_out)}"] if measured.left_out else []
+    rows = [row | {"terms": [terms[z] for z in numpy.flatnonzero(mentioned[i])]} for i, row in enumerate(found.rows(name, positive=positive))]
+    return Result(measured.measures, rows, found.notes + notes)
+
+
+# ---------------------------------------------------------------- inference
+
+def bias_nli(run: Run, path: str, settings: Evaluate) -> Result:
+    """Net neutral, fraction neutral and thresholds on pairs made from the word lists in the folder `path`, PAIRS_AT_ONCE of them at a time."""
+    entry = f"bias-nli={path}"
+    known = needs_classifier(run, settings, entry)
+    if run.config.get("text") and not run.config.get("text_pair"):
+        raise ModelError(f"--on {entry}: expected a run on pairs of texts (--text-pair), got one on single texts")
+    neutral = nli.neutral_label(known, settings.neutral)
+    pairs = nli.read_pairs(path)
+    numbers = pairs.numbers(settings.max_pairs or None, settings.seed)
+    longest, cut, parts, rows, occupations = longest_of(run, settings), [], [], [], []
+    for start in range(0, len(numbers), PAIRS_AT_ONCE):
+        chunk = [pairs.pair(i) for i in numbers[start:start + PAIRS_AT_ONCE]]
+        encoded = run.tokenizer.encode([p.premise for p in chunk], [p.hypothesis for p in chunk], longest)
+        cut += [e for e in encoded if e.cut]
+        probabilities = class_probabilities(run.model, labelled_samples(encoded), settings.batch_tokens)
+        parts.append(probabilities)
+        occupations += [p.occupation for p in chunk]
+        if settings.examples:  # millions of rows are made only where somebody asked for them
+            rows += [{"measure": "bias-nli", "text": p.premise, "text_pair": p.hypothesis, "occupation": p.occupation, "gendered": p.gendered, "neutral": neutral,
+                      "predicted": known[int(row.argmax())], "probabilities": dict(zip(known, row.tolist()))} for p, row in zip(chunk, probabilities)]
+    probabilities, place = numpy.concatenate(parts), known.index(neutral)
+    measures = nli.measures(probabilities[:, place], probabilities.argmax(1) == place, occupations, seed=settings.seed, samples=settings.samples)
+    sample = "" if len(numbers) == len(pairs) else f", a sample with seed {settings.seed} (--max-pairs 0 takes all)"
+    notes = [f"{path}: {len(numbers)} of {len(pairs)} pairs{sample}; {len(set(occupations))} occupations; neutral is the label {neutral!r}"]
+    return Result(measures, rows, notes + ([f"{path}: {len(cut)} pairs are longer than {longest} tokens and were cut"] if cut else []))

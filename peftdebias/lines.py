@@ -1,0 +1,223 @@
+"""Files as lines and blocks of lines, plain or gzip, with the place of each.
+
+What it adds over corpus.py: finding files, opening, decoding, counting bytes and lines. It leaves out what a line means.
+
+Text is utf-8, strictly; a BOM is dropped, a line ends at \\n or \\r\\n and nowhere else.
+"""
+
+import glob
+import gzip
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from peftdebias.errors import DataError
+
+FORMATS = ("txt", "csv", "tsv", "jsonl")
+BLOCK = 1 << 18  # bytes read together: much more than a line, and a block's tokens are made in about a second
+SHOWN = 5  # corrupt lines that are named
+BOM = b"\xef\xbb\xbf"
+
+
+class Place(NamedTuple):
+    """Where a text begins: the number of its file, bytes (unpacked) and lines before its record, and which of the record's texts it is."""
+
+    file: int = 0
+    offset: int = 0
+    lines: int = 0
+    part: int = 0
+
+
+@dataclass
+class Skipped:
+    """What `on_error="skip"` left out: how many lines or records, and the first SHOWN of them as "file:line: reason"."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, message: str) -> None:
+        self.count += 1
+        if len(self.first) < SHOWN:
+            self.first.append(message)
+
+    def report(self, what: str) -> list[str]:
+        """Lines for people; none where nothing was left out."""
+        if not self.count:
+            return []
+        shown = f"; the first {len(self.first)}:" if self.count > len(self.first) else ":"
+        return [f"{what}: {self.count} corrupt lines or records were left out{shown}", *(f"  {line}" for line in self.first)]
+
+
+Report = Callable[[str], None]
+"""Hears of each corrupt line or record: `stop`, or Skipped.add."""
+
+
+def stop(message: str) -> None:
+    raise DataError(message)
+
+
+def find(paths: Sequence[str | Path]) -> list[str]:
+    """The files of all names and patterns (`*`, `?`, `[...]`, `**`), those of a pattern in alphabetical order.
+
+    A name that exists is itself, whatever characters it has. Raises DataError on a pattern that fits nothing, a missing file, a name no reader fits.
+    """
+    found = []
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        if is_pattern(path):
+            matches = sorted(glob.glob(str(path), recursive=True))
+            if not matches:
+                raise DataError(f"{path}: expected files that fit this pattern, found none")
+            found += matches
+        else:
+            found.append(str(path))
+    for path in found:
+        kind(path)
+    return found
+
+
+def is_pattern(path: str | Path) -> bool:
+    return glob.has_magic(str(path)) and not os.path.lexists(path)
+
+
+def kind(path) -> str:
+    """"txt", "csv", "tsv" or "jsonl"; raises DataError for a file that is not there or has another name."""
+    if str(path) == "-":
+        return "txt"
+    path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path}: expected a file, got a folder")
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    name = path.name.lower().removesuffix(".gz")
+    found = name.rpartition(".")[2]
+    if found not in FORMATS or "." not in name:
+        expected = ", ".join("." + known for known in FORMATS)
+        raise DataError(f"{path}: expected a file named {expected}, or one of these with .gz, got '{Path(name).suffix}'")
+    return found
+
+
+def seekable(paths: Sequence[str], folder: Path) -> list[str]:
+    """The same files, standard input and pipes copied into `folder`: they can be read once only."""
+    found = []
+    for number, path in enumerate(paths):
+        if path == "-" or not Path(path).is_file():
+            copy = folder / f"{number}-{'stdin.txt' if path == '-' else Path(path).name}"
+            with _told(path, 1), open(sys.stdin.fileno() if path == "-" else path, "rb", closefd=path != "-") as source, open(copy, "wb") as target:
+                shutil.copyfileobj(source, target)
+            path = str(copy)
+        found.append(path)
+    return found
+
+
+def place(path, number: int) -> str:
+    """"file:line"."""
+    return f"{'<stdin>' if str(path) == '-' else path}:{number}"
+
+
+class Lines:
+    """Lines without their ends, one after another. `offset` and `count`: the bytes and lines that came so far.
+
+    A line that is no utf-8 is reported and left out. For records of several lines: `begin` is called before one, then `first` is the number of its first
+    line, and `torn` tells whether a line inside was left out.
+    """
+
+    def __init__(self, path, report: Report = stop):
+        self.path, self.report = path, report
+        self.offset = self.count = 0
+        self.begin()
+        with _told(path, 1):
+            self._stream = _open(path)
+
+    def begin(self) -> None:
+        self.first, self.torn = 0, False
+
+    def seek(self, offset: int, count: int) -> None:
+        """Go on behind `offset` bytes that hold `count` lines; gzip reads them again."""
+        if offset != self.offset:  # pipes cannot, and need not
+            with _told(self.path, count + 1):
+                self._stream.seek(offset)
+        self.offset, self.count = offset, count
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> str:
+        while True:
+            try:
+                raw = next(self._stream)
+            except (OSError, EOFError, zlib.error) as error:
+                raise _unreadable(self.path, self.count + 1, error) from None
+            line = raw.removeprefix(BOM) if self.count == 0 else raw
+            self.offset += len(raw)
+            self.count += 1
+            try:
+                line = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                self.torn = self.torn or self.first > 0
+                self.report(not_utf8(self.path, self.count, line, error))
+                continue
+            self.first = self.first or self.count
+            return line.removesuffix("\n").removesuffix("\r")
+
+
+def not_utf8(path, number: int, line: bytes, error: UnicodeDecodeError) -> str:
+    return f"{place(path, number)}: expected utf-8, got 0x{line[error.start]:02x} at byte {error.start + 1} of the line"
+
+
+def blocks(path, offset: int = 0, count: int = 0, size: int = BLOCK) -> Iterator[tuple[bytes, int, int]]:
+    """(whole lines of about `size` bytes, bytes before them, lines before them), behind `offset` bytes that hold `count` lines."""
+    pending: list[bytes] = []
+    with _told(path, count + 1):
+        stream = _open(path)
+        if offset:
+            stream.seek(offset)
+    with stream:
+        read = stream.read1 if str(path) == "-" else stream.read  # whoever types or pipes is answered at once
+        while True:
+            try:
+                got = read(size)
+            except (OSError, EOFError, zlib.error) as error:
+                raise _unreadable(path, count + 1, error) from None
+            cut = got.rfind(b"\n") + 1
+            if got and not cut:
+                pending.append(got)
+                continue
+            block = b"".join((*pending, got[:cut]))
+            pending = [got[cut:]]
+            if block:
+                yield block, offset, count
+                offset, count = offset + len(block), count + block.count(b"\n")
+            if not got:
+                return
+
+
+def _open(path):
+    if str(path) == "-":
+        return open(sys.stdin.fileno(), "rb", closefd=False)
+    return gzip.open(path, "rb") if str(path).lower().endswith(".gz") else open(path, "rb")
+
+
+def _unreadable(path, number: int, error: Exception) -> DataError:
+    return DataError(f"{place(path, number)}: cannot be read: {getattr(error, 'strerror', None) or error}")
+
+
+class _told:
+    """Turns an error of the system into one that names file and line."""
+
+    def __init__(self, path, number: int):
+        self.path, self.number = path, number
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, (OSError, EOFError, zlib.error)):
+            raise _unreadable(self.path, self.number, error) from None

@@ -1,0 +1,305 @@
+"""A corpus from disk to packed batches, epoch after epoch, in memory that does not grow with it.
+
+    chunks of text -> families (counterfactuals) -> token ids -> windows -> length buckets, masks, packed batches
+    corpus            cda                          tokens       here       buckets
+
+Families are read in the order of the corpus into a *window*; a full window (`buffer` families, or WINDOW_TOKENS tokens) is shuffled, cut into batches
+and given out while the next one is filled. So the order is random within a window and that of the files between windows; a corpus that fits into one
+window is held in memory, shuffled whole, and read once for all epochs. Nothing here depends on the number of threads or on where chunks end.
+
+A *position* is a small dict that JSON holds; it comes with every batch, and `run` started there gives exactly the batches that follow. This runs in the
+training process or in a background one (worker.py), without torch either way.
+"""
+
+import dataclasses
+import queue
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy
+
+from . import corpus
+from .axes import Axis
+from .buckets import Families, Packed, masked_batches
+from .cache import Cache
+from .cda import PAPER, Intervention
+from .cda_engine import engine
+from .holdout import HeldOut
+from .lines import Place, Skipped
+from .tokens import Tokenizer
+
+WINDOW_TOKENS = 1 << 25  # 128 MiB of ids: what a window holds at most, however long the texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All that decides which batches come.
+
+    files: as lines.find gives them. shard (i, n): of the corpus's texts those whose number leaves i when divided by n; the n shards are the whole, and
+    numbers stay those of the whole (rank * workers + worker for who has both). batch: batch_size or batch_tokens. cache: folder for tokenised families.
+    """
+
+    files: tuple[str, ...]
+    axis: Axis
+    tokenizer: Tokenizer
+    max_length: int
+    seed: int
+    batch: dict
+    column: str | None = None
+    unit: str = "line"
+    on_error: str = "stop"
+    intervention: Intervention = PAPER
+    held_out: HeldOut = HeldOut()
+    shard: tuple[int, int] = (0, 1)
+    buffer: int = 131072
+    cache: str | None = None
+    threads: int = 1
+
+
+@dataclasses.dataclass
+class Counts:
+    """What was read so far of one pass. texts, touched (with words of the axis), families, members, cut (members longer than max_length): to train on.
+    held_out: families left aside. whole: the pass is over. notes: lines for people."""
+
+    texts: int = 0
+    touched: int = 0
+    families: int = 0
+    members: int = 0
+    cut: int = 0
+    held_out: int = 0
+    skipped: int = 0
+    first_skipped: list[str] = dataclasses.field(default_factory=list)
+    whole: bool = False
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+class Start(NamedTuple):
+    """Where a window begins: families and texts before it, and the place of its first text, or None when it came from the cache."""
+
+    family: int = 0
+    text: int = 0
+    place: Place | None = Place()
+
+
+class Block(NamedTuple):
+    """Families of one chunk; start(f): where family f begins; counts so far."""
+
+    families: Families
+    start: object
+    counts: Counts
+
+
+class Window(NamedTuple):
+    number: int
+    start: Start
+    families: Families
+    counts: Counts
+    last: bool  # of its epoch
+
+
+# Events of a run, in this order: for every window Filled and its batches, and Ended after the last window of an epoch.
+
+
+class Filled(NamedTuple):
+    epoch: int
+    counts: Counts
+
+
+class Given(NamedTuple):
+    packed: Packed
+    position: dict
+
+
+class Ended(NamedTuple):
+    epoch: int
+
+
+class Stream:
+    """The batches of a recipe, made in this process."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self._kept: Window | None = None  # the one window of a corpus that fits
+        self._cache: Cache | None = None
+
+    def run(self, epoch: int = 0, position: dict | None = None) -> Iterator[Filled | Given | Ended]:
+        """Epoch after epoch without end, from the beginning of `epoch` or behind the batch of `position`. An epoch without batches is the last.
+
+        Raises DataError on what cannot be read, when it is reached.
+        """
+        recipe, done = self.recipe, 0
+        if position is not None:
+            epoch, done = position["epoch"], position["batch"]
+        windows = ahead(self._windows(epoch, position))
+        try:
+            for epoch, window in windows:
+                yield Filled(epoch, window.counts)
+                start = window.start._asdict() | {"place": window.start.place and list(window.start.place)}
+                given = done
+                for packed in masked_batches(window.families, recipe.tokenizer, seed=recipe.seed, epoch=epoch, window=window.number, batch=recipe.batch, start=done):
+                    given += 1
+                    yield Given(packed, {"epoch": epoch, "window": window.number, "batch": given, **start})
+                done = 0
+                if window.last:
+                    yield Ended(epoch)
+                del window  # or it would stay until the next one is there
+        finally:
+            windows.close()
+
+    def _windows(self, epoch: int, position: dict | None) -> Iterator[tuple[int, Window]]:
+        """(epoch, window) without end, unless an epoch has none."""
+        start, number = Start(), 0
+        if position is not None:
+            place = position["place"]
+            start, number = Start(position["family"], position["text"], place and Place(*place)), position["window"]
+        while True:
+            if self._kept is not None and number == 0:
+                yield epoch, self._kept
+            else:
+                found = 0
+                for window in fill(self._blocks(start), self.recipe.buffer, start, number):
+                    found += 1
+                    if window.last and window.number == 0:
+                        self._kept = window
+                    yield epoch, window
+                    del window  # or it would stay until the next one is filled
+                if not found:
+                    return
+            epoch, number, start = epoch + 1, 0, Start()
+
+    def _blocks(self, start: Start) -> Iterator[Block]:
+        recipe = self.recipe
+        if recipe.cache is None:
+            yield from tokenised(recipe, start)
+            return
+        if self._cache is None:
+            self._cache = Cache(recipe)
+        found, note = self._cache.open()
+        if found is None:
+            blocks = tokenised(recipe, start, (note,))
+            yield from self._cache.writing(blocks) if start == Start() else blocks
+            return
+        counts = Counts(**found.counts, whole=True, notes=[note])
+        for families, first in found.blocks(start.family):
+            yield Block(families, lambda f, s=families.sources, n=first: Start(n + f, int(s[f]), None), counts)
+
+
+def tokenised(recipe: Recipe, start: Start = Start(), notes: Sequence[str] = ()) -> Iterator[Block]:
+    """Read, swap and tokenise: a thread each for the first two, for the tokenizer (without the GIL), and for what becomes of its answer."""
+    skipped, family = Skipped(), start.family
+    counts = Counts(notes=list(notes))
+    stream = ahead(_encoded(recipe, start, skipped))
+    try:
+        for encodings, (chunk, numbers, found, texts, held_out, left_out) in stream:
+            ids, lengths, cut = recipe.tokenizer.flat(encodings, recipe.max_length)
+            del encodings
+            sizes = numpy.array(found.sizes, numpy.int32)
+            where = [numbers[source] for source in found.sources]  # of each family: (number of its text, index in the chunk)
+            counts.texts += texts
+            counts.touched += int((sizes > 1).sum()) if recipe.axis.keep_untouched else len(sizes)
+            counts.families += len(sizes)
+            counts.members += len(lengths)
+            counts.cut += int((cut > 0).sum())
+            counts.held_out += held_out
+            counts.skipped, counts.first_skipped = left_out.count, left_out.first
+            families = Families(ids, lengths, sizes, numpy.array([number for number, _ in where], numpy.int64))
+            yield Block(families, lambda f, c=chunk, w=where, n=family: Start(n + f, w[f][0], c.start(w[f][1])), dataclasses.replace(counts))
+            family += len(sizes)
+        if skipped.count > counts.skipped:  # behind the last text
+            yield Block(Families.of([]), None, dataclasses.replace(counts, skipped=skipped.count, first_skipped=skipped.first))
+    finally:
+        stream.close()
+
+
+def _encoded(recipe: Recipe, start: Start, skipped: Skipped):
+    """What the tokenizer answers to the members of all families, and what `_expanded` gives."""
+    stream = ahead(_expanded(recipe, start, skipped))
+    try:
+        for made in stream:
+            yield recipe.tokenizer.encodings(made[2].texts), made
+    finally:
+        stream.close()
+
+
+def _expanded(recipe: Recipe, start: Start, skipped: Skipped):
+    """Of each chunk: itself, (number, index) of each text to train on, their families, how many texts these were, held-out families, what was left out so far."""
+    number = start.text if start.place is not None else 0
+    part, parts = recipe.shard
+    held, swap = recipe.held_out, engine(recipe.axis, recipe.intervention, recipe.threads)
+    for chunk in corpus.chunks(recipe.files, recipe.column, on_error=recipe.on_error, unit=recipe.unit, skipped=skipped, start=start.place or Place()):
+        mine = [(n, i) for i, n in enumerate(range(number, number + len(chunk.texts))) if n % parts == part and n >= start.text]
+        number += len(chunk.texts)
+        training = [(n, i) for n, i in mine if not held(chunk.texts[i])] if held != HeldOut() else mine
+        found = swap.expand([chunk.texts[i] for _, i in training])
+        aside = 0
+        if len(training) < len(mine):
+            kept = {i for _, i in training}
+            aside = len(swap.expand([chunk.texts[i] for _, i in mine if i not in kept]).sizes)
+        yield chunk, training, found, len(training), aside, Skipped(skipped.count, list(skipped.first))
+
+
+def fill(blocks: Iterable[Block], buffer: int, start: Start = Start(), number: int = 0, tokens: int = WINDOW_TOKENS) -> Iterator[Window]:
+    """Windows of `buffer` families or `tokens` tokens, whichever is less, and at least one family; the last one may be smaller."""
+    parts: list[Families] = []
+    families = used = 0
+    begin, counts = start, None
+    full = False  # a window is given out once it is known whether it is the last
+    for block in blocks:
+        counts, done = block.counts, 0
+        ends = block.families.bounds()[1][1:]
+        while done < len(block.families):
+            if full:
+                yield Window(number, begin, Families.joined(parts), counts, False)
+                parts, families, used, begin, number, full = [], 0, 0, block.start(done), number + 1, False
+            before = int(ends[done - 1]) if done else 0
+            fits = min(int(numpy.searchsorted(ends, before + tokens - used, side="right")) - done, buffer - families)
+            fits = max(fits, 0 if families else 1)
+            if fits:
+                parts.append(block.families[done:done + fits])
+                done, families = done + fits, families + fits
+                used += int(ends[done - 1]) - before
+            full = families == buffer or done < len(block.families)
+    if parts:
+        yield Window(number, begin, Families.joined(parts), dataclasses.replace(counts, whole=counts.whole or start == Start()), True)
+
+
+def ahead(items: Iterable, depth: int = 1) -> Iterator:
+    """The items in order, up to `depth` of them made in a thread before they are asked for. Closing it, or dropping it, ends the thread."""
+    slots, ready = threading.Semaphore(depth), queue.SimpleQueue()
+    closed = threading.Event()
+
+    def make() -> None:
+        found = iter(items)
+        try:
+            while True:
+                slots.acquire()
+                if closed.is_set():
+                    break
+                ready.put((next(found), None))
+        except StopIteration:
+            ready.put((None, StopIteration()))
+        except BaseException as error:  # whatever it is, it is raised where the items are used
+            ready.put((None, error))
+        finally:
+            if hasattr(found, "close"):
+                found.close()
+
+    thread = threading.Thread(target=make, name="peftdebias-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            slots.release()
+            if error is not None:
+                if isinstance(error, StopIteration):
+                    return
+                raise error
+            yield item
+            del item
+    finally:
+        closed.set()
+        slots.release()
+        if not sys.is_finalizing():  # no thread runs then
+            thread.join()

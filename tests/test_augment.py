@@ -1,0 +1,158 @@
+"""`peftdebias augment`: files in, rows out, as the plain twin makes them; shards, statistics, corrupt lines, and what it refuses."""
+
+import gzip
+import json
+import sys
+
+import pytest
+
+from peftdebias import cda
+from peftdebias.axes import load_axis
+from peftdebias.cda import Intervention
+
+from .small import cli, done, small, tree  # noqa: F401
+
+def rows_by_hand(texts, axis="gender"):
+    return [json.loads(json.dumps(row)) for family in cda.families(texts, load_axis(axis)) for row in cda.rows(family)]
+
+
+def test_augment_writes_one_variant_a_row(small, tmp_path, monkeypatch):  # noqa: F811
+    texts = small.corpus.read_text().splitlines()
+    expected = rows_by_hand(texts)
+    said = done("augment", "--axis", "gender", small.corpus)
+    assert said.rows == expected and all(list(r) == ["text", "counterfactual", "swaps", "source"] for r in said.rows)
+    for row in said.rows:
+        text, moved = row["text"], 0
+        for swap in row["swaps"]:
+            assert list(swap) == ["start", "end", "from", "to"] and row["text"][swap["start"]:swap["end"]] == swap["from"]
+            text = text[:swap["start"] + moved] + swap["to"] + text[swap["end"] + moved:]
+            moved += len(swap["to"]) - len(swap["from"])
+        assert text == row["counterfactual"] and texts[row["source"]] == row["text"]
+    swaps = sum(len(row["swaps"]) for row in expected)
+    told = said.err.splitlines()[1:]
+    assert told[0] == f"{len(texts)} texts, {len(expected)} (100.0 %) with words of the axis gender; {len(expected)} counterfactuals, {swaps} swaps"
+    assert told[-1] == "result: standard output"
+    with open(small.corpus) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert done("augment", "--axis", "gender").out == said.out
+    done("augment", small.corpus, "--axis", "gender", "--out", tmp_path / "o.jsonl")
+    assert (tmp_path / "o.jsonl").read_text(encoding="utf-8") == said.out
+
+
+def test_augment_keeps_untouched_texts_where_the_axis_says_so_and_reads_columns(tmp_path):
+    (tmp_path / "a.csv").write_text("id,body\n1,nothing here\n2,“a black coat”\n", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"body": "white"}\n')
+    said = done("augment", "--axis", "race", tmp_path / "a.csv", tmp_path / "b.jsonl", "--column", "body")
+    assert said.rows == rows_by_hand(["nothing here", "“a black coat”", "white"], "race") and said.rows[0] == {"text": "nothing here", "counterfactual": None, "swaps": [], "source": 0}
+    assert "“a black coat”" in said.out  # as written, not as \u escapes
+    assert said.err.splitlines()[1].startswith("3 texts, 2 (66.7 %) with words of the axis race; ")
+
+
+TEXTS = ["He met her.", "nothing", "a \"king\" \\ and his wife", "", "she’s é his", "x is black", "the queen", "nobody at all", "men and boys"]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The same texts in every format that is read."""
+    full = [text for text in TEXTS if text]
+    (tmp_path / "a.txt").write_bytes("\r\n".join(TEXTS).encode())
+    (tmp_path / "b.csv").write_text("text\n" + "".join('"' + text.replace('"', '""') + '"\n' for text in full), encoding="utf-8")
+    (tmp_path / "c.tsv").write_text("text\tn\n" + "".join(f"{text}\t1\n" for text in full), encoding="utf-8")
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in full))
+    for path in list(tmp_path.iterdir()):
+        (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    return tmp_path
+
+
+def test_every_format_gives_the_same(files):
+    expected = rows_by_hand([text for text in TEXTS if text])
+    assert len(expected) == 5
+    for path in sorted(files.iterdir()):
+        assert done("augment", "--axis", "gender", path).rows == expected, path
+    together = done("augment", "--axis", "gender", files / "*.txt", files / "d.jsonl").rows
+    assert [row["source"] for row in together] == [row["source"] + shift for shift in (0, 8) for row in expected]
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 20])
+def test_shards_end_to_end_are_the_whole(files, shards):
+    corpus = [files / "a.txt", files / "b.csv.gz", files / "c.tsv"]
+    for flags in (["--axis", "gender"], ["--axis", "group"], ["--axis", "gender", "--format", "lines", "--unit", "sentence"]):
+        whole = done("augment", *flags, *corpus).out
+        assert "".join(done("augment", *flags, *corpus, "--shard", f"{i}/{shards}").out for i in range(1, shards + 1)) == whole != ""
+
+
+def test_interventions(tmp_path):
+    (tmp_path / "a.txt").write_text("James told his wife that she is black.\nnobody\n")
+    text = ["James told his wife that she is black."]
+
+    def changed(*flags, axis="gender"):
+        return [row["counterfactual"] for row in done("augment", "--axis", axis, tmp_path / "a.txt", *flags).rows]
+
+    assert changed() == ["James told her husband that he is black."]
+    assert changed("--from", "female") == changed("--from", "2") == ["James told his husband that he is black."]
+    assert changed("--occurrences", "one") == [f"James told {a} {b} that {c} is black." for a, b, c in (("her", "wife", "she"), ("his", "husband", "she"), ("his", "wife", "he"))]
+    assert changed("--names") == ["Mary told her husband that he is black."]
+    assert changed("--keep", "originals") == [None]
+    every = [variant.text for variant in cda.counterfactuals(text[0], load_axis("race"))]
+    some = [variant.text for variant in cda.counterfactuals(text[0], load_axis("race"), Intervention(max_variants=1))]
+    assert changed(axis="race") == [*every, None] and changed("--max-variants", 1, axis="race") == [*some, None] and 1 == len(some) < len(every)
+    (tmp_path / "mine.toml").write_text('columns = ["male", "female"]\ngroups = [["james", "zoë"]]\n', encoding="utf-8")
+    assert changed("--names", tmp_path / "mine.toml") == ["Zoë told her husband that he is black."]
+
+
+def test_lines_are_texts_for_other_tools(files):
+    out = done("augment", "--axis", "gender", "--format", "lines", files / "a.txt").out.splitlines()
+    assert out[:4] == ["He met her.", "She met him.", "a \"king\" \\ and his wife", "a \"queen\" \\ and her husband"] and len(out) == 10
+    assert done("augment", "--axis", "gender", "--format", "lines", "--keep", "counterfactuals", files / "a.txt").out.splitlines() == out[1::2]
+    (files / "two.jsonl").write_text(json.dumps({"text": "he\nshe"}) + "\n")
+    said = cli("augment", "--axis", "gender", "--format", "lines", files / "two.jsonl", "--out", files / "o.txt")
+    assert said.code == 2 and "two.jsonl:1: expected a text without line breaks for --format lines" in said.err and not (files / "o.txt").exists()
+
+
+def test_statistics(files):
+    done("augment", "--axis", "gender", files / "a.txt", "--out", files / "o.jsonl", "--stats", files / "s.json", "--threads", 3)
+    found = json.loads((files / "s.json").read_text())
+    assert {name: found[name] for name in ("axis", "texts", "touched", "variants", "swaps", "skipped", "groups")} == {
+        "axis": "gender", "texts": 8, "touched": 5, "variants": 5, "swaps": 10, "skipped": 0, "groups": {"male": 6, "female": 4}}
+    assert found["touched_share"] == 5 / 8 and found["words"]["his"] == 2 and sum(found["words"].values()) == 10
+    assert found["bytes"] == (files / "a.txt").stat().st_size and found["engine"] in ("native", "python")
+
+
+def test_corrupt_lines_stop_or_are_counted_and_named(tmp_path):
+    bad = b"he\n" + b"she \xff\n" * 7 + b"his\n\n\xe9"
+    (tmp_path / "a.txt").write_bytes(bad)
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "he"}\n{"text": 3}\nnot\n{"text": "her"}\n')
+    said = cli("augment", "--axis", "gender", tmp_path / "a.txt", "--out", tmp_path / "o.jsonl")
+    assert said.code == 2 and said.err.splitlines()[-1].endswith("a.txt:2: expected utf-8, got 0xff at byte 5 of the line") and not (tmp_path / "o.jsonl").exists()
+    said = done("augment", "--axis", "gender", tmp_path / "a.txt", tmp_path / "b.jsonl", "--on-error", "skip")
+    assert [row["text"] for row in said.rows] == ["he", "his", "he", "her"] and [row["source"] for row in said.rows] == [0, 1, 2, 3]
+    told = said.err.splitlines()[1:7]
+    assert told[0] == "corpus: 10 corrupt lines or records were left out; the first 5:"
+    assert [line.split("a.txt:")[1].split(":")[0] for line in told[1:]] == ["2", "3", "4", "5", "6"]
+    (tmp_path / "c.txt").write_bytes(b"\xff\n\xfe\n")
+    said = cli("augment", "--axis", "gender", tmp_path / "c.txt", "--on-error", "skip", "--out", tmp_path / "o.jsonl")
+    assert said.code == 2 and "no text in" in said.err and "but 2 corrupt lines or records, such as" in said.err and not (tmp_path / "o.jsonl").exists()
+
+
+def test_the_twin_writes_the_same(files, monkeypatch):
+    flags = ("augment", "--axis", "gender", "--names", "--on-error", "skip", *sorted(files.iterdir()))
+    compiled = done(*flags)
+    monkeypatch.setenv("PEFTDEBIAS_KERNELS", "torch")
+    plain = done(*flags)
+    assert plain.out == compiled.out and "(python engine)" in plain.err
+
+
+@pytest.mark.parametrize("flags, why", [
+    (["--shard", "0/2"], "--shard: expected I/N with I from 1 to N, got '0/2'"), (["--shard", "3/2"], "got '3/2'"), (["--shard", "1"], "got '1'"),
+    (["--shard", "1/2", "-"], "--shard: expected files, which are read twice, got standard input"),
+    (["--from", "neuter"], "axis 'gender': unknown column 'neuter': expected one of male, female, or a number from 1 to 2"),
+    (["--max-variants", "0"], "--max-variants: expected at least 1, got 0"), (["--threads", "0"], "--threads: expected at least 1, got 0"),
+    (["--names", "nowhere.toml"], "names file nowhere.toml: no such file"), (["no-*.txt"], "no-*.txt: expected files that fit this pattern, found none"),
+    (["--unit", "document", "b.csv"], "b.csv: --unit document: expected txt files"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_refusals(files, monkeypatch, flags, why):
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(sys, "stdin", open(files / "a.txt"))
+    before = tree(files)
+    said = cli("augment", "--axis", "gender", *flags, *([] if flags[-1] in ("-", "no-*.txt", "b.csv") else ["a.txt"]), "--out", "o.jsonl")
+    assert said.code == 2 and why in said.err.splitlines()[-1] and tree(files) == before

@@ -1,0 +1,161 @@
+"""The cache of tokenised families: the same batches, no text read on a hit, a key that sees every change, damage noticed, two writers at once."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy
+import pytest
+
+from peftdebias import axes, cache, stream
+from peftdebias.cache import Cache
+from peftdebias.cda import Intervention
+from peftdebias.errors import ConfigError
+from peftdebias.holdout import HeldOut
+from peftdebias.stream import Stream, tokenised
+from peftdebias.worker import Epochs
+
+from .test_stream import TOKENIZER, equal, file, given, recipe, wordpiece  # noqa: F401
+
+
+@pytest.fixture
+def made(file, tmp_path):  # noqa: F811
+    return recipe(file, buffer=70, held_out=HeldOut(0.1), cache=str(tmp_path / "cache"))
+
+
+def folders(made) -> list[str]:
+    return sorted(path.name for path in Path(made.cache).iterdir())
+
+
+def write(made) -> list:
+    """Its batches of one epoch; the cache is whole afterwards."""
+    with Epochs(made) as epochs:
+        return list(epochs.epoch(0))
+
+
+def note(made) -> str:
+    with Epochs(made) as epochs:
+        return epochs.ready().notes[0]
+
+
+def test_a_hit_reads_no_text_and_gives_the_same_batches(made, monkeypatch):
+    plain = dataclasses.replace(made, cache=None)
+    expected = given(plain, 60)
+    with Epochs(made) as epochs:
+        assert epochs.ready().notes == [f"cache: {Cache(made).folder} is written"]
+        assert equal(list(epochs.epoch(0)), [g.packed for g in expected if g.position["epoch"] == 0])
+        counts = epochs.counts
+    assert folders(made) == [Cache(made).folder.name]
+
+    def never(*args, **kwargs):
+        raise AssertionError("text was read")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stream, "tokenised", never)
+        again = given(made, 60)
+        with Epochs(made) as epochs:
+            found = epochs.ready()
+    assert equal([g.packed for g in again], [g.packed for g in expected])
+    assert found.notes == [f"cache: {Cache(made).folder} is read"] and found.whole
+    assert dataclasses.replace(found, notes=[]) == dataclasses.replace(counts, notes=[])
+    for one, other in ((made, expected), (made, again), (plain, again)):  # a position of either opens either
+        for at in (0, 25, 33, 50):
+            assert equal([g.packed for g in given(one, 4, other[at].position)], [g.packed for g in expected[at + 1 : at + 5]])
+
+
+def test_the_background_process_writes_and_reads_it_too(made):
+    expected = write(dataclasses.replace(made, cache=None))
+    for _ in range(2):
+        with Epochs(made, 1) as epochs:
+            assert equal(list(epochs.epoch(0)), expected)
+    assert epochs.counts.notes[0].endswith("is read")
+
+
+@pytest.mark.parametrize("change", [
+    {"column": "x"}, {"unit": "sentence"}, {"on_error": "skip"}, {"max_length": 9}, {"shard": (0, 2)}, {"held_out": HeldOut(0.2)}, {"held_out": HeldOut(0.1, "he")},
+    {"intervention": Intervention(keep="originals")}, {"axis": axes.load_axis("race")}, {"axis": dataclasses.replace(axes.load_axis("gender"), keep_untouched=True)},
+    {"tokenizer": wordpiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "he"])},
+], ids=str)  # fmt: skip
+def test_the_key_sees_what_decides_the_families(made, change):
+    assert cache.key(dataclasses.replace(made, **change)) != cache.key(made)
+
+
+def test_the_key_sees_the_text_and_nothing_that_decides_the_order(made, file, tmp_path):  # noqa: F811
+    other = dataclasses.replace(made, seed=9, batch={"batch_tokens": 50}, buffer=3, threads=2, cache="elsewhere")
+    assert cache.key(other) == cache.key(made)
+    copy = shutil.copy(file, tmp_path / "other name.txt")
+    assert cache.key(dataclasses.replace(made, files=(str(copy),))) == cache.key(made)
+    with open(copy, "a") as text:
+        text.write("he\n")
+    assert cache.key(dataclasses.replace(made, files=(str(copy),))) != cache.key(made)
+    assert cache.key(dataclasses.replace(made, files=made.files * 2)) != cache.key(made)
+
+
+def cut(folder):
+    with open(folder / "ids.bin", "r+b") as ids:
+        ids.truncate(12)
+
+
+DAMAGE = {
+    "a file cut short": (cut, r"ids.bin: expected \d+ bytes, got 12"),
+    "a file too long": (lambda folder: open(folder / "sizes.bin", "ab").write(b"1234"), r"sizes.bin: expected \d+ bytes, got \d+"),
+    "a file gone": (lambda folder: (folder / "lengths.bin").unlink(), "lengths.bin"),
+    "nothing about it": (lambda folder: (folder / "about.json").unlink(), "about.json"),
+    "about.json cut short": (lambda folder: (folder / "about.json").write_text('{"bytes": {"ids"'), "line 1"),
+    "about.json of something else": (lambda folder: (folder / "about.json").write_text(json.dumps({"bytes": 3})), "int"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_cache_is_named_and_made_again(what, made):
+    expected, folder = write(made), Cache(made).folder
+    damage, words = DAMAGE[what]
+    damage(folder)
+    said = note(made)
+    assert re.fullmatch(rf"cache: {re.escape(str(folder))} was damaged and is made again \(.*{words}.*\)", said), said
+    assert equal(write(made), expected) and note(made) == f"cache: {folder} is read"
+
+
+def test_what_is_not_finished_leaves_nothing(made):
+    events = Stream(made).run()
+    next(events), next(events)
+    assert len(folders(made)) == 1 and folders(made)[0].startswith(".partial-")
+    events.close()
+    assert folders(made) == []
+    with Epochs(made, 1) as epochs:
+        next(epochs.epoch(0))
+    assert folders(made) == []
+
+
+def test_two_writers_at_once_do_no_harm(made):
+    plain = dataclasses.replace(made, cache=None)
+    one, other = (Cache(made).writing(tokenised(plain)) for _ in range(2))
+    next(one), next(other)
+    assert len(folders(made)) == 2
+    list(one)
+    before = (Cache(made).folder / "ids.bin").stat().st_ino
+    list(other)
+    assert folders(made) == [Cache(made).folder.name] and (Cache(made).folder / "ids.bin").stat().st_ino == before  # the first to finish counts
+    assert equal(write(made), write(plain))
+
+
+def test_memory_stays_bounded_in_reading(made, monkeypatch):
+    write(made)
+    found, _ = Cache(made).open()
+    monkeypatch.setattr(cache, "READ", 7)
+    parts = list(found.blocks())
+    assert [len(p) for p, _ in parts[:-1]] == [7] * (len(parts) - 1) and len(parts) > 20
+    assert [first for _, first in parts] == list(range(0, 7 * len(parts), 7))
+    skipped = list(found.blocks(30))
+    sources = numpy.concatenate([p.sources for p, _ in parts])
+    assert skipped[0][1] == 30 and numpy.array_equal(numpy.concatenate([p.sources for p, _ in skipped]), sources[30:])
+    ids = numpy.concatenate([p.ids for p, _ in parts])
+    assert numpy.array_equal(numpy.concatenate([p.ids for p, _ in skipped]), ids[-sum(len(p.ids) for p, _ in skipped):])
+
+
+def test_a_folder_that_cannot_be_written_is_named(made, tmp_path):
+    (tmp_path / "file").write_text("")
+    with Epochs(dataclasses.replace(made, cache=str(tmp_path / "file"))) as epochs, pytest.raises(ConfigError, match=f"^--cache {tmp_path}/file: cannot be written: "):
+        epochs.ready()

@@ -1,0 +1,107 @@
+"""McNemar and Student's t against hand computations and published tables; tallies of a classifier give what classification.py, tpr_gap.py and fairness.py give."""
+
+import math
+
+import numpy as np
+import pytest
+
+from peftdebias.errors import DataError
+from peftdebias.metrics import tally
+from peftdebias.metrics.classification import accuracy, f1, macro_f1
+from peftdebias.metrics.compare import classification_tally, mcnemar, over_seeds, seed_difference, t_inside, t_quantile
+from peftdebias.metrics.fairness import fairness
+from peftdebias.metrics.tpr_gap import tpr_gap
+
+from .test_tpr_gap import world
+
+
+def right(both, first, second, neither):
+    return np.array([1] * both + [1] * first + [0] * second + [0] * neither, bool), np.array([1] * both + [0] * first + [1] * second + [0] * neither, bool)
+
+
+def test_mcnemar_exact_by_hand():
+    found = mcnemar(*right(50, 1, 9, 40))
+    assert (found.only_first, found.only_second, found.test) == (1, 9, "McNemar, exact") and found.p == pytest.approx(2 * (1 + 10) / 1024, abs=1e-12)
+    assert mcnemar(*right(3, 4, 4, 0)).p == 1 and mcnemar(*right(3, 0, 0, 5)).p == 1
+    assert mcnemar(*right(0, 5, 0, 0)).p == pytest.approx(2 / 32)
+
+
+def test_mcnemar_chi_square_by_hand():
+    found = mcnemar(*right(50, 10, 25, 40))  # (15 - 1)^2 / 35 = 5.6
+    assert found.test == "McNemar, chi-square" and found.p == pytest.approx(0.017960, abs=1e-6)
+    assert mcnemar(*right(0, 13, 13, 0)).p == mcnemar(*right(0, 13, 14, 0)).p == 1
+    assert mcnemar(*right(1, 14, 10, 2)).test == "McNemar, exact" and mcnemar(*right(1, 14, 11, 2)).test == "McNemar, chi-square"  # 24 and 25
+    assert mcnemar(*right(0, 30, 45, 0)).p == mcnemar(*right(0, 45, 30, 9)).p
+
+
+def test_mcnemar_keeps_its_level():
+    random = np.random.default_rng(0)
+    for n in (30, 400):
+        rejected = sum(mcnemar(random.random(n) < 0.7, random.random(n) < 0.7).p < 0.05 for _ in range(400))
+        assert 0 < rejected <= 32  # 20 at most are expected, P(> 32) below 1 %
+
+
+@pytest.mark.parametrize("freedom, t", [(1, 12.7062047), (2, 4.30265273), (3, 3.18244631), (4, 2.77644511), (5, 2.57058184), (10, 2.22813885), (30, 2.04227246), (101, 1.98373)])
+def test_quantiles_of_student_are_the_published_ones(freedom, t):
+    assert t_quantile(freedom) == pytest.approx(t, abs=2e-6) and t_inside(t, freedom) == pytest.approx(0.95, abs=1e-6)
+
+
+def test_student_against_its_density():
+    for freedom in (1, 2, 5, 8):
+        x = np.linspace(0, 1.7, 20001)
+        density = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2) * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+        assert t_inside(1.7, freedom) == pytest.approx(2 * np.trapezoid(density, x), abs=1e-8)
+
+
+def test_spread_over_seeds_by_hand():
+    found = over_seeds([50.0, 53.0, 56.0], name="f1", unit="%", ideal=100.0)
+    assert (found.mean, found.sd, found.n) == (53.0, 3.0, 3) and str(found) == "53 ± 3"
+    assert (found.low, found.high) == pytest.approx((53 - 4.30265273 * 3 / math.sqrt(3), 53 + 4.30265273 * 3 / math.sqrt(3)))
+    alone = over_seeds([1.5])
+    assert (alone.mean, alone.sd, alone.low) == (1.5, None, None) and str(alone) == "1.5"
+    with pytest.raises(DataError, match="fprd: expected a number for each seed"):
+        over_seeds([1.0, float("nan")], name="fprd")
+
+
+def test_seeds_are_paired():
+    found = seed_difference([50, 60, 70], [52, 61, 73], name="f1", unit="%")  # 2, 1, 3: mean 2, sd 1
+    assert found.value == pytest.approx(2) and found.unit == "points" and found.n == 3
+    assert (found.low, found.high) == pytest.approx((2 - 4.30265273 / math.sqrt(3), 2 + 4.30265273 / math.sqrt(3)))
+    assert found.p == pytest.approx(1 - t_inside(2 * math.sqrt(3), 2)) == pytest.approx(0.0741799, abs=1e-6)
+    assert seed_difference([1, 2], [1, 2]).p == 1 and seed_difference([1, 2], [2, 3]).p == 0
+    for a, b in (([1], [2]), ([1, 2], [1, 2, 3])):
+        with pytest.raises(DataError, match="expected the same two seeds or more of both"):
+            seed_difference(a, b)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_a_tally_gives_what_the_measures_give(classes):
+    predicted, labels, groups = world(600, classes=classes, gap=0.3)
+    predicted[0] = "9"  # a class that no label has
+    known = sorted({*labels, "9"}) if classes > 2 else sorted(set(labels))
+    predicted = predicted if classes > 2 else ["0" if p == "9" else p for p in predicted]
+    kept = classification_tally(predicted, labels, groups, classes=known, positive="1")
+    found = dict(zip([f.name for f in kept.figures], tally.values(kept)))
+    expected = [accuracy(predicted, labels), macro_f1(predicted, labels), f1(predicted, labels, "1"), tpr_gap(predicted, labels, groups).rms,
+                *fairness(predicted, labels, groups, classes=known).measures[::2]]
+    assert found == pytest.approx({m.name: m.value for m in expected}, abs=1e-9)
+    intervals = {m.name: m for m in tally.measures(kept, samples=2000)}
+    for m in expected[:4]:
+        assert abs(intervals[m.name].low - m.low) < 0.15 * (m.high - m.low) and abs(intervals[m.name].high - m.high) < 0.15 * (m.high - m.low)
+    assert [f.name for f in classification_tally(predicted, labels, None, classes=known).figures] == ["accuracy", "f1/macro"]
+
+
+def test_paired_differences_of_a_classifier_are_those_of_drawing_examples():
+    predicted, labels, groups = (np.array(c) for c in world(500, classes=3, gap=0.5))
+    other = np.where(np.random.default_rng(1).random(500) < 0.3, labels, predicted)
+    found, _ = tally.differences(*(classification_tally(p, labels, groups, classes="012") for p in (predicted, other)), samples=3000)
+    by_name = {d.name: d for d in found}
+    drawn = np.random.default_rng(2).integers(0, 500, (300, 500))
+    for name, value in (("accuracy", lambda p, i: accuracy(p[i], labels[i], samples=1).value),
+                        ("tpr-gap/rms", lambda p, i: tpr_gap(p[i], labels[i], groups[i], samples=1, shuffles=1).rms.value)):
+        change = np.array([value(other, i) - value(predicted, i) for i in drawn])
+        everything = np.arange(500)
+        exact = value(other, everything) - value(predicted, everything)
+        low, high = np.quantile(change, [0.025, 0.975]) - (0 if name == "accuracy" else change.mean() - exact)
+        assert by_name[name].value == pytest.approx(exact, abs=1e-9)
+        assert abs(by_name[name].low - low) < 0.2 * (high - low) and abs(by_name[name].high - high) < 0.2 * (high - low)

@@ -1,0 +1,113 @@
+"""Equalised odds and demographic parity against their definitions as loops; groups without a rate; floors; intervals."""
+
+import math
+
+import numpy as np
+import pytest
+
+from peftdebias.errors import DataError
+from peftdebias.metrics.fairness import fairness
+
+
+def share(flags):
+    return sum(flags) / len(flags) if flags else None
+
+
+def by_hand(predicted, labels, groups, y):
+    """(equalised odds, demographic parity) differences of class y in points; None where fewer than two groups have a rate."""
+    def spread(rates):
+        rates = [rate for rate in rates if rate is not None]
+        return 100 * (max(rates) - min(rates)) if len(rates) > 1 else None
+
+    rows, names = list(zip(predicted, labels, groups)), sorted(set(groups))
+    tpr = spread([share([p == y for p, t, g in rows if g == name and t == y]) for name in names])
+    fpr = spread([share([p == y for p, t, g in rows if g == name and t != y]) for name in names])
+    return None if tpr is None or fpr is None else max(tpr, fpr), spread([share([p == y for p, _, g in rows if g == name]) for name in names])
+
+
+def world(n=531, classes=4, groups=3, gap=0.0, seed=0):
+    random = np.random.default_rng(seed)
+    labels, group = random.integers(0, classes, n), random.integers(0, groups, n)
+    right = random.random(n) < 0.5 + gap * (group == 0)
+    return np.where(right, labels, random.integers(0, classes, n)).astype(str).tolist(), labels.astype(str).tolist(), np.array(list("abcdef"))[group].tolist()
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_each_class_is_its_definition(groups):
+    data = world(groups=groups)
+    result = fairness(*data)
+    found = {m.name: m.value for m in result.measures}
+    for place, definition in enumerate(("equalized-odds", "demographic-parity")):
+        expected = {y: by_hand(*data, y)[place] for y in "0123"}
+        assert result.per_class[definition] == pytest.approx(expected, abs=1e-9)
+        assert found[f"{definition}/max"] == pytest.approx(max(expected.values()), abs=1e-9)
+        assert found[f"{definition}/mean"] == pytest.approx(np.mean(list(expected.values())), abs=1e-9)
+
+
+def test_of_two_classes_there_is_one_figure_whichever_is_positive():
+    data = world(classes=2)
+    result = fairness(*data)
+    assert [m.name for m in result.measures] == ["equalized-odds", "equalized-odds/shuffled", "demographic-parity", "demographic-parity/shuffled"]
+    for place, name in ((0, "equalized-odds"), (2, "demographic-parity")):
+        assert result.measures[place].value == pytest.approx(by_hand(*data, "1")[place // 2], abs=1e-9)
+        assert result.per_class[name]["0"] == pytest.approx(result.per_class[name]["1"], abs=1e-9)
+
+
+def test_a_small_table_by_hand():
+    #            f: labels 1 1 0 0, predicted 1 0 1 0: TPR 1/2, FPR 1/2, selected 1/2      m: labels 1 0 0 0, predicted 1 0 0 0: TPR 1, FPR 0, selected 1/4
+    predicted, labels = ["1", "0", "1", "0", "1", "0", "0", "0"], ["1", "1", "0", "0", "1", "0", "0", "0"]
+    found = {m.name: m for m in fairness(predicted, labels, ["f"] * 4 + ["m"] * 4).measures}
+    assert (found["equalized-odds"].value, found["demographic-parity"].value) == (50.0, 25.0)
+    assert {m.unit for m in found.values()} == {"points"} and found["equalized-odds"].ideal == 0.0 and found["equalized-odds"].n == 8
+
+
+def test_a_group_without_a_rate_is_left_out_of_it():
+    predicted, labels, groups = world(groups=3)
+    labels = ["0" if g == "c" else y for y, g in zip(labels, groups)]  # c: examples of class 0 alone, so no TPR of others and no FPR of 0
+    result = fairness(predicted, labels, groups)
+    assert result.per_class["equalized-odds"] == pytest.approx({y: by_hand(predicted, labels, groups, y)[0] for y in "0123"}, abs=1e-9)
+    labels = ["0" if g != "a" else y for y, g in zip(labels, groups)]  # two groups without: nothing to compare
+    result = fairness(predicted, labels, groups)
+    assert result.left_out == ["0", "1", "2", "3"] and all(math.isnan(v) for v in result.per_class["equalized-odds"].values())
+    assert [m.name for m in result.measures] == [f"demographic-parity/{n}" for n in ("max", "max-shuffled", "mean", "mean-shuffled")]
+
+
+def test_a_perfect_model_has_equal_odds_but_not_parity():
+    labels, groups = ["1"] * 30 + ["0"] * 10 + ["1"] * 10 + ["0"] * 30, ["f"] * 40 + ["m"] * 40
+    found = {m.name: m for m in fairness(labels, labels, groups).measures}
+    assert found["equalized-odds"].value == found["equalized-odds"].high == 0 and found["demographic-parity"].value == 50
+
+
+def test_floors_are_the_figures_under_shuffled_groups():
+    predicted, labels, groups = (np.array(column) for column in world(classes=2, groups=2, gap=0.45))
+    found = {m.name: m for m in fairness(predicted, labels, groups).measures}
+    random, within, among = np.random.default_rng(0), [], []
+    for _ in range(150):
+        moved = groups.copy()
+        for y in "01":
+            moved[labels == y] = random.permutation(groups[labels == y])
+        within.append(by_hand(predicted, labels, moved, "1")[0])
+        among.append(by_hand(predicted, labels, random.permutation(groups), "1")[1])
+    for name, shuffled in (("equalized-odds", within), ("demographic-parity", among)):
+        assert abs(found[f"{name}/shuffled"].value - np.mean(shuffled)) < 4 * np.std(shuffled) * np.sqrt(1 / 150 + 1 / 200)
+    assert found["equalized-odds/shuffled"].high < found["equalized-odds"].low  # a planted gap shows
+
+
+def test_intervals_cover_what_other_test_sets_give():
+    results = [fairness(*world(classes=2, groups=2, gap=0.3, seed=seed), samples=200, shuffles=1).measures[0] for seed in range(100)]
+    mean = np.mean([m.value for m in results])
+    assert sum(m.low <= mean <= m.high for m in results) >= 88
+
+
+def test_order_and_names_do_not_matter():
+    predicted, labels, groups = (np.array(column) for column in world())
+    order = np.random.default_rng(0).permutation(len(labels))
+    one, other = (fairness(*data, samples=2).measures for data in ((predicted, labels, groups), (predicted[order], labels[order], np.char.add("x", groups[order]))))
+    assert [m.value for m in one[::2]] == pytest.approx([m.value for m in other[::2]], abs=1e-12)
+
+
+def test_errors_say_what_was_expected():
+    with pytest.raises(DataError, match="expected 2 groups or more, got 1: f"):
+        fairness(["1"], ["1"], ["f"])
+    with pytest.raises(DataError, match="expected every prediction to be one of 0, 1, got 2"):
+        fairness(["2", "1"], ["1", "0"], ["f", "m"], classes=("0", "1"))

@@ -1,0 +1,162 @@
+"""FPRD against its definition as loops; what a mention is; terms left out; the script's variant; the floor; intervals."""
+
+import re
+
+import numpy as np
+import pytest
+
+from peftdebias.axes import word_class
+from peftdebias.errors import DataError
+from peftdebias.metrics import bootstrap
+from peftdebias.metrics.fprd import fprd, mentions, read_terms
+
+TERMS = ["gay", "white", "african american", "american", "deaf"]
+
+
+def rates(predicted, labels, mentioned, z=None, below=lambda label: label != "1"):
+    """(FPR of the texts that mention term z or of all, how many it is of), by loops; below: which texts the share is of."""
+    of = [i for i in range(len(labels)) if below(labels[i]) and (z is None or mentioned[i][z])]
+    wrong = [i for i in of if predicted[i] == "1" and labels[i] != "1"]
+    return (len(wrong) / len(of) if of else None), len(of)
+
+
+def by_hand(predicted, labels, mentioned, below=lambda label: label != "1"):
+    overall, _ = rates(predicted, labels, mentioned, below=below)
+    total = 0.0
+    for z in range(len(mentioned[0])):
+        if rates(predicted, labels, mentioned, z)[0] is not None:
+            total += abs(rates(predicted, labels, mentioned, z, below)[0] - overall)
+    return total
+
+
+def world(n=611, terms=5, gap=0.4, seed=0):
+    """Texts that mention term 0 are taken for hateful more often by `gap`; term 4 is mentioned by hateful texts alone."""
+    random = np.random.default_rng(seed)
+    labels = (random.random(n) < 0.3).astype(int)
+    mentioned = random.random((n, terms)) < 0.15
+    mentioned[:, 4] &= labels == 1
+    wrong = random.random(n) < 0.2 + gap * mentioned[:, 0]
+    return (labels ^ wrong).astype(str), labels.astype(str), mentioned
+
+
+def test_fprd_and_the_scripts_variant_are_their_definitions():
+    predicted, labels, mentioned = world()
+    found = {m.name: m for m in fprd(predicted, labels, "1", mentioned, TERMS).measures}
+    assert found["fprd"].value == pytest.approx(by_hand(predicted, labels, mentioned), abs=1e-9)
+    assert found["fprd/script"].value == pytest.approx(by_hand(predicted, labels, mentioned, lambda label: True), abs=1e-9)
+    assert found["fprd/script"].value < found["fprd"].value and found["fprd/script"].n == 611
+    assert found["fprd/fpr"].value == pytest.approx(100 * rates(predicted, labels, mentioned)[0], abs=1e-9)
+    for z, term in enumerate(TERMS[:4]):
+        value, n = rates(predicted, labels, mentioned, z)
+        assert found[f"fprd/term/{term}"].value == pytest.approx(100 * value, abs=1e-9) and found[f"fprd/term/{term}"].n == n
+    assert found["fprd"].n == (labels == "0").sum() and {m.ideal for m in found.values()} == {0.0, None}
+
+
+def test_a_small_table_by_hand():
+    # negatives: a gay, taken for hateful; a white; b none; c gay. FPR 1/4, gay 1/2, white 0: |1/2 - 1/4| + |0 - 1/4| = 1/2
+    predicted, labels = ["1", "0", "0", "0", "1"], ["0", "0", "0", "0", "1"]
+    mentioned = [[True, False], [False, True], [False, False], [True, False], [True, True]]
+    result = fprd(predicted, labels, "1", mentioned, ["gay", "white"])
+    assert result.measures[0].value == 0.5 and result.per_term == {"gay": 50.0, "white": 0.0} and result.negatives == {"gay": 2, "white": 1}
+    # the script: FP / all texts: 1/5; gay 1/3, white 0/2: |1/3 - 1/5| + 1/5 = 1/3
+    assert {m.name: m.value for m in result.measures}["fprd/script"] == pytest.approx(1 / 3)
+    assert (result.measures[-1].name, result.measures[-1].low) == ("fprd/term/white", pytest.approx(np.nan, nan_ok=True))  # one text has no spread
+
+
+def test_terms_without_negatives_are_left_out_and_named():
+    result = fprd(*world()[:2], "1", world()[2], TERMS)
+    assert result.left_out == ["deaf"] and result.negatives["deaf"] == 0 and "fprd/term/deaf" not in {m.name for m in result.measures}
+
+
+def test_invariances():
+    predicted, labels, mentioned = world()
+    value = fprd(predicted, labels, "1", mentioned, TERMS, samples=2).measures[0].value
+    order = np.random.default_rng(1).permutation(len(labels))
+    assert fprd(predicted[order], labels[order], "1", mentioned[order], TERMS, samples=2).measures[0].value == pytest.approx(value, abs=1e-12)
+    backwards = fprd(predicted, labels, "1", mentioned[:, ::-1], TERMS[::-1], samples=2)
+    assert backwards.measures[0].value == pytest.approx(value, abs=1e-12)
+    told = np.where(labels == "1", np.where(predicted == "1", "0", "1"), predicted)  # what hateful texts are called does not matter
+    assert fprd(told, labels, "1", mentioned, TERMS, samples=2).measures[0].value == pytest.approx(value, abs=1e-12)
+    named = {"0": "no", "1": "hate"}
+    assert fprd([named[p] for p in predicted], [named[y] for y in labels], "hate", mentioned, TERMS, samples=2).measures[0].value == pytest.approx(value)
+
+
+def test_the_floor_is_fprd_under_shuffled_predictions():
+    predicted, labels, mentioned = world(gap=0.6)
+    result = fprd(predicted, labels, "1", mentioned, TERMS)
+    random, negative, shuffled = np.random.default_rng(0), np.flatnonzero(labels == "0"), []
+    for _ in range(150):
+        moved = predicted.copy()
+        moved[negative] = random.permutation(predicted[negative])
+        shuffled.append(by_hand(moved, labels, mentioned))
+    floor = result.measures[1]
+    assert floor.name == "fprd/shuffled" and floor.ideal is None
+    assert abs(floor.value - np.mean(shuffled)) < 4 * np.std(shuffled) / np.sqrt(150)
+    assert floor.low < floor.value < floor.high < result.measures[0].low  # what was planted shows
+    fair = fprd(*world(gap=0.0)[:2], "1", world(gap=0.0)[2], TERMS).measures
+    assert fair[1].low <= fair[0].value <= fair[1].high
+
+
+def test_intervals_are_those_of_drawing_examples():
+    predicted, labels, mentioned = world()
+    measures = {m.name: m for m in fprd(predicted, labels, "1", mentioned, TERMS, samples=3000).measures}
+
+    def term(i):
+        return 100 * rates(predicted[i], labels[i], mentioned[i], 0)[0]
+
+    low, high = bootstrap.interval(term, len(labels), seed=1, samples=400)
+    assert abs(measures["fprd/term/gay"].low - low) < 0.2 * (high - low) and abs(measures["fprd/term/gay"].high - high) < 0.2 * (high - low)
+    drawn = [by_hand(predicted[i], labels[i], mentioned[i]) for i in np.random.default_rng(2).integers(0, len(labels), (300, len(labels)))]
+    low, high = np.quantile(drawn, [0.025, 0.975]) - (np.mean(drawn) - measures["fprd"].value)
+    assert abs(measures["fprd"].low - low) < 0.2 * (high - low) and abs(measures["fprd"].high - high) < 0.2 * (high - low)
+
+
+def test_the_interval_covers_what_other_test_sets_give():
+    results = [fprd(*world(seed=seed)[:2], "1", world(seed=seed)[2], TERMS, samples=200, shuffles=1).measures[0] for seed in range(120)]
+    mean = np.mean([m.value for m in results])
+    assert sum(m.low <= mean <= m.high for m in results) >= 0.88 * 120
+
+
+# ---------------------------------------------------------------- mentions
+
+def test_a_mention_is_a_whole_word_in_any_case():
+    texts = ["Gay rights", "gaya is a town", "GAY!", "non-gay, he said", "gay_x gay1", "gáy", "African\n American food", "african-american", "an American's", "gay\u0301"]
+    found = mentions(texts, TERMS)
+    assert found[:, 0].tolist() == [True, False, True, True, False, False, False, False, False, False]  # a mark belongs to its word
+    assert found[6].tolist() == [False, False, True, True, False]
+    assert found[:, 2].sum() == 1 and found[7, 3] and found[8, 3]
+    assert mentions(["what about l'gbt and c++ ", "c++x"], ["l'gbt", "c++"]).tolist() == [[True, True], [False, False]]
+
+
+def test_mentions_equal_one_regular_expression_a_term():
+    random = np.random.default_rng(0)
+    words = ["gay", "Gay", "gays", "african", "American", "AMERICAN", "white", "x-white", "deaf.", "é", "deaf'", "e\u0301white", "  ", "\n"]
+    texts = [random.choice([" ", "-", ""]).join(random.choice(words, 6)) for _ in range(400)]
+    inside = word_class()
+    patterns = [re.compile(f"(?<![{inside}])" + r"\s+".join(term.split()) + f"(?![{inside}])", re.I) for term in TERMS]
+    slow = [[bool(pattern.search(text)) for pattern in patterns] for text in texts]
+    assert mentions(texts, TERMS).tolist() == slow and all(0 < n < 400 for n in np.sum(slow, axis=0))
+
+
+def test_terms_come_one_a_line(tmp_path):
+    (tmp_path / "t.csv").write_text('\ufeffterm,note\r\n"African  American",x\r\n\r\nGay\r\ngay\r\n', encoding="utf-8")
+    assert read_terms(tmp_path / "t.csv") == ["african american", "gay"]
+    (tmp_path / "t.txt").write_text("middle eastern, or so\nterm\n")
+    assert read_terms(tmp_path / "t.txt") == ["middle eastern, or so", "term"]
+    (tmp_path / "none.csv").write_text("identity\n\n")
+    with pytest.raises(DataError, match="none.csv: expected identity terms, one a line, found none"):
+        read_terms(tmp_path / "none.csv")
+    (tmp_path / "bad.csv").write_text('gay\n"x" y\n')
+    with pytest.raises(DataError, match="bad.csv:2: not csv"):
+        read_terms(tmp_path / "bad.csv")
+    with pytest.raises(DataError, match="not.there:1: cannot be read: No such file"):
+        read_terms(tmp_path / "not.there")
+
+
+def test_errors_say_what_was_expected():
+    with pytest.raises(DataError, match=r"expected texts without the label '1' that mention an identity term, found none with any of 1: gay"):
+        fprd(["1", "0"], ["1", "0"], "1", [[True], [False]], ["gay"])
+    with pytest.raises(DataError, match="expected texts without the label '1', found none"):
+        fprd(["1"], ["1"], "1", [[True]], ["gay"])
+    with pytest.raises(DataError, match="expected mentions of 2 terms in 1 texts, got 1 in 1"):
+        fprd(["1"], ["0"], "1", [[True]], ["gay", "white"])

@@ -1,0 +1,358 @@
+"""The stream against ten lines that hold everything in memory; windows, positions, shards, the background process and how it ends."""
+
+import dataclasses
+import gzip
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+
+from peftdebias import corpus, lines, stream
+from peftdebias.axes import load_axis
+from peftdebias.batches import Sample, from_packed, pack, plan
+from peftdebias.buckets import Families
+from peftdebias.cda import families
+from peftdebias.errors import ConfigError, DataError, PeftDebiasError
+from peftdebias.holdout import HeldOut, is_held_out
+from peftdebias.stream import Ended, Filled, Given, Recipe, Start, Stream, ahead, fill
+from peftdebias.tokens import STYLES, mask_tokens, wordpiece
+from peftdebias.worker import Epochs, default_workers
+
+WORDS = "he she his her nurse baker king queen walks reads and the in a ship town .".split()
+TOKENIZER = wordpiece([*STYLES["bert"].values(), *WORDS])
+GENDER = load_axis("gender")
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Of 1 to 12 words; some have no word of the axis, some have an unknown one, all are different."""
+    chosen = random.Random(seed)
+    return [" ".join(chosen.choices(WORDS[:12 if chosen.random() < 0.9 else 4], k=chosen.randint(1, 11))) + f" {number}" for number in range(count)]
+
+
+def recipe(path, **changes) -> Recipe:
+    files = path if isinstance(path, tuple) else (path,)
+    return Recipe(tuple(map(str, files)), GENDER, TOKENIZER, 10, 3, {"batch_size": 16}, **changes)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(lines, "BLOCK", 700)
+    monkeypatch.setattr(corpus, "BLOCK", 700)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("stream") / "c.txt"
+    path.write_text("\n".join(texts(300)) + "\n")
+    return path
+
+
+def same(one, other) -> bool:
+    return all(a.dtype == b.dtype and numpy.array_equal(a, b) for a, b in ((getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(one)))
+
+
+def equal(some, others) -> bool:
+    return len(some) == len(others) > 0 and all(map(same, some, others))
+
+
+def given(made: Recipe, count: int, position: dict | None = None) -> list[Given]:
+    """The first batches of a run, at most `count`."""
+    found, events = [], Stream(made).run(position=position)
+    for event in events:
+        found += [event] if isinstance(event, Given) else []
+        if len(found) == count:
+            break
+    events.close()
+    return found
+
+
+# ---------------------------------------------------------------- the same as in memory
+
+@pytest.mark.parametrize("batch", [{"batch_size": 16}, {"batch_tokens": 90}])
+def test_a_corpus_of_one_window_gives_what_everything_in_memory_would(file, batch, small_blocks):
+    made = dataclasses.replace(recipe(file, held_out=HeldOut(0.1)), batch=batch)
+    with Epochs(made) as epochs:
+        for number in range(3):
+            expected = in_memory([t for t in file.read_text().splitlines()], made, number)
+            found = [from_packed(packed) for packed in epochs.epoch(number)]
+            assert len(found) == len(expected) > 10
+            for one, other in zip(found, expected):
+                for field in dataclasses.fields(one):
+                    a, b = getattr(one, field.name), getattr(other, field.name)
+                    assert (a == b) if isinstance(a, (int, tuple)) else (a.dtype == b.dtype and a.tolist() == b.tolist()), field.name
+
+
+def in_memory(everything: list[str], made: Recipe, epoch: int):
+    """The specification."""
+    kept = [(number, text) for number, text in enumerate(everything) if not is_held_out(text, made.held_out.share)]
+    found = [(kept[family.source][0], family.members) for family in families([text for _, text in kept], GENDER)]
+    ids = [[e.ids for e in TOKENIZER.encode(members, max_length=made.max_length)] for _, members in found]
+    batches = []
+    for i, items in enumerate(plan([sum(map(len, f)) for f in ids], members=[len(f) for f in ids], seed=(made.seed, 0, epoch), **made.batch)):
+        generator = numpy.random.default_rng([made.seed, 2, epoch, i])
+        batches.append(pack([Sample(*mask_tokens(text, TOKENIZER, generator), family=found[item][0]) for item in items for text in ids[item]]))
+    return batches
+
+
+def test_counts_are_of_the_whole_pass(file):
+    everything = file.read_text().splitlines()
+    with Epochs(recipe(file, held_out=HeldOut(0.1))) as epochs:
+        counts = epochs.ready()
+    training = [text for text in everything if not is_held_out(text, 0.1)]
+    found = list(families(training, GENDER))
+    assert (counts.texts, counts.families, counts.members, counts.whole) == (len(training), len(found), sum(len(f.members) for f in found), True)
+    assert counts.held_out == len(list(families([text for text in everything if is_held_out(text, 0.1)], GENDER))) > 5
+    assert counts.cut == sum(e.cut > 0 for f in found for e in TOKENIZER.encode(f.members, max_length=10)) > 5
+
+
+def test_what_is_left_out_is_counted_up_to_the_end(tmp_path, small_blocks):
+    (tmp_path / "c.txt").write_bytes(b"\xff\n" + "\n".join(texts(60)).encode() + b"\n" + b"\xff\n" * 900)  # blocks with nothing but corrupt lines
+    for buffer in (999, 20):
+        with Epochs(recipe(tmp_path / "c.txt", on_error="skip", buffer=buffer)) as epochs:
+            list(epochs.epoch(0))
+        assert epochs.counts.whole and epochs.counts.skipped == 901 and len(epochs.counts.first_skipped) == 5
+        assert epochs.counts.first_skipped[1] == f"{tmp_path}/c.txt:62: expected utf-8, got 0xff at byte 1 of the line"
+
+
+# ---------------------------------------------------------------- windows
+
+def test_windows_follow_the_files_and_every_family_comes_once_an_epoch(file, small_blocks):
+    whole = {int(source) for packed in (g.packed for g in given(recipe(file), 50)) for source in packed.family}
+    seen, window, epochs = {}, -1, []
+    for event in Stream(recipe(file, buffer=40)).run():
+        if isinstance(event, Filled):
+            window += 1
+        elif isinstance(event, Given):
+            assert event.position["window"] == window
+            seen.setdefault(window, set()).update(event.packed.family.tolist())
+        else:
+            assert [len(members) for members in seen.values()] == [40] * (len(whole) // 40) + [len(whole) % 40] and window > 4
+            assert set.union(*seen.values()) == whole and all(max(seen[w]) < min(seen[w + 1]) for w in range(window))
+            epochs.append(seen)
+            seen, window = {}, -1
+            if len(epochs) == 2:
+                break
+    assert event == Ended(1)
+
+
+def test_equal_windows_are_shuffled_and_masked_differently(tmp_path):
+    (tmp_path / "c.txt").write_text("\n".join(texts(60)) + "\n")
+    once, twice = recipe(tmp_path / "c.txt"), recipe((tmp_path / "c.txt",) * 2)
+    size = given(once, 1)[0].packed.family.size and len({int(s) for g in given(once, 8) for s in g.packed.family})
+    found = [g for g in given(dataclasses.replace(twice, buffer=size), 30) if g.position["epoch"] == 0]
+    first, second = ([g.packed for g in found if g.position["window"] == w] for w in (0, 1))
+    assert sorted(s - 60 for p in second for s in set(p.family.tolist())) == sorted(s for p in first for s in set(p.family.tolist()))  # the same texts
+    order = [[s % 60 for p in packed for s in p.family.tolist()] for packed in (first, second)]
+    assert order[0] != order[1] and not equal([p for p in first], [p for p in second])
+
+
+def test_a_window_holds_so_many_tokens_at_most():
+    """Five families of 4, 4, 9, 2 and 2 tokens."""
+    made = Families.of([[numpy.zeros(n, numpy.int32)] for n in (4, 4, 9, 2, 2)])
+    blocks = [stream.Block(made[:2], lambda f: Start(f, f), stream.Counts()), stream.Block(made[2:], lambda f: Start(2 + f, 2 + f), stream.Counts())]
+
+    def sizes(buffer, tokens):
+        return [(w.number, w.start.family, w.families.lengths.tolist(), w.last) for w in fill(blocks, buffer, tokens=tokens)]
+
+    assert sizes(99, 8) == [(0, 0, [4, 4], False), (1, 2, [9], False), (2, 3, [2, 2], True)]  # one of 9 comes alone
+    assert sizes(2, 99) == [(0, 0, [4, 4], False), (1, 2, [9, 2], False), (2, 4, [2], True)]
+    assert sizes(5, 21) == [(0, 0, [4, 4, 9, 2, 2], True)]
+    assert sizes(3, 12) == [(0, 0, [4, 4], False), (1, 2, [9, 2], False), (2, 4, [2], True)]
+    assert list(fill([], 5)) == []
+
+
+# ---------------------------------------------------------------- positions and shards
+
+FILES = {
+    "txt": ("c.txt", lambda all: "\n".join(all[:100]) + "\n\n \n" + "\r\n".join(all[100:]), {}),
+    "txt.gz": ("c.txt.gz", lambda all: gzip.compress("\n".join(all).encode()), {}),
+    "csv": ("c.csv", lambda all: "id,text\n" + "".join(f'{i},"{t}\nand ""him"""\n' for i, t in enumerate(all)), {}),
+    "tsv": ("c.tsv", lambda all: "".join(f"{i}\t{t}\n" for i, t in enumerate(all)), {"column": "1"}),
+    "jsonl": ("c.jsonl", lambda all: "".join(json.dumps({"text": t}) + "\n" for t in all), {}),
+    "sentences": ("c.txt", lambda all: "\n".join(". ".join(w.capitalize() for w in t.split()) for t in all), {"unit": "sentence"}),
+    "documents": ("c.txt", lambda all: "\n".join(t + "\n" * (i % 3 == 0) for i, t in enumerate(all)), {"unit": "document"}),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_position_gives_exactly_the_batches_that_follow(kind, tmp_path, small_blocks):
+    name, content, options = FILES[kind]
+    data = content(texts(130))
+    (tmp_path / "a").mkdir()
+    for path, part in ((tmp_path / name, data), (tmp_path / "a" / name, data)):
+        path.write_bytes(part if isinstance(part, bytes) else part.encode())
+    made = recipe((tmp_path / name, tmp_path / "a" / name), buffer=70, held_out=HeldOut(0.1), **options)
+    everything = given(made, 160 if kind == "sentences" else 75)
+    windows = {(g.position["epoch"], g.position["window"]) for g in everything}
+    assert len(windows) > 3 and (1, 0) in windows
+    assert kind != "sentences" or {g.position["place"][3] for g in everything} > {0}  # windows begin in the middle of a record
+    for at in range(0, len(everything) - 5, 3 if kind == "txt" else 11):
+        position = json.loads(json.dumps(everything[at].position))
+        following = given(made, 5, position)
+        assert equal([g.packed for g in following], [g.packed for g in everything[at + 1 : at + 6]]), position
+        assert [g.position for g in following] == [g.position for g in everything[at + 1 : at + 6]]
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_shards_are_the_whole_and_keep_its_numbers(parts, file, small_blocks):
+    def members(**options):
+        with Epochs(recipe(file, held_out=HeldOut(0.1), **options)) as epochs:
+            return sorted((int(s), int(n)) for p in epochs.epoch(0) for s, n in zip(p.family, p.lengths))
+
+    shards = [members(shard=(i, parts), buffer=50) for i in range(parts)]
+    assert all({source % parts for source, _ in shard} == {i} for i, shard in enumerate(shards))
+    assert sorted(sum(shards, [])) == members()
+
+
+# ---------------------------------------------------------------- the background process
+
+def gone(pid: int) -> bool:
+    """Whether the process ends within ten seconds."""
+    for _ in range(200):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":  # its parent has not asked yet
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_background_process_gives_the_same_bits(workers, file):
+    made = recipe(file, buffer=100, held_out=HeldOut(0.1))
+    with Epochs(made) as here, Epochs(made, workers) as there:
+        assert here.ready() == there.ready() and there.counts.texts > 0
+        assert equal(list(here.epoch(0)), list(there.epoch(0))) and here.counts == there.counts and there.counts.whole
+        assert equal(list(here.epoch(1)), list(there.epoch(1))) and here.position == there.position
+        first = next(there.epoch(0))  # left after one batch
+        assert equal(list(here.epoch(0)), again := list(there.epoch(0))) and same(first, again[0])
+        half, position = there.epoch(3), None
+        taken = [next(half) for _ in range(9)]
+        position = there.position
+        assert equal(list(there.resume(position)), list(here.epoch(3))[9:]) and len(taken) == 9
+        assert equal(list(here.epoch(4)), list(there.epoch(4)))
+        pid = there._source.process.pid
+        if Path("/proc/self/maps").exists():
+            assert "torch" not in Path(f"/proc/{pid}/maps").read_text()
+    assert gone(pid)
+
+
+def test_what_goes_wrong_in_the_process_is_said_here(file, tmp_path):
+    (tmp_path / "bad.txt").write_bytes("\n".join(texts(200)).encode() + b"\n\xff\n")
+    said = []
+    for workers in (0, 1):
+        with Epochs(recipe(tmp_path / "bad.txt", buffer=50), workers) as epochs:
+            with pytest.raises(DataError) as caught:
+                for count, _ in enumerate(epochs.epoch(0), 1):
+                    pass
+            said.append((type(caught.value), str(caught.value), count))
+    assert said[0] == said[1] and said[0][1] == f"{tmp_path}/bad.txt:201: expected utf-8, got 0xff at byte 1 of the line" and count > 10
+    with Epochs(dataclasses.replace(recipe(file), axis=None), 1) as epochs, pytest.raises(RuntimeError, match="in the background process:\nTraceback"):
+        epochs.ready()
+
+
+def test_a_process_that_is_killed_is_one_clear_line(file):
+    with Epochs(recipe(file, buffer=50), 1) as epochs:
+        batches = epochs.epoch(0)
+        next(batches)
+        epochs._source.process.kill()
+        with pytest.raises(PeftDebiasError, match=r"^the background process that makes batches was killed by signal 9; expected it to last"):
+            while True:
+                list(batches)
+                batches = epochs.epoch(epochs.position["epoch"] + 1)
+
+
+SCRIPT = """
+import os, sys, time
+sys.path.insert(0, {tests!r})
+from peftdebias.worker import Epochs
+from peftdebias.stream import Recipe
+from peftdebias.axes import load_axis
+from peftdebias.tokens import wordpiece
+recipe = Recipe(({file!r},), load_axis("gender"), wordpiece({vocabulary!r}), 10, 0, {{"batch_size": 4}}, buffer=50)
+epochs = Epochs(recipe, 1)
+number = 0
+while True:  # no guard for __main__, no with
+    for batch in epochs.epoch(number):
+        if number == 0:
+            print(epochs._source.process.pid, flush=True)
+            {then}
+    number += 1
+"""
+
+
+@pytest.mark.parametrize("then,signal_number,code", [("sys.exit(7)", None, 7), ("pass", signal.SIGKILL, -9), ("pass", signal.SIGINT, -2)])
+def test_no_process_outlives_the_training(then, signal_number, code, file):
+    """A script without a guard: it ends early, is killed, or is stopped by Ctrl-C, which goes to its whole group."""
+    words = SCRIPT.format(tests=str(Path(__file__).parent), file=str(file), vocabulary=[*STYLES["bert"].values(), *WORDS], then=then)
+    process = subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    worker = int(process.stdout.readline())
+    if signal_number:
+        os.killpg(process.pid, signal_number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == code and gone(worker)
+    assert said.count("Traceback") == (signal_number == signal.SIGINT) and "peftdebias.worker import main" not in said
+
+
+def test_small_corpora_start_no_process(tmp_path, monkeypatch):
+    (tmp_path / "c.txt").write_text("he is\n")
+    assert default_workers((str(tmp_path / "c.txt"),)) == 0
+    with open(tmp_path / "large.txt", "wb") as file:
+        file.truncate(64 << 20)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert default_workers((str(tmp_path / "large.txt"),)) == 2
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    assert default_workers((str(tmp_path / "large.txt"),)) == 0
+
+
+# ---------------------------------------------------------------- ahead
+
+def test_ahead_keeps_the_order_and_passes_errors_on():
+    def three():
+        yield from (1, 2)
+        raise ConfigError("third")
+
+    items = ahead(three())
+    assert next(items) == 1 and next(items) == 2
+    with pytest.raises(ConfigError, match="^third$"):
+        next(items)
+    assert list(ahead(range(5), 3)) == list(range(5))
+
+
+def test_ahead_makes_one_item_more_and_is_closed_with_its_source():
+    made, closed = [], []
+
+    def source():
+        try:
+            for i in range(100):
+                made.append(i)
+                yield i
+        finally:
+            closed.append(True)
+
+    items = ahead(source())
+    assert next(items) == 0
+    for _ in range(100):
+        if len(made) == 2:
+            break
+        time.sleep(0.01)
+    time.sleep(0.02)
+    assert made == [0, 1]
+    items.close()
+    assert closed == [True] and len(made) == 2
+
+
+def test_what_a_recipe_is_made_of_is_checked(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"text": "he is"}\n')
+    with Epochs(recipe(tmp_path / "c.jsonl", unit="document")) as epochs:
+        with pytest.raises(ConfigError, match=re.escape(f"{tmp_path}/c.jsonl: --unit document: expected txt files, whose documents end at blank lines, got jsonl")):
+            epochs.ready()

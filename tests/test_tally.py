@@ -1,0 +1,109 @@
+"""Tallies: intervals are those of drawing examples, the paired bootstrap pairs, lifted figures are shifted, no difference without an interval."""
+
+import numpy as np
+import pytest
+
+from peftdebias.errors import DataError
+from peftdebias.metrics import bootstrap, tally
+from peftdebias.metrics.compare import mean_tally
+from peftdebias.metrics.tally import Difference, Figure, Tally, differences, measures, of_rows, ratio
+
+
+def some(n=401, seed=0):
+    random = np.random.default_rng(seed)
+    return random.normal(1, 1, n), random.integers(1, 5, n).astype(float)
+
+
+def means(x, w, name="mean"):
+    return mean_tally(name, x, w, unit="%", ideal=None)
+
+
+def test_equal_rows_are_one_kind():
+    rows = np.array([[1, 0.5], [0, 0], [1, 0.5], [-0.0, 0], [2, 1]])
+    kept = of_rows(rows, ())
+    assert kept.adds[kept.kind].tolist() == rows.tolist() and kept.kinds == 4  # -0 and 0 add the same and may stay apart
+    assert len(kept.kind) == 5
+
+
+def test_values_and_intervals_are_those_of_drawing_examples():
+    x, w = some()
+    (measure,) = measures(means(x, w), samples=4000)
+    low, high = bootstrap.interval(lambda i: x[i].sum() / w[i].sum(), 401, samples=4000, seed=1)
+    assert measure.value == pytest.approx(x.sum() / w.sum(), abs=1e-12) and measure.n == 401
+    assert abs(measure.low - low) < 0.06 * (high - low) and abs(measure.high - high) < 0.06 * (high - low)
+
+
+def test_a_table_of_counts_needs_no_rows():
+    kind = np.random.default_rng(0).integers(0, 7, 300)
+    figures = (Figure("share", "1", None, 300, lambda sums: sums[..., 2] / sums.sum(-1)),)
+    one, other = Tally(kind, 9, None, figures), Tally(kind, 9, np.eye(9), figures)
+    assert measures(one, seed=5) == measures(other, seed=5) and measures(one)[0].value == (kind == 2).mean()
+
+
+def test_the_paired_bootstrap_draws_both_systems_together():
+    (x, w), noise = some(), np.random.default_rng(9).normal(0.1, 0.2, 401)
+    (found,), without = differences(means(x, w), means(x + noise, w), samples=4000)
+    change = [noise[i].sum() / w[i].sum() for i in np.random.default_rng(1).integers(0, 401, (4000, 401))]
+    low, high = np.quantile(change, [0.025, 0.975])
+    assert not without and found.value == pytest.approx(noise.sum() / w.sum(), abs=1e-12) and found.value == found.second - found.first
+    assert abs(found.low - low) < 0.06 * (high - low) and abs(found.high - high) < 0.06 * (high - low)
+    alone = measures(means(x, w))[0]
+    assert found.high - found.low < 0.35 * (alone.high - alone.low)  # what both share does not count
+    assert found.p < 0.01 and found.unit == "points"
+
+
+def test_systems_that_say_the_same_do_not_differ():
+    x, w = some()
+    (found,), _ = differences(means(x, w), means(x, w))
+    assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
+    x2 = np.random.default_rng(3).permutation(x)
+    (there,), (back,) = differences(means(x, w), means(x2, w), seed=4)[0], differences(means(x2, w), means(x, w), seed=4)[0]
+    assert there.value == -back.value and there.first == back.second
+
+
+def test_without_a_difference_the_interval_holds_0_as_often_as_it_says():
+    held = small = 0
+    for seed in range(200):
+        random = np.random.default_rng(seed)
+        (found,), _ = differences(*(mean_tally("right", random.random(300) < 0.7, unit="%", ideal=None) for _ in range(2)), seed=seed, samples=300)
+        held += found.low <= 0 <= found.high
+        small += found.p < 0.05
+    assert 180 <= held <= 199 and 1 <= small <= 20
+
+
+def test_what_noise_lifts_is_shifted_down():
+    x = np.random.default_rng(0).normal(0, 1, 200)
+
+    def kept(lifted):
+        return of_rows(np.stack([x, np.ones(200)], 1), (Figure("size", "1", 0.0, 200, lambda sums: np.abs(sums[..., 0] / sums[..., 1]), lifted),))
+
+    plain, shifted = (measures(kept(lifted), samples=2000)[0] for lifted in (False, True))
+    drawn = [abs(x[i].mean()) for i in np.random.default_rng(7).integers(0, 200, (4000, 200))]
+    lift = np.mean(drawn) - abs(x.mean())
+    assert lift > 0.01 and plain.high - shifted.high == pytest.approx(lift, abs=0.01) and shifted.low == max(0.0, shifted.low)
+    changed = 0.5 + np.abs(x)
+    other = of_rows(np.stack([changed, np.ones(200)], 1), kept(True).figures)
+    (found,), _ = differences(kept(True), other, samples=3000)
+    (unshifted,), _ = differences(kept(False), of_rows(np.stack([changed, np.ones(200)], 1), kept(False).figures), samples=3000)
+    assert found.low - unshifted.low == pytest.approx(lift, abs=0.01)  # the other system's figure has next to none
+
+
+def test_there_is_no_difference_without_an_interval():
+    with pytest.raises(DataError, match="accuracy: expected an interval for the difference, got none"):
+        Difference("accuracy", 1.0, 2.0, "points", None, float("nan"), 3.0, 0.5, "none", 10)
+    assert differences(means([1.0], [1.0]), means([2.0], [1.0])) == ([], ["mean"])  # one example
+    assert differences(means([1.0, 2.0], [0.0, 0.0]), means([1.0, 2.0], [1.0, 1.0])) == ([], ["mean"])  # not defined
+    assert differences(means([1.0, 2.0], [1, 1], "a"), means([1.0, 2.0], [1, 1], "b")) == ([], [])  # nothing in common
+    one = measures(means([1.0], [1.0]))[0]
+    assert one.value == 1 and one.as_json()["low"] is None
+
+
+def test_errors_say_what_was_expected():
+    with pytest.raises(DataError, match="expected the same examples, got 2 and 3"):
+        differences(means([1, 2], [1, 1]), means([1, 2, 3], [1, 1, 1]))
+    with pytest.raises(DataError, match="no examples to measure on"):
+        list(tally._resamples([Tally(np.zeros(0, int), 1, None, ())], 0, 10))
+
+
+def test_ratio():
+    assert ratio([1, 0, 1], [2, 0, 0])[0] == 0.5 and np.isnan(ratio([1, 0, 1], [2, 0, 0])[1:]).all()
