@@ -22,6 +22,7 @@ EXAMPLES = {
                   "    --text hard_text --label profession --group gender --out runs/bios",
     "evaluate": "peftdebias evaluate bert-base-uncased --adapter runs/gender --on crows-pairs=crows_pairs_anonymized.csv --on perplexity=heldout.txt",
     "compare": "peftdebias compare base.jsonl debiased.jsonl\n  peftdebias compare --seeds base-0.json base-1.json --against debiased-0.json debiased-1.json",
+    "run": "peftdebias run ghc --model bert-base-uncased --data data --out runs/ghc --scale 0.1",
     "predict": "peftdebias predict runs/bios texts.csv --text hard_text --out labels.jsonl",
     "methods": "peftdebias methods --model bert-base-uncased --budget 0.01",
 }
@@ -132,6 +133,15 @@ def compare(settings: config.Compare) -> None:
     print(f"result: {settings.json or 'above (--json FILE keeps it)'}")
 
 
+def run(settings: config.Run) -> None:
+    from .runner import run as do
+
+    show(settings)
+    done = do(settings, say)
+    print(done.markdown)
+    print(f"result: {done.out}")
+
+
 def predict(settings: config.Predict) -> None:
     from . import evaluation
 
@@ -198,6 +208,7 @@ COMMANDS = {
     "downstream": (downstream, config.Downstream),
     "evaluate": (evaluate, config.Evaluate),
     "compare": (compare, config.Compare),
+    "run": (run, config.Run),
     "predict": (predict, config.Predict),
     "methods": (methods, config.Methods),
 }

@@ -184,6 +184,28 @@ class Compare:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Do a whole recipe: all systems, seeds, both phases, transfer and measures, ending in the paper's table; taken up again where it was stopped."""
+
+    recipe: str = option("recipe file, or the name of a shipped one (biasbios, bug, ghc, lhc, mnli)", metavar="RECIPE", positional=True)
+    model: str = option("base: Hugging Face model folder, or name in the local cache", metavar="DIR")
+    data: str = option("folder with the public data sets, as they are downloaded; files are looked for in it and below", metavar="DIR")
+    out: str = option("folder to write; a stopped run goes on there", metavar="DIR")
+    scale: float = option("share of the paper's schedule: upstream steps, and downstream epochs (below one epoch, that share of the training file)", 1.0)
+    seeds: int | None = option("how many seeds, 0 to N-1 (default: the recipe's)", None)
+    systems: tuple[str, ...] = option("only these systems (default: all of the recipe)", (), many="words", metavar="NAME")
+    upstream: tuple[str, ...] = option("setting of the upstream phase, for all systems or one: --upstream lr=1e-3 --upstream Full-Debias.lr=5e-5", (), many="repeat",
+                                       metavar="[SYSTEM.]KEY=VALUE")
+    downstream: tuple[str, ...] = option("the same of the downstream phase", (), many="repeat", metavar="[SYSTEM.]KEY=VALUE")
+    device: str = option("cpu, cuda, ...; auto takes a GPU where there is one", "auto")
+
+    def __post_init__(self):
+        _at_least(1, self, "seeds")
+        if not self.scale > 0:
+            raise ConfigError(f"--scale: expected more than 0, got {self.scale}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Predict:
     """Label texts with a downstream run: label and probabilities, one JSON object a line."""
 

@@ -1,0 +1,176 @@
+"""Public data sets in the layouts in which they are downloaded, made into the files that the phases read.
+
+    published file -> rows -> labels renamed, links and mentions out -> no text of the test split in train, dev carved out -> {"text", "label", ...} jsonl
+
+What it adds over corpus.py: parquet (extra `parquet`), a pickle refused with a way out, labels as a recipe names them, splits that share no text. It leaves
+out what is trained on the files.
+"""
+
+import contextlib
+import dataclasses
+import json
+import random
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from . import corpus
+from .corpus import Example, writing
+from .errors import ConfigError, DataError
+from .holdout import is_held_out
+
+PICKLES = (".pkl", ".pickle")
+_LINK = re.compile(r"(?:https?://|www\.)\S+", re.IGNORECASE)
+_MENTION = re.compile(r"(?<!\w)@\w+")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A published file and what its columns mean.
+
+    file: names it may have, the first that is there counts. labels: their label -> ours, others as they are. drop: rows with these labels are no examples
+    (MultiNLI's "-", on which the annotators did not agree). clean: without links and mentions of users.
+    """
+
+    file: tuple[str, ...]
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    group: str | None = None
+    labels: dict | None = None
+    drop: tuple[str, ...] = ()
+    clean: bool = False
+
+    def __post_init__(self):
+        if not self.file:
+            raise ConfigError("file: expected at least one name, got none")
+
+
+def find(names: Sequence[str], data: Path) -> Path:
+    """The first of the names that is in the folder `data`: by its path there, else by its last part alone, in the folder or below it.
+
+    Raises DataError where none is, or where two files below have that last part.
+    """
+    for name in names:
+        if (data / name).exists():
+            return data / name
+    for name in names:
+        below = sorted(data.rglob(Path(name).name))
+        if len(below) > 1:
+            raise DataError(f"{data}: expected one {Path(name).name}, found {', '.join(str(p.relative_to(data)) for p in below[:3])}; expected {name}")
+        if below:
+            return below[0]
+    raise DataError(f"{data}: expected {' or '.join(names)}, found none")
+
+
+def without_links(text: str) -> str:
+    """The text without URLs and @mentions, white space folded (PAPER: GHC)."""
+    return " ".join(_MENTION.sub(" ", _LINK.sub(" ", text)).split())
+
+
+def read(source: Source, data: Path) -> list[Example]:
+    """The examples of a source. Raises DataError on a file that cannot be read."""
+    path, labels = find(source.file, data), source.label.split(",") if source.label else None
+    columns = {"text": source.text or "text", "text_pair": source.text_pair, "group": source.group, "label": labels}
+    with _readable(path, [*(labels or []), *(name for name in (columns["text"], source.text_pair, source.group) if name)]) as copy:
+        found = [dataclasses.replace(e, place=e.place.replace(str(copy), str(path), 1)) for e in corpus.read_examples(copy, **columns)]
+    names, kept = source.labels or {}, []
+    for e in found:
+        if e.label in source.drop:
+            continue
+        changes = {"label": names.get(e.label, e.label)}
+        if source.clean:
+            changes |= {"text": without_links(e.text), "text_pair": e.text_pair and without_links(e.text_pair)}
+        kept.append(dataclasses.replace(e, **changes))
+    if not kept:
+        raise DataError(f"{path}: expected examples, found none but with the labels {', '.join(source.drop)}")
+    return kept
+
+
+def read_texts(source: Source, data: Path) -> list[Example]:
+    """The texts of a source alone, blank ones left out. Raises DataError on a file that cannot be read."""
+    path = find(source.file, data)
+    with _readable(path, [source.text or "text"]) as copy:
+        texts = [(t.text, t.place.replace(str(copy), str(path), 1)) for t in corpus.read_texts([copy], source.text)]
+    found = [(without_links(text) if source.clean else text, place) for text, place in texts]
+    return [Example(text, None, None, None, place) for text, place in found if text]
+
+
+@contextlib.contextmanager
+def _readable(path: Path, columns: Sequence[str]) -> Iterator[Path]:
+    """The file itself where corpus.py reads it; a parquet file's columns as jsonl, gone when the block ends. Raises DataError on a pickle."""
+    if path.suffix in PICKLES:
+        raise DataError(f"{path}: expected csv, tsv, jsonl or parquet, got a pickle, which can run any program when it is read; export it once where you trust it: "
+                        f"python -c \"import pandas; pandas.DataFrame(pandas.read_pickle('{path.name}')).to_csv('{path.stem}.csv', index=False)\"")
+    if path.suffix != ".parquet":
+        yield path
+        return
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ConfigError(f"{path}: parquet files need the extra `parquet`: pip install 'peftdebias[parquet]'") from None
+    try:
+        table = parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: not parquet: {error}") from None
+    for name in columns:
+        if name not in table.schema_arrow.names:
+            raise DataError(f"{path}: no column '{name}'; columns: {', '.join(table.schema_arrow.names)}")
+    with tempfile.TemporaryDirectory(prefix="peftdebias-") as folder:
+        copy = Path(folder) / "table.jsonl"
+        with open(copy, "w", encoding="utf-8") as out:
+            for batch in table.iter_batches(columns=list(columns)):
+                out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch.to_pylist())
+        yield copy
+
+
+@dataclasses.dataclass
+class Splits:
+    """train, dev, test: examples. notes: what was left out or carved, lines for people."""
+
+    train: list[Example]
+    dev: list[Example]
+    test: list[Example]
+    notes: list[str]
+
+
+def splits(train: list[Example], dev: list[Example] | None, test: list[Example], *, dev_share: float = 0.1, train_share: float = 1.0) -> Splits:
+    """Splits that share no text: train loses the texts of test and dev; where there is no dev, a share of train's texts, chosen by hash, becomes it.
+
+    train_share < 1 keeps that share of train, drawn with seed 0. Raises DataError where a split has no example.
+    """
+    def key(e: Example) -> str:
+        return e.text if e.text_pair is None else f"{e.text}\t{e.text_pair}"
+
+    notes, seen = [], {key(e) for e in test}
+    kept = [e for e in train if key(e) not in seen]
+    if len(kept) < len(train):
+        notes.append(f"train: {len(train) - len(kept)} of {len(train)} examples whose text is in the test split were left out")
+    if dev is None:
+        dev = [e for e in kept if is_held_out(key(e), dev_share)]
+        kept = [e for e in kept if not is_held_out(key(e), dev_share)]
+        notes.append(f"dev: {len(dev)} examples of train, {100 * dev_share:g} % of its texts chosen by hash")
+    else:
+        chosen = {key(e) for e in dev}
+        both = [e for e in kept if key(e) in chosen]
+        if both:
+            kept = [e for e in kept if key(e) not in chosen]
+            notes.append(f"train: {len(both)} examples whose text is in the dev split were left out")
+    if train_share < 1:
+        number = max(1, round(train_share * len(kept)))
+        kept = [kept[i] for i in sorted(random.Random(0).sample(range(len(kept)), number))] if kept else kept
+        notes.append(f"train: {number} examples, {100 * train_share:.3g} % of it")
+    for name, part in (("train", kept), ("dev", dev), ("test", test)):
+        if not part:
+            raise DataError(f"{name}: expected examples, got none")
+    return Splits(kept, dev, test, notes)
+
+
+def write(examples: Sequence[Example], path: Path) -> None:
+    """{"text", "text_pair"?, "label"?, "group"?} a line, whole or not at all."""
+    with writing(str(path)) as file:
+        for e in examples:
+            row = {name: getattr(e, name) for name in ("text", "text_pair", "label", "group") if getattr(e, name) is not None}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,350 @@
+"""Run a recipe: `run`, for the command line and the Python API. All systems, seeds, phases and measures, taken up again where it was stopped.
+
+    OUT/recipe.json      what was asked for; another recipe, scale or model is refused there
+    OUT/data/            the prepared splits                       OUT/runs/UNIT/       run folders
+    OUT/rows/UNIT.json   measures of a unit that is done           OUT/examples/UNIT.jsonl
+    OUT/results.json     all of it, for `report`                   OUT/results.md       the paper's table beside the paper's own numbers
+
+A unit is a phase of one system under one seed with its measures. What it adds over phases.py: which runs, in which order. It names no method.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from . import checkpoint, evaluation, methods, phases, prepare, recipe as recipes
+from .config import Downstream, Evaluate, Run, Upstream, build, checked, parse_settings
+from .corpus import writing
+from .errors import ConfigError
+from .metrics.compare import over_seeds, seed_difference
+from .metrics.tally import Difference
+from .recipe import Column, Recipe, System, Task
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """task: None is the upstream phase."""
+
+    system: System
+    task: Task | None
+    seed: int
+
+    @property
+    def stage(self) -> str:
+        return "upstream" if self.task is None else self.task.stage
+
+    @property
+    def name(self) -> str:
+        return f"{'upstream' if self.task is None else self.task.name}-{self.system.name.lower().replace(' ', '-')}-{self.seed}"
+
+
+@dataclasses.dataclass
+class Results:
+    """table: results.json. markdown: results.md. out: the folder."""
+
+    table: dict
+    markdown: str
+    out: Path
+
+
+def run(settings: Run, say: Say = lambda line: None) -> Results:
+    """Does what is left of the recipe and writes the table. Raises PeftDebiasError on bad input; what was done before stays."""
+    recipe = recipes.load(settings.recipe)
+    runner = _Runner(recipe, settings, say)
+    units = runner.units()
+    done = sum(runner.row(unit).exists() for unit in units)
+    say(f"{recipe.title}: {len(units)} units, {done} of them done before; scale {settings.scale:g}")
+    for number, unit in enumerate(units, 1):
+        if runner.row(unit).exists():
+            continue
+        began = time.perf_counter()
+        runner.do(unit)
+        say(f"{number} of {len(units)}: {unit.name}, {time.perf_counter() - began:.0f} s")
+        runner.write(units)
+    table = runner.write(units)
+    return Results(table, (runner.out / "results.md").read_text(encoding="utf-8"), runner.out)
+
+
+class _Runner:
+    def __init__(self, recipe: Recipe, settings: Run, say: Say):
+        self.recipe, self.settings, self.say, self.out, self.data = recipe, settings, say, Path(settings.out), Path(settings.data)
+        if not self.data.is_dir():
+            raise ConfigError(f"--data {self.data}: expected a folder, found none")
+        self.systems = self._chosen()
+        self.overrides = {phase: self._overrides(phase, getattr(settings, phase)) for phase in ("upstream", "downstream")}
+        self._check_measures()
+        self._claim()
+        for folder in ("data", "runs", "rows", "examples"):
+            (self.out / folder).mkdir(exist_ok=True)
+
+    # ---- what is asked for
+
+    def _chosen(self) -> tuple[System, ...]:
+        names = {system.name.lower(): system for system in self.recipe.systems}
+        for name in self.settings.systems:
+            if name.lower() not in names:
+                raise ConfigError(f"--systems {name}: expected one of {', '.join(s.name for s in self.recipe.systems)}")
+        wanted = {name.lower() for name in self.settings.systems} or set(names)
+        return tuple(system for name, system in names.items() if name in wanted)
+
+    def _overrides(self, phase: str, entries: tuple[str, ...]) -> dict[str, dict]:
+        """{system ("" for all): {field: value}} of --upstream or --downstream."""
+        cls, found = {"upstream": Upstream, "downstream": Downstream}[phase], {}
+        known = {system.name.lower().replace("-", "_"): system.name for system in self.recipe.systems}
+        for key, value in parse_settings(list(entries)).items():
+            system, _, field = key.rpartition(".")
+            if system and system.lower() not in known:
+                raise ConfigError(f"--{phase} {key}: expected SYSTEM.KEY=VALUE with SYSTEM one of {', '.join(known.values())}")
+            found.setdefault(known.get(system.lower(), ""), {}).update(checked(cls, {field: value}, f"--{phase} {key}: "))
+        return found
+
+    def _check_measures(self) -> None:
+        """Everything that the recipe reads is there before anything is trained."""
+        for entry in self.recipe.upstream.measures:
+            self._on(entry, None)
+        for task in self.recipe.tasks:
+            for entry in (*task.measures, *task.measures_without_examples):
+                self._on(entry, Path("test"))
+            if task.terms:
+                prepare.find((task.terms,), self.data)
+        for source in (self.recipe.text, *self.recipe.sources.values()):
+            if source is not None:
+                prepare.find(source.file, self.data)
+
+    def _on(self, entry: str, test: Path | None) -> str:
+        """A measure of the recipe as `--on` takes it."""
+        name, equals, file = entry.partition("=")
+        if name not in evaluation.ON:
+            raise ConfigError(f"{self.recipe.path}: measure {entry}: expected one of {', '.join(evaluation.ON)}, got {name!r}")
+        if not equals and test is None:
+            raise ConfigError(f"{self.recipe.path}: [upstream] measure {entry}: expected {name}=FILE")
+        return f"{name}={prepare.find((file,), self.data) if equals else test}"
+
+    def _claim(self) -> None:
+        """Makes OUT, or sees that it holds the same recipe."""
+        asked = {"recipe": dataclasses.asdict(dataclasses.replace(self.recipe, path=self.recipe.name, sources={})) | {
+                     "sources": {"/".join(key): dataclasses.asdict(source) for key, source in self.recipe.sources.items()}},
+                 "scale": self.settings.scale, "model": os.path.realpath(self.settings.model), "data": os.path.realpath(self.data),
+                 "upstream": self.overrides["upstream"], "downstream": self.overrides["downstream"]}
+        asked = json.loads(json.dumps(asked))
+        path = self.out / "recipe.json"
+        if path.exists():
+            there = json.loads(path.read_text(encoding="utf-8"))
+            for key in asked:
+                if there.get(key) != asked[key]:
+                    what = "another recipe" if key == "recipe" else f"{key} {there.get(key)}"
+                    raise ConfigError(f"--out {self.out}: holds results with {what}; expected the same as before or another folder")
+        elif self.out.exists() and any(self.out.iterdir()):
+            raise ConfigError(f"--out {self.out}: exists and holds no results of a recipe; expected a new folder")
+        else:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                with writing(str(path)) as file:
+                    file.write(json.dumps(asked, indent=2) + "\n")
+            except OSError as error:
+                raise ConfigError(f"--out {self.out}: cannot be written: {error.strerror}") from None
+
+    def units(self) -> list[Unit]:
+        """In the order in which they are done: seed by seed, so that a table half done is fair to all systems. The base itself has no seeds upstream."""
+        found = []
+        for seed in range(self.settings.seeds or self.recipe.seeds):
+            for system in self.systems:
+                if system.method is not None or seed == 0:
+                    found.append(Unit(system, None, seed))
+                found += [Unit(system, task, seed) for task in self.recipe.tasks]
+        return found
+
+    # ---- where things lie
+
+    def row(self, unit: Unit) -> Path:
+        return self.out / "rows" / f"{unit.name}.json"
+
+    def run_of(self, unit: Unit) -> Path:
+        return self.out / "runs" / unit.name
+
+    def start(self, unit: Unit) -> tuple[str, tuple[str, ...]]:
+        """(base, modules) that a unit's system brings after the upstream phase."""
+        learnt = str(self.run_of(Unit(unit.system, None, unit.seed)))
+        if unit.system.method is None:
+            return self.settings.model, ()
+        return (learnt, ()) if methods.method_class(unit.system.method).trains_base else (self.settings.model, (learnt,))
+
+    # ---- the work
+
+    def do(self, unit: Unit) -> None:
+        began = time.perf_counter()
+        if unit.task is None:
+            self._upstream(unit)
+        else:
+            self._downstream(unit)
+        trained = self.run_of(unit) if self.run_of(unit).exists() else None
+        measures, examples = self._measure(unit)
+        row = {"system": self._label(unit), "seed": unit.seed, "stage": unit.stage, "task": None if unit.task is None else unit.task.name,
+               "run": trained and str(trained.relative_to(self.out)), "measures": measures, "examples": examples and str(examples.relative_to(self.out)),
+               "seconds": round(time.perf_counter() - began, 1)}
+        with writing(str(self.row(unit))) as file:
+            file.write(json.dumps(row, indent=2) + "\n")
+
+    def _label(self, unit: Unit) -> str:
+        return self.recipe.base if unit.task is None and unit.system.method is None else unit.system.name
+
+    def _settings(self, cls: type, unit: Unit, phase: str, values: dict):
+        own = getattr(unit.system, phase) or {}
+        values = values | checked(cls, own, f"{self.recipe.path}: [[system]] {unit.system.name}: {phase}: ")
+        values |= self.overrides[phase].get("", {}) | self.overrides[phase].get(unit.system.name, {})
+        return build(cls, {key: value for key, value in values.items() if value is not None})
+
+    def _upstream(self, unit: Unit) -> None:
+        if unit.system.method is None or self.run_of(unit).exists():
+            return
+        learning, scale = self.recipe.upstream, self.settings.scale
+        values = {"model": self.settings.model, "axis": self.recipe.axis, "corpus": (str(self._text()),), "column": "text", "out": str(self.run_of(unit)),
+                  "method": unit.system.method, "budget": unit.system.budget, "set": unit.system.set, "seed": unit.seed, "lr": learning.lr,
+                  "steps": max(1, round(learning.steps * scale)), "valid_every": max(1, round(learning.valid_every * scale)),
+                  "batch_size": learning.batch_size, "max_length": learning.max_length, "device": self.settings.device}
+        phases.upstream(self._settings(Upstream, unit, "upstream", values), self._said(unit))
+
+    def _downstream(self, unit: Unit) -> None:
+        if self.run_of(unit).exists():
+            return
+        task, (model, modules), files = unit.task, self.start(unit), self._splits(unit.task)
+        first = self.recipe.sources[task.name, "train"]
+        values = {"model": model, "adapter": modules, **{name: str(path) for name, path in files.items()}, "text": "text", "label": "label",
+                  "text_pair": first.text_pair and "text_pair", "group": first.group and "group", "out": str(self.run_of(unit)), "seed": unit.seed, "lr": task.lr,
+                  "positive": task.positive, "class_weights": task.class_weights, "metric": task.metric,
+                  "epochs": max(1, round(task.epochs * self.settings.scale)), "batch_size": task.batch_size, "max_length": task.max_length, "device": self.settings.device}
+        phases.downstream(self._settings(Downstream, unit, "downstream", values), self._said(unit))
+
+    def _said(self, unit: Unit) -> Say:
+        return lambda line: self.say(f"  {unit.name}: {line}")
+
+    def _measure(self, unit: Unit) -> tuple[list[dict], Path | None]:
+        if unit.task is None:
+            (model, modules), test, kept, more = self.start(unit), None, self.recipe.upstream.measures, ()
+            options = {"max_length": self.recipe.upstream.max_length}
+        else:
+            task, modules = unit.task, ()
+            model, test, kept, more = str(self.run_of(unit)), self._splits(task)["test"], task.measures, task.measures_without_examples
+            options = {"terms": task.terms and str(prepare.find((task.terms,), self.data)), "neutral": task.neutral, "max_pairs": task.max_pairs}
+        found, examples = [], self.out / "examples" / f"{unit.name}.jsonl"
+        for entries, keep in ((kept, True), (more, False)):
+            if entries:
+                asked = Evaluate(model=model, adapter=modules, on=tuple(self._on(entry, test) for entry in entries), device=self.settings.device,
+                                 examples=str(examples) if keep else None, **{key: value for key, value in options.items() if value is not None})
+                result = evaluation.evaluate(asked)
+                found += [m.as_json() for m in result.measures]
+                for note in result.notes:
+                    self._said(unit)(note)
+        return found, examples if kept else None
+
+    # ---- data
+
+    def _splits(self, task: Task) -> dict[str, Path]:
+        """The prepared files of a task, made once."""
+        files = {name: self.out / "data" / f"{task.name}-{name}.jsonl" for name in ("train", "dev", "test")}
+        if not all(path.exists() for path in files.values()):
+            read = {name: prepare.read(source, self.data) for name in files if (source := self.recipe.sources.get((task.name, name)))}
+            parts = prepare.splits(read["train"], read.get("dev"), read["test"], dev_share=task.dev_share, train_share=min(1.0, task.epochs * self.settings.scale))
+            for note in parts.notes:
+                self.say(f"  {task.name}: {note}")
+            for name, path in files.items():
+                prepare.write(getattr(parts, name), path)
+        return files
+
+    def _text(self) -> Path:
+        """The text of the upstream phase: a file of its own, or a task's whole training split, whatever the scale."""
+        path = self.out / "data" / "upstream.jsonl"
+        if not path.exists():
+            if (source := self.recipe.text) is not None:
+                found = prepare.read_texts(source, self.data)
+            else:
+                task = next(t for t in self.recipe.tasks if t.name == self.recipe.upstream.train_of)
+                read = {name: prepare.read(s, self.data) for name in ("train", "dev", "test") if (s := self.recipe.sources.get((task.name, name)))}
+                found = prepare.splits(read["train"], read.get("dev"), read["test"], dev_share=task.dev_share).train
+            prepare.write([dataclasses.replace(e, text_pair=None, label=None, group=None) for e in found], path)
+        return path
+
+    # ---- the table
+
+    def write(self, units: list[Unit]) -> dict:
+        """results.json and results.md of what is done so far."""
+        rows = [json.loads(self.row(unit).read_text(encoding="utf-8")) for unit in units if self.row(unit).exists()]
+        names = [self.recipe.base, *(system.name for system in self.systems)]
+        of = {m["name"]: m for row in rows for m in row["measures"]}
+        columns = [dataclasses.asdict(c) | {"unit": of.get(c.measure, {}).get("unit"), "ideal": of.get(c.measure, {}).get("ideal")} for c in self.recipe.columns]
+        table = {"format": 1, "kind": "recipe", "recipe": self.recipe.name, "title": self.recipe.title, "axis": self.recipe.axis, "model": self.settings.model,
+                 "data": self.settings.data, "scale": self.settings.scale, "settings": self.overrides, "seeds": sorted({unit.seed for unit in units}),
+                 "units": len(units), "seconds": round(sum(row["seconds"] for row in rows), 1), "versions": checkpoint.versions(), "systems": names, "base": self.recipe.base,
+                 "baseline": next((system.name for system in self.systems if system.method is None), None), "columns": columns,
+                 "paper": [{"system": name, "stage": c.stage, "task": c.task, "title": c.title, "value": value} for c in self.recipe.columns for name, value in (c.paper or {}).items()],
+                 "rows": rows}
+        for name, text in (("results.json", json.dumps(table, indent=1) + "\n"), ("results.md", markdown(table))):
+            with writing(str(self.out / name)) as file:
+                file.write(text)
+        return table
+
+
+# ---------------------------------------------------------------- results.json -> the paper's table
+
+def figures(table: dict, column: dict, system: str) -> dict[int, float]:
+    """seed -> the figure of a system in a column of results.json."""
+    found = {}
+    for row in table["rows"]:
+        if row["system"] == system and row["stage"] == column["stage"] and column["task"] in (None, row["task"]):
+            for m in row["measures"]:
+                if m["name"] == column["measure"] and m["value"] is not None:
+                    found[row["seed"]] = m["value"]
+    return found
+
+
+def change(table: dict, column: dict, system: str) -> Difference | None:
+    """A system's figure minus the base's (upstream) or plain fine-tuning's, paired by seed; None where that has no interval."""
+    against = table["base"] if column["stage"] == "upstream" else table["baseline"]
+    own, base = figures(table, column, system), figures(table, column, against) if against else {}
+    if len(base) == 1 and column["stage"] == "upstream":
+        base = dict.fromkeys(own, *base.values())  # the untrained base is the same under every seed
+    seeds = sorted(set(own) & set(base))
+    if system == against or len(seeds) < 2:
+        return None
+    return seed_difference([base[s] for s in seeds], [own[s] for s in seeds], name=column["measure"], unit=column["unit"] or "1", ideal=column["ideal"])
+
+
+def markdown(table: dict) -> str:
+    """The table of the paper, ours beside its own, and the differences to the baseline with their intervals."""
+    paper = {(p["system"], p["stage"], p["task"], p["title"]): p["value"] for p in table["paper"]}
+    columns, seeds = table["columns"], len(table["seeds"])
+    asked = "; ".join(f"{phase}: " + ", ".join(f"{system + ' ' if system else ''}{key} {value}" for system, values in own.items() for key, value in values.items())
+                      for phase, own in table["settings"].items() if own)
+    versions = table["versions"]
+    lines = [f"# {table['title']}", "",
+             f"Scale {table['scale']:g} of the paper's schedule{'; ' + asked if asked else ''}; base {Path(table['model']).name}; {seeds} seeds; {len(table['rows'])} of {table['units']} units done in "
+             f"{table['seconds'] / 60:.0f} minutes of work ({versions['device']}, {versions['threads']} threads, torch {versions['torch']}, commit {versions['commit']}).", "",
+             "Mean ± standard deviation over the seeds; in brackets the paper's own figure (BERT-base, the whole schedule).", ""]
+
+    def rows_of(cell) -> list[str]:
+        found = ["| system | " + " | ".join(c["title"] + (f" (ideal {c['ideal']:g})" if c["ideal"] is not None else "") for c in columns) + " |", "|" + "---|" * (len(columns) + 1)]
+        for system in table["systems"]:
+            cells = [cell(column, system) for column in columns]
+            if any(c != "" for c in cells):
+                found.append(f"| {system} | " + " | ".join(cells) + " |")
+        return found
+
+    def figure(column: dict, system: str) -> str:
+        values = figures(table, column, system)
+        theirs = paper.get((system, column["stage"], column["task"], column["title"]))
+        return " ".join(([str(over_seeds(list(values.values())))] if values else []) + ([f"[{theirs:g}]"] if theirs is not None else []))
+
+    def difference(column: dict, system: str) -> str:
+        found = change(table, column, system)
+        return "" if found is None else f"{found.value:+.3g} ({found.low:.3g} to {found.high:.3g})"
+
+    lines += rows_of(figure)
+    if seeds > 1:
+        lines += ["", f"Differences to {table['base']} (upstream) and {table['baseline']} (tasks), paired by seed, with 95 % intervals (t over {seeds} seeds):", ""] + rows_of(difference)
+    return "\n".join(lines + ["", "The benchmarks have positive predictive power only: they can show bias, never its absence. Gender is treated as binary, and the word lists are narrow.", ""])

@@ -1,0 +1,107 @@
+"""Public data sets as splits: what is read, renamed, cleaned, carved and refused."""
+
+import json
+import pickle
+
+import pytest
+
+from peftdebias import prepare
+from peftdebias.corpus import Example
+from peftdebias.errors import DataError
+from peftdebias.prepare import Source, read, read_texts, splits, without_links
+
+
+@pytest.mark.parametrize("text,left", [
+    ("see https://a.b/c?d=e, now", "see now"), ("WWW.x.org is down", "is down"), ("@you and @me_2: hi", "and : hi"), ("a@b.c stays", "a@b.c stays"),
+    ("two  spaces\tfold", "two spaces fold"), ("http://only.it", ""), ("", ""),
+])  # fmt: skip
+def test_links_and_mentions_go(text, left):
+    assert without_links(text) == left
+
+
+def test_the_published_layouts(tmp_path):
+    (tmp_path / "GHC").mkdir()
+    (tmp_path / "GHC" / "ghc_train.tsv").write_text('text\thd\tcv\tvo\n"""Quoted"" @one"\t1\t0\t0\nplain http://x.y\t0\t0\t1\nboth\t0\t1\t0\n')
+    ghc = read(Source(file=("ghc/ghc_train.tsv",), text="text", label="hd,cv", clean=True), tmp_path)  # found by its last part
+    assert [(e.text, e.label) for e in ghc] == [('"Quoted"', "1"), ("plain", "0"), ("both", "1")]
+    rows = [{"gold_label": "-", "sentence1": "a", "sentence2": "b"}, {"gold_label": "neutral", "sentence1": "c", "sentence2": "d"}]
+    (tmp_path / "multinli_1.0_train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    mnli = Source(file=("m.tsv", "multinli_1.0_train.jsonl"), text="sentence1", text_pair="sentence2", label="gold_label", drop=("-",))
+    assert [(e.text, e.text_pair, e.label) for e in read(mnli, tmp_path)] == [("c", "d", "neutral")]
+    (tmp_path / "lhc.csv").write_text("TweetID,LangID,TopicID,HateLabel,text\n1,1,0,2,one\n2,1,0,0,two\n3,1,1,1,three\n")
+    lhc = read(Source(file=("lhc.csv",), label="HateLabel", labels={"0": "0", "1": "0", "2": "1"}), tmp_path)
+    assert [e.label for e in lhc] == ["1", "0", "0"] and lhc[2].place == f"{tmp_path}/lhc.csv:4"
+    (tmp_path / "t.txt").write_text("one @x\n\nhttp://a.b\ntwo\n")
+    assert [e.text for e in read_texts(Source(file=("t.txt",), clean=True), tmp_path)] == ["one", "two"]
+
+
+def test_parquet_is_read_as_its_jsonl_would_be(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = {"hard_text": ["He sews.", "She é."], "profession": [21, 3], "gender": [0, 1], "other": [None, None]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "train.parquet")
+    source = Source(file=("biasbios/train.csv", "biasbios/train.parquet"), text="hard_text", label="profession", group="gender")
+    found = read(source, tmp_path)
+    assert [(e.text, e.label, e.group) for e in found] == [("He sews.", "21", "0"), ("She é.", "3", "1")] and found[1].place == f"{tmp_path}/train.parquet:2"
+    assert [e.text for e in read_texts(source, tmp_path)] == table["hard_text"]
+    with pytest.raises(DataError, match="train.parquet: no column 'text'; columns: hard_text, profession, gender, other"):
+        read(Source(file=("train.parquet",)), tmp_path)
+    (tmp_path / "bad.parquet").write_bytes(b"no")
+    with pytest.raises(DataError, match="bad.parquet: not parquet: "):
+        read(Source(file=("bad.parquet",)), tmp_path)
+
+
+def test_a_pickle_is_refused_unread_with_a_way_out(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    (tmp_path / "train.pickle").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(DataError, match=r"train.pickle: expected csv, tsv, jsonl or parquet, got a pickle, .*to_csv\('train.csv', index=False\)"):
+        read(Source(file=("train.pickle",)), tmp_path)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_file_that_is_not_there_or_there_twice_is_named(tmp_path):
+    with pytest.raises(DataError, match="expected a/b.tsv or c.csv, found none"):
+        prepare.find(("a/b.tsv", "c.csv"), tmp_path)
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "b.tsv").touch()
+    with pytest.raises(DataError, match="expected one b.tsv, found x/b.tsv, y/b.tsv; expected a/b.tsv"):
+        prepare.find(("a/b.tsv",), tmp_path)
+    assert prepare.find(("y/b.tsv",), tmp_path) == tmp_path / "y" / "b.tsv"
+
+
+def example(i: int, pair: str | None = None) -> Example:
+    return Example(f"text {i}", pair, str(i % 2), None, f"f:{i}")
+
+
+def test_splits_share_no_text():
+    train, test = [example(i) for i in range(200)] + [example(7), example(3)], [example(i) for i in range(190, 230)]
+    made = splits(train, None, test)
+    parts = [{e.text for e in part} for part in (made.train, made.dev, made.test)]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2] and len(parts[0] | parts[1]) == 190 and 8 < len(parts[1]) < 35
+    assert made.notes[0] == "train: 10 of 202 examples whose text is in the test split were left out" and made.notes[1].startswith(f"dev: {len(made.dev)} examples of train, 10 %")
+    again = splits(train[::-1], [example(1), example(150)], test)
+    assert {e.text for e in again.dev} == {"text 1", "text 150"} and not {"text 1", "text 150"} & {e.text for e in again.train}
+    pairs = splits([example(1, "a"), example(1, "b"), example(2, "a")], [example(5, "z")], [example(1, "a")])
+    assert [(e.text, e.text_pair) for e in pairs.train] == [("text 1", "b"), ("text 2", "a")]
+
+
+def test_a_share_of_train_is_the_same_each_time():
+    train, test = [example(i) for i in range(300)], [example(1000)]
+    small = splits(train, [example(2000)], test, train_share=0.1)
+    assert len(small.train) == 30 and small.train == splits(train, [example(2000)], test, train_share=0.1).train and small.notes[-1] == "train: 30 examples, 10 % of it"
+    with pytest.raises(DataError, match="train: expected examples, got none"):
+        splits([example(1)], [example(2)], [example(1)])
+
+
+def test_what_is_written_is_what_the_phases_read(tmp_path):
+    from peftdebias.corpus import read_examples
+
+    rows = [Example('a "b"\u2028c', "d", "1", "f", "p:1"), Example("é", "", "0", "m", "p:2")]
+    prepare.write(rows, tmp_path / "t.jsonl")
+    back = read_examples(tmp_path / "t.jsonl", text="text", text_pair="text_pair", label="label", group="group")
+    assert [(e.text, e.text_pair, e.label, e.group) for e in back] == [(e.text, e.text_pair, e.label, e.group) for e in rows]

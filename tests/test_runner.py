@@ -1,0 +1,215 @@
+"""Recipes: what is refused before anything is trained, and a small one from end to end, stopped, taken up again, and its table."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from peftdebias import evaluation, recipe as recipes, runner
+from peftdebias.config import Run
+from peftdebias.errors import ConfigError, DataError
+from peftdebias.metrics.compare import over_seeds, seed_difference
+
+from .outside import one_thread  # noqa: F401
+from .small import cli, done, small  # noqa: F401
+
+ROOT = Path(__file__).resolve().parent.parent
+TASK = '''
+[[task]]
+name = "jobs"
+train = { file = ["train.jsonl"], text = "hard_text", label = "profession", group = "gender" }
+dev = { file = ["dev.jsonl"], text = "hard_text", label = "profession", group = "gender" }
+test = { file = ["test.jsonl"], text = "hard_text", label = "profession", group = "gender" }
+epochs = 20
+lr = 1e-3
+'''
+RECIPE = '''
+title = "small"
+axis = "gender"
+seeds = 2
+[upstream]
+train_of = "jobs"
+steps = 30
+valid_every = 20
+lr = 1e-2
+batch_size = 16
+measures = ["crows-pairs=PAIRS"]
+''' + TASK + '''
+[[task]]
+name = "moved"
+stage = "transfer"
+train = { file = ["binary.csv"], text = "text", label = "is_health" }
+test = { file = ["binary.csv"], text = "text", label = "is_health" }
+dev = { file = ["binary.csv"], text = "text", label = "is_health" }
+epochs = 10
+lr = 1e-3
+
+[[system]]
+name = "FT"
+[[system]]
+name = "Full-Debias"
+method = "full"
+upstream = { lr = 1e-4 }
+[[system]]
+name = "LoRA"
+method = "lora"
+set = { rank = 2 }
+
+[[column]]
+stage = "upstream"
+title = "CrowS"
+measure = "crows-pairs/bias-bench/all"
+paper = { BERT = 57.25, LoRA = 54 }
+[[column]]
+stage = "downstream"
+title = "TPR-GAP"
+measure = "tpr-gap/rms"
+paper = { FT = 13.05 }
+[[column]]
+stage = "transfer"
+title = "accuracy"
+measure = "accuracy"
+'''
+
+
+@pytest.fixture
+def place(small, tmp_path):  # noqa: F811
+    """(recipe file, data folder): texts of the splits differ, so that a split is never empty."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train", "dev", "test", "pairs"):
+        source = getattr(small, name)
+        (data / (source.name if name == "pairs" else f"{name}.jsonl")).write_bytes(source.read_bytes())
+    header, *rows = small.binary.read_text().splitlines(keepends=True)
+    for folder, part in (("a", rows[:50]), ("b", rows[50:70]), ("c", rows[70:])):
+        (data / folder).mkdir()
+        (data / folder / "binary.csv").write_text(header + "".join(part))
+    text = RECIPE.replace("PAIRS", small.pairs.name)
+    for folder in "acb":
+        text = text.replace('"binary.csv"', f'"{folder}/binary.csv"', 1)
+    file = tmp_path / "small.toml"
+    file.write_text(text)
+    return file, data
+
+
+def test_the_shipped_recipes_are_whole():
+    names = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
+    assert names == ["biasbios", "bug", "ghc", "lhc", "mnli"]
+    for name in names:
+        found = recipes.load(name)
+        assert found == recipes.load(str(ROOT / "recipes" / f"{name}.toml")) and found.systems == recipes.SYSTEMS and found.seeds == 3
+        assert found.upstream.steps == 10000 and found.upstream.lr == 1e-5 and all(task.lr == 2e-5 for task in found.tasks)
+        for entry in (*found.upstream.measures, *(m for task in found.tasks for m in (*task.measures, *task.measures_without_examples))):
+            assert entry.partition("=")[0] in evaluation.ON, entry
+        for column in found.columns:
+            assert column.paper is None or len(column.paper) in (6, 7), column.title
+
+
+@pytest.mark.parametrize("old,new,words", [
+    ('title = "small"', "", "title: expected a text, got None"),
+    ('axis = "gender"', 'axis = "gender"\nfoo = 1', "unknown key 'foo'; expected title, axis"),
+    ("seeds = 2", 'seeds = "2"', "seeds: expected a whole number, got '2'"),
+    ("steps = 30", 'steps = "many"', r"\[upstream\]: steps: expected a whole number, got 'many'"),
+    ("steps = 30", "step = 30", r"\[upstream\]: unknown key 'step'"),
+    ('train_of = "jobs"', "", r"\[upstream\]: expected either file or train_of"),
+    ('train_of = "jobs"', 'train_of = "job"', r"\[upstream\]: train_of: expected one of jobs, moved, got 'job'"),
+    ('name = "moved"', 'name = "jobs"', r"\[\[task\]\]: expected one or more, each with a name of its own, got jobs, jobs"),
+    ('stage = "transfer"\ntrain', 'stage = "down"\ntrain', r"\[\[task\]\] moved: stage: expected one of downstream, transfer, got 'down'"),
+    ('method = "lora"', 'method = "lorra"', "lorra"),
+    ('measure = "accuracy"', 'measure = "accuracy"\ntask = "x"', r"\[\[column\]\] accuracy: task: expected one of jobs, moved, got 'x'"),
+    ("paper = { FT = 13.05 }", "paper = { FX = 13.05 }", r"\[\[column\]\] TPR-GAP: paper: expected a number for each of BERT, FT, Full-Debias, LoRA, got FX = 13.05"),
+    ("[upstream]", "[upstream", "expected TOML, got"),
+])  # fmt: skip
+def test_a_recipe_that_is_wrong_is_refused_in_one_line(old, new, words, tmp_path):
+    assert old in RECIPE
+    (tmp_path / "r.toml").write_text(RECIPE.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=words) as error:
+        recipes.load(str(tmp_path / "r.toml"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["nothing"], "nothing: expected a recipe file or one of biasbios, bug, ghc, lhc, mnli, found none"),
+    (["--scale", "0"], "--scale: expected more than 0, got 0.0"),
+    (["--systems", "LoRA", "X"], "--systems X: expected one of FT, Full-Debias, LoRA"),
+    (["--upstream", "lt=1"], "--upstream lt: unknown key 'lt'"),
+    (["--downstream", "lr=fast"], "--downstream lr: lr: expected a number, got 'fast'"),
+    (["--upstream", "Lora2.lr=1.0"], "--upstream Lora2.lr: expected SYSTEM.KEY=VALUE with SYSTEM one of FT, Full-Debias, LoRA"),
+    (["--data", "nowhere"], "--data nowhere: expected a folder, found none"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_leaves_nothing(flags, words, place, small, tmp_path):  # noqa: F811
+    recipe, data = place
+    argv = ["run", recipe, "--model", small.base, "--data", data, "--out", tmp_path / "out"]
+    said = cli(*(["run", *flags, *argv[2:]] if flags == ["nothing"] else [*argv, *flags]))
+    assert said.code == 2 and words in said.err.splitlines()[-1] and not (tmp_path / "out").exists(), said.err
+
+
+def test_everything_that_is_read_is_looked_for_first(place, small, tmp_path):  # noqa: F811
+    recipe, data = place
+    (data / "b" / "binary.csv").unlink()
+    (data / "a" / "binary.csv").rename(data / "a" / "other.csv")
+    (data / "c" / "binary.csv").unlink()
+    with pytest.raises(DataError, match="expected [abc]/binary.csv, found none"):
+        runner.run(Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_stopped_and_taken_up_again(place, small, tmp_path, monkeypatch):  # noqa: F811
+    recipe, data = place
+    out = tmp_path / "out"
+    flags = ["run", recipe, "--model", small.base, "--data", data, "--out", out, "--scale", "0.1", "--downstream", "LoRA.batch_size=8"]
+    trained, original = [], runner.phases.downstream
+
+    def stops_at_the_fourth(settings, say):
+        trained.append(settings)
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        return original(settings, say)
+
+    monkeypatch.setattr(runner.phases, "downstream", stops_at_the_fourth)
+    assert cli(*flags).code == 130
+    before = {path.name: path.stat().st_mtime_ns for path in (out / "rows").iterdir()}
+    half = json.loads((out / "results.json").read_text())
+    assert len(before) == len(half["rows"]) == 5 and half["units"] == 17  # 2 seeds x (3 systems x 2 tasks + 2 learnt bases or modules), and the base once
+    monkeypatch.setattr(runner.phases, "downstream", original)
+    said = done(*flags)
+    assert all((out / "rows" / name).stat().st_mtime_ns == then for name, then in before.items())
+    table = json.loads((out / "results.json").read_text())
+    assert len(table["rows"]) == 17 and table["scale"] == 0.1 and table["systems"] == ["BERT", "FT", "Full-Debias", "LoRA"] and table["seeds"] == [0, 1]
+    assert said.out.startswith("# small\n\nScale 0.1 of the paper's schedule; downstream: LoRA batch_size 8; base base; 2 seeds; 17 of 17 units done") and "result: " in said.out
+
+    settings = {row["run"]: tomllib.loads((out / row["run"] / "config.toml").read_text()) for row in table["rows"] if row["run"]}
+    assert {s["steps"] for name, s in settings.items() if "upstream" in name} == {3}
+    assert settings["runs/upstream-full-debias-0"]["lr"] == 1e-4 and settings["runs/upstream-lora-1"]["lr"] == 1e-2
+    assert {s["epochs"] for name, s in settings.items() if name.startswith("runs/jobs")} == {2} and {s["epochs"] for name, s in settings.items() if "moved" in name} == {1}
+    assert settings["runs/jobs-lora-0"]["batch_size"] == 8 and settings["runs/jobs-ft-0"]["batch_size"] == 32
+    full, lora = settings["runs/jobs-full-debias-1"], settings["runs/moved-lora-1"]
+    assert full["model"].endswith("upstream-full-debias-1") and full["adapter"] == [] and lora["adapter"][0].endswith("upstream-lora-1") and lora["seed"] == 1
+    assert all((out / row["examples"]).is_file() for row in table["rows"])
+
+    gap = table["columns"][1]
+    assert gap["unit"] == "points" and gap["ideal"] == 0.0
+    values = runner.figures(table, gap, "LoRA")
+    assert values == {row["seed"]: m["value"] for row in table["rows"] if row["run"] in ("runs/jobs-lora-0", "runs/jobs-lora-1") for m in row["measures"] if m["name"] == "tpr-gap/rms"}
+    assert f"| {over_seeds(list(values.values()))} |" in said.out and " [13.05] |" in said.out
+    plain, found = runner.figures(table, gap, "FT"), runner.change(table, gap, "LoRA")
+    assert found == seed_difference([plain[0], plain[1]], [values[0], values[1]], name="tpr-gap/rms", unit="points", ideal=0.0)
+    crows = table["columns"][0]
+    assert len(runner.figures(table, crows, "BERT")) == 1 and runner.change(table, crows, "LoRA").n == 2 and runner.change(table, crows, "BERT") is None
+
+    said = cli(*flags[:-4], "--scale", "0.2")
+    assert said.code == 2 and said.err.splitlines()[-1] == f"peftdebias: --out {out}: holds results with scale 0.1; expected the same as before or another folder"
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "file").touch()
+    said = cli(*flags[:7], tmp_path / "else", *flags[8:])
+    assert said.code == 2 and "exists and holds no results of a recipe" in said.err
+
+
+def test_below_one_epoch_a_share_of_the_training_file_is_taken(place, small, tmp_path):  # noqa: F811
+    recipe, data = place
+    found = runner.run(Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out"), scale=0.02, seeds=1, systems=("FT",))).table
+    row = next(row for row in found["rows"] if row["task"] == "moved")
+    trained = (tmp_path / "out" / "data" / "moved-train.jsonl").read_text().splitlines()
+    assert len(trained) == round(0.2 * 50) and tomllib.loads((tmp_path / "out" / row["run"] / "config.toml").read_text())["epochs"] == 1
+    assert [row["stage"] for row in found["rows"]] == ["upstream", "downstream", "transfer"] and runner.change(found, found["columns"][1], "FT") is None
