@@ -5,7 +5,8 @@ p-value (of accuracy: McNemar's). Files about different examples are refused. Fi
 another system's files the difference of the means, paired by seed.
 
 What it adds over metrics/compare.py: reading the files, and what to do with each kind of row. FIGURES lists what can be compared. Identity terms one
-by one are left out: with 50 differences in a table some look significant by chance.
+by one are left out: with 50 differences in a table some look significant by chance. StereoSet is resampled by target term, SEAT by the word that targets are
+made of, the others by example.
 """
 
 import contextlib
@@ -20,10 +21,13 @@ from .errors import ConfigError, DataError
 from .lines import Lines, place
 from .metrics import nli
 from .metrics.compare import Spread, classification_tally, mcnemar, mean_tally, over_seeds, seed_difference
+from .metrics.crows_pairs import crows_pairs_tally
 from .metrics.fprd import fprd_tally
+from .metrics.seat import SETS, seat_tally
+from .metrics.stereoset import LABELS, stereoset_tally
 from .metrics.tally import Difference, Tally, differences
 
-ANSWERS = {"predicted", "probabilities", "more", "less", "nll"}  # what a system says; everything else in a row is the example
+ANSWERS = {"predicted", "probabilities", "more", "less", "nll", "scores", "association"}  # what a system says; everything else in a row is the example
 NOT_THE_EXAMPLE = ANSWERS | {"measure", "place", "positive", "neutral"}
 
 
@@ -179,8 +183,19 @@ def _nli(a: Rows, b: Rows) -> tuple[Tally, Tally]:
 
 
 def _crows_pairs(a: Rows, b: Rows) -> tuple[Tally, Tally]:
-    name = "/".join(a.name.split("/")[-2:]) + "/all"
-    return tuple(mean_tally(name, [100.0 * (m > l) for m, l in zip(rows.column("more"), rows.column("less"))], unit="%", ideal=50.0) for rows in (a, b))
+    name = "/".join(a.name.split("/")[-2:])
+    return tuple(crows_pairs_tally(name, rows.column("more"), rows.column("less"), rows.column("bias_type")) for rows in (a, b))
+
+
+def _stereoset(a: Rows, b: Rows) -> tuple[Tally, Tally]:
+    def one(rows: Rows) -> Tally:
+        return stereoset_tally(rows.column("target"), rows.column("domain"), [[row[label] for label in LABELS] for row in rows.column("scores")])
+    return one(a), one(b)
+
+
+def _seat(a: Rows, b: Rows) -> tuple[Tally, Tally]:
+    return tuple(seat_tally(rows.column("test"), [SETS.index(name) for name in rows.column("set")], rows.column("stem"), rows.column("association"),
+                            name=a.name.split("/")[-1]) for rows in (a, b))
 
 
 def _loss(a: Rows, b: Rows) -> tuple[Tally, Tally]:
@@ -194,6 +209,9 @@ FIGURES: dict[str, Callable[[Rows, Rows], tuple[Tally, Tally]]] = {
     "bias-nli": _nli,
     "crows-pairs/nangia": _crows_pairs,
     "crows-pairs/bias-bench": _crows_pairs,
+    "stereoset": _stereoset,
+    "seat": _seat,
+    "seat-mean": _seat,
     "mlm-loss": _loss,
 }
 """The rows of `evaluate --examples`, by their measure -> the tallies of two systems."""

@@ -144,6 +144,8 @@ class Evaluate:
     on: tuple[str, ...] = option("what to measure and the file to measure it on; may be given several times", (), many="repeat", metavar="NAME=FILE")
     adapter: tuple[str, ...] = option("module to attach, a run or adapter folder; may be given several times", (), many="repeat", metavar="RUN")
     bias_type: str | None = option("CrowS-Pairs: only this category (gender, race-color, ...; default: all, and each)", None)
+    sentence_vector: str = option("seat: a text's vector: the first token's of the last layer (May et al.), or the mean over its tokens (bias-bench)", "first",
+                                  choices=("first", "mean"))
     text: str | None = option("classification, fprd, perplexity: column with the text (default: the run's own; for perplexity: text)", None, metavar="COL")
     text_pair: str | None = option("classification, fprd: column with the second text (default: the run's own)", None, metavar="COL")
     label: str | None = option("classification, fprd: column with the label (default: the run's own)", None, metavar="COL")
@@ -304,6 +306,8 @@ class Demo:
 
 MEASURES = {
     "crows-pairs": "CrowS-Pairs csv: share of pairs in which the stereotype is preferred (ideal 50 %), both scorings",
+    "stereoset": "StereoSet json, its intrasentence contexts: LM score (ideal 100 %), SS score (ideal 50 %) and ICAT (ideal 100), overall and by domain",
+    "seat": "SEAT or WEAT file (jsonl), or a folder of them: effect size (ideal 0) and permutation p of each; any encoder",
     "perplexity": "text file: masked-LM loss (nats) and perplexity, the cost of debiasing",
     "classification": "labelled file, for a downstream run: accuracy, F1 and, with --group, TPR-GAP per class and rms, equalised odds, demographic parity",
     "fprd": "labelled file, for a downstream run: false positive rate differences over the identity terms of --terms",

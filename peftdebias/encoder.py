@@ -46,7 +46,8 @@ def attention_padded(query: Tensor, key: Tensor, value: Tensor, spans: Spans, pr
                      dropout: float = 0.0) -> Tensor:
     """attention_ref through torch's scaled_dot_product_attention on a padded copy: a few large ops instead of B small ones."""
     batch, heads, width = len(spans.key_lengths), query.shape[1], query.shape[2]
-    q = _pad(query, spans.padded_queries, batch, max(spans.query_lengths, default=0))  # [Mq, H, W] -> [B, H, Sq, W]
+    longest = max(spans.query_lengths, default=0)
+    q = _pad(query, spans.padded_queries, batch, longest)  # [Mq, H, W] -> [B, H, Sq, W]
     k = _pad(key, spans.padded_keys, batch, max(spans.key_lengths, default=0))
     v = _pad(value, spans.padded_keys, batch, max(spans.key_lengths, default=0))
     mask = spans.key_mask
@@ -54,10 +55,13 @@ def attention_padded(query: Tensor, key: Tensor, value: Tensor, spans: Spans, pr
         k, v = (torch.cat([p.transpose(0, 1).expand(batch, -1, -1, -1), x], 2) for p, x in zip(prefix, (k, v)))
         mask = None if mask is None else F.pad(mask, (prefix[0].shape[0], 0), value=True)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :], dropout_p=dropout)
-    return out.transpose(1, 2).reshape(-1, heads, width).index_select(0, spans.padded_queries)  # [B, H, Sq, W] -> [Mq, H, W]
+    out = out.transpose(1, 2).reshape(-1, heads, width)  # [B, H, Sq, W] -> [B * Sq, H, W]
+    return out if len(out) == len(query) else out.index_select(0, spans.padded_queries)
 
 
 def _pad(packed: Tensor, places: Tensor, batch: int, longest: int) -> Tensor:
+    if len(packed) == batch * longest:  # all of one length
+        return packed.view(batch, longest, *packed.shape[1:]).transpose(1, 2)
     padded = packed.new_zeros(batch * longest, *packed.shape[1:]).index_copy(0, places, packed)
     return padded.view(batch, longest, *packed.shape[1:]).transpose(1, 2)
 
@@ -234,11 +238,15 @@ class Model(nn.Module):
 
     def mlm_logits(self, batch: Batch) -> Tensor:
         """[M, V]: scores of every token at the rows asked for. Raises ModelError without a masked-LM head."""
+        return self.mlm_scores(self.encoder(batch))
+
+    def mlm_scores(self, hidden: Tensor) -> Tensor:
+        """[M, D] -> [M, V]: the masked-LM head alone, on hidden states of the rows asked for. Raises ModelError without one."""
         if self.mlm is None:
             raise ModelError("masked-LM scores: expected a model with a masked-LM head, got one without")
         head, encoder = self.mlm, self.encoder
         activation = F.gelu if self.config.kind == "roberta" else ACTIVATIONS[self.config.activation]  # RoBERTa's head is GELU whatever its layers use
-        hidden = head.norm(activation(head.dense(encoder(batch))))
+        hidden = head.norm(activation(head.dense(hidden)))
         # Tied or not, the decoder is the base's: a delta of the embedding acts on the input side only.
         table = encoder.hooks.base(encoder.embeddings.word.weight) if head.decoder is None else head.decoder.weight
         return F.linear(hidden, table, head.bias)

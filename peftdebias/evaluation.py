@@ -1,7 +1,7 @@
 """Measure a model, and use it: `evaluate` and `predict`, for the command line and the Python API.
 
-What it adds over metrics: which file each measure of a masked-LM reads. ON lists what `--on NAME=FILE` can be; extrinsic.py has the measures of
-downstream runs.
+What it adds over intrinsic.py (measures of an encoder and its masked-LM) and extrinsic.py (of downstream runs): ON, which lists what `--on NAME=FILE` can be,
+several modules in one table, and the output files.
 """
 
 import contextlib
@@ -10,72 +10,25 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy
-
-from . import checkpoint, corpus, extrinsic
+from . import checkpoint, corpus, extrinsic, intrinsic
 from .answers import LONGEST, Result, cut_note, encode_examples, longest_of, max_length, positive_label
 from .checkpoint import Run
 from .config import Evaluate, Predict
 from .corpus import writing
 from .errors import ConfigError, DataError, ModelError
 from .extrinsic import classification_measures
-from .metrics import Measure, crows_pairs
-from .metrics.bootstrap import interval
-from .tasks import class_probabilities, labelled_samples, masked_lm_nll, masked_samples
+from .tasks import class_probabilities, labelled_samples
 from .training import pick_device
 
 __all__ = ["LONGEST", "ON", "Result", "classification_measures", "cut_note", "encode_examples", "evaluate", "evaluate_run", "max_length", "parse_on",
            "positive_label", "predict", "systems"]
 
 
-def _masked_lm(run: Run, settings: Evaluate, entry: str) -> None:
-    if run.model.mlm is None:
-        raise ModelError(f"{settings.model}: expected a model with a masked-LM head for --on {entry}, got one without "
-                         "(a downstream run has a classifier instead; a head that --fresh-head trained is in its own run)")
-
-
-# ---------------------------------------------------------------- what can be measured
-
-def _crows_pairs(run: Run, path: str, settings: Evaluate) -> Result:
-    _masked_lm(run, settings, f"crows-pairs={path}")
-    pairs = crows_pairs.read_pairs(path)
-    kinds = sorted({p.bias_type for p in pairs})
-    if settings.bias_type is not None:
-        if settings.bias_type not in kinds:
-            raise DataError(f"{path}: expected --bias-type to be one of {', '.join(kinds)}, got {settings.bias_type!r}")
-        pairs = [p for p in pairs if p.bias_type == settings.bias_type]
-    longest = max_length(run.model, run.model.config.max_positions)
-    notes = cut_note(run.tokenizer.encode([s for p in pairs for s in (p.more, p.less)], max_length=longest), longest, path)
-    measures, examples = [], []
-    for scoring in crows_pairs.SCORINGS:
-        scored = crows_pairs.score_pairs(run.model, run.tokenizer, pairs, scoring, settings.batch_tokens)
-        measures += crows_pairs.measures(scored, scoring, settings.bias_type, seed=settings.seed, samples=settings.samples)
-        examples += [{"measure": f"crows-pairs/{scoring}", "bias_type": s.pair.bias_type, "sent_more": s.pair.more, "sent_less": s.pair.less,
-                      "more": s.more, "less": s.less} for s in scored]
-    return Result(measures, examples, notes)
-
-
-def _perplexity(run: Run, path: str, settings: Evaluate) -> Result:
-    """Masked-LM loss in nats a masked token, and its exponential, with masks fixed by the seed (15 %, 80/10/10)."""
-    _masked_lm(run, settings, f"perplexity={path}")
-    texts = [t.text for t in corpus.read_texts([path], settings.text)]
-    longest = longest_of(run, settings)
-    encoded = run.tokenizer.encode(texts, max_length=longest)
-    samples = masked_samples([e.ids for e in encoded], run.tokenizer, numpy.random.default_rng([settings.seed, 4]))
-    sums, counts = masked_lm_nll(run.model, samples, settings.batch_tokens)
-    if not counts.sum():
-        raise DataError(f"{path}: expected words to mask, got none")
-    loss = float(sums.sum() / counts.sum())
-    low, high = interval(lambda items: sums[items].sum() / max(1, counts[items].sum()), len(samples), seed=settings.seed, samples=settings.samples)
-    examples = [{"measure": "mlm-loss", "text": t, "nll": s, "tokens": int(c)} for t, s, c in zip(texts, sums.tolist(), counts)]
-    measures = [Measure("mlm-loss", loss, "nats", None, low, high, len(samples)),
-                Measure("perplexity", float(numpy.exp(loss)), "1", None, float(numpy.exp(low)), float(numpy.exp(high)), len(samples))]
-    return Result(measures, examples, cut_note(encoded, longest, path))
-
-
 ON: dict[str, Callable[[Run, str, Evaluate], Result]] = {
-    "crows-pairs": _crows_pairs,
-    "perplexity": _perplexity,
+    "crows-pairs": intrinsic.crows,
+    "stereoset": intrinsic.stereo_set,
+    "seat": intrinsic.association_tests,
+    "perplexity": intrinsic.perplexity,
     "classification": extrinsic.classification,
     "fprd": extrinsic.fprd_in_domain,
     "iptts": extrinsic.iptts,

@@ -1,12 +1,11 @@
 """The two tasks: masked-LM on counterfactual families (upstream), classification (downstream); and the same scored without training.
 
 A task gives the loop batches, a loss and a validation; it knows no method and no axis. Scores without gradients live here too, because measures build on
-them: `masked_log_probs`, `masked_lm_nll`, `class_probabilities`.
+them: `masked_lm_nll`, `class_probabilities`, `sentence_vectors`. Questions of one mask are questions.py's.
 
 Letters: B texts, M rows asked for, C labels.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy
@@ -25,15 +24,6 @@ VALIDATION_TOKENS = 8192
 
 # ---------------------------------------------------------------- scores without gradients
 
-@dataclasses.dataclass(frozen=True)
-class MaskedToken:
-    """One question to a masked-LM: ids int [n] with the mask in place, the place asked about, the token id whose log-probability is wanted."""
-
-    ids: Sequence[int]
-    place: int
-    target: int
-
-
 def in_eval(function):
     """Runs a function whose first argument is a Model in eval mode and without gradients, then puts the mode back."""
     def run(model: Model, *args, **kwargs):
@@ -51,16 +41,6 @@ def in_eval(function):
 def _batches(samples: Sequence[Sample], batch_tokens: int) -> Iterator[tuple[list[int], Batch]]:
     for items in plan([len(s.ids) for s in samples], batch_tokens=batch_tokens):
         yield items, pack([samples[i] for i in items])
-
-
-@in_eval
-def masked_log_probs(model: Model, questions: Sequence[MaskedToken], batch_tokens: int = VALIDATION_TOKENS) -> numpy.ndarray:
-    """float64 [len(questions)]: log-probability (nats) of each target at its place; packed, the head on the asked rows only."""
-    samples = [Sample(numpy.asarray(q.ids), numpy.array([q.place]), numpy.array([q.target])) for q in questions]
-    found = numpy.zeros(len(samples))
-    for items, batch in _batches(samples, batch_tokens):
-        found[items] = -_token_nll(model, batch.to(model.device)).cpu().numpy()
-    return found
 
 
 def _token_nll(model: Model, batch: Batch) -> Tensor:
@@ -86,6 +66,25 @@ def class_probabilities(model: Model, samples: Sequence[Sample], batch_tokens: i
     found = numpy.zeros((len(samples), len(model.classifier.labels)))
     for items, batch in _batches(samples, batch_tokens):
         found[items] = model.class_logits(batch.to(model.device)).double().softmax(-1).cpu().numpy()
+    return found
+
+
+VECTORS = ("first", "mean")
+
+
+@in_eval
+def sentence_vectors(model: Model, samples: Sequence[Sample], pooling: str = "first", batch_tokens: int = VALIDATION_TOKENS) -> numpy.ndarray:
+    """float64 [B, D]: of each text the last layer's vector of its first token ([CLS], <s>), or the mean over all its tokens, special ones included.
+
+    pooling: one of VECTORS. The rows that the samples ask for do not matter.
+    """
+    if pooling not in VECTORS:
+        raise ValueError(f"pooling: expected one of {', '.join(VECTORS)}, got {pooling!r}")
+    samples = [Sample(s.ids, FIRST_TOKEN if pooling == "first" else numpy.arange(len(s.ids)), None, s.segments) for s in samples]
+    found = numpy.zeros((len(samples), model.config.hidden))
+    for items, batch in _batches(samples, batch_tokens):
+        hidden = model.encoder(batch.to(model.device)).double()  # [M, D]
+        found[items] = numpy.stack([part.mean(0).cpu().numpy() for part in hidden.split(batch.row_lengths)])
     return found
 
 

@@ -251,7 +251,7 @@ SWEEP = {
     "bad device, predict": (lambda b: ["predict", b.runs["plain"], b.small.heldout, "--device", "tpu"], "--device: expected cpu, cuda"),
     "bf16 on a CPU": (lambda b: b.down(device="cpu", precision="bf16"), "--precision bf16: expected a GPU, got cpu; use float32"),
     # --- measures
-    "unknown measure": (lambda b: b.on("crows=f"), "--on crows=f: expected NAME=FILE with NAME one of crows-pairs, perplexity, classification.*, got 'crows'"),
+    "unknown measure": (lambda b: b.on("crows=f"), "--on crows=f: expected NAME=FILE with NAME one of crows-pairs, stereoset, seat, perplexity, classification.*, got 'crows'"),
     "measure without a file": (lambda b: b.on("perplexity"), "--on perplexity: expected perplexity=FILE, got no file"),
     "measure of a missing file": (lambda b: b.on("perplexity=none.txt"), r"none.txt: no such file \(from --on perplexity=none.txt\)"),
     "no measure": (lambda b: b.on(), "--on: expected at least one NAME=FILE"),

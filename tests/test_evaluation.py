@@ -16,6 +16,7 @@ from peftdebias.corpus import Example, read_examples
 from peftdebias.errors import ConfigError, DataError
 from peftdebias.corpus import writing
 from peftdebias.evaluation import classification_measures, cut_note, parse_on, positive_label
+from peftdebias.tasks import masked_samples
 from peftdebias.tokens import Encoded
 
 from .outside import one_thread  # noqa: F401
@@ -55,7 +56,7 @@ def test_perplexity_is_its_definition(small, tmp_path):  # noqa: F811
     done("evaluate", small.base, "--on", f"perplexity={small.heldout}", "--seed", 3, "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
     run, found = load_run(small.base), by_name(tmp_path / "m.json")
     texts = small.heldout.read_text().splitlines()
-    samples = evaluation.masked_samples([e.ids for e in run.tokenizer.encode(texts)], run.tokenizer, numpy.random.default_rng([3, 4]))
+    samples = masked_samples([e.ids for e in run.tokenizer.encode(texts)], run.tokenizer, numpy.random.default_rng([3, 4]))
     nll = []
     for s in samples:
         with torch.no_grad():
