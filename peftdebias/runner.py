@@ -127,8 +127,8 @@ class _Runner:
         return f"{name}={prepare.find((file,), self.data) if equals else test}"
 
     def _claim(self) -> None:
-        """Makes OUT, or sees that it holds the same recipe."""
-        asked = {"recipe": dataclasses.asdict(dataclasses.replace(self.recipe, path=self.recipe.name, sources={})) | {
+        """Makes OUT, or sees that it holds the same recipe; what its table shows may change."""
+        asked = {"recipe": dataclasses.asdict(dataclasses.replace(self.recipe, path=self.recipe.name, title="", columns=(), sources={})) | {
                      "sources": {"/".join(key): dataclasses.asdict(source) for key, source in self.recipe.sources.items()}},
                  "scale": self.settings.scale, "model": os.path.realpath(self.settings.model), "data": os.path.realpath(self.data),
                  "upstream": self.overrides["upstream"], "downstream": self.overrides["downstream"]}
