@@ -34,7 +34,7 @@ BLOCK = 2**22  # numbers permuted at once
 
 
 @dataclass(frozen=True)
-class Test:
+class AssociationTest:
     """name: of the file. sets: the texts of each of SETS, every one once. categories: what the file calls the sets."""
 
     name: str
@@ -54,7 +54,7 @@ class Test:
 
 # ---------------------------------------------------------------- files
 
-def read_tests(path: str | Path) -> list[Test]:
+def read_tests(path: str | Path) -> list[AssociationTest]:
     """The test of a file, or of every .jsonl of a folder, numbers in their names in order. Raises DataError that names the file."""
     path = Path(path)
     if not path.is_dir():
@@ -65,7 +65,7 @@ def read_tests(path: str | Path) -> list[Test]:
     return [_read(file) for file in files]
 
 
-def _read(path: Path) -> Test:
+def _read(path: Path) -> AssociationTest:
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -80,12 +80,12 @@ def _read(path: Path) -> Test:
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts) or not texts:
             raise DataError(f"{path}: expected a list of texts under {name}.examples, got {json.dumps(texts)[:40]}")
         sets.append(tuple(dict.fromkeys(texts)))
-    return Test(path.name.removesuffix(".jsonl"), tuple(sets), tuple(str(data[name].get("category", name)) for name in SETS))
+    return AssociationTest(path.name.removesuffix(".jsonl"), tuple(sets), tuple(str(data[name].get("category", name)) for name in SETS))
 
 
 # ---------------------------------------------------------------- figures
 
-def associations(vectors: np.ndarray, test: Test) -> np.ndarray:
+def associations(vectors: np.ndarray, test: AssociationTest) -> np.ndarray:
     """s(w) of every target, float64 [targets]. vectors: [texts, D], of test.texts in their order, none of them zero."""
     unit = np.asarray(vectors, float)
     unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
@@ -117,7 +117,7 @@ def _permuted(s: np.ndarray, first: int, seed: int) -> Iterator[np.ndarray]:
         yield random.permuted(rows, axis=1, out=rows)[:, :first].sum(1)
 
 
-def measures(test: Test, s: np.ndarray, *, name: str = "seat", seed: int = 0, samples: int = 1000) -> list[Measure]:
+def measures(test: AssociationTest, s: np.ndarray, *, name: str = "seat", seed: int = 0, samples: int = 1000) -> list[Measure]:
     """Effect size and p of one test.
 
     Effect size: 0 means that the two sets of targets lie alike to the attributes; above 0, the first lies nearer to the first. Range: about [-2, 2], ideal 0.
