@@ -46,10 +46,8 @@ def attention_padded(query: Tensor, key: Tensor, value: Tensor, spans: Spans, pr
                      dropout: float = 0.0) -> Tensor:
     """attention_ref through torch's scaled_dot_product_attention on a padded copy: a few large ops instead of B small ones."""
     batch, heads, width = len(spans.key_lengths), query.shape[1], query.shape[2]
-    longest = max(spans.query_lengths, default=0)
-    q = _pad(query, spans.padded_queries, batch, longest)  # [Mq, H, W] -> [B, H, Sq, W]
-    k = _pad(key, spans.padded_keys, batch, max(spans.key_lengths, default=0))
-    v = _pad(value, spans.padded_keys, batch, max(spans.key_lengths, default=0))
+    q = _pad(query, spans.query_lengths, lambda: spans.padded_queries)  # [Mq, H, W] -> [B, H, Sq, W]
+    k, v = (_pad(x, spans.key_lengths, lambda: spans.padded_keys) for x in (key, value))
     mask = spans.key_mask
     if prefix is not None:
         k, v = (torch.cat([p.transpose(0, 1).expand(batch, -1, -1, -1), x], 2) for p, x in zip(prefix, (k, v)))
@@ -59,10 +57,11 @@ def attention_padded(query: Tensor, key: Tensor, value: Tensor, spans: Spans, pr
     return out if len(out) == len(query) else out.index_select(0, spans.padded_queries)
 
 
-def _pad(packed: Tensor, places: Tensor, batch: int, longest: int) -> Tensor:
-    if len(packed) == batch * longest:  # all of one length
+def _pad(packed: Tensor, lengths: tuple[int, ...], places: Callable[[], Tensor]) -> Tensor:
+    batch, longest = len(lengths), max(lengths, default=0)
+    if len(packed) == batch * longest:  # all of one length: nothing to copy
         return packed.view(batch, longest, *packed.shape[1:]).transpose(1, 2)
-    padded = packed.new_zeros(batch * longest, *packed.shape[1:]).index_copy(0, places, packed)
+    padded = packed.new_zeros(batch * longest, *packed.shape[1:]).index_copy(0, places(), packed)
     return padded.view(batch, longest, *packed.shape[1:]).transpose(1, 2)
 
 

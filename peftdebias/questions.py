@@ -23,7 +23,7 @@ from .batches import Batch, Sample, cumulative, pack
 from .encoder import Model
 from .tasks import VALIDATION_TOKENS, in_eval
 
-CPU_TOKENS = 1024
+CPU_TOKENS = 2048
 CPU_LOGITS = 2**21
 DEVICE_LOGITS = 2**27  # on other devices: 512 MiB of float32
 

@@ -13,6 +13,7 @@ from peftdebias.errors import DataError
 from peftdebias.methods import Method
 from peftdebias.metrics import crows_pairs
 from peftdebias.metrics.crows_pairs import Pair, Scored, masked_places, measures, read_pairs, score_pairs
+from peftdebias.metrics.tally import differences
 from peftdebias.patch import attach
 from peftdebias.weights import load
 
@@ -126,6 +127,54 @@ def test_an_unknown_scoring_is_a_mistake_of_the_caller(loaded):
         score_pairs(loaded.model, loaded.tokenizer, [], "mean")
 
 
+def test_both_scorings_asked_together_are_each_alone(loaded):
+    pairs = [Pair(*pair, "gender", direction) for pair, direction in zip(PAIRS, ["stereo", "antistereo"] * 5)]
+    encoded = crows_pairs.encode_pairs(loaded.tokenizer, pairs, 64)
+    together = crows_pairs.score_encoded(loaded.model, pairs, encoded, loaded.tokenizer.mask_id)
+    assert list(together) == ["nangia", "bias-bench"]
+    assert together == {scoring: score_pairs(loaded.model, loaded.tokenizer, pairs, scoring) for scoring in crows_pairs.SCORINGS}
+
+
+def test_sentences_that_differ_in_one_token_share_the_question_about_it(loaded):
+    pairs = [Pair("he is a nurse", "she is a nurse", "gender")]
+    asked, ranges = crows_pairs.questions(pairs, crows_pairs.encode_pairs(loaded.tokenizer, pairs, 64), loaded.tokenizer.mask_id, ("bias-bench",))
+    assert ranges == {"bias-bench": [(0, 1), (1, 2)]} and asked[0].ids.tolist() == asked[1].ids.tolist() and asked[0].target != asked[1].target
+
+
+# ---------------------------------------------------------------- two systems
+
+def compared(rows, other):
+    def columns(of):
+        return [s.more for s in of], [s.less for s in of], [s.pair.bias_type for s in of]
+    return crows_pairs.crows_pairs_tally("crows-pairs/bias-bench", *columns(rows)), crows_pairs.crows_pairs_tally("crows-pairs/bias-bench", *columns(other))
+
+
+def some_scored(seed, kinds=("age", "gender", "race"), n=90):
+    random = numpy.random.default_rng(seed)
+    dropped = numpy.random.default_rng(0).random(n) < 0.1  # which pairs are dropped depends on their tokens, not on the system
+    return [scored(None, None, kind) if gone else scored(*random.integers(-3, 0, 2).astype(float), kind) for kind, gone in zip([*kinds] * (n // len(kinds)), dropped)]
+
+
+def test_two_systems_are_compared_over_all_pairs_and_by_category():
+    first, second = some_scored(1), some_scored(2)
+    found, without = differences(*compared(first, second))
+    one, two = measures(first, "bias-bench"), measures(second, "bias-bench")
+    assert not without and [(d.name, d.first, d.second, d.n) for d in found] == [(a.name, pytest.approx(a.value), pytest.approx(b.value), a.n) for a, b in zip(one, two)]
+    assert [d.name.split("/")[-1] for d in found] == ["all", "age", "gender", "race"] and all(d.low <= d.value <= d.high for d in found)
+    same, _ = differences(*compared(first, first))
+    assert {(d.value, d.low, d.high) for d in same} == {(0, 0, 0)}
+
+
+def test_compare_reads_pairs_that_a_scoring_drops(small, tmp_path):  # noqa: F811
+    path = written(tmp_path, HEADER + "0,he is a nurse,she is a nurse,stereo,gender\n1,he is a nurse in bergen,he is a nurse,stereo,gender\n"
+                   "2,he is a baker,she is a baker,stereo,age\n")
+    done("evaluate", small.base, "--on", f"crows-pairs={path}", "--examples", tmp_path / "e.jsonl")
+    done("compare", tmp_path / "e.jsonl", tmp_path / "e.jsonl", "--json", tmp_path / "c.json")
+    rows = {d["name"]: d["n"] for d in json.loads((tmp_path / "c.json").read_text())["differences"]}
+    assert rows == {"crows-pairs/nangia/all": 3, "crows-pairs/nangia/age": 1, "crows-pairs/nangia/gender": 2,
+                    "crows-pairs/bias-bench/all": 2, "crows-pairs/bias-bench/age": 1, "crows-pairs/bias-bench/gender": 1}
+
+
 # ---------------------------------------------------------------- files
 
 def written(tmp_path, content: str | bytes, name="pairs.csv"):
@@ -199,6 +248,20 @@ def test_a_module_that_takes_positions_leaves_less_room(small):  # noqa: F811
     (found,) = score_pairs(loaded.model, loaded.tokenizer, [long], "bias-bench")
     (short,) = score_pairs(loaded.model, loaded.tokenizer, [Pair("he " + "is " * 21, "she " + "is " * 21, "gender")], "bias-bench")
     assert (found.more, found.less) == (short.more, short.less)
+
+
+def test_all_nine_categories_in_one_go(shared, tmp_path):
+    """Every 30th pair of the published file: a figure for each category beside the overall one, which their pairs make up."""
+    lines = (shared / "data" / "crows_pairs" / "crows_pairs_anonymized.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    path = written(tmp_path, "".join(lines[:1] + lines[1::30]))
+    done("evaluate", shared / "models" / "bert-tiny-mlm", "--on", f"crows-pairs={path}", "--json", tmp_path / "m.json")
+    found = json.loads((tmp_path / "m.json").read_text())["measures"]
+    for scoring in crows_pairs.SCORINGS:
+        own = {m["name"].rsplit("/", 1)[1]: m for m in found if m["name"].startswith(f"crows-pairs/{scoring}/")}
+        assert set(own) == {"all", "age", "disability", "gender", "nationality", "physical-appearance", "race-color", "religion", "sexual-orientation", "socioeconomic"}
+        everything = own.pop("all")
+        assert sum(m["n"] for m in own.values()) == everything["n"] <= 51
+        assert sum(m["n"] * m["value"] for m in own.values()) == pytest.approx(everything["n"] * everything["value"])
 
 
 def test_real_pairs_on_a_real_model(shared):

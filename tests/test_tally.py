@@ -52,6 +52,22 @@ def test_the_paired_bootstrap_draws_both_systems_together():
     assert found.p < 0.01 and found.unit == "points"
 
 
+def test_strata_keep_their_sizes():
+    random = np.random.default_rng(0)
+    strata = np.array([0] * 20 + [1] * 30)
+    x = random.normal(size=50) + 10 * strata
+    adds = np.stack([np.ones(50), x, strata], 1)
+    figures = (Figure("mean", "1", None, 50, lambda sums: ratio(sums[..., 1], sums[..., 0])), Figure("share", "1", None, 50, lambda sums: sums[..., 2] / sums[..., 0]))
+    mean, share = measures(Tally(np.arange(50), 50, adds, figures, strata), samples=4000)
+    assert (share.low, share.high) == (0.6, 0.6)
+    drawn = [np.concatenate([x[:20][random.integers(0, 20, 20)], x[20:][random.integers(0, 30, 30)]]).mean() for _ in range(4000)]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert abs(mean.low - low) < 0.06 * (high - low) and abs(mean.high - high) < 0.06 * (high - low)
+    free, _ = measures(Tally(np.arange(50), 50, adds, figures), samples=4000)
+    assert free.high - free.low > 3 * (mean.high - mean.low)
+    assert measures(Tally(np.arange(50), 50, adds, figures, np.zeros(50, int))) == measures(Tally(np.arange(50), 50, adds, figures))
+
+
 def test_systems_that_say_the_same_do_not_differ():
     x, w = some()
     (found,), _ = differences(means(x, w), means(x, w))

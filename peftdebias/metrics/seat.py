@@ -19,7 +19,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ BLOCK = 2**22  # numbers permuted at once
 
 
 @dataclass(frozen=True)
-class Test:
+class AssociationTest:
     """name: of the file. sets: the texts of each of SETS, every one once. categories: what the file calls the sets."""
 
     name: str
@@ -54,7 +54,7 @@ class Test:
 
 # ---------------------------------------------------------------- files
 
-def read_tests(path: str | Path) -> list[Test]:
+def read_tests(path: str | Path) -> list[AssociationTest]:
     """The test of a file, or of every .jsonl of a folder, numbers in their names in order. Raises DataError that names the file."""
     path = Path(path)
     if not path.is_dir():
@@ -65,7 +65,7 @@ def read_tests(path: str | Path) -> list[Test]:
     return [_read(file) for file in files]
 
 
-def _read(path: Path) -> Test:
+def _read(path: Path) -> AssociationTest:
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -80,12 +80,12 @@ def _read(path: Path) -> Test:
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts) or not texts:
             raise DataError(f"{path}: expected a list of texts under {name}.examples, got {json.dumps(texts)[:40]}")
         sets.append(tuple(dict.fromkeys(texts)))
-    return Test(path.name.removesuffix(".jsonl"), tuple(sets), tuple(str(data[name].get("category", name)) for name in SETS))
+    return AssociationTest(path.name.removesuffix(".jsonl"), tuple(sets), tuple(str(data[name].get("category", name)) for name in SETS))
 
 
 # ---------------------------------------------------------------- figures
 
-def associations(vectors: np.ndarray, test: Test) -> np.ndarray:
+def associations(vectors: np.ndarray, test: AssociationTest) -> np.ndarray:
     """s(w) of every target, float64 [targets]. vectors: [texts, D], of test.texts in their order, none of them zero."""
     unit = np.asarray(vectors, float)
     unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
@@ -117,20 +117,20 @@ def _permuted(s: np.ndarray, first: int, seed: int) -> Iterator[np.ndarray]:
         yield random.permuted(rows, axis=1, out=rows)[:, :first].sum(1)
 
 
-def measures(test: Test, s: np.ndarray, *, name: str = "seat", seed: int = 0, samples: int = 1000) -> list[Measure]:
+def measures(test: AssociationTest, s: np.ndarray, *, name: str = "seat", seed: int = 0, samples: int = 1000) -> list[Measure]:
     """Effect size and p of one test.
 
     Effect size: 0 means that the two sets of targets lie alike to the attributes; above 0, the first lies nearer to the first. Range: about [-2, 2], ideal 0.
     p: small where partitions at random seldom lie as far apart in that direction; a large one (d below 0) is no sign of fairness. Range (0, 1]; no interval. n: targets.
-    Interval of d: bootstrap over the words that targets are made of (`stems`), both sets drawn together, attributes as they are; none where a set has one word.
+    Interval of d: bootstrap over the words that targets are made of (`stems`), within each set, attributes as they are; none where a set has one word.
 
     s: what `associations` gives.
     """
     first = len(test.sets[0])
     kept = seat_tally([test.name] * len(s), [0] * first + [1] * (len(s) - first), stems(*test.sets[:2]), s, name=name)
     (found,) = tally.measures(kept, seed=seed, samples=samples)
-    if min(len(set(side)) for side in (stems(*test.sets[:2])[:first], stems(*test.sets[:2])[first:])) < 2:
-        found = Measure(found.name, found.value, found.unit, found.ideal, math.nan, math.nan, found.n)
+    if np.bincount(kept.strata).min() < 2:
+        found = replace(found, low=math.nan, high=math.nan)
     return [found, Measure(f"{name}/{test.name}/p", p_value(s, first, seed=seed), "1", None, None, None, len(s))]
 
 
@@ -145,13 +145,15 @@ def stems(first: Sequence[str], second: Sequence[str]) -> list[str]:
 
 
 def seat_tally(tests, sides, clusters, s, *, name: str = "seat") -> Tally:
-    """The effect sizes of some tests as functions of sums: an example is a cluster (a stem of one side of one test), which adds (targets, sum of s, sum of s^2).
+    """The effect sizes of some tests as functions of sums: an example is a cluster (a stem of one side of one test), which adds (targets, sum of s, sum of s^2); each
+    side of each test is a stratum, since sets as large as each other were chosen.
 
     tests, sides, clusters, s: of each target [N]; sides are 0 (X) or 1 (Y). s is centred and scaled by test, which d does not see and rounding does.
     """
     tests, sides, s = np.asarray(tests, str), np.asarray(sides, int), np.asarray(s, float)
     names, test = np.unique(tests, return_inverse=True)
-    _, cluster = np.unique([f"{t}\t{side}\t{stem}" for t, side, stem in zip(tests, sides, clusters)], return_inverse=True)
+    stratum = 2 * test + sides
+    _, members, cluster = np.unique([f"{own}\t{stem}" for own, stem in zip(stratum, clusters)], return_index=True, return_inverse=True)
     adds, figures = np.zeros((cluster.max() + 1, len(names), 2, 3)), []
     for i, one in enumerate(names):
         own = test == i
@@ -159,7 +161,7 @@ def seat_tally(tests, sides, clusters, s, *, name: str = "seat") -> Tally:
         scaled = scaled / (np.abs(scaled).max() or 1.0)
         np.add.at(adds[:, i], (cluster[own], sides[own]), np.stack([np.ones(len(scaled)), scaled, scaled**2], 1))
         figures.append(Figure(f"{name}/{one}/effect-size", "1", 0.0, int(own.sum()), lambda sums, i=i: _effect(sums.reshape(*sums.shape[:-1], len(names), 2, 3)[..., i, :, :])))
-    return Tally(np.arange(len(adds)), len(adds), adds.reshape(len(adds), -1), tuple(figures))
+    return Tally(np.arange(len(adds)), len(adds), adds.reshape(len(adds), -1), tuple(figures), stratum[members])
 
 
 def _effect(sums: np.ndarray) -> np.ndarray:

@@ -7,8 +7,8 @@ positives and the mentions of identity terms for FPRD. Drawing N examples with r
 76 000 examples cost what their kinds cost. Two systems on the same examples are drawn together (an example's kind is then the pair of its
 kinds), which is what makes a paired bootstrap paired (Efron & Tibshirani 1993, chapters 13 and 16).
 
-What sampling noise alone makes larger (root mean squares, sums of absolute values, largest differences) is `lifted`: a resample has that
-noise twice, so its percentile interval lies too high, and is shifted down by the lift (mean over resamples minus value). It is the interval
+What sampling noise alone makes larger (root mean squares, sums of absolute values, largest differences), or smaller (ICAT), is `lifted`: a resample has that
+noise twice, so its percentile interval lies too high, or too low, and is shifted back by the lift (mean over resamples minus value). It is the interval
 of the figure that another test set of this size would give, as in tpr_gap.py.
 """
 
@@ -36,12 +36,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class Tally:
-    """kind: int [N]. adds: float [K, F]; None where F = K and a kind counts itself (a table of counts)."""
+    """kind: int [N]. adds: float [K, F]; None where F = K and a kind counts itself (a table of counts).
+
+    strata: int [N], where the numbers of examples of some sorts were chosen and not found: each stratum is then resampled to its own size.
+    """
 
     kind: np.ndarray
     kinds: int
     adds: np.ndarray | None
     figures: tuple[Figure, ...]
+    strata: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -134,16 +138,20 @@ def _resamples(tallies: list[Tally], seed: int, samples: int) -> Iterator[list[n
     n = len(tallies[0].kind)
     if n < 1:
         raise DataError("no examples to measure on: expected at least 1, got 0")
-    joint = np.zeros(n, np.int64)
+    strata = np.zeros(n, np.int64) if tallies[0].strata is None else tallies[0].strata
+    joint = strata
     for tally in tallies:
         joint = joint * tally.kinds + tally.kind
     _, first, cells = np.unique(joint, return_index=True, return_counts=True)
     kinds = [tally.kind[first] for tally in tallies]
+    columns = [np.flatnonzero(strata[first] == stratum) for stratum in np.unique(strata)]
     random = np.random.default_rng(seed)
     widest = max(len(cells), *(tally.kinds if tally.adds is None else tally.adds.shape[1] for tally in tallies))
     block = max(1, BLOCK // widest)
     for start in range(0, samples, block):
-        drawn = random.multinomial(n, cells / n, size=min(block, samples - start))  # [block, joint kinds]
+        drawn = np.zeros((min(block, samples - start), len(cells)), np.int64)  # [block, joint kinds]
+        for own in columns:
+            drawn[:, own] = random.multinomial(cells[own].sum(), cells[own] / cells[own].sum(), size=len(drawn))
         yield [_values(tally, _sums(tally, kind, drawn)) for tally, kind in zip(tallies, kinds)]
 
 

@@ -1,0 +1,101 @@
+"""One-mask questions: the packed answers are those of one forward pass a question, whatever the batches; equal contexts are computed once; small probabilities."""
+
+import numpy
+import pytest
+import torch
+
+from peftdebias import questions
+from peftdebias.batches import Sample
+from peftdebias.encoder import Model
+from peftdebias.errors import ModelError
+from peftdebias.methods.prefix import PrefixConfig, Prefix
+from peftdebias.patch import attach
+from peftdebias.questions import MaskedToken, masked_log_probs, masked_log_probs_ref
+from peftdebias.tasks import sentence_vectors
+
+from .outside import POSITIONS, VOCAB, one_thread  # noqa: F401
+from .plain import KINDS, config, model_of, plain, some
+
+
+def asked(count=60, seed=0) -> list[MaskedToken]:
+    """Questions about texts of 1 to 13 tokens; some share their context, some are asked twice."""
+    random, found = numpy.random.default_rng(seed), []
+    texts = [random.integers(5, VOCAB, size=n) for n in (13, 1, 7, 7, 2, 13, 7)]
+    for _ in range(count):
+        ids = texts[random.integers(len(texts))]
+        found.append(MaskedToken(ids, int(random.integers(len(ids))), int(random.integers(VOCAB))))
+    return [*found, *found[:5]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_tokens", [1, 20, 8192])
+@pytest.mark.parametrize("logits", [1, 3 * VOCAB, 2**21])
+def test_answers_are_those_of_one_pass_a_question(kind, batch_tokens, logits, monkeypatch):
+    monkeypatch.setattr(questions, "CPU_LOGITS", logits)
+    model = model_of(kind)
+    expected = masked_log_probs_ref(model, asked())
+    assert masked_log_probs(model, asked(), batch_tokens) == pytest.approx(expected, abs=1e-10) and len(set(expected.round(9))) > 40
+
+
+def test_the_specification_is_the_encoder_in_plain_words():
+    model, q = model_of(), asked(1)[0]
+    batch = questions._of_one_length(numpy.asarray(q.ids), numpy.array([q.place]))
+    hidden = plain(model, batch)[q.place].detach()
+    head = model.mlm
+    scores = head.norm(torch.nn.functional.gelu(head.dense(hidden))) @ model.encoder.embeddings.word.weight.T + head.bias
+    assert masked_log_probs_ref(model, [q])[0] == pytest.approx((scores[q.target] - scores.exp().sum().log()).item(), abs=1e-10)
+
+
+def test_float32_rounds_no_more_than_the_slow_way():
+    exact = masked_log_probs_ref(model_of(), asked())
+    single = model_of(dtype=torch.float32)
+    ours, slow = (numpy.abs(found - exact).max() for found in (masked_log_probs(single, asked()), masked_log_probs_ref(single, asked())))
+    assert ours <= 2 * slow + 1e-7
+
+
+def test_equal_contexts_are_computed_once_and_equal_questions_get_the_same_bits(monkeypatch):
+    model, rows = model_of(dtype=torch.float32), []
+    forward = model.mlm_scores
+    monkeypatch.setattr(model, "mlm_scores", lambda hidden: rows.append(len(hidden)) or forward(hidden))
+    found = masked_log_probs(model, asked(), 20)
+    assert sum(rows) == len({(tuple(q.ids), q.place) for q in asked()}) < 60
+    assert found[:5].tolist() == found[-5:].tolist()
+
+
+def test_under_a_module_too():
+    """A prefix stands before every text: its keys have other lengths than the texts."""
+    model = model_of()
+    attach(model, "gender", Prefix(PrefixConfig(length=3), model.config))
+    for parameter in model.methods["gender"].parameters().values():
+        parameter.data = torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = masked_log_probs(model, asked(), 20)
+    assert found == pytest.approx(masked_log_probs_ref(model, asked()), abs=1e-10)
+    assert numpy.abs(found - masked_log_probs(model_of(), asked())).max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_probabilities_below_the_smallest_number_have_a_logarithm(dtype):
+    model = model_of(dtype=dtype)
+    with torch.no_grad():
+        model.mlm.bias[7] = -2000.0
+    (found,) = masked_log_probs(model, [MaskedToken([5, 6, 8], 1, 7)])
+    assert -2100 < found < -1900 and found == pytest.approx(masked_log_probs_ref(model, [MaskedToken([5, 6, 8], 1, 7)])[0], rel=1e-6)
+
+
+def test_no_questions_no_head_and_texts_that_are_too_long():
+    assert masked_log_probs(model_of(), []).shape == (0,)
+    with pytest.raises(ModelError, match="expected a model with a masked-LM head"):
+        masked_log_probs(Model(config()), asked(1))
+    with pytest.raises(ModelError, match=f"text of {POSITIONS + 1} tokens: expected at most {POSITIONS}"):
+        masked_log_probs(model_of(), [MaskedToken([5] * (POSITIONS + 1), 0, 5)])
+
+
+def test_sentence_vectors_are_the_first_tokens_or_the_mean():
+    model, batch = model_of("bert"), some("bert")
+    hidden = plain(model, batch).split(batch.lengths)
+    samples = [Sample(ids.numpy(), numpy.array([0]), None, kinds.numpy()) for ids, kinds in zip(batch.ids.split(batch.lengths), batch.segments.split(batch.lengths))]
+    for pooling, expected in (("first", [h[0] for h in hidden]), ("mean", [h.mean(0) for h in hidden])):
+        found = sentence_vectors(model, samples, pooling, 20)
+        assert found.dtype == numpy.float64 and numpy.abs(found - torch.stack(expected).detach().numpy()).max() < 1e-10
+    with pytest.raises(ValueError, match="expected one of first, mean, got 'last'"):
+        sentence_vectors(model, samples, "last")
