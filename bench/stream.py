@@ -157,7 +157,7 @@ def take(arguments) -> None:
         from peftdebias.lines import Skipped
         from peftdebias.stream import Start, _expanded
 
-        texts = sum(made[3] for made in _expanded(recipe(arguments, arguments.file), Start(), Skipped()))
+        texts = sum(made[3] for made in _expanded(recipe(arguments, arguments.file), Start(), Skipped(), None))
         print(json.dumps({"texts": texts, "seconds": round(time.perf_counter() - began)}))
 
 

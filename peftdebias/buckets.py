@@ -99,8 +99,13 @@ def _gathered(families: Families, texts: numpy.ndarray, tokens: numpy.ndarray, o
 def _pieces(values: numpy.ndarray, bounds: numpy.ndarray, items: numpy.ndarray, ends: numpy.ndarray) -> tuple[numpy.ndarray, list[int]]:
     """(values[bounds[i]:bounds[i + 1]] for every i of `items`, end to end; how many values the first ends[0], ends[1], ... items have)."""
     counts = bounds[items + 1] - bounds[items]
-    up_to = numpy.cumsum(counts)
-    return values[numpy.arange(up_to[-1]) + numpy.repeat(bounds[items] - up_to + counts, counts)], up_to[ends - 1].tolist()
+    return stretches(values, bounds[items], counts), numpy.cumsum(counts)[ends - 1].tolist()
+
+
+def stretches(values: numpy.ndarray, begins: numpy.ndarray, counts: numpy.ndarray) -> numpy.ndarray:
+    """values[b:b + n] for every b, n of begins and counts (int64), end to end."""
+    before = numpy.cumsum(counts) - counts
+    return values[numpy.arange(int(counts.sum())) + numpy.repeat(begins - before, counts)]
 
 
 def in_memory(families: Sequence[Sequence[numpy.ndarray]], tokenizer: Tokenizer, *, seed: int, batch: dict) -> Callable[[int], Iterator[Packed]]:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy
 
-from . import corpus
+from . import corpus, splice
 from .axes import Axis
 from .buckets import Families, Packed, masked_batches
 from .cache import Cache
@@ -190,10 +190,11 @@ def tokenised(recipe: Recipe, start: Start = Start(), notes: Sequence[str] = ())
     """Read, swap and tokenise: a thread each for the first two, for the tokenizer (without the GIL), and for what becomes of its answer."""
     skipped, family = Skipped(), start.family
     counts = Counts(notes=list(notes))
-    stream = ahead(_encoded(recipe, start, skipped))
+    put = splice.hole(recipe.tokenizer)
+    stream = ahead(_encoded(recipe, start, skipped, put))
     try:
         for encodings, (chunk, numbers, found, texts, held_out, left_out) in stream:
-            ids, lengths, cut = recipe.tokenizer.flat(encodings, recipe.max_length)
+            ids, lengths, cut = splice.flat(encodings, found, recipe.tokenizer, put, recipe.max_length)
             del encodings
             sizes = numpy.array(found.sizes, numpy.int32)
             where = [numbers[source] for source in found.sources]  # of each family: (number of its text, index in the chunk)
@@ -213,17 +214,17 @@ def tokenised(recipe: Recipe, start: Start = Start(), notes: Sequence[str] = ())
         stream.close()
 
 
-def _encoded(recipe: Recipe, start: Start, skipped: Skipped):
-    """What the tokenizer answers to the members of all families, and what `_expanded` gives."""
-    stream = ahead(_expanded(recipe, start, skipped))
+def _encoded(recipe: Recipe, start: Start, skipped: Skipped, put: splice.Hole | None):
+    """What the tokenizer answers to the strings of all families, and what `_expanded` gives."""
+    stream = ahead(_expanded(recipe, start, skipped, put))
     try:
         for made in stream:
-            yield recipe.tokenizer.encodings(made[2].texts), made
+            yield recipe.tokenizer.encodings(made[2].strings), made
     finally:
         stream.close()
 
 
-def _expanded(recipe: Recipe, start: Start, skipped: Skipped):
+def _expanded(recipe: Recipe, start: Start, skipped: Skipped, put: splice.Hole | None):
     """Of each chunk: itself, (number, index) of each text to train on, their families, how many texts these were, held-out families, what was left out so far."""
     number = start.text if start.place is not None else 0
     part, parts = recipe.shard
@@ -232,7 +233,7 @@ def _expanded(recipe: Recipe, start: Start, skipped: Skipped):
         mine = [(n, i) for i, n in enumerate(range(number, number + len(chunk.texts))) if n % parts == part and n >= start.text]
         number += len(chunk.texts)
         training = [(n, i) for n, i in mine if not held(chunk.texts[i])] if held != HeldOut() else mine
-        found = swap.expand([chunk.texts[i] for _, i in training])
+        found = splice.prepare(swap, [chunk.texts[i] for _, i in training], put)
         aside = 0
         if len(training) < len(mine):
             kept = {i for _, i in training}

@@ -66,29 +66,34 @@ class Tokenizer:
 
     def encode_flat(self, texts: Sequence[str], max_length: int = 512) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
         """What `encode` gives for texts without pairs, end to end: (ids int32 [T], tokens of each text int32 [B], of them left out int32 [B])."""
-        return self.flat(self.encodings(texts), max_length)
+        return self.framed(*self.joined(self.encodings(texts)), max_length)
 
     def encodings(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
-        """The first half of encode_flat: nearly all of its work, done without the GIL."""
+        """The first part of encode_flat: nearly all of its work, done without the GIL."""
         return self.backend.encode_batch_fast(texts, add_special_tokens=False)
 
-    def flat(self, encodings: Sequence[tokenizers.Encoding], max_length: int) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-        """The second half of encode_flat."""
+    @staticmethod
+    def joined(encodings: Sequence[tokenizers.Encoding]) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """(their ids end to end int32 [T], how many of each int32 [B])."""
+        rows = [e.ids for e in encodings]
+        found = numpy.fromiter(map(len, rows), numpy.int32, len(rows))
+        return numpy.fromiter(itertools.chain.from_iterable(rows), numpy.int32, int(found.sum(dtype=numpy.int64))), found
+
+    def framed(self, tokens: numpy.ndarray, found: numpy.ndarray, max_length: int) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+        """What encode_flat gives, of what `joined` gives: texts cut where they are too long, the special tokens put in."""
         room = max_length - 2
         if room < 0:
             raise ConfigError(f"max_length {max_length}: expected at least 2, the special tokens of a text")
-        rows = [e.ids for e in encodings]
-        found = numpy.fromiter(map(len, rows), numpy.int32, len(rows))
         kept = numpy.minimum(found, room)
         if (found > room).any():
-            rows = [row[:room] for row in rows]
+            tokens = tokens[numpy.arange(len(tokens)) - numpy.repeat(numpy.cumsum(found, dtype=numpy.int64) - found, found) < room]
         lengths = kept + 2
         ends = numpy.cumsum(lengths, dtype=numpy.int64)
         ids = numpy.empty(int(ends[-1]) if len(ends) else 0, numpy.int32)
         inside = numpy.ones(len(ids), bool)
         for places, special in ((ends - lengths, self.cls_id), (ends - 1, self.sep_id)):
             ids[places], inside[places] = special, False
-        ids[inside] = numpy.fromiter(itertools.chain.from_iterable(rows), numpy.int32, int(kept.sum()))
+        ids[inside] = tokens
         return ids, lengths, found - kept
 
     @functools.cached_property

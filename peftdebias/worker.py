@@ -5,11 +5,11 @@ same bits as those made in the training process. It leaves out tensors.
 
 The process is started with `sys.executable -c`, not multiprocessing: a user's script needs no `if __name__ == "__main__"`. It gets the recipe (pickled) and
 then commands, one JSON object a line, on its standard input; the end of that input ends it, so it does not outlive the training process. On its standard
-output it sends frames: a head (JSON) with the shapes of the arrays that follow. Every command has a number that its frames carry: frames of an older
-command are thrown away. It has a session of its own, so Ctrl-C reaches the training process alone, which then ends it.
+output it sends frames: two sizes (uint32), a head (JSON) and a body, the arrays whose lengths the head has. Every command has a number that its frames
+carry: frames of an older command are thrown away. It has a session of its own, so Ctrl-C reaches the training process alone, which then ends it.
 """
 
-import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,10 +29,12 @@ from .buckets import Packed
 from .errors import PeftDebiasError
 from .stream import Counts, Ended, Filled, Given, Recipe, Stream
 
-AHEAD = 16  # batches that wait in the training process
+PIPE = 1 << 20  # bytes of frames that wait in the pipe, where the system lets that be said: 100 batches of 32 short texts
+BUFFER = 1 << 16  # bytes read and written together
 PATIENCE = 5.0  # seconds in which the process ends by itself
 SMALL = 8 << 20  # bytes of corpus below which starting a process costs more than it brings
 KINDS = {field.name: numpy.dtype("<i8" if field.name in ("rows", "family") else "<i4") for field in dataclasses.fields(Packed)}
+KINDS = dict(sorted(KINDS.items(), key=lambda item: -item[1].itemsize))  # in a body's order, so that every array lies on a multiple of its item's size
 
 
 def default_workers(files: tuple[str, ...]) -> int:
@@ -108,93 +110,78 @@ class Epochs:
 # ---------------------------------------------------------------- this side
 
 class Background:
-    """stream.Stream in a process of its own. `run` as there, one at a time; what the process raises is raised here with the same words."""
+    """stream.Stream in a process of its own. `run` as there, one at a time; what the process raises is raised here with the same words.
+
+    Frames are read where they are asked for, and what the process is ahead waits in the kernel's pipe: a thread here that reads would take the GIL from the
+    step. Whatever breaks off a frame or a command (Ctrl-C) leaves a pipe whose next byte means nothing; the next run then starts another process.
+    """
 
     def __init__(self, recipe: Recipe, threads: int):
-        environment = os.environ | {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
-                                    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        code = f"import sys; sys.path[:] = {sys.path!r}; from peftdebias.worker import main; main()"
-        self.process = subprocess.Popen([sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
-        self._state = threading.Condition()
-        self._frames: collections.deque = collections.deque()
+        self._recipe = pickle.dumps(dataclasses.replace(recipe, threads=threads))
+        self._environment = os.environ | {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
+                                          "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self._command = 0  # number of the newest
         self._closed = False
-        self._sent = threading.Event()
-        recipe = pickle.dumps(dataclasses.replace(recipe, threads=threads))
-        self._thread = threading.Thread(target=self._read, args=(recipe,), name="peftdebias-worker", daemon=True)
-        self._thread.start()
+        self._start()
+
+    def _start(self) -> None:
+        code = f"import sys; sys.path[:] = {sys.path!r}; from peftdebias.worker import main; main()"
+        self.process = subprocess.Popen([sys.executable, "-P", "-c", code], bufsize=BUFFER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self._environment,
+                                        start_new_session=True)
+        self._fresh = True  # it has no recipe yet: it takes none before it has started, and is not waited for here
+        self._torn = False  # a frame or a command was begun
+        with contextlib.suppress(ImportError, AttributeError, OSError):  # not Linux, or more than the user may have
+            import fcntl
+            fcntl.fcntl(self.process.stdout, fcntl.F_SETPIPE_SZ, PIPE)
 
     def run(self, epoch: int = 0, position: dict | None = None) -> Iterator[Filled | Given | Ended]:
-        self._sent.wait()
-        with self._state:
-            self._command += 1
-            mine = self._command
-            self._frames.clear()
-            self._state.notify_all()
-        try:
-            self.process.stdin.write(json.dumps({"command": mine, "epoch": epoch, "position": position}).encode() + b"\n")
+        if self._torn:
+            self._end()
+            self._start()
+        self._command += 1
+        words = json.dumps({"command": self._command, "epoch": epoch, "position": position}).encode() + b"\n"
+        self._torn = True
+        with contextlib.suppress(OSError):  # it is gone; the frames say why
+            if self._fresh:
+                self.process.stdin.write(len(self._recipe).to_bytes(8, "little") + self._recipe)
+            self.process.stdin.write(words)
             self.process.stdin.flush()
-        except OSError:
-            pass  # it is gone; the frames say why
-        return self._given(mine)
+        self._fresh = self._torn = False
+        return self._given(self._command)
 
     def _given(self, mine: int) -> Iterator[Filled | Given | Ended]:
-        while True:
-            with self._state:
-                while not self._frames and self._command == mine and not self._closed:
-                    self._state.wait()
-                if self._command != mine or self._closed:
+        while self._command == mine and not self._closed:
+            self._torn = True
+            found = _read_frame(self.process.stdout)
+            self._torn = False
+            if found is None:
+                if self._closed:
                     return
-                frame = self._frames[0]
-                if not isinstance(frame, Exception) and frame is not None:  # these two stay
-                    self._frames.popleft()
-                self._state.notify_all()
-            if frame is None:
+                raise self._died()
+            head, body = found
+            if head["command"] != mine:
+                continue
+            event = _event(head, body)
+            if event is None:
                 return
-            if isinstance(frame, Exception):
-                raise frame
-            yield frame
+            if isinstance(event, Exception):
+                raise event
+            yield event
 
     def close(self) -> None:
         """Ends the process and waits for it."""
-        with self._state:
-            self._closed = True
-            self._state.notify_all()
-        try:
+        self._closed = True
+        self._end()
+
+    def _end(self) -> None:
+        with contextlib.suppress(OSError):
             self.process.stdin.close()
-        except OSError:
-            pass
         try:
             self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self._thread.join()
         self.process.stdout.close()
-
-    def _read(self, recipe: bytes) -> None:
-        """The thread: sends the recipe, then reads frames into a short queue."""
-        try:
-            self.process.stdin.write(struct.pack("<Q", len(recipe)) + recipe)
-            self.process.stdin.flush()
-        except OSError:
-            pass
-        self._sent.set()
-        try:
-            while (head := _read_head(self.process.stdout)) is not None:
-                self._put(head["command"], _event(head, self.process.stdout))
-            error = self._died()
-        except Exception as problem:  # a frame cut short
-            error = self._died() if self.process.poll() is not None else problem
-        self._put(None, error)
-
-    def _put(self, command: int | None, frame) -> None:
-        with self._state:
-            while len(self._frames) >= AHEAD and command in (self._command, None) and not self._closed:
-                self._state.wait()
-            if command in (self._command, None):
-                self._frames.append(frame)
-                self._state.notify_all()
 
     def _died(self) -> PeftDebiasError:
         code = self.process.wait()
@@ -202,10 +189,13 @@ class Background:
         return PeftDebiasError(f"the background process that makes batches {how}; expected it to last as long as the training (memory may be short; --workers 0 does without it)")
 
 
-def _event(head: dict, stream):
+def _event(head: dict, body: memoryview):
     kind = head["kind"]
     if kind == "given":
-        arrays = {name: numpy.frombuffer(_read_whole(stream, length * KINDS[name].itemsize), KINDS[name]) for name, length in zip(KINDS, head["lengths"])}
+        arrays, at = {}, 0
+        for name, length in zip(KINDS, head["lengths"]):
+            arrays[name] = numpy.frombuffer(body, KINDS[name], length, at)
+            at += arrays[name].nbytes
         return Given(Packed(**arrays), head["position"])
     if kind == "filled":
         return Filled(head["epoch"], Counts(**head["counts"]))
@@ -218,17 +208,14 @@ def _event(head: dict, stream):
     return None  # no batches
 
 
-def _read_whole(stream, size: int) -> bytes:
-    data = stream.read(size)
-    if len(data) < size:
-        raise EOFError
-    return data
-
-
-def _read_head(stream) -> dict | None:
-    """None at the end."""
-    size = stream.read(4)
-    return json.loads(_read_whole(stream, *struct.unpack("<I", size))) if len(size) == 4 else None
+def _read_frame(stream) -> tuple[dict, memoryview] | None:
+    """(head, body); None at the end, even one in the middle of a frame."""
+    sizes = stream.read(8)
+    if len(sizes) < 8:
+        return None
+    head, body = struct.unpack("<II", sizes)
+    data = stream.read(head + body)
+    return (json.loads(data[:head]), memoryview(data)[head:]) if len(data) == head + body else None
 
 
 # ---------------------------------------------------------------- the other side
@@ -237,8 +224,11 @@ def main() -> None:
     """The background process."""
     frames = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints does not print into the frames
-    stream = Stream(pickle.loads(_read_whole(sys.stdin.buffer, *struct.unpack("<Q", _read_whole(sys.stdin.buffer, 8)))))
-    commands = _Commands()
+    size = int.from_bytes(sys.stdin.buffer.read(8), "little")
+    recipe = sys.stdin.buffer.read(size)
+    if not size or len(recipe) < size:  # the training process ended, or broke off, while it was being sent
+        _leave()
+    stream, commands = Stream(pickle.loads(recipe)), _Commands()
     warnings.simplefilter("ignore")  # the training process has said the same
     try:
         while True:
@@ -263,6 +253,8 @@ class _Commands:
 
     def _read(self) -> None:
         for line in sys.stdin.buffer:
+            if not line.endswith(b"\n"):  # broken off
+                break
             with self._state:
                 self._newest = json.loads(line)
                 self._state.notify_all()
@@ -307,5 +299,6 @@ def _answer(stream: Stream, command: dict, newer: Callable[[], bool], send: Call
 
 def _send(frames, head: dict, arrays) -> None:
     data = json.dumps(head).encode()
-    frames.write(b"".join((struct.pack("<I", len(data)), data, *(array.tobytes() for array in arrays))))
+    data += b" " * (-len(data) % 8)  # the body begins where any item may lie
+    frames.write(b"".join((struct.pack("<II", len(data), sum(array.nbytes for array in arrays)), data, *(array.tobytes() for array in arrays))))
     frames.flush()

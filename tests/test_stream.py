@@ -4,18 +4,20 @@ import dataclasses
 import gzip
 import json
 import os
+import pickle
 import random
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy
 import pytest
 
-from peftdebias import corpus, lines, stream
+from peftdebias import corpus, lines, stream, worker
 from peftdebias.axes import load_axis
 from peftdebias.batches import Sample, from_packed, pack, plan
 from peftdebias.buckets import Families
@@ -269,6 +271,82 @@ def test_a_process_that_is_killed_is_one_clear_line(file):
             while True:
                 list(batches)
                 batches = epochs.epoch(epochs.position["epoch"] + 1)
+
+
+def test_it_needs_no_thread_here_and_takes_a_large_recipe(file):
+    """What is sent, more than a pipe holds, and what waits in the pipe never stop each other; a command throws away what waits."""
+    made = dataclasses.replace(recipe(file, buffer=100), tokenizer=wordpiece([*STYLES["bert"].values(), *WORDS, *(f"word{i}" for i in range(80_000))]))
+    assert len(pickle.dumps(made)) > 1 << 20
+    with Epochs(made) as here:
+        expected = list(here.epoch(0))
+    before = threading.active_count()
+    with Epochs(made, 1) as there:
+        for _ in range(3):
+            assert same(next(there.epoch(0)), expected[0])
+            time.sleep(0.3)  # the pipe fills: there is always another epoch
+        assert equal(list(there.epoch(0)), expected) and threading.active_count() == before
+
+
+class Cut:
+    """A pipe into which Ctrl-C lets five bytes."""
+
+    def __init__(self, pipe):
+        self.close, self._pipe = pipe.close, pipe
+
+    def write(self, data: bytes) -> None:
+        self._pipe.write(data[:5])
+        raise KeyboardInterrupt
+
+
+def test_what_ctrl_c_breaks_off_is_not_read_on(file, monkeypatch):
+    """In the middle of a frame, of a command and of the recipe: the next run has a process of its own and the same batches."""
+    with Epochs(recipe(file)) as here:
+        expected = list(here.epoch(0))
+
+    def in_a_frame(stream):
+        stream.read(5)
+        raise KeyboardInterrupt
+
+    with Epochs(recipe(file), 1) as there:
+        source, processes = there._source, []
+        for begun, where in ((0, "command"), (1, "frame"), (1, "command")):  # with begun 0 the recipe goes before the command
+            processes.append(source.process)
+            batches = there.epoch(0) if where == "command" else there._batches()
+            if begun:
+                assert same(next(there.epoch(0)), expected[0])
+            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+                patched.setattr(worker, "_read_frame", in_a_frame) if where == "frame" else patched.setattr(source.process, "stdin", Cut(source.process.stdin))
+                next(batches)
+            assert equal(list(there.epoch(0)), expected)
+        processes.append(source.process)
+    assert len({process.pid for process in processes}) == 4 and [process.returncode for process in processes] == [0] * 4
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_any_moment_leaves_batches_that_are_right(file):
+    made = recipe(file, buffer=100)
+    with Epochs(made) as here:
+        expected = list(here.epoch(0))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before, chosen, struck = signal.signal(signal.SIGALRM, interrupt), random.Random(0), 0
+    try:
+        with Epochs(made, 1) as there:
+            for _ in range(60):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, chosen.choice((0.01, 0.3, 1)) * chosen.random())
+                    for _ in range(200):
+                        list(there.epoch(0))
+                except KeyboardInterrupt:
+                    struck += 1
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                assert equal(list(there.epoch(0)), expected)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert struck > 50
 
 
 SCRIPT = """
