@@ -20,10 +20,11 @@ from .errors import ConfigError, DataError
 from .lines import Lines, place
 from .metrics import nli
 from .metrics.compare import Spread, classification_tally, mcnemar, mean_tally, over_seeds, seed_difference
+from .metrics.counterfactual import counterfactual_tally
 from .metrics.fprd import fprd_tally
 from .metrics.tally import Difference, Tally, differences
 
-ANSWERS = {"predicted", "probabilities", "more", "less", "nll"}  # what a system says; everything else in a row is the example
+ANSWERS = {"predicted", "probabilities", "predicted_counterfactual", "probabilities_counterfactual", "more", "less", "nll"}  # what a system says; everything else in a row is the example
 NOT_THE_EXAMPLE = ANSWERS | {"measure", "place", "positive", "neutral"}
 
 
@@ -178,6 +179,14 @@ def _nli(a: Rows, b: Rows) -> tuple[Tally, Tally]:
     return one(a), one(b)
 
 
+def _counterfactual(a: Rows, b: Rows) -> tuple[Tally, Tally]:
+    def one(rows: Rows) -> Tally:
+        first, second = rows.column("predicted"), rows.column("predicted_counterfactual")
+        before, after = rows.column("probabilities"), rows.column("probabilities_counterfactual")
+        return counterfactual_tally([x != y for x, y in zip(first, second)], [q[x] - p[x] for x, p, q in zip(first, before, after)], rows.column("source"))
+    return one(a), one(b)
+
+
 def _crows_pairs(a: Rows, b: Rows) -> tuple[Tally, Tally]:
     name = "/".join(a.name.split("/")[-2:]) + "/all"
     return tuple(mean_tally(name, [100.0 * (m > l) for m, l in zip(rows.column("more"), rows.column("less"))], unit="%", ideal=50.0) for rows in (a, b))
@@ -192,6 +201,7 @@ FIGURES: dict[str, Callable[[Rows, Rows], tuple[Tally, Tally]]] = {
     "fprd": _fprd,
     "fprd-iptts": _fprd,
     "bias-nli": _nli,
+    "counterfactual": _counterfactual,
     "crows-pairs/nangia": _crows_pairs,
     "crows-pairs/bias-bench": _crows_pairs,
     "mlm-loss": _loss,

@@ -144,13 +144,14 @@ class Evaluate:
     on: tuple[str, ...] = option("what to measure and the file to measure it on; may be given several times", (), many="repeat", metavar="NAME=FILE")
     adapter: tuple[str, ...] = option("module to attach, a run or adapter folder; may be given several times", (), many="repeat", metavar="RUN")
     bias_type: str | None = option("CrowS-Pairs: only this category (gender, race-color, ...; default: all, and each)", None)
-    text: str | None = option("classification, fprd, perplexity: column with the text (default: the run's own; for perplexity: text)", None, metavar="COL")
-    text_pair: str | None = option("classification, fprd: column with the second text (default: the run's own)", None, metavar="COL")
+    text: str | None = option("classification, fprd, counterfactual, perplexity: column with the text (default: the run's own; for perplexity: text)", None, metavar="COL")
+    text_pair: str | None = option("classification, fprd, counterfactual: column with the second text (default: the run's own)", None, metavar="COL")
     label: str | None = option("classification, fprd: column with the label (default: the run's own)", None, metavar="COL")
     group: str | None = option("classification: column with the protected group (default: the run's own)", None, metavar="COL")
     positive: str | None = option("classification, fprd, iptts: the label that F1 and FPRD are of (default: the run's own)", None, metavar="LABEL")
     terms: str | None = option("fprd, iptts: file with the identity terms, one a line (default for iptts: identity.csv beside it)", None, metavar="FILE")
     neutral: str | None = option("bias-nli: the label that means neutral (default: neutral; of the labels 0, 1, 2: 1)", None, metavar="LABEL")
+    axis: str | None = option("counterfactual: axis whose words are swapped, a shipped name or a TOML file of yours (default: that of the run's module)", None, metavar="NAME|FILE")
     max_pairs: int = option("bias-nli: at most that many pairs, a sample chosen by the seed; 0: all", 20000)
     max_length: int | None = option("longest text in tokens; longer ones are cut, counted and reported (default: the run's own, else 256)", None)
     batch_tokens: int = option("tokens in a batch", 8192)
@@ -287,6 +288,7 @@ MEASURES = {
     "fprd": "labelled file, for a downstream run: false positive rate differences over the identity terms of --terms",
     "iptts": "identity phrase templates (csv with Text and bin_label), for a downstream run: the same on them",
     "bias-nli": "folder of word lists, for a run on inference pairs: net neutral, fraction neutral, thresholds (ideal 1)",
+    "counterfactual": "file with texts, for a downstream run: share whose label changes when the words of --axis are swapped, and by how much (ideal 0)",
 }
 """The names of `evaluate --on NAME=FILE`, with help; evaluation.ON computes them."""
 
