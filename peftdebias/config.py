@@ -281,6 +281,18 @@ class Demo:
                 raise ConfigError(f"{flag(name)}: expected a strength from 0 to 1, got {getattr(self, name)}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Show runs and results in one self-contained HTML file, with their figures as metrics.json beside it."""
+
+    paths: tuple[str, ...] = option("run folders, which are shown together, and result folders of recipes", many="words", metavar="PATH", positional=True)
+    out: str = option("HTML file to write", "report.html", metavar="FILE")
+    examples: int = option("at most that many texts whose label flips, of each system; they may be offensive when the data is", 20)
+
+    def __post_init__(self):
+        _at_least(0, self, "examples")
+
+
 MEASURES = {
     "crows-pairs": "CrowS-Pairs csv: share of pairs in which the stereotype is preferred (ideal 50 %), both scorings",
     "perplexity": "text file: masked-LM loss (nats) and perplexity, the cost of debiasing",
