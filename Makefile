@@ -19,12 +19,12 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -qq -c constraints.t
 .PHONY: help demo test test-slow clean
 
 help:
-	@echo 'make demo       debias a tiny BERT in a made-up world, both phases, and print the table'
+	@echo 'make demo       debias a tiny BERT in a made-up world, both phases, print the table and write a report'
 	@echo 'make test       the tests, without the slow ones   (ARGS="tests/test_lora.py -x" to choose)'
 	@echo 'make test-slow  the slow ones'
 	@echo 'make clean      remove .venv, runs/demo, builds and caches'
 
-demo: $(VENV)/.package
+demo: $(VENV)/.report
 	$(VENV)/bin/peftdebias demo --out runs/demo $(ARGS)
 
 test: $(VENV)/.test
@@ -43,7 +43,12 @@ $(VENV)/.package: pyproject.toml constraints.txt csrc/cda.cpp
 	@$(PIP) --no-build-isolation -e .
 	@touch $@
 
-# Beside it: pytest, and transformers and peft to compare with.
+# Beside it: what draws the report.
+$(VENV)/.report: $(VENV)/.package
+	@$(PIP) --no-build-isolation -e ".[report]"
+	@touch $@
+
+# Beside it: pytest, what draws the report, and transformers and peft to compare with.
 $(VENV)/.test: $(VENV)/.package
 	@echo "Installing the test extra into $(VENV): about half a minute, once ..."
 	@$(PIP) --no-build-isolation -e ".[test]"

@@ -23,6 +23,7 @@ EXAMPLES = {
     "evaluate": "peftdebias evaluate bert-base-uncased --adapter runs/gender --on crows-pairs=crows_pairs_anonymized.csv --on perplexity=heldout.txt",
     "compare": "peftdebias compare base.jsonl debiased.jsonl\n  peftdebias compare --seeds base-0.json base-1.json --against debiased-0.json debiased-1.json",
     "run": "peftdebias run ghc --model bert-base-uncased --data data --out runs/ghc --scale 0.1",
+    "report": "peftdebias report runs/gender runs/plain runs/bios --out report.html",
     "predict": "peftdebias predict runs/bios texts.csv --text hard_text --out labels.jsonl",
     "methods": "peftdebias methods --model bert-base-uncased --budget 0.01",
 }
@@ -142,6 +143,13 @@ def run(settings: config.Run) -> None:
     print(f"result: {done.out}")
 
 
+def report(settings: config.Report) -> None:
+    from .report import report as run
+
+    show(settings)
+    print(f"result: {' and '.join(map(str, run(settings)))}")
+
+
 def predict(settings: config.Predict) -> None:
     from . import evaluation
 
@@ -192,10 +200,17 @@ def import_(settings: config.Import) -> None:
 
 
 def demo(settings: config.Demo) -> None:
-    from .demo import demo as run
+    from .demo import RUNS, demo as run
+    from .report import available, report as write_report
 
     show(settings)
     print(run(settings, say))
+    runs = [os.path.join(settings.out, name) for name in RUNS]
+    if available():
+        html, _ = write_report(config.Report(paths=tuple(runs), out=os.path.join(settings.out, "report.html")))
+        print(f"report: {html}")
+    else:
+        print(f"report: pip install 'peftdebias[report]', then peftdebias report {' '.join(runs)}")
     print(f"result: {settings.out}")
 
 
@@ -209,6 +224,7 @@ COMMANDS = {
     "evaluate": (evaluate, config.Evaluate),
     "compare": (compare, config.Compare),
     "run": (run, config.Run),
+    "report": (report, config.Report),
     "predict": (predict, config.Predict),
     "methods": (methods, config.Methods),
 }

@@ -22,12 +22,14 @@ from .lines import Lines, place
 from .metrics import nli
 from .metrics.compare import Spread, classification_tally, mcnemar, mean_tally, over_seeds, seed_difference
 from .metrics.crows_pairs import crows_pairs_tally
+from .metrics.counterfactual import counterfactual_tally
 from .metrics.fprd import fprd_tally
 from .metrics.seat import SETS, seat_tally
 from .metrics.stereoset import LABELS, stereoset_tally
 from .metrics.tally import Difference, Tally, differences
 
-ANSWERS = {"predicted", "probabilities", "more", "less", "nll", "scores", "association"}  # what a system says; everything else in a row is the example
+ANSWERS = {"predicted", "probabilities", "predicted_counterfactual", "probabilities_counterfactual", "more", "less", "nll", "scores", "association"}
+"""What a system says; everything else in a row is the example."""
 NOT_THE_EXAMPLE = ANSWERS | {"measure", "place", "positive", "neutral"}
 
 
@@ -182,6 +184,14 @@ def _nli(a: Rows, b: Rows) -> tuple[Tally, Tally]:
     return one(a), one(b)
 
 
+def _counterfactual(a: Rows, b: Rows) -> tuple[Tally, Tally]:
+    def one(rows: Rows) -> Tally:
+        first, second = rows.column("predicted"), rows.column("predicted_counterfactual")
+        before, after = rows.column("probabilities"), rows.column("probabilities_counterfactual")
+        return counterfactual_tally([x != y for x, y in zip(first, second)], [q[x] - p[x] for x, p, q in zip(first, before, after)], rows.column("source"))
+    return one(a), one(b)
+
+
 def _crows_pairs(a: Rows, b: Rows) -> tuple[Tally, Tally]:
     name = "/".join(a.name.split("/")[-2:])
     return tuple(crows_pairs_tally(name, rows.column("more"), rows.column("less"), rows.column("bias_type")) for rows in (a, b))
@@ -207,6 +217,7 @@ FIGURES: dict[str, Callable[[Rows, Rows], tuple[Tally, Tally]]] = {
     "fprd": _fprd,
     "fprd-iptts": _fprd,
     "bias-nli": _nli,
+    "counterfactual": _counterfactual,
     "crows-pairs/nangia": _crows_pairs,
     "crows-pairs/bias-bench": _crows_pairs,
     "stereoset": _stereoset,

@@ -146,13 +146,14 @@ class Evaluate:
     bias_type: str | None = option("CrowS-Pairs: only this category (gender, race-color, ...; default: all, and each)", None)
     sentence_vector: str = option("seat: a text's vector: the first token's of the last layer (May et al.), or the mean over its tokens (bias-bench)", "first",
                                   choices=("first", "mean"))
-    text: str | None = option("classification, fprd, perplexity: column with the text (default: the run's own; for perplexity: text)", None, metavar="COL")
-    text_pair: str | None = option("classification, fprd: column with the second text (default: the run's own)", None, metavar="COL")
+    text: str | None = option("classification, fprd, counterfactual, perplexity: column with the text (default: the run's own; for perplexity: text)", None, metavar="COL")
+    text_pair: str | None = option("classification, fprd, counterfactual: column with the second text (default: the run's own)", None, metavar="COL")
     label: str | None = option("classification, fprd: column with the label (default: the run's own)", None, metavar="COL")
     group: str | None = option("classification: column with the protected group (default: the run's own)", None, metavar="COL")
     positive: str | None = option("classification, fprd, iptts: the label that F1 and FPRD are of (default: the run's own)", None, metavar="LABEL")
     terms: str | None = option("fprd, iptts: file with the identity terms, one a line (default for iptts: identity.csv beside it)", None, metavar="FILE")
     neutral: str | None = option("bias-nli: the label that means neutral (default: neutral; of the labels 0, 1, 2: 1)", None, metavar="LABEL")
+    axis: str | None = option("counterfactual: axis whose words are swapped, a shipped name or a TOML file of yours (default: that of the run's module)", None, metavar="NAME|FILE")
     max_pairs: int = option("bias-nli: at most that many pairs, a sample chosen by the seed; 0: all", 20000)
     max_length: int | None = option("longest text in tokens; longer ones are cut, counted and reported (default: the run's own, else 256)", None)
     batch_tokens: int = option("tokens in a batch", 8192)
@@ -304,6 +305,18 @@ class Demo:
                 raise ConfigError(f"{flag(name)}: expected a strength from 0 to 1, got {getattr(self, name)}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Show runs and results in one self-contained HTML file, with their figures as metrics.json beside it."""
+
+    paths: tuple[str, ...] = option("run folders, which are shown together, and result folders of recipes", many="words", metavar="PATH", positional=True)
+    out: str = option("HTML file to write", "report.html", metavar="FILE")
+    examples: int = option("at most that many texts whose label flips, of each system; they may be offensive when the data is", 20)
+
+    def __post_init__(self):
+        _at_least(0, self, "examples")
+
+
 MEASURES = {
     "crows-pairs": "CrowS-Pairs csv: share of pairs in which the stereotype is preferred (ideal 50 %), both scorings",
     "stereoset": "StereoSet json, its intrasentence contexts: LM score (ideal 100 %), SS score (ideal 50 %) and ICAT (ideal 100), overall and by domain",
@@ -313,6 +326,7 @@ MEASURES = {
     "fprd": "labelled file, for a downstream run: false positive rate differences over the identity terms of --terms",
     "iptts": "identity phrase templates (csv with Text and bin_label), for a downstream run: the same on them",
     "bias-nli": "folder of word lists, for a run on inference pairs: net neutral, fraction neutral, thresholds (ideal 1)",
+    "counterfactual": "file with texts, for a downstream run: share whose label changes when the words of --axis are swapped, and by how much (ideal 0)",
 }
 """The names of `evaluate --on NAME=FILE`, with help; evaluation.ON computes them."""
 

@@ -12,11 +12,10 @@ import torch
 
 from . import phases, weights
 from .buckets import in_memory
-from .checkpoint import load_run
 from .config import Demo, Downstream, Evaluate, Upstream
 from .encoder import EncoderConfig, Model
 from .errors import ConfigError
-from .evaluation import evaluate_run
+from .evaluation import evaluate
 from .metrics import Measure
 from .patch import all_parameters, train_only
 from .tasks import MaskedLM
@@ -28,6 +27,8 @@ LAYERS, HIDDEN, HEADS = 2, 128, 4
 PRETRAINING_STEPS, UPSTREAM_STEPS, EPOCHS = 1200, 600, 3
 LEARNING_RATES = {"pretraining": 1e-3, "upstream": 3e-3, "downstream": 5e-4}
 MARK = "demo.json"
+RUNS = ("gender", "plain", "debiased")
+"""The run folders that a demo leaves."""
 SCORING = "crows-pairs/bias-bench/all"
 
 
@@ -83,9 +84,10 @@ def demo(settings: Demo, say=lambda line: None) -> str:
     phases.upstream(upstream)
     say("3 of 4: measuring the masked-LM before and after")
     rows = []
-    for name, adapters in (("base", ()), ("base + LoRA", (upstream.out,))):
-        on = Evaluate(model=str(base), on=(f"crows-pairs={files['pairs']}", f"perplexity={files['heldout']}"), max_length=128, seed=settings.seed)
-        measures = evaluate_run(load_run(base, adapters), on).measures
+    for name, adapters, kept in (("base", (), "-base"), ("base + LoRA", (upstream.out,), "")):
+        measures = evaluate(Evaluate(model=str(base), adapter=adapters, on=(f"crows-pairs={files['pairs']}", f"perplexity={files['heldout']}"), max_length=128,
+                                     seed=settings.seed, json=str(out / "gender" / f"evaluation{kept}.json"),
+                                     examples=str(out / "gender" / f"examples{kept}.jsonl"))).measures
         loss = next(m for m in measures if m.name == "mlm-loss")
         rows.append({"system": name, "mlm_loss": loss.value, "stereotype_preference": stereotype_preference(measures)})
     say(f"4 of 4: downstream, classifying occupations with plain fine-tuning and under the frozen LoRA ({EPOCHS} epochs each)")
@@ -93,6 +95,8 @@ def demo(settings: Demo, say=lambda line: None) -> str:
         result = phases.downstream(Downstream(model=str(base), adapter=adapters, train=str(files["train"]), dev=str(files["dev"]), test=str(files["test"]),
                                               text="hard_text", label="profession", group="gender", epochs=EPOCHS, lr=LEARNING_RATES["downstream"],
                                               max_length=128, out=str(out / folder), seed=settings.seed))
+        evaluate(Evaluate(model=str(result.out), on=(f"classification={files['test']}", f"counterfactual={files['test']}"), axis="gender", seed=settings.seed,
+                          json=str(result.out / "evaluation.json"), examples=str(result.out / "examples.jsonl")))
         found = {m.name: m for m in result.measures}
         rows.append({"system": name, "accuracy": found["accuracy"].value, "tpr_gap": found["tpr-gap/rms"].value, "floor": found["tpr-gap/rms-shuffled"].value,
                      "intervals": {key: [found[key].low, found[key].high] for key in ("accuracy", "tpr-gap/rms")}})

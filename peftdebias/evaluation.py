@@ -33,6 +33,7 @@ ON: dict[str, Callable[[Run, str, Evaluate], Result]] = {
     "fprd": extrinsic.fprd_in_domain,
     "iptts": extrinsic.iptts,
     "bias-nli": extrinsic.bias_nli,
+    "counterfactual": extrinsic.counterfactual_flips,
 }
 """What computes each name of config.MEASURES."""
 

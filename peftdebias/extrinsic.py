@@ -3,20 +3,25 @@
     classification   accuracy, F1 and, with a group column, TPR-GAP, equalised odds and demographic parity differences
     fprd, iptts      false positive rate differences over identity terms, on the run's own kind of file and on the identity phrase templates
     bias-nli         an inference run's answers to pairs of an occupation and a gendered word
+    counterfactual   how often an answer changes when the attribute words of an axis are swapped
 
 What it adds over metrics/: reading the files, the run's columns and labels, and what a user is told when they do not fit.
 """
 
+import re
 from pathlib import Path
 
 import numpy
 
-from . import corpus
-from .answers import Answers, Result, answer, answer_examples, column, longest_of, needs_classifier, positive_label
+from . import axes, corpus
+from .answers import Answers, Result, answer, answer_examples, column, cut_note, encode_examples, longest_of, needs_classifier, positive_label
+from .axes import Axis
+from .cda import Counterfactual, counterfactuals
 from .checkpoint import Run
 from .config import Evaluate
+from .corpus import Example
 from .errors import ConfigError, DataError, ModelError
-from .metrics import Measure, nli
+from .metrics import Measure, counterfactual, nli
 from .metrics.classification import accuracy, f1, macro_f1
 from .metrics.fairness import fairness
 from .metrics.fprd import fprd, mentions, read_terms
@@ -146,3 +151,75 @@ def bias_nli(run: Run, path: str, settings: Evaluate) -> Result:
     sample = "" if len(numbers) == len(pairs) else f", a sample with seed {settings.seed} (--max-pairs 0 takes all)"
     notes = [f"{path}: {len(numbers)} of {len(pairs)} pairs{sample}; {len(set(occupations))} occupations; neutral is the label {neutral!r}"]
     return Result(measures, rows, notes + ([f"{path}: {len(cut)} pairs are longer than {longest} tokens and were cut"] if cut else []))
+
+
+# ---------------------------------------------------------------- counterfactuals
+
+BETWEEN = " .\n"  # between the two texts of a pair while their words are swapped: a sentence ends, so that no pronoun rule looks across
+
+
+def counterfactual_flips(run: Run, path: str, settings: Evaluate) -> Result:
+    """Answers to the texts with words of the axis, and to their counterfactuals; a txt file has a text a line, of a table the text columns are read alone."""
+    entry = f"counterfactual={path}"
+    known = needs_classifier(run, settings, entry)
+    axis = _axis(run, settings, entry)
+    examples = _texts(run, path, settings)
+    families = [(i, found) for i, e in enumerate(examples) if (found := _variants(e, axis))]
+    if not families:
+        raise DataError(f"{path}: expected texts with words of the axis {axis.name}, found none in {len(examples)} texts")
+    originals = [examples[i] for i, _ in families]
+    changed = [variant for _, found in families for variant in found]
+    of = [row for row, (_, found) in enumerate(families) for _ in found]
+    longest = longest_of(run, settings)
+    encoded = encode_examples(run.tokenizer, [*originals, *changed], longest)
+    probabilities = class_probabilities(run.model, labelled_samples(encoded), settings.batch_tokens)
+    before, after = probabilities[: len(originals)][of], probabilities[len(originals):]
+    first, second = before.argmax(1), after.argmax(1)
+    each = numpy.arange(len(of))
+    measures = counterfactual.measures(first != second, after[each, first] - before[each, first], of, seed=settings.seed, samples=settings.samples)
+    notes = [f"{path}: {len(families)} of {len(examples)} texts have words of the axis {axis.name}; {len(of)} counterfactuals"]
+    rows = []
+    if settings.examples:
+        for n, (row, variant) in enumerate(zip(of, changed)):
+            e = originals[row]
+            texts = {"text": e.text, "counterfactual": variant.text}
+            if e.text_pair is not None:
+                texts |= {"text_pair": e.text_pair, "counterfactual_pair": variant.text_pair}
+            rows.append({"measure": counterfactual.NAME, "place": e.place, "source": families[row][0], "axis": axis.name, **texts,
+                         "predicted": known[first[n]], "predicted_counterfactual": known[second[n]],
+                         "probabilities": dict(zip(known, before[n].tolist())), "probabilities_counterfactual": dict(zip(known, after[n].tolist()))})
+    return Result(measures, rows, cut_note(encoded, longest, f"{path} and counterfactuals") + notes)
+
+
+def _axis(run: Run, settings: Evaluate, entry: str) -> Axis:
+    """As the caller says, else the one that all of the run's modules were learnt on. Raises ConfigError where that does not tell."""
+    if settings.axis:
+        return axes.load_axis(settings.axis)
+    learnt = {re.sub(r"-\d+$", "", name) for name in run.model.methods}  # the second module of an axis is called axis-2
+    if len(learnt) == 1 and (name := learnt.pop()) in axes.names():
+        return axes.load_axis(name)
+    have = f"modules on {', '.join(run.model.methods)}" if run.model.methods else "no module"
+    raise ConfigError(f"--on {entry}: expected --axis NAME|FILE, since {settings.model} has {have}")
+
+
+def _texts(run: Run, path: str, settings: Evaluate) -> list[Example]:
+    text, pair = column(run, settings, "text"), column(run, settings, "text_pair")
+    if Path(path).name.lower().removesuffix(".gz").endswith(".txt") and settings.text is None:
+        if pair:
+            raise ConfigError(f"{path}: expected a csv, tsv or jsonl file with the columns {text} and {pair}, since the run labels pairs")
+        return [Example(t.text, None, None, None, t.place) for t in corpus.read_texts([path])]
+    return corpus.read_examples(path, text=text or "text", text_pair=pair)
+
+
+def _variants(example: Example, axis: Axis) -> list[Example]:
+    """The counterfactuals of an example; both texts of a pair change together, so that one identity takes another's place in both."""
+    if example.text_pair is None:
+        return [Example(found.text, None, None, None, example.place) for found in counterfactuals(example.text, axis)]
+    both = example.text + BETWEEN + example.text_pair
+    return [Example(*_parted(found, len(example.text)), None, None, example.place) for found in counterfactuals(both, axis)]
+
+
+def _parted(found: Counterfactual, end: int) -> tuple[str, str]:
+    """(first text, second text) of a counterfactual of both; end: where the first one ended before it was changed."""
+    end += sum(len(swap.after) - (swap.end - swap.start) for swap in found.swaps if swap.end <= end)
+    return found.text[:end], found.text[end + len(BETWEEN):]

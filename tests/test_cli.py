@@ -11,6 +11,7 @@ import tomllib
 import pytest
 
 from peftdebias import demo as demonstration
+from peftdebias.report import available
 from peftdebias.testbed import write
 
 from .outside import one_thread  # noqa: F401
@@ -334,7 +335,7 @@ def test_a_bug_keeps_its_traceback(small, monkeypatch, tmp_path):  # noqa: F811
 
 # ---------------------------------------------------------------- help
 
-@pytest.mark.parametrize("command", ["", "demo", "augment", "upstream", "downstream", "evaluate", "predict"])
+@pytest.mark.parametrize("command", ["", "demo", "augment", "upstream", "downstream", "evaluate", "predict", "report"])
 def test_help_goes_to_standard_output(command):
     said = cli(*command.split(), "--help")
     assert said.code == 0 and said.err == "" and said.out.startswith(f"usage: peftdebias {command}".rstrip())
@@ -365,7 +366,10 @@ def test_the_demo_ends_in_a_table_and_can_be_run_again(tmp_path, monkeypatch):
         (line,) = (line for line in table if line.startswith(f"  {row['system']}   "))
         figures = [row[k] for k in (("mlm_loss", "stereotype_preference") if "mlm_loss" in row else ("accuracy", "tpr_gap", "floor"))]
         assert [float(x) for x in line.split("  ")[-1:]] and all(f"{f:.3f}" in line or f"{f:.1f}" in line for f in figures)
-    assert {p.name for p in out.iterdir()} == {"world", "base", "gender", "plain", "debiased", "demo.json"}
+    assert {p.name for p in out.iterdir()} == {"world", "base", "gender", "plain", "debiased", "demo.json", *(("report.html", "metrics.json") if available() else ())}
+    assert table[-2].startswith(f"report: {out}/report.html" if available() else "report: pip install")
+    for run, names in (("gender", ("evaluation.json", "evaluation-base.json", "examples.jsonl", "examples-base.jsonl")), ("plain", ("evaluation.json", "examples.jsonl"))):
+        assert all((out / run / name).exists() for name in names)
     (out / "demo.json").write_text('{"rows": null}')  # as after Ctrl-C
     monkeypatch.setattr(demonstration, "pretrain", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     said = cli("demo", "--out", out)

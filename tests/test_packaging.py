@@ -75,7 +75,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {"peftdebias/py.typed"}
     for folder, place in ((ROOT / "peftdebias", "peftdebias"), (ROOT / "kernels/fused", "peftdebias/kernels")):
-        wanted |= {f"{place}/{path.relative_to(folder).as_posix()}" for suffix in ("py", "toml") for path in folder.rglob(f"*.{suffix}")}
+        wanted |= {f"{place}/{path.relative_to(folder).as_posix()}" for suffix in ("py", "toml", "jinja") for path in folder.rglob(f"*.{suffix}")}
     missing = sorted(wanted - names)
     assert not missing, f"not in the wheel (is their package listed in pyproject.toml?): {missing}"
     assert any(re.fullmatch(r"peftdebias/axes/\w+\.toml", name) for name in names)

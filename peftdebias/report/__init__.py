@@ -1,0 +1,101 @@
+"""`report`: runs and results as one self-contained HTML file, with their figures as metrics.json beside it.
+
+    reading.py, runs.py, recipe.py      files -> `Source`, plain data
+    results.py                          over seeds, against the baseline
+    sections.py                         a source -> sections of a page: about.py, tables.py, plots.py, training.py, flips.py
+    words.py, figures.py                numbers and names; plots as SVG
+    page.py, report.html.jinja          the page
+
+The file needs no network, no script and no font, and forbids them itself (Content-Security-Policy). The same files give the same bytes. KINDS lists what
+a PATH can be; a new kind is a mark and a function that makes `Part`s.
+
+Left out: anything that is not in the files given. A section without data does not appear.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from .. import __version__
+from ..config import Report
+from ..corpus import writing
+from ..errors import ConfigError, DataError
+from .page import Section, render
+from .recipe import source_of_recipe
+from .results import as_data
+from .runs import source_of_runs
+from .sections import sections_of
+
+FORMAT = 1  # of metrics.json
+NEEDS = ("jinja2", "matplotlib")
+LIMITS = [
+    "Measures of bias have positive predictive power only: they can show bias, never its absence. A figure at its ideal does not make a model fair.",
+    "Gender is treated as binary, by the data and by the word lists; who does not fit in is not measured.",
+    "The word lists of every axis are narrow: names, occupations and turns of phrase that tell of an identity without one of their words stay as they are.",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a report shows of one source, and the same as plain data for metrics.json."""
+
+    title: str
+    sections: list[Section]
+    data: dict
+
+
+def _runs(folders: list[Path], ident: str, settings: Report) -> list[Part]:
+    source = source_of_runs(folders)
+    return [Part(source.title, sections_of(source, ident, settings.examples), as_data(source))]
+
+
+def _recipes(folders: list[Path], ident: str, settings: Report) -> list[Part]:
+    sources = list(map(source_of_recipe, folders))
+    return [Part(s.title, sections_of(s, f"{ident}{i}", settings.examples), as_data(s)) for i, s in enumerate(sources)]
+
+
+KINDS: dict[str, tuple[str, Callable[[list[Path], str, Report], list[Part]]]] = {
+    "results.json": ("recipe", _recipes),
+    "config.toml": ("runs", _runs),
+}
+"""The file that marks a folder -> (how its elements' ids begin, what makes parts of all folders of the kind that were given)."""
+
+
+def available() -> bool:
+    """Whether what a report is made with is installed."""
+    return all(importlib.util.find_spec(name) for name in NEEDS)
+
+
+def report(settings: Report) -> tuple[Path, Path]:
+    """Write settings.out and metrics.json beside it; returns both. Raises PeftDebiasError, and then leaves nothing behind."""
+    if not available():
+        raise ConfigError("a report needs jinja2 and matplotlib: pip install 'peftdebias[report]'")
+    out = Path(settings.out)
+    if (beside := out.with_name("metrics.json")) == out:
+        raise ConfigError(f"--out {out}: expected an HTML file, got the name of the figures beside it")
+    kinds = _kinds(settings.paths)
+    with contextlib.ExitStack() as opened:
+        html, figures_ = (opened.enter_context(writing(str(path))) for path in (out, beside))
+        parts = [part for mark, (ident, make) in KINDS.items() if mark in kinds for part in make(kinds[mark], ident, settings)]
+        title = parts[0].title if len(parts) == 1 else f"{len(parts)} results"
+        html.write(render(title, [(p.title, p.sections) for p in parts], LIMITS, f"peftdebias {__version__}"))
+        figures_.write(json.dumps({"format": FORMAT, "sources": [p.data for p in parts]}, indent=2, ensure_ascii=False) + "\n")
+    return out, beside
+
+
+def _kinds(paths: tuple[str, ...]) -> dict[str, list[Path]]:
+    """mark -> the folders that have it, each once. Raises DataError on a path that is none of KINDS."""
+    found: dict[str, list[Path]] = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise DataError(f"{path}: expected a folder, got {'a file' if path.exists() else 'none'}")
+        mark = next((mark for mark in KINDS if (path / mark).is_file()), None)
+        if mark is None:
+            raise DataError(f"{path}: expected a folder with {' or '.join(KINDS)}, found none of them")
+        folder = path.resolve()
+        if folder not in found.setdefault(mark, []):
+            found[mark].append(folder)
+    return found

@@ -1,0 +1,101 @@
+"""Quality against bias, and what a system does class by class and term by term."""
+
+from . import figures
+from .figures import Series
+from .page import Figure, Figures, Section, Table
+from .reading import Source
+from .results import Line, is_floor, is_quality, lines
+from .words import cell, count, number, stage_title, titled, unit_of
+
+MOST_PANELS = 6  # scatter plots of a stage
+MOST_ROWS = 40  # of a dot plot; the table has all
+
+
+def _pairs(source: Source, stage: str, task: str, of: dict[str, dict[str, Line]]) -> tuple[str | None, list[str]]:
+    """(measure of quality, measures of bias) of a stage: those of the paper's columns, else one of each family."""
+    names = list(dict.fromkeys(name for found in of.values() for name in found))
+    listed = [c["measure"] for c in source.columns if c["stage"] == stage and c["measure"] in names]
+    names = listed if any(map(is_quality, listed)) and not all(map(is_quality, listed)) else names
+    quality = [n for n in names if is_quality(n)]
+    best = next((n for n in quality if of_family(n) != "f1" or n != "f1/macro"), quality[0] if quality else None)
+    bias, families = [], set()
+    for name in names:
+        if not is_quality(name) and not is_floor(name) and "/class/" not in name and "/term/" not in name and (name in listed or of_family(name) not in families):
+            families.add(of_family(name))
+            bias.append(name)
+    return best, bias[:MOST_PANELS]
+
+
+def of_family(name: str) -> str:
+    """"crows-pairs/nangia" of "crows-pairs/nangia/all"; the first word of others."""
+    parts = name.split("/")
+    return "/".join(parts[:2]) if parts[0] in ("crows-pairs", "stereoset") else parts[0]
+
+
+def trade_off(source: Source, ident: str) -> Section | None:
+    blocks = []
+    for number_, (stage, task) in enumerate(source.stages()):
+        of = {system: lines(answers) for system, answers in source.of(stage, task).items()}
+        quality, bias = _pairs(source, stage, task, of)
+        made, rows = [], []
+        for i, name in enumerate(bias):
+            points = [(system, found[quality], found[name]) for system, found in of.items() if quality in found and name in found]
+            if len(points) < 2:
+                continue
+            x, y = points[0][1:]
+            across, up = titled(source, stage, quality), titled(source, stage, name)
+            alt = f"Scatter plot of {across} against {up}: " + "; ".join(f"{s} {number(a.mean, a.unit)} and {number(b.mean, b.unit)}" for s, a, b in points)
+            svg = figures.scatter(f"{ident}-trade-{number_}-{i}", alt, [(s, (a.mean, a.low, a.high), (b.mean, b.low, b.high)) for s, a, b in points],
+                                  across + unit_of(x.unit), up + unit_of(y.unit), x.ideal, y.ideal, source.baselines.get(stage))
+            made.append(Figure(svg, f"{up} against {across}"))
+            rows += [(system, quality, cell(a), name, cell(b)) for system, a, b in points]
+        if made:
+            tables = [Table("The numbers behind the plots", ("system", "quality", "", "bias", ""), rows, folded=True)]
+            note = f"{stage_title(stage, task)}. Hollow: without debiasing. Bars are 95 % intervals; dashed: the ideal, where it lies near."
+            blocks.append(Figures(made, note, tables))
+    return Section("trade-off", "Quality against bias", [], blocks) if blocks else None
+
+
+# ---------------------------------------------------------------- one by one
+
+def one_by_one(source: Source, ident: str, key: str, part: str, title: str, meaning: str) -> Section | None:
+    """Every class or term of each system beside the baseline's."""
+    blocks = []
+    for number_, (stage, task) in enumerate(source.stages()):
+        of = {system: {n: line for n, line in lines(answers).items() if part in n} for system, answers in source.of(stage, task).items()}
+        of = {system: found for system, found in of.items() if found}
+        for family in dict.fromkeys(name.split(part)[0] for found in of.values() for name in found):
+            here = {system: {n.split(part, 1)[1]: line for n, line in found.items() if n.split(part)[0] == family} for system, found in of.items()}
+            overall = {system: lines(source.of(stage, task)[system]).get(f"{family}/fpr") for system in here}
+            blocks.append(_dots_of(f"{ident}-{key}-{number_}-{family}", stage_title(stage, task), family, here, overall, source.baselines.get(stage), key))
+    return Section(key, title, [meaning], blocks) if blocks else None
+
+
+def _dots_of(ident: str, where: str, family: str, of: dict[str, dict[str, Line]], overall: dict[str, Line | None], baseline: str | None, key: str) -> Figures:
+    first = of[baseline] if baseline in of else next(iter(of.values()))
+    some = {name: line for found in reversed(list(of.values())) for name, line in found.items()}
+    names = sorted(some, key=lambda n: (-first[n].mean if n in first else 0.0, n))
+    many = len(names) > MOST_ROWS
+    drawn = sorted(sorted(some, key=lambda n: (-(some[n].n or 0), n))[:MOST_ROWS], key=names.index) if many else names
+    others = [s for s in of if s != baseline] or list(of)
+    ends = [v for found in of.values() for name in drawn if (line := found.get(name)) for v in (line.mean, line.low, line.high) if v is not None]
+    made = []
+    for i, system in enumerate(others):
+        series = [_series(baseline, of[baseline], drawn, 0, True)] if baseline in of and system != baseline else []
+        series.append(_series(system, of[system], drawn, 1 if series else 0, False))
+        unit = next(iter(of[system].values())).unit
+        rate = overall.get(system)
+        ideal, ideal_name = (rate.mean, "all texts") if rate else (0.0, "ideal")
+        alt = (f"Dot plot of {family} by {'class' if key == 'classes' else 'term'}, {' beside '.join(s.name for s in series)}, {len(drawn)} rows, from "
+               f"{number(max(v for s in series for v in s.values if v is not None), unit)} to {number(min(v for s in series for v in s.values if v is not None), unit)}")
+        made.append(Figure(figures.dots(f"{ident}-{i}", alt, drawn, series, f"{family}{unit_of(unit)}", ideal, ideal_name, (min(ends), max(ends))), system))
+    n = {name: next(found[name].n for found in of.values() if name in found) for name in names}
+    table = Table("The numbers behind the plots", ("class" if key == "classes" else "term", *of, "examples"),
+                  [(name, *(cell(found.get(name)) for found in of.values()), count(n[name])) for name in names], folded=True)
+    note = f"{where}. " + ("Hollow: without debiasing. " if baseline in of and others != [baseline] else "") + "Bars are 95 % intervals."
+    return Figures(made, note + (f" Drawn: the {MOST_ROWS} of {len(names)} with the most examples." if many else ""), [table])
+
+
+def _series(name: str, found: dict[str, Line], rows: list[str], style: int, hollow: bool) -> Series:
+    of = [found.get(row) for row in rows]
+    return Series(name, [x.mean if x else None for x in of], [x.low if x else None for x in of], [x.high if x else None for x in of], style, hollow)

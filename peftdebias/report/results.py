@@ -1,0 +1,127 @@
+"""Figures of a source as a reader sees them: over seeds with mean, sd and interval, and against the baseline, never without an interval."""
+
+import dataclasses
+
+from ..comparison import compare_examples
+from ..errors import DataError
+from ..metrics.compare import over_seeds, seed_difference
+from ..metrics.tally import Difference
+from .reading import Answered, Source
+
+QUALITY = ("accuracy", "f1", "mlm-loss", "perplexity")  # how well the task is done; and StereoSet's LM_SCORES
+LM_SCORES = {"lm", "icat"}
+LOWER_IS_BETTER = ("mlm-loss", "perplexity")
+ONE_BY_ONE = ("/class/", "/term/")  # measures of one class or identity term, which have sections of their own
+FLOORS = ("shuffled", "floor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One measure of one system. values: of each seed, {seed: value}. sd: of single seeds, None from one. low, high: 95 % interval, of the mean over
+    seeds (interval "seeds") or, where there is one seed or all are alike, over examples ("examples"); None where there is none. n: examples."""
+
+    name: str
+    unit: str
+    ideal: float | None
+    values: dict[int, float]
+    mean: float
+    sd: float | None
+    low: float | None
+    high: float | None
+    interval: str | None
+    n: int | None
+
+    def as_json(self) -> dict:
+        row = dataclasses.asdict(self)
+        return row | {"values": [{"seed": seed, "value": value} for seed, value in self.values.items()]}
+
+
+def lines(answers: list[Answered]) -> dict[str, Line]:
+    """measure -> its line, of one system's answers over seeds, in order of appearance. A measure without a value is left out."""
+    found = {}
+    for name in dict.fromkeys(name for a in answers for name in a.measures):
+        rows = {a.seed: a.measures[name] for a in answers if name in a.measures and a.measures[name]["value"] is not None}
+        if rows:
+            found[name] = _line(name, rows)
+    return found
+
+
+def _line(name: str, rows: dict[int, dict]) -> Line:
+    values = {seed: float(row["value"]) for seed, row in rows.items()}
+    first = next(iter(rows.values()))
+    spread = over_seeds(list(values.values()), name=name, unit=first["unit"], ideal=first["ideal"])
+    if spread.sd:
+        return Line(name, first["unit"], first["ideal"], values, spread.mean, spread.sd, spread.low, spread.high, "seeds", first["n"])
+    ends = (first["low"], first["high"], "examples") if first["low"] is not None and first["high"] is not None else (None, None, None)
+    return Line(name, first["unit"], first["ideal"], values, spread.mean, spread.sd, *ends, first["n"])
+
+
+def differences(source: Source, stage: str, task: str) -> tuple[dict[str, list[Difference]], list[str]]:
+    """(system -> its differences from the baseline of the stage, notes on what was not compared).
+
+    Two seeds or more in common: paired by seed. One: by the examples of both, where they are kept. Measures one by one are left out, as many differences look
+    significant by chance.
+    """
+    of, baseline, found, notes = source.of(stage, task), source.baselines.get(stage), {}, []
+    if baseline not in of:
+        return {}, []
+    for system, answers in of.items():
+        if system == baseline:
+            continue
+        pairs = paired(of[baseline], answers, stage)
+        if any(a.same != b.same for a, b in pairs):
+            notes.append(f"{system}: not compared with {baseline}, whose settings or data are others")
+        elif len(pairs) >= 2:
+            found[system] = by_seed(pairs)
+        elif pairs and pairs[0][0].examples and pairs[0][1].examples:
+            try:
+                found[system] = [d for d in compare_examples(str(pairs[0][0].examples), str(pairs[0][1].examples)).differences if _whole(d.name)]
+            except DataError as error:
+                notes.append(f"{system}: not compared with {baseline}: {error}")
+        else:
+            notes.append(f"{system}: not compared with {baseline}, since a difference needs two seeds or more of both, or `evaluate --examples` of both")
+    return {system: rows for system, rows in found.items() if rows}, notes
+
+
+def paired(baseline: list[Answered], answers: list[Answered], stage: str) -> list[tuple[Answered, Answered]]:
+    """(the baseline's, the system's) under each seed that both have. Upstream the baseline is untrained: measured once, it stands beside every seed."""
+    if stage == "upstream" and len(baseline) == 1:
+        return [(baseline[0], b) for b in answers]
+    return [(a, b) for a in baseline for b in answers if a.seed == b.seed]
+
+
+def by_seed(pairs: list[tuple[Answered, Answered]]) -> list[Difference]:
+    """Differences second - first of all measures that two pairs or more have, each pair under one seed."""
+    found = []
+    for name, row in pairs[0][0].measures.items():
+        values = [(a.measures.get(name, {}).get("value"), b.measures.get(name, {}).get("value")) for a, b in pairs]
+        kept = [(x, y) for x, y in values if x is not None and y is not None]
+        if len(kept) >= 2 and _whole(name):
+            found.append(seed_difference(*zip(*kept), name=name, unit=row["unit"], ideal=row["ideal"]))
+    return found
+
+
+def _whole(name: str) -> bool:
+    return not any(part in name for part in ONE_BY_ONE) and not is_floor(name)
+
+
+def is_floor(name: str) -> bool:
+    """Whether a measure says what chance alone would give."""
+    return name.rsplit("/", 1)[-1].endswith(FLOORS)
+
+
+def is_quality(name: str) -> bool:
+    parts = name.split("/")
+    return parts[0] in QUALITY or bool(LM_SCORES & set(parts[1:]))
+
+
+def as_data(source: Source) -> dict:
+    """All of it as plain data, for metrics.json."""
+    results, changes = [], []
+    for stage, task in source.stages():
+        for system, answers in source.of(stage, task).items():
+            results.append({"stage": stage, "task": task, "system": system, "seeds": [a.seed for a in answers],
+                            "measures": [line.as_json() for line in lines(answers).values()]})
+        found, _ = differences(source, stage, task)
+        changes += [{"stage": stage, "task": task, "system": system, "against": source.baselines[stage], **d.as_json()} for system, rows in found.items() for d in rows]
+    return {"kind": source.kind, "title": source.title, "about": dict(source.facts), "results": results, "differences": changes, "paper": source.paper}

@@ -1,0 +1,133 @@
+"""The paper's table beside the paper's own figures, every measure of every system, and differences from the baseline."""
+
+from . import figures
+from ..errors import DataError
+from ..metrics.tally import Difference
+from .figures import Series
+from .page import Cell, Figure, Figures, Section, Table
+from .reading import Answered, Source
+from .results import Line, by_seed, differences, lines, paired
+from .words import GLOSSARY, STAGES, cell, count, ideal_of, interval, number, stage_title, unit_of
+
+ABOUT_PAPER = ("Mean ± standard deviation over seeds; below it the 95 % interval (of the mean; with one seed, over the examples) and the paper's own figure. The paper "
+               "trains BERT-base on all of the data; what was run here stands above.")
+
+
+def column_answers(source: Source, column: dict) -> dict[str, list[Answered]]:
+    """system -> the answers that a column of the paper's table is about. Raises DataError where a seed has two."""
+    found: dict[str, list[Answered]] = {}
+    for system in source.systems:
+        wanted = [a for a in source.answered if (a.system, a.stage) == (system, column["stage"]) and column["measure"] in a.measures
+                  and column["task"] in (None, a.task)]
+        if len({a.seed for a in wanted}) < len(wanted):
+            raise DataError(f"{source.title}: column {column['title']!r} of stage {column['stage']}: expected one task with {column['measure']}, got "
+                            f"{', '.join(sorted({a.task for a in wanted}))}; name one by \"task\" in the column")
+        found[system] = sorted(wanted, key=lambda a: a.seed)
+    return found
+
+
+def against_paper(source: Source, ident: str) -> Section | None:
+    blocks = []
+    for stage in dict.fromkeys(c["stage"] for c in source.columns):
+        columns = [c for c in source.columns if c["stage"] == stage]
+        paper = {(p["system"], p["task"], p["title"]): p.get("value") for p in source.paper if p["stage"] == stage}
+        of = [column_answers(source, c) for c in columns]
+        found = [{system: lines(answers).get(c["measure"]) for system, answers in answered.items()} for c, answered in zip(columns, of)]
+        shown = [s for s in source.systems if any(f[s] for f in found) or any((s, c["task"], c["title"]) in paper for c in columns)]
+        titles = [_title(c, columns) for c in columns]
+        rows = [(system, *(cell(f[system], *([f"paper {number(theirs, c['unit'])}"] if (theirs := paper.get((system, c["task"], c["title"]))) is not None else []))
+                           for c, f in zip(columns, found))) for system in shown]
+        rows.append(("ideal", *(number(c["ideal"], c["unit"]) for c in columns)))
+        table = Table(STAGES.get(stage, stage), ("system", *(title + unit_of(c["unit"]) for c, title in zip(columns, titles))), rows)
+        changed = _changes(source, stage, columns, titles, of)
+        panels = [_panel(f"{ident}-paper-{stage}-{i}", c, title, shown, f, [paper.get((s, c["task"], c["title"])) for s in shown])
+                  for i, (c, title, f) in enumerate(zip(columns, titles, found)) if any(f.values())]
+        blocks += [table, *([changed] if changed.rows else [])]
+        if panels:
+            blocks.append(Figures(panels, "Filled: here; hollow: the paper's. Bars are 95 % intervals, dashed is the ideal. The numbers stand in the table above."))
+    if not blocks:
+        return None
+    return Section("paper", "The paper's table", [ABOUT_PAPER], blocks)
+
+
+def _title(column: dict, columns: list[dict]) -> str:
+    """Of a column, with its task where another of the stage is called alike."""
+    alike = sum(c["title"] == column["title"] for c in columns) > 1
+    return f"{column['title']} ({column['task']})" if alike and column["task"] else column["title"]
+
+
+def _changes(source: Source, stage: str, columns: list[dict], titles: list[str], of: list[dict[str, list[Answered]]]) -> Table:
+    """Differences of each system from the stage's baseline, of the columns alone, over the seeds that both have."""
+    baseline, rows = source.baselines.get(stage), []
+    for system in source.systems:
+        pairs = [paired(answered.get(baseline, []), answered[system], stage) for answered in of]
+        found = [next((d for d in by_seed(p) if d.name == c["measure"]), None) if len(p) > 1 else None for p, c in zip(pairs, columns)]
+        if system != baseline and any(found):
+            rows.append((system, *(change(d, interval(d.low, d.high, d.unit)) if d else Cell("–") for d in found)))
+    return Table(f"Difference from {baseline}", ("system", *titles), rows,
+                 f"Paired by seed; below each its 95 % interval (Student's t). Bold: the interval does not hold 0. {CHANCE}")
+
+
+def _panel(ident: str, column: dict, title: str, systems: list[str], found: dict[str, Line | None], theirs: list[float | None]) -> Figure:
+    """Ours beside the paper's; theirs: of each of the systems."""
+    of = [found[s] for s in systems]
+    series = [Series("here", [x.mean if x else None for x in of], [x.low if x else None for x in of], [x.high if x else None for x in of], 0)]
+    if any(v is not None for v in theirs):
+        series.append(Series("paper", theirs, [None] * len(systems), [None] * len(systems), 1, True))
+    alt = f"Dot plot of {title} for {len(systems)} systems, " + ", ".join(f"{s} {number(x.mean, x.unit)}" for s, x in zip(systems, of) if x)
+    return Figure(figures.dots(ident, alt, systems, series, title + unit_of(column["unit"]), column["ideal"]), title)
+
+
+# ---------------------------------------------------------------- tables
+
+def tables(source: Source) -> list[Section]:
+    made = []
+    for number_, (stage, task) in enumerate(source.stages()):
+        of = {system: lines(answers) for system, answers in source.of(stage, task).items()}
+        names = [n for n in dict.fromkeys(name for found in of.values() for name in found) if "/class/" not in n and "/term/" not in n]
+        of = {system: found for system, found in of.items() if any(name in found for name in names)}
+        if not names:
+            continue
+        any_of = {name: next(found[name] for found in of.values() if name in found) for name in names}
+        head = ("measure", *of, "ideal", "examples")
+        rows = [(name + unit_of(any_of[name].unit), *(cell(found.get(name)) for found in of.values()), ideal_of(any_of[name]), count(any_of[name].n)) for name in names]
+        seeds = {system: len(answers) for system, answers in source.of(stage, task).items() if system in of}
+        blocks = [Table("Measures", head, rows, _how(of, seeds))]
+        changed, notes = differences(source, stage, task)
+        if changed:
+            blocks += _differences(changed, source.baselines[stage])
+        families = [f for f in GLOSSARY if any(n.split("/")[0] == f for n in names)]
+        blocks.append(Table("What the measures mean", ("measure", "meaning"), [(f, GLOSSARY[f]) for f in families], words=True, folded=True)) if families else None
+        made.append(Section(f"measures-{number_}", stage_title(stage, task), [], blocks, notes))
+    return made
+
+
+def _how(of: dict[str, dict[str, Line]], seeds: dict[str, int]) -> str:
+    """What the small print of a table of measures is."""
+    kinds = {line.interval for found in of.values() for line in found.values()}
+    said = []
+    if "seeds" in kinds:
+        said.append("± is the standard deviation over seeds; below it the 95 % interval of the mean over seeds (Student's t).")
+        if "examples" in kinds:
+            said.append("Without ±: one seed, or all alike; below it the 95 % bootstrap interval over the test examples.")
+    elif "examples" in kinds:
+        said.append("Below each figure its 95 % bootstrap interval over the test examples; it says nothing of how far another seed would lie.")
+    many = sorted(set(seeds.values()))
+    said.append(f"Seeds of each system: {many[0]}." if len(many) == 1 else f"Seeds: {', '.join(f'{system}, {n}' for system, n in seeds.items())}.")
+    return " ".join(said)
+
+
+CHANCE = "Where nothing is, one difference in twenty looks apart from 0 by chance; p is not corrected for that."
+
+
+def _differences(found: dict[str, list[Difference]], baseline: str) -> list[Table]:
+    """A table for each system, closed where there are several."""
+    return [Table(f"{system}: difference from {baseline}", ("measure", "difference", "95 % interval", "p", baseline, system, "n", "test"),
+                  [(d.name, change(d), interval(d.low, d.high, d.unit), f"{d.p:.3f}" if d.p >= 0.001 else "< 0.001", number(d.first, d.unit), number(d.second, d.unit),
+                    f"{d.n:,}", d.test) for d in changes], CHANCE, folded=len(found) > 1) for system, changes in found.items()]
+
+
+def change(d: Difference, *small: str) -> Cell:
+    """A difference, set apart where its interval does not hold 0."""
+    apart = d.low > 0 or d.high < 0
+    return Cell(f"{number(d.value, d.unit, True)}{'' if d.unit == '1' else ' ' + d.unit}", (*small, *(("apart from 0",) if apart else ())), apart)

@@ -1,0 +1,454 @@
+"""`report`: what is read, computed and shown, against the files it comes from; what is left out; what does not fit; a file that needs nothing else.
+
+How it looks and behaves in a browser is test_report_page.py's business.
+"""
+
+import json
+import random
+import re
+import tomllib
+from html.parser import HTMLParser
+
+import pytest
+
+pytest.importorskip("jinja2")
+pytest.importorskip("matplotlib")
+
+from peftdebias import cli as command_line_module  # noqa: E402
+from peftdebias import config  # noqa: E402
+from peftdebias.metrics.compare import over_seeds, seed_difference  # noqa: E402
+from peftdebias.report import figures, flips, page, recipe, reading, report, results as figures_of, runs, sections  # noqa: E402
+
+from .reports import CLASSES, HOSTILE, TERMS, flip_row, hostile_runs, measure, result_folder, results, run_folder, task_measures, task_runs  # noqa: E402
+from .small import cli, done, tree  # noqa: E402
+
+
+class Elements(HTMLParser):
+    """tags: (name, attributes) of every element; texts: of every <name>, the text inside."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.open, self.texts = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.open.append((tag, []))
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        for _, pieces in self.open:
+            pieces.append(data)
+
+    def handle_endtag(self, tag):
+        while self.open:
+            name, pieces = self.open.pop()
+            self.texts.append((name, "".join(pieces)))
+            if name == tag:
+                return
+
+    def all(self, tag: str) -> list[str]:
+        return [text for name, text in self.texts if name == tag]
+
+
+def written(folder, *paths, **flags):
+    """(the page, metrics.json) of a report."""
+    out = folder / "report.html"
+    report(config.Report(paths=tuple(map(str, paths)), out=str(out), **flags))
+    return out.read_text(encoding="utf-8"), json.loads((folder / "metrics.json").read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def titles(text: str) -> list[str]:
+    return [t for t in Elements(text).all("h2")]
+
+
+def of(data: dict, system: str, name: str, stage: str = "downstream", source: int = 0) -> dict:
+    (found,) = (m for r in data["sources"][source]["results"] if (r["system"], r["stage"]) == (system, stage) for m in r["measures"] if m["name"] == name)
+    return found
+
+
+# ---------------------------------------------------------------- runs
+
+def test_runs_of_one_system_are_seeds_and_the_figures_are_those_of_the_files(tmp_path):
+    folders = task_runs(tmp_path)
+    text, data = written(tmp_path, *folders)
+    values = {system: [{m["name"]: m["value"] for m in json.loads((tmp_path / f"{kind}-{seed}" / "metrics.jsonl").read_text().splitlines()[-1])["measures"]}
+                       for seed in range(3)] for kind, system in (("plain", "plain fine-tuning"), ("lora", "lora, gender"))}
+    for system, of_seed in values.items():
+        for name in of_seed[0]:
+            found, spread = of(data, system, name), over_seeds([v[name] for v in of_seed])
+            assert [(v["seed"], v["value"]) for v in found["values"]] == [(s, v[name]) for s, v in enumerate(of_seed)]
+            if name != "tpr-gap/rms-shuffled":  # alike under every seed: it keeps the interval over examples
+                assert (found["mean"], found["sd"], found["low"], found["high"], found["interval"]) == (spread.mean, spread.sd, spread.low, spread.high, "seeds")
+    alike = of(data, "lora, gender", "tpr-gap/rms-shuffled")
+    assert (alike["mean"], alike["sd"], alike["low"], alike["high"], alike["interval"]) == (3.0, 0.0, 1.0, 5.0, "examples")
+    cells = Elements(text).all("td")
+    accuracy = of(data, "lora, gender", "accuracy")
+    assert f"{accuracy['mean']:.2f} ± {accuracy['sd']:.2f}{accuracy['low']:.2f} to {accuracy['high']:.2f}" in cells
+
+
+def test_differences_have_intervals_and_are_paired_by_seed(tmp_path):
+    _, data = written(tmp_path, *task_runs(tmp_path))
+    found = {d["name"]: d for d in data["sources"][0]["differences"]}
+    assert set(found) == {"accuracy", "f1/macro", "tpr-gap/rms"}  # no class alone, no floor
+    for name, d in found.items():
+        plain, lora = ([v["value"] for v in of(data, system, name)["values"]] for system in ("plain fine-tuning", "lora, gender"))
+        expected = seed_difference(plain, lora, name=name)
+        assert (d["difference"], d["low"], d["high"], d["p"], d["test"]) == (expected.value, expected.low, expected.high, expected.p, "paired t over seeds")
+        assert (d["system"], d["against"]) == ("lora, gender", "plain fine-tuning")
+
+
+def test_one_seed_is_compared_by_examples_or_not_at_all(tmp_path):
+    rng = random.Random(0)
+    plain, lora = (run_folder(tmp_path / n, "downstream", method=m, final=task_measures(rng)) for n, m in (("plain", None), ("lora", "lora")))
+    text, data = written(tmp_path, plain, lora)
+    assert data["sources"][0]["differences"] == [] and "lora, gender: not compared with plain fine-tuning, since a difference needs two seeds or more of both" in text
+    rows = [flip_row(text=f"he {i}", counterfactual=f"she {i}", after="nurse" if i % 3 else "guard", source=i) for i in range(30)]
+    others = [flip_row(text=f"he {i}", counterfactual=f"she {i}", after="guard", source=i) for i in range(30)]
+    for folder, kept in ((plain, rows), (lora, others)):
+        (folder / "examples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
+    _, data = written(tmp_path, plain, lora)
+    found = {d["name"]: d for d in data["sources"][0]["differences"]}
+    flips_ = found["counterfactual/flips"]
+    assert flips_["difference"] == pytest.approx(-100 * 20 / 30) and flips_["low"] < flips_["difference"] < flips_["high"] < 0 and flips_["test"] == "paired bootstrap"
+    (lora / "examples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in others[:-1]))
+    text, data = written(tmp_path, plain, lora)  # other examples: a note, no difference
+    assert data["sources"][0]["differences"] == [] and "expected the 30 examples of counterfactual" in text
+
+
+def test_other_settings_are_other_systems_and_are_not_compared(tmp_path):
+    rng = random.Random(0)
+    folders = [run_folder(tmp_path / f"{n}-{s}", "downstream", s, method=m, final=task_measures(rng), config={"lr": lr})
+               for s in (0, 1) for n, m, lr in (("plain", None, 1e-3), ("lora", "lora", 1e-3), ("fast", "lora", 1e-2))]
+    text, data = written(tmp_path, *folders)
+    assert {r["system"] for r in data["sources"][0]["results"]} == {"plain fine-tuning", "lora, gender (lora)", "lora, gender (fast)"}
+    assert {d["system"] for d in data["sources"][0]["differences"]} == {"lora, gender (lora)"}
+    assert "lora, gender (fast): not compared with plain fine-tuning, whose settings or data are others" in text
+    again = run_folder(tmp_path / "again", "downstream", 0, method=None, final=task_measures(rng))
+    _, data = written(tmp_path, folders[0], again)  # one seed twice: no spread is made of it
+    assert {r["system"] for r in data["sources"][0]["results"]} == {"plain fine-tuning (plain-0)", "plain fine-tuning (again)"}
+    _, data = written(tmp_path, folders[0], folders[0], str(folders[0]) + "/")
+    assert [r["seeds"] for r in data["sources"][0]["results"]] == [[0]]
+
+
+def test_full_debias_is_told_from_plain_fine_tuning_by_its_base(tmp_path):
+    full = run_folder(tmp_path / "full", "upstream", method="full")
+    down = run_folder(tmp_path / "down", "downstream", method=None, final=task_measures(random.Random(0)), config={"model": str(full)})
+    assert [runs.system_of(reading.read_run(f)) for f in (full, down)] == ["full, gender", "full, gender"]
+
+
+def test_an_upstream_run_beside_its_base(tmp_path):
+    own = [measure("crows-pairs/bias-bench/gender", 53.0, ideal=50.0), measure("mlm-loss", 3.1, "nats", None, 0.1)]
+    base = [measure("crows-pairs/bias-bench/gender", 56.0, ideal=50.0), measure("mlm-loss", 3.2, "nats", None, 0.1)]
+    run = run_folder(tmp_path / "gender", "upstream", evaluations={"": own, "-base": base, "-wiki": own[1:]})
+    text, data = written(tmp_path, run)
+    assert of(data, "base", "mlm-loss", "upstream")["mean"] == 3.2
+    assert [(r["system"], r["task"]) for r in data["sources"][0]["results"]] == [("base", ""), ("lora, gender", ""), ("lora, gender", "wiki")]
+    assert "loss 3.300 → 2.900 at step 40" in text and "1 min 15 s" in text and "40 steps" in text
+    assert [t for t in titles(text)] == ["What was run", "Upstream: the masked-LM", "Upstream: the masked-LM (wiki)", "Quality against bias", "Training", "What this cannot show"]
+
+
+def test_an_evaluation_with_several_modules_is_several_systems(tmp_path):
+    found = [measure("accuracy", 70.0), measure("base/accuracy", 60.0), measure("only-race/accuracy", 65.0)]
+    run = run_folder(tmp_path / "both", "downstream", evaluations={"": found})
+    _, data = written(tmp_path, run)
+    assert {r["system"]: r["measures"][0]["mean"] for r in data["sources"][0]["results"]} == {
+        "lora, gender": 70.0, "lora, gender: all switched off": 60.0, "lora, gender: race alone": 65.0}
+
+
+def test_a_section_without_data_is_left_out(tmp_path):
+    bare = run_folder(tmp_path / "bare", "upstream")
+    for name in ("metrics.jsonl", "versions.json"):
+        (bare / name).unlink()
+    text, data = written(tmp_path, bare)
+    assert titles(text) == ["What was run", "What this cannot show"] and "<svg" not in text and "Versions" not in text
+    assert [s["measures"] for s in data["sources"][0]["results"]] == [[]]
+    text, _ = written(tmp_path, *task_runs(tmp_path, [0]))
+    assert titles(text) == ["What was run", "Downstream: the classifier", "Quality against bias", "True positive rate gaps, class by class", "Training", "What this cannot show"]
+
+
+def test_what_was_run_is_all_there(tmp_path):
+    text, _ = written(tmp_path, *task_runs(tmp_path))
+    for words in ("tiny", "gender", "plain fine-tuning; lora, gender", "0, 1, 2", "a machine", "2.13.0", "2 epochs", "accuracy 5.00 → 45.00 at step 40",
+                  "peftdebias downstream --model /models/tiny"):
+        assert words in text, words
+    for limit in ("they can show bias, never its absence", "Gender is treated as binary", "word lists of every axis are narrow"):
+        assert limit in text
+
+
+def test_the_command_of_a_run_makes_its_configuration_again(tmp_path):
+    chosen = config.Upstream(model="m b", axis="gender", corpus=("a.txt", "it's.txt"), out="o", set={"rank": 4, "targets": ("query", "value")}, adapter=("x", "y"), lr=1e-3, cache="c")
+    folder = run_folder(tmp_path / "up", "upstream")
+    import shlex
+
+    import tomli_w
+    (folder / "config.toml").write_text(tomli_w.dumps({"command": "upstream"} | config.as_plain(chosen)))
+    words = shlex.split(reading.command_line(reading.read_run(folder)))
+    given = vars(command_line_module.parser().parse_args(words[1:]))
+    assert words[:2] == ["peftdebias", "upstream"] and config.resolve(config.Upstream, {k: v for k, v in given.items() if k != "command"}) == chosen
+    down = config.Downstream(model="m", train="a", dev="b", text="t", label="l", out="o", fold=False, class_weights="0=1,1=10")
+    (folder / "config.toml").write_text(tomli_w.dumps({"command": "downstream"} | config.as_plain(down)))
+    words = shlex.split(reading.command_line(reading.read_run(folder)))
+    given = vars(command_line_module.parser().parse_args(words[1:]))
+    assert "--no-fold" in words and config.resolve(config.Downstream, {k: v for k, v in given.items() if k != "command"}) == down
+
+
+def test_trainings_that_follow_each_other_are_told_apart(tmp_path):
+    folder = run_folder(tmp_path / "two", "upstream")
+    events = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join(events[:-1] + events) + "\n")
+    run = reading.read_run(folder)
+    assert [[step for step, _ in s.steps] for s in run.stretches] == [[10, 20, 30, 40]] * 2 and [s.kept for s in run.stretches] == [40, 40]
+    text, _ = written(tmp_path, folder)
+    rows = Elements(text).all("th")
+    assert [r for r in rows if r in ("0", "20", "40", "60", "80")] == ["0", "20", "40", "60", "80"]  # end to end in the table of validations
+
+
+# ---------------------------------------------------------------- recipes
+
+def test_the_papers_table_has_ours_and_theirs(tmp_path):
+    table = results()
+    text, data = written(tmp_path, result_folder(tmp_path / "ghc", table))
+    source = recipe.source_of_recipe(tmp_path / "ghc")
+    (paper,) = (s for s in sections.sections_of(source, "x", 5) if s.id == "x-paper")
+    upstream, downstream = (b for b in paper.blocks if b.kind == "table" and not b.caption.startswith("Difference"))
+    assert upstream.head == ("system", "StereoSet LM, %", "CrowS-Pairs, %") and downstream.head == ("system", "F1, %", "FPRD")
+    assert [row[0] for row in upstream.rows] == ["BERT", "Full-Debias", "Adapter", "Prompt", "LoRA", "SFT", "ideal"]
+    values = [m["value"] for r in table["rows"] if (r["system"], r["stage"]) == ("LoRA", "upstream") for m in r["measures"] if m["name"].startswith("crows")]
+    spread, (cell,) = over_seeds(values), [row[2] for row in upstream.rows if row[0] == "LoRA"]
+    assert cell.text == f"{spread.mean:.2f} ± {spread.sd:.2f}" and cell.small == (f"{spread.low:.2f} to {spread.high:.2f}", "paper 56.12")
+    base = next(row for row in upstream.rows if row[0] == "BERT")
+    assert " ± " not in base[2].text and base[2].small[1] == "paper 62.33"  # one row: the interval is over examples
+    for words in ("Hate speech, race", "0.05", "1 h 06 min", "False positive rates, by identity term", "paper 0.730"):
+        assert words in text, words
+    assert data["sources"][0]["paper"] == table["paper"] and {r["system"] for r in data["sources"][0]["results"]} == set(table["systems"])
+
+
+def test_differences_of_a_recipe_from_the_base_and_from_fine_tuning(tmp_path):
+    table = results()
+    _, data = written(tmp_path, result_folder(tmp_path / "ghc", table))
+
+    def values(system, stage, name):
+        return [m["value"] for r in table["rows"] if (r["system"], r["stage"]) == (system, stage) for m in r["measures"] if m["name"] == name]
+
+    for stage, against, name in (("upstream", "BERT", "crows-pairs/bias-bench/race-color"), ("downstream", "FT", "fprd")):
+        found = {d["system"]: d for d in data["sources"][0]["differences"] if d["stage"] == stage and d["name"] == name}
+        assert set(found) == {"Full-Debias", "Adapter", "Prompt", "LoRA", "SFT"} and {d["against"] for d in found.values()} == {against}
+        base = values(against, stage, name) * (3 if stage == "upstream" else 1)  # the untrained base stands beside every seed
+        expected = seed_difference(base, values("SFT", stage, name))
+        assert (found["SFT"]["difference"], found["SFT"]["low"], found["SFT"]["high"]) == (expected.value, expected.low, expected.high)
+
+
+def test_a_column_of_a_stage_with_several_tasks_names_its_own(tmp_path):
+    table = results()
+    table["rows"] += [r | {"task": "other", "measures": [measure("f1/1", 20.0, ideal=100.0)]} for r in table["rows"] if r["stage"] == "downstream"]
+    text, _ = written(tmp_path, result_folder(tmp_path / "named", table))
+    assert "20.00" in text and "Downstream: the classifier (other)" in text
+    source = recipe.source_of_recipe(tmp_path / "named")
+    (paper,) = (s for s in sections.sections_of(source, "x", 5) if s.id == "x-paper")
+    assert not any("20.00" in str(row) for b in paper.blocks if b.kind == "table" for row in b.rows)
+    for c in table["columns"]:
+        c["task"] = None
+    said = cli("report", result_folder(tmp_path / "unnamed", table), "--out", tmp_path / "o.html")
+    assert said.code == 2 and "column 'F1' of stage downstream: expected one task with f1/1, got ghc, other" in said.err
+
+
+def test_a_recipes_runs_and_examples_are_read_from_its_folder(tmp_path):
+    table = results()
+    folder = result_folder(tmp_path / "ghc")
+    run_folder(folder / "runs" / "up", "upstream")
+    (folder / "e.jsonl").write_text(json.dumps(flip_row()) + "\n")
+    table["rows"][0] |= {"run": "runs/up"}
+    next(r for r in table["rows"] if r["system"] == "LoRA" and r["stage"] == "downstream").update(examples="e.jsonl")
+    text, _ = written(tmp_path, result_folder(folder, table))
+    assert "Training" in titles(text) and "Texts whose label flips" in titles(text) and "LoRA, ghc: 1 of 1" in text
+
+
+def test_runs_and_recipes_in_one_report(tmp_path):
+    text, data = written(tmp_path, result_folder(tmp_path / "a"), *task_runs(tmp_path, [0]), result_folder(tmp_path / "b", results(title="Another")))
+    assert [s["title"] for s in data["sources"]] == ["Hate speech, race", "Another", "plain-0, lora-0"] and "3 results" in text
+    ids = [a["id"] for _, a in Elements(text).tags if "id" in a]
+    assert len(ids) == len(set(ids))
+
+
+# ---------------------------------------------------------------- flips
+
+def test_flips_are_counted_capped_and_ordered(tmp_path):
+    rows = [flip_row(text=f"he has {i} dogs", counterfactual=f"she has {i} dogs", p=0.4 + i / 100) for i in range(30)] + [flip_row(after="guard")] * 5
+    rows.insert(3, {"measure": "classification", "text": "other"})
+    run = run_folder(tmp_path / "run", "downstream", final=task_measures(random.Random(0)), examples={"": rows})
+    text, _ = written(tmp_path, run, examples=4)
+    shown = [t for t in Elements(text).all("p") if " dogs" in t]
+    assert shown == [f"{who} has {i} dogs" for i in (29, 28, 27, 26) for who in ("he", "she")]
+    assert "30 of 35 counterfactuals get another label" in text and "Shown: the 4 in which" in text and "may be offensive" in text
+    assert [m for m in Elements(text).all("mark")] == ["he", "she"] * 4 and "test.jsonl:3" in text and "data/test.jsonl" not in text
+    assert text.count("dogs") == 8 and "other" not in Elements(text).all("p")
+    text, _ = written(tmp_path, run, examples=0)
+    assert "30 of 35" in text and " dogs" not in text
+
+
+def test_pieces_are_the_texts_and_mark_what_differs():
+    for first, second in (("He met her.", "She met him."), ("", "x"), ("same", "same"), ("a  b\n", "a b c\n"), ("the king's men", "the queen's women")):
+        one, two = flips.pieces(first, second)
+        assert "".join(p for p, _ in one) == first and "".join(p for p, _ in two) == second
+        assert [p for p, other in one if not other] == [p for p, other in two if not other]
+    assert flips.pieces("He met her.", "She met him.")[0] == [("He", True), (" met ", False), ("her", True), (".", False)]
+
+
+# ---------------------------------------------------------------- the file
+
+URLS = {"src", "srcset", "action", "formaction", "poster", "background", "cite", "data", "ping", "manifest", "xlink:href", "longdesc", "icon"}
+ALLOWED = set("html head meta title style body header nav main section footer h1 h2 h3 p ul li a b i bdi wbr mark pre small div table caption thead tbody tr th td details summary "
+              "figure figcaption svg g path defs clippath rect use text tspan".split())
+
+
+def every_kind(root) -> list:
+    rows = [flip_row(HOSTILE, HOSTILE + "x", HOSTILE, "b")]
+    table = results(title=HOSTILE, data=HOSTILE)
+    table["rows"][0]["measures"].append(measure(HOSTILE, 3.0, HOSTILE))
+    return [*hostile_runs(root), run_folder(root / "flips", "downstream", 3, examples={"": rows}), result_folder(root / "recipe", table)]
+
+
+def test_nothing_in_the_file_points_outside_and_data_makes_no_element(tmp_path):
+    text, _ = written(tmp_path, *every_kind(tmp_path))
+    found = Elements(text)
+    assert {tag for tag, _ in found.tags} <= ALLOWED and found.tags.count(("meta", {"charset": "utf-8"})) == 1
+    assert not any("http:" in a["href"] for _, a in found.tags if "href" in a)
+    for tag, attributes in found.tags:
+        assert not URLS & set(attributes) and not any(name.startswith("on") for name in attributes), (tag, attributes)
+        if "href" in attributes:
+            assert re.fullmatch(r"#[\w.-]+", attributes["href"]), attributes
+            assert any(a.get("id") == attributes["href"][1:] for _, a in found.tags)
+        for name in ("style", "clip-path"):
+            assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", attributes.get(name, ""))), attributes
+    (style,) = found.all("style")
+    assert "url(" not in style and "@import" not in style
+    (policy,) = (a["content"] for tag, a in found.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def test_hostile_data_is_shown_as_text(tmp_path):
+    text, data = written(tmp_path, *every_kind(tmp_path))
+    shown = page.shown(HOSTILE)
+    assert "\u202e" not in text and "\x07" not in text and "⟨U+202E⟩gnp.⟨U+202C⟩" in shown and shown.endswith("⟨U+0007⟩")
+    found = Elements(text)
+    for tag in ("p", "th", "td", "title", "h2", "figcaption", "summary", "bdi"):  # texts, classes, names, places
+        assert any("<script>alert(1)</script>\"'&amp; $x_1^2$ ⟨U+202E⟩" in t for t in found.all(tag)), tag
+    assert any(a.get("aria-label", "").count("<script>") for tag, a in found.tags if tag == "svg")
+    assert "49" not in [t.strip() for t in found.all("bdi")] and "{{ 7 * 7 }}" in text  # no template within
+    labels = [t for t in found.all("text")]
+    assert "$a$" in labels and any("$x_1^2$" in t for t in found.all("caption") + found.all("figcaption") + found.all("th"))  # no mathematics
+    assert any(t.endswith("_x") for t in labels)
+    assert HOSTILE in [s["title"] for s in data["sources"]]  # metrics.json keeps it as it was
+
+
+def test_what_is_shown():
+    for text in ("plain", "né 漢字 עברית", "a\tb\nc", "👩\u200d🔬", "می\u200cخواهم"):
+        assert page.shown(text) == text
+    for text, expected in (("a\u202eb", "a⟨U+202E⟩b"), ("\u200f", "⟨U+200F⟩"), ("\x00", "⟨U+0000⟩"), ("\ud800", "⟨U+D800⟩"), ("\u2067x\u2069", "⟨U+2067⟩x⟨U+2069⟩"), ("\ufeff", "⟨U+FEFF⟩")):
+        assert page.shown(text) == expected
+    assert page.shown(3.5) == 3.5 and page.shown(None) is None
+
+
+def test_the_same_files_give_the_same_bytes(tmp_path):
+    folders = [*task_runs(tmp_path), result_folder(tmp_path / "recipe")]
+    first = written(tmp_path, *folders)
+    assert written(tmp_path, *folders) == first
+
+
+def test_every_figure_has_a_name_and_every_table_a_caption(tmp_path):
+    text, _ = written(tmp_path, *task_runs(tmp_path), result_folder(tmp_path / "recipe"))
+    tags = Elements(text).tags
+    drawings = [a for tag, a in tags if tag == "svg"]
+    assert len(drawings) > 10 and all(a["role"] == "img" and len(a["aria-label"]) > 30 and a["viewbox"].startswith("0 0 330 ") and "width" not in a for a in drawings)
+    assert len([1 for tag, _ in tags if tag == "table"]) == len([1 for tag, _ in tags if tag == "caption"]) > 10
+    assert all(a.get("scope") in ("row", "col") for tag, a in tags if tag == "th")
+    assert "#0102" not in text  # no stand-in colour is left
+
+
+def test_drawings_take_the_pages_colours_and_keep_text():
+    series = [figures.Series("first", [1.0, None, 3.0], [0.5, None, 2.0], [1.5, None, 4.0], 0, True), figures.Series("second", [2.0, 2.0, 2.0], [None] * 3, [None] * 3, 1)]
+    drawn = figures.dots("d", "alt", ["a", "$b$", "_c"], series, "gap, points", 0.0)
+    assert "var(--series-0)" in drawn and "var(--series-1)" in drawn and "currentColor" in drawn and "font-family" not in drawn and "metadata" not in drawn
+    assert all(f">{t}</text>" in drawn for t in ("a", "$b$", "gap, points", "first", "second", "ideal"))
+    assert not re.search(r"#[0-9a-f]{6}", drawn.replace("#d-", ""))
+    one, two = figures.curves("c", "alt", [("loss", 0, [1, 2], [3.0, 2.0], False)], "loss"), figures.scatter("s", "alt", [("x", (1, None, None), (2, 1, 3))], "a", "b")
+    ids = [re.findall(r' id="([^"]+)"', d) for d in (drawn, one, two)]
+    assert all(i and all(n.startswith(p) for n in i) for i, p in zip(ids, "dcs"))
+
+
+def test_series_differ_by_more_than_colour():
+    assert len(set(figures.MARKERS)) == len(set(map(str, figures.DASHES))) == len(figures.SERIES) == 7
+
+
+def test_values_that_are_missing_or_not_finite_are_no_numbers(tmp_path):
+    final = [measure("accuracy", None), measure("f1/macro", float("nan")), measure("tpr-gap/rms", float("inf"), "points"), measure("fprd", 0.5, "1") | {"low": None, "high": None, "n": None}]
+    run = run_folder(tmp_path / "run", "downstream", final=final)
+    text, data = written(tmp_path, run)
+    assert [m["name"] for r in data["sources"][0]["results"] for m in r["measures"]] == ["fprd"] and "0.500" in text and "nan" not in text.lower().replace("nangia", "")
+
+
+def test_numbers():
+    from peftdebias.report.words import duration, number
+    assert [number(v, u) for v, u in ((12.344, "%"), (-0.001, "points"), (0.01234, "1"), (145.44, "1"), (None, "%"))] == ["12.34", "0.00", "0.012", "145.4", "–"]
+    assert number(1.5, "points", True) == "+1.50" and number(-1.5, "points", True) == "\u22121.50" and number(0.0, "points", True) == "0.00"
+    assert [duration(s) for s in (3, 61, 3725)] == ["3 s", "1 min 01 s", "1 h 02 min"]
+
+
+# ---------------------------------------------------------------- bad input
+
+def changed(folder, name, content):
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+BAD = {
+    "no path": (lambda d: [], "missing: PATH"),
+    "not there": (lambda d: [d / "none"], "none: expected a folder, got none"),
+    "a file": (lambda d: [changed(d, "f.txt", "x") / "f.txt"], "f.txt: expected a folder, got a file"),
+    "no result": (lambda d: [d], "expected a folder with results.json or config.toml, found none of them"),
+    "an evaluation of none": (lambda d: [changed(run_folder(d / "r", "downstream"), "evaluation.json", {"measures": [{"name": 1}]})], "evaluation.json: expected measures with name, value"),
+    "no JSON": (lambda d: [changed(run_folder(d / "r", "downstream"), "evaluation.json", "{")], "evaluation.json: expected JSON, got "),
+    "a corrupt line": (lambda d: [changed(run_folder(d / "r", "upstream"), "metrics.jsonl", '{"event": "step", "step": 1}\n[1]\n')], "metrics.jsonl:2: expected a JSON object, got '[1]'"),
+    "an event without a step": (lambda d: [changed(run_folder(d / "r", "upstream"), "metrics.jsonl", '{"event": "step"}\n')], "metrics.jsonl:1: expected an event with a step"),
+    "a run of something else": (lambda d: [changed(run_folder(d / "r", "upstream"), "config.toml", 'command = "demo"\n')], "config.toml: expected a run of upstream or downstream, got 'demo'"),
+    "a run without a seed": (lambda d: [changed(run_folder(d / "r", "upstream"), "config.toml", 'command = "upstream"\nmodel = "m"\n')], "config.toml: expected seed, got None"),
+    "a flip without its texts": (lambda d: [run_folder(d / "r", "downstream", final=[], examples={"": [{"measure": "counterfactual", "text": "x"}]}, evaluations={"": []})],
+                                 "examples.jsonl:1: expected 'counterfactual' in a row of counterfactual, got measure, text"),
+    "results of another kind": (lambda d: [result_folder(d / "r", {"kind": "bench"})], 'results.json: expected the results of a recipe, an object with kind "recipe"'),
+    "another format": (lambda d: [result_folder(d / "r", results(format=2))], "results.json: expected format 1, got 2"),
+    "no rows": (lambda d: [result_folder(d / "r", results(rows=None))], "results.json: expected 'rows' to be a list, got null"),
+    "a row of nobody": (lambda d: [result_folder(d / "r", results(rows=[results()["rows"][0] | {"system": "X"}]))], "rows[0]: expected system to be one of BERT, FT"),
+    "a row twice": (lambda d: [result_folder(d / "r", results(rows=results()["rows"][:1] * 2))], "rows[1]: expected one row a system, seed, stage and task, got BERT, seed 0, upstream"),
+    "examples that are gone": (lambda d: [result_folder(d / "r", results(rows=[results()["rows"][0] | {"examples": "e.jsonl"}]))], "e.jsonl: no such file"),
+    "figures in the page's place": (lambda d: [run_folder(d / "r", "upstream"), "--out", d / "metrics.json"], "expected an HTML file, got the name of the figures beside it"),
+    "nowhere to write": (lambda d: [run_folder(d / "r", "upstream"), "--out", d / "no" / "r.html"], "r.html: cannot be written: No such file or directory"),
+}
+
+
+@pytest.mark.parametrize("make, words", BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, make, words):
+    (tmp_path / "in").mkdir()
+    argv = make(tmp_path / "in")
+    before = tree(tmp_path)
+    said = cli("report", *argv, *([] if "--out" in argv else ["--out", tmp_path / "report.html"]))
+    assert said.code == 2 and words in said.err.splitlines()[-1] and said.out == "" and len(said.err.splitlines()) <= 2 and tree(tmp_path) == before
+
+
+def test_without_the_extra_one_line_says_how_to_get_it(tmp_path, monkeypatch):
+    import importlib.util
+
+    from peftdebias import report as package
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(package.importlib.util, "find_spec", lambda name, *more: None if name == "matplotlib" else found(name, *more))
+    said = cli("report", run_folder(tmp_path / "r", "upstream"), "--out", tmp_path / "o.html")
+    assert said.code == 2 and said.err.splitlines()[-1] == "peftdebias: a report needs jinja2 and matplotlib: pip install 'peftdebias[report]'" and not (tmp_path / "o.html").exists()
+
+
+def test_the_command_says_where_the_report_lies(tmp_path):
+    said = done("report", run_folder(tmp_path / "r", "upstream"), "--out", tmp_path / "o.html")
+    assert said.out.splitlines() == [f"result: {tmp_path / 'o.html'} and {tmp_path / 'metrics.json'}"] and (tmp_path / "o.html").stat().st_size > 5000
