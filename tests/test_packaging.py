@@ -48,7 +48,7 @@ def wheel(tmp_path_factory) -> Path:
     """Built in a copy: a build leaves files in the tree it runs in, and takes over stale ones that lie there."""
     tree, out = tmp_path_factory.mktemp("tree") / "src", tmp_path_factory.mktemp("dist")
     tree.mkdir()
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "peftdebias", "kernels", "csrc"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "peftdebias", "kernels", "recipes", "csrc"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         elif (ROOT / name).exists():
