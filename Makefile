@@ -24,7 +24,7 @@ help:
 	@echo 'make test-slow  the slow ones'
 	@echo 'make clean      remove .venv, runs/demo, builds and caches'
 
-demo: $(VENV)/.report
+demo: $(VENV)/.package
 	$(VENV)/bin/peftdebias demo --out runs/demo $(ARGS)
 
 test: $(VENV)/.test
@@ -33,22 +33,17 @@ test: $(VENV)/.test
 test-slow: $(VENV)/.test
 	$(PY) -m pytest -q -m slow $(ARGS)
 
-# The package and what it needs at run time. A stamp file is touched last, so an interrupted install is taken up again.
+# The package, what it needs at run time, and what draws the report. A stamp file is touched last, so an interrupted install is taken up again.
 $(VENV)/.package: pyproject.toml constraints.txt csrc/cda.cpp
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "error: need Python 3.11 or newer, got '$(PYTHON)' ($$($(PYTHON) --version 2>/dev/null || echo not found)); name another: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: '$(PYTHON)' cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@echo "Installing peftdebias and PyTorch (CPU build) into $(VENV): about a minute, once ..."
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) torch setuptools 2>/dev/null || { $(PIP) --no-deps --index-url $(TORCH_INDEX) torch && $(PIP) torch setuptools; } || { echo "error: PyTorch's CPU build could not be installed for this Python (looked at $(TORCH_INDEX) too); another place: make TORCH_INDEX=URL" >&2; exit 1; }
-	@$(PIP) --no-build-isolation -e .
-	@touch $@
-
-# Beside it: what draws the report.
-$(VENV)/.report: $(VENV)/.package
 	@$(PIP) --no-build-isolation -e ".[report]"
 	@touch $@
 
-# Beside it: pytest, what draws the report, and transformers and peft to compare with.
+# Beside it: pytest, and transformers and peft to compare with.
 $(VENV)/.test: $(VENV)/.package
 	@echo "Installing the test extra into $(VENV): about half a minute, once ..."
 	@$(PIP) --no-build-isolation -e ".[test]"

@@ -50,9 +50,9 @@ def dots(ident: str, alt: str, rows: list[str], series: list[Series], label: str
         for i, one in enumerate(series):
             shift = (i - (len(series) - 1) / 2) * 0.34
             known = [(x, p + shift, low, high) for x, p, low, high in zip(one.values, places, one.low, one.high) if x is not None]
-            for x, y, low, high in known:
-                if low is not None and high is not None:
-                    axes.plot([low, high], [y, y], color=_colour(one), linewidth=1.1, zorder=2, solid_capstyle="butt")
+            bars = [(y, low, high) for _, y, low, high in known if low is not None and high is not None]
+            if bars:
+                axes.hlines(*zip(*bars), colors=_colour(one), linewidth=1.1, zorder=2)
             axes.plot([k[0] for k in known], [k[1] for k in known], zorder=3, **_marks(one), markersize=4.5)
         if ends is not None:
             room = 0.04 * (ends[1] - ends[0]) or 1.0
@@ -61,8 +61,7 @@ def dots(ident: str, alt: str, rows: list[str], series: list[Series], label: str
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlabel(_cut(label, LONGEST_TITLE))
         axes.grid(axis="x", color=FAINT, linewidth=0.4)
-        for y in places:
-            axes.axhline(y + 0.5, color=FAINT, linewidth=0.25, zorder=0)
+        axes.hlines([y + 0.5 for y in places], 0, 1, transform=axes.get_yaxis_transform(), colors=FAINT, linewidth=0.25, zorder=0)
         axes.tick_params(length=0)
         _legend(figure, axes, 1)
         return _svg(figure, ident, alt)

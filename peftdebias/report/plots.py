@@ -51,7 +51,8 @@ def trade_off(source: Source, ident: str) -> Section | None:
             rows += [(system, quality, cell(a), name, cell(b)) for system, a, b in points]
         if made:
             tables = [Table("The numbers behind the plots", ("system", "quality", "", "bias", ""), rows, folded=True)]
-            note = f"{stage_title(stage, task)}. Hollow: without debiasing. Bars are 95 % intervals; dashed: the ideal, where it lies near."
+            hollow = "Hollow: without debiasing. " if source.baselines.get(stage) in of else ""
+            note = f"{stage_title(stage, task)}. {hollow}Bars are 95 % intervals; dashed: the ideal, where it lies near."
             blocks.append(Figures(made, note, tables))
     return Section("trade-off", "Quality against bias", [], blocks) if blocks else None
 
