@@ -25,7 +25,7 @@ from .batches import Batch, Sample, cumulative, pack
 from .encoder import Model
 from .tasks import VALIDATION_TOKENS, in_eval
 
-CPU_TOKENS = 2048
+CPU_TOKENS = 4096
 CPU_LOGITS = 2**18
 DEVICE_LOGITS = 2**27  # on other devices: 512 MiB of float32
 
