@@ -6,8 +6,8 @@ specification, one forward pass a question. `masked_log_probs` gives the same nu
     contexts    equal texts masked at the same place are computed once, whatever tokens are asked there
     one length  the texts of a batch have one length: nothing is padded, masked or gathered for attention
     asked rows  the last layer and the head compute the masked places alone (encoder.py)
-    in cache    on a CPU a batch is CPU_TOKENS tokens, and its scores are computed CPU_LOGITS at a time, a slice of the vocabulary for all places: neither
-                activations nor scores leave the cache
+    in cache    on a CPU a batch is CPU_TOKENS tokens, and its scores are computed for CPU_SLICE tokens of the vocabulary at a time, at all places, and never leave
+                the cache; slices are added up in float64
     one exp     log P needs the sum over the vocabulary, no logarithm a token: of a slice, 1 / (largest softmax) is its sum of exp(score - largest score)
 
 Letters: Q questions, C contexts, B texts of a batch, n their tokens, M rows, D hidden, V vocabulary.
@@ -26,7 +26,7 @@ from .encoder import Model
 from .tasks import VALIDATION_TOKENS, in_eval
 
 CPU_TOKENS = 4096
-CPU_LOGITS = 2**18
+CPU_SLICE = 1024  # tokens of the vocabulary; a softmax in float32 rounds the more the longer it is
 DEVICE_LOGITS = 2**27  # on other devices: 512 MiB of float32
 
 
@@ -74,7 +74,7 @@ def _answers(model: Model, batch: Batch, rows: numpy.ndarray, targets: numpy.nda
     """float64 [len(rows)]: log-probability of targets[i] at the rows[i]-th of the places that `batch` asks for."""
     hidden = model.mlm_hidden(batch)  # [M, D]
     table, bias = model.mlm_decoder()
-    width = max(1, (CPU_LOGITS if hidden.device.type == "cpu" else DEVICE_LOGITS) // len(hidden))
+    width = CPU_SLICE if hidden.device.type == "cpu" else max(CPU_SLICE, DEVICE_LOGITS // len(hidden))
     found, tops, sums = torch.zeros(len(rows), dtype=torch.float64, device=hidden.device), [], []
     for start in range(0, len(table), width):
         logits = F.linear(hidden, table[start:start + width], bias[start:start + width])  # [M, width]
