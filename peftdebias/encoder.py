@@ -237,18 +237,21 @@ class Model(nn.Module):
 
     def mlm_logits(self, batch: Batch) -> Tensor:
         """[M, V]: scores of every token at the rows asked for. Raises ModelError without a masked-LM head."""
-        return self.mlm_scores(self.encoder(batch))
+        return F.linear(self.mlm_hidden(batch), *self.mlm_decoder())
 
-    def mlm_scores(self, hidden: Tensor) -> Tensor:
-        """[M, D] -> [M, V]: the masked-LM head alone, on hidden states of the rows asked for. Raises ModelError without one."""
+    def mlm_hidden(self, batch: Batch) -> Tensor:
+        """[M, D]: what the masked-LM's decoder is multiplied with, at the rows asked for. Raises ModelError without a masked-LM head."""
         if self.mlm is None:
             raise ModelError("masked-LM scores: expected a model with a masked-LM head, got one without")
-        head, encoder = self.mlm, self.encoder
+        head = self.mlm
         activation = F.gelu if self.config.kind == "roberta" else ACTIVATIONS[self.config.activation]  # RoBERTa's head is GELU whatever its layers use
-        hidden = head.norm(activation(head.dense(hidden)))
+        return head.norm(activation(head.dense(self.encoder(batch))))
+
+    def mlm_decoder(self) -> tuple[Tensor, Tensor]:
+        """([V, D], [V]): the decoder's weight and bias."""
         # Tied or not, the decoder is the base's: a delta of the embedding acts on the input side only.
-        table = encoder.hooks.base(encoder.embeddings.word.weight) if head.decoder is None else head.decoder.weight
-        return F.linear(hidden, table, head.bias)
+        encoder, decoder = self.encoder, self.mlm.decoder
+        return encoder.hooks.base(encoder.embeddings.word.weight) if decoder is None else decoder.weight, self.mlm.bias
 
     def class_logits(self, batch: Batch) -> Tensor:
         """[B, C]: scores of every label from the row asked for of each text (its first token). Raises ModelError without a classifier."""

@@ -6,8 +6,9 @@ specification, one forward pass a question. `masked_log_probs` gives the same nu
     contexts    equal texts masked at the same place are computed once, whatever tokens are asked there
     one length  the texts of a batch have one length: nothing is padded, masked or gathered for attention
     asked rows  the last layer and the head compute the masked places alone (encoder.py)
-    in cache    on a CPU a batch is CPU_TOKENS tokens and the vocabulary is projected for CPU_LOGITS scores at a time, so that neither the activations nor
-                the scores leave the cache. log P needs the sum over the vocabulary, not its logarithm a token: one softmax and two maxima
+    in cache    on a CPU a batch is CPU_TOKENS tokens, and its scores are computed for CPU_SLICE tokens of the vocabulary at a time, at all places, and never leave
+                the cache; slices are added up in float64
+    one exp     log P needs the sum over the vocabulary, no logarithm a token: of a slice, 1 / (largest softmax) is its sum of exp(score - largest score)
 
 Letters: Q questions, C contexts, B texts of a batch, n their tokens, M rows, D hidden, V vocabulary.
 """
@@ -17,14 +18,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .batches import Batch, Sample, cumulative, pack
 from .encoder import Model
 from .tasks import VALIDATION_TOKENS, in_eval
 
-CPU_TOKENS = 2048
-CPU_LOGITS = 2**21
+CPU_TOKENS = 4096
+CPU_SLICE = 1024  # tokens of the vocabulary; a softmax in float32 rounds the more the longer it is
 DEVICE_LOGITS = 2**27  # on other devices: 512 MiB of float32
 
 
@@ -70,18 +72,22 @@ def masked_log_probs(model: Model, questions: Sequence[MaskedToken], batch_token
 
 def _answers(model: Model, batch: Batch, rows: numpy.ndarray, targets: numpy.ndarray) -> numpy.ndarray:
     """float64 [len(rows)]: log-probability of targets[i] at the rows[i]-th of the places that `batch` asks for."""
-    hidden = model.encoder(batch)  # [M, D]
-    at_once = max(1, (CPU_LOGITS if hidden.device.type == "cpu" else DEVICE_LOGITS) // model.config.vocab)
-    found = []
-    for start in range(0, len(hidden), at_once):
-        first, last = numpy.searchsorted(rows, (start, start + at_once))
-        logits = model.mlm_scores(hidden[start:start + at_once])  # [m, V]
+    hidden = model.mlm_hidden(batch)  # [M, D]
+    table, bias = model.mlm_decoder()
+    width = CPU_SLICE if hidden.device.type == "cpu" else max(CPU_SLICE, DEVICE_LOGITS // len(hidden))
+    found, tops, sums = torch.zeros(len(rows), dtype=torch.float64, device=hidden.device), [], []
+    for start in range(0, len(table), width):
+        logits = F.linear(hidden, table[start:start + width], bias[start:start + width])  # [M, width]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        top = logits.amax(-1)
-        likeliest = logits.softmax(-1).amax(-1)  # 1 / sum over V of exp(score - top), so never below 1/V
-        asked, wanted = (torch.from_numpy(part).to(hidden.device, non_blocking=True) for part in (rows[first:last] - start, targets[first:last]))
-        found.append(logits[asked, wanted].double() - top[asked].double() + likeliest[asked].double().log())
-    return torch.cat(found).cpu().numpy()
+        tops.append(logits.amax(-1))
+        sums.append(1 / logits.softmax(-1).amax(-1).double())  # the softmax is at least 1 / width somewhere
+        here = numpy.flatnonzero((targets >= start) & (targets < start + width))
+        here, asked, wanted = (torch.from_numpy(part).to(hidden.device, non_blocking=True) for part in (here, rows[here], targets[here] - start))
+        found[here] = logits[asked, wanted].double()
+    tops = torch.stack(tops).double()  # [slices, M]
+    top = tops.amax(0)
+    total = top + ((tops - top).exp() * torch.stack(sums)).sum(0).log()  # [M]
+    return (found - total[torch.from_numpy(rows).to(hidden.device, non_blocking=True)]).cpu().numpy()
 
 
 def _batches(contexts: Sequence[tuple[bytes, int]], batch_tokens: int) -> Iterator[tuple[numpy.ndarray, Batch]]:

@@ -15,10 +15,10 @@ from peftdebias.errors import DataError
 from peftdebias.metrics import stereoset
 from peftdebias.metrics.stereoset import LABELS, Context, measures, questions, read_contexts, score_contexts, stereoset_tally
 from peftdebias.metrics.tally import differences
-from peftdebias.tokens import STYLES, Tokenizer, wordpiece
+from peftdebias.tokens import STYLES, Tokenizer, load_tokenizer, wordpiece
 from peftdebias.weights import load
 
-from .outside import one_thread  # noqa: F401
+from .outside import library, one_thread  # noqa: F401
 from .small import cli, done, lines, save_bert  # noqa: F401
 
 WORDS = "the nurse guard was is and said kind calm per ##cep ##tive ##c ##e tall fox ed . , ' ! likes".split()
@@ -119,8 +119,8 @@ def test_a_score_is_the_mean_probability_of_the_sub_tokens(tmp_path, batch_token
 
 
 def test_real_contexts_on_a_real_model(shared):
-    """Some of the published contexts against the definition, in float32, as they are used."""
-    loaded = load(shared / "models" / "bert-tiny-mlm", mlm=True, labels=())
+    """Some of the published contexts against the definition."""
+    loaded = load(shared / "models" / "bert-tiny-mlm", mlm=True, labels=(), dtype=torch.float64)
     contexts = read_contexts(shared / "data" / "stereoset" / "dev.json")
     assert len(contexts) == 2106 and len({c.target for c in contexts}) == 79 and len({c.domain for c in contexts}) == 4
     some, encode = contexts[5::500], lambda text: loaded.tokenizer.backend.encode(text).ids  # the library's own special tokens
@@ -130,7 +130,24 @@ def test_real_contexts_on_a_real_model(shared):
             for k, piece in enumerate(pieces):
                 ids = encode(found.context.text.replace("BLANK", loaded.tokenizer.backend.decode(pieces[:k]) + "[MASK]"))
                 each.append(probability(loaded.model, ids, ids.index(loaded.tokenizer.mask_id), piece))
-            assert score == pytest.approx(np.mean(each), abs=1e-6) and score > 0
+            assert score == pytest.approx(np.mean(each), abs=1e-9) and score > 0
+
+
+def test_all_published_contexts_are_read_as_with_transformers_tokenizer(shared):
+    """The published code replaces BLANK by tokenizer.decode(sub-tokens before) + the mask token and calls the tokenizer; its mask and target are those asked here."""
+    folder, file = shared / "models" / "bert-tiny-mlm", shared / "data" / "stereoset" / "dev.json"
+    theirs = library("transformers").AutoTokenizer.from_pretrained(folder)
+    expected = []
+    for row in json.loads(file.read_text(encoding="utf-8"))["data"]["intrasentence"]:
+        at = [i for i, word in enumerate(row["context"].split(" ")) if "BLANK" in word][-1]
+        for label in LABELS:
+            (sentence,) = (s["sentence"] for s in row["sentences"] if s["gold_label"] == label)
+            pieces = theirs.encode(sentence.split(" ")[at].translate(str.maketrans("", "", string.punctuation)), add_special_tokens=False)
+            expected += [(row["context"].replace("BLANK", theirs.decode(pieces[:k]) + theirs.mask_token), piece) for k, piece in enumerate(pieces)]
+    read = theirs([text for text, _ in expected])["input_ids"]
+    asked, _ = questions(load_tokenizer(folder), read_contexts(file), 512)
+    assert [q.ids.tolist() for q in asked] == read and [q.target for q in asked] == [target for _, target in expected]
+    assert [q.place for q in asked] == [ids.index(theirs.mask_token_id) for ids in read] and len(asked) > 8000
 
 
 # ---------------------------------------------------------------- figures
