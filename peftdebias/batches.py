@@ -155,16 +155,17 @@ def pack(samples: Sequence[Sample]) -> Batch:
 def from_packed(packed: Packed) -> Batch:
     """The Batch of masked texts that buckets.masked_batches put together; what `pack` makes of the same texts one by one."""
     lengths = tuple(packed.lengths.tolist())
-    starts = numpy.repeat(numpy.cumsum(packed.lengths, dtype=numpy.int64) - packed.lengths, packed.lengths)
+    bounds = numpy.zeros(len(lengths) + 1, numpy.int32)
+    numpy.cumsum(packed.lengths, out=bounds[1:])
 
     def tensor(array: numpy.ndarray) -> Tensor:
         return torch.from_numpy(array.astype(numpy.int64))
 
     return Batch(
         ids=tensor(packed.ids),
-        positions=tensor(numpy.arange(len(packed.ids)) - starts),
+        positions=torch.from_numpy(numpy.arange(len(packed.ids)) - numpy.repeat(bounds[:-1], packed.lengths)),
         segments=torch.zeros(len(packed.ids), dtype=torch.int64),
-        cu_seqlens=cumulative(lengths),
+        cu_seqlens=torch.from_numpy(bounds),
         rows=tensor(packed.rows),
         targets=tensor(packed.targets),
         lengths=lengths,
