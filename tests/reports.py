@@ -66,13 +66,14 @@ def task_runs(root: Path, seeds=(0, 1, 2)) -> list[Path]:
     return found
 
 
+FEW = ("BERT", "FT", "LoRA")
 SYSTEMS = ("BERT", "FT", "Full-Debias", "Adapter", "Prompt", "LoRA", "SFT")
 
 
-def results(**changes) -> dict:
-    """results.json of 7 systems and 3 seeds. Upstream the untrained BERT has one row; FT has none there, BERT none downstream."""
+def results(systems=SYSTEMS, **changes) -> dict:
+    """results.json of up to 7 systems and 3 seeds. Upstream the untrained BERT has one row; FT has none there, BERT none downstream."""
     rng, rows = random.Random(0), []
-    for system in SYSTEMS:
+    for system in systems:
         for seed in range(3):
             if system != "FT" and (system != "BERT" or seed == 0):
                 rows.append({"system": system, "seed": seed, "stage": "upstream", "task": None, "run": None, "examples": None, "seconds": 30.0,
@@ -88,7 +89,7 @@ def results(**changes) -> dict:
     paper = [{"system": "BERT", "stage": "upstream", "task": None, "title": "CrowS-Pairs", "value": 62.33}, {"system": "LoRA", "stage": "upstream", "task": None, "title": "CrowS-Pairs", "value": 56.12},
              {"system": "LoRA", "stage": "downstream", "task": "ghc", "title": "FPRD", "value": 0.73}]
     return {"format": 1, "kind": "recipe", "recipe": "ghc", "title": "Hate speech, race", "axis": "group", "model": "tiny", "data": "/data", "scale": 0.05, "seeds": [0, 1, 2],
-            "seconds": 4000.0, "versions": {"torch": "2.13.0", "device": "a machine"}, "systems": list(SYSTEMS), "base": "BERT", "baseline": "FT", "columns": columns, "paper": paper,
+            "seconds": 4000.0, "versions": {"torch": "2.13.0", "device": "a machine"}, "systems": list(systems), "base": "BERT", "baseline": "FT", "columns": columns, "paper": paper,
             "rows": rows} | changes
 
 
@@ -103,7 +104,15 @@ def hostile_runs(root: Path) -> list[Path]:
     name = "".join(c for c in HOSTILE if c not in "/\x07")
     rng = random.Random(0)
     rows = [flip_row(HOSTILE + " he", HOSTILE + " she", HOSTILE, "b" + HOSTILE, place=f"data/{name}:1")]
-    more = [measure("fprd", 1.0, "1"), measure("fprd/fpr", 9.0), *(measure(f"fprd/term/{t}{HOSTILE}", 12.0) for t in "ab")]
+    more = [measure("fprd", 1.0, "1"), measure("fprd/fpr", 9.0), *(measure(f"fprd/term/{t}{HOSTILE}", 12.0) for t in "ab"), measure(f"{HOSTILE})/class/x", 1.0)]
     return [run_folder(root / f"p{name}", "downstream", 0, method=None, final=task_measures(rng, classes=[HOSTILE, "_x", "$a$"]) + more, config={"train": HOSTILE.strip("\x07")}),
             run_folder(root / f"q{name}", "downstream", 0, axis=HOSTILE, final=task_measures(rng, classes=[HOSTILE, "_x", "$a$"]) + more, examples={"": rows},
                        evaluations={f"-{name}": [measure("accuracy", 50.0, ideal=100.0), measure(HOSTILE, 3.0, HOSTILE)]})]
+
+
+def hostile_results() -> dict:
+    """The same of a recipe: in its title, data, stages, tasks, systems, columns and measures."""
+    text = json.dumps(results(FEW, title=HOSTILE, data=HOSTILE)).replace('"downstream"', json.dumps("d" + HOSTILE)).replace('"ghc"', json.dumps("t" + HOSTILE))
+    table = json.loads(text.replace('"LoRA"', json.dumps("LoRA" + HOSTILE)).replace('"F1"', json.dumps("F1" + HOSTILE)))
+    table["rows"][0]["measures"].append(measure(HOSTILE, 3.0, HOSTILE))
+    return table

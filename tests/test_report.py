@@ -19,7 +19,7 @@ from peftdebias import config  # noqa: E402
 from peftdebias.metrics.compare import over_seeds, seed_difference  # noqa: E402
 from peftdebias.report import figures, flips, page, recipe, reading, report, results as figures_of, runs, sections  # noqa: E402
 
-from .reports import CLASSES, HOSTILE, TERMS, flip_row, hostile_runs, measure, result_folder, results, run_folder, task_measures, task_runs  # noqa: E402
+from .reports import FEW, HOSTILE, flip_row, hostile_results, hostile_runs, measure, result_folder, results, run_folder, task_measures, task_runs  # noqa: E402
 from .small import cli, done, tree  # noqa: E402
 
 
@@ -229,7 +229,7 @@ def test_the_papers_table_has_ours_and_theirs(tmp_path):
 
 def test_differences_of_a_recipe_from_the_base_and_from_fine_tuning(tmp_path):
     table = results()
-    _, data = written(tmp_path, result_folder(tmp_path / "ghc", table))
+    data = {"sources": [figures_of.as_data(recipe.source_of_recipe(result_folder(tmp_path / "ghc", table)))]}
 
     def values(system, stage, name):
         return [m["value"] for r in table["rows"] if (r["system"], r["stage"]) == (system, stage) for m in r["measures"] if m["name"] == name]
@@ -243,7 +243,7 @@ def test_differences_of_a_recipe_from_the_base_and_from_fine_tuning(tmp_path):
 
 
 def test_a_column_of_a_stage_with_several_tasks_names_its_own(tmp_path):
-    table = results()
+    table = results(FEW)
     table["rows"] += [r | {"task": "other", "measures": [measure("f1/1", 20.0, ideal=100.0)]} for r in table["rows"] if r["stage"] == "downstream"]
     text, _ = written(tmp_path, result_folder(tmp_path / "named", table))
     assert "20.00" in text and "Downstream: the classifier (other)" in text
@@ -256,8 +256,20 @@ def test_a_column_of_a_stage_with_several_tasks_names_its_own(tmp_path):
     assert said.code == 2 and "column 'F1' of stage downstream: expected one task with f1/1, got ghc, other" in said.err
 
 
+def test_a_column_without_a_figure_is_left_out(tmp_path):
+    table = results(FEW)
+    for row in table["rows"]:
+        row["measures"] = [m for m in row["measures"] if not m["name"].startswith(("stereoset", "fprd"))]
+    source = recipe.source_of_recipe(result_folder(tmp_path / "ghc", table))
+    (paper,) = (s for s in sections.sections_of(source, "x", 5) if s.id == "x-paper")
+    heads = [b.head for b in paper.blocks if b.kind == "table" and not b.caption.startswith("Difference")]
+    assert heads == [("system", "CrowS-Pairs, %"), ("system", "F1, %", "FPRD")]  # the paper has an FPRD
+    source = recipe.source_of_recipe(result_folder(tmp_path / "none", table | {"rows": [], "paper": []}))
+    assert [s.id for s in sections.sections_of(source, "x", 5)] == ["x-about"]
+
+
 def test_a_recipes_runs_and_examples_are_read_from_its_folder(tmp_path):
-    table = results()
+    table = results(FEW)
     folder = result_folder(tmp_path / "ghc")
     run_folder(folder / "runs" / "up", "upstream")
     (folder / "e.jsonl").write_text(json.dumps(flip_row()) + "\n")
@@ -268,7 +280,7 @@ def test_a_recipes_runs_and_examples_are_read_from_its_folder(tmp_path):
 
 
 def test_runs_and_recipes_in_one_report(tmp_path):
-    text, data = written(tmp_path, result_folder(tmp_path / "a"), *task_runs(tmp_path, [0]), result_folder(tmp_path / "b", results(title="Another")))
+    text, data = written(tmp_path, result_folder(tmp_path / "a", results(FEW)), *task_runs(tmp_path, [0]), result_folder(tmp_path / "b", results(FEW, title="Another")))
     assert [s["title"] for s in data["sources"]] == ["Hate speech, race", "Another", "plain-0, lora-0"] and "3 results" in text
     ids = [a["id"] for _, a in Elements(text).tags if "id" in a]
     assert len(ids) == len(set(ids))
@@ -307,13 +319,17 @@ ALLOWED = set("html head meta title style body header nav main section footer h1
 
 def every_kind(root) -> list:
     rows = [flip_row(HOSTILE, HOSTILE + "x", HOSTILE, "b")]
-    table = results(title=HOSTILE, data=HOSTILE)
-    table["rows"][0]["measures"].append(measure(HOSTILE, 3.0, HOSTILE))
-    return [*hostile_runs(root), run_folder(root / "flips", "downstream", 3, examples={"": rows}), result_folder(root / "recipe", table)]
+    return [*hostile_runs(root), run_folder(root / "flips", "downstream", 3, examples={"": rows}), result_folder(root / "recipe", hostile_results())]
 
 
-def test_nothing_in_the_file_points_outside_and_data_makes_no_element(tmp_path):
-    text, _ = written(tmp_path, *every_kind(tmp_path))
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hostile")
+    return written(root, *every_kind(root))
+
+
+def test_nothing_in_the_file_points_outside_and_data_makes_no_element(hostile):
+    text, _ = hostile
     found = Elements(text)
     assert {tag for tag, _ in found.tags} <= ALLOWED and found.tags.count(("meta", {"charset": "utf-8"})) == 1
     assert not any("http:" in a["href"] for _, a in found.tags if "href" in a)
@@ -330,8 +346,8 @@ def test_nothing_in_the_file_points_outside_and_data_makes_no_element(tmp_path):
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def test_hostile_data_is_shown_as_text(tmp_path):
-    text, data = written(tmp_path, *every_kind(tmp_path))
+def test_hostile_data_is_shown_as_text(hostile):
+    text, data = hostile
     shown = page.shown(HOSTILE)
     assert "\u202e" not in text and "\x07" not in text and "⟨U+202E⟩gnp.⟨U+202C⟩" in shown and shown.endswith("⟨U+0007⟩")
     found = Elements(text)
@@ -354,16 +370,16 @@ def test_what_is_shown():
 
 
 def test_the_same_files_give_the_same_bytes(tmp_path):
-    folders = [*task_runs(tmp_path), result_folder(tmp_path / "recipe")]
+    folders = [*task_runs(tmp_path, [0]), result_folder(tmp_path / "recipe", results(FEW))]
     first = written(tmp_path, *folders)
     assert written(tmp_path, *folders) == first
 
 
 def test_every_figure_has_a_name_and_every_table_a_caption(tmp_path):
-    text, _ = written(tmp_path, *task_runs(tmp_path), result_folder(tmp_path / "recipe"))
+    text, _ = written(tmp_path, *task_runs(tmp_path, [0]), result_folder(tmp_path / "recipe", results(FEW)))
     tags = Elements(text).tags
     drawings = [a for tag, a in tags if tag == "svg"]
-    assert len(drawings) > 10 and all(a["role"] == "img" and len(a["aria-label"]) > 30 and a["viewbox"].startswith("0 0 330 ") and "width" not in a for a in drawings)
+    assert len(drawings) == 13 and all(a["role"] == "img" and len(a["aria-label"]) > 30 and a["viewbox"].startswith("0 0 330 ") and "width" not in a for a in drawings)
     assert len([1 for tag, _ in tags if tag == "table"]) == len([1 for tag, _ in tags if tag == "caption"]) > 10
     assert all(a.get("scope") in ("row", "col") for tag, a in tags if tag == "th")
     assert "#0102" not in text  # no stand-in colour is left
@@ -423,6 +439,8 @@ BAD = {
     "no rows": (lambda d: [result_folder(d / "r", results(rows=None))], "results.json: expected 'rows' to be a list, got null"),
     "a row of nobody": (lambda d: [result_folder(d / "r", results(rows=[results()["rows"][0] | {"system": "X"}]))], "rows[0]: expected system to be one of BERT, FT"),
     "a row twice": (lambda d: [result_folder(d / "r", results(rows=results()["rows"][:1] * 2))], "rows[1]: expected one row a system, seed, stage and task, got BERT, seed 0, upstream"),
+    "an ideal that is no number": (lambda d: [result_folder(d / "r", results(columns=[results()["columns"][0] | {"ideal": "high"}]))],
+                                   "columns[0]: expected 'ideal' to be a number or null, got \"high\""),
     "examples that are gone": (lambda d: [result_folder(d / "r", results(rows=[results()["rows"][0] | {"examples": "e.jsonl"}]))], "e.jsonl: no such file"),
     "figures in the page's place": (lambda d: [run_folder(d / "r", "upstream"), "--out", d / "metrics.json"], "expected an HTML file, got the name of the figures beside it"),
     "nowhere to write": (lambda d: [run_folder(d / "r", "upstream"), "--out", d / "no" / "r.html"], "r.html: cannot be written: No such file or directory"),

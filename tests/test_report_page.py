@@ -15,16 +15,14 @@ from peftdebias import config  # noqa: E402
 from peftdebias.report import page, report  # noqa: E402
 
 from .browser import browser  # noqa: E402, F401
-from .reports import HOSTILE, flip_row, hostile_runs, measure, result_folder, results, run_folder, task_runs  # noqa: E402
+from .reports import FEW, HOSTILE, flip_row, hostile_results, hostile_runs, result_folder, results, run_folder, task_runs  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory) -> Path:
     """A report whose every text wants to be more than text."""
     root = tmp_path_factory.mktemp("hostile")
-    table = results(title=HOSTILE, data=HOSTILE)
-    table["rows"][0]["measures"].append(measure(HOSTILE, 3.0, HOSTILE))
-    folders = [*hostile_runs(root), result_folder(root / "recipe", table), run_folder(root / "flips", "downstream", 3, examples={"": [flip_row(HOSTILE, HOSTILE + "x", HOSTILE, "b")]})]
+    folders = [*hostile_runs(root), result_folder(root / "recipe", hostile_results()), run_folder(root / "flips", "downstream", 3, examples={"": [flip_row(HOSTILE, HOSTILE + "x", HOSTILE, "b")]})]
     return report(config.Report(paths=tuple(map(str, folders)), out=str(root / "report.html")))[0]
 
 
@@ -33,7 +31,7 @@ def real(tmp_path_factory) -> Path:
     """A report of runs and a recipe with flips."""
     root = tmp_path_factory.mktemp("real")
     rows = [flip_row(text=f"he is number {i} of the nurses", counterfactual=f"she is number {i} of the nurses") for i in range(3)]
-    folders = [*task_runs(root), run_folder(root / "flips", "downstream", 9, examples={"": rows}), result_folder(root / "recipe")]
+    folders = [*task_runs(root), run_folder(root / "flips", "downstream", 9, examples={"": rows}), result_folder(root / "recipe", results(FEW))]
     return report(config.Report(paths=tuple(map(str, folders)), out=str(root / "report.html")))[0]
 
 

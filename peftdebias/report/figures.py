@@ -103,6 +103,7 @@ def curves(ident: str, alt: str, lines: list[tuple[str, int, list[float], list[f
             told.add(name)
         if kept:
             axes.plot([k[0] for k in kept], [k[1] for k in kept], linestyle="none", marker="o", markersize=10, markerfacecolor="none", markeredgecolor=INK, label="kept")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("step")
         axes.set_ylabel(_cut(label, LONGEST_LABEL))
         axes.grid(color=FAINT, linewidth=0.4)

@@ -65,10 +65,10 @@ def one_by_one(source: Source, ident: str, key: str, part: str, title: str, mean
     for number_, (stage, task) in enumerate(source.stages()):
         of = {system: {n: line for n, line in lines(answers).items() if part in n} for system, answers in source.of(stage, task).items()}
         of = {system: found for system, found in of.items() if found}
-        for family in dict.fromkeys(name.split(part)[0] for found in of.values() for name in found):
+        for at, family in enumerate(dict.fromkeys(name.split(part)[0] for found in of.values() for name in found)):
             here = {system: {n.split(part, 1)[1]: line for n, line in found.items() if n.split(part)[0] == family} for system, found in of.items()}
             overall = {system: lines(source.of(stage, task)[system]).get(f"{family}/fpr") for system in here}
-            blocks.append(_dots_of(f"{ident}-{key}-{number_}-{family}", stage_title(stage, task), family, here, overall, source.baselines.get(stage), key))
+            blocks.append(_dots_of(f"{ident}-{key}-{number_}-{at}", stage_title(stage, task), family, here, overall, source.baselines.get(stage), key))
     return Section(key, title, [meaning], blocks) if blocks else None
 
 

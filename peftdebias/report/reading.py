@@ -160,7 +160,7 @@ def read_run(folder: Path) -> RunFiles:
         raise DataError(f"{folder / 'versions.json'}: expected a JSON object, got {short(versions)}")
     headers = [read_header(one) for one in adapter_folders(folder)]
     stretches, final = read_training(folder / "metrics.jsonl")
-    return RunFiles(folder, command, config, versions, [(h["method"], h["axis"], h["config"]) for h in headers], stretches, final)
+    return RunFiles(folder, command, config, versions, [(str(h["method"]), str(h["axis"]), h["config"]) for h in headers], stretches, final)
 
 
 def read_training(path: Path) -> tuple[list[Stretch], dict]:

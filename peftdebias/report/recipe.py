@@ -46,7 +46,7 @@ def source_of_recipe(folder: Path) -> Source:
     versions = [("", found["versions"])] if isinstance(found.get("versions"), dict) and found["versions"] else []
     commands = list(dict.fromkeys(command_line(a.run) for a in answered if a.run))
     columns = [c | {"task": c.get("task"), "unit": c.get("unit") or "1", "ideal": c.get("ideal")} for c in found["columns"]]
-    paper = [p | {"task": p.get("task")} for p in found["paper"]]
+    paper = [p | {"task": p.get("task"), "value": p.get("value")} for p in found["paper"]]
     return Source("recipe", found["title"], facts, commands, versions, answered, baselines, [str(s) for s in found["systems"]], columns, paper)
 
 
@@ -71,6 +71,9 @@ def _checked(path: Path) -> dict:
     for name in ("columns", "paper", "rows"):
         for i, row in enumerate(found[name]):
             _has(row, KEYS[name], f"{path}: {name}[{i}]")
+            for key in ("ideal", "value"):
+                if not (row.get(key) is None or is_number(row[key])):
+                    raise DataError(f"{path}: {name}[{i}]: expected {key!r} to be a number or null, got {short(row[key])}")
             if "system" in row and row["system"] not in found["systems"]:
                 raise DataError(f"{path}: {name}[{i}]: expected system to be one of {', '.join(map(str, found['systems']))}, got {row['system']!r}")
     return found

@@ -28,11 +28,14 @@ def column_answers(source: Source, column: dict) -> dict[str, list[Answered]]:
 
 def against_paper(source: Source, ident: str) -> Section | None:
     blocks = []
-    for stage in dict.fromkeys(c["stage"] for c in source.columns):
-        columns = [c for c in source.columns if c["stage"] == stage]
-        paper = {(p["system"], p["task"], p["title"]): p.get("value") for p in source.paper if p["stage"] == stage}
-        of = [column_answers(source, c) for c in columns]
-        found = [{system: lines(answers).get(c["measure"]) for system, answers in answered.items()} for c, answered in zip(columns, of)]
+    for at, stage in enumerate(dict.fromkeys(c["stage"] for c in source.columns)):
+        paper = {(p["system"], p["task"], p["title"]): p["value"] for p in source.paper if p["stage"] == stage and p["value"] is not None}
+        answered = [(c, column_answers(source, c)) for c in source.columns if c["stage"] == stage]
+        known = [(c, of) for c, of in answered if any(of.values()) or any((s, c["task"], c["title"]) in paper for s in source.systems)]
+        columns, of = [c for c, _ in known], [of for _, of in known]
+        if not columns:
+            continue
+        found = [{system: lines(answers).get(c["measure"]) for system, answers in each.items()} for c, each in known]
         shown = [s for s in source.systems if any(f[s] for f in found) or any((s, c["task"], c["title"]) in paper for c in columns)]
         titles = [_title(c, columns) for c in columns]
         rows = [(system, *(cell(f[system], *([f"paper {number(theirs, c['unit'])}"] if (theirs := paper.get((system, c["task"], c["title"]))) is not None else []))
@@ -40,11 +43,12 @@ def against_paper(source: Source, ident: str) -> Section | None:
         rows.append(("ideal", *(number(c["ideal"], c["unit"]) for c in columns)))
         table = Table(STAGES.get(stage, stage), ("system", *(title + unit_of(c["unit"]) for c, title in zip(columns, titles))), rows)
         changed = _changes(source, stage, columns, titles, of)
-        panels = [_panel(f"{ident}-paper-{stage}-{i}", c, title, shown, f, [paper.get((s, c["task"], c["title"])) for s in shown])
+        panels = [_panel(f"{ident}-paper-{at}-{i}", c, title, shown, f, [paper.get((s, c["task"], c["title"])) for s in shown])
                   for i, (c, title, f) in enumerate(zip(columns, titles, found)) if any(f.values())]
         blocks += [table, *([changed] if changed.rows else [])]
         if panels:
-            blocks.append(Figures(panels, "Filled: here; hollow: the paper's. Bars are 95 % intervals, dashed is the ideal. The numbers stand in the table above."))
+            whose = "Filled: here; hollow: the paper's. " if paper else ""
+            blocks.append(Figures(panels, f"{whose}Bars are 95 % intervals, dashed is the ideal. The numbers stand in the table above."))
     if not blocks:
         return None
     return Section("paper", "The paper's table", [ABOUT_PAPER], blocks)
@@ -113,7 +117,7 @@ def _how(of: dict[str, dict[str, Line]], seeds: dict[str, int]) -> str:
     elif "examples" in kinds:
         said.append("Below each figure its 95 % bootstrap interval over the test examples; it says nothing of how far another seed would lie.")
     many = sorted(set(seeds.values()))
-    said.append(f"Seeds of each system: {many[0]}." if len(many) == 1 else f"Seeds: {', '.join(f'{system}, {n}' for system, n in seeds.items())}.")
+    said.append(f"Seeds of each system: {many[0]}." if len(many) == 1 else f"Seeds: {', '.join(f'{system} {n}' for system, n in seeds.items())}.")
     return " ".join(said)
 
 

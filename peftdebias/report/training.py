@@ -9,12 +9,16 @@ MOST_POINTS = 120  # of a line; more are averaged
 
 def training(source: Source, ident: str) -> Section | None:
     """The section, or None where no run left its events."""
-    runs = {(a.system, a.run.folder): a.run for a in source.answered if a.run and any(s.steps or s.validations for s in a.run.stretches)}
+    groups: dict[str, dict] = {}  # title -> folder -> run
+    seen = set()
+    for a in source.answered:
+        if a.run and a.run.folder not in seen and any(s.steps or s.validations for s in a.run.stretches):
+            seen.add(a.run.folder)  # a run may have been measured on several tasks
+            groups.setdefault(f"{a.system}, {a.stage}{' ' + a.task if a.task else ''}", {})[a.run.folder] = a.run
     made, tables = [], []
-    for number, (system, command) in enumerate(dict.fromkeys((system, run.command) for (system, _), run in runs.items())):
-        own = [run for (name, _), run in runs.items() if (name, run.command) == (system, command)]
-        made += _figures(f"{ident}-training-{number}", f"{system}, {command}", own)
-        tables.append(_table(f"{system}, {command}", own))
+    for number, (title, runs) in enumerate(groups.items()):
+        made += _figures(f"{ident}-training-{number}", title, list(runs.values()))
+        tables.append(_table(title, list(runs.values())))
     if not made:
         return None
     note = "A line for each seed; a ring marks the state that was kept. Training losses are means over some steps, validation is on held-out data."
@@ -25,7 +29,7 @@ def _figures(ident: str, title: str, runs: list[RunFiles]) -> list[Figure]:
     """One plot, or two where validation is in another unit than the loss."""
     key = _validated(runs)
     losses = [("training loss", 0, *_thinned(_points(run, "steps", "loss")), False) for run in runs]
-    losses = [line for line in losses if line[2]]
+    losses = [(name, style, steps, values, len(steps) == 1) for name, style, steps, values, _ in losses if steps]  # a single value is no line
     checked = [(f"validation {key}", 1, *map(list, zip(*points)), True) for run in runs if (points := _points(run, "validations", key))]
     kept = [point for run in runs for point in _kept(run, key)]
     made = []
