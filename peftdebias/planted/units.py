@@ -33,7 +33,7 @@ NONE = "none"
 BUDGET = 0.01
 LONGEST = 64  # tokens; the world's texts are shorter, and a prompt of 1 % needs room
 HIDDEN, SPREAD = 64, 0.08  # of the base. Drawn as narrowly as BERT is (0.02), it would learn the link only after thousands of steps
-RATES = {"pretraining": 4e-3, "downstream": 3e-3, "full": 3e-3, "adapter": 1e-2, "prefix": 1e-1, "prompt": 5e-2, "lora": 2e-2, "sparse": 2e-2, "ia3": 1e-1, "bias": 5e-2}
+RATES = {"pretraining": 4e-3, "downstream": 3e-3, "full": 5e-3, "adapter": 1e-2, "prefix": 1e-1, "prompt": 5e-2, "lora": 3e-2, "sparse": 3e-2, "ia3": 1e-1, "bias": 5e-2}
 KEPT = ("accuracy", "tpr-gap/rms", "tpr-gap/rms-shuffled")
 
 
@@ -48,7 +48,7 @@ class Sizes:
     dev: int = 300
     test: int = 1_500
     pretraining: int = 1_400
-    upstream: int = 1_000
+    upstream: int = 300
     batch: int = 64
     epochs: int = 3
 
@@ -82,9 +82,14 @@ class Plan:
     sizes: Sizes
 
     def made_of(self, unit: Unit) -> dict:
-        """All that a unit's figures follow from, besides the unit itself and the program."""
-        rates = {name: RATES[name] for name in ("pretraining", unit.method, "downstream") if name in RATES and (name != "downstream" or unit.place == "labels")}
-        return {"sizes": dataclasses.asdict(self.sizes), "rates": rates, "hidden": HIDDEN, "drawn": SPREAD} | ({"start": self.start} if unit.place == "labels" else {})
+        """All that a unit's figures follow from, besides the unit itself and the program: numbers of texts and steps, learning rates, the base's shape."""
+        sizes, rates = ["corpus", "heldout", "pairs", "pretraining"], ["pretraining"]
+        if unit.method != NONE:
+            sizes, rates = [*sizes, "upstream", "batch"], [*rates, unit.method]
+        if unit.place == "labels":
+            sizes, rates = [*sizes, "train", "dev", "test", "epochs", "batch"], [*rates, "downstream"]
+        made = {"sizes": {name: getattr(self.sizes, name) for name in sizes}, "rates": {name: RATES[name] for name in rates}, "hidden": HIDDEN, "drawn": SPREAD}
+        return made | ({"start": self.start} if unit.place == "labels" else {})
 
     def needs(self, unit: Unit) -> list[Unit]:
         """What must be there before."""
