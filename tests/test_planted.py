@@ -3,8 +3,12 @@ a stopped run goes on, and a model whose bias is known measures as what it is.""
 
 import json
 import math
+import os
 import re
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -178,6 +182,30 @@ def test_processes_side_by_side_give_the_same_figures(ran, tmp_path):
     out, said, _ = ran
     done("testbed", *GIVEN, "--jobs", 3, "--out", tmp_path / "t")
     assert timeless(found_in(tmp_path / "t")) == timeless(found_in(out))
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_named_and_costs_no_other_unit(tmp_path):
+    """The bases are left alone; once a method runs, its process is killed as the system does when memory ends."""
+    command = [sys.executable, "-m", "peftdebias", "testbed", *map(str, GIVEN), "--jobs", "2", "--out", str(tmp_path / "t")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        said = []
+        for line in process.stderr:
+            said.append(line.strip())
+            if re.match("1 of 16: ", line):
+                for child in children(process.pid):
+                    os.kill(child, signal.SIGKILL)
+        assert process.wait() == 2
+    (told,) = (line for line in said if line.startswith("peftdebias: "))  # python's own warning on what the dead left behind may follow
+    assert re.fullmatch(r"peftdebias: --jobs 2: a process was killed \(out of memory\?\) while .*, seed \d, \w+ ran; the same command goes on from there", told)
+    left = [json.loads(path.read_text()) for path in (tmp_path / "t").rglob("unit.json")]
+    assert left and all(found["figures"] for found in left)
+
+
+def children(pid: int) -> list[int]:
+    """Its processes that compute, from /proc."""
+    of = [path.parent for path in Path("/proc").glob("[0-9]*/stat") if path.exists() and path.read_text().rsplit(")", 1)[1].split()[1] == str(pid)]
+    return [int(path.name) for path in of if b"spawn_main" in (path / "cmdline").read_bytes()]
 
 
 # ---------------------------------------------------------------- bad input

@@ -8,6 +8,7 @@ it was stopped.
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import json
 import multiprocessing
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from .. import checkpoint, methods
 from ..config import Testbed
-from ..errors import ConfigError
+from ..errors import ConfigError, PeftDebiasError
 from . import summary
 from .units import NONE, Plan, Sizes, Unit
 
@@ -75,7 +76,10 @@ def testbed(settings: Testbed, say: Callable[[str], None] = lambda line: None) -
 
 
 def run_all(plan: Plan, todo: list[Unit], jobs: int, done: Callable[[Unit, dict], None]) -> None:
-    """Run the units of `todo`, up to `jobs` at a time, none before what it needs; `done` hears of each. One that fails lets those under way end, and raises."""
+    """Run the units of `todo`, up to `jobs` at a time, none before what it needs; `done` hears of each. One that fails lets those under way end, and raises.
+
+    Raises PeftDebiasError where the system kills a process.
+    """
     if jobs == 1:
         for unit in todo:
             done(unit, plan.run(unit))
@@ -88,7 +92,11 @@ def run_all(plan: Plan, todo: list[Unit], jobs: int, done: Callable[[Unit, dict]
                 waiting.remove(unit)
                 running[pool.submit(plan.run, unit)] = unit
             for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
-                done(running.pop(future), future.result())
+                unit = running.pop(future)
+                try:
+                    done(unit, future.result())
+                except concurrent.futures.process.BrokenProcessPool:
+                    raise PeftDebiasError(f"--jobs {jobs}: a process was killed (out of memory?) while {unit} ran; the same command goes on from there") from None
 
 
 def _draw(found: dict, out: Path) -> list[str]:
