@@ -14,6 +14,7 @@ from .errors import PeftDebiasError
 
 EXAMPLES = {
     "demo": "peftdebias demo --out runs/demo",
+    "testbed": "peftdebias testbed --text-strengths 0.8 --label-strengths 0 0.5 1 --methods lora adapter --seeds 0 1 2 --out runs/testbed",
     "augment": "peftdebias augment --axis gender corpus.txt --out counterfactuals.jsonl",
     "export": "peftdebias export runs/gender --as peft --out for-peft",
     "import": "peftdebias import their-adapter --model bert-base-uncased --axis gender --out runs/theirs",
@@ -214,8 +215,17 @@ def demo(settings: config.Demo) -> None:
     print(f"result: {settings.out}")
 
 
+def testbed(settings: config.Testbed) -> None:
+    from .planted import testbed as run
+
+    show(settings)
+    print(run(settings, say))
+    print(f"result: {settings.out}")
+
+
 COMMANDS = {
     "demo": (demo, config.Demo),
+    "testbed": (testbed, config.Testbed),
     "augment": (augment, config.Augment),
     "export": (export, config.Export),
     "import": (import_, config.Import),

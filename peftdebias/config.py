@@ -317,6 +317,40 @@ class Report:
         _at_least(0, self, "examples")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Testbed:
+    """Does it debias? Plant a link between occupation and gender of known strength in a made-up world's pretraining text or task labels, measure it before and
+    after each method over several seeds, and write the figures, a table and a drawing. Stopped, it goes on where it was."""
+
+    out: str = option("folder to write; an earlier run of the same scale there is continued", "runs/testbed", metavar="DIR")
+    text_strengths: tuple[str, ...] = option("strengths planted in the pretraining text, from 0 to 1; the classifiers start from the bases of the last", ("0.4", "0.8"),
+                                             many="words", metavar="X")
+    label_strengths: tuple[str, ...] = option("strengths planted in the labelled task", ("0", "0.2", "0.4", "0.6", "0.8", "1"), many="words", metavar="X")
+    method_strengths: tuple[str, ...] = option("those of both at which the methods are run, not the base and plain fine-tuning alone (default: all); "
+                                               "the last of the text always is one", (), many="words", metavar="X")
+    methods: tuple[str, ...] = option("methods to run beside the base and plain fine-tuning (default: all; none: those two alone)", (), many="words", metavar="NAME")
+    seeds: tuple[str, ...] = option("seeds of worlds and training", ("0", "1", "2", "3", "4"), many="words", metavar="N")
+    scale: float = option("multiplies texts, examples, pairs and steps; 0.05 is a quick look that learns nothing", 1.0)
+    jobs: int = option("processes at a time, each on one thread", 1)
+
+    def __post_init__(self):
+        _at_least(1, self, "jobs")
+        if not 0 < self.scale <= 100:
+            raise ConfigError(f"--scale: expected more than 0, up to 100, got {self.scale}")
+        for name, kind in (("text_strengths", float), ("label_strengths", float), ("method_strengths", float), ("seeds", int)):
+            values = [_number(kind, text) for text in getattr(self, name)]
+            what = "strengths from 0 to 1" if kind is float else "whole numbers from 0"
+            right = all(v is not None and 0 <= v <= (1 if kind is float else v) for v in values) and len(set(values)) == len(values)
+            if not right or (not values and name != "method_strengths"):
+                raise ConfigError(f"{flag(name)}: expected {what}, each once, got {' '.join(getattr(self, name)) or 'none'}")
+        if odd := set(self.numbers("method_strengths")) - {*self.numbers("text_strengths"), *self.numbers("label_strengths")}:
+            raise ConfigError(f"--method-strengths: expected some of --text-strengths and --label-strengths, got {' '.join(f'{x:g}' for x in sorted(odd))}")
+
+    def numbers(self, name: str) -> tuple:
+        """A field of numbers as numbers: strengths as float, seeds as int."""
+        return tuple((int if name == "seeds" else float)(text) for text in getattr(self, name))
+
+
 MEASURES = {
     "crows-pairs": "CrowS-Pairs csv: share of pairs in which the stereotype is preferred (ideal 50 %), both scorings",
     "stereoset": "StereoSet json, its intrasentence contexts: LM score (ideal 100 %), SS score (ideal 50 %) and ICAT (ideal 100), overall and by domain",
@@ -375,6 +409,8 @@ def _shown(field: dataclasses.Field) -> str:
         return ""
     if field.default is True:
         return f" (default: {flag(field.name)})"
+    if isinstance(field.default, tuple):
+        return f" (default: {' '.join(field.default)})"
     return f" (default: {field.default:g})" if isinstance(field.default, float) else f" (default: {field.default})"
 
 
@@ -476,6 +512,14 @@ def _at_least(least: int, settings, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and not value >= least:
             raise ConfigError(f"{flag(name)}: expected at least {least}, got {value}")
+
+
+def _number(kind: type, text: str):
+    """`text` as `kind`, or None."""
+    try:
+        return kind(text)
+    except ValueError:
+        return None
 
 
 def _plain(hint) -> type:

@@ -4,6 +4,7 @@ Every step is the public command on files in the demo's folder, so each can be r
 counterfactuals) is done here.
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -37,10 +38,20 @@ def world_tokenizer(world: World) -> Tokenizer:
     return wordpiece([*STYLES["bert"].values(), *world.vocabulary()])
 
 
-def pretrain(corpus: Path, tokenizer: Tokenizer, folder: Path, seed: int) -> None:
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """A base to pretrain: its size, how wide its first weights are drawn (standard deviation), and its training."""
+
+    hidden: int
+    steps: int
+    lr: float
+    initializer_range: float = 0.02
+
+
+def pretrain(corpus: Path, tokenizer: Tokenizer, folder: Path, seed: int, tiny: Tiny) -> None:
     """A tiny BERT trained by plain masked-LM on corpus.txt, saved as a Hugging Face folder."""
-    config = EncoderConfig(kind="bert", layers=LAYERS, hidden=HIDDEN, heads=HEADS, feed_forward=4 * HIDDEN, vocab=tokenizer.vocab_size, max_positions=128,
-                           dropout=0.0, attention_dropout=0.0, classifier_dropout=0.0)
+    config = EncoderConfig(kind="bert", layers=LAYERS, hidden=tiny.hidden, heads=HEADS, feed_forward=4 * tiny.hidden, vocab=tokenizer.vocab_size, max_positions=128,
+                           dropout=0.0, attention_dropout=0.0, classifier_dropout=0.0, initializer_range=tiny.initializer_range)
     model = Model(config, mlm=True)
     model.initialize(model, torch.Generator().manual_seed(seed))
     texts = corpus.read_text(encoding="utf-8").splitlines()
@@ -48,7 +59,7 @@ def pretrain(corpus: Path, tokenizer: Tokenizer, folder: Path, seed: int) -> Non
     task = MaskedLM(in_memory(encoded[200:], tokenizer, seed=seed, batch={"batch_size": 64}), encoded[:200], tokenizer, seed=seed)
     trained = all_parameters(model)
     train_only(model, trained.values())
-    train(model, task, trained, Schedule(steps=PRETRAINING_STEPS, lr=LEARNING_RATES["pretraining"], weight_decay=0.01, seed=seed), label="pretraining")
+    train(model, task, trained, Schedule(steps=tiny.steps, lr=tiny.lr, weight_decay=0.01, seed=seed), label="pretraining")
     weights.save_model(model, folder, tokenizer)
 
 
@@ -77,7 +88,7 @@ def demo(settings: Demo, say=lambda line: None) -> str:
     tokenizer = world_tokenizer(world)
     base = out / "base"
     say(f"1 of 4: pretraining a BERT of {LAYERS} layers, hidden {HIDDEN}, on 20,000 biographies (plain masked-LM, {PRETRAINING_STEPS} steps)")
-    pretrain(files["corpus"], tokenizer, base, settings.seed)
+    pretrain(files["corpus"], tokenizer, base, settings.seed, Tiny(HIDDEN, PRETRAINING_STEPS, LEARNING_RATES["pretraining"]))
     upstream = Upstream(model=str(base), axis="gender", method="lora", corpus=(str(files["corpus"]),), out=str(out / "gender"), budget=0.01, steps=UPSTREAM_STEPS,
                         valid_every=100, lr=LEARNING_RATES["upstream"], batch_size=64, max_length=128, seed=settings.seed)
     say(f"2 of 4: upstream, LoRA of 1 % of the base on counterfactual pairs ({UPSTREAM_STEPS} steps)")
