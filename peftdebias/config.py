@@ -307,7 +307,7 @@ class Demo:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """Show runs and results in one self-contained HTML file, with their figures as metrics.json beside it."""
+    """Show runs and results in one self-contained HTML file. Their figures lie beside it, as metrics.json."""
 
     paths: tuple[str, ...] = option("run folders, which are shown together, and result folders of recipes", many="words", metavar="PATH", positional=True)
     out: str = option("HTML file to write", "report.html", metavar="FILE")
