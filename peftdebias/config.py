@@ -352,7 +352,7 @@ class Testbed:
 
 
 MEASURES = {
-    "crows-pairs": "CrowS-Pairs csv: share of pairs in which the stereotype is preferred (ideal 50 %), both scorings",
+    "crows-pairs": "CrowS-Pairs csv: share of pairs in which the stereotype is preferred (ideal 50 %), both scorings, over all and by category",
     "stereoset": "StereoSet json, its intrasentence contexts: LM score (ideal 100 %), SS score (ideal 50 %) and ICAT (ideal 100), overall and by domain",
     "seat": "SEAT or WEAT file (jsonl), or a folder of them: effect size (ideal 0) and permutation p of each; any encoder",
     "perplexity": "text file: masked-LM loss (nats) and perplexity, the cost of debiasing",

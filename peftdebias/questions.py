@@ -99,10 +99,10 @@ def _batches(contexts: Sequence[tuple[bytes, int]], batch_tokens: int) -> Iterat
             numbers = same[start:start + max(1, batch_tokens // n)]
             ids = numpy.frombuffer(b"".join(contexts[i][0] for i in numbers), numpy.int32)
             places = numpy.array([contexts[i][1] for i in numbers], numpy.int64)
-            yield numbers, _of_one_length(ids, places)
+            yield numbers, of_one_length(ids, places)
 
 
-def _of_one_length(ids: numpy.ndarray, places: numpy.ndarray) -> Batch:
+def of_one_length(ids: numpy.ndarray, places: numpy.ndarray) -> Batch:
     """The Batch that `pack` makes of texts of one length, ids [B * n] end to end, each with the row places[b] asked for."""
     count, n = len(places), len(ids) // len(places)
 
