@@ -3,13 +3,15 @@
 How it looks and behaves in a browser is test_report_page.py's business.
 """
 
+import importlib.util
 import json
 import random
 import re
-import tomllib
+import shlex
 from html.parser import HTMLParser
 
 import pytest
+import tomli_w
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -17,6 +19,7 @@ pytest.importorskip("matplotlib")
 from peftdebias import cli as command_line_module  # noqa: E402
 from peftdebias import config  # noqa: E402
 from peftdebias.metrics.compare import over_seeds, seed_difference  # noqa: E402
+from peftdebias.report.words import duration, number  # noqa: E402
 from peftdebias.report import figures, flips, page, recipe, reading, report, results as figures_of, runs, sections  # noqa: E402
 
 from .reports import FEW, HOSTILE, flip_row, hostile_results, hostile_runs, measure, result_folder, results, run_folder, task_measures, task_runs  # noqa: E402
@@ -182,9 +185,6 @@ def test_what_was_run_is_all_there(tmp_path):
 def test_the_command_of_a_run_makes_its_configuration_again(tmp_path):
     chosen = config.Upstream(model="m b", axis="gender", corpus=("a.txt", "it's.txt"), out="o", set={"rank": 4, "targets": ("query", "value")}, adapter=("x", "y"), lr=1e-3, cache="c")
     folder = run_folder(tmp_path / "up", "upstream")
-    import shlex
-
-    import tomli_w
     (folder / "config.toml").write_text(tomli_w.dumps({"command": "upstream"} | config.as_plain(chosen)))
     words = shlex.split(reading.command_line(reading.read_run(folder)))
     given = vars(command_line_module.parser().parse_args(words[1:]))
@@ -396,6 +396,15 @@ def test_drawings_take_the_pages_colours_and_keep_text():
     assert all(i and all(n.startswith(p) for n in i) for i, p in zip(ids, "dcs"))
 
 
+def test_bars_end_where_the_unit_does():
+    def line(unit, low, high):
+        return figures_of.Line("m", unit, 0.0, {0: 1.0}, 1.0, None, low, high, "seeds", 5)
+
+    assert figures_of.drawn_ends(line("%", -40.0, 300.0)) == (0.0, 100.0) and figures_of.drawn_ends(line("%", 3.0, 4.0)) == (3.0, 4.0)
+    assert figures_of.drawn_ends(line("points", -140.0, 30.0)) == (-100.0, 30.0) and figures_of.drawn_ends(line("1", -4.0, 300.0)) == (-4.0, 300.0)
+    assert figures_of.drawn_ends(line("%", None, None)) == (None, None)
+
+
 def test_series_differ_by_more_than_colour():
     assert len(set(figures.MARKERS)) == len(set(map(str, figures.DASHES))) == len(figures.SERIES) == 7
 
@@ -408,7 +417,6 @@ def test_values_that_are_missing_or_not_finite_are_no_numbers(tmp_path):
 
 
 def test_numbers():
-    from peftdebias.report.words import duration, number
     assert [number(v, u) for v, u in ((12.344, "%"), (-0.001, "points"), (0.01234, "1"), (145.44, "1"), (None, "%"))] == ["12.34", "0.00", "0.012", "145.4", "–"]
     assert number(1.5, "points", True) == "+1.50" and number(-1.5, "points", True) == "\u22121.50" and number(0.0, "points", True) == "0.00"
     assert [duration(s) for s in (3, 61, 3725)] == ["3 s", "1 min 01 s", "1 h 02 min"]
@@ -426,23 +434,30 @@ BAD = {
     "not there": (lambda d: [d / "none"], "none: expected a folder, got none"),
     "a file": (lambda d: [changed(d, "f.txt", "x") / "f.txt"], "f.txt: expected a folder, got a file"),
     "no result": (lambda d: [d], "expected a folder with results.json or config.toml, found none of them"),
-    "an evaluation of none": (lambda d: [changed(run_folder(d / "r", "downstream"), "evaluation.json", {"measures": [{"name": 1}]})], "evaluation.json: expected measures with name, value"),
+    "an evaluation of none": (lambda d: [changed(run_folder(d / "r", "downstream"), "evaluation.json", {"measures": [{"name": 1}]})],
+                              "evaluation.json: expected measures with name, value"),
     "no JSON": (lambda d: [changed(run_folder(d / "r", "downstream"), "evaluation.json", "{")], "evaluation.json: expected JSON, got "),
-    "a corrupt line": (lambda d: [changed(run_folder(d / "r", "upstream"), "metrics.jsonl", '{"event": "step", "step": 1}\n[1]\n')], "metrics.jsonl:2: expected a JSON object, got '[1]'"),
-    "an event without a step": (lambda d: [changed(run_folder(d / "r", "upstream"), "metrics.jsonl", '{"event": "step"}\n')], "metrics.jsonl:1: expected an event with a step"),
-    "a run of something else": (lambda d: [changed(run_folder(d / "r", "upstream"), "config.toml", 'command = "demo"\n')], "config.toml: expected a run of upstream or downstream, got 'demo'"),
-    "a run without a seed": (lambda d: [changed(run_folder(d / "r", "upstream"), "config.toml", 'command = "upstream"\nmodel = "m"\n')], "config.toml: expected seed, got None"),
+    "a corrupt line": (lambda d: [changed(run_folder(d / "r", "upstream"), "metrics.jsonl", '{"event": "step", "step": 1}\n[1]\n')],
+                       "metrics.jsonl:2: expected a JSON object, got '[1]'"),
+    "an event without a step": (lambda d: [changed(run_folder(d / "r", "upstream"), "metrics.jsonl", '{"event": "step"}\n')],
+                                "metrics.jsonl:1: expected an event with a step"),
+    "a run of something else": (lambda d: [changed(run_folder(d / "r", "upstream"), "config.toml", 'command = "demo"\n')],
+                                "config.toml: expected a run of upstream or downstream, got 'demo'"),
+    "a run without a seed": (lambda d: [changed(run_folder(d / "r", "upstream"), "config.toml", 'command = "upstream"\nmodel = "m"\n')],
+                             "config.toml: expected seed, got None"),
     "a flip without its texts": (lambda d: [run_folder(d / "r", "downstream", final=[], examples={"": [{"measure": "counterfactual", "text": "x"}]}, evaluations={"": []})],
                                  "examples.jsonl:1: expected 'counterfactual' in a row of counterfactual, got measure, text"),
     "results of another kind": (lambda d: [result_folder(d / "r", {"kind": "bench"})], 'results.json: expected the results of a recipe, an object with kind "recipe"'),
     "another format": (lambda d: [result_folder(d / "r", results(format=2))], "results.json: expected format 1, got 2"),
     "no rows": (lambda d: [result_folder(d / "r", results(rows=None))], "results.json: expected 'rows' to be a list, got null"),
     "a row of nobody": (lambda d: [result_folder(d / "r", results(rows=[results()["rows"][0] | {"system": "X"}]))], "rows[0]: expected system to be one of BERT, FT"),
-    "a row twice": (lambda d: [result_folder(d / "r", results(rows=results()["rows"][:1] * 2))], "rows[1]: expected one row a system, seed, stage and task, got BERT, seed 0, upstream"),
+    "a row twice": (lambda d: [result_folder(d / "r", results(rows=results()["rows"][:1] * 2))],
+                    "rows[1]: expected one row a system, seed, stage and task, got BERT, seed 0, upstream"),
     "an ideal that is no number": (lambda d: [result_folder(d / "r", results(columns=[results()["columns"][0] | {"ideal": "high"}]))],
                                    "columns[0]: expected 'ideal' to be a number or null, got \"high\""),
     "examples that are gone": (lambda d: [result_folder(d / "r", results(rows=[results()["rows"][0] | {"examples": "e.jsonl"}]))], "e.jsonl: no such file"),
-    "figures in the page's place": (lambda d: [run_folder(d / "r", "upstream"), "--out", d / "metrics.json"], "expected an HTML file, got the name of the figures beside it"),
+    "figures in the page's place": (lambda d: [run_folder(d / "r", "upstream"), "--out", d / "metrics.json"],
+                                    "expected an HTML file, got the name of the figures beside it"),
     "nowhere to write": (lambda d: [run_folder(d / "r", "upstream"), "--out", d / "no" / "r.html"], "r.html: cannot be written: No such file or directory"),
 }
 
@@ -457,12 +472,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, make, words):
 
 
 def test_without_the_extra_one_line_says_how_to_get_it(tmp_path, monkeypatch):
-    import importlib.util
-
-    from peftdebias import report as package
-
     found = importlib.util.find_spec
-    monkeypatch.setattr(package.importlib.util, "find_spec", lambda name, *more: None if name == "matplotlib" else found(name, *more))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "matplotlib" else found(name, *more))
     said = cli("report", run_folder(tmp_path / "r", "upstream"), "--out", tmp_path / "o.html")
     assert said.code == 2 and said.err.splitlines()[-1] == "peftdebias: a report needs jinja2 and matplotlib: pip install 'peftdebias[report]'" and not (tmp_path / "o.html").exists()
 

@@ -4,9 +4,10 @@ from . import figures
 from .figures import Series
 from .page import Figure, Figures, Section, Table
 from .reading import Source
-from .results import Line, is_floor, is_quality, lines
+from .results import Line, drawn_ends, is_floor, is_quality, lines
 from .words import cell, count, number, stage_title, titled, unit_of
 
+BARS = "Bars are 95 % intervals, cut at what is possible"
 MOST_PANELS = 6  # scatter plots of a stage
 MOST_ROWS = 40  # of a dot plot; the table has all
 
@@ -45,14 +46,14 @@ def trade_off(source: Source, ident: str) -> Section | None:
             x, y = points[0][1:]
             across, up = titled(source, stage, quality), titled(source, stage, name)
             alt = f"Scatter plot of {across} against {up}: " + "; ".join(f"{s} {number(a.mean, a.unit)} and {number(b.mean, b.unit)}" for s, a, b in points)
-            svg = figures.scatter(f"{ident}-trade-{number_}-{i}", alt, [(s, (a.mean, a.low, a.high), (b.mean, b.low, b.high)) for s, a, b in points],
+            svg = figures.scatter(f"{ident}-trade-{number_}-{i}", alt, [(s, (a.mean, *drawn_ends(a)), (b.mean, *drawn_ends(b))) for s, a, b in points],
                                   across + unit_of(x.unit), up + unit_of(y.unit), x.ideal, y.ideal, source.baselines.get(stage))
             made.append(Figure(svg, f"{up} against {across}"))
             rows += [(system, quality, cell(a), name, cell(b)) for system, a, b in points]
         if made:
             tables = [Table("The numbers behind the plots", ("system", "quality", "", "bias", ""), rows, folded=True)]
             hollow = "Hollow: without debiasing. " if source.baselines.get(stage) in of else ""
-            note = f"{stage_title(stage, task)}. {hollow}Bars are 95 % intervals; dashed: the ideal, where it lies near."
+            note = f"{stage_title(stage, task)}. {hollow}{BARS}; dashed: the ideal, where it lies near."
             blocks.append(Figures(made, note, tables))
     return Section("trade-off", "Quality against bias", [], blocks) if blocks else None
 
@@ -79,7 +80,7 @@ def _dots_of(ident: str, where: str, family: str, of: dict[str, dict[str, Line]]
     many = len(names) > MOST_ROWS
     drawn = sorted(sorted(some, key=lambda n: (-(some[n].n or 0), n))[:MOST_ROWS], key=names.index) if many else names
     others = [s for s in of if s != baseline] or list(of)
-    ends = [v for found in of.values() for name in drawn if (line := found.get(name)) for v in (line.mean, line.low, line.high) if v is not None]
+    ends = [v for found in of.values() for name in drawn if (line := found.get(name)) for v in (line.mean, *drawn_ends(line)) if v is not None]
     made = []
     for i, system in enumerate(others):
         series = [_series(baseline, of[baseline], drawn, 0, True)] if baseline in of and system != baseline else []
@@ -93,10 +94,11 @@ def _dots_of(ident: str, where: str, family: str, of: dict[str, dict[str, Line]]
     n = {name: next(found[name].n for found in of.values() if name in found) for name in names}
     table = Table("The numbers behind the plots", ("class" if key == "classes" else "term", *of, "examples"),
                   [(name, *(cell(found.get(name)) for found in of.values()), count(n[name])) for name in names], folded=True)
-    note = f"{where}. " + ("Hollow: without debiasing. " if baseline in of and others != [baseline] else "") + "Bars are 95 % intervals."
+    note = f"{where}. " + ("Hollow: without debiasing. " if baseline in of and others != [baseline] else "") + BARS + "."
     return Figures(made, note + (f" Drawn: the {MOST_ROWS} of {len(names)} with the most examples." if many else ""), [table])
 
 
 def _series(name: str, found: dict[str, Line], rows: list[str], style: int, hollow: bool) -> Series:
     of = [found.get(row) for row in rows]
-    return Series(name, [x.mean if x else None for x in of], [x.low if x else None for x in of], [x.high if x else None for x in of], style, hollow)
+    low, high = zip(*(drawn_ends(x) if x else (None, None) for x in of))
+    return Series(name, [x.mean if x else None for x in of], list(low), list(high), style, hollow)

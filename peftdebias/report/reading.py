@@ -111,7 +111,8 @@ def measures_of(rows, where: str) -> dict[str, dict]:
         raise DataError(f"{where}: expected a list of measures, got {short(rows)}")
     for row in rows:
         numbers = {key: row.get(key) for key in ("value", "ideal", "low", "high", "n")} if isinstance(row, dict) else {}
-        if not (numbers and isinstance(row.get("name"), str) and isinstance(row.get("unit"), str) and all(n is None or type(n) in (int, float) for n in numbers.values())):
+        named = bool(numbers) and isinstance(row.get("name"), str) and isinstance(row.get("unit"), str)
+        if not (named and all(n is None or type(n) in (int, float) for n in numbers.values())):
             raise DataError(f"{where}: expected measures with name, value, unit, ideal, low, high and n, got {short(row)}")
         found[row["name"]] = {"name": row["name"], "unit": row["unit"]} | {key: n if is_number(n) else None for key, n in numbers.items()}
     return found

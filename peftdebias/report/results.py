@@ -1,6 +1,7 @@
 """Figures of a source as a reader sees them: over seeds with mean, sd and interval, and against the baseline, never without an interval."""
 
 import dataclasses
+import math
 
 from ..comparison import compare_examples
 from ..errors import DataError
@@ -103,6 +104,15 @@ def by_seed(pairs: list[tuple[Answered, Answered]]) -> list[Difference]:
 
 def _whole(name: str) -> bool:
     return not any(part in name for part in ONE_BY_ONE) and not is_floor(name)
+
+
+POSSIBLE = {"%": (0.0, 100.0), "points": (-100.0, 100.0)}
+
+
+def drawn_ends(line: Line) -> tuple[float | None, float | None]:
+    """The interval as a plot shows it: cut at what the unit allows, which the interval of a mean over few seeds may leave."""
+    least, most = POSSIBLE.get(line.unit, (-math.inf, math.inf))
+    return (None, None) if line.low is None or line.high is None else (min(max(line.low, least), most), max(min(line.high, most), least))
 
 
 def is_floor(name: str) -> bool:

@@ -6,7 +6,7 @@ from ..metrics.tally import Difference
 from .figures import Series
 from .page import Cell, Figure, Figures, Section, Table
 from .reading import Answered, Source
-from .results import Line, by_seed, differences, lines, paired
+from .results import Line, by_seed, differences, drawn_ends, lines, paired
 from .words import GLOSSARY, STAGES, cell, count, ideal_of, interval, number, stage_title, unit_of
 
 ABOUT_PAPER = ("Mean ± standard deviation over seeds; below it the 95 % interval (of the mean; with one seed, over the examples) and the paper's own figure. The paper "
@@ -75,7 +75,8 @@ def _changes(source: Source, stage: str, columns: list[dict], titles: list[str],
 def _panel(ident: str, column: dict, title: str, systems: list[str], found: dict[str, Line | None], theirs: list[float | None]) -> Figure:
     """Ours beside the paper's; theirs: of each of the systems."""
     of = [found[s] for s in systems]
-    series = [Series("here", [x.mean if x else None for x in of], [x.low if x else None for x in of], [x.high if x else None for x in of], 0)]
+    low, high = zip(*(drawn_ends(x) if x else (None, None) for x in of))
+    series = [Series("here", [x.mean if x else None for x in of], list(low), list(high), 0)]
     if any(v is not None for v in theirs):
         series.append(Series("paper", theirs, [None] * len(systems), [None] * len(systems), 1, True))
     alt = f"Dot plot of {title} for {len(systems)} systems, " + ", ".join(f"{s} {number(x.mean, x.unit)}" for s, x in zip(systems, of) if x)
