@@ -15,7 +15,7 @@ _HOME = {
     "load_model": "weights", "save_model": "weights",
     "METHODS": "methods", "Method": "methods", "create": "methods",
     "attach": "patch", "detach": "patch", "merge": "patch", "unmerge": "patch",
-    "upstream": "phases", "downstream": "phases", "evaluate": "evaluation", "predict": "evaluation",
+    "upstream": "phases", "downstream": "phases", "evaluate": "evaluation", "predict": "evaluation", "compare": "comparison", "run": "runner",
     "load_run": "checkpoint",
     "attach_to": "foreign", "load": "embedding", "Debiased": "embedding",
     "export_adapter": "interchange", "import_adapter": "interchange",

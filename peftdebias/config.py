@@ -309,7 +309,7 @@ class Demo:
 class Report:
     """Show runs and results in one self-contained HTML file. Their figures lie beside it, as metrics.json."""
 
-    paths: tuple[str, ...] = option("run folders, which are shown together, and result folders of recipes", many="words", metavar="PATH", positional=True)
+    paths: tuple[str, ...] = option("run folders, which are shown together, result folders of recipes, and testbeds", many="words", metavar="PATH", positional=True)
     out: str = option("HTML file to write", "report.html", metavar="FILE")
     examples: int = option("at most that many texts whose label flips, of each system; they may be offensive when the data is", 20)
 

@@ -433,7 +433,7 @@ BAD = {
     "no path": (lambda d: [], "missing: PATH"),
     "not there": (lambda d: [d / "none"], "none: expected a folder, got none"),
     "a file": (lambda d: [changed(d, "f.txt", "x") / "f.txt"], "f.txt: expected a folder, got a file"),
-    "no result": (lambda d: [d], "expected a folder with results.json or config.toml, found none of them"),
+    "no result": (lambda d: [d], "expected a folder with results.json or testbed.json or config.toml, found none of them"),
     "an evaluation of none": (lambda d: [changed(run_folder(d / "r", "downstream"), "evaluation.json", {"measures": [{"name": 1}]})],
                               "evaluation.json: expected measures with name, value"),
     "no JSON": (lambda d: [changed(run_folder(d / "r", "downstream"), "evaluation.json", "{")], "evaluation.json: expected JSON, got "),

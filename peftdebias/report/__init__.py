@@ -1,6 +1,7 @@
 """`report`: runs and results as one self-contained HTML file, with their figures as metrics.json beside it.
 
     reading.py, runs.py, recipe.py      files -> `Source`, plain data
+    testbed.py                          a testbed's figures -> sections; planted.py draws them as one picture
     results.py                          over seeds, against the baseline
     sections.py                         a source -> sections of a page: about.py, tables.py, plots.py, training.py, flips.py
     words.py, figures.py                numbers and names; plots as SVG
@@ -28,6 +29,7 @@ from .recipe import source_of_recipe
 from .results import as_data
 from .runs import source_of_runs
 from .sections import sections_of
+from .testbed import read_testbed, sections_of_testbed
 
 FORMAT = 1  # of metrics.json
 NEEDS = ("jinja2", "matplotlib")
@@ -57,8 +59,14 @@ def _recipes(folders: list[Path], ident: str, settings: Report) -> list[Part]:
     return [Part(s.title, sections_of(s, f"{ident}{i}", settings.examples), as_data(s)) for i, s in enumerate(sources)]
 
 
+def _testbeds(folders: list[Path], ident: str, settings: Report) -> list[Part]:
+    found = {folder: read_testbed(folder) for folder in folders}
+    return [Part(f"Testbed {folder.name}", sections_of_testbed(one, f"{ident}{i}"), one) for i, (folder, one) in enumerate(found.items())]
+
+
 KINDS: dict[str, tuple[str, Callable[[list[Path], str, Report], list[Part]]]] = {
     "results.json": ("recipe", _recipes),
+    "testbed.json": ("testbed", _testbeds),
     "config.toml": ("runs", _runs),
 }
 """The file that marks a folder -> (how its elements' ids begin, what makes parts of all folders of the kind that were given)."""
