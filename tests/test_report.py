@@ -406,7 +406,22 @@ def test_bars_end_where_the_unit_does():
 
 
 def test_series_differ_by_more_than_colour():
-    assert len(set(figures.MARKERS)) == len(set(map(str, figures.DASHES))) == len(figures.SERIES) == 7
+    assert len(set(figures.MARKERS)) == len(figures.MARKERS) == 12 and len(set(figures.SERIES)) == len(figures.SERIES) == 7 and len(set(figures.DASHES)) == 2
+    drawn = figures.scatter("s", "alt", [(f"system {i}", (i, i - 1, i + 1), (i, None, None)) for i in range(12)], "a", "b", baseline="system 0")
+    marks = [a["d"] for tag, a in Elements(drawn).tags if tag == "path" and a.get("id", "").startswith("s-") and a["d"].count("z") + a["d"].count("Z") > 0]
+    assert len(set(marks)) >= 12 and all(f">system {i}</text>" in drawn for i in range(12))
+
+
+def test_many_classes_are_drawn_in_part_and_listed_whole(tmp_path):
+    rng = random.Random(0)
+    many = [measure(f"tpr-gap/class/c{i}", rng.uniform(-9, 9), "points", n=100 + i) for i in range(50)]
+    other = [measure("tpr-gap/class/c0", 1.0, "points", n=1)]  # not among those drawn
+    text, _ = written(tmp_path, run_folder(tmp_path / "a", "downstream", method=None, final=many), run_folder(tmp_path / "b", "downstream", final=many),
+                      run_folder(tmp_path / "c", "downstream", method="bias", final=other))
+    found = Elements(text)
+    assert "Drawn: the 40 of 50 with the most examples." in text and sum(t in {f"c{i}" for i in range(50)} for t in found.all("th")) == 50
+    labels = [t for t in found.all("text") if re.fullmatch(r"c\d+", t)]
+    assert sorted(labels, key=lambda t: int(t[1:])) == [f"c{i}" for i in range(10, 50)]
 
 
 def test_values_that_are_missing_or_not_finite_are_no_numbers(tmp_path):

@@ -17,10 +17,10 @@ from .page import shown
 WIDTH = 330  # of the viewBox, about pixels
 POINT = 72  # units an inch
 FONT = 10
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DASHES = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (1, 1)), (0, (9, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h")
+DASHES = ("-", "--")
 INK, FAINT, PAPER = "#010201", "#010202", "#010203"
-SERIES = tuple(f"#0102{16 + i:02x}" for i in range(len(MARKERS)))
+SERIES = tuple(f"#0102{16 + i:02x}" for i in range(7))
 COLOURS = {INK: "currentColor", FAINT: "var(--faint)", PAPER: "var(--paper)"} | {code: f"var(--series-{i})" for i, code in enumerate(SERIES)}
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 LONGEST_LABEL, LONGEST_TITLE = 22, 46  # characters of a name beside an axis, and of one along an axis or in a legend; the table has all of it
@@ -28,8 +28,8 @@ LONGEST_LABEL, LONGEST_TITLE = 22, 46  # characters of a name beside an axis, an
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One set of marks. values: y or x of each row or point, None where there is none; low, high: ends of the intervals. style: which of the MARKERS and
-    colours; hollow: an empty mark, for what is compared with."""
+    """One set of marks. values: y or x of each row or point, None where there is none; low, high: ends of the intervals. style: which of the MARKERS and,
+    in turn, of the SERIES' colours; hollow: an empty mark, for what is compared with."""
 
     name: str
     values: list[float | None]
@@ -73,7 +73,7 @@ def scatter(ident: str, alt: str, points: list[tuple[str, tuple, tuple]], x_labe
     with _drawing(240 + 15 * ((len(points) + 1) // 2)) as figure:
         axes = figure.subplots()
         for i, (name, (x, *x_ends), (y, *y_ends)) in enumerate(points):
-            one = Series(name, [], [], [], i % len(MARKERS), name == baseline)
+            one = Series(name, [], [], [], i, name == baseline)
             if None not in x_ends:
                 axes.plot(x_ends, [y, y], color=_colour(one), linewidth=1, zorder=2)
             if None not in y_ends:
@@ -114,12 +114,12 @@ def curves(ident: str, alt: str, lines: list[tuple[str, int, list[float], list[f
 # ---------------------------------------------------------------- how it is drawn
 
 def _colour(one: Series) -> str:
-    return SERIES[one.style]
+    return SERIES[one.style % len(SERIES)]
 
 
 def _marks(one: Series) -> dict:
     colour = _colour(one)
-    return {"linestyle": "none", "marker": MARKERS[one.style], "color": colour, "markerfacecolor": PAPER if one.hollow else colour, "markeredgecolor": colour,
+    return {"linestyle": "none", "marker": MARKERS[one.style % len(MARKERS)], "color": colour, "markerfacecolor": PAPER if one.hollow else colour, "markeredgecolor": colour,
             "markeredgewidth": 1.2, "label": _text(one.name)}
 
 

@@ -85,12 +85,15 @@ def _dots_of(ident: str, where: str, family: str, of: dict[str, dict[str, Line]]
     for i, system in enumerate(others):
         series = [_series(baseline, of[baseline], drawn, 0, True)] if baseline in of and system != baseline else []
         series.append(_series(system, of[system], drawn, 1 if series else 0, False))
+        if all(v is None for v in series[-1].values):
+            continue  # it has others than those drawn
         unit = next(iter(of[system].values())).unit
         rate = overall.get(system)
         ideal, ideal_name = (rate.mean, "all texts") if rate else (0.0, "ideal")
-        alt = (f"Dot plot of {family} by {'class' if key == 'classes' else 'term'}, {' beside '.join(s.name for s in series)}, {len(drawn)} rows, from "
+        label = f"false positive rate ({family})" if key == "terms" else family
+        alt = (f"Dot plot of {label} by {'class' if key == 'classes' else 'term'}, {' beside '.join(s.name for s in series)}, {len(drawn)} rows, from "
                f"{number(max(v for s in series for v in s.values if v is not None), unit)} to {number(min(v for s in series for v in s.values if v is not None), unit)}")
-        made.append(Figure(figures.dots(f"{ident}-{i}", alt, drawn, series, f"{family}{unit_of(unit)}", ideal, ideal_name, (min(ends), max(ends))), system))
+        made.append(Figure(figures.dots(f"{ident}-{i}", alt, drawn, series, label + unit_of(unit), ideal, ideal_name, (min(ends), max(ends))), system))
     n = {name: next(found[name].n for found in of.values() if name in found) for name in names}
     table = Table("The numbers behind the plots", ("class" if key == "classes" else "term", *of, "examples"),
                   [(name, *(cell(found.get(name)) for found in of.values()), count(n[name])) for name in names], folded=True)
