@@ -231,7 +231,7 @@ class _Runner:
         else:
             task, modules = unit.task, ()
             model, test, kept, more = str(self.run_of(unit)), self._splits(task)["test"], task.measures, task.measures_without_examples
-            options = {"terms": task.terms and str(prepare.find((task.terms,), self.data)), "neutral": task.neutral, "max_pairs": task.max_pairs}
+            options = {"axis": self.recipe.axis, "terms": task.terms and str(prepare.find((task.terms,), self.data)), "neutral": task.neutral, "max_pairs": task.max_pairs}
         found, examples = [], self.out / "examples" / f"{unit.name}.jsonl"
         for entries, keep in ((kept, True), (more, False)):
             if entries:

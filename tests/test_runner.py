@@ -23,6 +23,7 @@ dev = { file = ["dev.jsonl"], text = "hard_text", label = "profession", group = 
 test = { file = ["test.jsonl"], text = "hard_text", label = "profession", group = "gender" }
 epochs = 20
 lr = 1e-3
+measures = ["classification", "counterfactual"]
 '''
 RECIPE = '''
 title = "small"
@@ -187,6 +188,9 @@ def test_a_recipe_stopped_and_taken_up_again(place, small, tmp_path, monkeypatch
     full, lora = settings["runs/jobs-full-debias-1"], settings["runs/moved-lora-1"]
     assert full["model"].endswith("upstream-full-debias-1") and full["adapter"] == [] and lora["adapter"][0].endswith("upstream-lora-1") and lora["seed"] == 1
     assert all((out / row["examples"]).is_file() for row in table["rows"])
+
+    flips = {row["system"] for row in table["rows"] for m in row["measures"] if m["name"] == "counterfactual/flips"}
+    assert flips == {"FT", "Full-Debias", "LoRA"}  # the axis is the recipe's, whether or not a run has a module
 
     gap = table["columns"][1]
     assert gap["unit"] == "points" and gap["ideal"] == 0.0
