@@ -75,11 +75,10 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Upstream(Training):
+class Upstream(Swapping, Training):
     """Learn to undo one axis of bias: the base is frozen, a small module is trained by masked-LM on counterfactual text."""
 
     model: str = option("Hugging Face model folder, run folder, or name in the local cache", metavar="DIR")
-    axis: str = option("axis of bias: a shipped name (gender, race, ...) or a TOML file of yours", metavar="NAME|FILE")
     corpus: tuple[str, ...] = option("text files or quoted patterns such as 'texts/*.txt.gz': txt, csv, tsv, jsonl, each also .gz", many="words", metavar="FILE")
     out: str = option("run folder to write", metavar="RUN")
     method: str = option("what is trained: lora, or full for the whole base (Full-Debias)", "lora")
@@ -101,7 +100,8 @@ class Upstream(Training):
     lr: float = option("peak learning rate", 5e-5)
 
     def __post_init__(self):
-        super().__post_init__()
+        Swapping.__post_init__(self)
+        Training.__post_init__(self)
         _at_least(1, self, "steps", "valid_every", "valid_texts", "fresh_head", "shuffle_buffer")
         _at_least(0, self, "workers")
         if not self.corpus:

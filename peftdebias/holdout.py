@@ -45,9 +45,9 @@ def choose(read: Read, axis: Axis, intervention: Intervention, share: float, wan
         texts += len(chunk)
         chosen = [text for text in chunk if is_held_out(text, share)]
         held += _kept(chosen, axis, intervention)[: wanted - len(held)]
-        held_touched = held_touched or any(_touched(chosen, axis, intervention))
+        held_touched = held_touched or any(touched(chosen, axis, intervention))
         if first is None or (second is None and not held_touched):
-            for text in _touched([text for text in chunk if not is_held_out(text, share)], axis, intervention):
+            for text in touched([text for text in chunk if not is_held_out(text, share)], axis, intervention):
                 if first is None:
                     first = text
                 elif second is None and text != first:
@@ -70,14 +70,14 @@ def choose(read: Read, axis: Axis, intervention: Intervention, share: float, wan
 def first_families(read: Read, axis: Axis, intervention: Intervention, wanted: int, files: str) -> list[str]:
     """The texts of the first `wanted` families. Raises DataError where no text has words of the axis."""
     found: list[str] = []
-    texts, touched = 0, False
+    texts, any_touched = 0, False
     for chunk in read():
         texts += len(chunk)
         found += _kept(chunk, axis, intervention)[: wanted - len(found)]
-        touched = touched or any(_touched(chunk, axis, intervention))
-        if touched and len(found) >= wanted:
+        any_touched = any_touched or any(touched(chunk, axis, intervention))
+        if any_touched and len(found) >= wanted:
             return found
-    if not touched:
+    if not any_touched:
         raise DataError(f"{files}: expected words of the axis {axis.name}, found none in {texts} texts")
     return found
 
@@ -87,6 +87,6 @@ def _kept(texts: Sequence[str], axis: Axis, intervention: Intervention) -> list[
     return [texts[source] for source in expand(texts, axis, intervention).sources]
 
 
-def _touched(texts: Sequence[str], axis: Axis, intervention: Intervention) -> list[str]:
+def touched(texts: Sequence[str], axis: Axis, intervention: Intervention) -> list[str]:
     """Those with words of the axis."""
     return _kept(texts, dataclasses.replace(axis, keep_untouched=False), intervention)

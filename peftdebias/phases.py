@@ -10,6 +10,7 @@ It names no method and no axis.
 import contextlib
 import dataclasses
 import glob
+import itertools
 import math
 import os
 import tempfile
@@ -20,8 +21,10 @@ import numpy
 import torch
 
 from . import checkpoint, corpus, lines, methods, patch, weights
-from .axes import load_axis
-from .cda import PAPER, families
+from .augment import prepared
+from .axes import Axis
+from .cda import PAPER, Intervention
+from .cda_engine import expand
 from .config import Downstream, Upstream, as_plain, checked
 from .encoder import MaskedLMHead, Model
 from .errors import ConfigError, DataError, PeftDebiasError
@@ -65,33 +68,21 @@ class FamilyIds:
         return sum(len(f) for f in self.families)
 
 
-def encode_families(texts: Iterable[str], axis, tokenizer: Tokenizer, longest: int) -> FamilyIds:
-    """Counterfactual families of the texts as token ids; the axis says whether texts without an attribute word stay."""
-    found, pending = FamilyIds([]), []
-
-    def counted():
-        for text in texts:
-            found.texts += 1
-            yield text
-
-    def flush():
-        encoded = iter(tokenizer.encode([m for members in pending for m in members], max_length=longest))
-        for members in pending:
-            ids = [next(encoded) for _ in members]
+def encode_families(texts: Iterable[str], axis: Axis, tokenizer: Tokenizer, longest: int, intervention: Intervention = PAPER) -> FamilyIds:
+    """Counterfactual families of the texts as token ids; the axis says whether texts without an attribute word stay, the intervention what of a family."""
+    found, texts = FamilyIds([]), iter(texts)
+    while chunk := list(itertools.islice(texts, CHUNK)):
+        made = expand(chunk, axis, intervention)
+        encoded = iter(tokenizer.encode(made.texts, max_length=longest))
+        found.texts += len(chunk)
+        for size in made.sizes:
+            ids = [next(encoded) for _ in range(size)]
             found.cut += sum(e.cut > 0 for e in ids)
             found.families.append([e.ids for e in ids])
-        pending.clear()
-
-    for family in families(counted(), axis):
-        pending.append(family.members)
-        if len(pending) == CHUNK:
-            flush()
-    if pending:
-        flush()
     return found
 
 
-def _held_out(settings: Upstream, axis, files: list[str], valid: list[str], skipped: Skipped) -> tuple[HeldOut, list[str]]:
+def _held_out(settings: Upstream, axis: Axis, intervention: Intervention, files: list[str], valid: list[str], skipped: Skipped) -> tuple[HeldOut, list[str]]:
     """(which texts of the corpus are held out, texts of the families to validate on). `skipped` hears of the corrupt lines of the validation files.
 
     Raises DataError where either side has no words of the axis.
@@ -100,9 +91,9 @@ def _held_out(settings: Upstream, axis, files: list[str], valid: list[str], skip
         return lambda: (chunk.texts for chunk in corpus.chunks(paths, settings.column, unit=settings.unit, on_error=settings.on_error, skipped=skipped))
 
     if valid:
-        first_families(read(files), axis, PAPER, 1, ", ".join(settings.corpus))  # there is something to learn from
-        return HeldOut(), first_families(read(valid, skipped), axis, PAPER, settings.valid_texts, ", ".join(settings.valid))
-    return choose(read(files), axis, PAPER, settings.valid_share, settings.valid_texts, ", ".join(settings.corpus))
+        first_families(read(files), axis, intervention, 1, ", ".join(settings.corpus))  # there is something to learn from
+        return HeldOut(), first_families(read(valid, skipped), axis, intervention, settings.valid_texts, ", ".join(settings.valid))
+    return choose(read(files), axis, intervention, settings.valid_share, settings.valid_texts, ", ".join(settings.corpus))
 
 
 def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None) -> PhaseResult:
@@ -112,7 +103,7 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
     """
     device = pick_device(settings.device)
     precision = pick_precision(settings.precision, device)
-    axis = load_axis(settings.axis)
+    axis, intervention = prepared(settings)
     cls = methods.method_class(settings.method)
     options = checked(cls.Config, settings.set or {}, f"--set, {cls.name}: ")
     with checkpoint.writing_run(settings.out, "upstream", _saved(settings), settings.overwrite) as run, contextlib.ExitStack() as stack:
@@ -132,10 +123,10 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
         copies = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peftdebias-")))
         files, valid = (lines.seekable(lines.find(paths), copies) for paths in (settings.corpus, settings.valid))
         skipped = Skipped()
-        rule, held_out_texts = _held_out(settings, axis, files, valid, skipped)
-        held_out = encode_families(held_out_texts, axis, tokenizer, longest)
+        rule, held_out_texts = _held_out(settings, axis, intervention, files, valid, skipped)
+        held_out = encode_families(held_out_texts, axis, tokenizer, longest, intervention)
         recipe = Recipe(tuple(files), axis, tokenizer, longest, settings.seed, settings.batch, column=settings.column, unit=settings.unit, on_error=settings.on_error,
-                        held_out=rule, buffer=settings.shuffle_buffer, cache=settings.cache)
+                        intervention=intervention, held_out=rule, buffer=settings.shuffle_buffer, cache=settings.cache)
         epochs = stack.enter_context(Epochs(recipe, default_workers(recipe.files) if settings.workers is None else settings.workers))
         counts = epochs.ready()
         notes = [*loaded.report.lines(), *_corpus_notes(counts, len(held_out.families) if valid else None, axis.name, longest)]
@@ -342,6 +333,9 @@ def _saved(settings: Upstream | Downstream) -> dict:
     for key in ("model", "corpus", "valid", "adapter", "train", "dev", "test", "cache"):
         if key in values:
             values[key] = [_absolute(v) for v in values[key]] if isinstance(values[key], list) else _absolute(values[key])
+    for key in ("axis", "names"):  # a file of the user's, or something shipped
+        if str(values.get(key, "")).endswith(".toml"):
+            values[key] = _absolute(values[key])
     return values
 
 

@@ -26,7 +26,7 @@ from .buckets import Families, Packed, masked_batches
 from .cache import Cache
 from .cda import PAPER, Intervention
 from .cda_engine import engine
-from .holdout import HeldOut
+from .holdout import HeldOut, touched
 from .lines import Place, Skipped
 from .tokens import Tokenizer
 
@@ -193,13 +193,13 @@ def tokenised(recipe: Recipe, start: Start = Start(), notes: Sequence[str] = ())
     put = splice.hole(recipe.tokenizer)
     stream = ahead(_encoded(recipe, start, skipped, put))
     try:
-        for encodings, (chunk, numbers, found, texts, held_out, left_out) in stream:
+        for encodings, (chunk, numbers, found, texts, touched, held_out, left_out) in stream:
             ids, lengths, cut = splice.flat(encodings, found, recipe.tokenizer, put, recipe.max_length)
             del encodings
             sizes = numpy.array(found.sizes, numpy.int32)
             where = [numbers[source] for source in found.sources]  # of each family: (number of its text, index in the chunk)
             counts.texts += texts
-            counts.touched += int((sizes > 1).sum()) if recipe.axis.keep_untouched else len(sizes)
+            counts.touched += touched
             counts.families += len(sizes)
             counts.members += len(lengths)
             counts.cut += int((cut > 0).sum())
@@ -225,7 +225,8 @@ def _encoded(recipe: Recipe, start: Start, skipped: Skipped, put: splice.Hole | 
 
 
 def _expanded(recipe: Recipe, start: Start, skipped: Skipped, put: splice.Hole | None):
-    """Of each chunk: itself, (number, index) of each text to train on, their families, how many texts these were, held-out families, what was left out so far."""
+    """Of each chunk: itself, (number, index) of each text to train on, their families, how many texts these were and how many of them have words of the
+    axis, held-out families, what was left out so far."""
     number = start.text if start.place is not None else 0
     part, parts = recipe.shard
     held, swap = recipe.held_out, engine(recipe.axis, recipe.intervention, recipe.threads)
@@ -238,7 +239,16 @@ def _expanded(recipe: Recipe, start: Start, skipped: Skipped, put: splice.Hole |
         if len(training) < len(mine):
             kept = {i for _, i in training}
             aside = len(swap.expand([chunk.texts[i] for _, i in mine if i not in kept]).sizes)
-        yield chunk, training, found, len(training), aside, Skipped(skipped.count, list(skipped.first))
+        yield chunk, training, found, len(training), _touched(recipe, chunk, training, found.sizes), aside, Skipped(skipped.count, list(skipped.first))
+
+
+def _touched(recipe: Recipe, chunk: corpus.Chunk, training: list[tuple[int, int]], sizes: list[int]) -> int:
+    """How many of the texts have words of the axis."""
+    if not recipe.axis.keep_untouched:
+        return len(sizes)
+    if recipe.intervention.keep == "pairs":
+        return sum(size > 1 for size in sizes)
+    return len(touched([chunk.texts[i] for _, i in training], recipe.axis, recipe.intervention))  # families of one text say nothing
 
 
 def fill(blocks: Iterable[Block], buffer: int, start: Start = Start(), number: int = 0, tokens: int = WINDOW_TOKENS) -> Iterator[Window]:

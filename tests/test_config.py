@@ -169,7 +169,7 @@ def test_a_configuration_of_another_command_is_refused(toml):
 
 
 def test_all_that_is_missing_is_named_as_it_is_typed():
-    with pytest.raises(ConfigError, match=r"^missing: --model, --axis, --corpus, --out \(see `peftdebias upstream --help`\)$"):
+    with pytest.raises(ConfigError, match=r"^missing: --axis, --model, --corpus, --out \(see `peftdebias upstream --help`\)$"):
         config.resolve(Upstream, {})
     with pytest.raises(ConfigError, match="^missing: RUN "):
         config.resolve(Predict, {})

@@ -21,7 +21,7 @@ from peftdebias.phases import parse_class_weights
 from peftdebias.tasks import class_probabilities, labelled_samples
 
 from .outside import one_thread  # noqa: F401
-from .small import cli, done, lines, sha256, small, tree  # noqa: F401
+from .small import cli, done, flags_of, lines, sha256, small, tree  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +294,31 @@ def test_the_share_held_out_is_by_hash_of_the_text(small, tmp_path):  # noqa: F8
     said = learn(small, tmp_path, "\n".join(texts), valid_share=0.2)
     assert note(said)[2] == len(texts) - len(held_out) and note(said)[4] == len(held_out) and 15 < len(held_out) < 45
     assert [is_held_out(" " + t, 0.2) for t in texts] == [is_held_out(t, 0.2) for t in texts]
+
+
+@pytest.mark.parametrize("flags", [{"from": "female"}, {"occurrences": "one", "max_variants": 2}, {"keep": "counterfactuals"}, {"keep": "originals"}, {"names": True},
+                                   {"axis": "group", "keep": "counterfactuals", "max_variants": 1}])
+def test_what_is_learnt_from_is_what_augment_writes(flags, small, tmp_path):  # noqa: F811
+    (tmp_path / "c.txt").write_text("\n".join([*small.corpus.read_text().splitlines()[:40], "Mary and John met the muslim man and her christian son", "nothing at all"]) + "\n")
+    axis = flags.get("axis", "gender")
+    rest = {key: value for key, value in flags.items() if key != "axis"}
+    written = done("augment", tmp_path / "c.txt", *flags_of({"axis": axis, "format": "lines", "stats": tmp_path / "stats.json", **rest}))
+    done("upstream", *small.learning(axis=axis, corpus=tmp_path / "c.txt", valid=tmp_path / "c.txt", out=tmp_path / "run", **rest))
+    corpus, stats = lines(tmp_path / "run" / "metrics.jsonl")[-1]["corpus"], json.loads((tmp_path / "stats.json").read_text())
+    assert corpus["members"] == len(written.out.splitlines()) > 10 and corpus["texts"] == stats["texts"] == 42 and corpus["touched"] == stats["touched"]
+    saved = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    assert {key: saved[key] for key in rest} == {key: "shipped" if key == "names" else value for key, value in rest.items()}
+    again = done("upstream", "--config", tmp_path / "run" / "config.toml", "--out", tmp_path / "again")
+    assert sha256(tmp_path / "again" / "adapter" / "adapter.safetensors") == sha256(tmp_path / "run" / "adapter" / "adapter.safetensors"), again.err
+
+
+def test_an_axis_of_the_users_is_kept_by_its_place(small, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "mine.toml").write_text('keep_untouched = false\ngroups = [["he", "she"]]\n')
+    monkeypatch.chdir(tmp_path)
+    done("upstream", *small.learning(axis="mine.toml", out="run"))
+    assert tomllib.loads((tmp_path / "run" / "config.toml").read_text())["axis"] == str(tmp_path / "mine.toml")
+    said = cli("upstream", *small.learning(out="other", **{"from": "neither"}))
+    assert said.code == 2 and "neither" in said.err.splitlines()[-1] and not (tmp_path / "other").exists()
 
 
 def test_validation_texts_of_their_own(small, tmp_path):  # noqa: F811
