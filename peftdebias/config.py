@@ -331,10 +331,11 @@ class Testbed:
     methods: tuple[str, ...] = option("methods to run beside the base and plain fine-tuning (default: all; none: those two alone)", (), many="words", metavar="NAME")
     seeds: tuple[str, ...] = option("seeds of worlds and training", ("0", "1", "2", "3", "4"), many="words", metavar="N")
     scale: float = option("multiplies texts, examples, pairs and steps; 0.05 is a quick look that learns nothing", 1.0)
+    upstream_steps: int | None = option("steps in which a method learns upstream (default: 300 times --scale)", None)
     jobs: int = option("processes at a time, each on one thread", 1)
 
     def __post_init__(self):
-        _at_least(1, self, "jobs")
+        _at_least(1, self, "jobs", "upstream_steps")
         if not 0 < self.scale <= 100:
             raise ConfigError(f"--scale: expected more than 0, up to 100, got {self.scale}")
         for name, kind in (("text_strengths", float), ("label_strengths", float), ("method_strengths", float), ("seeds", int)):

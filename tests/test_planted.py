@@ -106,7 +106,7 @@ def test_the_classifier_figures_are_those_of_downstream_and_predict(ran, tmp_pat
     unit, module, files = Unit("labels", 1.0, 0, "lora"), Unit("text", 0.8, 0, "lora").folder(out) / "run", Unit("labels", 1.0, 0).folder(out)
     base = Unit("text", 0.8, 0).folder(out) / "model"
     done("downstream", "--model", base, "--adapter", module, *(w for name in ("train", "dev", "test") for w in (f"--{name}", files / f"{name}.jsonl")), "--text", "hard_text",
-         "--label", "profession", "--group", "gender", "--epochs", SIZES.epochs, "--lr", units.RATES["downstream"], "--batch-size", SIZES.batch,
+         "--label", "profession", "--group", "gender", "--epochs", SIZES.epochs, "--lr", units.RATES["downstream"], "--batch-size", SIZES.task_batch,
          "--max-length", units.LONGEST, "--seed", 0, "--out", tmp_path / "run")
     (final,) = (e for e in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if e["event"] == "final")
     measured = {m["name"]: m for m in final["measures"]}
@@ -218,6 +218,7 @@ ERRORS = {
     "half a seed": (["--seeds", 0.5], "--seeds: expected whole numbers from 0, each once, got 0.5"),
     "not among them": (["--method-strengths", 0.3], "--method-strengths: expected some of --text-strengths and --label-strengths, got 0.3"),
     "scale": (["--scale", 0], "--scale: expected more than 0, up to 100, got 0.0"),
+    "steps": (["--upstream-steps", 0], "--upstream-steps: expected at least 1, got 0"),
     "jobs": (["--jobs", 0], "--jobs: expected at least 1, got 0"),
     "method": (["--methods", "lorra"], "method: expected one of .*, got 'lorra'"),
 }
@@ -240,6 +241,8 @@ def test_a_folder_of_something_else_or_of_other_settings_stays_as_it_is(ran, tmp
     assert said.code == 2 and said.err.splitlines()[-1] == f"peftdebias: --out {tmp_path}/else: exists and is no earlier testbed; expected a new folder"
     said = cli("testbed", *GIVEN, "--scale", 0.02, "--out", out)
     assert said.code == 2 and re.search(r"expected units of the same settings, got another sizes in .*unit.json", said.err)
+    said = cli("testbed", *GIVEN, "--upstream-steps", 4, "--out", out)  # the bases are right, what was learnt on them is not
+    assert said.code == 2 and re.search(r"expected units of the same settings, got another sizes in .*text-0.8/seed-0/lora", said.err)
     said = cli("testbed", *GIVEN, "--text-strengths", 0.8, 0.4, "--out", out)  # other bases for the tasks
     assert said.code == 2 and re.search(r"expected units of the same settings, got another start in .*labels-", said.err)
     assert tree(out) == before

@@ -33,7 +33,7 @@ NONE = "none"
 BUDGET = 0.01
 LONGEST = 64  # tokens; the world's texts are shorter, and a prompt of 1 % needs room
 HIDDEN, SPREAD = 64, 0.08  # of the base. Drawn as narrowly as BERT is (0.02), it would learn the link only after thousands of steps
-RATES = {"pretraining": 4e-3, "downstream": 3e-3, "full": 5e-3, "adapter": 1e-2, "prefix": 1e-1, "prompt": 5e-2, "lora": 3e-2, "sparse": 3e-2, "ia3": 1e-1, "bias": 5e-2}
+RATES = {"pretraining": 4e-3, "downstream": 2e-3, "full": 5e-3, "adapter": 1e-2, "prefix": 1e-1, "prompt": 5e-2, "lora": 3e-2, "sparse": 3e-2, "ia3": 1e-1, "bias": 5e-2}
 KEPT = ("accuracy", "tpr-gap/rms", "tpr-gap/rms-shuffled")
 
 
@@ -44,17 +44,18 @@ class Sizes:
     corpus: int = 20_000
     heldout: int = 1_000
     pairs: int = 500
-    train: int = 2_000
+    train: int = 3_000
     dev: int = 300
     test: int = 1_500
     pretraining: int = 1_400
     upstream: int = 300
     batch: int = 64
-    epochs: int = 3
+    task_batch: int = 32
+    epochs: int = 4
 
     @classmethod
     def scaled(cls, scale: float) -> "Sizes":
-        """All but the batch and the epochs times `scale`, but no fewer than it takes to run: every occupation in both genders in every file."""
+        """All but the batches and the epochs times `scale`, but no fewer than it takes to run: every occupation in both genders in every file."""
         least = {"corpus": 400, "heldout": 20, "pairs": 20, "train": 200, "dev": 60, "test": 300, "pretraining": 2, "upstream": 2}
         return dataclasses.replace(cls(), **{name: max(n, round(scale * getattr(cls, name))) for name, n in least.items()})
 
@@ -87,7 +88,7 @@ class Plan:
         if unit.method != NONE:
             sizes, rates = [*sizes, "upstream", "batch"], [*rates, unit.method]
         if unit.place == "labels":
-            sizes, rates = [*sizes, "train", "dev", "test", "epochs", "batch"], [*rates, "downstream"]
+            sizes, rates = [*sizes, "train", "dev", "test", "epochs", "task_batch"], [*rates, "downstream"]
         made = {"sizes": {name: getattr(self.sizes, name) for name in sizes}, "rates": {name: RATES[name] for name in rates}, "hidden": HIDDEN, "drawn": SPREAD}
         return made | ({"start": self.start} if unit.place == "labels" else {})
 
@@ -193,7 +194,7 @@ def labels_unit(plan: Plan, unit: Unit, folder: Path) -> tuple[list[Measure], in
     base, module = Unit("text", plan.start, unit.seed).folder(plan.out) / "model", Unit("text", plan.start, unit.seed, unit.method).folder(plan.out) / "run"
     model, adapters = (module, ()) if trains_base(unit.method) else (base, () if unit.method == NONE else (str(module),))
     result = phases.downstream(Downstream(model=str(model), adapter=adapters, train=str(paths["train"]), dev=str(paths["dev"]), test=str(paths["test"]),
-                                          text="hard_text", label="profession", group="gender", epochs=sizes.epochs, lr=RATES["downstream"], batch_size=sizes.batch,
+                                          text="hard_text", label="profession", group="gender", epochs=sizes.epochs, lr=RATES["downstream"], batch_size=sizes.task_batch,
                                           max_length=LONGEST, out=str(folder / "run"), seed=unit.seed))
     run = load_run(folder / "run")
     measures = [m for m in result.measures if m.name in KEPT] + causal_measures(run, world, sizes.pairs, unit.seed)
