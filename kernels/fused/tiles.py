@@ -1,5 +1,6 @@
-"""What the kernels share: the product of two tiles, and how launchers look at tensors. It computes no op."""
+"""What the kernels share: the product of two tiles, how launchers look at tensors, and what is compiled ahead. It computes no op."""
 
+import dataclasses
 import os
 
 import torch
@@ -53,3 +54,20 @@ class _Nothing:
 
     def __exit__(self, *error):
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What of a kernel file is compiled without a device (bench/compile_report.py): one kernel at its default tiles. `specs(arch)` of a file lists them.
+
+    signature: name of every run-time argument -> Triton's type ("*bf16", "i32", "fp32"), in the kernel's order. constants: name -> value of every tl.constexpr
+    argument; an optional pointer that is None is one of them. aligned: whole-number arguments that are multiples of 16 where it matters; pointers always are.
+    """
+
+    name: str
+    kernel: object
+    signature: dict[str, str]
+    constants: dict[str, object]
+    num_warps: int = 4
+    num_stages: int = 3
+    aligned: tuple[str, ...] = ()
