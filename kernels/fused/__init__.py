@@ -20,6 +20,7 @@ import os
 KINDS = ("auto", "torch", "native", "triton")
 
 TRITON: dict[str, str] = {
+    "dropout": "dropout",
     "lora_linear": "lora",
     "lora_write": "lora",
 }
