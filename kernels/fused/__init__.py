@@ -20,9 +20,11 @@ import os
 KINDS = ("auto", "torch", "native", "triton")
 
 TRITON: dict[str, str] = {
+    "adapter": "adapter",
     "dropout": "dropout",
     "lora_linear": "lora",
     "lora_write": "lora",
+    "mlm_loss": "mlm_loss",
 }
 """op -> the file here whose import registers its Triton implementation."""
 
