@@ -20,11 +20,13 @@ import os
 KINDS = ("auto", "torch", "native", "triton")
 
 TRITON: dict[str, str] = {
+    "adamw": "sparse",
     "adapter": "adapter",
     "dropout": "dropout",
     "lora_linear": "lora",
     "lora_write": "lora",
     "mlm_loss": "mlm_loss",
+    "sparse_add": "sparse",
 }
 """op -> the file here whose import registers its Triton implementation."""
 
