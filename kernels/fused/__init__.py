@@ -17,14 +17,18 @@ import importlib
 import importlib.util
 import os
 
+import torch
+
 KINDS = ("auto", "torch", "native", "triton")
 
 TRITON: dict[str, str] = {
-    "adamw": "sparse",
     "adapter": "adapter",
+    "adamw": "sparse",
     "dropout": "dropout",
+    "lora_grads": "lora_grads",
     "lora_linear": "lora",
-    "lora_write": "lora",
+    "lora_write": "lora_write",
+    "lora_written": "lora",
     "mlm_loss": "mlm_loss",
     "sparse_add": "sparse",
 }
@@ -77,6 +81,7 @@ def choose(op: str, reference, device=None):
     return reference if kind == "torch" else _registry[op, kind]
 
 
+@torch.compiler.assume_constant_result  # under torch.compile: what is asked for when it traces
 def decide(op: str, device=None) -> tuple[str | None, str]:
     """(the kind that `choose` takes for `op` on `device`, why, in words); None where it would raise, and what it would say."""
     kind, where = setting(), getattr(device, "type", "cpu")

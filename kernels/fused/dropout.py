@@ -1,6 +1,6 @@
 """Dropout whose mask is computed again wherever it is needed, never stored; the bits are the same in torch, in C and in Triton.
 
-Contract. dropout(x, rate, seed, site) is x with every element kept with probability q and multiplied by 1 / q, or set to 0; `dropout_ref` is the
+Contract. dropout(x, rate, seed, site) is x with every element kept with probability q and multiplied by 1 / q, or set to 0; dropout_ref.py is the
 specification. x [T, D] fp32, bf16 or fp16, rows of any stride, neighbours in a row next to each other. seed int64 [1] on x's device: a captured CUDA graph
 draws anew when somebody writes it. site: which of the places that drop in one model, 0 .. 2^32 - 1. Saves the seed alone; overwrites nothing.
 
@@ -12,7 +12,7 @@ realised, and 1 / q the scale: the mean is x exactly. Eight bits would miss the 
 
 Derivation. y = m x / q element by element, m in {0, 1}: dx = m dy / q, the same kernel on dy.
 
-The room: this file (specification, kernel), lora.py (who drops inside a product), tests/kernel_checks/check_dropout.py (proof).
+The room: dropout_ref.py (specification), this file (kernel), lora.py (who drops inside a product), tests/kernel_checks/check_dropout.py (proof).
 Letters: T rows, D columns.
 """
 
@@ -22,51 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import register
+from .dropout_ref import threshold_of
 from .tiles import DTYPES, Spec, ceil_div, expect, on
-
-LANES = 8  # elements that one Philox call serves
-
-
-# ---------------------------------------------------------------- the specification, in torch
-
-def threshold_of(rate: float) -> int:
-    """16-bit threshold: an element is kept where its bits are less. rate in [0, 1); at least one of 65536 values is kept."""
-    if not 0 <= rate < 1:
-        raise ValueError(f"dropout: expected a rate from 0 up to but not 1, got {rate}")
-    return max(1, round((1 - rate) * 65536))
-
-
-def philox_ref(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 on int64 tensors that hold 32-bit words: four words of counter, two of key -> four words."""
-    word = 0xFFFFFFFF
-
-    def product(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:  # (high, low) 32 bits of x * factor; no product here passes 2^48
-        low, high = x * (factor & 0xFFFF), x * (factor >> 16)
-        return (high + (low >> 16)) >> 16, (((high & 0xFFFF) << 16) + low) & word
-
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        (h0, l0), (h2, l2) = product(c0, 0xD2511F53), product(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = h2 ^ c1 ^ k0, l2, h0 ^ c3 ^ k1, l0
-        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
-    return c0, c1, c2, c3
-
-
-def keep_mask(rows: int, columns: int, rate: float, seed: Tensor, site: int) -> Tensor:
-    """bool [rows, columns]: what is kept. seed int64 [1]."""
-    blocks, word = ceil_div(columns, LANES), 0xFFFFFFFF
-    n = torch.arange(rows * blocks, device=seed.device)
-    zero = torch.zeros_like(n)
-    words = torch.stack(philox_ref((n & word, n >> 32, zero + ((seed >> 32) & word), zero), (zero + (seed & word), zero + site)), -1)  # [rows * blocks, 4]
-    bits = torch.cat([words & 0xFFFF, words >> 16], -1)  # [rows * blocks, 8], an element a lane
-    return (bits < threshold_of(rate)).view(rows, blocks * LANES)[:, :columns]
-
-
-def dropout_ref(x: Tensor, rate: float, seed: Tensor, site: int) -> Tensor:
-    """x [T, D] -> [T, D]; the specification. Differentiable, any dtype."""
-    return torch.where(keep_mask(*x.shape, rate, seed, site), x * (65536 / threshold_of(rate)), 0.0)
-
 
 # ---------------------------------------------------------------- the bits, in Triton
 
@@ -91,8 +48,8 @@ def philox(c0, c1, c2, c3, k0, k1):
 def keep(rows, first_block, blocks, seed, site, threshold, BLOCKS: tl.constexpr):
     """bool [rows, 8 * BLOCKS]: keep_mask of these rows and of the columns from 8 * first_block on.
 
-    rows int64 [BT]; blocks: ceil(D / 8) of the whole tensor; seed int64; site, threshold whole numbers. The lanes come in the order (half, word // 2,
-    word % 2), each `join` a new fastest axis.
+    rows int64 [BT]; blocks: ceil(D / 8) of the whole tensor; seed int64 and site int32 scalars (kernels take site unspecialised); threshold a whole number.
+    The lanes come in the order (half, word // 2, word % 2), each `join` a new fastest axis.
     """
     n = rows[:, None] * blocks + (first_block + tl.arange(0, BLOCKS))[None, :]  # [BT, BLOCKS]
     zero = n.to(tl.uint32) * 0
@@ -110,7 +67,7 @@ def _halves(word, threshold):
 
 # ---------------------------------------------------------------- kernel, forward and backward
 
-@triton.jit
+@triton.jit(do_not_specialize=["site"])  # a site of 1 would arrive as a Python number, which has no type to change
 def dropout_kernel(x, y, seed, T, D, row_stride, site, threshold, scale, BT: tl.constexpr, BD: tl.constexpr):
     """y [T, D] = x [T, D] dropped; a program does BT rows and BD columns. seed int64 [1]. For the backward x is dy and y is dx."""
     rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)

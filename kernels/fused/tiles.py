@@ -43,6 +43,11 @@ def expect(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: t
         raise ValueError(f"{op}, {name}: expected a tensor on {device}, got one on {tensor.device}")
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a library product of x would be computed in: autocast's dtype where it is on, else x's."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
 def on(tensor: Tensor):
     """A context in which launches go to the tensor's own CUDA device, and to its current stream; nothing on a CPU (interpreter)."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else _Nothing()
