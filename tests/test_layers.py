@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = """
-    errors native config axes sentences lines corpus cda cda_engine augment holdout tokens buckets cache stream worker batches kernels sites written encoder weights methods patch tasks metrics checkpoint foreign interchange optimizer training answers extrinsic evaluation comparison embedding phases testbed demo report cli
+    errors native config axes sentences lines corpus cda cda_engine augment holdout tokens buckets cache stream worker batches kernels sites written encoder weights methods patch tasks metrics checkpoint foreign interchange optimizer training answers extrinsic evaluation comparison embedding phases testbed demo doctor report cli
 """.split()
 FRONT_DOOR = {"__init__", "__main__"}  # peftdebias/__init__.py and __main__.py may import any module
 

@@ -97,8 +97,8 @@ def dx_kernel(dy, weight, a, b, seed, dx, T, I, O, dy_stride, rank, site, thresh
 def tiles_for(dtype: torch.dtype, rank: int) -> dict[str, int]:
     """BM, BN, BK, R, GROUP and how the compiler schedules."""
     if dtype == torch.float32:
-        return {"BM": 64, "BN": 64, "BK": 32, "R": power(rank), "GROUP": 8, "num_warps": 4, "num_stages": 2}
-    return {"BM": 128, "BN": 128, "BK": 64, "R": power(rank), "GROUP": 8, "num_warps": 8, "num_stages": 3}
+        return {"BM": 32, "BN": 64, "BK": 32, "R": power(rank), "GROUP": 8, "num_warps": 8, "num_stages": 2}
+    return {"BM": 128, "BN": 128, "BK": 64 if rank <= 32 else 32, "R": power(rank), "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 
 def specs(arch: int) -> list[Spec]:
