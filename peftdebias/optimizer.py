@@ -36,7 +36,7 @@ class FlatAdamW(torch.optim.Optimizer):
             self.flat.append((values, torch.zeros_like(values), torch.zeros_like(values), torch.empty_like(values)))
             for p, view, first, second in zip(group["params"], *(self._views(group, t) for t in self.flat[-1][:3])):
                 p.data = view
-                self.state[p] = {"step": torch.zeros(()), "exp_avg": first, "exp_avg_sq": second}
+                self.state[p] = {"step": 0, "exp_avg": first, "exp_avg_sq": second}
 
     @staticmethod
     def _views(group: dict, flat: Tensor) -> list[Tensor]:
@@ -49,21 +49,21 @@ class FlatAdamW(torch.optim.Optimizer):
             for p in present:
                 self.state[p]["step"] += 1
             settings = {"lr": group["lr"], "betas": group["betas"], "epsilon": group["eps"], "decay": group["weight_decay"]}
-            steps = {int(self.state[p]["step"]) for p in present}
+            steps = {self.state[p]["step"] for p in present}
             if len(present) == len(group["params"]) and len(steps) == 1:
                 torch.cat([p.grad.reshape(-1) for p in present], out=gradient)
                 self.update(values, gradient, first, second, step=steps.pop(), **settings)
                 continue
             for p in present:  # some have had fewer steps, or have no gradient now
                 state = self.state[p]
-                self.update(p.data.view(-1), p.grad.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), step=int(state["step"]), **settings)
+                self.update(p.data.view(-1), p.grad.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), step=state["step"], **settings)
 
     def load_state_dict(self, state: dict) -> None:
         """Takes a state of this class or of torch.optim.AdamW; the moments are copied into the flat tensors."""
         super().load_state_dict(state)
         for group, (_, first, second, _) in zip(self.param_groups, self.flat):
             for p, *views in zip(group["params"], self._views(group, first), self._views(group, second)):
-                loaded = self.state.get(p) or {"step": 0.0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                loaded = self.state.get(p) or {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
                 for view, name in zip(views, ("exp_avg", "exp_avg_sq")):
                     view.copy_(loaded[name])
-                self.state[p] = {"step": torch.tensor(float(loaded["step"])), "exp_avg": views[0], "exp_avg_sq": views[1]}
+                self.state[p] = {"step": int(loaded["step"]), "exp_avg": views[0], "exp_avg_sq": views[1]}

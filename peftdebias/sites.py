@@ -225,7 +225,8 @@ def add_delta(tensor: Tensor, delta: Tensor | tuple[Tensor, Tensor] | None) -> T
     if delta is None:
         return tensor
     if isinstance(delta, tuple):
-        return kernels.choose("sparse_add", reference=sparse_add_ref, device=tensor.device)(tensor, *delta)
+        plain = tensor.dtype == torch.float64  # no kernel takes it
+        return (sparse_add_ref if plain else kernels.choose("sparse_add", reference=sparse_add_ref, device=tensor.device))(tensor, *delta)
     return tensor + delta.to(tensor.dtype)
 
 

@@ -129,6 +129,12 @@ def mlm_loss_ref(logits: Tensor, targets: Tensor, weights: Tensor | None = None)
     return F.cross_entropy(logits, targets, weight=weights.to(logits.dtype))
 
 
+def mlm_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """mlm_loss_ref by the implementation that `kernels` chooses for the tensors' device; no kernel takes float64. A kernel's backward overwrites the logits."""
+    plain = logits.dtype == torch.float64
+    return (mlm_loss_ref if plain else kernels.choose("mlm_loss", reference=mlm_loss_ref, device=logits.device))(logits, targets, weights)
+
+
 class MaskedLM:
     """Masked-LM on families (a text and its counterfactuals, never parted). Validation masks are fixed by the seed; the lowest loss is best.
 
@@ -150,8 +156,7 @@ class MaskedLM:
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """Mean cross-entropy in nats over the masked tokens of the batch; 0 where it has none (unknown tokens only)."""
-        logits = model.mlm_logits(batch)
-        return kernels.choose("mlm_loss", reference=mlm_loss_ref, device=logits.device)(logits, batch.targets)
+        return mlm_loss(model.mlm_logits(batch), batch.targets)
 
     def validate(self, model: Model) -> dict[str, float]:
         """{"loss": mean over the held-out masked tokens, in nats}."""
@@ -182,7 +187,7 @@ class Classification:
         logits = model.class_logits(batch)
         if self.weights is not None and self.weights.device != logits.device:
             self.weights = self.weights.to(logits.device)
-        return kernels.choose("mlm_loss", reference=mlm_loss_ref, device=logits.device)(logits, batch.targets, self.weights)
+        return mlm_loss(logits, batch.targets, self.weights)
 
     def validate(self, model: Model) -> dict[str, float]:
         """The measures on the held-out texts."""

@@ -56,8 +56,8 @@ def _add(weight, indices, values, result, size, k, STEPS, COPIED: tl.constexpr, 
     tl.debug_barrier()  # the copy is written before any of it is written again
     for j in range(start, stop, PLACED):
         mine = j + tl.arange(0, PLACED)
-        inside = mine < stop
-        place = tl.load(indices + mine, mask=inside, other=0)
+        place = tl.load(indices + mine, mask=mine < stop, other=size)
+        inside = place < size
         value = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32) + tl.load(values + mine, mask=inside, other=0.0).to(tl.float32)
         tl.store(result + place, value, mask=inside)
 

@@ -64,6 +64,17 @@ METHODS = {
 }
 
 
+def test_float64_goes_to_the_twins(placed):
+    called, place, undo = placed
+    place()
+    for make in METHODS.values():
+        model, _ = made(make())
+        loss = MaskedLM.loss(None, model.double(), batch())
+        assert loss.dtype == torch.float64 and loss.isfinite()
+    undo()
+    assert not called
+
+
 @pytest.mark.parametrize("name,used", [("pfeiffer", "adapter"), ("houlsby", "adapter"), ("parallel", "adapter"), ("sparse", "sparse_add")])
 @pytest.mark.parametrize("frozen", [False, True], ids=["upstream", "downstream"])
 def test_one_step_is_the_same(placed, name, used, frozen):

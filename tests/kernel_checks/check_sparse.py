@@ -47,12 +47,20 @@ def test_add_not_contiguous():
     compare(fused.sparse_add, sparse_add_ref, given((13, 37), 7), dtype=torch.float32, gradients=("weight", "values"), layout=strided)
 
 
-def test_places_outside_are_not_followed():
-    tensors = given((5, 7), 3)
-    indices = torch.tensor([3, 35, 99], device=DEVICE)
+def test_places_outside_are_not_followed(monkeypatch):
+    """The result lies in the middle of a larger buffer, so a write beside it is seen."""
+    tensors, guards = given((5, 7), 4), []
+    indices = torch.tensor([-2, 3, 35, 60], device=DEVICE)
+
+    def guarded(weight):
+        guards.append(Guarded(torch.zeros_like(weight)))
+        return guards[0].view
+
+    monkeypatch.setattr(fused.torch, "empty_like", guarded)
     found = fused.sparse_add(tensors["weight"].float(), indices, tensors["values"].float())
+    guards[0].check("result", unchanged=False)
     wanted = tensors["weight"].float().flatten()
-    wanted[3] += tensors["values"].float()[0]
+    wanted[3] += tensors["values"].float()[1]
     assert torch.equal(found.flatten(), wanted)
 
 
