@@ -26,7 +26,7 @@ _forced: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("peftde
 
 @contextlib.contextmanager
 def use(op: str, form: str):
-    """Force one form of `op` inside the `with` block (per thread and task; autograd runs a backward in a thread of its own), wherever it can serve."""
+    """Force one form of `op` inside the `with` block (per thread and task), wherever it can serve; a backward keeps what its forward had."""
     _known(op, form, "dispatch.use")
     token = _forced.set({**_forced.get(), op: form})
     try:
@@ -61,6 +61,7 @@ def _measured(op: str, candidates: tuple[str, ...], device: str, dtype: str, dro
     return best, f"the fastest when measured here at {near['rows']} x {near['inside']} -> {near['outside']}, rank {near['rank']}"
 
 
+@torch.compiler.assume_constant_result  # under torch.compile: what is asked for when it traces
 def asked(op: str) -> str | None:
     """The form asked for by `use`, or by the environment variable of the op (PEFTDEBIAS_LORA_LINEAR), or None."""
     variable = f"PEFTDEBIAS_{op.upper()}"

@@ -133,10 +133,12 @@ def _launch(kernel, first: Tensor, columns: int, weight: Tensor, more: tuple, a:
     return result
 
 
-def form_for(first: Tensor, weight: Tensor, rank: int, rate: float) -> str:
-    """"epilogue" or "library" for a product of `first`, x or dy. Asked when the op runs, so a compiled graph holds no choice."""
+def form_for(first: Tensor, weight: Tensor, rank: int, rate: float, asked: str) -> str:
+    """"epilogue" or "library" for a product of `first`, x or dy. Looked up when the op runs, so a compiled graph holds no choice but the one `asked` for by name."""
     if rank > MAX_RANK:
         return "library"
+    if asked in ("epilogue", "library"):
+        return asked
     return dispatch.pick("lora_linear", ("epilogue", "library"), device=first.device, dtype=first.dtype, dropout=rate > 0, rows=first.shape[0], inside=weight.shape[1],
                          outside=weight.shape[0], rank=rank)
 
@@ -144,33 +146,34 @@ def form_for(first: Tensor, weight: Tensor, rank: int, rate: float) -> str:
 # ---------------------------------------------------------------- the product, by the epilogue or by the library
 
 @torch.library.custom_op("peftdebias::lora_linear", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, rate: float, seed: Tensor | None, site: int) -> Tensor:
-    if form_for(x, weight, a.shape[0], rate) == "epilogue":
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, rate: float, seed: Tensor | None, site: int,
+             form: str) -> Tensor:
+    if form_for(x, weight, a.shape[0], rate, form) == "epilogue":
         return _launch(forward_kernel, x, weight.shape[0], weight, (bias,), a, b, scale, rate, seed, site)
     z = dropout(x, rate, seed, site) if rate else x
     return F.linear(x, weight, bias).addmm_(F.linear(z, a.to(x.dtype)), b.to(x.dtype).t(), alpha=scale)
 
 
 @_forward.register_fake
-def _(x, weight, bias, a, b, scale, rate, seed, site):
+def _(x, weight, bias, a, b, scale, rate, seed, site, form):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.custom_op("peftdebias::lora_dx", mutates_args=())
-def _dx(dy: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, rate: float, seed: Tensor | None, site: int) -> Tensor:
-    if form_for(dy, weight, a.shape[0], rate) == "epilogue":
+def _dx(dy: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, rate: float, seed: Tensor | None, site: int, form: str) -> Tensor:
+    if form_for(dy, weight, a.shape[0], rate, form) == "epilogue":
         return _launch(dx_kernel, dy, weight.shape[1], weight, (), a, b, scale, rate, seed, site)
     through = (dy @ b.to(dy.dtype)) @ a.to(dy.dtype)
     return (dy @ weight).add_(dropout(through, rate, seed, site) if rate else through, alpha=scale)
 
 
 @_dx.register_fake
-def _(dy, weight, a, b, scale, rate, seed, site):
+def _(dy, weight, a, b, scale, rate, seed, site, form):
     return dy.new_empty(dy.shape[0], weight.shape[1])
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias, a, b, ctx.scale, ctx.rate, seed, ctx.site = inputs
+    x, weight, bias, a, b, ctx.scale, ctx.rate, seed, ctx.site, ctx.form = inputs
     needs = ctx.needs_input_grad
     ctx.save_for_backward(x if needs[1] or needs[3] or needs[4] else None, weight if needs[0] else None, a, b, seed)
 
@@ -178,9 +181,9 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dy: Tensor):
     x, weight, a, b, seed = ctx.saved_tensors
     needs, how = ctx.needs_input_grad, (ctx.scale, ctx.rate, seed, ctx.site)
-    dx = _dx(dy, weight, a, b, *how) if needs[0] else None
+    dx = _dx(dy, weight, a, b, *how, ctx.form) if needs[0] else None
     da, db = lora_grads_op(x, dy, a, b, *how) if needs[3] or needs[4] else (None, None)
-    return (dx, dy.t() @ x if needs[1] else None, dy.sum(0) if needs[2] else None, da if needs[3] else None, db if needs[4] else None, None, None, None, None)
+    return (dx, dy.t() @ x if needs[1] else None, dy.sum(0) if needs[2] else None, da if needs[3] else None, db if needs[4] else None, None, None, None, None, None)
 
 
 _forward.register_autograd(_backward, setup_context=_save)
@@ -243,4 +246,4 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
     expect("lora_linear", "W", weight, (b.shape[0], x.shape[1]), (x.dtype,), x.device)
     if bias is not None:
         expect("lora_linear", "bias", bias, (b.shape[0],), (x.dtype,), x.device)
-    return _forward(x, weight, bias, a, b, float(scale), float(rate), seed, site)
+    return _forward(x, weight, bias, a, b, float(scale), float(rate), seed, site, dispatch.asked("lora_linear") or "")
