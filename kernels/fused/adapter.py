@@ -31,6 +31,7 @@ ACTIVATIONS = ("relu", "silu", "gelu", "gelu_new")
 WIDEST = 256  # K of one launch
 STRETCH = 512  # rows of T that one program sums for the gradients of the parameters, at least
 MOST_STRETCHES = 32
+FILLED = 128  # programs that there should be at the least
 SUMMED = 1024  # gradients that one program of the second stage sums
 
 
@@ -187,14 +188,18 @@ def _sum_stretches(partial, total, number, stretches, BLOCK: tl.constexpr):
 
 # ---------------------------------------------------------------- launchers
 
-def tiles(inner: int, product: torch.dtype, parts: int = 1) -> dict:
-    """Tile sizes and launch options for INNER = inner. parts: how many accumulators [INNER, COLUMNS] stay in registers. float32 products go through the plain
-    units, whose operands take registers too."""
+def tiles(inner: int, product: torch.dtype, tokens: int | None = None, parts: int = 1) -> dict:
+    """Tile sizes and launch options for INNER = inner. tokens: fewer rows a tile where there are few, so that a GPU's 100 to 150 multiprocessors all have one; None:
+    plenty. parts: how many accumulators [INNER, COLUMNS] stay in registers, beside which tiles are smaller. float32 products go through the plain units, whose
+    operands take registers too."""
     if product == torch.float32:
         rows, columns, stages = 16, 32 if inner <= 128 else 16, 2
     else:
         rows, columns, stages = min(64, 4096 // inner), min(64, max(16, 4096 // inner)), 3
-    return {"ROWS": rows, "COLUMNS": max(16, columns // parts), "INNER": inner, "num_warps": 4 if inner <= 64 else 8, "num_stages": stages, "enable_fp_fusion": True}
+    if tokens is not None:
+        rows = min(rows, max(16, triton.next_power_of_2(tokens // FILLED + 1) // 2))
+    rows, columns = rows if inner <= 32 else max(16, rows // parts), max(16, columns // parts)
+    return {"ROWS": rows, "COLUMNS": columns, "INNER": inner, "num_warps": 4 if inner <= 64 else 8, "num_stages": stages, "enable_fp_fusion": True}
 
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -212,19 +217,20 @@ def specs(arch: int) -> list[Spec]:
         inside, given = "*" + DTYPES[product], "*" + DTYPES[dtype]
         parameters = dict.fromkeys(("down", "c", "up"), given)
 
-        def spec(name: str, kernel, pointers: dict[str, str], parts: int = 1, **chosen) -> Spec:
-            tile = tiles(inner, product, parts)
+        def spec(name: str, kernel, pointers: dict[str, str], parts: int = 1, tokens: int | None = None, **chosen) -> Spec:
+            tile = tiles(inner, product, tokens, parts)
             options = {key: tile.pop(key) for key in ("num_warps", "num_stages")}
             del tile["enable_fp_fusion"]
             size = shape | {"stretch": "i32"} if kernel is _backward_parameters else shape
             return Spec(f"{name}, {words}", kernel, pointers | size, chosen | {"PRODUCT": TRITON_DTYPES[product], **tile}, aligned=("width", "inner"), **options)
 
-        for name, keep, trained in variants if (inner, dtype) == (64, bf16) else variants[:1]:
-            kept = "*u8" if keep == "bits" else inside
-            found.append(spec(f"forward, {name}, keeps {keep}", _forward, {"x": given, "h": inside, **parameters, "e": given, "y": inside, "kept": kept},
-                              NAME=name, KEEP=keep))
-            found.append(spec(f"backward, {name}, kept {keep}", _backward, {"dy": inside, "x": given, "kept": kept, **parameters, "dx": given, "z_out": inside,
-                                                                          "dz_out": inside}, NAME=name, KEEP=keep, TRAINED=trained, WANTED=True, SAME=trained))
+        usual = (inner, dtype) == (64, bf16)
+        for name, keep, trained, tokens in [(*v, None) for v in (variants if usual else variants[:1])] + [(*variants[0], t) for t in (2048, 4096) if usual]:
+            kept, few = "*u8" if keep == "bits" else inside, f", {tokens} rows" if tokens else ""
+            found.append(spec(f"forward, {name}, keeps {keep}{few}", _forward, {"x": given, "h": inside, **parameters, "e": given, "y": inside, "kept": kept},
+                              tokens=tokens, NAME=name, KEEP=keep))
+            pointers = {"dy": inside, "x": given, "kept": kept, **parameters, "dx": given, "z_out": inside, "dz_out": inside}
+            found.append(spec(f"backward, {name}, kept {keep}{few}", _backward, pointers, tokens=tokens, NAME=name, KEEP=keep, TRAINED=trained, WANTED=True, SAME=trained))
         found.append(spec("backward, parameters", _backward_parameters, {"dy": inside, "x": given, "z": inside, "dz": inside, "partial": "*fp32"}, 2, NAME="gelu"))
     return found + [Spec("sum of stretches", _sum_stretches, {"partial": "*fp32", "total": "*fp32", "number": "i32", "stretches": "i32"}, {"BLOCK": SUMMED})]
 
@@ -237,7 +243,7 @@ def _adapter_forward(x: Tensor, h: Tensor, down: Tensor, c: Tensor, up: Tensor, 
     (tokens, width), inner = x.shape, down.shape[0]
     y, kept = _outputs(x, h, down, product, keep)
     if tokens:
-        tile = tiles(power(inner), product)
+        tile = tiles(power(inner), product, tokens)
         with on(x):
             _forward[ceil_div(tokens, tile["ROWS"]),](x, h, down, c, up, e, y, kept, tokens, width, inner, scale, NAME=activation, KEEP=keep,
                                                       PRODUCT=TRITON_DTYPES[product], **tile)
@@ -265,7 +271,7 @@ def _adapter_backward(dy: Tensor, x: Tensor | None, kept: Tensor, down: Tensor, 
     dx, total = _gradients(dy, down, trained, dx_dtype)
     if not tokens:
         return dx, total.zero_()
-    tile = tiles(power(inner), product)
+    tile = tiles(power(inner), product, tokens)
     options = {"NAME": activation, "PRODUCT": TRITON_DTYPES[product]}
     z, dz = kept, dy
     if trained:
@@ -275,7 +281,7 @@ def _adapter_backward(dy: Tensor, x: Tensor | None, kept: Tensor, down: Tensor, 
         _backward[ceil_div(tokens, tile["ROWS"]),](dy, dy if x is None else x, kept, down, c, up, dx, z, dz, tokens, width, inner, scale, KEEP=keep, TRAINED=trained,
                                                    WANTED=dx_dtype is not None, SAME=same, **options, **tile)
         if trained:
-            tile = tiles(power(inner), product, 2)
+            tile = tiles(power(inner), product, parts=2)
             stretches = min(MOST_STRETCHES, ceil_div(tokens, STRETCH))
             stretch = ceil_div(ceil_div(tokens, stretches), tile["ROWS"]) * tile["ROWS"]
             stretches = ceil_div(tokens, stretch)
