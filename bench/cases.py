@@ -1,146 +1,30 @@
 """The experiments, one Case each: who does the work (providers), in which sizes, and what must be equal before anything is timed.
 
-What it adds over measure.py: the work itself. It leaves out timing and printing. A new experiment is a builder a provider and one entry of CASES.
+What it adds over case.py: the work of whole steps, of attention and the ceilings, and the registry; single ops stand in cases_kernels.py. A new experiment is a
+builder a provider and one entry of CASES.
 
 Letters: T tokens, B sequences, S longest sequence, H heads, W head width, R rank.
 """
 
-import contextlib
 import dataclasses
 import types
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftdebias import methods, patch, training
 from peftdebias.batches import WINDOW, Batch, Sample, Spans, pack
 from peftdebias.encoder import EncoderConfig, Model, attention_padded, attention_ref
-from peftdebias.methods.lora import lora_linear_ref
 from peftdebias.tasks import MaskedLM
 from peftdebias.weights import load_model, save_model
 
-RANK = 8
+from .case import RANK, SIZES, Case, Provider, Setting, Size, Work, autocast, output_bound, quiet
+from .cases_kernels import KERNEL_CASES
+
 MASK_SHARE = 0.15
-
-
-# ---------------------------------------------------------------- what a case is made of
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """A base model. repeats: how often a provider is timed by default; batches: how many go into one pass of a step."""
-
-    layers: int
-    hidden: int
-    heads: int
-    feed_forward: int
-    vocab: int = 30522
-    positions: int = 512
-    repeats: int = 7
-    batches: int = 8
-
-    def encoder_config(self, dropout: float) -> EncoderConfig:
-        return EncoderConfig(kind="bert", layers=self.layers, hidden=self.hidden, heads=self.heads, feed_forward=self.feed_forward, vocab=self.vocab,
-                             max_positions=self.positions, dropout=dropout, attention_dropout=dropout, classifier_dropout=dropout)
-
-
-SIZES = {
-    "micro": Size(2, 28, 2, 60, vocab=97, positions=64, repeats=2, batches=2),  # for the tests
-    "tiny": Size(2, 128, 2, 512, repeats=15),
-    "small": Size(4, 256, 4, 1024, repeats=7),
-    "base": Size(12, 768, 12, 3072, repeats=3, batches=4),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """All that a builder may depend on. x: the value on the case's x axis. folder: a scratch folder that the providers of one size share.
-
-    precision: float32, or bf16 (autocast). sequences, longest: texts a batch, tokens a text at most. batches: None takes the size's number.
-    """
-
-    size_name: str
-    x: float
-    folder: Path
-    device: torch.device = torch.device("cpu")
-    precision: str = "float32"
-    sequences: int = 16
-    longest: int = 128
-    dropout: float = 0.1
-    batches: int | None = None
-    seed: int = 0
-
-    @property
-    def size(self) -> Size:
-        return SIZES[self.size_name]
-
-    @property
-    def number(self) -> int:
-        """Batches in one pass of a step."""
-        return self.batches or self.size.batches
-
-    @property
-    def config(self) -> EncoderConfig:
-        return self.size.encoder_config(self.dropout)
-
-
-@dataclasses.dataclass
-class Work:
-    """One provider, ready to run. run: one pass, `steps` steps or calls. results: the tensors that must equal those of the other providers, by name,
-    computed without dropout and without changing anything; they are detached.
-
-    tokens: valid tokens, flops, bytes (read and written): of one pass; 0 where they say nothing. extra: goes into the rows' extra_config.
-    """
-
-    run: Callable[[], object]
-    results: Callable[[], dict[str, Tensor]]
-    steps: int = 1
-    tokens: int = 0
-    flops: float = 0.0
-    bytes: float = 0.0
-    extra: dict = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Provider:
-    """needs: libraries it imports; without them it is not measured. compiled: only with --compile."""
-
-    build: Callable[[Setting], Work]
-    needs: tuple[str, ...] = ()
-    compiled: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """providers: by name; the first is the baseline of the ratios and of the equality check.
-
-    bound: (name, expected) -> the largest allowed max|difference| of that tensor in float32. sized: whether the work depends on the base model.
-    """
-
-    name: str
-    mode: str
-    what: str
-    providers: dict[str, Provider]
-    x_name: str
-    x_values: tuple[float, ...]
-    bound: Callable[[str, Tensor], float]
-    sized: bool = True
-
-    @property
-    def baseline(self) -> str:
-        return next(iter(self.providers))
-
-
-def output_bound(name: str, expected: Tensor) -> float:
-    """CONTRACTS.md, float32: 2e-6 * max(1, max|x|). Most gradients are far below 1, where that would pass anything: tensors called "gradient" must also keep to
-    5e-5 of their own largest value."""
-    largest = float(expected.abs().max())
-    bound = 2e-6 * max(1.0, largest)
-    return min(bound, 5e-5 * largest) if "gradient" in name else bound
 
 
 # ---------------------------------------------------------------- lora_step: one upstream step
@@ -325,64 +209,6 @@ def pad(batch: list[Sample], device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.pin_memory() for name, tensor in made.items()} if device.type == "cuda" else made
 
 
-def autocast(setting: Setting):
-    return torch.autocast(setting.device.type, torch.bfloat16) if setting.precision == "bf16" else contextlib.nullcontext()
-
-
-def quiet() -> None:
-    """transformers writes progress, load reports and its own deprecations to the terminal; a table is enough."""
-    import transformers
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-# ---------------------------------------------------------------- lora_linear: one wrapped linear
-
-def _linear_inputs(setting: Setting) -> dict[str, Tensor]:
-    """x [T, D], W [D, D], bias [D], A [R, D], B [D, R], dy [T, D] with T = setting.x."""
-    d, t, generator = setting.size.hidden, int(setting.x), torch.Generator().manual_seed(setting.seed)
-    shapes = {"x": (t, d), "weight": (d, d), "bias": (d,), "a": (RANK, d), "b": (d, RANK), "dy": (t, d)}
-    scale = {"weight": d ** -0.5, "a": d ** -0.5, "b": 0.1}
-    return {name: (torch.randn(shape, generator=generator) * scale.get(name, 1.0)).to(setting.device) for name, shape in shapes.items()}
-
-
-def _linear_work(setting: Setting, forward: Callable[[Tensor], Tensor], x: Tensor, a: Tensor, b: Tensor, dy: Tensor) -> Work:
-    """Forward, and backward to x, A and B; the base is frozen."""
-    def run() -> tuple[Tensor, ...]:
-        with autocast(setting):
-            y = forward(x)
-        return (y.detach(), *torch.autograd.grad(y, (x, a, b), dy.to(y.dtype)))
-
-    words = f"x [T, {x.shape[1]}], W [{x.shape[1]}, {x.shape[1]}] frozen, r={RANK}, {setting.precision}; forward, and backward to x, A, B"
-    names = ("y", "gradient of x", "gradient of A", "gradient of B")
-    return Work(run, lambda: dict(zip(names, run())), tokens=x.shape[0], extra={"setting": words, "rank": RANK})
-
-
-def ours_linear(setting: Setting) -> Work:
-    """The specification, lora_linear_ref."""
-    given = _linear_inputs(setting)
-    x, a, b = (given[name].requires_grad_() for name in ("x", "a", "b"))
-    return _linear_work(setting, lambda x: lora_linear_ref(x, given["weight"], given["bias"], a, b, 2.0), x, a, b, given["dy"])
-
-
-def their_linear(setting: Setting) -> Work:
-    """peft's own LoRA layer, as get_peft_model makes it."""
-    quiet()
-    import peft
-
-    given = _linear_inputs(setting)
-    holder = nn.Sequential()
-    holder.add_module("wrapped", nn.Linear(given["weight"].shape[1], given["weight"].shape[0]))
-    layer = peft.get_peft_model(holder, peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=["wrapped"])).base_model.model.wrapped
-    layer.to(setting.device)
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    for parameter, name in ((layer.base_layer.weight, "weight"), (layer.base_layer.bias, "bias"), (a, "a"), (b, "b")):
-        parameter.data.copy_(given[name])
-    return _linear_work(setting, layer, given["x"].requires_grad_(), a, b, given["dy"])
-
-
 # ---------------------------------------------------------------- attention: one layer's, on ragged sequences
 
 def attention_work(setting: Setting, function: Callable) -> Work:
@@ -435,13 +261,10 @@ CASES = {case.name: case for case in (
         "transformers+peft, length-bucketed": Provider(lambda setting: their_step(setting, bucketed=True), THEIRS),
         "peftdebias": Provider(ours_step),
     }, "mean_length", (54,), output_bound),
-    Case("lora_linear", "full", "one linear with LoRA: forward, and backward to x, A and B", {
-        "peft": Provider(their_linear, THEIRS),
-        "peftdebias reference": Provider(ours_linear),
-    }, "rows", (256, 2048), output_bound),
     Case("attention", "full", "attention inside ragged sequences: forward and backward", {
         "attention_ref": Provider(lambda setting: attention_work(setting, attention_ref)),
         "attention_padded": Provider(lambda setting: attention_work(setting, attention_padded)),
     }, "sequences", (4, 16), output_bound),
+    *KERNEL_CASES.values(),
 )}
 """name -> Case; the order is that of the tables."""

@@ -1,7 +1,8 @@
-"""python bench/gpu.py, from the root of a checkout on a machine with a CUDA device: ceilings, equality on the device, then our upstream step beside
-transformers + peft, 32 texts of at most 128 tokens, bf16 autocast. Rows and tables go to bench/results/, named after the device.
+"""python bench/gpu.py, from the root of a checkout on a machine with a CUDA device: equality on the device, the ceilings, then every kernel beside plain torch,
+torch.compile and peft's own op, and our upstream step beside transformers + peft (32 texts of at most 128 tokens), bf16 autocast. Rows and tables go to
+bench/results/, named after the device: times, shares of the roofline, what limits whom, which targets are met.
 
-Needs torch, numpy, tokenizers, safetensors, tqdm; transformers and peft for the comparison; no install of peftdebias, no network.
+Needs torch, triton, numpy, tokenizers, safetensors, tqdm; transformers and peft for the comparison; no install of peftdebias, no network.
 Exit code 0; 1 where providers disagree (then nothing is timed); 2 without a CUDA device or on bad arguments.
 """
 
@@ -9,48 +10,125 @@ import argparse
 import dataclasses
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from bench import ROOT, measure, rows  # noqa: E402
-from bench.cases import CASES, SIZES, Case, Setting  # noqa: E402
+from bench import ROOT, measure, roofline, rows  # noqa: E402
+from bench.case import SIZES, Case, Provider, Setting  # noqa: E402
+from bench.cases import CASES  # noqa: E402
 from bench.run import Parser, check, complain, say, title  # noqa: E402
+
+Plan = list[tuple[Case, Setting]]
+
+CHECKED = {"lora_linear": 997, "lora_linear_wide": 331, "lora_dropout": 331, "lora_write": 2, "lora_grads": 997, "adapter": 997, "adapter_frozen": 331, "mlm_loss": 197,
+           "sparse_add": 331, "sparse_adamw": 10007, "dropout": 331}
+TIMED = {"lora_linear": (4096, 16384, 65536), "lora_frozen": (4096, 16384, 65536), "lora_linear_wide": (4096, 16384, 65536), "lora_frozen_wide": (4096, 16384, 65536),
+         "lora_dropout": (16384,), "lora_write": (12,), "lora_grads": (4096, 65536), "adapter": (4096, 65536), "adapter_frozen": (4096, 65536), "mlm_loss": (614, 9830),
+         "sparse_add": (768, 30522), "sparse_adamw": (1_090_000,), "dropout": (16384,)}
+"""case -> x. Checked at ragged sizes; 614 and 9830 are 15 % of 4096 and 65536 tokens, 1 090 000 is 1 % of BERT-base."""
+DRY = {"lora_linear": 37, "lora_frozen": 37, "lora_linear_wide": 13, "lora_frozen_wide": 13, "lora_dropout": 13, "lora_write": 1, "lora_grads": 13, "adapter": 37,
+       "adapter_frozen": 13, "mlm_loss": 13, "sparse_add": 7, "sparse_adamw": 301, "dropout": 13}
+
+
+class Clock:
+    """The budget of a whole run. Past `early` of it nothing is compiled any more, past `late` no case is begun: what is left out is said."""
+
+    early, late = 0.55, 0.9
+
+    def __init__(self, minutes: float):
+        self.started, self.seconds = time.monotonic(), 60 * minutes
+
+    def before(self, share: float) -> bool:
+        return time.monotonic() - self.started < share * self.seconds
 
 
 def parser() -> argparse.ArgumentParser:
     top = Parser(prog="bench/gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu only with --dry-run")
-    top.add_argument("--dry-run", action="store_true", help="the same path with sizes so small that the figures mean nothing; no file unless --out")
+    top.add_argument("--dry-run", action="store_true", help="the same path with sizes so small that the figures mean nothing; no file unless --out. Where Triton does "
+                     "not run its kernels are stood in for by their plain twins; TRITON_INTERPRET=1 runs the kernels themselves")
+    top.add_argument("--only", metavar="NAME[,NAME...]", help="some cases: names or stems (lora); the ceilings are always measured")
     top.add_argument("--size", default="base", choices=SIZES, help="the base model (default base)")
     top.add_argument("--repeats", type=int, default=15, metavar="N", help="times that every provider is timed (default 15)")
+    top.add_argument("--minutes", type=float, default=8.0, metavar="M", help="budget of the whole run (default 8); compiled baselines are left out first")
     top.add_argument("--compile", action=argparse.BooleanOptionalAction, help="with torch.compile as a further baseline (default: on a GPU)")
     top.add_argument("--out", type=Path, metavar="FILE.json", help="default bench/results/DEVICE.json")
     return top
 
 
-def plan(device: torch.device, size: str, dry: bool, folder: Path) -> tuple[list[tuple[Case, Setting]], list[tuple[Case, Setting]]]:
+def plan(device: torch.device, size: str, dry: bool, folder: Path) -> tuple[Plan, Plan]:
     """(what is checked on the device, what is timed)."""
-    def settings(name: str, values: tuple[float, ...], **fields) -> list[tuple[Case, Setting]]:
-        return [(CASES[name], Setting(size, x, folder, device, **{"precision": "bf16" if device.type == "cuda" else "float32"} | fields)) for x in values]
+    def settings(name: str, values: tuple[float, ...], **fields) -> Plan:
+        common = {"precision": "bf16" if device.type == "cuda" else "float32", "stand_in": dry}
+        return [(CASES[name], Setting(size, x, folder, device, **common | fields)) for x in values]
+
+    def each(table: dict) -> Plan:
+        return [entry for name, x in table.items() for entry in settings(name, x if isinstance(x, tuple) else (x,))]
 
     if dry:
         ceilings = settings("gemm", (64,)) + settings("copy", (1,))
         steps = settings("lora_step", (20, 48), sequences=4, longest=48)
-        others = settings("lora_linear", (37,)) + settings("attention", (3,), longest=48)
-    else:
-        ceilings = settings("gemm", (4096, 8192)) + settings("copy", (4096,))
-        steps = settings("lora_step", (54, 128), sequences=32, longest=128)  # 42 % valid tokens in a batch padded to 128, and all valid
-        others = settings("lora_linear", (2048,)) + settings("attention", (16,))
-    return steps + others, ceilings + steps
+        return each(DRY) + steps + settings("attention", (3,), longest=48), ceilings + each(DRY) + steps
+    ceilings = settings("gemm", (4096, 8192)) + settings("copy", (4096,))
+    steps = settings("lora_step", (54, 128), sequences=32, longest=128)  # 42 % valid tokens in a batch padded to 128, and all valid
+    return each(CHECKED) + steps + settings("attention", (16,)), ceilings + each(TIMED) + steps
+
+
+def chosen(entries: Plan, only: str | None) -> Plan:
+    names = only.split(",") if only else []
+    return [(case, setting) for case, setting in entries if not names or case.name in ("gemm", "copy") or any(case.name == n or case.name.startswith(n + "_") for n in names)]
+
+
+def affordable(case: Case, providers: dict[str, Provider], clock: Clock, first: bool = True) -> dict[str, Provider]:
+    """Without the compiled ones where the clock is past `early`, or where this is not the size that they are meant for."""
+    left = {name: p for name, p in providers.items() if not p.compiled or (first and clock.before(clock.early))}
+    for name in providers:
+        if first and name not in left:
+            say(f"{case.name}: {name} is left out here: the run has used {clock.early:.0%} of its time")
+    return left
+
+
+def checked(entries: Plan, providers: dict[str, dict[str, Provider]], clock: Clock) -> dict[tuple[str, float], dict[str, float]]:
+    """{(case, x): shares of what is allowed}, in float32, and in bf16 for the kernels. Raises measure.Unequal."""
+    shares = {}
+    for case, setting in entries:
+        taking = affordable(case, providers[case.name], clock)
+        shares[case.name, setting.x] = check(case, setting, taking)
+        if case.rounded:
+            found = measure.check_rounded(case, setting, taking)
+            if found:
+                say(f"{title(case, setting)}: equal in bf16 (largest error {max(found.values()):.2g} of the allowed one)")
+    return shares
+
+
+def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict, repeats: int, clock: Clock) -> list[rows.Row]:
+    found = []
+    last = {case.name: setting.x for case, setting in entries}
+    for case, setting in entries:
+        if not clock.before(clock.late):
+            say(f"{title(case, setting)}: not measured: the run has used {clock.late:.0%} of its time")
+            continue
+        say(f"{title(case, setting)}: timing")
+        taking = affordable(case, providers[case.name], clock, first=case.mode == "step" or setting.x == last[case.name])
+        share = shares.get((case.name, setting.x)) or next((s for (name, _), s in shares.items() if name == case.name), None)
+        found += measure.time_case(case, setting, taking, repeats, shares=share, say=say)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    known = {*CASES, *(name.split("_")[0] for name in CASES)}
+    for name in arguments.only.split(",") if arguments.only else ():
+        if name not in known:
+            return complain(f"--only: no case {name!r}; expected some of {', '.join(CASES)}")
     if arguments.repeats < 1:
         return complain(f"--repeats: expected at least 1, got {arguments.repeats}")
+    if not arguments.minutes > 0:
+        return complain(f"--minutes: expected more than 0, got {arguments.minutes:g}")
     if arguments.out and (arguments.out.suffix != ".json" or arguments.out.is_dir()):
         return complain(f"--out {arguments.out}: expected a file name that ends in .json")
     if arguments.device == "cpu" and not arguments.dry_run:
@@ -58,28 +136,29 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         say("no CUDA device here: not measured")
         return 2
-    device = torch.device(arguments.device)
+    device, clock = torch.device(arguments.device), Clock(arguments.minutes)
     torch.set_float32_matmul_precision("highest")  # equality is asked in float32, not in TF32; bf16 products are not touched by it
     with tempfile.TemporaryDirectory(prefix="peftdebias-bench-") as folder:
-        checked, timed = plan(device, "micro" if arguments.dry_run else arguments.size, arguments.dry_run, Path(folder))
+        to_check, to_time = (chosen(entries, arguments.only) for entries in plan(device, "micro" if arguments.dry_run else arguments.size, arguments.dry_run, Path(folder)))
         compiled = device.type == "cuda" if arguments.compile is None else arguments.compile
-        providers = {case.name: measure.taking_part(case, compiled, say) for case, _ in checked + timed}
+        cases = {case.name: case for case, _ in to_check + to_time}
+        providers = {name: measure.taking_part(case, compiled, say, device.type, arguments.dry_run) for name, case in cases.items()}
         try:
-            shares = {(case.name, setting.x): check(case, setting, providers[case.name]) for case, setting in checked}
+            shares = checked(to_check, providers, clock)
         except measure.Unequal as red:
             print(red)
             return 1
-        found = []
-        for case, setting in timed:
-            say(f"{title(case, setting)}: timing")
-            found += measure.time_case(case, setting, providers[case.name], arguments.repeats, shares=shares.get((case.name, setting.x)), say=say)
+        found = roofline.with_shares(timed(to_time, providers, shares, arguments.repeats, clock))
+    if not found:
+        return complain(f"--minutes {arguments.minutes:g}: too little for any figure")
     if arguments.dry_run:
         found = [dataclasses.replace(row, extra_config={**row.extra_config, "dry_run": True}) for row in found]
     heading = "Dry run of bench/gpu.py: the figures mean nothing" if arguments.dry_run else f"Measured by bench/gpu.py on {found[0].device_name}"
-    print(f"# {heading}\n\n{rows.table(found)}")
+    notes = {"Targets": roofline.targets(found), f"Below {roofline.GOOD:.0f} % of the roofline": roofline.limits(found)}
+    print(f"# {heading}\n\n{rows.table(found, notes)}")
     out = arguments.out or (None if arguments.dry_run else ROOT / "bench" / "results" / f"{rows.slug(device)}.json")
     if out:
-        rows.write(out, found, heading)
+        rows.write(out, found, heading, notes)
         say(f"result: {out} and {out.with_suffix('.md')}")
     return 0
 

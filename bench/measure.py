@@ -19,8 +19,10 @@ import numpy
 import torch
 from torch import Tensor
 
+from peftdebias import kernels
+
 from . import rows
-from .cases import Case, Provider, Setting, Work
+from .case import Case, Provider, Setting, Work
 
 SAMPLE_SECONDS = 0.02  # a timed sample lasts at least this long: quick calls are repeated inside it
 WARM_UP = 1
@@ -46,14 +48,18 @@ class Difference:
 
 # ---------------------------------------------------------------- who takes part
 
-def taking_part(case: Case, compiled: bool, say: Callable[[str], None]) -> dict[str, Provider]:
-    """The providers of this run; says which are left out for want of a library."""
+def taking_part(case: Case, compiled: bool, say: Callable[[str], None], device: str = "cpu", stand_in: bool = False) -> dict[str, Provider]:
+    """The providers of this run; says which are left out for want of a library, or because a kernel does not run on the device. stand_in: those stay."""
     found = {}
     for name, provider in case.providers.items():
         missing = [library for library in provider.needs if importlib.util.find_spec(library) is None]
+        trouble = [why for op in provider.kernels if (why := kernels.missing(op, "triton", device))]
         if missing:
             say(f"{case.name}: {name} is not measured: {' and '.join(missing)} not installed (pip install -e '.[bench]')")
-        elif compiled or not provider.compiled:
+            continue
+        if trouble:
+            say(f"{case.name}: {f'plain twins stand in for {name}' if stand_in else f'{name} is not measured'}: {trouble[0]}")
+        if (stand_in or not trouble) and (compiled or not provider.compiled):
             found[name] = provider
     return found
 
@@ -80,6 +86,8 @@ def check(case: Case, setting: Setting, providers: dict[str, Provider], say: Cal
     setting = dataclasses.replace(setting, precision="float32")
     expected, baseline, shares = None, None, {}
     for name, provider in list(providers.items()):
+        if not provider.compared:
+            continue
         with _compiler_may_fail(case, name, providers, say):
             got = provider.build(setting).results()
             if expected is None:
@@ -88,14 +96,38 @@ def check(case: Case, setting: Setting, providers: dict[str, Provider], say: Cal
             found = differences(expected, got, case.bound)
             red = [d for d in found if d.red]
             if red:
-                lines = [f"{case.name}, {setting.size_name}, {case.x_name} {setting.x:g}: {name} differs from {baseline} in {len(red)} of {len(found)} "
-                         "tensors; nothing is timed"]
-                lines += [f"  {d.tensor}: max|difference| {d.apart:.3g}, allowed {d.allowed:.3g}" for d in red]
-                raise Unequal("\n".join(lines))
+                raise _unequal(case, setting, f"{name} differs from {baseline}", found)
             del got
             gc.collect()  # models hold cycles; a large one is not kept beside the next
             shares[name] = max((d.apart / d.allowed if d.allowed else 0.0 for d in found), default=0.0)
     return shares
+
+
+def check_rounded(case: Case, setting: Setting, providers: dict[str, Provider]) -> dict[str, float]:
+    """Every provider with kernels of ours in bf16 against the first provider in float64: each tensor's max|error| is at most twice that of the first provider in
+    bf16, or twice the rounding of the result. {provider: its largest error as a share of that}. Raises Unequal."""
+    setting = dataclasses.replace(setting, precision="bf16")
+    first, shares = next(name for name, p in providers.items() if p.compared and not p.compiled), {}
+    truth = providers[first].build(dataclasses.replace(setting, precision="float64")).results()
+    plain = providers[first].build(setting).results()
+    allowed = {name: 2 * max(float((plain[name].double() - t.double()).abs().max()), _rounding(plain[name].dtype) * float(t.abs().max())) for name, t in truth.items()}
+    for name, provider in providers.items():
+        if provider.kernels and provider.compared:
+            found = [dataclasses.replace(d, allowed=allowed.get(d.tensor, 0.0)) for d in differences(truth, provider.build(setting).results(), lambda *_: 0.0)]
+            if any(d.red for d in found):
+                raise _unequal(case, setting, f"{name} in bf16 errs more than twice what {first} does", found)
+            shares[name] = max(d.apart / d.allowed if d.allowed else 0.0 for d in found)
+    return shares
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def _unequal(case: Case, setting: Setting, words: str, found: list[Difference]) -> Unequal:
+    red = [d for d in found if d.red]
+    lines = [f"{case.name}, {setting.size_name}, {case.x_name} {setting.x:g}: {words} in {len(red)} of {len(found)} tensors; nothing is timed"]
+    return Unequal("\n".join(lines + [f"  {d.tensor}: max|difference| {d.apart:.3g}, allowed {d.allowed:.3g}" for d in red]))
 
 
 @contextlib.contextmanager
@@ -124,6 +156,34 @@ def seconds(work: Work, passes: int, device: torch.device) -> float:
     return (time.perf_counter() - started) / passes
 
 
+FLUSH = 2 ** 28  # bytes written before every timed call of one op, more than any L2 cache holds
+
+
+def cuda_seconds(work: Work, passes: int, device: torch.device) -> float:
+    """Seconds of one pass as the device's own clock has them, with a cold L2 cache: what was written last is FLUSH bytes of something else. For single ops."""
+    cold = torch.empty(FLUSH, dtype=torch.int8, device=device)
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(passes)]
+    with torch.cuda.device(device):
+        for start, end in marks:
+            cold.zero_()
+            start.record()
+            work.run()
+            end.record()
+    _finish(device)
+    return sum(start.elapsed_time(end) for start, end in marks) / 1000 / passes
+
+
+def host_seconds(work: Work, passes: int, device: torch.device) -> float:
+    """Seconds the host needs to hand over one pass, whether the device has finished or not."""
+    _finish(device)
+    started = time.perf_counter()
+    for _ in range(min(passes, 20)):
+        work.run()
+    spent = (time.perf_counter() - started) / min(passes, 20)
+    _finish(device)
+    return spent
+
+
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -146,8 +206,11 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
     load = os.getloadavg()[0]
     for i in range(repeats):
         for name in [*works][i % len(works):] + [*works][:i % len(works)]:
-            samples[name].append(seconds(works[name], passes[name], device))
-    for name in works:
+            alone = device.type == "cuda" and works[name].roof  # one op: the device's clock, cold cache
+            samples[name].append((cuda_seconds if alone else seconds)(works[name], passes[name], device))
+    for name, work in works.items():
+        if device.type == "cuda" and work.roof:
+            work.extra["host_ms"] = round(1000 * host_seconds(work, passes[name], device), 5)
         peaks[name] = memory(name) if memory else cuda_peak(works[name], device) if device.type == "cuda" else None
     found = []
     for name, work in works.items():
@@ -181,7 +244,7 @@ def _rows(case: Case, setting: Setting, provider: str, work: Work, samples: list
     extra = {"size": setting.size_name if case.sized else "any", "baseline": case.baseline, "precision": setting.precision,
              "repeats": len(samples), "passes_a_sample": passes, "steps_a_pass": work.steps, "load_average": round(load, 2),
              "load_at_start": LOAD_AT_START, "device": device,
-             "versions": {name: rows.version(name) for name in ("transformers", "peft")}, **work.extra}
+             "versions": {name: rows.version(name) for name in ("transformers", "peft")}, **({"roof": work.roof, "limit": work.limit} if work.roof else {}), **work.extra}
     if share is not None:
         extra["largest_difference_as_share_of_allowed"] = round(share, 4)
     common = dict(extra_config=extra, device_name=rows.device_name(setting.device), torch_version=torch.__version__, triton_version=rows.version("triton"),

@@ -18,8 +18,8 @@ import torch
 from . import ROOT
 
 MODES = ("forward", "backward", "full", "step")
-UNITS = {"time": "ms", "rate": "valid tokens/s", "arithmetic": "TFLOP/s", "bandwidth": "GB/s", "peak memory": "MiB"}
-"""metric_name -> metric_unit. time: of one step (mode step) or one call. peak memory: above what lay there once the weights were loaded."""
+UNITS = {"time": "ms", "rate": "valid tokens/s", "arithmetic": "TFLOP/s", "bandwidth": "GB/s", "roofline": "%", "peak memory": "MiB"}
+"""metric_name -> metric_unit. time: of one step (mode step) or one call. roofline: the least time at the measured ceilings, over the time (roofline.py). peak memory: above what lay there once the weights were loaded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,19 +90,20 @@ def now() -> str:
 
 # ---------------------------------------------------------------- files and tables
 
-def write(path: Path, rows: Sequence[Row], title: str) -> None:
+def write(path: Path, rows: Sequence[Row], title: str, notes: dict[str, Sequence[str]] | None = None) -> None:
     """FILE.json with the rows, and beside it FILE.md with their tables."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(f"# {title}\n\n{table(rows)}\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(f"# {title}\n\n{table(rows, notes)}\n", encoding="utf-8")
 
 
 def read(path: Path) -> list[Row]:
     return [Row(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown: where and with what, then a table a case. `of baseline` is a provider's median time over that of the case's first provider."""
+def table(rows: Sequence[Row], notes: dict[str, Sequence[str]] | None = None) -> str:
+    """Markdown: where and with what, then a table a case. `of baseline` is a provider's median time over that of the case's first provider. notes: heading ->
+    lines, below the tables."""
     if not rows:
         return "Nothing was measured."
     out = [_facts(rows)]
@@ -120,6 +121,8 @@ def table(rows: Sequence[Row]) -> str:
                 cells.insert(1, _ratio(found["time"], group) if "time" in found else "")
             out.append("| " + " | ".join([*map(str, key), *cells]) + " |")
         out += _settings(group)
+    for heading, lines in (notes or {}).items():
+        out += ["", f"## {heading}", "", *(f"- {line}" for line in lines or ("none",))]
     return "\n".join(out)
 
 
@@ -167,5 +170,5 @@ def _facts(rows: Sequence[Row]) -> str:
         f"- commit {all_of(lambda r: r.commit)}; {min(r.timestamp for r in rows)} to {max(r.timestamp for r in rows)}",
         f"- load average {all_of(lambda r: r.extra_config.get('load_at_start', '?'))} at the start, {min(loads):.1f} to {max(loads):.1f} later, this run's own threads "
         "among them",
-        "- median (20 % and 80 % quantile) over the repeats; every provider gave equal results before it was timed",
+        "- median (20 % and 80 % quantile) over the repeats; every provider that is meant to compute the same did so before it was timed",
     ))

@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import measure, rows  # noqa: E402
-from bench.cases import CASES, SIZES, Case, Setting  # noqa: E402
+from bench.case import SIZES, Case, Setting  # noqa: E402
+from bench.cases import CASES  # noqa: E402
 
 
 class Parser(argparse.ArgumentParser):

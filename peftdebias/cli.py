@@ -27,6 +27,7 @@ EXAMPLES = {
     "report": "peftdebias report runs/gender runs/plain runs/bios --out report.html",
     "predict": "peftdebias predict runs/bios texts.csv --text hard_text --out labels.jsonl",
     "methods": "peftdebias methods --model bert-base-uncased --budget 0.01",
+    "doctor": "peftdebias doctor",
 }
 
 
@@ -184,6 +185,16 @@ def methods(settings: config.Methods) -> None:
     print("result: above")
 
 
+def doctor(settings: config.Doctor) -> None:
+    from .doctor import examine
+
+    show(settings)
+    found = examine(settings.device)
+    print("\n".join(found.facts))
+    print(columns([("op", "implementation", "why"), *found.ops], left=True))
+    print("result: above")
+
+
 def export(settings: config.Export) -> None:
     from .interchange import export_adapter
 
@@ -237,6 +248,7 @@ COMMANDS = {
     "report": (report, config.Report),
     "predict": (predict, config.Predict),
     "methods": (methods, config.Methods),
+    "doctor": (doctor, config.Doctor),
 }
 """verb -> (function, its settings)."""
 
@@ -287,7 +299,7 @@ def number(value) -> str:
     return "-" if value is None or value != value else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
-def columns(rows: list[tuple[str, ...]]) -> str:
-    """Rows of cells under each other: the first column to the left, the others to the right."""
+def columns(rows: list[tuple[str, ...]], left: bool = False) -> str:
+    """Rows of cells under each other: the first column to the left, the others to the right, or with `left` (words) to the left too."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows)
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 or left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows)

@@ -269,6 +269,13 @@ class Methods:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Say what runs here: versions, device, and for every op which implementation would be used and why."""
+
+    device: str = option("cpu, cuda, cuda:1, ...; auto takes a GPU where there is one", "auto")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
     """Write a run for other libraries, with a card: as a plain Hugging Face model folder, a `peft` adapter folder, or a model with the module in its weights."""
 

@@ -22,6 +22,7 @@ from . import kernels
 from .batches import Batch, Spans
 from .errors import AdapterError, ModelError
 from .sites import ACTIVATIONS, EMBED_SITE, EncoderConfig, Hooks
+from .written import Written, write
 
 # ---------------------------------------------------------------- attention
 
@@ -136,6 +137,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.hooks = Hooks()
+        self.written: dict[str, Written] = {}  # while a forward pass runs: weights that hold a method's delta
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
 
@@ -145,10 +147,22 @@ class Encoder(nn.Module):
         batch: ids and positions int64 [T], ids in [0, V), positions in [0, max_positions); see batches.Batch. Raises ModelError on a longer text.
         """
         hidden, batch = self._embed(batch)
+        self.written = write(self.hooks, self._linears, hidden)
         for i in range(self.config.layers):
             last = i == self.config.layers - 1 and not all_rows
             hidden = self._layer(i, hidden, batch.row_spans if last else batch.spans, batch.rows if last else None)
+        self.written = {}
         return hidden
+
+    @property
+    def _linears(self) -> dict[str, tuple[nn.Linear, tuple[str, ...]]]:
+        """Name -> (linear, its sites), as written.write takes them."""
+        found = {}
+        for i, layer in enumerate(self.layers):
+            found[f"layers.{i}.attention.qkv"] = layer.attention.qkv, tuple(f"layers.{i}.attention.{kind}" for kind in ("query", "key", "value"))
+            for site, linear in (("attention.output", layer.attention.output), ("feed_forward.up", layer.feed_forward.up), ("feed_forward.down", layer.feed_forward.down)):
+                found[f"layers.{i}.{site}"] = linear, (f"layers.{i}.{site}",)
+        return found
 
     def _embed(self, batch: Batch) -> tuple[Tensor, Batch]:
         config, table, hooks = self.config, self.embeddings, self.hooks
@@ -187,6 +201,11 @@ class Encoder(nn.Module):
         linear, width = self.layers[i].attention.qkv, self.config.hidden
         sites = [f"layers.{i}.attention.{kind}" for kind in ("query", "key", "value")]
         split = (-1, self.config.heads, self.config.head_width)
+        written = self.written.get(f"layers.{i}.attention.qkv")
+        if written is not None and asked is hidden:
+            return [x.reshape(split) for x in written(hidden).split(width, -1)]
+        if written is not None:
+            return [x.reshape(split) for x in (written(asked, 0, width), *written(hidden, width).split(width, -1))]
         if any(self.hooks.at(s) or self.hooks.at(s + ".bias") for s in sites):
             parts = zip(sites, (asked, hidden, hidden), linear.weight.split(width), linear.bias.split(width))
             return [self.hooks.linear(s, x, w, b).view(split) for s, x, w, b in parts]
@@ -197,7 +216,7 @@ class Encoder(nn.Module):
         return [x.reshape(split) for x in (query, key, value)]
 
     def _linear(self, site: str, x: Tensor, linear: nn.Linear) -> Tensor:
-        return self.hooks.linear(site, x, linear.weight, linear.bias)
+        return self.written[site](x) if site in self.written else self.hooks.linear(site, x, linear.weight, linear.bias)
 
     def _norm(self, site: str, norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
         def apply(x: Tensor) -> Tensor:

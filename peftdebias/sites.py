@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import kernels
 from .errors import AdapterError, ModelError
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -220,10 +221,15 @@ class Hooks:
 
 
 def add_delta(tensor: Tensor, delta: Tensor | tuple[Tensor, Tensor] | None) -> Tensor:
-    """tensor + delta, out of place. delta: dense of the same shape, or (flat indices int64 [k], values [k]), or None."""
+    """tensor + delta, out of place. delta: dense of the same shape, or (flat indices int64 [k], ascending and each once, values [k]), or None."""
     if delta is None:
         return tensor
     if isinstance(delta, tuple):
-        indices, values = delta
-        return tensor.flatten().index_add(0, indices, values.to(tensor.dtype)).view_as(tensor)
+        plain = tensor.dtype == torch.float64  # no kernel takes it
+        return (sparse_add_ref if plain else kernels.choose("sparse_add", reference=sparse_add_ref, device=tensor.device))(tensor, *delta)
     return tensor + delta.to(tensor.dtype)
+
+
+def sparse_add_ref(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    """weight of any shape with values [k] added at flat indices int64 [k]; the specification. The kernel: kernels/fused/sparse.py."""
+    return weight.flatten().index_add(0, indices, values.to(weight.dtype)).view_as(weight)

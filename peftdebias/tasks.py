@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import kernels
 from .batches import Batch, Sample, from_packed, pack, plan
 from .buckets import Packed
 from .encoder import Model
@@ -119,6 +120,20 @@ def label_indices(labels: Sequence[str], known: Sequence[str], places: Sequence[
 
 # ---------------------------------------------------------------- tasks
 
+def mlm_loss_ref(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """logits [M, V], targets int64 [M] in [0, V), weights [V] or None -> [], nats: cross-entropy, the mean over the rows weighted by their targets' weights; the
+    specification. 0 where there are no rows. It serves a vocabulary and a classifier's labels alike; the kernel: kernels/fused/mlm_loss.py."""
+    if weights is None:
+        return F.cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))
+    return F.cross_entropy(logits, targets, weight=weights.to(logits.dtype))
+
+
+def mlm_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """mlm_loss_ref by the implementation that `kernels` chooses for the tensors' device; no kernel takes float64. A kernel's backward overwrites the logits."""
+    plain = logits.dtype == torch.float64
+    return (mlm_loss_ref if plain else kernels.choose("mlm_loss", reference=mlm_loss_ref, device=logits.device))(logits, targets, weights)
+
+
 class MaskedLM:
     """Masked-LM on families (a text and its counterfactuals, never parted). Validation masks are fixed by the seed; the lowest loss is best.
 
@@ -140,7 +155,7 @@ class MaskedLM:
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """Mean cross-entropy in nats over the masked tokens of the batch; 0 where it has none (unknown tokens only)."""
-        return F.cross_entropy(model.mlm_logits(batch), batch.targets, reduction="sum") / max(1, len(batch.targets))
+        return mlm_loss(model.mlm_logits(batch), batch.targets)
 
     def validate(self, model: Model) -> dict[str, float]:
         """{"loss": mean over the held-out masked tokens, in nats}."""
@@ -169,9 +184,9 @@ class Classification:
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """Cross-entropy in nats, the mean over the batch weighted by the labels' weights."""
         logits = model.class_logits(batch)
-        if self.weights is not None and (self.weights.device, self.weights.dtype) != (logits.device, logits.dtype):
-            self.weights = self.weights.to(logits.device, logits.dtype)
-        return F.cross_entropy(logits, batch.targets, weight=self.weights)
+        if self.weights is not None and self.weights.device != logits.device:
+            self.weights = self.weights.to(logits.device)
+        return mlm_loss(logits, batch.targets, self.weights)
 
     def validate(self, model: Model) -> dict[str, float]:
         """The measures on the held-out texts."""

@@ -14,11 +14,14 @@ from torch import Tensor
 from torch.nn import Parameter
 from tqdm import tqdm
 
+from . import kernels
 from .encoder import Model
 from .errors import ConfigError, PeftDebiasError
+from .optimizer import FlatAdamW, adamw_ref
 from .patch import Folded
 
 LOG_EVERY = 10
+FLAT = 2 ** 24  # values of a module; a whole base has large tensors, of which a library's update needs few launches anyway
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +82,15 @@ def pick_precision(name: str, device: torch.device) -> str:
     return name
 
 
-def make_optimizer(parameters: dict[str, Parameter], schedule: Schedule) -> torch.optim.AdamW:
-    """Fused AdamW; matrices decay, biases, norms and other vectors do not."""
+def make_optimizer(parameters: dict[str, Parameter], schedule: Schedule) -> torch.optim.Optimizer:
+    """Fused AdamW; matrices decay, biases, norms and other vectors do not. Up to FLAT float32 values are updated in one launch where there is a kernel for it."""
     matrices = [p for p in parameters.values() if p.dim() > 1]
     vectors = [p for p in parameters.values() if p.dim() <= 1]
     groups = [{"params": ps, "weight_decay": decay} for ps, decay in ((matrices, schedule.weight_decay), (vectors, 0.0)) if ps]
-    return torch.optim.AdamW(groups, lr=schedule.lr, fused=True)
+    update = kernels.choose("adamw", reference=adamw_ref, device=next((p.device for p in parameters.values()), None))
+    if update is adamw_ref or sum(p.numel() for p in parameters.values()) > FLAT or any(p.dtype != torch.float32 for p in parameters.values()):
+        return torch.optim.AdamW(groups, lr=schedule.lr, fused=True)
+    return FlatAdamW(groups, schedule.lr, update)
 
 
 def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedule, log: Callable[..., None] = lambda **event: None,

@@ -25,7 +25,7 @@ def bench():
     """The modules of bench/ by name; the checkout's root is on the path while they are imported."""
     sys.path.insert(0, str(ROOT))
     try:
-        return type("bench", (), {name: importlib.import_module(f"bench.{name}") for name in ("cases", "measure", "rows", "run", "gpu")})
+        return type("bench", (), {name: importlib.import_module(f"bench.{name}") for name in ("case", "cases", "measure", "rows", "roofline", "run", "gpu")})
     finally:
         sys.path.remove(str(ROOT))
 
@@ -113,10 +113,10 @@ def test_lora_step_sees_a_wrong_gradient_of_one_matrix(bench, monkeypatch, tmp_p
 
 def test_rows_have_the_schema_and_tables_come_from_them(bench, quick, capsys, tmp_path):
     out = tmp_path / "deep" / "rows.json"
-    assert bench.run.main(["attention", "lora", "--size", "micro", "--repeats", "2", "--batches", "1", "--out", str(out)]) == 0
+    assert bench.run.main(["attention", "lora_step", "lora_linear", "--size", "micro", "--repeats", "2", "--batches", "1", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     rows = json.loads(out.read_text())
-    assert {row["kernel_name"] for row in rows} == {"attention", "lora_step", "lora_linear"}
+    assert {row["kernel_name"] for row in rows} == {"attention", "lora_step", "lora_linear", "lora_linear_wide"}
     for row in rows:
         assert list(row) == FIELDS
         assert row["y_20"] <= row["y_50"] <= row["y_80"] and row["metric_unit"] == bench.rows.UNITS[row["metric_name"]]
@@ -166,13 +166,15 @@ def test_peak_memory_sees_what_a_pass_takes(bench, tmp_path):
 # ---------------------------------------------------------------- the commands
 
 @pytest.mark.parametrize("script,words,shown", [
-    ("run", ["nope"], "no case 'nope'; expected one of gemm, copy, lora_step, lora_linear, attention"),
+    ("run", ["nope"], "no case 'nope'; expected one of gemm, copy, lora_step, attention, lora_linear"),
     ("run", ["--size", "tiny,huge"], "no size 'huge'; expected one of micro, tiny, small, base"),
     ("run", ["--repeats", "0"], "expected at least 1, got 0"),
     ("run", ["--repeats", "x"], "invalid int value: 'x'"),
     ("run", ["--out", "rows.csv"], "rows.csv: expected a file name that ends in .json"),
     ("gpu", ["--device", "cpu"], "expected --dry-run beside it"),
     ("gpu", ["--size", "huge"], "invalid choice: 'huge'"),
+    ("gpu", ["--only", "adapter,nope"], "--only: no case 'nope'; expected some of gemm, copy"),
+    ("gpu", ["--minutes", "0"], "--minutes: expected more than 0, got 0"),
 ])
 def test_bad_arguments_get_one_line_and_exit_code_2(bench, capsys, script, words, shown):
     try:
@@ -195,16 +197,88 @@ def test_gpu_path_runs_on_a_cpu(bench, quick, capsys, tmp_path):
     assert bench.gpu.main(["--device", "cpu", "--dry-run", "--repeats", "1", "--out", str(out)]) == 0
     printed, said = capsys.readouterr()
     rows = json.loads(out.read_text())
-    assert {(row["kernel_name"], row["metric_unit"]) for row in rows} == {(k, "ms") for k in ("gemm", "copy", "lora_step")} | {
-        ("gemm", "TFLOP/s"), ("copy", "GB/s"), ("lora_step", "valid tokens/s")}
+    assert {row["kernel_name"] for row in rows} == {"gemm", "copy", "lora_step", *bench.gpu.DRY}
+    assert {(row["kernel_name"], row["metric_unit"]) for row in rows if row["kernel_name"] in ("gemm", "copy", "lora_step")} == {
+        *((k, "ms") for k in ("gemm", "copy", "lora_step")), ("gemm", "TFLOP/s"), ("copy", "GB/s"), ("lora_step", "valid tokens/s")}
     assert {row["provider"] for row in rows if row["kernel_name"] == "lora_step"} == {"transformers+peft", "transformers+peft, length-bucketed", "peftdebias"}
     assert {row["x_value"] for row in rows if row["kernel_name"] == "lora_step"} == {20, 48} and all(row["extra_config"]["dry_run"] for row in rows)
-    assert "the figures mean nothing" in printed and "attention, micro, sequences 3: equal" in said
+    for name in bench.gpu.DRY:  # every provider that needs no compiler, each with its share of the roofline
+        wanted = {n for n, p in bench.cases.CASES[name].providers.items() if not p.compiled}
+        assert {row["provider"] for row in rows if row["kernel_name"] == name and row["metric_name"] == "roofline"} == wanted
+    assert "the figures mean nothing" in printed and "attention, micro, sequences 3: equal" in said and "adapter, micro, rows 37: equal in bf16" in said
+    assert "adapter: plain twins stand in for peftdebias: Triton does not run on cpu" in said
+    assert "## Targets" in printed and "asked for at most 0.60" in printed and printed.split("# ", 1)[1].strip() in out.with_suffix(".md").read_text()
+
+
+def test_every_kernel_has_a_case_and_every_case_a_place_in_the_gpu_run(bench):
+    from peftdebias import kernels
+
+    benched = {op for case in bench.cases.CASES.values() for p in case.providers.values() for op in p.kernels}
+    assert benched == set(kernels.TRITON)
+    cases = {name for name, case in bench.cases.CASES.items() if case.mode != "step"} - {"gemm", "copy", "attention"}
+    assert cases == set(bench.gpu.TIMED) == set(bench.gpu.DRY) and {n for n in cases if bench.cases.CASES[n].rounded} == set(bench.gpu.CHECKED)
+
+
+def test_a_kernel_that_errs_in_bf16_alone_is_red(bench, quick, monkeypatch, capsys):
+    """Right in float32, three roundings off in bf16: nothing is timed."""
+    planted(bench, monkeypatch, "adapter_frozen", lambda r: {n: t * (1 + 3 * 2 ** -8) if t.dtype == torch.bfloat16 else t for n, t in r.items()})
+    monkeypatch.setattr(bench.measure, "time_case", lambda *a, **k: pytest.fail("timed"))
+    assert bench.gpu.main(["--device", "cpu", "--dry-run", "--only", "adapter_frozen"]) == 1
+    assert "adapter_frozen, micro, rows 13: peftdebias in bf16 errs more than twice what plain torch does in 3 of 3 tensors; nothing is timed" in capsys.readouterr().out
+
+
+def test_out_of_time_leaves_out_and_says_so(bench, quick, capsys):
+    assert bench.gpu.main(["--device", "cpu", "--dry-run", "--repeats", "1", "--only", "sparse_add", "--compile", "--minutes", "1e-9"]) == 2
+    said = capsys.readouterr().err
+    assert "sparse_add: plain torch, compiled is left out here" in said and "sparse_add, micro, weight_rows 7: not measured: the run has used 90% of its time" in said
+    assert said.endswith("bench: --minutes 1e-09: too little for any figure\n")
+
+
+# ---------------------------------------------------------------- the roofline
+
+def op_row(bench, name, provider, x, ms, roof=(), **extra):
+    return bench.rows.Row(name, provider, "full", "time", "ms", "rows", x, ms, ms, ms, {"roof": [list(r) for r in roof]} | extra if roof else extra, "d", "t", None, "c", "2026")
+
+
+def ceilings_of(bench):
+    def ceiling(name, metric, y):
+        return bench.rows.Row(name, "torch", "forward", metric, bench.rows.UNITS[metric], "n", 1, y, y, y, {}, "d", "t", None, "c", "2026")
+
+    return [ceiling("gemm", "arithmetic", 100.0), ceiling("gemm", "arithmetic", 800.0), ceiling("copy", "bandwidth", 2000.0)]
+
+
+def test_the_floor_is_the_slower_of_both_ceilings_for_each_stretch(bench):
+    """8e9 flops at 800 TFLOP/s are 0.01 ms, 4e7 bytes at 2000 GB/s 0.02 ms."""
+    row = op_row(bench, "adapter", "peftdebias", 4, 0.06, [(8e9, 4e6), (0.0, 4e7)])
+    found = bench.roofline.with_shares([*ceilings_of(bench), row])
+    assert [r.metric_name for r in found[3:]] == ["time", "roofline"] and found[4].y_50 == pytest.approx(50) and found[4].metric_unit == "%"
+    assert bench.roofline.with_shares([row]) == [row]  # no ceilings, no share
+
+
+def test_below_the_roofline_a_line_says_what_was_measured_of_the_host(bench):
+    roof = [(0.0, 2e6)]  # 0.001 ms
+    rows = [op_row(bench, "a", "peftdebias", 1, 0.0011, roof, host_ms=0.001), op_row(bench, "b", "peftdebias", 1, 0.01, roof, host_ms=0.009, limit="slow units"),
+            op_row(bench, "c", "peftdebias, written", 1, 0.002, roof, host_ms=0.0001, limit="slow units"), op_row(bench, "d", "plain torch", 1, 1.0, roof)]
+    b, c = bench.roofline.limits(bench.roofline.with_shares([*ceilings_of(bench), *rows]))
+    assert b == "b, rows 1: peftdebias reaches 10 % of its roofline. What limits it: the host: it needs 0.009 of the 0.01 ms to launch it"
+    assert c == "c, rows 1: peftdebias, written reaches 50 % of its roofline. What limits it: not the host (0.0001 of 0.002 ms); slow units"
+
+
+def test_targets_are_held_against_what_was_measured(bench):
+    roof = [(0.0, 0.0), (0.0, 0.0), (0.0, 1.6e6)]  # one pass over x and dY: 0.0008 ms at 2000 GB/s
+    rows = [op_row(bench, "lora_linear", "peft", 8, 0.010, roof), op_row(bench, "lora_linear", "peftdebias, written", 8, 0.005, roof),
+            op_row(bench, "lora_linear", "peftdebias, epilogue", 8, 0.007, roof), op_row(bench, "lora_frozen", "torch", 8, 0.003, roof[:2]),
+            op_row(bench, "adapter", "plain torch", 8, 0.010, roof), op_row(bench, "adapter", "peftdebias", 8, 0.004, roof)]
+    peft, frozen, adapter = bench.roofline.targets([*ceilings_of(bench), *rows])
+    assert peft == "lora_linear, rows 8: peftdebias, written takes 0.50 of the time of peft's layer, asked for at most 0.60: met"
+    assert frozen.endswith("1.25 passes over x and dY, asked for at most 1.00: not met") and "takes 1.25 of" in frozen  # 0.005 / (0.003 + 1.25 * 0.0008)
+    assert adapter == "adapter, rows 8: peftdebias takes 0.40 of eager's time, asked for at most 0.50: met"
 
 
 def test_a_bare_checkout_is_enough(tmp_path):
-    """`-S` leaves out every installed package, and so an editable install: peftdebias and its kernels are found through bench alone."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import bench, peftdebias; from peftdebias import kernels; print(peftdebias.__file__, kernels.__file__)"
+    """`-S` reads no .pth file, and so sees no editable install: peftdebias and its kernels are found through bench alone, beside an installed torch."""
+    installed = str(Path(torch.__file__).parent.parent)
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {installed!r}]; import bench, peftdebias; from peftdebias import kernels; print(peftdebias.__file__, kernels.__file__)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr

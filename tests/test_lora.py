@@ -12,6 +12,7 @@ from peftdebias import methods, patch
 from peftdebias.batches import Sample, pack
 from peftdebias.encoder import EncoderConfig, Model
 from peftdebias.errors import AdapterError, ConfigError
+from peftdebias.kernels.dropout_ref import dropout_ref
 from peftdebias.methods.lora import LoRA, LoRAConfig, lora_linear_ref
 from peftdebias.sites import LINEARS, linear_shape, linear_sites
 
@@ -215,7 +216,7 @@ def test_rank_stabilised_scaling():
 
 
 def test_dropout_acts_on_the_update_alone_and_only_in_training():
-    """The reference with the x that torch drops from the same seed; the base's product sees all of x."""
+    """The reference with the seed that torch draws; the base's product sees all of x."""
     model = tiny_model()
     method = trained_lora(model, dropout=0.4)
     plain = tiny_model()
@@ -231,8 +232,9 @@ def test_dropout_acts_on_the_update_alone_and_only_in_training():
     torch.manual_seed(3)
     found = model.encoder.hooks.linear(site, x, weight, bias)
     torch.manual_seed(3)
-    dropped = F.dropout(x, 0.4)
-    assert (dropped == 0).any() and torch.equal(found, lora_linear_ref(x, weight, bias, a, b, 2.0, dropped))
+    seed = torch.randint(2 ** 62, (1,))
+    dropped = dropout_ref(x, 0.4, seed, method.places[site])
+    assert (dropped == 0).any() and torch.equal(found, lora_linear_ref(x, weight, bias, a, b, 2.0, 0.4, seed, method.places[site]))
     torch.testing.assert_close(found, x @ weight.T + bias + 2.0 * dropped @ a.T @ b.T, rtol=1e-12, atol=1e-12)
     patch.train_only(model, model.encoder.parameters())  # downstream: the module is frozen, the base is trained
     assert model.training and torch.equal(model.encoder.hooks.linear(site, x, weight, bias), lora_linear_ref(x, weight, bias, a, b, 2.0))
@@ -251,7 +253,8 @@ def test_the_module_that_is_trained_drops_and_the_frozen_one_does_not(trained):
     torch.manual_seed(3)
     found = model.encoder.hooks.linear(site, x, weight, bias)
     torch.manual_seed(3)
-    expected = lora_linear_ref(x, weight + other.delta(site), bias, own.values[site + ".a"], own.values[site + ".b"], 2.0, F.dropout(x, 0.4))
+    drops = 0.4, torch.randint(2 ** 62, (1,)), own.places[site]
+    expected = lora_linear_ref(x, weight + other.delta(site), bias, own.values[site + ".a"], own.values[site + ".b"], 2.0, *drops)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -293,8 +296,19 @@ def test_equals_peft(kind, head, options, theirs):
     outside.assert_equals_peft(model, wrapped, pairs, head, outside.batch_for(model, head))
 
 
+class OurDropout(torch.nn.Module):
+    """As methods/lora.py drops, in peft's place: x [B, S, D] without padding."""
+
+    def __init__(self, rate: float, site: int):
+        super().__init__()
+        self.rate, self.site = rate, site
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return dropout_ref(x.flatten(0, 1), self.rate, torch.randint(2 ** 62, (1,)), self.site).view_as(x)
+
+
 def test_dropout_stands_where_peft_has_it():
-    """Texts of one length, every row: from one seed both libraries draw the same masks, as long as they ask for them in the same places and order."""
+    """Texts of one length, every row; peft's dropout modules draw our masks, each that of its site, as long as both ask in the same places and order."""
     model = outside.drawn_model(dropout=0.0, attention_dropout=0.0)
     method = outside.attached(model, "gender", "lora", rank=3, alpha=7.0, dropout=0.3)
     patch.train_only(model, method.parameters().values())
@@ -302,9 +316,9 @@ def test_dropout_stands_where_peft_has_it():
     for name, p in wrapped.named_parameters():
         if "lora_" in name:
             p.data = method.values[f"{outside.our_site(model, name)}.{'a' if 'lora_A' in name else 'b'}"].detach()
-    for name, module in wrapped.named_modules():
-        if name.endswith("lora_dropout.default"):
-            module.train()
+    for name, module in list(wrapped.named_modules()):
+        if name.endswith("lora_dropout"):
+            module["default"] = OurDropout(0.3, method.places[outside.our_site(model, name)])
     batch = outside.ragged((9, 9, 9), rows="all")
     model.train()
     torch.manual_seed(11)

@@ -166,11 +166,16 @@ def test_budget_is_k():
         methods.create("sparse", TINY, budget=0.01, options={"k": 5})
 
 
+UP = "layers.1.feed_forward.up.indices"
+
+
 @pytest.mark.parametrize("change,words", [
     (lambda s: s | {"embeddings.norm.values": torch.zeros(1), "embeddings.norm.indices": torch.zeros(1, dtype=torch.int32)}, "embeddings.norm: expected values and indices"),
     (lambda s: {n: t for n, t in s.items() if n != "embeddings.word.indices"}, "embeddings.word: expected values and indices of one length"),
     (lambda s: s | {"embeddings.word.indices": s["embeddings.word.indices"] + 61 * 14}, "embeddings.word: expected indices from 0 to 853"),
     (lambda s: {n: t for n, t in s.items() if not n.startswith("embeddings.word.")}, "expected 100 values, got"),
+    (lambda s: s | {UP: s[UP].flip(0)}, "layers.1.feed_forward.up: expected ascending indices, each once"),
+    (lambda s: s | {UP: s[UP][0].expand_as(s[UP])}, "layers.1.feed_forward.up: expected ascending indices, each once"),
 ])
 def test_files_that_do_not_fit_are_named(change, words):
     _, method, _ = learnt()

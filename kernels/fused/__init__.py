@@ -4,14 +4,36 @@
 
 An op has up to three implementations: "torch" (the caller's plain twin, always there), "native" (csrc on a CPU) and "triton" (CUDA).
 `PEFTDEBIAS_KERNELS=auto|torch|native|triton`, or `with kernels.use("torch"):`, forces one; a forced one that does not exist is an error,
-`auto` takes the fastest that the device can run and falls back to the twin.
+`auto` takes the fastest that the device can run and falls back to the twin. `decide` is the one place where that is decided, in words as well.
+
+The Triton files are imported when one of their ops is first asked for on a CUDA device (or forced): importing this package does not import triton, and
+works where there is none. Under TRITON_INTERPRET=1 they run on a CPU, slowly, for whoever forces "triton".
 """
 
 import contextlib
 import contextvars
+import functools
+import importlib
+import importlib.util
 import os
 
+import torch
+
 KINDS = ("auto", "torch", "native", "triton")
+
+TRITON: dict[str, str] = {
+    "adapter": "adapter",
+    "adamw": "sparse",
+    "dropout": "dropout",
+    "lora_grads": "lora_grads",
+    "lora_linear": "lora",
+    "lora_write": "lora_write",
+    "lora_written": "lora",
+    "mlm_loss": "mlm_loss",
+    "sparse_add": "sparse",
+}
+"""op -> the file here whose import registers its Triton implementation."""
+
 _registry: dict[tuple[str, str], object] = {}
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("peftdebias_kernels", default=None)
 
@@ -53,18 +75,56 @@ def choose(op: str, reference, device=None):
 
     device: the torch.device the tensors live on; None is a CPU. Raises LookupError where a forced kind has no such op.
     """
-    kind = setting()
+    kind, why = decide(op, device)
+    if kind is None:
+        raise LookupError(why)
+    return reference if kind == "torch" else _registry[op, kind]
+
+
+@torch.compiler.assume_constant_result  # under torch.compile: what is asked for when it traces
+def decide(op: str, device=None) -> tuple[str | None, str]:
+    """(the kind that `choose` takes for `op` on `device`, why, in words); None where it would raise, and what it would say."""
+    kind, where = setting(), getattr(device, "type", "cpu")
     if kind == "torch":
-        return reference
+        return "torch", "asked for by name"
     if kind == "auto":
-        kind = "triton" if getattr(device, "type", "cpu") == "cuda" else "native"
-        return _registry.get((op, kind), reference)
-    found = _registry.get((op, kind))
-    if found is None:
-        raise LookupError(f"{op}: no {kind} implementation here; expected one of {available(op)}")
-    return found
+        kind = "triton" if where == "cuda" else "native"
+        trouble = missing(op, kind, where)
+        if not trouble:
+            return kind, f"the fastest on {where}"
+        return "torch", f"{trouble}; the plain twin does its work"
+    trouble = missing(op, kind, where)
+    if trouble:
+        return None, f"{op}: {trouble}; no {kind} implementation here, expected one of {available(op)}"
+    return kind, "asked for by name"
+
+
+def missing(op: str, kind: str, where: str = "cuda") -> str:
+    """Why `op` has no `kind` implementation that runs on a device of type `where`; empty where it has one."""
+    if kind == "triton" and op in TRITON:
+        trouble = no_triton() or ("" if where == "cuda" or interpreted() else f"Triton does not run on {where}")
+        if trouble:
+            return trouble
+        _load(TRITON[op])
+    return "" if (op, kind) in _registry else f"no {kind} kernel for this op"
 
 
 def available(op: str) -> list[str]:
     """The kinds that `op` has here: always "torch", then what is registered."""
     return ["torch"] + [kind for kind in KINDS[2:] if (op, kind) in _registry]
+
+
+@functools.cache
+def no_triton() -> str:
+    """Why Triton cannot be used here; empty where it can. Finds it without importing it."""
+    return "" if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is asked for (TRITON_INTERPRET=1, set before triton is imported): its kernels then run on a CPU."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "true", "on")
+
+
+@functools.cache
+def _load(file: str) -> None:
+    importlib.import_module(f"{__name__}.{file}")

@@ -123,6 +123,10 @@ class Method:
         """What is added to the parameter `site`: dense, or (flat indices int64 [k], values [k]), or None."""
         return None
 
+    def low_rank(self, site: str) -> tuple[Tensor, Tensor, float] | None:
+        """(A [r, in], B [out, r], s) where the delta of a linear is s B A and says all that this method does there now: written.py may write it into the weight."""
+        return None
+
     def scale(self, site: str) -> tuple[Tensor | None, Tensor | None]:
         """(input [in], output [out]) that multiply what goes into and comes out of a linear, its deltas and bias included; None leaves it."""
         return None, None

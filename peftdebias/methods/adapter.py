@@ -8,7 +8,8 @@ x [T, D] is the block's input, h [T, D] its output before the residual x is adde
 down is [K, D], up [D, K], both with a bias. They are AdapterHub's `seq_bn`, `double_seq_bn` and `par_bn`. Departure: up is zero at the start, so that an
 untrained module changes nothing; Houlsby and Pfeiffer draw it near zero.
 
-The room: this file (specification, module), tests/test_adapter.py (proof).
+The room: this file (specification, module), kernels/fused/adapter.py (kernel), tests/test_adapter.py and tests/kernel_checks/check_adapter.py (proof),
+bench/cases_modules.py (rows).
 Left out: adapters of embeddings, invertible ones, fusion of several, dropout inside, LayerNorms of their own, the base's LayerNorms (Houlsby trains them).
 """
 
@@ -20,15 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from .. import kernels
 from ..errors import ConfigError
 from ..sites import ACTIVATIONS, EncoderConfig, block_sites
 from . import Method
 
 
-def adapter_ref(inputs: Tensor, hidden: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, activation: Callable[[Tensor], Tensor],
+def adapter_ref(inputs: Tensor, hidden: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, activation: str,
                 scale: float = 1.0) -> Tensor:
-    """inputs, hidden [T, D], down [K, D], down_bias [K], up [D, K], up_bias [D] -> [T, D]; the specification."""
-    return hidden + scale * F.linear(activation(F.linear(inputs, down, down_bias)), up, up_bias)
+    """inputs, hidden [T, D], down [K, D], down_bias [K], up [D, K], up_bias [D], activation a key of ACTIVATIONS -> [T, D]; the specification."""
+    return hidden + scale * F.linear(ACTIVATIONS[activation](F.linear(inputs, down, down_bias)), up, up_bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,4 +98,6 @@ class Adapter(Method):
     def block(self, site: str, hidden: Tensor, residual: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
         inputs = ARCHITECTURES[self.config.architecture].reads(hidden, residual, norm)
         tensors = (self.values[f"{site}.{name}"] for name in ("down.weight", "down.bias", "up.weight", "up.bias"))
-        return adapter_ref(inputs, hidden, *tensors, ACTIVATIONS[self.config.activation], self.config.scale)
+        plain = hidden.dtype == torch.float64  # no kernel takes it
+        op = adapter_ref if plain else kernels.choose("adapter", reference=adapter_ref, device=hidden.device)
+        return op(inputs, hidden, *tensors, self.config.activation, self.config.scale)

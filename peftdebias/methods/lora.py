@@ -5,7 +5,8 @@
 x [T, in], W [out, in] frozen, A [r, in] drawn, B [out, r] zero at the start: an untrained module changes nothing. Without dropout the same map is
 y = x (W + s B A)^T + b: mergeable and foldable. Dropout acts while the module is trained, and only then; a frozen module never drops.
 
-The room: this file (specification, module), tests/test_lora.py (proof), bench/cases.py (rows).
+The room: this file (specification, module), written.py (W' = W + s B A once a pass), kernels/fused/lora.py, lora_write.py and lora_grads.py (Triton), tests/test_lora.py,
+tests/test_written.py and tests/kernel_checks/check_lora.py (proof), bench/cases.py (rows).
 Left out: embeddings, biases trained beside it (methods/bias.py is a module of its own), ranks that differ from site to site.
 """
 
@@ -17,14 +18,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from .. import kernels
 from ..errors import ConfigError
+from ..kernels.dropout_ref import dropout_ref
 from ..sites import EncoderConfig, linear_shape, linear_sites
 from . import Method, linear_kinds
 
 
-def lora_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, dropped: Tensor | None = None) -> Tensor:
-    """x [T, in], weight [out, in], bias [out], a [r, in], b [out, r] -> [T, out]; the specification. dropped: x after dropout, for the update alone."""
-    return F.linear(x, weight, bias) + scale * F.linear(F.linear(x if dropped is None else dropped, a), b)
+def lora_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, rate: float = 0.0, seed: Tensor | None = None,
+                    site: int = 0) -> Tensor:
+    """x [T, in], weight [out, in], bias [out], a [r, in], b [out, r] -> [T, out]; the specification. rate, seed, site: dropout of the update's x
+    (kernels/fused/dropout.py says which bits)."""
+    z = dropout_ref(x, rate, seed, site) if rate else x
+    return F.linear(x, weight, bias) + scale * F.linear(F.linear(z, a), b)
+
+
+def lora_grads_ref(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, scale: float, rate: float = 0.0, seed: Tensor | None = None, site: int = 0) -> tuple[Tensor, Tensor]:
+    """(dA [r, in], dB [out, r]) of lora_linear_ref for its output's gradient dy [T, out]."""
+    z = dropout_ref(x, rate, seed, site) if rate else x
+    return scale * (dy @ b).t() @ z, scale * dy.t() @ F.linear(z, a)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +80,7 @@ class LoRA(Method):
 
     def __init__(self, config: LoRAConfig, encoder_config: EncoderConfig, generator: torch.Generator | None = None):
         super().__init__(config, encoder_config, generator)
+        self.places = {site: i for i, site in enumerate(self.sites(encoder_config))}  # the site numbers of dropout's bits
         for site in self.sites(encoder_config):
             out_width, in_width = linear_shape(encoder_config, site)
             bound = 1.0 / math.sqrt(in_width)  # Kaiming uniform with a = sqrt(5), as the authors' code draws A
@@ -86,8 +99,15 @@ class LoRA(Method):
         return self.training and self.config.dropout > 0
 
     def linear(self, site: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        dropped = F.dropout(x, self.config.dropout) if self.drops else None
-        return lora_linear_ref(x, weight, bias, self.values[site + ".a"], self.values[site + ".b"], self.config.scale, dropped)
+        product = lora_linear_ref if x.dtype == torch.float64 else kernels.choose("lora_linear", reference=lora_linear_ref, device=x.device)
+        thin = self.values[site + ".a"], self.values[site + ".b"], self.config.scale
+        if not self.drops:
+            return product(x, weight, bias, *thin)
+        seed = torch.randint(2 ** 62, (1,), device=x.device)  # from torch's generator, which stays on the device: no host waits for it, a CUDA graph draws anew
+        return product(x, weight, bias, *thin, self.config.dropout, seed, self.places[site])
+
+    def low_rank(self, site: str) -> tuple[Tensor, Tensor, float] | None:
+        return None if self.drops else (self.values[site + ".a"], self.values[site + ".b"], self.config.scale)
 
     def delta(self, site: str) -> Tensor:
         """s B A, [out, in]."""

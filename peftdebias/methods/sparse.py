@@ -8,7 +8,7 @@
 N counts the encoder's parameters. While all weights train, a tied masked-LM decoder is a frozen copy; later the embedding's delta acts on the input side
 only. In its second stage the optimizer holds k values, not the base. Additive: it merges and folds.
 
-The room: this file, tests/test_sparse.py. Left out: training the heads, dynamic choice of the weights.
+The room: this file, sites.py (sparse_add_ref), optimizer.py, kernels/fused/sparse.py, tests/test_sparse.py, tests/kernel_checks/check_sparse.py. Left out: training the heads, dynamic choice of the weights.
 """
 
 import dataclasses
@@ -123,6 +123,8 @@ class Sparse(Method):
             size = parameter_size(self.encoder_config, site)
             if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < size:
                 raise AdapterError(f"sparse adapter, {site}: expected indices from 0 to {size - 1}, got {int(indices.min())} to {int(indices.max())}")
+            if (indices[1:] <= indices[:-1]).any():
+                raise AdapterError(f"sparse adapter, {site}: expected ascending indices, each once, got some that are not")
         if len(state) != 2 * len(found) or sum(map(len, found.values())) != self.config.k:
             raise AdapterError(f"sparse adapter: expected {self.config.k} values, got {sum(map(len, found.values()))} in {len(state)} tensors")
         self.indices = {site: state[f"{site}.indices"].long() for site in found}

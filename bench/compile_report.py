@@ -1,0 +1,136 @@
+"""python bench/compile_report.py: every kernel compiled for GPUs that need not be here, with the registers, local memory (spills) and shared memory it takes.
+
+    python bench/compile_report.py --arch 90 --only lora
+
+What is compiled is what the kernel files list in `specs(arch)`: their default tiles, in bf16 and float32. The numbers come from the machine code itself, read
+by the cuobjdump that triton carries. They are facts about the code, not about its speed.
+Exit code 0; 1 where a kernel uses local memory or does not compile; 2 on bad arguments, or where there is no triton.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import bench  # noqa: E402, F401
+from peftdebias import kernels  # noqa: E402
+
+ARCHES = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory that one program may have (CUDA C++ programming guide, technical specifications per compute capability)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """registers a thread; local: bytes of local memory a thread (spills); shared: bytes a program; failure: why it did not compile."""
+
+    file: str
+    name: str
+    arch: int
+    registers: int = 0
+    local: int = 0
+    shared: int = 0
+    threads: int = 0
+    failure: str = ""
+
+    @property
+    def red(self) -> str:
+        """What is wrong, in a word or two; empty where nothing is."""
+        if self.failure:
+            return "does not compile"
+        if self.local:
+            return "spills"
+        return "too much shared memory" if self.shared > SHARED_LIMIT[self.arch] else ""
+
+
+def files() -> list[str]:
+    """The kernel files that there are."""
+    return sorted(set(kernels.TRITON.values()))
+
+
+def known_to_triton(arch: int) -> str:
+    """Why the installed Triton cannot make code for sm_`arch`; empty where it can: the simplest kernel here is tried."""
+    from peftdebias.kernels.dropout import specs
+
+    return compile_one("dropout", specs(arch)[0], arch).failure
+
+
+def compile_one(file: str, spec, arch: int) -> Compiled:
+    """One kernel for sm_`arch`; no device is asked."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(spec.kernel.arg_names)
+    signature = {name: "constexpr" if name in spec.constants else spec.signature[name] for name in names}
+    aligned = {name for name, kind in spec.signature.items() if kind.startswith("*")} | set(spec.aligned)
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    constants = {(names.index(name),): value for name, value in spec.constants.items()}
+    source = ASTSource(spec.kernel, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True}
+    try:
+        made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        registers, local = resources(made.asm["cubin"])
+    except Exception as error:  # whatever the compiler throws is a finding of this report
+        return Compiled(file, spec.name, arch, failure=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}")
+    return Compiled(file, spec.name, arch, registers, local, made.metadata.shared, 32 * spec.num_warps)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory) a thread, as cuobjdump reads them from the machine code. STACK is the frame that spilled registers live in."""
+    tool = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def table(found: list[Compiled]) -> str:
+    rows = [("kernel", "sm", "registers", "local, B", "shared, B", "threads", "")]
+    rows += [(f"{c.file}: {c.name}", str(c.arch), *((str(n) for n in (c.registers, c.local, c.shared, c.threads)) if not c.failure else ("-",) * 4), c.red) for c in found]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(w) if i in (0, 6) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    top = argparse.ArgumentParser(prog="bench/compile_report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--arch", type=int, choices=ARCHES, action="append", help="compute capability without its point (default: 80, 90, and 100 where triton can)")
+    top.add_argument("--only", choices=files(), action="append", help="a kernel file (default: all)")
+    arguments = top.parse_args(argv)
+    trouble = kernels.no_triton() or ("TRITON_INTERPRET is set: expected a process without it" if kernels.interpreted() else "")
+    if trouble:
+        print(f"bench/compile_report.py: {trouble}", file=sys.stderr)
+        return 2
+    import triton
+
+    os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="peftdebias-compile-"))
+    found = []
+    for arch in arguments.arch or ARCHES:
+        if why := known_to_triton(arch):
+            print(f"sm_{arch}: triton {triton.__version__} makes no code for it: {why}", file=sys.stderr)
+            if arguments.arch:
+                return 2
+            continue
+        for file in arguments.only or files():
+            module = importlib.import_module(f"peftdebias.kernels.{file}")
+            found += [compile_one(file, spec, arch) for spec in module.specs(arch)]
+    red = [c for c in found if c.red]
+    print(f"triton {triton.__version__}, enable_fp_fusion on; {len(found)} compilations, {len(red)} red\n\n{table(found)}")
+    for c in red:
+        if c.failure:
+            print(f"{c.file}: {c.name}, sm_{c.arch}: {c.failure}")
+    return 1 if red else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""How near to the machine's ceilings each op comes, what holds it below, and whether the targets are met; from rows alone.
+
+An op's floor is the sum, over its stretches of work that cannot overlap, of the larger of flops / (best matrix product measured) and bytes / (best copy measured,
+bytes read and written both counted). The ceilings are rows `gemm` and `copy` of the same run, so no figure of a data sheet goes in.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from .rows import UNITS, Row
+
+GOOD = 80.0
+"""Per cent of its roofline above which nothing needs to be said."""
+
+OURS = "peftdebias"
+
+
+def ceilings(found: Sequence[Row]) -> tuple[float, float] | None:
+    """(flops/s of the best matrix product, bytes/s of the best copy) of these rows; None where one is missing."""
+    products = [row.y_50 for row in found if row.kernel_name == "gemm" and row.metric_name == "arithmetic"]
+    copies = [row.y_50 for row in found if row.kernel_name == "copy" and row.metric_name == "bandwidth"]
+    return (1e12 * max(products), 1e9 * max(copies)) if products and copies else None
+
+
+def floor_ms(row: Row, tops: tuple[float, float]) -> float:
+    """Milliseconds that the op of a time row takes at the ceilings."""
+    return 1000 * sum(max(flops / tops[0], size / tops[1]) for flops, size in row.extra_config["roof"])
+
+
+def with_shares(found: Sequence[Row]) -> list[Row]:
+    """The rows, and behind the time of every op with a roof its share of it in per cent."""
+    tops, out = ceilings(found), []
+    for row in found:
+        out.append(row)
+        if tops and row.metric_name == "time" and row.extra_config.get("roof"):
+            floor = 100 * floor_ms(row, tops)
+            out.append(dataclasses.replace(row, metric_name="roofline", metric_unit=UNITS["roofline"], y_50=floor / row.y_50, y_20=floor / row.y_80, y_80=floor / row.y_20))
+    return out
+
+
+def limits(found: Sequence[Row]) -> list[str]:
+    """One line for every op of ours below GOOD: what was measured of the host, or what bounds it by the way it is built."""
+    lines = []
+    times = {_key(row): row for row in found if row.metric_name == "time"}
+    for row in found:
+        if row.metric_name == "roofline" and row.provider.startswith(OURS) and row.y_50 < GOOD:
+            time, host, why = times[_key(row)].y_50, row.extra_config.get("host_ms"), row.extra_config.get("limit") or "a profile has to say"
+            if host is not None:
+                why = f"the host: it needs {host:.3g} of the {time:.3g} ms to launch it" if host >= 0.8 * time else f"not the host ({host:.3g} of {time:.3g} ms); {why}"
+            lines.append(f"{_where(row)}: {row.provider} reaches {row.y_50:.0f} % of its roofline. What limits it: {why}")
+    return lines
+
+
+def targets(found: Sequence[Row]) -> list[str]:
+    """One line a target: what was reached, what was asked for."""
+    times, lines, tops = {_key(row): row for row in found if row.metric_name == "time"}, [], ceilings(found)
+
+    def line(row: Row, reached: float, asked: float, of: str) -> None:
+        lines.append(f"{_where(row)}: {row.provider} takes {reached:.2f} of {of}, asked for at most {asked:.2f}: {'met' if reached <= asked else 'not met'}")
+
+    for name in ("lora_linear", "lora_linear_wide"):
+        for x in dict.fromkeys(row.x_value for row in times.values() if row.kernel_name == name):
+            ours = min((row for (k, p, v), row in times.items() if (k, v) == (name, x) and p.startswith(OURS)), key=lambda row: row.y_50, default=None)
+            if ours is None:
+                continue
+            if theirs := times.get((name, "peft", x)):
+                line(ours, ours.y_50 / theirs.y_50, 0.6, "the time of peft's layer")
+            frozen = times.get((name.replace("linear", "frozen"), "torch", x))
+            if frozen and tops:
+                budget = frozen.y_50 + 1.25 * 1000 * ours.extra_config["roof"][2][1] / tops[1]
+                line(ours, ours.y_50 / budget, 1.0, "the frozen linear's forward and dX + 1.25 passes over x and dY")
+    for (name, provider, x), row in times.items():
+        if name == "adapter" and provider == OURS and (eager := times.get((name, "plain torch", x))):
+            line(row, row.y_50 / eager.y_50, 0.5, "eager's time")
+    return lines
+
+
+def _key(row: Row) -> tuple[str, str, float]:
+    return row.kernel_name, row.provider, row.x_value
+
+
+def _where(row: Row) -> str:
+    return f"{row.kernel_name}, {row.x_name} {row.x_value:g}"

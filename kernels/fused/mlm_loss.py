@@ -1,0 +1,166 @@
+"""Cross-entropy of the rows asked for, its gradient written over the logits. Computes mlm_loss_ref of peftdebias/tasks.py:
+
+    loss = sum_m w[y_m] (log sum_v exp l[m, v] - l[m, y_m]) / sum_m w[y_m]        w = 1 where no weights are given
+
+    l logits [M, V] float32, bfloat16 or float16, y targets int64 [M] in [0, V), w weights [V] float32 -> loss [] float32. V is the vocabulary, or a classifier's
+    labels. Arithmetic is float32, and a tensor that is not contiguous is copied first. No label smoothing, no index to ignore: the caller names its rows.
+    A target outside [0, V) makes the loss nan; nothing beyond the logits is read. The loss of no rows is 0;
+    where weights are given and their sum is 0 it is nan.
+
+Saved: the logits, y, of every row the largest logit a and z = sum_v exp(l[v] - a) (a + log z in one number would lose what a has before the point), and what
+the sum is divided by. With g the gradient of the loss:
+
+    dl[m, v] = g w[y_m] (exp(l[m, v] - a_m) / z_m - [v = y_m]) / sum w
+
+The backward writes dl over l: no second [M, V] is ever made. This is the one saved tensor that a kernel here overwrites, and autograd is told so: whoever else
+holds on to the logits for a backward of their own, or runs this backward twice, gets torch's error ("modified by an inplace operation"), not a wrong gradient.
+The loss is a sum over M in float64, in one order: it repeats bit for bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import register
+from .tiles import DTYPES, Spec, ceil_div, expect, on, power
+
+WIDEST = 4096  # of V, that a program takes at a time
+
+
+# ---------------------------------------------------------------- forward
+
+@triton.jit
+def _row_sums(logits, targets, weights, losses, tops, sums, vocabulary, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+    """logits [M, V], targets [M], weights [V] where WEIGHTED -> losses [M] = w (log z - (l[y] - a)), tops [M] = a, sums [M] = z. A program a row, which it reads
+    once: the largest so far and the sum relative to it are carried along (Milakov and Gimelshein 2018, arXiv 1805.02867)."""
+    m = tl.program_id(0).to(tl.int64)
+    logits += m * vocabulary
+    largest, total = float("-inf"), 0.0
+    for start in range(0, vocabulary, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        block = tl.load(logits + v, mask=v < vocabulary, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(largest, tl.max(block, 0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # only -inf so far: every term is exp(-inf) = 0
+        total = total * tl.exp(largest - base) + tl.sum(tl.exp(block - base), 0)
+        largest = higher
+    y = tl.load(targets + m)
+    inside = (y >= 0) & (y < vocabulary)
+    loss = tl.log(total) - (tl.load(logits + y, mask=inside, other=float("nan")).to(tl.float32) - largest)
+    if WEIGHTED:
+        loss *= tl.load(weights + y, mask=inside, other=1.0)
+    tl.store(losses + m, loss)
+    tl.store(tops + m, largest)
+    tl.store(sums + m, total)
+
+
+# ---------------------------------------------------------------- backward
+
+@triton.jit
+def _gradient_over_logits(logits, targets, weights, tops, sums, pull, share, vocabulary, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+    """logits [M, V] become their gradient. targets, tops, sums [M], weights [V] where WEIGHTED, pull [] the loss's gradient, share [] = sum w. Program (m, b):
+    block b of row m."""
+    m = tl.program_id(0).to(tl.int64)
+    v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    logits += m * vocabulary
+    y = tl.load(targets + m)
+    factor = tl.load(pull).to(tl.float32) / tl.load(share)
+    if WEIGHTED:
+        factor *= tl.load(weights + y, mask=(y >= 0) & (y < vocabulary), other=1.0)
+    block = tl.load(logits + v, mask=v < vocabulary, other=0.0).to(tl.float32)
+    gradient = (tl.exp(block - tl.load(tops + m)) / tl.load(sums + m) - tl.where(v == y, 1.0, 0.0)) * factor
+    tl.store(logits + v, gradient, mask=v < vocabulary)
+
+
+# ---------------------------------------------------------------- launchers
+
+def tile(vocabulary: int) -> dict:
+    """BLOCK and launch options."""
+    block = min(WIDEST, power(vocabulary))
+    return {"BLOCK": block, "num_warps": max(1, min(8, block // 512)), "num_stages": 2, "enable_fp_fusion": True}
+
+
+def specs(arch: int) -> list[Spec]:
+    """What is compiled ahead: a vocabulary and a classifier's labels."""
+    found = []
+    for dtype in DTYPES.values():
+        for words, vocabulary, weighted in (("vocabulary", 30522, False), ("labels, weighted", 28, True)):
+            options = tile(vocabulary)
+            constants = {"WEIGHTED": weighted, "BLOCK": options["BLOCK"]}
+            if not weighted:
+                constants["weights"] = None
+            pointers = {"logits": "*" + dtype, "targets": "*i64", "weights": "*fp32"}
+            more = {name: options[name] for name in ("num_warps", "num_stages")}
+            found.append(Spec(f"forward, {words}, {dtype}", _row_sums, pointers | {"losses": "*fp32", "tops": "*fp32", "sums": "*fp32", "vocabulary": "i32"}, constants, **more))
+            found.append(Spec(f"backward, {words}, {dtype}", _gradient_over_logits,
+                              pointers | {"tops": "*fp32", "sums": "*fp32", "pull": "*fp32", "share": "*fp32", "vocabulary": "i32"}, constants, **more))
+    return found
+
+
+@torch.library.custom_op("peftdebias::mlm_loss_forward", mutates_args=())
+def _loss_forward(logits: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss [], a and z [M], and what the sum was divided by, []; float32. See the head of this file."""
+    rows, vocabulary = logits.shape
+    losses, tops, sums = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3))
+    if rows:
+        with on(logits):
+            _row_sums[rows,](logits, targets, weights, losses, tops, sums, vocabulary, WEIGHTED=weights is not None, **tile(vocabulary))
+    if weights is None:
+        share = torch.full((), float(max(1, rows)), dtype=torch.float32, device=logits.device)
+    else:
+        share = weights.gather(0, targets.clamp(0, vocabulary - 1)).sum()
+    return (losses.sum(dtype=torch.float64) / share).float(), tops, sums, share
+
+
+@_loss_forward.register_fake
+def _(logits, targets, weights):
+    rows = logits.shape[0]
+    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), (rows,), (rows,), ()))
+
+
+@torch.library.custom_op("peftdebias::mlm_loss_backward", mutates_args=("logits",))
+def _loss_backward(logits: Tensor, targets: Tensor, weights: Tensor | None, tops: Tensor, sums: Tensor, pull: Tensor, share: Tensor) -> None:
+    """Writes the gradient over `logits`."""
+    rows, vocabulary = logits.shape
+    if rows:
+        options = tile(vocabulary)
+        grid = rows, ceil_div(vocabulary, options["BLOCK"])
+        with on(logits):
+            _gradient_over_logits[grid](logits, targets, weights, tops, sums, pull, share, vocabulary, WEIGHTED=weights is not None, **options)
+
+
+@_loss_backward.register_fake
+def _(logits, targets, weights, tops, sums, pull, share):
+    return None
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward_formula(ctx, pull, *_):
+    logits, targets, weights, tops, sums, share = ctx.saved_tensors
+    logits = logits.detach()
+    _loss_backward(logits, targets, weights, tops, sums, pull, share)
+    return logits, None, None
+
+
+_loss_forward.register_autograd(_backward_formula, setup_context=_setup)
+
+
+# ---------------------------------------------------------------- the op
+
+@register("mlm_loss", "triton")
+def mlm_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """logits [M, V], targets int64 [M], weights [V] -> [] float32, nats; see the head of this file. The backward overwrites the logits.
+
+    Raises ValueError that names what it cannot take.
+    """
+    expect("mlm_loss", "logits", logits, (-1, -1))
+    rows, vocabulary = logits.shape
+    expect("mlm_loss", "targets", targets, (rows,), (torch.int64,), logits.device)
+    if weights is not None:
+        expect("mlm_loss", "weights", weights, (vocabulary,), device=logits.device)
+        weights = weights.detach().to(torch.float32).contiguous()
+    return _loss_forward(logits.contiguous(), targets.contiguous(), weights)[0]

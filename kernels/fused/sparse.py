@@ -1,0 +1,159 @@
+"""Sparse deltas: the k values of a module put into a weight, and AdamW for values that lie in one flat tensor.
+
+sparse_add computes sparse_add_ref of peftdebias/sites.py:
+
+    W' = W, but W'[i_j] = W[i_j] + v_j on the flat weight
+
+    W of any shape, i indices int64 [k] into the flat weight, ascending and each once, v values [k]; float32, bfloat16 or float16, W' like W, the sum in float32.
+    Gradients: dv_j = dW'[i_j], in v's dtype; dW = dW'. Saved: the indices. Nothing is overwritten. One launch: W is read and W' written once, and the program that
+    copies a stretch of W finds the indices that fall into it by bisection. Indices in another order, or twice, would be passed over: whoever makes them, sorts them.
+
+adamw computes adamw_ref of peftdebias/optimizer.py, which is torch.optim.AdamW's formula (Loshchilov and Hutter 2019, arXiv 1711.05101), for step t = 1, 2, ...:
+
+    m <- m + (1 - b1) (g - m)        q <- b2 q + (1 - b2) g^2
+    w <- (1 - lr decay) w - lr / (1 - b1^t) * m / (sqrt(q) / sqrt(1 - b2^t) + epsilon)
+
+    w, g, m, q [n], contiguous float32, no two of them the same memory; w, m and q are overwritten, g is read. One launch for all of a module's values.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import register
+from .tiles import DTYPES, Spec, ceil_div, expect, on
+
+STRETCH = 4096  # of the flat weight, that one program copies
+TOGETHER = 256  # indices that a program places at a time
+BLOCK = 1024  # values that one program of adamw updates
+
+
+# ---------------------------------------------------------------- kernels
+
+@triton.jit
+def _ends(indices, k, first, STEPS, COPIED: tl.constexpr):
+    """int64 [2]: how many of the ascending `indices` [k] are below `first`, and below first + COPIED; STEPS halvings of 0..k, which must be enough."""
+    border = first + tl.arange(0, 2) * COPIED
+    low, high = tl.zeros([2], tl.int64), tl.zeros([2], tl.int64) + k
+    for _ in range(0, STEPS):
+        middle = (low + high) // 2
+        below = tl.load(indices + middle, mask=low < high, other=0) < border
+        low, high = tl.where((low < high) & below, middle + 1, low), tl.where((low < high) & below, high, tl.where(low < high, middle, high))
+    return low
+
+
+@triton.jit
+def _add(weight, indices, values, result, size, k, STEPS, COPIED: tl.constexpr, PLACED: tl.constexpr):
+    """weight [size], indices int64 [k] ascending, values [k] -> result [size]. A program copies COPIED elements, then places what falls among them."""
+    first = tl.program_id(0).to(tl.int64) * COPIED
+    n = first + tl.arange(0, COPIED)
+    tl.store(result + n, tl.load(weight + n, mask=n < size), mask=n < size)
+    ends, which = _ends(indices, k, first, STEPS, COPIED), tl.arange(0, 2)
+    start, stop = tl.sum(tl.where(which == 0, ends, 0), 0), tl.sum(tl.where(which == 1, ends, 0), 0)
+    tl.debug_barrier()  # the copy is written before any of it is written again
+    for j in range(start, stop, PLACED):
+        mine = j + tl.arange(0, PLACED)
+        place = tl.load(indices + mine, mask=mine < stop, other=size)
+        inside = place < size
+        value = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32) + tl.load(values + mine, mask=inside, other=0.0).to(tl.float32)
+        tl.store(result + place, value, mask=inside)
+
+
+@triton.jit
+def _moments(g, m, q, b2, new1, new2):
+    """The moments after gradient g; new1 = 1 - b1, new2 = 1 - b2, taken in float64 (in float32 1 - 0.999 is off by 1e-5)."""
+    return m + new1 * (g - m), b2 * q + new2 * g * g
+
+
+@triton.jit
+def _adamw(w, g, m, q, size, b2, new1, new2, kept, rate, root, epsilon, COUNT: tl.constexpr):
+    """w, g, m, q [size]. new1, new2: see _moments. kept = 1 - lr decay, rate = lr / (1 - b1^t), root = sqrt(1 - b2^t)."""
+    n = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
+    inside = n < size
+    first, second = _moments(tl.load(g + n, mask=inside), tl.load(m + n, mask=inside), tl.load(q + n, mask=inside), b2, new1, new2)
+    value = kept * tl.load(w + n, mask=inside) - rate * first / (tl.sqrt_rn(second) / root + epsilon)
+    tl.store(m + n, first, mask=inside)
+    tl.store(q + n, second, mask=inside)
+    tl.store(w + n, value, mask=inside)
+
+
+def specs(arch: int) -> list[Spec]:
+    """What is compiled ahead."""
+    whole = {"size": "i32", "k": "i32", "STEPS": "i32"}
+    tile = {"COPIED": STRETCH, "PLACED": TOGETHER}
+    found = [Spec(f"add, {d}", _add, {"weight": "*" + d, "indices": "*i64", "values": "*fp32", "result": "*" + d} | whole, tile, num_warps=8) for d in DTYPES.values()]
+    numbers = {name: "fp32" for name in ("b2", "new1", "new2", "kept", "rate", "root", "epsilon")}
+    return found + [Spec("adamw", _adamw, {name: "*fp32" for name in "wgmq"} | {"size": "i32"} | numbers, {"COUNT": BLOCK})]
+
+
+# ---------------------------------------------------------------- sparse_add
+
+@torch.library.custom_op("peftdebias::sparse_add", mutates_args=())
+def _sparse_add(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    result, k = torch.empty_like(weight), len(indices)
+    if weight.numel():
+        with on(weight):
+            _add[ceil_div(weight.numel(), STRETCH),](weight, indices, values, result, weight.numel(), k, k.bit_length(), COPIED=STRETCH, PLACED=TOGETHER, num_warps=8,
+                                                     enable_fp_fusion=True)
+    return result
+
+
+@_sparse_add.register_fake
+def _(weight, indices, values):
+    return torch.empty_like(weight)
+
+
+def _setup(ctx, inputs, output):
+    ctx.dtype = inputs[2].dtype
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward_formula(ctx, pull):
+    """A gather is one launch of torch's already."""
+    (indices,) = ctx.saved_tensors
+    return pull if ctx.needs_input_grad[0] else None, None, pull.reshape(-1).index_select(0, indices).to(ctx.dtype) if ctx.needs_input_grad[2] else None
+
+
+_sparse_add.register_autograd(_backward_formula, setup_context=_setup)
+
+
+@register("sparse_add", "triton")
+def sparse_add(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    """weight of any shape, indices int64 [k] into it flat, ascending and each once, values [k] -> the weight with the values added; see the head of this file.
+
+    Raises ValueError that names what it cannot take. Indices outside the weight are never followed: nothing is added for them.
+    """
+    expect("sparse_add", "weight", weight, (-1,) * weight.dim())
+    expect("sparse_add", "indices", indices, (-1,), (torch.int64,), weight.device)
+    expect("sparse_add", "values", values, (len(indices),), device=weight.device)
+    return _sparse_add(weight.contiguous(), indices.contiguous(), values.contiguous())
+
+
+# ---------------------------------------------------------------- adamw
+
+@torch.library.custom_op("peftdebias::adamw", mutates_args=("values", "first", "second"))
+def _adamw_op(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, lr: float, b1: float, b2: float, epsilon: float, decay: float, step: int) -> None:
+    if values.numel():
+        with on(values):
+            _adamw[ceil_div(values.numel(), BLOCK),](values, gradient, first, second, values.numel(), b2, 1 - b1, 1 - b2, 1 - lr * decay, lr / (1 - b1 ** step),
+                                                     math.sqrt(1 - b2 ** step), epsilon, COUNT=BLOCK, num_warps=4, enable_fp_fusion=True)
+
+
+@_adamw_op.register_fake
+def _(values, gradient, first, second, lr, b1, b2, epsilon, decay, step):
+    return None
+
+
+@register("adamw", "triton")
+def adamw(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, *, lr: float, betas: tuple[float, float], epsilon: float, decay: float, step: int) -> None:
+    """One step, in place; see the head of this file. Raises ValueError that names what it cannot take."""
+    for name, tensor in (("values", values), ("gradient", gradient), ("first", first), ("second", second)):
+        expect("adamw", name, tensor, (values.numel(),), (torch.float32,), values.device)
+        if not tensor.is_contiguous():
+            raise ValueError(f"adamw, {name}: expected a contiguous tensor, got stride {tensor.stride(0)}")
+    if step < 1:
+        raise ValueError(f"adamw, step: expected at least 1, got {step}")
+    _adamw_op(values, gradient, first, second, lr, *betas, epsilon, decay, step)

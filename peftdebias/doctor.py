@@ -1,0 +1,103 @@
+"""What runs here: versions, the device, and for every op which implementation would be used and why. `peftdebias doctor` prints it.
+
+It decides nothing: the answers are those of `kernels.decide` and `kernels.dispatch`, asked as the modules ask them. On a CUDA device, or where kernels are forced
+into Triton's interpreter, one kernel is run and its bits are compared, since compilers fail when they are used and not when they are imported.
+"""
+
+import dataclasses
+import importlib
+import os
+import platform
+from importlib import metadata
+
+import torch
+
+from . import __version__, kernels, native
+from .errors import ConfigError
+from .kernels import dispatch
+from .kernels.dropout_ref import dropout_ref
+from .training import pick_device
+
+CALLERS = ("encoder", "training", "tasks", "methods.lora", "methods.adapter", "methods.sparse")
+"""The modules that call ops; what registers an implementation of one is imported by them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """facts: lines. ops: (op, implementation, why), one an op."""
+
+    facts: list[str]
+    ops: list[tuple[str, str, str]]
+
+
+def examine(device_name: str = "auto") -> Findings:
+    """Raises ConfigError on a device that is not here, or a PEFTDEBIAS_KERNELS that says nothing."""
+    device = pick_device(device_name)
+    for module in CALLERS:
+        importlib.import_module(f"peftdebias.{module}")
+    try:
+        setting = kernels.setting()
+        ops = [(op, *_answer(op, device)) for op in names()]
+        forms = _forms(device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return Findings([*_machine(device), f"kernels       PEFTDEBIAS_KERNELS={setting}; Triton {kernels.no_triton() or _tried(device)}", *forms], [*ops, _engine()])
+
+
+def names() -> list[str]:
+    """Every op that has, or could have, more than its plain twin."""
+    return sorted({"attention", *kernels.TRITON, *(op for op, _ in kernels._registry)})
+
+
+def _answer(op: str, device: torch.device) -> tuple[str, str]:
+    kind, why = kernels.decide(op, device)
+    return kind or "none", why
+
+
+def _machine(device: torch.device) -> list[str]:
+    versions = f"peftdebias {__version__}, Python {platform.python_version()}, torch {torch.__version__}, triton {_version('triton')}"
+    if device.type == "cuda":
+        about = torch.cuda.get_device_properties(device)
+        where = f"{device}: {about.name}, compute capability {about.major}.{about.minor}, {about.total_memory / 2 ** 30:.0f} GiB, CUDA {torch.version.cuda}"
+    else:
+        where = f"cpu: {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; CUDA devices: {torch.cuda.device_count() or 'none'}"
+    return [f"versions      {versions}", f"device        {where}"]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _tried(device: torch.device) -> str:
+    """One kernel run on the device against its plain twin, or why none was."""
+    if device.type != "cuda" and not kernels.interpreted():
+        return f"{_version('triton')} is installed; it compiles for CUDA devices and does not run on {device.type}"
+    from .kernels.dropout import dropout
+
+    seed, x = torch.tensor([3], device=device), torch.ones(37, 13, device=device)
+    try:
+        equal = torch.equal(dropout(x, 0.5, seed, 1), dropout_ref(x, 0.5, seed, 1))
+    except Exception as error:  # a compiler that is missing, a driver that is too old: whatever it says is the finding
+        return f"fails on {device}: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]} (PEFTDEBIAS_KERNELS=torch goes without it)"
+    return f"runs on {device}{' by its interpreter' if kernels.interpreted() else ''}, and a kernel {'gives the bits of' if equal else 'DIFFERS FROM'} its plain twin"
+
+
+def _forms(device: torch.device) -> list[str]:
+    """Which form of lora_linear is picked at the size of BERT-base, where a kernel is."""
+    if kernels.decide("lora_linear", device)[0] != "triton":
+        return []
+    lines = []
+    for dropout, candidates in ((False, dispatch.FORMS["lora_linear"]), (True, ("epilogue", "library"))):
+        form, why = dispatch.decide("lora_linear", candidates, device=device, dtype=torch.bfloat16, dropout=dropout, rows=4096, inside=768, outside=768, rank=8)
+        lines.append(f"lora_linear   form {form} with{'' if dropout else 'out'} dropout: {why}")
+    return lines
+
+
+def _engine() -> tuple[str, str, str]:
+    found, trouble = native._load()
+    if os.environ.get("PEFTDEBIAS_KERNELS") == "torch":
+        return "counterfactuals", "python", "asked for by name"
+    return "counterfactuals", "native" if found else "python", "compiled" if found else trouble

@@ -1,0 +1,306 @@
+"""LoRA's three kernel files against the plain twins of methods/lora.py: every output, every named gradient, every form."""
+
+import pytest
+import torch
+
+from peftdebias import kernels
+from peftdebias.kernels import dispatch, lora, lora_grads, lora_write
+from peftdebias.methods.lora import lora_grads_ref, lora_linear_ref
+from peftdebias.written import lora_write_ref, lora_written_ref
+
+from .harness import DEVICE, DTYPES, compare, drawn, poisoned, strided
+
+SEED = torch.tensor([2**33 + 5], device=DEVICE)
+SCALE = 1.7
+RAGGED = [(13, 7, 37, 1), (37, 13, 7, 8), (7, 37, 13, 13), (130, 70, 131, 5)]  # T, in, out, r
+REAL = [((33, 768, 768, 1), torch.float16, 0.0), ((33, 768, 768, 8), torch.bfloat16, 0.25), ((33, 768, 768, 8), torch.float32, 0.0), ((33, 768, 768, 13), torch.bfloat16, 0.0),
+        ((33, 768, 768, 64), torch.float16, 0.25), ((33, 768, 3072, 8), torch.bfloat16, 0.0), ((33, 3072, 768, 13), torch.bfloat16, 0.25), ((33, 768, 3072, 64), torch.bfloat16, 0.0)]
+RATES = (0.0, 0.25)
+
+
+def tensors(rows: int, width: int, out: int, rank: int, bias: bool = True) -> dict[str, torch.Tensor]:
+    found = {"x": drawn(rows, width, seed=1), "weight": drawn(out, width, seed=2, scale=width ** -0.5), "bias": drawn(out, seed=3),
+             "a": drawn(rank, width, seed=4, scale=width ** -0.5), "b": drawn(out, rank, seed=5, scale=0.3)}
+    return found if bias else {k: v for k, v in found.items() if k != "bias"}
+
+
+def form(name: str, rate: float):
+    def run(x, weight, a, b, bias=None):
+        with dispatch.use("lora_linear", name):
+            return lora.lora_linear(x, weight, bias, a, b, SCALE, rate, SEED, 6)
+    return run
+
+
+def twin(rate: float, convert=lambda t: t):
+    return lambda x, weight, a, b, bias=None: lora_linear_ref(x, weight, bias, convert(a), convert(b), SCALE, rate, SEED, 6)
+
+
+# ---------------------------------------------------------------- the product
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", RAGGED, ids=str)
+def test_epilogue(sizes, dtype, rate):
+    compare(form("epilogue", rate), twin(rate), tensors(*sizes), dtype=dtype, gradients=("x", "weight", "bias", "a", "b"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes,dtype,rate", REAL, ids=str)
+def test_epilogue_at_real_sizes(sizes, dtype, rate):
+    compare(form("epilogue", rate), twin(rate), tensors(*sizes), dtype=dtype, gradients=("x", "a", "b"))
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("sizes", [RAGGED[0], (13, 70, 131, 65)], ids=str)
+def test_library(sizes, rate):
+    """Also where nobody asked for it: no kernel takes a rank above 64."""
+    compare(form("library" if sizes[3] < 64 else "epilogue", rate), twin(rate), tensors(*sizes), dtype=torch.bfloat16, gradients=("x", "weight", "bias", "a", "b"))
+
+
+def test_a_backward_keeps_the_form_of_its_forward(monkeypatch):
+    """Autograd runs it later, in a thread that knows nothing of the `with` block."""
+    launched, launch = [], lora._launch
+    monkeypatch.setattr(lora, "_launch", lambda kernel, *rest: launched.append(kernel) or launch(kernel, *rest))
+    for name, kernels_ in (("library", []), ("epilogue", [lora.forward_kernel, lora.dx_kernel])):
+        launched.clear()
+        inputs = tensors_float(x=True)
+        form(name, 0.25)(**inputs).sum().backward()
+        assert launched == kernels_
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_thin_matrices_in_float32_beside_bf16(rate):
+    """As autocast has it: A, B and their gradients stay float32. The measure rounds A and B to bf16, as torch's own products under autocast do."""
+    compare(form("epilogue", rate), twin(rate), tensors(37, 24, 13, 8), dtype=torch.bfloat16, gradients=("x", "a", "b"), float32=("a", "b"),
+            plain=lambda x, **rest: twin(rate, lambda t: t.to(x.dtype))(x, **rest))
+
+
+def test_without_bias_and_not_contiguous():
+    compare(form("epilogue", 0.25), twin(0.25), tensors(13, 24, 7, 3, bias=False), dtype=torch.float32, gradients=("x", "a", "b"), layout=strided)
+
+
+def test_only_what_is_asked_for_has_a_gradient():
+    inputs = {k: v.float() for k, v in tensors(13, 7, 37, 3).items()}
+    inputs["a"].requires_grad_()
+    y = form("epilogue", 0.0)(**inputs)
+    y.sum().backward()
+    assert inputs["a"].grad is not None and all(inputs[k].grad is None for k in ("x", "weight", "bias", "b"))
+    frozen = form("epilogue", 0.0)(**tensors_float(x=True))
+    assert {t.shape for t in saved(frozen)} == {(37, 7), (3, 7), (37, 3), (1,)}  # W, A, B, the seed; no x where W, A and B are frozen
+
+
+def tensors_float(**grads: bool) -> dict[str, torch.Tensor]:
+    return {k: v.float().requires_grad_(grads.get(k, False)) for k, v in tensors(13, 7, 37, 3).items()}
+
+
+def saved(y: torch.Tensor) -> list[torch.Tensor]:
+    return [t for t in y.grad_fn.saved_tensors if t is not None]
+
+
+def test_the_mask_is_the_seeds():
+    """Another seed, another mask; the same in the two forms and in the backward (which is held against the twin above)."""
+    inputs = {k: v.float() for k, v in tensors(37, 24, 13, 8).items()}
+    one = form("epilogue", 0.5)(**inputs)
+    torch.testing.assert_close(one, form("library", 0.5)(**inputs), rtol=1e-5, atol=1e-5)
+    assert torch.equal(one, form("epilogue", 0.5)(**inputs))
+    with dispatch.use("lora_linear", "epilogue"):
+        other = lora.lora_linear(inputs["x"], inputs["weight"], inputs["bias"], inputs["a"], inputs["b"], SCALE, 0.5, SEED + 1, 6)
+    assert (one - other).abs().max() > 0.01
+
+
+def test_no_rows():
+    with poisoned():
+        y = form("epilogue", 0.0)(**{k: v[:0].float() if k == "x" else v.float() for k, v in tensors(3, 7, 5, 2).items()})
+        da, db = lora_grads.lora_grads(torch.zeros(0, 7), torch.zeros(0, 5), torch.ones(2, 7), torch.ones(5, 2), 1.0)
+    assert y.shape == (0, 5) and not da.any() and not db.any()
+
+
+# ---------------------------------------------------------------- dA and dB
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", RAGGED, ids=str)
+def test_grads(sizes, dtype, rate):
+    check_grads(sizes, dtype, rate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes,dtype,rate", REAL, ids=str)
+def test_grads_at_real_sizes(sizes, dtype, rate):
+    check_grads(sizes, dtype, rate)
+
+
+def check_grads(sizes, dtype, rate, layout=lambda t: t):
+    rows, width, out, rank = sizes
+    inputs = {"x": drawn(rows, width, seed=1), "dy": drawn(rows, out, seed=12), "a": drawn(rank, width, seed=3), "b": drawn(out, rank, seed=4)}
+
+    def both(function):
+        return lambda **given: dict(zip(("dA", "dB"), function(**given, scale=SCALE, rate=rate, seed=SEED, site=6)))
+
+    compare(both(lora_grads.lora_grads), both(lora_grads_ref), inputs, dtype=dtype, layout=layout)
+
+
+def test_grads_of_a_slice_of_columns():
+    """dY of query is a third of that of query, key and value: rows far apart, nothing copied."""
+    check_grads((37, 13, 7, 5), torch.float32, 0.25, layout=lambda t: torch.cat([t * 0, t, t * 0], -1)[:, t.shape[1]:2 * t.shape[1]])
+
+
+@pytest.mark.parametrize("rows", [1, 64, 129, 64 * 128 + 1])
+def test_chunks_of_rows_are_added_once_each(rows, monkeypatch):
+    """With ones everywhere dB counts rows. More than CHUNKS tiles make a program walk over several."""
+    monkeypatch.setattr(lora_grads, "CHUNKS", 3)
+    if rows > 1000:
+        rows = 64 * 7 + 1
+    ones = [torch.ones(s, dtype=torch.bfloat16, device=DEVICE) for s in ((rows, 5), (rows, 7), (2, 5), (7, 2))]
+    with poisoned():
+        da, db = lora_grads.lora_grads(ones[0], ones[1], ones[2].float(), ones[3].float(), 1.0)
+    assert torch.equal(da, torch.full((2, 5), 7.0 * rows)) and torch.equal(db, torch.full((7, 2), 5.0 * rows))
+
+
+def test_grads_repeat_bit_for_bit():
+    x, dy, a, b = (drawn(*s, seed=7).float() for s in ((300, 13), (300, 7), (5, 13), (7, 5)))
+    first, second = (lora_grads.lora_grads(x, dy, a, b, 1.0) for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(first, second))
+
+
+# ---------------------------------------------------------------- W'
+
+def matrices(widths, seed=1):
+    return [drawn(out, width, seed=seed + i) for i, (out, width) in enumerate(widths)]
+
+
+def test_written_matrices():
+    """Pieces anywhere in a matrix, ranks that differ, a matrix without a piece, rows before, between and after; three dtypes of result."""
+    weights = [w.float() for w in matrices([(37, 13), (7, 37), (5, 3)])]
+    low = {(m, first): (drawn(r, weights[m].shape[1], seed=m + first).float(), drawn(p, r, seed=9 + first).float())
+           for (m, first), (p, r) in {(0, 4): (13, 1), (0, 17): (5, 8), (0, 30): (7, 13), (1, 0): (7, 64)}.items()}
+    pieces = [(m, first, a, b, 0.5 + m) for (m, first), (a, b) in low.items()]
+    before = [w.clone() for w in weights]
+    for dtype in DTYPES:
+        expected = lora_write_ref([w.double() for w in weights], [(m, f, a.double(), b.double(), s) for m, f, a, b, s in pieces], torch.float64)
+        with poisoned():
+            found = lora_write.lora_write(weights, pieces, dtype)
+        plain = lora_write_ref(weights, pieces, dtype)
+        for have, want, theirs in zip(found, expected, plain, strict=True):
+            error, own = ((t.double() - want).abs().max() for t in (have, theirs))
+            assert have.dtype == dtype and error <= 2 * own
+    assert all(torch.equal(w, kept) for w, kept in zip(weights, before))
+    assert torch.equal(found[2], weights[2].half()) and torch.equal(found[0][:4], weights[0][:4].half())  # copied rows to the bit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 8, 13, 64])
+def test_written_matrices_at_real_sizes(rank):
+    weights = [w.float() for w in matrices([(2304, 768), (3072, 768), (768, 3072)])]
+    pieces = [(0, 0, 768), (0, 1536, 768), (1, 0, 3072), (2, 0, 768)]
+    pieces = [(m, first, drawn(rank, weights[m].shape[1], seed=m).float(), drawn(rows, rank, seed=7).float(), 2.0) for m, first, rows in pieces]
+    expected = lora_write_ref([w.double() for w in weights], [(m, f, a.double(), b.double(), s) for m, f, a, b, s in pieces], torch.float64)
+    plain = lora_write_ref(weights, pieces, torch.bfloat16)
+    for have, want, theirs in zip(lora_write.lora_write(weights, pieces, torch.bfloat16), expected, plain, strict=True):
+        assert (have.double() - want).abs().max() <= 2 * (theirs.double() - want).abs().max()
+
+
+def test_tables_are_made_once_for_the_same_addresses():
+    weight, a, b = drawn(13, 7).float(), drawn(2, 7).float(), drawn(13, 2).float()
+    lora_write.tables.cache_clear()
+    first = lora_write.lora_write([weight], [(0, 0, a, b, 2.0)], torch.float32)[0].clone()
+    a.mul_(2)
+    second = lora_write.lora_write([weight], [(0, 0, a, b, 2.0)], torch.float32)[0]
+    assert lora_write.tables.cache_info().misses == 1 and lora_write.tables.cache_info().hits == 1
+    torch.testing.assert_close(second - weight, 2 * (first - weight), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_product_with_written_weights(dtype):
+    """Query and value of a weight of three: outputs are those of W', gradients of A and B those of the unmerged product."""
+    def prepared(function, write):
+        def run(x, weight, bias, qa, qb, va, vb):
+            pieces = [(0, qa, qb, SCALE), (14, va, vb, SCALE)]
+            low = [p.detach() for p in (qa, qb, va, vb)]
+            written = write([weight], [(0, 0, *low[:2], SCALE), (0, 14, *low[2:], SCALE)], x.dtype)[0]
+            return function(x, written, bias, pieces)
+        return run
+
+    inputs = {"x": drawn(37, 13, seed=1), "weight": drawn(21, 13, seed=2), "bias": drawn(21, seed=3), "qa": drawn(5, 13, seed=4), "qb": drawn(7, 5, seed=5),
+              "va": drawn(5, 13, seed=6), "vb": drawn(7, 5, seed=7)}
+    compare(prepared(lora.lora_written, lora_write.lora_write), prepared(lora_written_ref, lora_write_ref), inputs, dtype=dtype,
+            gradients=("x", "bias", "qa", "qb", "va", "vb"))
+
+
+# ---------------------------------------------------------------- dispatch
+
+def test_forms_are_picked_by_what_was_measured_nearest(monkeypatch):
+    base = {"device": "cpu", "dtype": "float32", "dropout": False, "inside": 768, "outside": 768, "rank": 8}
+    rows = [base | {"rows": 4096, "ms": {"written": 3.0, "epilogue": 1.0, "library": 2.0}}, base | {"rows": 65536, "ms": {"written": 1.0, "epilogue": 3.0, "library": 2.0}},
+            base | {"rows": 4096, "dropout": True, "ms": {"epilogue": 3.0, "library": 2.0}}]
+    monkeypatch.setattr(dispatch, "table", lambda: {"lora_linear": rows})
+    dispatch._measured.cache_clear()
+    how = {"device": torch.device("cpu"), "dtype": torch.float32, "dropout": False, "inside": 768, "outside": 768, "rank": 8}
+    every = ("written", "epilogue", "library")
+    assert [dispatch.pick("lora_linear", every, **how | {"rows": n}) for n in (1000, 8000, 30000, 10**6)] == ["epilogue", "epilogue", "written", "written"]
+    assert dispatch.pick("lora_linear", ("epilogue", "library"), **how | {"rows": 10**6}) == "library"
+    assert dispatch.pick("lora_linear", ("epilogue", "library"), **how | {"rows": 5, "dropout": True}) == "library"
+    assert dispatch.decide("lora_linear", every, **how | {"rows": 5, "dtype": torch.float16}) == ("written", "the default: not measured on cpu")
+    with dispatch.use("lora_linear", "library"):
+        assert dispatch.decide("lora_linear", every, **how | {"rows": 5}) == ("library", "asked for by name")
+    with pytest.raises(ValueError, match="dispatch.use: expected one of written, epilogue, library for lora_linear, got 'fast'"):
+        with dispatch.use("lora_linear", "fast"):
+            pass
+    dispatch._measured.cache_clear()
+
+
+def test_forced_kinds_reach_the_kernels():
+    with kernels.use("triton"):
+        assert kernels.choose("lora_linear", None, DEVICE) is lora.lora_linear and kernels.choose("lora_write", None, DEVICE) is lora_write.lora_write
+
+
+# ---------------------------------------------------------------- registration and errors
+
+def test_registration():
+    """torch's own checks of every op, and torch.compile takes them without a break."""
+    x, w, bias, a, b = (t.float().requires_grad_(k != "weight") for k, t in tensors(13, 7, 37, 3).items())
+    flat = (1.5, 0.25, SEED, 2)
+    torch.library.opcheck(lora._forward, (x, w, bias, a, b, *flat, ""))
+    torch.library.opcheck(lora._dx, (torch.randn(13, 37, device=DEVICE), w, a.detach(), b.detach(), *flat, ""))
+    torch.library.opcheck(lora_grads.lora_grads_op, (x.detach(), torch.randn(13, 37, device=DEVICE), a.detach(), b.detach(), *flat))
+    torch.library.opcheck(lora_write._write, ([w], [a.detach()], [b.detach()], [1.5], [0, 0], torch.bfloat16))
+    torch.library.opcheck(lora._written, (x, w, bias, [a], [b], [1.5], [0]))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_without_a_break(dynamic):
+    """Through `choose`, for more than one number of rows."""
+    def run(x, w, bias, a, b):
+        return kernels.choose("lora_linear", reference=lora_linear_ref, device=x.device)(x * 2, w, bias, a, b, 1.5, 0.25, SEED, 2).relu()
+
+    whole = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for rows in (13, 17):
+        given = [t.float().requires_grad_() for t in tensors(rows, 7, 37, 3).values()]
+        with kernels.use("triton"):
+            found, plain = whole(*given), run(*given)
+        assert torch.equal(found, plain)
+        assert all(torch.equal(p, q) for p, q in zip(*(torch.autograd.grad(y.sum(), given) for y in (found, plain)), strict=True))
+
+
+@pytest.mark.parametrize("change,words", [
+    ({"x": torch.zeros(13, 8)}, r"lora_linear, A: expected shape \[-1, 8\], got \[3, 7\]"),
+    ({"x": torch.zeros(13, 7, dtype=torch.float64)}, "lora_linear, x: expected one of float32, bfloat16, float16, got float64"),
+    ({"b": torch.zeros(36, 3)}, r"lora_linear, W: expected shape \[36, 7\], got \[37, 7\]"),
+    ({"bias": torch.zeros(5)}, r"lora_linear, bias: expected shape \[37\], got \[5\]"),
+    ({"rate": 0.5}, "lora_linear, seed: expected a tensor beside a rate of 0.5, got None"),
+])
+def test_errors(change, words):
+    inputs = {k: v.float() for k, v in tensors(13, 7, 37, 3).items()} | {"scale": 1.0} | {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in change.items()}
+    with dispatch.use("lora_linear", "epilogue"), pytest.raises(ValueError, match=words):
+        lora.lora_linear(**inputs)
+
+
+@pytest.mark.parametrize("change,words", [
+    (lambda w, a, b: (w.t(), a, b, 0), r"W of matrix 0: expected a contiguous tensor, got strides \[1, 7\] for shape \[7, 13\]"),
+    (lambda w, a, b: (w, a[:, ::2], b, 0), r"A of piece 0: expected shape \[-1, 7\], got \[2, 4\]"),
+    (lambda w, a, b: (w, a, b, 3), r"piece 0: expected rows of matrix 0 \(13\) that no other piece has, got 3 to 16"),
+])
+def test_errors_of_writing(change, words):
+    w, a, b, first = change(torch.zeros(13, 7, device=DEVICE), torch.zeros(2, 7, device=DEVICE), torch.zeros(13, 2, device=DEVICE))
+    with pytest.raises(ValueError, match=words):
+        lora_write.lora_write([w], [(0, first, a, b, 1.0)], torch.float32)

@@ -1,0 +1,163 @@
+"""The loss's kernels against mlm_loss_ref: value and gradient at ragged sizes and a vocabulary's, each dtype; and what writing over the logits may not do."""
+
+import pytest
+import torch
+
+from peftdebias.kernels import mlm_loss as fused
+from peftdebias.tasks import mlm_loss_ref
+
+from .harness import DEVICE, DTYPES, Guarded, compare, drawn, poisoned, strided
+
+
+def given(m: int, v: int, scale: float = 3.0) -> dict[str, torch.Tensor]:
+    targets = torch.randint(0, v, (m,), generator=torch.Generator().manual_seed(m)).to(DEVICE)
+    return {"logits": drawn(m, v, seed=1, scale=scale), "targets": targets}
+
+
+def kernel(logits, targets, weights=None):
+    """The op on a copy, since the harness wants its inputs back; [1], since it draws a gradient by shape."""
+    return fused.mlm_loss(logits.clone(), targets, weights)[None]
+
+
+def plain(logits, targets, weights=None):
+    """The twin with sums in float32, as autocast runs it: cross-entropy in bf16 would round the loss of every row."""
+    return mlm_loss_ref(logits.float(), targets, weights)[None]
+
+
+def twin(logits, targets, weights=None):
+    return mlm_loss_ref(logits.double(), targets, weights)[None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m,v", [(13, 37), (7, 2), (1, 1), (37, 513)])
+def test_ragged_sizes_in_each_dtype(m, v, dtype):
+    compare(kernel, twin, given(m, v), plain=plain, dtype=dtype, gradients=("logits",), float32=("output",))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_blocks_than_one(monkeypatch, dtype):
+    monkeypatch.setattr(fused, "WIDEST", 32)
+    compare(kernel, twin, given(7, 117), plain=plain, dtype=dtype, gradients=("logits",), float32=("output",))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", [(1.0, 10.0, 0.0, 6.7), (1.0, 1.0, 1.0, 1.0)])
+def test_class_weights(weights, dtype):
+    compare(kernel, twin, given(37, 4) | {"weights": torch.tensor(weights, dtype=torch.float64, device=DEVICE)}, plain=plain, dtype=dtype, gradients=("logits",),
+            float32=("output", "weights"))
+
+
+def test_not_contiguous():
+    compare(lambda logits, targets: fused.mlm_loss(logits, targets)[None], twin, given(13, 37), dtype=torch.float32, gradients=("logits",), layout=strided)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 40.0, 1e4])
+def test_flat_and_steep_rows(scale):
+    """Differences of 1e4 between logits: without subtracting the largest, exp would be infinite."""
+    compare(kernel, twin, given(13, 37, scale), dtype=torch.float32, gradients=("logits",))
+
+
+def test_logits_of_minus_infinity_take_no_part():
+    logits, targets = drawn(5, 37, seed=2).float(), torch.tensor([36, 1, 2, 3, 4], device=DEVICE)
+    logits[:, 5:20] = -float("inf")
+    wanted = mlm_loss_ref(logits.double(), targets)
+    leaf = logits.clone().requires_grad_()
+    loss = fused.mlm_loss(leaf, targets)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert abs(loss.double() - wanted) < 1e-6 and (gradient[:, 5:20] == 0).all() and gradient.isfinite().all()
+
+
+def test_the_gradient_lies_where_the_logits_lay():
+    tensors = given(13, 37)
+    guard = Guarded(tensors["logits"].float())
+    logits = guard.view.requires_grad_()
+    loss = fused.mlm_loss(logits, tensors["targets"])
+    with poisoned():
+        (gradient,) = torch.autograd.grad(3 * loss, logits)
+    assert gradient.data_ptr() == logits.data_ptr()
+    guard.check("logits", unchanged=False)
+    truth = tensors["logits"].float().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(3 * mlm_loss_ref(truth, tensors["targets"]), truth)
+    assert (gradient - wanted).abs().max() < 1e-7
+
+
+def test_a_second_backward_is_refused_not_answered_wrongly():
+    tensors = given(5, 7)
+    logits = tensors["logits"].float().requires_grad_()
+    loss = fused.mlm_loss(logits * 1, tensors["targets"])
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_another_reader_of_the_logits_is_refused_not_answered_wrongly():
+    tensors = given(5, 7)
+    leaf = tensors["logits"].float().requires_grad_()
+    logits = leaf * 1
+    other = (logits * logits).sum()  # keeps the logits for its own backward
+    fused.mlm_loss(logits, tensors["targets"]).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+def test_forward_leaves_the_logits_alone():
+    tensors = given(5, 7)
+    guard = Guarded(tensors["logits"].bfloat16())
+    fused.mlm_loss(guard.view, tensors["targets"])
+    guard.check("logits")
+
+
+def test_no_rows():
+    logits = torch.zeros(0, 7, device=DEVICE, requires_grad=True)
+    targets = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    with poisoned():
+        loss = fused.mlm_loss(logits * 1, targets)
+        loss.backward()
+    assert loss == mlm_loss_ref(logits, targets) == 0 and logits.grad.shape == (0, 7)
+
+
+@pytest.mark.parametrize("target", [-100, -1, 7, 2 ** 40])
+@pytest.mark.parametrize("weights", [None, [1.0] * 7])
+def test_a_target_that_is_not_there_gives_nan(target, weights):
+    targets = torch.tensor([1, target, 3], device=DEVICE)
+    weights = None if weights is None else torch.tensor(weights, device=DEVICE)
+    assert fused.mlm_loss(drawn(3, 7).float(), targets, weights).isnan()
+
+
+def test_loss_repeats_bit_for_bit():
+    tensors = given(117, 37)
+    first, again = (fused.mlm_loss(tensors["logits"].bfloat16(), tensors["targets"]) for _ in range(2))
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("change,words", [
+    ({"logits": torch.zeros(5)}, r"mlm_loss, logits: expected shape \[-1, -1\], got \[5\]"),
+    ({"logits": torch.zeros(5, 7, dtype=torch.float64)}, "mlm_loss, logits: expected one of float32, bfloat16, float16, got float64"),
+    ({"targets": torch.zeros(4, dtype=torch.int64)}, r"mlm_loss, targets: expected shape \[5\], got \[4\]"),
+    ({"targets": torch.zeros(5, dtype=torch.int32)}, "mlm_loss, targets: expected one of int64, got int32"),
+    ({"weights": torch.zeros(6)}, r"mlm_loss, weights: expected shape \[7\], got \[6\]"),
+])
+def test_refused_by_name(change, words):
+    tensors = {"logits": torch.zeros(5, 7), "targets": torch.zeros(5, dtype=torch.int64)} | change
+    with pytest.raises(ValueError, match=words):
+        fused.mlm_loss(**{n: t.to(DEVICE) for n, t in tensors.items()})
+
+
+def test_torch_compile_does_not_break_on_it():
+    tensors = given(13, 37)
+    leaf, weights = tensors["logits"].float().requires_grad_(), torch.rand(37, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    torch.library.opcheck(torch.ops.peftdebias.mlm_loss_forward.default, (leaf, tensors["targets"], weights),
+                          test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    compiled = torch.compile(lambda x: fused.mlm_loss(x * 2, tensors["targets"], weights), backend="aot_eager", fullgraph=True)
+    plain_loss = mlm_loss_ref(leaf * 2, tensors["targets"], weights)
+    (wanted,) = torch.autograd.grad(plain_loss, leaf)
+    loss = compiled(leaf)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(loss, plain_loss)
+    torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_real_vocabulary(dtype):
+    compare(kernel, twin, given(67, 30522), plain=plain, dtype=dtype, gradients=("logits",), float32=("output",))

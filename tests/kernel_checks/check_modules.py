@@ -1,0 +1,108 @@
+"""The modules with their kernels in place: one upstream step of a small model, loss and every gradient, against the same model on the plain twins."""
+
+import pytest
+import torch
+
+from peftdebias import kernels, methods, patch
+from peftdebias.batches import Sample, pack
+from peftdebias.encoder import EncoderConfig, Model
+from peftdebias.methods.sparse import Sparse, SparseConfig
+from peftdebias.tasks import Classification, MaskedLM
+
+from .harness import DEVICE
+
+CONFIG = EncoderConfig(kind="bert", layers=2, hidden=28, heads=2, feed_forward=37, vocab=61, max_positions=19, dropout=0.0, attention_dropout=0.0, classifier_dropout=0.0)
+MINE = {"adapter", "mlm_loss", "sparse_add"}
+
+
+@pytest.fixture
+def placed(monkeypatch):
+    """Puts the kernels named in MINE to work wherever the model runs, and counts what is called."""
+    called, choose = [], kernels.choose
+
+    def fused(op, reference, device=None):
+        if op not in MINE:
+            return choose(op, reference, device)
+        called.append(op)
+        with kernels.use("triton"):
+            return choose(op, reference, device)
+
+    return called, lambda: monkeypatch.setattr(kernels, "choose", fused), monkeypatch.undo
+
+
+def batch():
+    generator = torch.Generator().manual_seed(3)
+    texts = [torch.randint(5, 61, (n,), generator=generator).numpy() for n in (13, 1, 7)]
+    return pack([Sample(ids, ids[:2] * 0 + range(len(ids[:2])), ids[:2]) for ids in texts]).to(DEVICE)
+
+
+def made(method) -> tuple[Model, dict]:
+    model = Model(CONFIG, mlm=True, labels=("a", "b", "c")).to(DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in [*model.parameters(), *method.parameters().values()]:
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    patch.attach(model, "gender", method)
+    return model, method.parameters()
+
+
+def sparse() -> Sparse:
+    method, generator = Sparse(SparseConfig(k=90), CONFIG), torch.Generator().manual_seed(5)
+    sites = ("embeddings.word", "layers.0.attention.query", "layers.1.attention.value.bias", "layers.1.feed_forward.down")
+    for site, k in zip(sites, (50, 20, 5, 15)):
+        size = patch.parameter_at(Model(CONFIG), site)[1][patch.parameter_at(Model(CONFIG), site)[2]].numel()
+        method.indices[site] = torch.randperm(size, generator=generator)[:k].sort().values
+        method.values[site] = torch.nn.Parameter(torch.zeros(k))
+    return method
+
+
+METHODS = {
+    "pfeiffer": lambda: methods.create("adapter", CONFIG, options={"architecture": "pfeiffer", "bottleneck": 7}),
+    "houlsby": lambda: methods.create("adapter", CONFIG, options={"architecture": "houlsby", "bottleneck": 7}),
+    "parallel": lambda: methods.create("adapter", CONFIG, options={"architecture": "parallel", "bottleneck": 7, "activation": "gelu"}),
+    "sparse": sparse,
+}
+
+
+def test_float64_goes_to_the_twins(placed):
+    called, place, undo = placed
+    place()
+    for make in METHODS.values():
+        model, _ = made(make())
+        loss = MaskedLM.loss(None, model.double(), batch())
+        assert loss.dtype == torch.float64 and loss.isfinite()
+    undo()
+    assert not called
+
+
+@pytest.mark.parametrize("name,used", [("pfeiffer", "adapter"), ("houlsby", "adapter"), ("parallel", "adapter"), ("sparse", "sparse_add")])
+@pytest.mark.parametrize("frozen", [False, True], ids=["upstream", "downstream"])
+def test_one_step_is_the_same(placed, name, used, frozen):
+    """upstream: the module learns, the base is frozen; downstream: the other way round, with class weights."""
+    called, place, undo = placed
+
+    def step():
+        model, parameters = made(METHODS[name]())
+        wanted = dict(model.named_parameters()) if frozen else parameters
+        patch.train_only(model, wanted.values())
+        model.train()
+        asked = batch()
+        if frozen:
+            weights = torch.tensor([1.0, 6.7, 10.0])
+            task = type("Task", (), {"weights": weights})()
+            first = pack([Sample(ids.numpy(), ids[:1].numpy() * 0, ids[:1].numpy() % 3) for ids in asked.ids.cpu().split(asked.lengths)]).to(DEVICE)
+            loss = Classification.loss(task, model, first)
+        else:
+            loss = MaskedLM.loss(None, model, asked)
+        loss.backward()
+        return loss.detach(), {n: p.grad for n, p in wanted.items() if p.grad is not None}
+
+    loss, gradients = step()
+    place()
+    found, others = step()
+    undo()
+    assert {"mlm_loss", used} <= set(called)
+    torch.testing.assert_close(found, loss, rtol=2e-6, atol=0)
+    assert set(gradients) == set(others) and len(gradients) >= 4
+    for key, gradient in gradients.items():
+        assert (others[key] - gradient).abs().max() <= 2e-5 * max(gradient.abs().max(), 1e-3), key

@@ -1,0 +1,54 @@
+"""An encoder whose LoRA runs on the kernels: weights written in one launch, library products, dA and dB; and the product with dropout. Against the twins in float32."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from peftdebias import kernels, methods, patch
+from peftdebias.batches import Sample, pack
+from peftdebias.encoder import EncoderConfig, Model
+
+from .harness import DEVICE
+
+CONFIG = EncoderConfig(kind="bert", layers=2, hidden=28, heads=2, feed_forward=37, vocab=61, max_positions=19, dropout=0.0, attention_dropout=0.0)
+OPS = {"lora_write", "lora_written", "lora_linear", "dropout"}
+
+
+def step(options: dict, kind: str, monkeypatch) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Loss and gradients of one upstream step with OPS of one kind, and which of them were asked for."""
+    called, choose = [], kernels.choose
+
+    def chosen(op, reference, device=None):
+        if op not in OPS:
+            return choose(op, reference, device)
+        called.append(op)
+        with kernels.use(kind):
+            return choose(op, reference, device)
+
+    model, generator = Model(CONFIG, mlm=True).to(DEVICE), torch.Generator().manual_seed(0)
+    method = methods.create("lora", CONFIG, options=options)
+    with torch.no_grad():
+        for p in [*model.parameters(), *method.parameters().values()]:
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    patch.attach(model, "gender", method)
+    patch.train_only(model, method.parameters().values())
+    texts = [torch.randint(5, 61, (n,), generator=generator).numpy() for n in (13, 1, 7)]
+    batch = pack([Sample(ids, ids[:2] * 0 + range(len(ids[:2])), ids[:2]) for ids in texts]).to(DEVICE)
+    model.train()
+    with monkeypatch.context() as patched:
+        patched.setattr(kernels, "choose", chosen)
+        torch.manual_seed(5)
+        loss = F.cross_entropy(model.mlm_logits(batch), batch.targets)
+        loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in method.parameters().items()}, called
+
+
+@pytest.mark.parametrize("options", [{"rank": 3}, {"rank": 1, "targets": ("query", "key", "value", "output", "up", "down")}, {"rank": 3, "dropout": 0.4, "targets": ("value", "down")}],
+                         ids=str)
+def test_an_upstream_step(options, monkeypatch):
+    """With dropout too: twin and kernel draw the same masks from the same seed of torch's."""
+    found, called = step(options, "triton", monkeypatch)
+    expected, _ = step(options, "torch", monkeypatch)
+    assert set(called) == ({"lora_write", "lora_linear"} if "dropout" in options else {"lora_write", "lora_written"}) and called.count("lora_write") == 1
+    for name, want in expected.items():
+        torch.testing.assert_close(found[name], want, rtol=0, atol=5e-5 * float(want.abs().max()), msg=lambda text: f"{name}: {text}")

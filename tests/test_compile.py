@@ -1,0 +1,55 @@
+"""Every kernel makes machine code without a device, and none of it spills; with whichever Triton is installed.
+
+In a process of its own, without TRITON_INTERPRET: see tests/test_kernels.py.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CLEAN = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=CLEAN | environment, capture_output=True, text=True)
+
+
+def test_the_first_kernel_of_every_file_compiles_and_a_spill_is_seen(tmp_path):
+    """For sm_90; the whole report is the slow test below. A kernel that asks for four times the registers there are is found out."""
+    code = """
+import dataclasses, importlib
+from bench.compile_report import compile_one, files
+for file in files():
+    made = compile_one(file, importlib.import_module(f"peftdebias.kernels.{file}").specs(90)[0], 90)
+    assert not made.red and made.registers and not made.local, made
+    print(file)
+spec = next(s for s in importlib.import_module("peftdebias.kernels.lora_grads").specs(90) if s.name == "partial, bf16, r 8")
+greedy = dataclasses.replace(spec, constants=spec.constants | {"BT": 64, "BK": 256})
+assert compile_one("lora_grads", greedy, 90).red == "spills"
+broken = dataclasses.replace(spec, constants=spec.constants | {"BK": 100})
+assert compile_one("lora_grads", broken, 90).red == "does not compile"
+"""
+    ran = python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
+    assert ran.returncode == 0, ran.stderr
+    assert {"adapter", "dropout", "lora", "lora_grads", "lora_write", "mlm_loss", "sparse"} <= set(ran.stdout.split())
+
+
+@pytest.mark.slow
+def test_no_kernel_spills(tmp_path):
+    ran = python("bench/compile_report.py", TRITON_CACHE_DIR=str(tmp_path))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert " 0 red" in ran.stdout
+
+
+def test_bad_arguments():
+    ran = python("bench/compile_report.py", "--arch", "75")
+    assert ran.returncode == 2 and "--arch" in ran.stderr
+    ran = python("bench/compile_report.py", TRITON_INTERPRET="1")
+    assert ran.returncode == 2 and ran.stderr == "bench/compile_report.py: TRITON_INTERPRET is set: expected a process without it\n"

@@ -1,0 +1,87 @@
+"""The table that picks LoRA's form, from rows as bench/gpu.py writes them to what dispatch.pick reads."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import dispatch_table, rows  # noqa: E402
+from peftdebias.kernels import dispatch  # noqa: E402
+
+HOW = {"dtype": torch.bfloat16, "inside": 768, "outside": 768, "rank": 8}
+
+
+def row(case: str, form: str, x: float, ms: float, **changes) -> rows.Row:
+    extra = {"size": "base", "precision": "bf16"} | changes.pop("extra", {})
+    made = rows.Row(case, f"peftdebias, {form}", "full", "time", "ms", "rows", x, ms, ms, ms, extra, "NVIDIA X", "2", "3", "abc", "now")
+    return dataclasses.replace(made, **changes)
+
+
+MEASURED = [row("lora_linear", "written", 4096, 2.0), row("lora_linear", "epilogue", 4096, 1.0), row("lora_linear_wide", "written", 4096, 1.0),
+            row("lora_linear_wide", "epilogue", 4096, 2.0), row("lora_dropout", "epilogue", 4096, 3.0), row("lora_dropout", "library", 4096, 1.0),
+            row("lora_linear", "written", 65536, 1.0), row("lora_linear", "epilogue", 65536, 2.0)]
+
+
+@pytest.fixture
+def fresh():
+    for cache in (dispatch.table, dispatch._measured):
+        cache.cache_clear()
+    yield
+    for cache in (dispatch.table, dispatch._measured):
+        cache.cache_clear()
+
+
+def test_what_was_measured_is_what_is_picked(tmp_path, monkeypatch, fresh):
+    passed_over = [row("lora_linear", "epilogue", 65536, 0.1, extra={"dry_run": True}), row("lora_linear", "epilogue", 65536, 0.1, device_name="CPU Y"),
+                   row("lora_linear", "epilogue", 65536, 0.1, metric_name="rate"), row("lora_linear", "other", 65536, 0.1), row("adapter", "epilogue", 65536, 0.1),
+                   row("lora_linear", "epilogue", 65536, 0.1, provider="peft")]
+    rows.write(tmp_path / "x.json", MEASURED + passed_over, "x")
+    old = {"device": "NVIDIA X", "dtype": "bfloat16", "dropout": False, "rows": 1, "inside": 1, "outside": 1, "rank": 8, "ms": {"library": 1.0}}
+    out = tmp_path / "dispatch.json"
+    out.write_text(json.dumps({"lora_linear": [old, old | {"device": "NVIDIA Z"}]}))
+    assert dispatch_table.main([str(tmp_path / "x.json"), "--out", str(out)]) == 0
+    table = json.loads(out.read_text())["lora_linear"]
+    assert [line["device"] for line in table] == ["NVIDIA Z"] + 4 * ["NVIDIA X"] and sum(len(line["ms"]) for line in table) == 1 + len(MEASURED)
+    monkeypatch.setattr(dispatch, "TABLE", out)
+    monkeypatch.setattr(dispatch, "_name", lambda device: "NVIDIA X")
+    every, device = dispatch.FORMS["lora_linear"], torch.device("cuda")
+
+    def picked(candidates=every, dropout=False, **sizes):
+        return dispatch.pick("lora_linear", candidates, device=device, dropout=dropout, **HOW | sizes)
+
+    assert picked(rows=4000) == "epilogue" and picked(rows=50_000) == "written" and picked(rows=4096, outside=3072) == "written"
+    assert picked(("epilogue", "library"), True, rows=4096) == "library" and picked(("epilogue", "library"), rows=4096) == "epilogue"
+    assert picked(rows=4096, dtype=torch.float16) == "written"  # nothing measured: the default
+
+
+def test_the_committed_table_can_be_read(fresh):
+    for line in dispatch.table().get("lora_linear", []):
+        assert set(line) == {"device", "dtype", "dropout", "rows", "inside", "outside", "rank", "ms"} and set(line["ms"]) <= set(dispatch.FORMS["lora_linear"])
+
+
+def test_the_environment_asks_for_a_form(monkeypatch, fresh):
+    monkeypatch.setenv("PEFTDEBIAS_LORA_LINEAR", "library")
+    how = HOW | {"device": torch.device("cpu"), "dropout": False, "rows": 5}
+    assert dispatch.decide("lora_linear", ("epilogue", "library"), **how) == ("library", "asked for by name")
+    assert dispatch.decide("lora_linear", ("epilogue",), **how)[0] == "epilogue"  # where it can serve
+    monkeypatch.setenv("PEFTDEBIAS_LORA_LINEAR", "fast")
+    with pytest.raises(ValueError, match="PEFTDEBIAS_LORA_LINEAR: expected one of written, epilogue, library for lora_linear, got 'fast'"):
+        dispatch.decide("lora_linear", ("epilogue",), **how)
+
+
+@pytest.mark.parametrize("content,words", [
+    (None, "No such file"), ("{}", "found none"), ("[1]", "expected rows of bench/gpu.py"), ("not json", "expected rows of bench/gpu.py"),
+])
+def test_errors_leave_the_table_alone(content, words, tmp_path, capsys):
+    path, out = tmp_path / "rows.json", tmp_path / "dispatch.json"
+    if content is not None:
+        path.write_text(content)
+    assert dispatch_table.main([str(path), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert words in said and len(said.splitlines()) == 1 and not out.exists()

@@ -1,0 +1,93 @@
+"""What `peftdebias doctor` says is what `kernels.choose` does."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from peftdebias import doctor, kernels
+
+from .small import cli, done
+
+
+def test_every_op_is_listed_with_what_choose_would_take(monkeypatch):
+    monkeypatch.setitem(kernels._registry, ("attention", "native"), len)
+    for kind in ("auto", "torch", "native"):
+        with kernels.use(kind):
+            listed = {op: (implementation, why) for op, implementation, why in doctor.examine("cpu").ops}
+            assert set(kernels.TRITON) | {"attention", "counterfactuals"} <= set(listed)
+            for op in set(listed) - {"counterfactuals"}:
+                implementation, why = listed[op]
+                try:
+                    expected = "torch" if kernels.choose(op, reference=print, device=torch.device("cpu")) is print else "native"
+                except LookupError as error:
+                    expected = "none"
+                    assert str(error) == why
+                assert implementation == expected and why
+            assert listed["attention"][0] == ("torch" if kind == "torch" else "native")
+
+
+def test_a_cuda_device_would_get_triton(monkeypatch):
+    """The decision alone, on a machine without one; nothing is launched."""
+    monkeypatch.setattr(kernels, "_load", lambda file: kernels._registry.update({(op, "triton"): print for op, f in kernels.TRITON.items() if f == file}))
+    monkeypatch.setattr(kernels, "no_triton", lambda: "")
+    before, cuda = dict(kernels._registry), torch.device("cuda")
+    try:
+        for op in kernels.TRITON:
+            assert kernels.decide(op, cuda) == ("triton", "the fastest on cuda") and kernels.choose(op, reference=len, device=cuda) is print
+        assert kernels.decide("attention", cuda) == ("torch", "no triton kernel for this op; the plain twin does its work")
+    finally:
+        kernels._registry.clear()
+        kernels._registry.update(before)
+
+
+def test_without_triton_the_twins_do_the_work(monkeypatch):
+    monkeypatch.setattr(kernels, "no_triton", lambda: "triton is not installed")
+    assert kernels.decide("lora_linear", torch.device("cuda")) == ("torch", "triton is not installed; the plain twin does its work")
+    assert kernels.choose("lora_linear", reference=len, device=torch.device("cuda")) is len
+    with kernels.use("triton"), pytest.raises(LookupError, match="lora_linear: triton is not installed; no triton implementation here"):
+        kernels.choose("lora_linear", reference=len, device=torch.device("cuda"))
+
+
+def test_the_command():
+    said = done("doctor", "--device", "cpu").out
+    assert f"torch {torch.__version__}" in said and said.splitlines()[-1] == "result: above"
+    row = next(line for line in said.splitlines() if line.startswith("adapter "))
+    assert row.split()[1] == "torch"
+
+
+@pytest.mark.parametrize("device,environment,words", [
+    ("gpu", {}, "peftdebias: --device: expected cpu, cuda, cuda:1, ... or auto, got 'gpu'"),
+    ("cpu", {"PEFTDEBIAS_KERNELS": "fast"}, "peftdebias: PEFTDEBIAS_KERNELS: expected one of auto, torch, native, triton, got 'fast'"),
+])
+def test_errors(device, environment, words, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    got = cli("doctor", "--device", device)
+    assert got.code == 2 and got.err.splitlines()[-1] == words
+
+
+@pytest.mark.skipif(kernels.no_triton() != "", reason="triton is not installed")
+def test_a_kernel_is_run_where_triton_can():
+    """In the interpreter, in a process of its own; the dispatcher's forms are shown where kernels are used."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PEFTDEBIAS_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, "-m", "peftdebias", "doctor", "--device", "cpu"], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "Triton runs on cpu by its interpreter, and a kernel gives the bits of its plain twin" in ran.stdout
+    assert "lora_linear   form written without dropout: the default: not measured on cpu" in ran.stdout
+    assert "attention        none            attention: no triton kernel for this op; no triton implementation here" in ran.stdout
+
+
+def test_importing_the_kernels_does_not_import_triton():
+    """And nothing of peftdebias needs it: every module, in a process where it cannot be found."""
+    code = ("import sys, importlib.abc\n"
+            "class No(importlib.abc.MetaPathFinder):\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            "        if name.split('.')[0] == 'triton': raise ModuleNotFoundError(name)\n"
+            "sys.meta_path.insert(0, No())\n"
+            "import peftdebias.phases, peftdebias.evaluation, peftdebias.embedding, peftdebias.kernels, peftdebias.kernels.dispatch\n"
+            "assert 'triton' not in sys.modules\n")
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

@@ -1,0 +1,35 @@
+"""Every kernel against its plain twin, in Triton's interpreter; each file of tests/kernel_checks in a process of its own.
+
+A process runs Triton either interpreted or compiled, decided when it is first imported; so neither happens in the process of the other tests.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKS = sorted((ROOT / "tests" / "kernel_checks").glob("check_*.py"))
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def interpreted(path: Path, mark: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PEFTDEBIAS_KERNELS": "auto"}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", mark, str(path)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    nothing = done.returncode == 5 and mark == "slow"  # pytest's word for: no such check in this file
+    assert done.returncode == 0 or nothing, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", CHECKS, ids=lambda p: p.stem)
+def test_equal_to_the_twin_at_ragged_sizes(path):
+    interpreted(path, "not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CHECKS, ids=lambda p: p.stem)
+def test_equal_to_the_twin_at_real_sizes(path):
+    interpreted(path, "slow")

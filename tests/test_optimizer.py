@@ -1,0 +1,98 @@
+"""FlatAdamW against torch.optim.AdamW, in float64: the formula, groups, parameters without gradients, and states that go over."""
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from peftdebias.optimizer import FlatAdamW, adamw_ref
+
+SHAPES = ((3, 7), (5,), (2, 1, 2), (1,))
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def parameters() -> list[Parameter]:
+    return [Parameter(drawn(*shape, seed=i)) for i, shape in enumerate(SHAPES)]
+
+
+def groups(ps: list[Parameter]) -> list[dict]:
+    return [{"params": ps[:2], "weight_decay": 0.1}, {"params": ps[2:], "weight_decay": 0.0}]
+
+
+def both():
+    ours, theirs = parameters(), parameters()
+    return ours, FlatAdamW(groups(ours), lr=1e-2), theirs, torch.optim.AdamW(groups(theirs), lr=1e-2)
+
+
+def run(ps, optimizer, count, start=0, without=()):
+    for t in range(start, start + count):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (t + 1)
+        for i, p in enumerate(ps):
+            p.grad = None if (t, i) in without else drawn(*p.shape, seed=100 * t + i)
+        optimizer.step()
+
+
+def close(ours, theirs):
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_it_is_adamw():
+    ours, optimizer, theirs, other = both()
+    run(ours, optimizer, 20)
+    run(theirs, other, 20)
+    close(ours, theirs)
+
+
+def test_the_parameters_are_views_of_one_tensor_a_group_and_keep_their_values():
+    ours = parameters()
+    optimizer = FlatAdamW(groups(ours), lr=1e-2)
+    assert all(torch.equal(p, q) for p, q in zip(ours, parameters()))
+    for group, (values, *_) in zip(optimizer.param_groups, optimizer.flat):
+        assert {p.untyped_storage().data_ptr() for p in group["params"]} == {values.untyped_storage().data_ptr()}
+
+
+def test_one_update_a_group():
+    ours, calls = parameters(), []
+    optimizer = FlatAdamW(groups(ours), lr=1e-2, update=lambda values, *rest, **settings: calls.append(len(values)))
+    run(ours, optimizer, 3)
+    assert calls == [26, 5] * 3
+
+
+@pytest.mark.parametrize("without", [{(1, 0)}, {(0, 2), (1, 2), (4, 1)}, {(t, i) for t in range(6) for i in (2, 3)}])
+def test_a_parameter_without_a_gradient_is_passed_over(without):
+    ours, optimizer, theirs, other = both()
+    run(ours, optimizer, 6, without=without)
+    run(theirs, other, 6, without=without)
+    close(ours, theirs)
+
+
+@pytest.mark.parametrize("source", [0, 1], ids=["from its own", "from torch's"])
+def test_a_state_goes_over(source):
+    """Three steps, state and values into a new optimizer, three more: the same as six."""
+    ours, optimizer, theirs, other = both()
+    run(ours, optimizer, 3)
+    run(theirs, other, 3)
+    fresh = parameters()
+    with torch.no_grad():
+        for p, q in zip(fresh, ours):
+            p.copy_(q)
+    again = FlatAdamW(groups(fresh), lr=1e-2)
+    again.load_state_dict((optimizer, other)[source].state_dict())
+    run(fresh, again, 3, start=3)
+    run(theirs, other, 3, start=3)
+    close(fresh, theirs)
+    run(ours, optimizer, 3, start=3)
+    close(ours, theirs)  # the source went on undisturbed
+
+
+def test_the_reference_is_one_step_written_out():
+    w, g, m, q = (drawn(7, seed=i) for i in range(4))
+    q = q.abs()
+    m1, q1 = 0.9 * m + 0.1 * g, 0.99 * q + 0.01 * g * g
+    wanted = w * (1 - 0.5 * 0.1) - 0.5 / (1 - 0.9 ** 3) * m1 / ((q1 / (1 - 0.99 ** 3)).sqrt() + 1e-3)
+    adamw_ref(w, g, m, q, lr=0.5, betas=(0.9, 0.99), epsilon=1e-3, decay=0.1, step=3)
+    torch.testing.assert_close((w, m, q), (wanted, m1, q1), rtol=1e-13, atol=1e-15)

@@ -1,0 +1,106 @@
+"""Weights written once a pass: the same map and the same gradients as the unmerged product, for the linears where that can be said."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from peftdebias import kernels, methods, patch
+from peftdebias.methods.lora import lora_linear_ref
+from peftdebias.written import lora_write_ref, lora_written_ref
+
+from .test_lora import TINY, ragged_batch, tiny_model, trained_lora
+
+
+def test_the_written_product_is_the_unmerged_one():
+    """Query and value of a weight of three: outputs, and the gradients of x, bias, A and B."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, qa, qb, va, vb = (torch.randn(*s, dtype=torch.float64, generator=generator, requires_grad=True)
+                                       for s in ((11, 7), (15, 7), (15,), (2, 7), (5, 2), (3, 7), (5, 3)))
+    pieces = [(0, qa, qb, 0.6), (10, va, vb, 1.7)]
+    (written,) = lora_write_ref([weight.detach()], [(0, *p) for p in pieces], torch.float64)
+    torch.testing.assert_close(written[10:], weight[10:] + 1.7 * vb @ va, rtol=1e-13, atol=1e-13)
+    assert torch.equal(written[5:10], weight[5:10])
+    found = lora_written_ref(x, written, bias, pieces)
+    parts = zip(weight.split(5), bias.split(5), (pieces[0], None, pieces[1]))
+    expected = torch.cat([F.linear(x, w, b) if p is None else lora_linear_ref(x, w, b, *p[1:]) for w, b, p in parts], -1)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    pull, wanted = torch.randn(11, 15, dtype=torch.float64, generator=generator), (x, bias, qa, qb, va, vb)
+    for ours, theirs in zip(torch.autograd.grad(found, wanted, pull), torch.autograd.grad(expected, wanted, pull), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Puts the plain twins in the kernels' place, where the encoder takes them for kernels; says how often each was called, and on how many matrices."""
+    calls, choose = [], kernels.choose
+    twins = {"lora_write": (lambda weights, *rest: calls.append(("write", len(weights))) or lora_write_ref(weights, *rest)),
+             "lora_written": (lambda x, *rest: calls.append(("product", len(x))) or lora_written_ref(x, *rest))}
+    monkeypatch.setattr(kernels, "choose", lambda op, reference, device=None: twins.get(op) or choose(op, reference, device))
+    monkeypatch.setattr("peftdebias.written.UNWRITTEN", ())
+    return calls
+
+
+@pytest.mark.parametrize("targets,matrices,products", [
+    (("query", "value"), 3, 4),  # one a layer, two in the last: the query of the rows asked for, keys and values of all
+    (("key",), 3, 3), (("output", "up", "down"), 9, 9), (("query", "key", "value", "output", "up", "down"), 12, 13)])
+def test_an_encoder_with_written_weights(written, targets, matrices, products):
+    """Outputs and gradients equal those of the unmerged path; one call writes all matrices."""
+    batch, models = ragged_batch(), [tiny_model(), tiny_model()]
+    both = [trained_lora(model, targets=targets, rank=2) for model in models]
+    losses = []
+    for model, method, unmerged in zip(models, both, (False, True)):
+        patch.train_only(model, method.parameters().values())
+        with kernels.use("torch"):
+            if unmerged:
+                model.encoder.hooks.methods["gender"].low_rank = lambda site: None
+            losses.append(F.cross_entropy(model.mlm_logits(batch), batch.targets))
+            losses[-1].backward()
+    torch.testing.assert_close(*losses, rtol=1e-11, atol=1e-11)
+    for name, p in both[0].parameters().items():
+        torch.testing.assert_close(p.grad, both[1].parameters()[name].grad, rtol=1e-10, atol=1e-12)
+    assert [c for c in written if c[0] == "write"] == [("write", matrices)] and len([c for c in written if c[0] == "product"]) == products
+    assert not models[0].encoder.written
+
+
+def test_what_cannot_be_written_is_left_to_the_hooks(written):
+    """Dropout, a second method, a trained base, a method of the bias; each with the outputs it has without written weights."""
+    batch = ragged_batch()
+
+    def touched(prepare) -> list:
+        model = tiny_model()
+        prepare(model)
+        written.clear()
+        torch.manual_seed(0)
+        model.encoder(batch)
+        return written.copy()
+
+    def dropping(model):
+        patch.train_only(model, trained_lora(model, dropout=0.4).parameters().values())
+        model.train()
+
+    def two(model):
+        trained_lora(model), trained_lora(model, "race", targets=("query", "key"))
+
+    def bias(model):
+        trained_lora(model, targets=("value",)), patch.attach(model, "race", methods.create("bias", TINY))
+
+    assert touched(dropping) == [] == touched(two) == touched(bias)
+    model = tiny_model()
+    trained_lora(model)
+    patch.train_only(model, model.encoder.parameters())
+    written.clear()
+    model.encoder(batch)
+    assert not written
+    with torch.no_grad():
+        model.encoder(batch)
+    assert written  # nobody asks for W's gradient
+
+
+def test_without_and_merged_leave_nothing_to_write(written):
+    model, batch = tiny_model(), ragged_batch()
+    trained_lora(model)
+    with model.without("gender"):
+        model.encoder(batch)
+    patch.merge(model)
+    model.encoder(batch)
+    assert not written
