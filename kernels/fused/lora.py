@@ -94,11 +94,11 @@ def dx_kernel(dy, weight, a, b, seed, dx, T, I, O, dy_stride, rank, site, thresh
 
 # ---------------------------------------------------------------- sizes, specs, launchers
 
-def tiles_for(dtype: torch.dtype, rank: int) -> dict[str, int]:
-    """BM, BN, BK, R, GROUP and how the compiler schedules."""
+def tiles_for(dtype: torch.dtype, rank: int, drops: bool) -> dict[str, int]:
+    """BM, BN, BK, R, GROUP and how the compiler schedules. A wide rank and a mask take registers, so the depth of a tile is halved beside them."""
     if dtype == torch.float32:
         return {"BM": 32, "BN": 64, "BK": 32, "R": power(rank), "GROUP": 8, "num_warps": 8, "num_stages": 2}
-    return {"BM": 128, "BN": 128, "BK": 64 if rank <= 32 else 32, "R": power(rank), "GROUP": 8, "num_warps": 8, "num_stages": 3}
+    return {"BM": 128, "BN": 128, "BK": 32 if drops or rank > 32 else 64, "R": power(rank), "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 
 def specs(arch: int) -> list[Spec]:
@@ -106,7 +106,7 @@ def specs(arch: int) -> list[Spec]:
     for dtype, kind in DTYPES.items():
         for rank in (8, 64):
             for drops in (False, True):
-                sizes = tiles_for(dtype, rank)
+                sizes = tiles_for(dtype, rank, drops)
                 warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
                 numbers = {"T": "i32", "I": "i32", "O": "i32", "rank": "i32", "site": "i32", "threshold": "i32", "low_scale": "fp32"}
                 same = {name: f"*{kind}" for name in ("x", "weight", "bias", "y", "dy", "dx")} | {"a": "*fp32", "b": "*fp32", "x_stride": "i32", "dy_stride": "i32"}
@@ -125,7 +125,7 @@ def _launch(kernel, first: Tensor, columns: int, weight: Tensor, more: tuple, a:
     rows, result = first.shape[0], torch.empty((first.shape[0], columns), dtype=first.dtype, device=first.device)
     if not result.numel():
         return result
-    sizes, threshold = tiles_for(first.dtype, a.shape[0]), threshold_of(rate)
+    sizes, threshold = tiles_for(first.dtype, a.shape[0], rate > 0), threshold_of(rate)
     with on(first):
         kernel[(ceil_div(rows, sizes["BM"]) * ceil_div(columns, sizes["BN"]),)](
             first, weight.contiguous(), *more, a, b, seed if rate else None, result, rows, weight.shape[1], weight.shape[0], first.stride(0), a.shape[0], site, threshold,
