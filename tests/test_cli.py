@@ -220,7 +220,7 @@ SWEEP = {
     "wrong type in TOML": (lambda b: b.up("--config", b.file("c.toml", 'steps = "3"\n')), "c.toml: steps: expected a whole number, got '3'"),
     "TOML that is none": (lambda b: b.up("--config", b.file("c.toml", "steps\n")), r"--config .*c.toml: expected TOML, got .*line 1"),
     "missing TOML": (lambda b: b.up("--config", b.folder / "none.toml"), "none.toml: no such file"),
-    "nothing given": (lambda b: ["upstream"], "missing: --model, --axis, --corpus, --out "),
+    "nothing given": (lambda b: ["upstream"], "missing: --axis, --model, --corpus, --out "),
     "missing flags": (lambda b: ["downstream", "--model", b.small.base], "missing: --train, --dev, --text, --label, --out "),
     "missing run": (lambda b: ["predict"], "missing: RUN "),
     "missing model": (lambda b: ["evaluate", "--on", "perplexity=f"], "missing: DIR_OR_RUN "),
@@ -391,7 +391,7 @@ def test_a_process_of_its_own_gives_the_same_bits(small, chain, tmp_path):  # no
     assert sha256(tmp_path / "run/adapter/adapter.safetensors") == sha256(chain[0]["gender"] / "adapter/adapter.safetensors")
     assert b"\r" not in said.stderr  # no progress bar
     said = process("upstream")
-    assert said.returncode == 2 and said.stderr.decode() == "peftdebias: missing: --model, --axis, --corpus, --out (see `peftdebias upstream --help`)\n"
+    assert said.returncode == 2 and said.stderr.decode() == "peftdebias: missing: --axis, --model, --corpus, --out (see `peftdebias upstream --help`)\n"
 
 
 def test_standard_input_that_is_no_text(tmp_path, monkeypatch):
