@@ -350,7 +350,8 @@ def test_ctrl_c_at_any_moment_leaves_batches_that_are_right(file):
 
 
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts the tests in the background may have it ignored
 sys.path.insert(0, {tests!r})
 from peftdebias.worker import Epochs
 from peftdebias.stream import Recipe
