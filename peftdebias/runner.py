@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,13 +61,17 @@ def run(settings: Run, say: Say = lambda line: None) -> Results:
     units = runner.units()
     done = sum(runner.row(unit).exists() for unit in units)
     say(f"{recipe.title}: {len(units)} units, {done} of them done before; scale {settings.scale:g}")
-    for number, unit in enumerate(units, 1):
-        if runner.row(unit).exists():
-            continue
-        began = time.perf_counter()
-        runner.do(unit)
-        say(f"{number} of {len(units)}: {unit.name}, {time.perf_counter() - began:.0f} s")
-        runner.write(units)
+    try:
+        for number, unit in enumerate(units, 1):
+            if runner.row(unit).exists():
+                continue
+            began = time.perf_counter()
+            runner.do(unit)
+            say(f"{number} of {len(units)}: {unit.name}, {time.perf_counter() - began:.0f} s")
+            runner.write(units)
+    except BaseException:
+        runner.give_back()
+        raise
     table = runner.write(units)
     return Results(table, (runner.out / "results.md").read_text(encoding="utf-8"), runner.out)
 
@@ -149,6 +154,11 @@ class _Runner:
                     file.write(json.dumps(asked, indent=2) + "\n")
             except OSError as error:
                 raise ConfigError(f"--out {self.out}: cannot be written: {error.strerror}") from None
+
+    def give_back(self) -> None:
+        """Leaves nothing behind where nothing was done."""
+        if not any(any((self.out / folder).iterdir()) for folder in ("rows", "runs")):
+            shutil.rmtree(self.out)
 
     def units(self) -> list[Unit]:
         """In the order in which they are done: seed by seed, so that a table half done is fair to all systems. The base itself has no seeds upstream."""

@@ -138,6 +138,7 @@ def test_a_recipe_that_is_wrong_is_refused_in_one_line(old, new, words, tmp_path
     (["--downstream", "lr=fast"], "--downstream lr: lr: expected a number, got 'fast'"),
     (["--upstream", "Lora2.lr=1.0"], "--upstream Lora2.lr: expected SYSTEM.KEY=VALUE with SYSTEM one of FT, Full-Debias, LoRA"),
     (["--data", "nowhere"], "--data nowhere: expected a folder, found none"),
+    (["--model", "nowhere"], "model 'nowhere': no such folder"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_nothing(flags, words, place, small, tmp_path):  # noqa: F811
     recipe, data = place
