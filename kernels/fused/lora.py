@@ -94,11 +94,12 @@ def dx_kernel(dy, weight, a, b, seed, dx, T, I, O, dy_stride, rank, site, thresh
 
 # ---------------------------------------------------------------- sizes, specs, launchers
 
-def tiles_for(dtype: torch.dtype, rank: int, drops: bool) -> dict[str, int]:
-    """BM, BN, BK, R, GROUP and how the compiler schedules. A wide rank and a mask take registers, so the depth of a tile is halved beside them."""
+def tiles_for(dtype: torch.dtype, rank: int, drops: bool, forward: bool) -> dict[str, int]:
+    """BM, BN, BK, R, GROUP and how the compiler schedules. A wide rank and a mask take registers: beside one of them the depth of a tile is halved, and the
+    width of the forward's beside both."""
     if dtype == torch.float32:
         return {"BM": 32, "BN": 64, "BK": 32, "R": power(rank), "GROUP": 8, "num_warps": 8, "num_stages": 2}
-    return {"BM": 128, "BN": 128, "BK": 32 if drops or rank > 32 else 64, "R": power(rank), "GROUP": 8, "num_warps": 8, "num_stages": 3}
+    return {"BM": 128, "BN": 64 if drops and rank > 32 and forward else 128, "BK": 32 if drops or rank > 32 else 64, "R": power(rank), "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 
 def specs(arch: int) -> list[Spec]:
@@ -106,13 +107,13 @@ def specs(arch: int) -> list[Spec]:
     for dtype, kind in DTYPES.items():
         for rank in (8, 64):
             for drops in (False, True):
-                sizes = tiles_for(dtype, rank, drops)
-                warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
                 numbers = {"T": "i32", "I": "i32", "O": "i32", "rank": "i32", "site": "i32", "threshold": "i32", "low_scale": "fp32"}
                 same = {name: f"*{kind}" for name in ("x", "weight", "bias", "y", "dy", "dx")} | {"a": "*fp32", "b": "*fp32", "x_stride": "i32", "dy_stride": "i32"}
                 signature = same | numbers | ({"seed": "*i64"} if drops else {})
-                constants = {"DROPS": drops} | sizes | ({} if drops else {"seed": None})
                 for name, kernel in (("forward", forward_kernel), ("dx", dx_kernel)):
+                    sizes = tiles_for(dtype, rank, drops, kernel is forward_kernel)
+                    warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
+                    constants = {"DROPS": drops} | sizes | ({} if drops else {"seed": None})
                     own = {key: value for key, value in signature.items() if key in kernel.arg_names}
                     stride = "x_stride" if kernel is forward_kernel else "dy_stride"
                     found.append(Spec(f"{name}, {kind}, r {rank}{', dropout' if drops else ''}", kernel, own, constants, warps, stages, aligned=("I", "O", stride)))
@@ -125,7 +126,7 @@ def _launch(kernel, first: Tensor, columns: int, weight: Tensor, more: tuple, a:
     rows, result = first.shape[0], torch.empty((first.shape[0], columns), dtype=first.dtype, device=first.device)
     if not result.numel():
         return result
-    sizes, threshold = tiles_for(first.dtype, a.shape[0], rate > 0), threshold_of(rate)
+    sizes, threshold = tiles_for(first.dtype, a.shape[0], rate > 0, kernel is forward_kernel), threshold_of(rate)
     with on(first):
         kernel[(ceil_div(rows, sizes["BM"]) * ceil_div(columns, sizes["BN"]),)](
             first, weight.contiguous(), *more, a, b, seed if rate else None, result, rows, weight.shape[1], weight.shape[0], first.stride(0), a.shape[0], site, threshold,

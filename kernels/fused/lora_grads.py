@@ -126,7 +126,7 @@ def tiles_for(dtype: torch.dtype, rank: int) -> dict[str, int]:
     """BT, BK, R, PIECES and how many warps. Pieces times R stays the same, and with it the registers that the sums take."""
     r = power(rank)
     if dtype == torch.float32:
-        return {"BT": 16, "BK": 64 if rank <= 32 else 32, "R": r, "PIECES": max(1, 32 // r), "num_warps": 8, "num_stages": 2}
+        return {"BT": 16, "BK": 64 if rank <= 32 else 32, "R": r, "PIECES": max(1, 24 // r), "num_warps": 8, "num_stages": 2}
     return {"BT": 32, "BK": 128, "R": r, "PIECES": max(1, 96 // r), "num_warps": 8, "num_stages": 2}
 
 
