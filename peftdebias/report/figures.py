@@ -90,8 +90,9 @@ def scatter(ident: str, alt: str, points: list[tuple[str, tuple, tuple]], x_labe
         return _svg(figure, ident, alt)
 
 
-def curves(ident: str, alt: str, lines: list[tuple[str, int, list[float], list[float], bool]], label: str, kept: list[tuple[float, float]] = (), along: str = "step"):
-    """Figures over training steps, or over what `along` names. lines: (name, style, steps, values, whether each value gets a mark); of several with one name the first is in the legend.
+def curves(ident: str, alt: str, lines: list[tuple[str, int, list[float], list[float], bool]], label: str, kept: list[tuple[float, float]] = (), along: str = "step",
+           frame: tuple[float, float] | None = None):
+    """Figures over training steps, or over what `along` names. frame: both scales reach from 0 to these, for plots that are to be compared. lines: (name, style, steps, values, whether each value gets a mark); of several with one name the first is in the legend.
     kept: (step, value) of the states that were kept."""
     names = list(dict.fromkeys(line[0] for line in lines))
     with _drawing(200 + 15 * (len(names) + bool(kept))) as figure:
@@ -104,6 +105,9 @@ def curves(ident: str, alt: str, lines: list[tuple[str, int, list[float], list[f
         if kept:
             axes.plot([k[0] for k in kept], [k[1] for k in kept], linestyle="none", marker="o", markersize=10, markerfacecolor="none", markeredgecolor=INK, label="kept")
         axes.xaxis.get_major_locator().set_params(integer=along == "step")
+        if frame is not None:
+            axes.set_xlim(-0.04 * frame[0], 1.04 * frame[0])
+            axes.set_ylim(0, 1.04 * frame[1])
         axes.set_xlabel(_cut(along, LONGEST_TITLE))
         axes.set_ylabel(_cut(label, LONGEST_LABEL))
         axes.grid(color=FAINT, linewidth=0.4)

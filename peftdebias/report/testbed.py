@@ -9,9 +9,9 @@ from .page import Cell, Figure, Figures, Section, Table
 from .words import duration, interval, number
 
 PLACES = {
-    "text": ("Planted in the text: the masked-LM", "stereotype-preference", "link planted in the text",
+    "text": ("Planted in the text: the masked-LM", "stereotype-preference", "link planted in the text", 0.5,
              "Stereotype preference: how far the share of matched pairs in which the masked-LM prefers the stereotype lies from a half; 0 is ideal, 0.5 the most."),
-    "labels": ("Planted in the labels: the classifier", "tpr-gap/rms", "link planted in the labels",
+    "labels": ("Planted in the labels: the classifier", "tpr-gap/rms", "link planted in the labels", 100.0,
                "TPR-GAP, root mean square over occupations, in points; 0 is ideal, and chance alone gives what stands as shuffled."),
 }
 BASE = {"text": "base", "labels": "plain"}
@@ -45,7 +45,7 @@ def sections_of_testbed(found: dict, ident: str) -> list[Section]:
 
 
 def _section(place: str, rows: list[dict], found: dict, ident: str) -> Section:
-    title, measure, planted, meaning = PLACES[place]
+    title, measure, planted, most, meaning = PLACES[place]
     names = list(dict.fromkeys(measure for row in rows for measure in row["figures"]))
     plain = sorted((row for row in rows if row["method"] == NONE), key=lambda row: row["strength"])
     drawn = []
@@ -54,7 +54,7 @@ def _section(place: str, rows: list[dict], found: dict, ident: str) -> Section:
         lines = [(name, style, [row["strength"] for row in of], [row["figures"][measure]["mean"] for row in of], True)
                  for name, style, of in ((f"without ({BASE[place]})", 1, plain), (f"with {method}", 0, own)) if of]
         ends = ", ".join(f"{row['strength']:g}: {number(row['figures'][measure]['mean'], '1')}" for row in own)
-        drawn.append(Figure(figures.curves(f"{ident}-{i}", f"{measure} by {planted}, with {method}: {ends}", lines, measure, along=planted), method))
+        drawn.append(Figure(figures.curves(f"{ident}-{i}", f"{measure} by {planted}, with {method}: {ends}", lines, measure, along=planted, frame=(1.0, most)), method))
     table = Table("Means over seeds; below, the 95 % interval of the difference from the unchanged system", ("strength, method", *names),
                   [(f"{row['strength']:g} {BASE[place] if row['method'] == NONE else row['method']}", *(_cell(row["figures"].get(name)) for name in names)) for row in rows])
     notes = []
