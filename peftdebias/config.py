@@ -81,7 +81,7 @@ class Upstream(Swapping, Training):
     model: str = option("Hugging Face model folder, run folder, or name in the local cache", metavar="DIR")
     corpus: tuple[str, ...] = option("text files or quoted patterns such as 'texts/*.txt.gz': txt, csv, tsv, jsonl, each also .gz", many="words", metavar="FILE")
     out: str = option("run folder to write", metavar="RUN")
-    method: str = option("what is trained: lora, or full for the whole base (Full-Debias)", "lora")
+    method: str = option("what is trained, a name that `peftdebias methods` lists; one that trains the base itself makes a base", "lora")
     column: str | None = option("column with the text, in csv, tsv and jsonl (default: text)", None, metavar="COL")
     unit: str = option("what a text is: a line or row, each of its sentences, or (txt) the lines up to a blank one", "line", choices=("line", "sentence", "document"))
     on_error: str = option("a corrupt line or record (no utf-8, no JSON, another number of fields, no text) stops the run, or is left out and counted", "stop", choices=("stop", "skip"))
