@@ -8,7 +8,6 @@
 A unit is a phase of one system under one seed with its measures. What it adds over phases.py: which runs, in which order. It names no method.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -23,7 +22,7 @@ from .corpus import writing
 from .errors import ConfigError
 from .metrics.compare import over_seeds, seed_difference
 from .metrics.tally import Difference
-from .recipe import Column, Recipe, System, Task
+from .recipe import Recipe, System, Task
 
 Say = Callable[[str], None]
 

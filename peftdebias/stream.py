@@ -193,13 +193,13 @@ def tokenised(recipe: Recipe, start: Start = Start(), notes: Sequence[str] = ())
     put = splice.hole(recipe.tokenizer)
     stream = ahead(_encoded(recipe, start, skipped, put))
     try:
-        for encodings, (chunk, numbers, found, texts, touched, held_out, left_out) in stream:
+        for encodings, (chunk, numbers, found, texts, with_words, held_out, left_out) in stream:
             ids, lengths, cut = splice.flat(encodings, found, recipe.tokenizer, put, recipe.max_length)
             del encodings
             sizes = numpy.array(found.sizes, numpy.int32)
             where = [numbers[source] for source in found.sources]  # of each family: (number of its text, index in the chunk)
             counts.texts += texts
-            counts.touched += touched
+            counts.touched += with_words
             counts.families += len(sizes)
             counts.members += len(lengths)
             counts.cut += int((cut > 0).sum())
