@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from peftdebias import methods, patch, training
 from peftdebias.batches import WINDOW, Sample, Spans, pack
-from peftdebias.encoder import EncoderConfig, Model, attention_padded, attention_ref
+from peftdebias.encoder import EncoderConfig, Model
+from peftdebias.ops import attention_padded, attention_ref
 from peftdebias.tasks import MaskedLM
 from peftdebias.weights import load_model, save_model
 

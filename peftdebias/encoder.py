@@ -1,75 +1,30 @@
 """One encoder for BERT and RoBERTa on packed tokens, with its masked-LM and classifier heads.
 
-What it adds over its neighbours: all arithmetic of the base model. It leaves out padding, decoding, cross-attention and relative positions; what methods
-do to it is in sites.py, foreign names stay in weights.py.
+What it adds over its neighbours: how a base model is put together from linears and the ops of ops/. It leaves out padding, decoding, cross-attention and relative
+positions; what methods do to it is in sites.py, foreign names stay in weights.py.
+
+Dropout: one seed a forward pass, drawn from torch's generator of the device, so torch.manual_seed decides and no host waits; the places that drop are numbered in
+the order in which they act: 0 the embeddings, 3 i + 1 to 3 i + 3 layer i's probabilities, attention and feed-forward, then the classifier's.
 
 Two savings, both exact: no padding flows through anything but attention, and the last layer computes queries, output projection and feed-forward
 only for the rows that the batch asks for.
 
-Letters: T tokens in the batch, B sequences, D hidden, F feed-forward, H heads, W head width, V vocabulary, M rows asked for, P prefix length.
-Papers: Devlin et al. 2019 (BERT), Liu et al. 2019 (RoBERTa), Vaswani et al. 2017 (attention).
+Letters: T tokens in the batch, B sequences, D hidden, H heads, W head width, V vocabulary, M rows asked for.
+Papers: Devlin et al. 2019 (BERT), Liu et al. 2019 (RoBERTa).
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import kernels
 from .batches import Batch, Spans
 from .errors import AdapterError, ModelError
+from .ops import Drop, attention, dropout, gelu, norm
 from .sites import ACTIVATIONS, EMBED_SITE, EncoderConfig, Hooks
 from .written import Written, write
-
-# ---------------------------------------------------------------- attention
-
-def attention_ref(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: tuple[Tensor, Tensor] | None = None, dropout: float = 0.0) -> Tensor:
-    """Bidirectional attention inside each sequence; the specification. query [Mq, H, W], key and value [T, H, W] -> [Mq, H, W].
-
-    prefix: keys and values [P, H, W] that every sequence sees besides its own, without positions. dropout acts on the probabilities.
-    A sequence without keys gives no rows, whatever its queries ask: it has none.
-    """
-    outputs, q0, k0 = [], 0, 0
-    for queries, keys in zip(spans.query_lengths, spans.key_lengths):
-        q, k, v = query[q0:q0 + queries], key[k0:k0 + keys], value[k0:k0 + keys]
-        if prefix is not None:
-            k, v = torch.cat([prefix[0], k]), torch.cat([prefix[1], v])
-        scores = torch.einsum("qhw,khw->hqk", q, k) / math.sqrt(q.shape[-1])
-        outputs.append(torch.einsum("hqk,khw->qhw", F.dropout(scores.softmax(-1), dropout, training=dropout > 0), v))
-        q0, k0 = q0 + queries, k0 + keys
-    return torch.cat(outputs) if outputs else query
-
-
-def attention_padded(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: tuple[Tensor, Tensor] | None = None,
-                     dropout: float = 0.0) -> Tensor:
-    """attention_ref through torch's scaled_dot_product_attention on a padded copy: a few large ops instead of B small ones."""
-    batch, heads, width = len(spans.key_lengths), query.shape[1], query.shape[2]
-    q = _pad(query, spans.query_lengths, lambda: spans.padded_queries)  # [Mq, H, W] -> [B, H, Sq, W]
-    k, v = (_pad(x, spans.key_lengths, lambda: spans.padded_keys) for x in (key, value))
-    mask = spans.key_mask
-    if prefix is not None:
-        k, v = (torch.cat([p.transpose(0, 1).expand(batch, -1, -1, -1), x], 2) for p, x in zip(prefix, (k, v)))
-        mask = None if mask is None else F.pad(mask, (prefix[0].shape[0], 0), value=True)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :], dropout_p=dropout)
-    out = out.transpose(1, 2).reshape(-1, heads, width)  # [B, H, Sq, W] -> [B * Sq, H, W]
-    return out if len(out) == len(query) else out.index_select(0, spans.padded_queries)
-
-
-def _pad(packed: Tensor, lengths: tuple[int, ...], places: Callable[[], Tensor]) -> Tensor:
-    batch, longest = len(lengths), max(lengths, default=0)
-    if len(packed) == batch * longest:  # all of one length: nothing to copy
-        return packed.view(batch, longest, *packed.shape[1:]).transpose(1, 2)
-    padded = packed.new_zeros(batch * longest, *packed.shape[1:]).index_copy(0, places(), packed)
-    return padded.view(batch, longest, *packed.shape[1:]).transpose(1, 2)
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: tuple[Tensor, Tensor] | None = None, dropout: float = 0.0) -> Tensor:
-    """attention_ref by the implementation that `kernels` chooses for the tensors' device."""
-    return kernels.choose("attention", reference=attention_padded, device=query.device)(query, key, value, spans, prefix, dropout)
-
 
 # ---------------------------------------------------------------- parameters
 
@@ -138,6 +93,7 @@ class Encoder(nn.Module):
         self.config = config
         self.hooks = Hooks()
         self.written: dict[str, Written] = {}  # while a forward pass runs: weights that hold a method's delta
+        self.seed: Tensor | None = None  # int64 [1], of the masks of this forward pass and its head
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
 
@@ -146,6 +102,7 @@ class Encoder(nn.Module):
 
         batch: ids and positions int64 [T], ids in [0, V), positions in [0, max_positions); see batches.Batch. Raises ModelError on a longer text.
         """
+        self.seed = torch.randint(2 ** 62, (1,), device=batch.ids.device) if self.training else None
         hidden, batch = self._embed(batch)
         self.written = write(self.hooks, self._linears, hidden)
         for i in range(self.config.layers):
@@ -181,20 +138,29 @@ class Encoder(nn.Module):
                 return vectors + F.embedding(places + start, positions) + segments[0]
 
             hidden, batch = method.embed(hidden, batch, positioned)
-        return self._dropout(self._norm("embeddings.norm", table.norm)(hidden)), batch
+        return dropout(self._norm("embeddings.norm", table.norm)(hidden), self.drop(0, config.dropout)), batch
 
     def _layer(self, i: int, hidden: Tensor, spans: Spans, rows: Tensor | None) -> Tensor:
         """hidden [T, D] -> [T, D], or [M, D] where rows int64 [M] are asked for."""
         layer, config, site = self.layers[i], self.config, f"layers.{i}"
         residual = hidden if rows is None else hidden.index_select(0, rows)
         query, key, value = self._query_key_value(i, residual, hidden)
-        context = attention(query, key, value, spans, self.hooks.key_value(i), config.attention_dropout if self.training else 0.0)
+        context = attention(query, key, value, spans, self.hooks.key_value(i), self.drop(3 * i + 1, config.attention_dropout))
         hidden = self._linear(f"{site}.attention.output", context.flatten(1), layer.attention.output)
-        hidden = self.hooks.block(f"{site}.attention", self._dropout(hidden), residual, self._norm(f"{site}.attention.norm", layer.attention.norm))
+        hidden = self.hooks.block(f"{site}.attention", hidden, residual, self._norm(f"{site}.attention.norm", layer.attention.norm), self.drop(3 * i + 2, config.dropout))
         residual = hidden
-        hidden = ACTIVATIONS[config.activation](self._linear(f"{site}.feed_forward.up", hidden, layer.feed_forward.up))
-        hidden = self._linear(f"{site}.feed_forward.down", hidden, layer.feed_forward.down)
-        return self.hooks.block(f"{site}.feed_forward", self._dropout(hidden), residual, self._norm(f"{site}.feed_forward.norm", layer.feed_forward.norm))
+        hidden = self._linear(f"{site}.feed_forward.down", self._feed_forward_up(i, hidden), layer.feed_forward.down)
+        return self.hooks.block(f"{site}.feed_forward", hidden, residual, self._norm(f"{site}.feed_forward.norm", layer.feed_forward.norm),
+                                self.drop(3 * i + 3, config.dropout))
+
+    def _feed_forward_up(self, i: int, hidden: Tensor) -> Tensor:
+        """hidden [M, D] -> [M, F], behind the activation. A bare linear leaves its bias to GELU."""
+        site, linear = f"layers.{i}.feed_forward.up", self.layers[i].feed_forward.up
+        if self.config.activation != "gelu":
+            return ACTIVATIONS[self.config.activation](self._linear(site, hidden, linear))
+        if site in self.written or self.hooks.at(site) or self.hooks.at(site + ".bias"):
+            return gelu(self._linear(site, hidden, linear))
+        return gelu(F.linear(hidden, linear.weight), linear.bias)
 
     def _query_key_value(self, i: int, asked: Tensor, hidden: Tensor) -> list[Tensor]:
         """asked [M, D], hidden [T, D] -> query [M, H, W], key and value [T, H, W]; as few products as the methods there allow."""
@@ -218,13 +184,14 @@ class Encoder(nn.Module):
     def _linear(self, site: str, x: Tensor, linear: nn.Linear) -> Tensor:
         return self.written[site](x) if site in self.written else self.hooks.linear(site, x, linear.weight, linear.bias)
 
-    def _norm(self, site: str, norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
-        def apply(x: Tensor) -> Tensor:
-            return F.layer_norm(x, norm.normalized_shape, self.hooks.value(site, norm.weight), self.hooks.value(site + ".bias", norm.bias), norm.eps)
+    def _norm(self, site: str, layer_norm: nn.LayerNorm) -> Callable[..., Tensor]:
+        def apply(x: Tensor, residual: Tensor | None = None, drop: Drop | None = None) -> Tensor:
+            return norm(x, residual, self.hooks.value(site, layer_norm.weight), self.hooks.value(site + ".bias", layer_norm.bias), layer_norm.eps, drop)
         return apply
 
-    def _dropout(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.config.dropout, training=self.training)
+    def drop(self, place: int, rate: float) -> Drop | None:
+        """Dropout at a numbered place (see the file's first lines); None in eval mode and at rate 0."""
+        return Drop(rate, self.seed, place) if self.training and rate > 0 else None
 
 
 class Model(nn.Module):
@@ -276,10 +243,11 @@ class Model(nn.Module):
         """[B, C]: scores of every label from the row asked for of each text (its first token). Raises ModelError without a classifier."""
         if self.classifier is None:
             raise ModelError("classification: expected a model with a classifier, got one without (train one with `peftdebias downstream`)")
-        head, hidden, rate = self.classifier, self.encoder(batch), self.config.classifier_dropout
+        head, hidden = self.classifier, self.encoder(batch)
+        first, second = (self.encoder.drop(3 * self.config.layers + n, self.config.classifier_dropout) for n in (1, 2))
         if self.config.kind == "roberta":
-            hidden = F.dropout(hidden, rate, training=self.training)
-        return head.output(F.dropout(torch.tanh(head.dense(hidden)), rate, training=self.training))
+            hidden, first = dropout(hidden, first), second
+        return head.output(dropout(torch.tanh(head.dense(hidden)), first))
 
     def initialize(self, part: nn.Module, generator: torch.Generator | None = None) -> None:
         """Fresh weights for `part` as BERT draws them: normal(0, initializer_range), zero biases, unit gains."""

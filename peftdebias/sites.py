@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .errors import AdapterError, ModelError
+from .ops import Drop, dropout
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -191,11 +192,17 @@ class Hooks:
             x = x if scale is None else (x * scale).to(x.dtype)
         return x
 
-    def block(self, site: str, hidden: Tensor, residual: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
-        """hidden, residual [T, D] -> norm(hidden + residual), hidden first handed through the methods at `site`, one after the other."""
-        for method in self.at(site):
+    def block(self, site: str, hidden: Tensor, residual: Tensor, norm: Callable[..., Tensor], drop: Drop | None = None) -> Tensor:
+        """hidden, residual [T, D] -> norm(dropout(hidden) + residual), what is dropped first handed through the methods at `site`, one after the other.
+
+        norm(x, residual=None, drop=None), as ops.norm without its parameters.
+        """
+        methods = self.at(site)
+        if methods:
+            hidden, drop = dropout(hidden, drop), None
+        for method in methods:
             hidden = method.block(site, hidden, residual, norm)
-        return norm(hidden + residual)
+        return norm(hidden, residual, drop)
 
     def key_value(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """([P, H, W], [P, H, W]), the prefixes of all methods end to end, or None."""

@@ -1,5 +1,7 @@
 """The encoder equals transformers, a plain twin (plain.py), and itself: packed as padded, rows asked for as all rows."""
 
+import functools
+import itertools
 import math
 
 import numpy
@@ -8,10 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from peftdebias import kernels
-from peftdebias.batches import Sample, Spans, pack
-from peftdebias.encoder import Encoder, Model, attention, attention_padded, attention_ref
+from peftdebias.batches import Sample, pack
+from peftdebias.encoder import Encoder, Model
 from peftdebias.errors import ModelError
+from peftdebias.kernels.dropout_ref import attention_keep
 from peftdebias.methods import base_parameters
+from peftdebias.ops.dropout import Drop, dropout_ref
 from peftdebias.patch import train_only
 from peftdebias.sites import ACTIVATIONS, block_sites, key_value_sites, linear_shape, linear_sites
 from peftdebias.weights import load_model, to_foreign
@@ -73,22 +77,48 @@ def test_gradients_of_all_parameters_equal_transformers(kind, head, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dropout_stands_where_transformers_has_it(kind, tmp_path):
-    """In train mode, with the same seed, texts of equal lengths draw the same dropout masks in the same order: any other place or rate would differ."""
+def test_dropout_stands_where_transformers_has_it(kind, tmp_path, monkeypatch):
+    """transformers with our masks in place of its own, by the number of the call: any other place, order, rate or scale would differ."""
+    def ours_instead(seed, heads, first=0):
+        calls = itertools.count(first)
+
+        def instead(x, p=0.5, training=True, inplace=False):
+            if not training or not p:
+                return x
+            place, drop = next(calls), lambda rate, site: Drop(rate, seed, site)
+            if x.dim() < 4:
+                return dropout_ref(x.flatten(0, -2), *drop(p, place)).view(x.shape)
+            batch, _, queries, keys = x.shape
+            keep = attention_keep(torch.arange(batch * queries), 0, keys, heads, drop(p, place))  # [H, B * Sq, S]
+            return torch.where(keep.view(heads, batch, queries, keys).transpose(0, 1), x * drop(p, place).scale, 0)
+
+        monkeypatch.setattr(torch.nn.functional, "dropout", instead)
+
+    def drawn(seed=0):
+        torch.manual_seed(seed)
+        return torch.randint(2 ** 62, (1,))
+
     rates = dict(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2, classifier_dropout=0.4)
     batch = some(kind, lengths=(7, 7, 7), rows="first")
     theirs, ours = outside.pair(kind, tmp_path / "a", attn_implementation="eager", **rates)
     theirs.train(), ours.train()
-    with kernels.use("torch"):
-        expected, found = (seeded(call) for call in (lambda: outside.hidden(theirs, batch), lambda: ours.encoder(batch, all_rows=True)))
-        assert_close(found, expected, "hidden states")
-        assert (found - ours.eval().encoder(batch, all_rows=True)).abs().max() > 0.1  # dropout did act
+    ours_instead(drawn(), HEADS)
+    expected, found = outside.hidden(theirs, batch), seeded(lambda: ours.encoder(batch, all_rows=True))
+    assert_close(found, expected, "hidden states")
+    assert (found - ours.eval().encoder(batch, all_rows=True)).abs().max() > 0.1  # dropout did act
     # The head's own: theirs computes all rows of the last layer and ours one, so the encoder's dropout is off here.
     theirs, ours = outside.pair(kind, tmp_path / "b", "ForSequenceClassification", **rates | dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     theirs.train(), ours.train()
+    ours_instead(drawn(), HEADS, 3 * LAYERS + 1)
+    if kind == "roberta":  # drops all rows of a text before it reads the first
+        monkeypatch.setattr(theirs.classifier, "forward", functools.partial(_first_row_first, theirs.classifier))
     expected, found = (seeded(call) for call in (lambda: outside.class_logits(theirs, batch), lambda: ours.class_logits(batch)))
     assert_close(found, expected, "logits")
     assert (found - ours.eval().class_logits(batch)).abs().max() > 0.1
+
+
+def _first_row_first(head, features):
+    return type(head).forward(head, features[:, :1])
 
 
 def seeded(call, seed=0):
@@ -221,75 +251,7 @@ def test_fresh_weights_are_drawn_as_bert_draws_them():
     assert torch.equal(model.mlm.dense.weight, drawn)
 
 
-# ---------------------------------------------------------------- attention
-
-SPANS = {
-    "ragged": Spans((13, 1, 7), (13, 1, 7)),
-    "equal": Spans((7, 7), (7, 7)),
-    "fewer queries": Spans((2, 1, 3), (13, 1, 7)),
-    "no queries in one": Spans((2, 0, 1), (13, 5, 7)),
-    "no queries at all": Spans((0, 0), (13, 7)),
-    "an empty text": Spans((3, 0, 7), (13, 0, 7)),
-    "one text": Spans((11,), (11,)),
-}
-
-
-def attention_inputs(spans, prefix, dtype=torch.float64, seed=0):
-    """query, key, value [., H, W] and a prefix of that many rows, all requiring gradients; None without."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = [sum(spans.query_lengths), sum(spans.key_lengths), sum(spans.key_lengths)] + ([] if prefix is None else [prefix, prefix])
-    tensors = [torch.randn(n, HEADS, HEAD_WIDTH, dtype=torch.float64, generator=generator).to(dtype).requires_grad_() for n in rows]
-    return tensors[:3], None if prefix is None else tuple(tensors[3:])
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("prefix", [None, 0, 1, 5])
-@pytest.mark.parametrize("spans", list(SPANS.values()), ids=list(SPANS))
-def test_padded_attention_equals_the_reference(spans, prefix, dtype):
-    """Values, and the gradients of query, key, value and prefix."""
-    tensors, pre = attention_inputs(spans, prefix, dtype)
-    leaves = [*tensors, *(pre or ())]
-    expected, found = attention_ref(*tensors, spans, pre), attention_padded(*tensors, spans, pre)
-    assert found.shape == (sum(spans.query_lengths), HEADS, HEAD_WIDTH)
-    assert_close(found, expected)
-    weights = torch.randn(expected.shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
-    gradients = [torch.autograd.grad((x * weights).sum(), leaves) for x in (expected, found)]
-    for name, one, other in zip(("query", "key", "value", "prefix key", "prefix value"), gradients[1], gradients[0]):
-        assert_close(one, other, name)
-
-
-def test_the_reference_is_attention_within_each_text():
-    """Uniform scores give means of the text's own values and the prefix; nothing leaks between texts."""
-    spans, value = Spans((1, 2), (2, 3)), torch.tensor([1.0, 3.0, 5.0, 6.0, 7.0]).view(5, 1, 1)
-    zeros = torch.zeros(3, 1, 1), torch.zeros(5, 1, 1)
-    assert attention_ref(*zeros, value, spans).flatten().tolist() == [2, 6, 6]
-    assert attention_ref(*zeros, value, spans, (torch.zeros(1, 1, 1), torch.full((1, 1, 1), 10.0))).flatten().tolist() == pytest.approx([14 / 3, 7, 7])
-
-
-def test_attention_runs_the_implementation_that_kernels_chooses(monkeypatch):
-    (query, key, value), pre = attention_inputs(SPANS["ragged"], 1)
-    with kernels.use("torch"):
-        assert torch.equal(attention(query, key, value, SPANS["ragged"], pre), attention_padded(query, key, value, SPANS["ragged"], pre))
-    monkeypatch.setitem(kernels._registry, ("attention", "native"), lambda *inputs: "native")
-    with kernels.use("native"):
-        assert attention(query, key, value, SPANS["ragged"], pre) == "native"
-
-
-@pytest.mark.parametrize("run", [attention_ref, attention_padded])
-def test_dropout_of_probabilities_keeps_its_share(run):
-    """Uniform probabilities 1/n over one-hot values: the output shows which were kept, scaled by 1 / (1 - rate)."""
-    n, rate = 211, 0.3
-    spans, zeros = Spans((n, n), (n, n)), torch.zeros(2 * n, 1, n)
-    value = torch.eye(n).repeat(2, 1)[:, None, :]
-    torch.manual_seed(0)
-    out = run(zeros, zeros, value, spans, dropout=rate)
-    kept = out > 0
-    assert torch.allclose(out[kept], torch.tensor(1 / n / (1 - rate)), rtol=1e-5)
-    assert abs(kept.double().mean() - (1 - rate)) < 4 * math.sqrt(rate * (1 - rate) / kept.numel())
-    torch.manual_seed(0)
-    assert torch.equal(run(zeros, zeros, value, spans, dropout=rate), out)
-    assert not torch.equal(run(zeros, zeros, value, spans, dropout=rate), out)  # the next draw
-    assert torch.allclose(run(zeros, zeros, value, spans), torch.full_like(out, 1 / n))
+# ---------------------------------------------------------------- dropout
 
 
 def test_dropout_is_off_in_eval_and_follows_the_seed_in_train():

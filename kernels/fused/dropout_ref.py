@@ -3,10 +3,25 @@
 What the bits are stands in dropout.py. csrc and Triton draw the same mask from the same seed and site.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 LANES = 8  # elements that one Philox call serves
+
+
+class Drop(NamedTuple):
+    """Dropout at one place of a model: rate in [0, 1); seed int64 [1] on the tensors' device; site in [0, 2^31), which place."""
+
+    rate: float
+    seed: Tensor
+    site: int
+
+    @property
+    def scale(self) -> float:
+        """1 / q, q the share of elements that is kept on average: what a kept element is multiplied by."""
+        return 65536 / threshold_of(self.rate)
 
 
 def threshold_of(rate: float) -> int:
@@ -33,14 +48,33 @@ def philox_ref(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
     return c0, c1, c2, c3
 
 
+def _keep(first: Tensor, second: Tensor, fourth: Tensor, rate: float, seed: Tensor, site: int) -> Tensor:
+    """bool [n, LANES]: what is kept, an element a lane, of the counters (first, second, the seed's high half, fourth), each int64 [n]."""
+    word, zero = 0xFFFFFFFF, torch.zeros_like(first)
+    words = torch.stack(philox_ref((first, second, zero + ((seed >> 32) & word), fourth), (zero + (seed & word), zero + site)), -1)  # [n, 4]
+    return torch.cat([words & 0xFFFF, words >> 16], -1) < threshold_of(rate)
+
+
 def keep_mask(rows: int, columns: int, rate: float, seed: Tensor, site: int) -> Tensor:
     """bool [rows, columns]: what is kept. seed int64 [1]."""
-    blocks, word = -(-columns // LANES), 0xFFFFFFFF
+    blocks = -(-columns // LANES)
     n = torch.arange(rows * blocks, device=seed.device)
-    zero = torch.zeros_like(n)
-    words = torch.stack(philox_ref((n & word, n >> 32, zero + ((seed >> 32) & word), zero), (zero + (seed & word), zero + site)), -1)  # [rows * blocks, 4]
-    bits = torch.cat([words & 0xFFFF, words >> 16], -1)  # [rows * blocks, 8], an element a lane
-    return (bits < threshold_of(rate)).view(rows, blocks * LANES)[:, :columns]
+    return _keep(n & 0xFFFFFFFF, n >> 32, torch.zeros_like(n), rate, seed, site).view(rows, blocks * LANES)[:, :columns]
+
+
+def attention_keep(queries: Tensor, shared: int, keys: int, heads: int, drop: Drop) -> Tensor:
+    """bool [H, q, shared + keys]: which probabilities are kept. queries int64 [q]: the packed query rows; shared: keys of a prefix, before a sequence's own `keys`.
+
+    The counter of a key's block: (its place // 8, counted from 0 in the prefix or in the sequence; the query's row; the seed's high half; 1 + 2 head, one more
+    for a prefix). So the bits depend on nothing but the row, the head and the key's place, whatever else is in the batch.
+    """
+    def block(count: int, fourth: int) -> Tensor:
+        blocks = -(-count // LANES)
+        head, row, place = torch.meshgrid(torch.arange(heads, device=queries.device), queries, torch.arange(blocks, device=queries.device), indexing="ij")
+        kept = _keep(place.flatten(), row.flatten(), fourth + 2 * head.flatten(), drop.rate, drop.seed, drop.site)
+        return kept.view(heads, len(queries), blocks * LANES)[..., :count]
+
+    return torch.cat([block(shared, 2), block(keys, 1)], -1)
 
 
 def dropout_ref(x: Tensor, rate: float, seed: Tensor, site: int) -> Tensor:

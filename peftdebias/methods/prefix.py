@@ -9,7 +9,7 @@ each text; as files hold it, it is flat. The text's positions stay, unless `posi
 Drawn: flat as BERT draws its weights (peft: normal(0, 1), which begins as noise as large as keys and values); E normal(0, 1) and W1, W2 uniform within
 1 / sqrt(inputs), as the authors' code does.
 
-The room: this file (specification, module), tests/test_prefix.py (proof); attention itself is encoder.attention_ref.
+The room: this file (specification, module), tests/test_prefix.py (proof); attention itself is ops.attention_ref.
 Left out: prefixes of encoder-decoders, prefixes drawn from words, dropout of the prefix.
 """
 

@@ -1,0 +1,80 @@
+"""Bidirectional attention inside each sequence of a packed batch: softmax(q k^T / sqrt(W)) v. Vaswani et al. 2017, arXiv 1706.03762.
+
+Prefix keys and values are shared by the batch and come before each sequence's own (Li and Liang 2021, arXiv 2101.00190). Dropout acts on the probabilities.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import kernels
+from ..batches import Spans
+from ..kernels.dropout_ref import Drop, attention_keep
+
+Prefix = tuple[Tensor, Tensor]
+
+
+def attention_ref(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: Prefix | None = None, drop: Drop | None = None) -> Tensor:
+    """query [Mq, H, W], key and value [T, H, W] -> [Mq, H, W]; the specification. prefix: keys and values [P, H, W], without positions.
+
+    A sequence without keys gives no rows, whatever its queries ask: it has none. With a prefix it has those keys alone.
+    """
+    outputs, q0, k0 = [], 0, 0
+    shared = 0 if prefix is None else len(prefix[0])
+    for queries, keys in zip(spans.query_lengths, spans.key_lengths):
+        q, k, v = query[q0:q0 + queries], key[k0:k0 + keys], value[k0:k0 + keys]
+        if prefix is not None:
+            k, v = torch.cat([prefix[0], k]), torch.cat([prefix[1], v])
+        shares = (torch.einsum("qhw,khw->hqk", q, k) / math.sqrt(q.shape[-1])).softmax(-1)
+        if drop is not None:
+            shares = _dropped(shares, attention_keep(torch.arange(q0, q0 + queries, device=q.device), shared, keys, q.shape[1], drop), drop)
+        outputs.append(torch.einsum("hqk,khw->qhw", shares, v))
+        q0, k0 = q0 + queries, k0 + keys
+    return torch.cat(outputs) if outputs else query
+
+
+def attention_padded(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: Prefix | None = None, drop: Drop | None = None) -> Tensor:
+    """attention_ref on a padded copy, a few large ops instead of B small ones: torch's scaled_dot_product_attention, with dropout the plain formula."""
+    batch, heads, width = len(spans.key_lengths), query.shape[1], query.shape[2]
+    q = _pad(query, spans.query_lengths, lambda: spans.padded_queries)  # [Mq, H, W] -> [B, H, Sq, W]
+    k, v = (_pad(x, spans.key_lengths, lambda: spans.padded_keys) for x in (key, value))
+    mask = spans.key_mask
+    if prefix is not None:
+        k, v = (torch.cat([p.transpose(0, 1).expand(batch, -1, -1, -1), x], 2) for p, x in zip(prefix, (k, v)))
+        mask = None if mask is None else F.pad(mask, (prefix[0].shape[0], 0), value=True)
+    if drop is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
+    else:
+        shares = q @ k.transpose(2, 3) / math.sqrt(width)  # [B, H, Sq, P + S]
+        shares = (shares if mask is None else shares.masked_fill(~mask[:, None, None, :], -math.inf)).softmax(-1)
+        out = _dropped(shares, _padded_keep(spans, q.shape[2], 0 if prefix is None else len(prefix[0]), heads, drop), drop) @ v
+    out = out.transpose(1, 2).reshape(-1, heads, width)  # [B, H, Sq, W] -> [B * Sq, H, W]
+    return out if len(out) == len(query) else out.index_select(0, spans.padded_queries)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: Prefix | None = None, drop: Drop | None = None) -> Tensor:
+    """attention_ref by the implementation that `kernels` chooses for the tensors' device; no kernel takes float64."""
+    plain = query.dtype == torch.float64
+    op = attention_padded if plain else kernels.choose("attention", reference=attention_padded, device=query.device)
+    return op(query, key, value, spans, prefix, drop)
+
+
+def _dropped(shares: Tensor, keep: Tensor, drop: Drop) -> Tensor:
+    return torch.where(keep, shares * drop.scale, 0.0)
+
+
+def _padded_keep(spans: Spans, longest: int, shared: int, heads: int, drop: Drop) -> Tensor:
+    """bool [B, H, longest, shared + S]: attention_keep of every packed query, at its place in the padded copy."""
+    keep = attention_keep(torch.arange(sum(spans.query_lengths), device=drop.seed.device), shared, max(spans.key_lengths, default=0), heads, drop)  # [H, Mq, P + S]
+    return _pad(keep.transpose(0, 1), spans.query_lengths, lambda: spans.padded_queries)
+
+
+def _pad(packed: Tensor, lengths: tuple[int, ...], places: Callable[[], Tensor]) -> Tensor:
+    batch, longest = len(lengths), max(lengths, default=0)
+    if len(packed) == batch * longest:  # all of one length: nothing to copy
+        return packed.reshape(batch, longest, *packed.shape[1:]).transpose(1, 2)
+    padded = packed.new_zeros(batch * longest, *packed.shape[1:]).index_copy(0, places(), packed)
+    return padded.view(batch, longest, *packed.shape[1:]).transpose(1, 2)
