@@ -24,6 +24,7 @@ KINDS = ("auto", "torch", "native", "triton")
 TRITON: dict[str, str] = {
     "adapter": "adapter",
     "adamw": "sparse",
+    "attention": "attention",
     "dropout": "dropout",
     "lora_grads": "lora_grads",
     "lora_linear": "lora",

@@ -1,4 +1,4 @@
-"""What the kernels share: the product of two tiles, how launchers look at tensors, and what is compiled ahead. It computes no op."""
+"""What the kernels share: the product of two tiles, the sum of stretches, how launchers look at tensors, and what is compiled ahead. It computes no op."""
 
 import dataclasses
 import os
@@ -11,6 +11,8 @@ from torch import Tensor
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "true", "on"))
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """The dtypes that the kernels take, by Triton's names."""
+SUMMED = 1024
+"""Numbers that one program of `sum_stretches` sums: its BLOCK."""
 
 
 @triton.jit
@@ -22,6 +24,16 @@ def dot(a, b, total):
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def sum_stretches(partial, total, number, stretches, BLOCK: tl.constexpr):
+    """partial [stretches, N] fp32 -> total [N]: the sum over the stretches, in their order."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    found = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, stretches):
+        found += tl.load(partial + i * number + n, mask=n < number, other=0.0)
+    tl.store(total + n, found, mask=n < number)
 
 
 def ceil_div(n: int, d: int) -> int:
