@@ -1,6 +1,6 @@
 """What a benchmark case is made of: a size, a setting, the work of one provider, the providers, and what must be equal.
 
-What it adds over measure.py: the vocabulary. It leaves out the work itself (cases.py: steps and ceilings; cases_kernels.py: one op each).
+What it adds over measure.py: the vocabulary. It leaves out the work itself (cases.py: steps and ceilings; cases_kernels.py, cases_attention.py: one op each).
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -139,6 +140,18 @@ def output_bound(name: str, expected: Tensor) -> float:
     largest = float(expected.abs().max())
     bound = 2e-6 * max(1.0, largest)
     return min(bound, 5e-5 * largest) if "gradient" in name else bound
+
+
+def random_lengths(count: int, mean: float, longest: int, generator: numpy.random.Generator) -> numpy.ndarray:
+    """int [count]: a gamma distribution (shape 2) cut to 5..longest, its mean within a token of `mean`; all `longest` where that is the mean."""
+    if mean >= longest:
+        return numpy.full(count, longest)
+    drawn = generator.gamma(2.0, 1.0, count)
+    low, high = 0.0, 100.0 * longest
+    for _ in range(60):  # the mean after the cut grows with the scale
+        scale = (low + high) / 2
+        low, high = (scale, high) if numpy.clip(drawn * scale, 5, longest).mean() < mean else (low, scale)
+    return numpy.clip(numpy.rint(drawn * low), 5, longest).astype(int)
 
 
 def autocast(setting: Setting):

@@ -1,7 +1,7 @@
 """The experiments, one Case each: who does the work (providers), in which sizes, and what must be equal before anything is timed.
 
-What it adds over case.py: the work of whole steps, of attention and the ceilings, and the registry; single ops stand in cases_kernels.py. A new experiment is a
-builder a provider and one entry of CASES.
+What it adds over case.py: the work of whole steps and the ceilings, and the registry; single ops stand in cases_kernels.py and cases_attention.py. A new experiment
+is a builder a provider and one entry of CASES.
 
 Letters: T tokens, B sequences, S longest sequence, H heads, W head width, R rank.
 """
@@ -16,31 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from peftdebias import methods, patch, training
-from peftdebias.batches import WINDOW, Sample, Spans, pack
+from peftdebias.batches import WINDOW, Sample, pack
 from peftdebias.encoder import EncoderConfig, Model
-from peftdebias.ops import attention_padded, attention_ref
 from peftdebias.tasks import MaskedLM
 from peftdebias.weights import load_model, save_model
 
-from .case import RANK, SIZES, Case, Provider, Setting, Size, Work, autocast, output_bound, quiet
+from .case import RANK, SIZES, Case, Provider, Setting, Size, Work, autocast, output_bound, quiet, random_lengths
+from .cases_attention import ATTENTION_CASES
 from .cases_kernels import KERNEL_CASES
 
 MASK_SHARE = 0.15
 
 
 # ---------------------------------------------------------------- lora_step: one upstream step
-
-def random_lengths(count: int, mean: float, longest: int, generator: numpy.random.Generator) -> numpy.ndarray:
-    """int [count]: a gamma distribution (shape 2) cut to 5..longest, its mean within a token of `mean`; all `longest` where that is the mean."""
-    if mean >= longest:
-        return numpy.full(count, longest)
-    drawn = generator.gamma(2.0, 1.0, count)
-    low, high = 0.0, 100.0 * longest
-    for _ in range(60):  # the mean after the cut grows with the scale
-        scale = (low + high) / 2
-        low, high = (scale, high) if numpy.clip(drawn * scale, 5, longest).mean() < mean else (low, scale)
-    return numpy.clip(numpy.rint(drawn * low), 5, longest).astype(int)
-
 
 def texts(setting: Setting) -> list[list[Sample]]:
     """The batches of one pass, length-bucketed; every provider gets these texts and masks.
@@ -210,28 +198,6 @@ def pad(batch: list[Sample], device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.pin_memory() for name, tensor in made.items()} if device.type == "cuda" else made
 
 
-# ---------------------------------------------------------------- attention: one layer's, on ragged sequences
-
-def attention_work(setting: Setting, function: Callable) -> Work:
-    """Forward and backward on `setting.x` sequences. The index tensors of Spans are made before: all layers of a batch share them."""
-    size, random = setting.size, numpy.random.default_rng(setting.seed)
-    lengths = tuple(random_lengths(int(setting.x), min(54, size.positions), min(setting.longest, size.positions), random).tolist())
-    spans, tokens = Spans(lengths, lengths, setting.device), sum(lengths)
-    generator = torch.Generator().manual_seed(setting.seed)
-    q, k, v, dy = (torch.randn(tokens, size.heads, size.hidden // size.heads, generator=generator).to(setting.device) for _ in range(4))
-    for tensor in (q, k, v):
-        tensor.requires_grad_()
-
-    def run() -> tuple[Tensor, ...]:
-        with autocast(setting):
-            y = function(q, k, v, spans)
-        return (y.detach(), *torch.autograd.grad(y, (q, k, v), dy.to(y.dtype)))
-
-    words = f"{size.heads} heads x {size.hidden // size.heads}, lengths drawn as for lora_step, no dropout, {setting.precision}; forward and backward"
-    names = ("y", "gradient of query", "gradient of key", "gradient of value")
-    return Work(run, lambda: dict(zip(names, run())), tokens=tokens, extra={"setting": words, "lengths": lengths})
-
-
 # ---------------------------------------------------------------- ceilings: what the machine can do at best
 
 def gemm(setting: Setting) -> Work:
@@ -262,10 +228,7 @@ CASES = {case.name: case for case in (
         "transformers+peft, length-bucketed": Provider(lambda setting: their_step(setting, bucketed=True), THEIRS),
         "peftdebias": Provider(ours_step),
     }, "mean_length", (54,), output_bound),
-    Case("attention", "full", "attention inside ragged sequences: forward and backward", {
-        "attention_ref": Provider(lambda setting: attention_work(setting, attention_ref)),
-        "attention_padded": Provider(lambda setting: attention_work(setting, attention_padded)),
-    }, "sequences", (4, 16), output_bound),
+    *ATTENTION_CASES.values(),
     *KERNEL_CASES.values(),
 )}
 """name -> Case; the order is that of the tables."""
