@@ -216,7 +216,7 @@ def attention_work(setting: Setting, function: Callable) -> Work:
     """Forward and backward on `setting.x` sequences. The index tensors of Spans are made before: all layers of a batch share them."""
     size, random = setting.size, numpy.random.default_rng(setting.seed)
     lengths = tuple(random_lengths(int(setting.x), min(54, size.positions), min(setting.longest, size.positions), random).tolist())
-    spans, tokens = Spans(lengths, lengths, setting.device), sum(lengths)
+    spans, tokens = Spans.of(lengths, lengths, setting.device), sum(lengths)
     generator = torch.Generator().manual_seed(setting.seed)
     q, k, v, dy = (torch.randn(tokens, size.heads, size.hidden // size.heads, generator=generator).to(setting.device) for _ in range(4))
     for tensor in (q, k, v):

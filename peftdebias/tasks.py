@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
-from .batches import Batch, Sample, from_packed, pack, plan
+from .batches import IGNORED, Batch, Sample, from_packed, pack, plan
 from .buckets import Packed
 from .encoder import Model
 from .errors import DataError
@@ -121,11 +121,12 @@ def label_indices(labels: Sequence[str], known: Sequence[str], places: Sequence[
 # ---------------------------------------------------------------- tasks
 
 def mlm_loss_ref(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """logits [M, V], targets int64 [M] in [0, V), weights [V] or None -> [], nats: cross-entropy, the mean over the rows weighted by their targets' weights; the
-    specification. 0 where there are no rows. It serves a vocabulary and a classifier's labels alike; the kernel: kernels/fused/mlm_loss.py."""
+    """logits [M, V], targets int64 [M] in [0, V) or batches.IGNORED, weights [V] or None -> [], nats: cross-entropy, the mean over the rows weighted by their
+    targets' weights; the specification. Ignored rows count for nothing; 0 where there are no others. It serves a vocabulary and a classifier's labels alike; the
+    kernel: kernels/fused/mlm_loss.py."""
     if weights is None:
-        return F.cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))
-    return F.cross_entropy(logits, targets, weight=weights.to(logits.dtype))
+        return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED) / (targets != IGNORED).sum().clamp(min=1)
+    return F.cross_entropy(logits, targets, weight=weights.to(logits.dtype), ignore_index=IGNORED)
 
 
 def mlm_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:

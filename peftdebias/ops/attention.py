@@ -38,9 +38,9 @@ def attention_ref(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefi
 
 def attention_padded(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: Prefix | None = None, drop: Drop | None = None) -> Tensor:
     """attention_ref on a padded copy, a few large ops instead of B small ones: torch's scaled_dot_product_attention, with dropout the plain formula."""
-    batch, heads, width = len(spans.key_lengths), query.shape[1], query.shape[2]
-    q = _pad(query, spans.query_lengths, lambda: spans.padded_queries)  # [Mq, H, W] -> [B, H, Sq, W]
-    k, v = (_pad(x, spans.key_lengths, lambda: spans.padded_keys) for x in (key, value))
+    batch, heads, width = spans.cu_keys.shape[0] - 1, query.shape[1], query.shape[2]
+    q = _padded_queries(query, spans)  # [Mq, H, W] -> [B, H, Sq, W]
+    k, v = (_pad(x, batch, spans.most_keys, spans.exact, lambda: spans.key_places) for x in (key, value))
     mask = spans.key_mask
     if prefix is not None:
         k, v = (torch.cat([p.transpose(0, 1).expand(batch, -1, -1, -1), x], 2) for p, x in zip(prefix, (k, v)))
@@ -50,9 +50,10 @@ def attention_padded(query: Tensor, key: Tensor, value: Tensor, spans: Spans, pr
     else:
         shares = q @ k.transpose(2, 3) / math.sqrt(width)  # [B, H, Sq, P + S]
         shares = (shares if mask is None else shares.masked_fill(~mask[:, None, None, :], -math.inf)).softmax(-1)
-        out = _dropped(shares, _padded_keep(spans, q.shape[2], 0 if prefix is None else len(prefix[0]), heads, drop), drop) @ v
+        keep = attention_keep(torch.arange(query.shape[0], device=q.device), 0 if prefix is None else prefix[0].shape[0], spans.most_keys, heads, drop)  # [H, Mq, P + S]
+        out = _dropped(shares, _padded_queries(keep.transpose(0, 1), spans), drop) @ v
     out = out.transpose(1, 2).reshape(-1, heads, width)  # [B, H, Sq, W] -> [B * Sq, H, W]
-    return out if len(out) == len(query) else out.index_select(0, spans.padded_queries)
+    return out if spans.exact and out.shape[0] == query.shape[0] else out.index_select(0, spans.query_places)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: Prefix | None = None, drop: Drop | None = None) -> Tensor:
@@ -66,15 +67,13 @@ def _dropped(shares: Tensor, keep: Tensor, drop: Drop) -> Tensor:
     return torch.where(keep, shares * drop.scale, 0.0)
 
 
-def _padded_keep(spans: Spans, longest: int, shared: int, heads: int, drop: Drop) -> Tensor:
-    """bool [B, H, longest, shared + S]: attention_keep of every packed query, at its place in the padded copy."""
-    keep = attention_keep(torch.arange(sum(spans.query_lengths), device=drop.seed.device), shared, max(spans.key_lengths, default=0), heads, drop)  # [H, Mq, P + S]
-    return _pad(keep.transpose(0, 1), spans.query_lengths, lambda: spans.padded_queries)
+def _padded_queries(packed: Tensor, spans: Spans) -> Tensor:
+    return _pad(packed, spans.cu_queries.shape[0] - 1, spans.most_queries, spans.exact, lambda: spans.query_places)
 
 
-def _pad(packed: Tensor, lengths: tuple[int, ...], places: Callable[[], Tensor]) -> Tensor:
-    batch, longest = len(lengths), max(lengths, default=0)
-    if len(packed) == batch * longest:  # all of one length: nothing to copy
+def _pad(packed: Tensor, batch: int, longest: int, exact: bool, places: Callable[[], Tensor]) -> Tensor:
+    """[N, H, W] -> [B, H, longest, W]."""
+    if exact and packed.shape[0] == batch * longest:  # all of one length: nothing to copy
         return packed.reshape(batch, longest, *packed.shape[1:]).transpose(1, 2)
     padded = packed.new_zeros(batch * longest, *packed.shape[1:]).index_copy(0, places(), packed)
     return padded.view(batch, longest, *packed.shape[1:]).transpose(1, 2)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from peftdebias.batches import IGNORED
 from peftdebias.kernels import mlm_loss as fused
 from peftdebias.tasks import mlm_loss_ref
 
@@ -116,12 +117,36 @@ def test_no_rows():
     assert loss == mlm_loss_ref(logits, targets) == 0 and logits.grad.shape == (0, 7)
 
 
-@pytest.mark.parametrize("target", [-100, -1, 7, 2 ** 40])
+@pytest.mark.parametrize("target", [-101, -1, 7, 2 ** 40])
 @pytest.mark.parametrize("weights", [None, [1.0] * 7])
 def test_a_target_that_is_not_there_gives_nan(target, weights):
     targets = torch.tensor([1, target, 3], device=DEVICE)
     weights = None if weights is None else torch.tensor(weights, device=DEVICE)
     assert fused.mlm_loss(drawn(3, 7).float(), targets, weights).isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", [None, (1.0, 10.0, 0.0, 6.7)])
+def test_ignored_rows_count_for_nothing(weights, dtype):
+    """Their gradient is 0, even where the logits are no numbers; the mean is over the others."""
+    tensors = given(13, 4) | ({} if weights is None else {"weights": torch.tensor(weights, dtype=torch.float64, device=DEVICE)})
+    tensors["targets"][[0, 5, 12]] = IGNORED
+    compare(kernel, twin, tensors, plain=plain, dtype=dtype, gradients=("logits",), float32=("output", "weights"))
+    logits = tensors["logits"].float()
+    logits[5] = float("nan")
+    logits = logits.requires_grad_()
+    loss = fused.mlm_loss(logits * 1, tensors["targets"], None)
+    loss.backward()
+    others = [i for i in range(13) if i not in (0, 5, 12)]
+    assert not logits.grad[[0, 5, 12]].any() and logits.grad[others].isfinite().all()
+    torch.testing.assert_close(loss, mlm_loss_ref(logits[others], tensors["targets"][others]))
+
+
+def test_all_rows_ignored():
+    logits, targets = torch.zeros(3, 7, device=DEVICE, requires_grad=True), torch.full((3,), IGNORED, device=DEVICE)
+    loss = fused.mlm_loss(logits * 1, targets)
+    loss.backward()
+    assert loss == mlm_loss_ref(logits, targets) == 0 and not logits.grad.any()
 
 
 def test_loss_repeats_bit_for_bit():
