@@ -17,7 +17,7 @@ from tqdm import tqdm
 from . import kernels
 from .encoder import Model
 from .errors import ConfigError, PeftDebiasError
-from .optimizer import FlatAdamW, adamw_ref
+from .optimizer import FlatAdamW, LargeAdamW, adamw_ref
 from .patch import Folded
 
 LOG_EVERY = 10
@@ -82,14 +82,14 @@ def pick_precision(name: str, device: torch.device) -> str:
     return name
 
 
-def make_optimizer(parameters: dict[str, Parameter], schedule: Schedule) -> torch.optim.Optimizer:
+def make_optimizer(parameters: dict[str, Parameter], schedule: Schedule) -> FlatAdamW | LargeAdamW:
     """Fused AdamW; matrices decay, biases, norms and other vectors do not. Up to FLAT float32 values are updated in one launch where there is a kernel for it."""
     matrices = [p for p in parameters.values() if p.dim() > 1]
     vectors = [p for p in parameters.values() if p.dim() <= 1]
     groups = [{"params": ps, "weight_decay": decay} for ps, decay in ((matrices, schedule.weight_decay), (vectors, 0.0)) if ps]
     update = kernels.choose("adamw", reference=adamw_ref, device=next((p.device for p in parameters.values()), None))
     if update is adamw_ref or sum(p.numel() for p in parameters.values()) > FLAT or any(p.dtype != torch.float32 for p in parameters.values()):
-        return torch.optim.AdamW(groups, lr=schedule.lr, fused=True)
+        return LargeAdamW(groups, schedule.lr)
     return FlatAdamW(groups, schedule.lr, update)
 
 
