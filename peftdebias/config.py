@@ -199,7 +199,7 @@ class Run:
     systems: tuple[str, ...] = option("only these systems (default: all of the recipe)", (), many="words", metavar="NAME")
     upstream: tuple[str, ...] = option("setting of the upstream phase, for all systems or one: --upstream lr=1e-3 --upstream Full-Debias.lr=5e-5", (), many="repeat",
                                        metavar="[SYSTEM.]KEY=VALUE")
-    downstream: tuple[str, ...] = option("the same of the downstream phase", (), many="repeat", metavar="[SYSTEM.]KEY=VALUE")
+    downstream: tuple[str, ...] = option("the same of the downstream phase; one task's too: --downstream sick.epochs=10", (), many="repeat", metavar="[NAME.]KEY=VALUE")
     device: str = option("cpu, cuda, ...; auto takes a GPU where there is one", "auto")
 
     def __post_init__(self):
