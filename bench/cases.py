@@ -19,6 +19,7 @@ from peftdebias import methods, patch, training
 from peftdebias.batches import WINDOW, Sample, Spans, pack
 from peftdebias.encoder import EncoderConfig, Model
 from peftdebias.ops import attention_padded, attention_ref
+from peftdebias.step import Step
 from peftdebias.tasks import MaskedLM
 from peftdebias.weights import load_model, save_model
 
@@ -113,7 +114,7 @@ def facts(setting: Setting, batches: list[list[Sample]]) -> dict:
 
 
 def ours_step(setting: Setting) -> Work:
-    """peftdebias: packed, length-bucketed batches, the head and the last layer on masked rows; `_step` of its own training loop."""
+    """peftdebias: packed, length-bucketed batches, the head and the last layer on masked rows; the step of its own training loop."""
     model, _ = load_model(model_folder(setting))
     method = methods.create("lora", model.config, options={"rank": RANK})
     method.load(lora_values(model.config))
@@ -122,15 +123,15 @@ def ours_step(setting: Setting) -> Work:
     parameters = method.parameters()
     patch.train_only(model, parameters.values())
     plan = schedule(setting)
-    optimizer = training.make_optimizer(parameters, plan)
     batches = texts(setting)
     packed = [pack(batch) for batch in batches]
     task = types.SimpleNamespace(loss=lambda model, batch: MaskedLM.loss(None, model, batch))
+    step = Step(model, task, training.make_optimizer(parameters, plan), parameters, clip=plan.clip, precision=plan.precision)
     masked = sum(len(batch.targets) for batch in packed)
 
     def run() -> None:
         for batch in packed:  # a new object each time: index tensors that a Batch makes on first use count as part of the step
-            training._step(model, task, dataclasses.replace(batch).to(setting.device), optimizer, plan.lr, parameters, plan)
+            step(dataclasses.replace(batch), plan.lr)
 
     def results() -> dict[str, Tensor]:
         losses = [lambda b=b: task.loss(model, b.to(setting.device)) for b in packed]

@@ -6,8 +6,8 @@ Letters: T tokens in the batch, B sequences, M rows asked for.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -19,6 +19,23 @@ __all__ = ["IGNORED", "WINDOW", "Batch", "Sample", "Spans", "cumulative", "from_
 
 IGNORED = -100
 """A target that counts for nothing, as in torch's own losses."""
+
+
+class lazy:
+    """functools.cached_property without its lock, which torch.compile cannot follow."""
+
+    def __init__(self, make):
+        self.make, self.__doc__ = make, make.__doc__
+
+    def __set_name__(self, owner, name: str):
+        self.name = name
+
+    def __get__(self, instance, owner=None):
+        if instance is None:
+            return self
+        value = self.make(instance)
+        object.__setattr__(instance, self.name, value)
+        return value
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -33,8 +50,8 @@ class Spans:
     """Where sequences begin in packed queries and keys; everything attention knows about a batch.
 
     cu_queries, cu_keys: int32 [B+1]; sequence b's queries are rows cu_queries[b] to cu_queries[b+1]. In the last layer a sequence has only as many queries as
-    rows asked for. queries, keys: packed rows in all. most_queries, most_keys: the longest sequence's; with `exact` they are that, else bounds (buckets of
-    graphs.py), and the host knows no length.
+    rows asked for. queries, keys: packed rows in all. most_queries, most_keys: the longest sequence's; with `exact` they are that, else bounds (see
+    Batch.bounds), and the host knows no length.
     """
 
     cu_queries: Tensor
@@ -56,27 +73,27 @@ class Spans:
         self.__dict__.update(query_lengths=query_lengths, key_lengths=key_lengths)
         return self
 
-    @functools.cached_property
+    @lazy
     def query_lengths(self) -> tuple[int, ...]:
         """On the host, B entries. For the specification; from a device it is read back."""
         return tuple(self.cu_queries.diff().tolist())
 
-    @functools.cached_property
+    @lazy
     def key_lengths(self) -> tuple[int, ...]:
         """The same for keys."""
         return tuple(self.cu_keys.diff().tolist())
 
-    @functools.cached_property
+    @lazy
     def query_places(self) -> Tensor:
         """int64 [queries]: where each packed query stands in a padded [B * most_queries]."""
         return padded_places(self.cu_queries, self.most_queries, self.queries)
 
-    @functools.cached_property
+    @lazy
     def key_places(self) -> Tensor:
         """int64 [keys], the same for keys."""
         return padded_places(self.cu_keys, self.most_keys, self.keys)
 
-    @functools.cached_property
+    @lazy
     def key_mask(self) -> Tensor | None:
         """bool [B, most_keys]: True where a padded key is a real one; None where all are."""
         if self.exact and min(self.key_lengths, default=0) == self.most_keys:
@@ -115,6 +132,14 @@ class Sample:
     family: int = 0
 
 
+class Bounds(NamedTuple):
+    """tokens: T. longest, rows: no sequence has more tokens, or more rows asked for."""
+
+    tokens: int
+    longest: int
+    rows: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
     """What the encoder reads. The host builds all of it; nothing is derived from device data.
@@ -123,8 +148,7 @@ class Batch:
     the rows asked for. targets: int64 [M] (masked tokens) or labels [B], IGNORED among them, or None. lengths, row_lengths: host tuples of B
     entries, tokens and rows asked for of each sequence. max_length: the longest. family: int64 [B], the source text each member came from.
 
-    cu_rows: int32 [B+1], the rows of each sequence; None: row_lengths says it. bounds: (most tokens, most rows of a sequence) of a bucket (graphs.py), which knows
-    no lengths.
+    cu_rows: int32 [B+1], the rows of each sequence; None: row_lengths says it. bounds: of a batch in a fixed shape (shapes.py), whose lengths the host does not know.
     """
 
     ids: Tensor
@@ -138,21 +162,21 @@ class Batch:
     max_length: int
     family: Tensor
     cu_rows: Tensor | None = None
-    bounds: tuple[int, int] | None = None
+    bounds: Bounds | None = None
 
-    @functools.cached_property
+    @lazy
     def spans(self) -> Spans:
         """Queries of every token: all layers but the last."""
-        tokens, most = self.positions.shape[0] if self.bounds else sum(self.lengths), self.bounds[0] if self.bounds else self.max_length
-        found = Spans(self.cu_seqlens, self.cu_seqlens, tokens, tokens, most, most, self.bounds is None)
-        return found if self.bounds else found._knowing(self.lengths, self.lengths)
+        if self.bounds:
+            return Spans(self.cu_seqlens, self.cu_seqlens, *[self.bounds.tokens] * 2, *[self.bounds.longest] * 2, False)
+        return Spans(self.cu_seqlens, self.cu_seqlens, *[sum(self.lengths)] * 2, *[self.max_length] * 2)._knowing(self.lengths, self.lengths)
 
-    @functools.cached_property
+    @lazy
     def row_spans(self) -> Spans:
         """Queries of the rows asked for: the last layer."""
         every, rows = self.spans, self.rows.shape[0]
         if self.bounds:
-            return Spans(self.cu_rows, every.cu_keys, rows, every.keys, self.bounds[1], every.most_keys, False)
+            return Spans(self.cu_rows, every.cu_keys, rows, every.keys, self.bounds.rows, every.most_keys, False)
         bounds = send(cumulative(self.row_lengths), self.rows.device) if self.cu_rows is None else self.cu_rows
         return Spans(bounds, every.cu_keys, rows, every.keys, max(self.row_lengths, default=0), every.most_keys)._knowing(self.row_lengths, self.lengths)
 
@@ -161,15 +185,34 @@ class Batch:
         device = torch.device(device)
         if device == self.ids.device:
             return self
+        staged = self.staged(pinned=device.type == "cuda")
+        return staged.on(staged.flat.to(device, non_blocking=True))
+
+    def staged(self, pinned: bool = False) -> "Staged":
+        """All tensors of a host batch end to end, ready to travel."""
         whole = dataclasses.replace(self, cu_rows=cumulative(self.row_lengths) if self.cu_rows is None else self.cu_rows)
-        names = [f.name for f in dataclasses.fields(whole) if isinstance(getattr(whole, f.name), Tensor)]
-        parts = [getattr(whole, name) for name in names]
-        sizes = [-(-part.numel() * part.element_size() // 8) for part in parts]  # in 8 bytes
-        flat = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
-        for part, place in zip(parts, flat.split(sizes)):
+        names = tuple(f.name for f in dataclasses.fields(whole) if isinstance(getattr(whole, f.name), Tensor))
+        sizes = [-(-getattr(whole, name).numel() * getattr(whole, name).element_size() // 8) for name in names]  # in 8 bytes
+        flat = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=pinned)
+        for name, place in zip(names, flat.split(sizes)):
+            part = getattr(whole, name)
             place.view(part.dtype)[:part.numel()].copy_(part)
-        flat = flat.to(device, non_blocking=True)
-        return dataclasses.replace(whole, **{name: place.view(part.dtype)[:part.numel()] for name, part, place in zip(names, parts, flat.split(sizes))})
+        return Staged(whole, names, sizes, flat)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Staged:
+    """A batch whose tensors lie in one: `flat`, int64."""
+
+    batch: Batch
+    names: tuple[str, ...]
+    sizes: list[int]
+    flat: Tensor
+
+    def on(self, flat: Tensor) -> Batch:
+        """The batch whose tensors are views of `flat`, a copy of this one's on any device."""
+        like = [getattr(self.batch, name) for name in self.names]
+        return dataclasses.replace(self.batch, **{name: place.view(part.dtype)[:part.numel()] for name, part, place in zip(self.names, like, flat.split(self.sizes))})
 
 
 def pack(samples: Sequence[Sample]) -> Batch:
@@ -237,6 +280,6 @@ def with_inserted(batch: Batch, count: int, first_row: bool = False) -> tuple[Te
         already = (total - batch.ids.shape[0]) // max(1, sequences)  # vectors that stand there before
         rows = torch.where((place == 0) | (place == already), rows - place - count, rows)
     lengths = tuple(n + count for n in batch.lengths)
-    bounds = batch.bounds and (batch.bounds[0] + count, batch.bounds[1])
+    bounds = batch.bounds and Bounds(batch.bounds.tokens + sequences * count, batch.bounds.longest + count, batch.bounds.rows)
     return order, dataclasses.replace(batch, cu_seqlens=batch.cu_seqlens + count * torch.arange(sequences + 1, dtype=torch.int32, device=device), rows=rows,
                                       lengths=lengths, max_length=batch.max_length + count if sequences else 0, bounds=bounds)
