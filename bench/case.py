@@ -36,7 +36,7 @@ class Size:
 
 
 SIZES = {
-    "micro": Size(2, 28, 2, 60, vocab=97, positions=64, repeats=2, batches=2),  # for the tests
+    "micro": Size(2, 28, 2, 60, vocab=97, positions=128, repeats=2, batches=2),  # for the tests
     "tiny": Size(2, 128, 2, 512, repeats=15),
     "small": Size(4, 256, 4, 1024, repeats=7),
     "base": Size(12, 768, 12, 3072, repeats=3, batches=4),
@@ -84,7 +84,7 @@ class Work:
 
     tokens: valid tokens, flops, bytes (read and written): of one pass; 0 where they say nothing. extra: goes into the rows' extra_config.
     roof: (flops, bytes) of each stretch of work that cannot overlap another, at the least: its time is no less than the sum of the larger of the two at the
-    measured ceilings. limit: what else bounds it, in words, from how it is built.
+    measured ceilings. limit: what else bounds it, in words, from how it is built. held: what must live as long as the work.
     """
 
     run: Callable[[], object]
@@ -96,6 +96,7 @@ class Work:
     roof: tuple[tuple[float, float], ...] = ()
     limit: str = ""
     extra: dict = dataclasses.field(default_factory=dict)
+    held: object = None
 
 
 @dataclasses.dataclass(frozen=True)
