@@ -2,16 +2,16 @@
 
     z = x + bias        y = z Phi(z),    Phi(z) = (1 + erf(z / sqrt 2)) / 2
 
-    x [T, F] with rows of any stride, bias [F] or None -> y [T, F] in x's dtype. x and bias each of float32, bfloat16 or float16. All arithmetic is float32, and z is
-    never rounded.
+    x [T, F] with rows of any stride, bias [F] or None -> y [T, F] in x's dtype. x and bias each of float32, bfloat16 or float16. All arithmetic is float32, and
+    z is never rounded.
 
 With dy the gradient of y and phi the density of the normal distribution:
 
     dx = dy (Phi(z) + z phi(z)),    phi(z) = exp(-z^2 / 2) / sqrt(2 pi)        dbias = sum_t dx
 
-Saved for the backward: x and bias, and nothing where nobody wants a gradient; z and the slope are computed again. No saved tensor is overwritten. A frozen bias has no
-gradient, a trained one the sums of dx before it is rounded: a program sums a stretch of T, tiles.sum_stretches adds the stretches in their order, so they repeat
-bit for bit.
+Saved for the backward: x and bias, and nothing where nobody wants a gradient; z and the slope are computed again. No saved tensor is overwritten. A frozen bias
+has no gradient, a trained one the sums of dx before it is rounded: a program sums a stretch of T, tiles.sum_stretches adds the stretches in their order, so
+they repeat bit for bit.
 What limits it: memory. Alone it saves the pass of the bias; as the product's epilogue it would save its own, and risk the product.
 
 The room: peftdebias/ops/gelu.py (specification), this file, tests/kernel_checks/check_gelu.py (proof). Letters: T rows, F columns.
@@ -64,8 +64,8 @@ def forward_kernel(x, bias, y, T, F, x_stride, BT: tl.constexpr, BF: tl.constexp
 
 @triton.jit
 def backward_kernel(dy, x, bias, dx, partial, T, F, dy_stride, x_stride, tiles, BT: tl.constexpr, BF: tl.constexpr):
-    """dy, x [T, F], bias [F] or None -> dx [T, F] and partial fp32 [stretches, F], the sums of dx: each unless None. Programs (stretch of `tiles` tiles of BT rows,
-    column tile)."""
+    """dy, x [T, F], bias [F] or None -> dx [T, F] and partial fp32 [stretches, F], the sums of dx: each unless None. Programs (stretch of `tiles` tiles of BT
+    rows, column tile)."""
     columns = tl.program_id(1) * BF + tl.arange(0, BF)
     first = tl.program_id(0).to(tl.int64) * tiles * BT
     shift, sums = _shift(bias, columns, F, BF), tl.zeros((BT, BF), tl.float32)
@@ -98,16 +98,17 @@ def tiles_for(width: int) -> dict[str, int]:
 def specs(arch: int) -> list[Spec]:
     """What is compiled ahead: BERT's feed-forward widths have one tile."""
     whole = dict.fromkeys(("T", "F", "x_stride", "dy_stride", "tiles"), "i32")
-    found = []
+    found, strides = [], ("x_stride", "dy_stride")
+    variants = (("forward", forward_kernel, ()), ("forward, no bias", forward_kernel, ("bias",)), ("backward", backward_kernel, ("partial",)),
+                ("backward, bias trained", backward_kernel, ()), ("backward, no bias", backward_kernel, ("bias", "partial")))
     for kind in DTYPES.values():
         given = dict.fromkeys(("x", "y", "dy", "dx"), "*" + kind) | {"bias": "*fp32", "partial": "*fp32"}
-        for words, kernel, absent in (("forward", forward_kernel, ()), ("forward, no bias", forward_kernel, ("bias",)), ("backward", backward_kernel, ("partial",)),
-                                      ("backward, bias trained", backward_kernel, ()), ("backward, no bias", backward_kernel, ("bias", "partial"))):
+        for words, kernel, absent in variants:
             sizes = tiles_for(3072)
             warps = sizes.pop("num_warps")
             fixed = dict.fromkeys(absent) | ({"tiles": 1} if "partial" in absent else {}) | sizes  # a launch with 1 is compiled for it
             signature = {n: t for n, t in (given | whole).items() if n in kernel.arg_names and n not in fixed}
-            found.append(Spec(f"{words}, {kind}", kernel, signature, fixed, warps, aligned=tuple(n for n in ("F", "x_stride", "dy_stride") if n in signature)))
+            found.append(Spec(f"{words}, {kind}", kernel, signature, fixed, warps, aligned=tuple(n for n in ("F", *strides) if n in signature)))
     return [*found, sum_spec()]
 
 
@@ -120,8 +121,8 @@ def _gelu_forward(x: Tensor, bias: Tensor | None) -> Tensor:
     if y.numel():
         sizes = tiles_for(width)
         with on(x):
-            forward_kernel[(ceil_div(rows, sizes["BT"]), ceil_div(width, sizes["BF"]))](x, None if bias is None else bias.contiguous(), y, rows, width, x.stride(0),
-                                                                                       enable_fp_fusion=True, **sizes)
+            forward_kernel[(ceil_div(rows, sizes["BT"]), ceil_div(width, sizes["BF"]))](
+                x, None if bias is None else bias.contiguous(), y, rows, width, x.stride(0), enable_fp_fusion=True, **sizes)
     return y
 
 
@@ -142,8 +143,9 @@ def _gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, of_x: bool, of_bi
     stretches = ceil_div(rows, tiles * sizes["BT"])
     partial = torch.empty((stretches, width), dtype=torch.float32, device=x.device) if of_bias else None
     with on(x):
-        backward_kernel[(stretches, ceil_div(width, sizes["BF"]))](dy, x, None if bias is None else bias.contiguous(), dx if of_x else None, partial, rows, width, dy.stride(0),
-                                                                   x.stride(0), tiles, enable_fp_fusion=True, **sizes)
+        backward_kernel[(stretches, ceil_div(width, sizes["BF"]))](
+            dy, x, None if bias is None else bias.contiguous(), dx if of_x else None, partial, rows, width, dy.stride(0), x.stride(0), tiles,
+            enable_fp_fusion=True, **sizes)
         if of_bias:
             sum_stretches(partial, dbias)
     return dx, dbias

@@ -2,21 +2,22 @@
 
     s = m h / q + r        n = (s - mean s) i,    i = 1 / sqrt(var s + epsilon)        y = gain n + bias        mean and var over the D values of a row
 
-    h hidden [T, D], r residual [T, D] or None, gain and bias [D] -> y [T, D]; m and q: the mask of dropout.py and the share it keeps, m / q = 1 without dropout.
-    Each of float32, bfloat16 or float16, h and r with rows of any stride; D up to 4096. y is of autocast's dtype where that is on (torch's own autocast would make
-    it float32), else of h's. All arithmetic is float32, and s is never rounded. The variance is the mean square around the mean, so a large mean costs no digits.
+    h hidden [T, D], r residual [T, D] or None, gain and bias [D] -> y [T, D]; m the mask of dropout.py, q the share it keeps; m / q = 1 without dropout.
+    Each of float32, bfloat16 or float16, h and r with rows of any stride; D up to 4096. y is of autocast's dtype where that is on (torch's own LayerNorm would
+    be float32 on CUDA), else of h's. All arithmetic is float32, and s is never rounded. The variance is the mean square around the mean, so a large mean costs
+    no digits.
 
 With dy the gradient of y and g = gain dy:
 
     ds = i (g - mean g - n mean(g n))        dr = ds        dh = m ds / q        dgain = sum_t dy n        dbias = sum_t dy
 
-Saved for the backward: n [T, D] in y's dtype and i [T] in float32, the seed and the gain; no mask, and nothing where nobody wants a gradient (for that of the bias alone
-neither n nor i). h and r could be saved instead: reading them again moves as many bytes as writing and reading n, but both would have to stay, where n is one tensor.
-s in y's dtype would be as small, and worse: where a row's mean is large its digits go to the mean.
+Saved for the backward: n [T, D] in y's dtype and i [T] in float32, the seed and the gain; no mask. Nothing where nobody wants a gradient; for that of the bias
+alone neither n nor i. h and r could be saved instead: reading them again moves as many bytes as writing and reading n, but both would have to stay, where n is
+one tensor. s in y's dtype would be as small, and worse: where a row's mean is large its digits go to the mean.
 No saved tensor is overwritten. Every gradient is computed only where it is asked for. Without dropout dh and dr are one tensor, if h and r are of one dtype.
 
-How. A program holds whole rows, 4096 elements at a time: 4 rows of 768 (padded to 1024) or 1 of 3072. In the backward with a trained gain or bias it walks over a stretch of T
-and keeps their sums, float32 in registers; tiles.sum_stretches adds the stretches in their order: no atomics, the sums repeat bit for bit.
+How. A program holds whole rows, 4096 elements at a time: 4 rows of 768 (padded to 1024) or 1 of 3072. In the backward with a trained gain or bias it walks over
+a stretch of T and keeps their sums, float32 in registers; tiles.sum_stretches adds the stretches in their order: no atomics, the sums repeat bit for bit.
 What limits it: memory, and with dropout ten rounds of Philox for eight elements.
 
 The room: peftdebias/ops/norm.py (specification), this file, tests/kernel_checks/check_norm.py (proof). Letters: T rows, D columns.
@@ -33,7 +34,7 @@ from .dropout_ref import Drop, threshold_of
 from .tiles import DTYPES, Spec, ceil_div, expect, on, power, product_dtype, rows_together, sum_spec, sum_stretches
 
 WIDEST = 4096  # D of a row, and elements that a program holds at a time
-STRETCHES = 256  # at most that many partial sums of a column: two programs for each multiprocessor of a GPU
+STRETCHES = 256  # at most that many partial sums of a column: about two programs for each multiprocessor of a GPU
 
 
 # ---------------------------------------------------------------- kernels, forward beside backward
@@ -41,8 +42,8 @@ STRETCHES = 256  # at most that many partial sums of a column: two programs for 
 @triton.jit(do_not_specialize=["site"])
 def forward_kernel(hidden, residual, gain, bias, seed, y, normal, inverse, T, D, hidden_stride, residual_stride, epsilon, site, threshold, scale,
                    DROPS: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
-    """hidden, residual (or None) [T, D], gain, bias [D], seed int64 [1] or None -> y [T, D]; normal [T, D] and inverse fp32 [T] (n and i) unless None. scale = 1 / q.
-    A program does ROWS rows."""
+    """hidden, residual (or None) [T, D], gain, bias [D], seed int64 [1] or None -> y [T, D]; normal [T, D] and inverse fp32 [T] (n and i) unless None.
+    scale = 1 / q. A program does ROWS rows."""
     rows, d = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, BD)
     inside = (rows < T)[:, None] & (d < D)[None, :]
     total = tl.load(hidden + rows[:, None] * hidden_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -63,8 +64,8 @@ def forward_kernel(hidden, residual, gain, bias, seed, y, normal, inverse, T, D,
 @triton.jit(do_not_specialize=["site"])
 def backward_kernel(dy, normal, inverse, gain, seed, dhidden, dresidual, partial_gain, partial_bias, T, D, dy_stride, tiles, site, threshold, scale,
                     DROPS: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
-    """dy, normal [T, D], inverse fp32 [T], gain [D], seed int64 [1] or None -> dhidden, dresidual [T, D], partial_gain, partial_bias fp32 [stretches, D]: each unless
-    None. A program does `tiles` tiles of ROWS rows, a stretch."""
+    """dy, normal [T, D], inverse fp32 [T], gain [D], seed int64 [1] or None -> dhidden, dresidual [T, D], partial_gain, partial_bias fp32 [stretches, D]: each
+    unless None. A program does `tiles` tiles of ROWS rows, a stretch."""
     d = tl.arange(0, BD)
     first = tl.program_id(0).to(tl.int64) * tiles * ROWS
     weight = tl.load(gain + d, mask=d < D, other=0.0).to(tl.float32)
@@ -107,7 +108,8 @@ def tiles_for(width: int, sums: bool = False) -> dict[str, int]:
 
 def specs(arch: int) -> list[Spec]:
     """What is compiled ahead: widths of 513 to 1024 share their tiles, those above 2048 too."""
-    whole = dict.fromkeys(("T", "D", "hidden_stride", "residual_stride", "dy_stride", "tiles", "site", "threshold"), "i32") | {"epsilon": "fp32", "scale": "fp32"}
+    strides = ("hidden_stride", "residual_stride", "dy_stride")
+    whole = dict.fromkeys(("T", "D", *strides, "tiles", "site", "threshold"), "i32") | {"epsilon": "fp32", "scale": "fp32"}
     found = []
 
     def spec(name: str, kernel, width: int, words: str, given: dict[str, str], nothing: tuple[str, ...], drops: bool) -> None:
@@ -118,7 +120,7 @@ def specs(arch: int) -> list[Spec]:
         if kernel is backward_kernel and not sums:
             fixed["tiles"] = 1  # a launch with 1 is compiled for it
         signature = {n: kind for n, kind in (given | {"seed": "*i64"} | whole).items() if n in kernel.arg_names and n not in fixed}
-        aligned = tuple(n for n in ("D", "hidden_stride", "residual_stride", "dy_stride") if n in signature)
+        aligned = tuple(n for n in ("D", *strides) if n in signature)
         found.append(Spec(f"{name}, D {words}{', dropout' if drops else ''}", kernel, signature, fixed, warps, aligned=aligned))
 
     for kind in DTYPES.values():
@@ -149,8 +151,9 @@ def _norm_forward(hidden: Tensor, residual: Tensor | None, gain: Tensor, bias: T
         sizes, threshold = tiles_for(width), threshold_of(rate)
         with on(hidden):
             forward_kernel[(ceil_div(rows, sizes["ROWS"]),)](
-                hidden, residual, gain.contiguous(), bias.contiguous(), seed if rate else None, y, normal if keeps else None, inverse if keeps else None, rows, width,
-                hidden.stride(0), 0 if residual is None else residual.stride(0), epsilon, site, threshold, 65536 / threshold, DROPS=rate > 0, enable_fp_fusion=True, **sizes)
+                hidden, residual, gain.contiguous(), bias.contiguous(), seed if rate else None, y, normal if keeps else None, inverse if keeps else None, rows,
+                width, hidden.stride(0), 0 if residual is None else residual.stride(0), epsilon, site, threshold, 65536 / threshold, DROPS=rate > 0,
+                enable_fp_fusion=True, **sizes)
     return y, normal, inverse
 
 
@@ -181,17 +184,20 @@ def _norm_backward(dy: Tensor, normal: Tensor, inverse: Tensor, gain: Tensor, ra
     with on(dy):
         backward_kernel[(stretches,)](
             dy, normal if reads else None, inverse if reads else None, gain.contiguous(), seed if rate else None, dhidden if hidden_dtype else None,
-            dresidual if residual_dtype else None, *partial, rows, width, dy.stride(0), tiles, site, threshold, 65536 / threshold, DROPS=rate > 0, enable_fp_fusion=True, **sizes)
+            dresidual if residual_dtype else None, *partial, rows, width, dy.stride(0), tiles, site, threshold, 65536 / threshold, DROPS=rate > 0,
+            enable_fp_fusion=True, **sizes)
         for sums, result in zip(partial, found[2:]):
             if sums is not None:
                 sum_stretches(sums, result)
     return found
 
 
-def _gradients(dy: Tensor, hidden_dtype: torch.dtype | None, residual_dtype: torch.dtype | None, of_gain: bool, of_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (rows, width), sums = dy.shape, torch.float32
-    return (dy.new_empty((rows, width) if hidden_dtype else 0, dtype=hidden_dtype or sums), dy.new_empty((rows, width) if residual_dtype else 0, dtype=residual_dtype or sums),
-            dy.new_empty(width if of_gain else 0, dtype=sums), dy.new_empty(width if of_bias else 0, dtype=sums))
+def _gradients(dy: Tensor, hidden_dtype: torch.dtype | None, residual_dtype: torch.dtype | None, of_gain: bool,
+               of_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    width = dy.shape[1]
+    dhidden, dresidual = (dy.new_empty(dy.shape if dtype else 0, dtype=dtype) for dtype in (hidden_dtype, residual_dtype))
+    dgain, dbias = (dy.new_empty(width if wanted else 0, dtype=torch.float32) for wanted in (of_gain, of_bias))
+    return dhidden, dresidual, dgain, dbias
 
 
 @_norm_backward.register_fake

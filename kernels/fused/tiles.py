@@ -26,8 +26,8 @@ def dot(a, b, total):
 
 @triton.jit
 def reduce_kernel(partial, result, chunks, rank, N, scale, rank_stride, column_stride, CHUNKS: tl.constexpr, BN: tl.constexpr):
-    """result [rank, N] = scale * sum over the chunks of partial fp32 [chunks, rank, N], in one order: the second stage of a sum over T whose first stage sums chunks
-    of rows. Programs (n tile, k); a program takes CHUNKS chunks at a time."""
+    """result [rank, N] = scale * sum over the chunks of partial fp32 [chunks, rank, N], in one order: the second stage of a sum over T, whose first stage sums
+    chunks of rows. Programs (n tile, k); a program takes CHUNKS chunks at a time."""
     k, columns = tl.program_id(1), tl.program_id(0) * BN + tl.arange(0, BN)
     total = tl.zeros((BN,), tl.float32)
     for first in range(0, chunks, CHUNKS):

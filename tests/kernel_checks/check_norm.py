@@ -39,7 +39,8 @@ def test_without_a_residual(dtype, drop):
 
 
 @DROPS
-@pytest.mark.parametrize("gradients", [("hidden",), ("residual",), ("gain",), ("bias",), ("hidden", "residual"), ("residual", "bias"), ("gain", "hidden")], ids="+".join)
+@pytest.mark.parametrize("gradients", [("hidden",), ("residual",), ("gain",), ("bias",), ("hidden", "residual"), ("residual", "bias"), ("gain", "hidden")],
+                         ids="+".join)
 def test_any_set_of_gradients(gradients, drop):
     compare(*both(drop), tensors(13, 37), dtype=torch.float32, gradients=gradients)
 
