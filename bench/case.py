@@ -113,7 +113,7 @@ class Provider:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """providers: by name; the first is the baseline of the ratios and of the equality check.
+    """providers: by name; the first is the baseline of the ratios, the first that is compared that of the equality check.
 
     bound: (name, expected) -> the largest allowed max|difference| of that tensor in float32. sized: whether the work depends on the base model.
     rounded: whether bf16 is checked as well, against float64 (measure.check_rounded).

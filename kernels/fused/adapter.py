@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import register
+from .gelu import erf_gelu, erf_gelu_slope
 from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power
 
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_new")
@@ -45,7 +46,7 @@ def _activate(z, NAME: tl.constexpr):
     elif NAME == "silu":
         return z * tl.sigmoid(z)
     elif NAME == "gelu":
-        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+        return erf_gelu(z)
     else:
         return z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))  # (1 + tanh u) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3)
 
@@ -59,7 +60,7 @@ def _slope(z, NAME: tl.constexpr):
         p = tl.sigmoid(z)
         return p * (1.0 + z * (1.0 - p))
     elif NAME == "gelu":
-        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        return erf_gelu_slope(z)
     else:
         p = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
         return p + z * p * (1.0 - p) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
