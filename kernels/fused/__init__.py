@@ -24,6 +24,7 @@ KINDS = ("auto", "torch", "native", "triton")
 TRITON: dict[str, str] = {
     "adapter": "adapter",
     "adamw": "sparse",
+    "attention": "attention",
     "dropout": "dropout",
     "gelu": "gelu",
     "lora_grads": "lora_grads",

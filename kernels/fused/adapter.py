@@ -26,14 +26,13 @@ from torch import Tensor
 
 from . import register
 from .gelu import erf_gelu, erf_gelu_slope
-from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power
+from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power, sum_spec, sum_stretches
 
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_new")
 WIDEST = 256  # K of one launch
 STRETCH = 512  # rows of T that one program sums for the gradients of the parameters, at least
 MOST_STRETCHES = 32
 FILLED = 128  # programs that there should be at the least
-SUMMED = 1024  # gradients that one program of the second stage sums
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -177,16 +176,6 @@ def _backward_parameters(dy, x, z, dz, partial, tokens, width, inner, scale, str
         tl.store(partial + size + k, dc, mask=k < inner)
 
 
-@triton.jit
-def _sum_stretches(partial, total, number, stretches, BLOCK: tl.constexpr):
-    """partial [stretches, N] fp32 -> total [N]: the sum over the stretches, in their order."""
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    found = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, stretches):
-        found += tl.load(partial + i * number + n, mask=n < number, other=0.0)
-    tl.store(total + n, found, mask=n < number)
-
-
 # ---------------------------------------------------------------- launchers
 
 def tiles(inner: int, product: torch.dtype, tokens: int | None = None, parts: int = 1) -> dict:
@@ -233,7 +222,7 @@ def specs(arch: int) -> list[Spec]:
             pointers = {"dy": inside, "x": given, "kept": kept, **parameters, "dx": given, "z_out": inside, "dz_out": inside}
             found.append(spec(f"backward, {name}, kept {keep}{few}", _backward, pointers, tokens=tokens, NAME=name, KEEP=keep, TRAINED=trained, WANTED=True, SAME=trained))
         found.append(spec("backward, parameters", _backward_parameters, {"dy": inside, "x": given, "z": inside, "dz": inside, "partial": "*fp32"}, 2, NAME="gelu"))
-    return found + [Spec("sum of stretches", _sum_stretches, {"partial": "*fp32", "total": "*fp32", "number": "i32", "stretches": "i32"}, {"BLOCK": SUMMED})]
+    return found + [sum_spec()]
 
 
 @torch.library.custom_op("peftdebias::adapter_forward", mutates_args=())
@@ -288,7 +277,7 @@ def _adapter_backward(dy: Tensor, x: Tensor | None, kept: Tensor, down: Tensor, 
             stretches = ceil_div(tokens, stretch)
             partial = dy.new_empty(stretches, total.numel(), dtype=torch.float32)
             _backward_parameters[ceil_div(width, tile["COLUMNS"]), stretches](dy, x, z, dz, partial, tokens, width, inner, scale, stretch, **options, **tile)
-            _sum_stretches[ceil_div(total.numel(), SUMMED),](partial, total, total.numel(), stretches, BLOCK=SUMMED, num_warps=4, enable_fp_fusion=True)
+            sum_stretches(partial.view(stretches, -1), total.view(-1))
     return dx, total
 
 

@@ -49,14 +49,21 @@ def keep(rows, first_block, blocks, seed, site, threshold, BLOCKS: tl.constexpr)
     """bool [rows, 8 * BLOCKS]: keep_mask of these rows and of the columns from 8 * first_block on.
 
     rows int64 [BT]; blocks: ceil(D / 8) of the whole tensor; seed int64 and site int32 scalars (kernels take site unspecialised); threshold a whole number.
-    The lanes come in the order (half, word // 2, word % 2), each `join` a new fastest axis.
     """
     n = rows[:, None] * blocks + (first_block + tl.arange(0, BLOCKS))[None, :]  # [BT, BLOCKS]
-    zero = n.to(tl.uint32) * 0
-    w0, w1, w2, w3 = philox(n.to(tl.uint32), (n >> 32).to(tl.uint32), zero + (seed >> 32).to(tl.uint32), zero, seed.to(tl.uint32), site.to(tl.uint32))
+    return keep_at(n.to(tl.uint32), (n >> 32).to(tl.uint32), n.to(tl.uint32) * 0, seed, site, threshold)
+
+
+@triton.jit
+def keep_at(first, second, fourth, seed, site, threshold):
+    """bool [BT, 8 * BLOCKS]: what is kept of the counters (first, second, the seed's high half, fourth), uint32 that broadcast to [BT, BLOCKS].
+
+    The lanes come in the order (half, word // 2, word % 2), each `join` a new fastest axis.
+    """
+    w0, w1, w2, w3 = philox(first, second, (seed >> 32).to(tl.uint32), fourth, seed.to(tl.uint32), site.to(tl.uint32))
     even = tl.join(_halves(w0, threshold), _halves(w2, threshold))  # [BT, BLOCKS, 2, 2]
     odd = tl.join(_halves(w1, threshold), _halves(w3, threshold))
-    return tl.reshape(tl.join(even, odd), (rows.shape[0], BLOCKS * 8)) != 0
+    return tl.reshape(tl.join(even, odd), (w0.shape[0], w0.shape[1] * 8)) != 0
 
 
 @triton.jit

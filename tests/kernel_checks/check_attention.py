@@ -1,0 +1,336 @@
+"""Attention's kernels against attention_ref: forward and every named gradient, in each dtype, over ragged batches, prefixes, dropout, fewer queries than keys."""
+
+import math
+
+import pytest
+import torch
+
+from peftdebias.batches import Spans
+from peftdebias.kernels import attention as room
+from peftdebias.kernels.attention import attention
+from peftdebias.kernels.dropout_ref import Drop
+from peftdebias.ops.attention import attention_ref
+
+from .harness import DEVICE, DTYPES, compare, drawn, poisoned, run, strided
+
+HEADS = 3
+OWN = ("query", "key", "value")
+PREFIX = ("prefix_key", "prefix_value")
+LENGTHS = {
+    "ragged": ((13, 1, 37), (13, 1, 37)),
+    "fewer queries": ((2, 1, 5), (13, 1, 37)),
+    "no queries in one": ((2, 0, 1), (13, 5, 7)),
+    "an empty text": ((3, 0, 7), (13, 0, 7)),
+    "one token each": ((1, 1, 1), (1, 1, 1)),
+    "longer than a tile": ((70, 3), (141, 19)),
+}
+
+
+def seeded(value: int = 5, rate: float = 0.3, site: int = 7) -> Drop:
+    return Drop(rate, torch.tensor([value], device=DEVICE), site)
+
+
+def spans_of(name: str) -> Spans:
+    return Spans.of(*LENGTHS[name], DEVICE)
+
+
+def tensors(spans: Spans, width: int, prefix: int | None = None, heads: int = HEADS) -> dict[str, torch.Tensor]:
+    """float64 by name; scores are of order 1, some shares near 1."""
+    rows = {"query": sum(spans.query_lengths), "key": sum(spans.key_lengths), "value": sum(spans.key_lengths)} | ({} if prefix is None else dict.fromkeys(PREFIX, prefix))
+    return {name: drawn(n, heads, width, seed=i, scale=1.5 if name == "query" else 1.0) for i, (name, n) in enumerate(rows.items())}
+
+
+def both(spans: Spans, drop: Drop | None = None):
+    """(fused, twin), each a function of OWN and PREFIX."""
+    def function(op):
+        return lambda query, key, value, prefix_key=None, prefix_value=None: op(query, key, value, spans, None if prefix_key is None else (prefix_key, prefix_value), drop)
+
+    return function(attention), function(attention_ref)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("prefix", [None, 0, 1, 30])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_every_batch_with_every_prefix(name, prefix, rate):
+    spans = spans_of(name)
+    compare(*both(spans, seeded(rate=rate) if rate else None), tensors(spans, 7, prefix), dtype=torch.float32, gradients=OWN if prefix is None else OWN + PREFIX)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 13, 16, 32, 64, 128])
+def test_head_widths_in_each_dtype(width, dtype):
+    spans = spans_of("ragged")
+    compare(*both(spans, seeded()), tensors(spans, width, 5), dtype=dtype, gradients=OWN + PREFIX)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prefix", [None, 1, 37])
+def test_texts_of_more_than_one_tile(prefix, dtype):
+    """Keys of 141 and 19 places: several tiles of queries, of keys and of the prefix."""
+    spans = spans_of("longer than a tile")
+    compare(*both(spans, seeded(rate=0.1)), tensors(spans, 32, prefix), dtype=dtype, gradients=OWN if prefix is None else OWN + PREFIX)
+
+
+@pytest.mark.parametrize("gradients", [("query",), ("key",), ("value",), ("key", "value"), ("query", "value"), OWN, PREFIX, ("prefix_value",), ("query", "prefix_key"),
+                                       ("value", "prefix_key")], ids="+".join)
+@pytest.mark.parametrize("name", ["ragged", "longer than a tile"])
+def test_any_set_of_gradients(name, gradients):
+    """A frozen prefix, a query alone, keys alone, ..."""
+    spans = spans_of(name)
+    compare(*both(spans, seeded()), tensors(spans, 13, 5), dtype=torch.float32, gradients=gradients)
+
+
+def test_a_frozen_prefix_costs_no_gradient(monkeypatch):
+    """Its kernel is not even launched."""
+    spans = spans_of("ragged")
+    given = {name: x.float() for name, x in tensors(spans, 13, 5).items()}
+    monkeypatch.setattr(room, "backward_prefix_kernel", None)
+    run(both(spans)[0], given, OWN, 0)
+    with pytest.raises(TypeError):
+        run(both(spans)[0], given, PREFIX, 0)
+
+
+def test_many_stretches_sum_to_the_same(monkeypatch):
+    monkeypatch.setattr(room, "STRETCH", 1)
+    spans = Spans.of((70, 1, 61), (70, 1, 61), DEVICE)
+    compare(*both(spans, seeded()), tensors(spans, 13, 9), dtype=torch.float32, gradients=PREFIX)
+    monkeypatch.setattr(room, "MOST_STRETCHES", 2)
+    compare(*both(spans, seeded()), tensors(spans, 13, 9), dtype=torch.float32, gradients=PREFIX)
+
+
+def in_one(spans: Spans, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """[T, 3 D] of query, key and value."""
+    given = tensors(spans, width)
+    return torch.cat([given[name].flatten(1) for name in OWN], 1).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slices_of_one_product_are_read_where_they_lie(dtype, monkeypatch):
+    """Rows 3 D apart: no copy is made, and the result is that of copies, bit for bit."""
+    spans = spans_of("ragged")
+    whole = in_one(spans, 16, dtype)
+    copied = []
+    monkeypatch.setattr(room, "_rows_apart", lambda x, f=room._rows_apart: copied.append(f(x) is not x) or f(x))
+
+    def slices(tensor):
+        return [x.view(-1, HEADS, 16) for x in tensor.split(HEADS * 16, 1)]
+
+    leaf = whole.clone().requires_grad_()
+    with poisoned():
+        found = attention(*slices(leaf), spans, drop=seeded())
+        pull = drawn(*found.shape, seed=9).to(dtype)
+        (gradient,) = torch.autograd.grad(found, leaf, pull)
+    assert copied and not any(copied)
+    apart = [x.clone().requires_grad_() for x in slices(whole)]
+    expected = attention(*apart, spans, drop=seeded())
+    assert torch.equal(found, expected)
+    assert torch.equal(gradient, torch.cat([g.flatten(1) for g in torch.autograd.grad(expected, apart, pull)], 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_layouts_are_copied(dtype):
+    spans = spans_of("fewer queries")
+    compare(*both(spans, seeded()), tensors(spans, 13, 5), dtype=dtype, gradients=OWN + PREFIX, layout=strided)
+    compare(*both(spans, seeded()), tensors(spans, 13, 5), dtype=dtype, gradients=OWN + PREFIX, layout=lambda x: x.transpose(0, 1).contiguous().transpose(0, 1))
+
+
+def test_an_expanded_gradient():
+    """What a sum hands back has no strides."""
+    spans = spans_of("ragged")
+    given = {name: x.float().requires_grad_() for name, x in tensors(spans, 7).items()}
+    found, wanted = (torch.autograd.grad(f(**given).sum(), list(given.values())) for f in both(spans))
+    for one, other in zip(found, wanted):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prefix_in_float32_beside_bf16():
+    """What autocast leaves: the products see it rounded, its gradient comes in float32."""
+    spans = spans_of("ragged")
+    fused, twin = both(spans, seeded())
+    compare(fused, lambda prefix_key, prefix_value, **own: twin(**own, prefix_key=prefix_key.to(own["query"].dtype), prefix_value=prefix_value.to(own["query"].dtype)),
+            tensors(spans, 16, 5), dtype=torch.bfloat16, float32=PREFIX, gradients=OWN)
+    given = {name: x.to(torch.float32 if name in PREFIX else torch.bfloat16).requires_grad_() for name, x in tensors(spans, 16, 5).items()}
+    for gradient, wanted in zip(*(torch.autograd.grad(f(**given).float().sum(), [given[n] for n in PREFIX]) for f in (fused, lambda **t: twin(**{n: x.float() for n, x in t.items()})))):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, wanted, rtol=0.03, atol=0.03 * float(wanted.abs().max()))
+
+
+def test_autocast_multiplies_in_bf16():
+    spans = spans_of("ragged")
+    given = {name: x.float().requires_grad_() for name, x in tensors(spans, 16, 5).items()}
+    fused, _ = both(spans)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found = fused(**given)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, fused(**{name: x if name in PREFIX else x.bfloat16() for name, x in given.items()}))
+    assert {g.dtype for g in torch.autograd.grad(found.sum(), list(given.values()))} == {torch.float32}
+
+
+# ---------------------------------------------------------------- dropout
+
+@pytest.mark.parametrize("seed", [0, 2**31 + 7, 2**40 + 3])
+@pytest.mark.parametrize("name", ["fewer queries", "longer than a tile"])
+def test_the_mask_is_that_of_the_specification(name, seed):
+    """Equal scores over one-hot values: the output shows what was kept, of the prefix and of each sequence's own keys, element by element."""
+    spans, prefix = spans_of(name), 11
+    width, drop = 128, seeded(seed, 0.5)
+    longest = max(spans.key_lengths)
+    query = torch.zeros(sum(spans.query_lengths), 2, width, device=DEVICE)
+    key = torch.zeros(sum(spans.key_lengths), 2, width, device=DEVICE)
+    shared = torch.zeros(prefix, 2, width, device=DEVICE)
+    for first in range(0, prefix + longest, width):  # which keys the values mark in turn
+        marks = torch.eye(prefix + longest, device=DEVICE)[:, first:first + width]
+        marks = torch.nn.functional.pad(marks, (0, width - marks.shape[1]))[:, None, :].expand(-1, 2, -1)
+        value = torch.cat([marks[prefix:prefix + n] for n in spans.key_lengths])
+        with poisoned():
+            found, wanted = (f(query, key, value, spans, (shared, marks[:prefix]), drop) for f in (attention, attention_ref))
+        assert torch.equal(found > 0, wanted > 0) and (wanted > 0).any() and not (wanted[:, :, :prefix] > 0).all()
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_keeps_its_share(rate):
+    n = 96
+    spans, zeros, value = Spans.of((n, n), (n, n), DEVICE), torch.zeros(2 * n, 2, n, device=DEVICE), torch.eye(n, device=DEVICE).repeat(2, 1)[:, None, :].expand(-1, 2, -1)
+    drop = seeded(rate=rate)
+    kept = attention(zeros, zeros, value, spans, drop=drop) > 0
+    assert abs(kept.double().mean().item() - 1 / drop.scale) <= 4 * math.sqrt(rate * (1 - rate) / kept.numel())
+    for other in (drop._replace(seed=drop.seed + 1), drop._replace(seed=drop.seed + 2**32), drop._replace(site=1)):
+        same = (kept == (attention(zeros, zeros, value, spans, drop=other) > 0)).double().mean().item()
+        assert abs(same - (1 - 2 * rate * (1 - rate))) < 0.02
+
+
+def test_rows_of_which_everything_is_dropped():
+    """At 0.97 of three keys most rows keep nothing: their output is 0, and so is every gradient through them."""
+    spans, drop = Spans.of((40,), (3,), DEVICE), seeded(rate=0.97)
+    given = tensors(spans, 7)
+    empty = (attention_ref(*(given[name] for name in OWN), spans, drop=drop) == 0).all(2)  # [Mq, H]
+    assert 0 < empty.sum() < empty.numel()
+    compare(*both(spans, drop), given, dtype=torch.float32, gradients=OWN)
+    found = run(both(spans, drop)[0], {name: x.float() for name, x in given.items()}, OWN, 0)
+    assert (found["output"][empty] == 0).all() and (found["gradient of query"][empty] == 0).all()
+
+
+def test_dropout_at_rate_0_is_none():
+    spans = spans_of("ragged")
+    given = [x.float() for x in tensors(spans, 7).values()]
+    assert torch.equal(attention(*given, spans, drop=seeded(rate=0.0)), attention(*given, spans))
+
+
+# ---------------------------------------------------------------- edges
+
+@pytest.mark.parametrize("lengths", [((), ()), ((0, 0), (13, 7)), ((0,), (0,))], ids=["no sequences", "no queries", "nothing"])
+@pytest.mark.parametrize("prefix", [None, 5])
+def test_nothing_to_compute(lengths, prefix):
+    spans = Spans.of(*lengths, DEVICE)
+    given = {name: x.float() for name, x in tensors(spans, 7, prefix).items()}
+    with poisoned():
+        found = run(both(spans)[0], given, given, 0)
+    assert all(x.shape == given[name.removeprefix("gradient of ")].shape and (x == 0).all() for name, x in found.items() if name != "output") and not found["output"].numel()
+
+
+def test_queries_without_any_key_give_zeros():
+    """A sequence of no keys, beside one that has some; with a prefix it has that."""
+    spans = Spans.of((2, 3), (0, 5), DEVICE)
+    given = {name: x.float() for name, x in tensors(spans, 7, 4).items()}
+    with poisoned():
+        found = run(both(spans)[0], {name: given[name] for name in OWN}, OWN, 0)
+    assert (found["output"][:2] == 0).all() and (found["gradient of query"][:2] == 0).all() and all(x.isfinite().all() for x in found.values())
+    assert (found["output"][2:] != 0).all()
+    compare(*both(spans), tensors(spans, 7, 4), dtype=torch.float32, gradients=OWN + PREFIX)
+
+
+def test_large_scores_neither_overflow_nor_vanish():
+    spans = spans_of("ragged")
+    given = tensors(spans, 16, 5)
+    given["query"] *= 200
+    compare(*both(spans), given, dtype=torch.float32)
+    found = run(both(spans)[0], {name: x.float() for name, x in given.items()}, OWN + PREFIX, 0)
+    assert all(x.isfinite().all() for x in found.values())
+
+
+def test_nan_stays_in_its_sequence_and_is_not_hidden():
+    spans = spans_of("ragged")
+    given = {name: x.float() for name, x in tensors(spans, 7).items()}
+    given["key"][3, 1, 2] = math.nan
+    found = both(spans)[0](**given)
+    assert found[:13, 1].isnan().all() and not found[13:].isnan().any() and not found[:, [0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("name", ["ragged", "longer than a tile"])
+def test_gradients_repeat_bit_for_bit(name):
+    spans = spans_of(name)
+    given = {n: x.bfloat16() for n, x in tensors(spans, 16, 9).items()}
+    first, again = (run(both(spans, seeded())[0], given, OWN + PREFIX, 0) for _ in range(2))
+    assert all(torch.equal(first[n], again[n]) for n in first)
+
+
+def test_a_sequence_does_not_depend_on_its_batch_beside_the_mask():
+    spans = spans_of("ragged")
+    given = [x.float() for x in tensors(spans, 16).values()]
+    alone = attention(*(x[14:] for x in given), Spans.of((37,), (37,), DEVICE))
+    assert torch.equal(attention(*given, spans)[14:], alone)
+
+
+def test_what_is_kept_for_the_backward():
+    """q, k, v, y, two float32 a row and head; nothing of [Mq, T]."""
+    spans, sizes = Spans.of((64, 64), (64, 64), DEVICE), {}
+    given = {name: x.float().requires_grad_() for name, x in tensors(spans, 16).items()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.setdefault(x.data_ptr(), x.numel() * x.element_size()) and x, lambda x: x):
+        both(spans, seeded())[0](**given)
+    assert sum(sizes.values()) == 4 * (4 * 128 * HEADS * 16 + 2 * 128 * HEADS) + 2 * 3 * 4 + 8
+
+
+@pytest.mark.parametrize("change,words", [
+    ({"query": torch.zeros(4, 2, 8)}, r"attention, query: expected shape \[5, -1, -1\], got \[4, 2, 8\]"),
+    ({"query": torch.zeros(5, 2, 136)}, "attention, query: expected a head width of 1 to 128, got 136"),
+    ({"query": torch.zeros(5, 2, 8, dtype=torch.float64)}, "attention, query: expected one of float32, bfloat16, float16, got float64"),
+    ({"key": torch.zeros(5, 3, 8)}, r"attention, key: expected shape \[5, 2, 8\], got \[5, 3, 8\]"),
+    ({"value": torch.zeros(5, 2, 8, dtype=torch.bfloat16)}, "attention, value: expected one of float32, got bfloat16"),
+    ({"prefix": (torch.zeros(3, 2, 7), torch.zeros(3, 2, 8))}, r"attention, prefix key: expected shape \[-1, 2, 8\], got \[3, 2, 7\]"),
+    ({"prefix": (torch.zeros(3, 2, 8), torch.zeros(4, 2, 8))}, r"attention, prefix value: expected shape \[3, 2, 8\], got \[4, 2, 8\]"),
+    ({"drop": Drop(1.0, torch.tensor([1]), 0)}, "dropout: expected a rate from 0 up to but not 1, got 1.0"),
+    ({"drop": Drop(0.5, torch.zeros(1), 0)}, "attention, seed: expected one of int64, got float32"),
+])
+def test_refused_by_name(change, words):
+    moved = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in change.items()}
+    given = {name: torch.zeros(5, 2, 8, device=DEVICE) for name in OWN} | {"spans": Spans.of((2, 3), (2, 3), DEVICE)} | moved
+    with pytest.raises(ValueError, match=words):
+        attention(**given)
+
+
+@pytest.mark.parametrize("prefix,drop", [(None, None), (5, seeded())], ids=["", "prefix and dropout"])
+def test_torch_compile_does_not_break_on_it(prefix, drop):
+    """The op's registration: fake tensors, mutation and gradients agree with what it does; a full graph, eager or ahead of time."""
+    spans = spans_of("fewer queries")
+    given = {name: x.float().requires_grad_() for name, x in tensors(spans, 16, prefix).items()}
+    pre = [given.get(name) for name in PREFIX]
+    args = (*(given[name] for name in OWN), *pre, spans.cu_queries, spans.cu_keys, 5, 37, drop.rate if drop else 0.0, drop.seed if drop else None, 7)
+    torch.library.opcheck(torch.ops.peftdebias.attention_forward.default, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    y, sums = (x.detach() for x in torch.ops.peftdebias.attention_forward(*args))
+    for asked in ((True, True, prefix is not None), (True, False, False), (False, True, False)):
+        torch.library.opcheck(torch.ops.peftdebias.attention_backward.default, (torch.ones_like(y), *args[:5], y, sums, *args[5:], *asked), test_utils=("test_schema", "test_faketensor"))
+    fused = both(spans, drop)[0]
+    compiled = torch.compile(lambda t: fused(**t), backend="aot_eager", fullgraph=True)
+    outputs = [f(given) for f in (compiled, lambda t: fused(**t))]
+    assert torch.equal(*outputs)
+    for one, other in zip(*(torch.autograd.grad(x, list(given.values()), torch.ones_like(x)) for x in outputs)):
+        assert torch.equal(one, other)
+
+
+# ---------------------------------------------------------------- real sizes
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prefix", [None, 30])
+def test_the_size_of_bert_base(prefix, dtype):
+    lengths = (128, 5, 64, 54)
+    spans = Spans.of(lengths, lengths, DEVICE)
+    compare(*both(spans, seeded(rate=0.1)), tensors(spans, 64, prefix, heads=12), dtype=dtype, gradients=OWN if prefix is None else OWN + PREFIX)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_longest_text_and_few_queries(dtype):
+    spans = Spans.of((77, 1), (512, 9), DEVICE)
+    compare(*both(spans, seeded(rate=0.1)), tensors(spans, 64, 30, heads=12), dtype=dtype, gradients=OWN + PREFIX)
