@@ -40,6 +40,21 @@ class Spans:
         return cumulative(self.key_lengths).to(self.device, non_blocking=True)
 
     @functools.cached_property
+    def queries(self) -> int:
+        """Of all sequences."""
+        return sum(self.query_lengths)
+
+    @functools.cached_property
+    def keys(self) -> int:
+        """Of all sequences."""
+        return sum(self.key_lengths)
+
+    @functools.cached_property
+    def host_lengths(self) -> Tensor:
+        """int64 [2, B], on the host: query_lengths and key_lengths."""
+        return torch.tensor((self.query_lengths, self.key_lengths), dtype=torch.int64)
+
+    @functools.cached_property
     def padded_queries(self) -> Tensor:
         """int64 [sum(query_lengths)]: where each packed query stands in a padded [B * longest]."""
         return _padded_places(self.query_lengths).to(self.device, non_blocking=True)
