@@ -33,7 +33,7 @@
 namespace ops {
 namespace {
 
-enum { OK = 0, NO_MEMORY = 1 };
+enum { OK = 0, NO_MEMORY = 1, NO_TARGET = 2 };
 
 std::atomic<bool> plain{false};  // the portable kernels whatever the processor
 
@@ -184,7 +184,7 @@ Floats floats(size_t count) {
 
 // ---------------------------------------------------------------- C ABI
 
-// Calls return OK (0) or NO_MEMORY (1). Matrices are float32, rows `_stride` elements apart, neighbours in a row next to each other; results are contiguous where
+// Calls return OK (0), NO_MEMORY (1) or NO_TARGET (2). Matrices are float32, rows `_stride` elements apart, neighbours in a row next to each other; results are contiguous where
 // no stride is given. seed: int64 [1] or null (no dropout); threshold: of 65536, how many are kept. Pointers named as wanted results may be null.
 
 using namespace ops;
@@ -255,9 +255,11 @@ EXPORT int peftdebias_adamw(float* values, const float* gradient, float* first, 
     return OK;
 }
 
-// nll [rows] nats; lse [rows] for the backward.
-EXPORT int peftdebias_loss_forward(const float* logits, const int64_t* targets, float* lse, float* nll, int64_t rows, int64_t vocabulary, int threads) {
-    const Loss op{logits, targets, lse, nullptr, vocabulary};
+// nll [rows] nats; tops and sums [rows] for the backward. A target that is none gives NO_TARGET.
+EXPORT int peftdebias_loss_forward(const float* logits, const int64_t* targets, float* tops, float* sums, float* nll, int64_t rows, int64_t vocabulary, int threads) {
+    for (int64_t row = 0; row < rows; ++row)
+        if (targets[row] < 0 || targets[row] >= vocabulary) return NO_TARGET;
+    const Loss op{logits, targets, tops, sums, nullptr, vocabulary};
     const Kernels& k = kernels();
     by_rows(rows, vocabulary, threads, [&](int64_t first, int64_t last, int64_t) {
         for (int64_t row = first; row < last; ++row) nll[row] = k.loss_forward(op, row);
@@ -266,9 +268,9 @@ EXPORT int peftdebias_loss_forward(const float* logits, const int64_t* targets, 
 }
 
 // dlogits [rows, vocabulary] = factors[row] * (softmax - one at the target); it may be the logits themselves.
-EXPORT int peftdebias_loss_backward(const float* logits, const int64_t* targets, const float* lse, const float* factors, float* dlogits, int64_t rows, int64_t vocabulary,
-                                    int threads) {
-    const Loss op{logits, targets, const_cast<float*>(lse), dlogits, vocabulary};
+EXPORT int peftdebias_loss_backward(const float* logits, const int64_t* targets, float* tops, float* sums, const float* factors, float* dlogits, int64_t rows,
+                                    int64_t vocabulary, int threads) {
+    const Loss op{logits, targets, tops, sums, dlogits, vocabulary};
     const Kernels& k = kernels();
     by_rows(rows, vocabulary, threads, [&](int64_t first, int64_t last, int64_t) {
         for (int64_t row = first; row < last; ++row) k.loss_backward(op, row, factors[row]);

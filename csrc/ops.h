@@ -77,9 +77,10 @@ struct Stretch {  // of one sequence
 };
 
 struct Loss {
-    const float* logits;  // [M, V] contiguous
-    const int64_t* targets;
-    float *lse, *dlogits;
+    const float* logits;     // [M, V] contiguous
+    const int64_t* targets;  // in 0 .. V - 1
+    float *tops, *sums;      // [M] the largest logit a, and the sum of e^(logit - a)
+    float* dlogits;          // backward
     int64_t vocabulary;
 };
 
@@ -94,7 +95,7 @@ struct Kernels {
     size_t (*attention_scratch)(const Attention& op, int64_t queries, int64_t keys);               // floats
     void (*attention_forward)(const Attention& op, const Stretch& where, int64_t head, float* scratch);
     void (*attention_backward)(const Attention& op, const Stretch& where, int64_t head, float* prefix, float* scratch);  // prefix: [2, P, W] added to, or null
-    float (*loss_forward)(const Loss& op, int64_t row);   // nats; writes lse
+    float (*loss_forward)(const Loss& op, int64_t row);  // nats; writes tops and sums
     void (*loss_backward)(const Loss& op, int64_t row, float factor);
 };
 

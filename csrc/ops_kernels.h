@@ -8,8 +8,9 @@ namespace OPS_NAMESPACE {
 
 // ---------------------------------------------------------------- bits (kernels/fused/dropout.py)
 
+#if defined(OPS_AVX2)
 // Philox4x32-10 of eight counters at once. A vector holds four of them, a 32-bit word in each 64-bit lane, since that is what the multiplier takes; what the
-// upper halves hold does not matter. `even` has counters 0, 2, 4, 6 and `odd` the others, so that joining the halves puts all eight in order.
+// upper halves hold does not matter. `a` has counters 0, 2, 4, 6 and `b` the others, so that joining the halves puts all eight in order.
 struct Philox {
     vl keys[20];
     vl high;  // third word of the counter: the seed's high half
@@ -23,13 +24,10 @@ struct Philox {
         high = vl{} + uint64_t(uint32_t(drop.seed >> 32));
     }
 
-    static vl product(vl x, uint32_t factor) {
-#if defined(OPS_AVX2)
-        return (vl)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(int64_t(factor)));
-#else
-        return (x & 0xFFFFFFFFull) * uint64_t(factor);
-#endif
-    }
+    static vl product(vl x, uint32_t factor) { return (vl)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(int64_t(factor))); }
+
+    // All 16-bit numbers of a word of the eight counters at most `limit`: bit k of the lanes' low halves, bit k + 4 of their high ones.
+    static vu small(vl a, vl b, vh limit, int k) { return (vu)((vh)((a & 0xFFFFFFFFull) | (b << 32)) <= limit) & (0x00100001u << k); }
 
     // Bits 0 .. 7 of out[j]: which elements of the block with counter (c0[j], c1[j], seed's high half, c3) are kept.
     void kept(vu c0, vu c1, uint32_t c3, uint32_t last, uint32_t* out) const {
@@ -43,19 +41,36 @@ struct Philox {
             b0 = (s >> 32) ^ b1 ^ k0, b1 = s, b2 = (r >> 32) ^ b3 ^ k1, b3 = r;
         }
         const vh limit = vh{} + uint16_t(last);
-        vu bits = {};
-        const auto word = [&](vl a, vl b, int k) __attribute__((always_inline)) {
-            const vh halves = (vh)((a & 0xFFFFFFFFull) | (b << 32));
-            bits |= (vu)(halves <= limit) & (0x00100001u << k);
-        };
-        word(a0, b0, 0), word(a1, b1, 1), word(a2, b2, 2), word(a3, b3, 3);
+        const vu bits = small(a0, b0, limit, 0) | small(a1, b1, limit, 1) | small(a2, b2, limit, 2) | small(a3, b3, limit, 3);
         *reinterpret_cast<vu_anywhere*>(out) = (bits | bits >> 16) & 0xFFu;
     }
+#else
+// Philox4x32-10, eight counters one after the other.
+struct Philox {
+    uint32_t k0, k1, high;
+
+    explicit Philox(const Drop& drop) : k0(uint32_t(drop.seed)), k1(drop.site), high(uint32_t(drop.seed >> 32)) {}
+
+    // Bits 0 .. 7 of out[j]: which elements of the block with counter (c0[j], c1[j], seed's high half, c3) are kept.
+    void kept(vu c0, vu c1, uint32_t c3, uint32_t last, uint32_t* out) const {
+        for (int j = 0; j < 8; ++j) {
+            uint32_t word[4] = {c0[j], c1[j], high, c3}, a = k0, b = k1;
+            for (int i = 0; i < 10; ++i, a += 0x9E3779B9u, b += 0xBB67AE85u) {
+                const uint64_t p = word[0] * uint64_t(0xD2511F53u), q = word[2] * uint64_t(0xCD9E8D57u);
+                word[0] = uint32_t(q >> 32) ^ word[1] ^ a, word[1] = uint32_t(q), word[2] = uint32_t(p >> 32) ^ word[3] ^ b, word[3] = uint32_t(p);
+            }
+            uint32_t bits = 0;
+            for (int k = 0; k < 4; ++k) bits |= uint32_t((word[k] & 0xFFFF) <= last) << k | uint32_t(word[k] >> 16 <= last) << (k + 4);
+            out[j] = bits;
+        }
+    }
+#endif
 
     // The same of the blocks n .. n + 7 of a tensor's elements.
     void kept(uint64_t n, uint32_t last, uint32_t* out) const {
-        const vu low = vu{0, 1, 2, 3, 4, 5, 6, 7} + uint32_t(n);
-        kept(low, uint32_t(n >> 32) - (vu)(low < uint32_t(n)), 0, last, out);  // a comparison is -1 where it holds
+        uint32_t low[8], above[8];
+        for (uint64_t j = 0; j < 8; ++j) low[j] = uint32_t(n + j), above[j] = uint32_t((n + j) >> 32);
+        kept(*reinterpret_cast<const vu_anywhere*>(low), *reinterpret_cast<const vu_anywhere*>(above), 0, last, out);
     }
 };
 
@@ -268,16 +283,16 @@ static float loss_forward(const Loss& op, int64_t row) {
         if (v == whole && v < width) part += both(exponential(load(logits + v, width - v) - top), first_lanes(width - v)), v = width;
         total += double(sum(part));
     }
-    op.lse[row] = top + float(__builtin_log(total));
-    return op.lse[row] - logits[op.targets[row]];
+    op.tops[row] = top, op.sums[row] = float(total);
+    return float(__builtin_log(total) - (double(logits[op.targets[row]]) - double(top)));
 }
 
 static void loss_backward(const Loss& op, int64_t row, float factor) {
     const int64_t width = op.vocabulary, whole = width / 8 * 8;
-    const float *logits = op.logits + row * width, lse = op.lse[row];
+    const float *logits = op.logits + row * width, top = op.tops[row], share = factor / op.sums[row];
     float* dlogits = op.dlogits + row * width;
-    for (int64_t v = 0; v < whole; v += 8) store(dlogits + v, exponential(load(logits + v) - lse) * factor);
-    if (whole < width) store(dlogits + whole, exponential(load(logits + whole, width - whole) - lse) * factor, width - whole);
+    for (int64_t v = 0; v < whole; v += 8) store(dlogits + v, exponential(load(logits + v) - top) * share);
+    if (whole < width) store(dlogits + whole, exponential(load(logits + whole, width - whole) - top) * share, width - whole);
     dlogits[op.targets[row]] -= factor;
 }
 

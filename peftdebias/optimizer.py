@@ -1,13 +1,15 @@
 """AdamW of all small parameters as one flat update. Loshchilov and Hutter 2019, arXiv 1711.05101.
 
 What it adds over torch.optim.AdamW: the parameters of a group become views of one tensor, so that a step is one launch however many they are (a sparse module has
-one vector a site, 146 on BERT-base). It leaves out what the loop here does not use: amsgrad, maximize, closures. The kernel: kernels/fused/sparse.py.
+one vector a site, 146 on BERT-base). It leaves out what the loop here does not use: amsgrad, maximize, closures. The kernels: kernels/fused/sparse.py, csrc/ops.cpp.
 """
 
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+
+from .ops import compiled
 
 
 @torch.no_grad()
@@ -19,6 +21,18 @@ def adamw_ref(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, *
     second.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
     root = second.sqrt() / (1 - b2 ** step) ** 0.5
     values.addcdiv_(first, root + epsilon, value=-lr / (1 - b1 ** step))
+
+
+@compiled.register("adamw")
+def adamw_compiled(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, *, lr: float, betas: tuple[float, float], epsilon: float, decay: float,
+                   step: int) -> None:
+    """adamw_ref by csrc/ops.cpp, in one pass."""
+    tensors, (b1, b2) = (values, gradient, first, second), betas
+    if not compiled.takes(*tensors) or any(t.shape != values.shape or not t.is_contiguous() for t in tensors):
+        return adamw_ref(*tensors, lr=lr, betas=betas, epsilon=epsilon, decay=decay, step=step)
+    compiled.call("adamw", *(t.data_ptr() for t in tensors), values.numel(), lr, b1, b2, epsilon, decay, 1 - b1 ** step, 1 - b2 ** step, torch.get_num_threads())
+    for tensor in (values, first, second):
+        torch.autograd.graph.increment_version(tensor)
 
 
 class FlatAdamW(torch.optim.Optimizer):

@@ -23,8 +23,8 @@ CALLS = {
     "norm_backward": "plpppppppll" + _DROP,
     "gelu": "plplppplli",
     "adamw": "pppplddddddd" + "i",
-    "loss_forward": "pppplli",
-    "loss_backward": "ppppplli",
+    "loss_forward": "ppppplli",
+    "loss_backward": "pppppplli",
     "attention_forward": "plplplpplpppllll" + _DROP,
     "attention_backward": "plplplpplpplplplplppllll" + _DROP,
 }
@@ -32,6 +32,7 @@ CALLS = {
 
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float, "d": ctypes.c_double}
 _PLAIN = (Tensor, Parameter)
+_ERRORS = {1: (MemoryError, "no memory for the sums of its threads"), 2: (IndexError, "expected targets inside the vocabulary, got one outside")}
 
 
 def _functions() -> dict:
@@ -57,9 +58,10 @@ def register(op: str):
 
 
 def call(name: str, *arguments) -> None:
-    """Raises MemoryError where the library has none."""
-    if FUNCTIONS[name](*arguments):
-        raise MemoryError(f"peftdebias._native, {name}: no memory for the sums of its threads")
+    """Raises MemoryError where the library has none, IndexError where a target is no index."""
+    code = FUNCTIONS[name](*arguments)
+    if code:
+        raise _ERRORS[code][0](f"peftdebias._native, {name}: {_ERRORS[code][1]}")
 
 
 def takes(*tensors: Tensor | None) -> bool:
