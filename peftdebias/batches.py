@@ -84,6 +84,11 @@ class Spans:
         return tuple(self.cu_keys.diff().tolist())
 
     @lazy
+    def host_lengths(self) -> Tensor:
+        """int64 [2, B], on the host: query_lengths and key_lengths."""
+        return torch.tensor((self.query_lengths, self.key_lengths), dtype=torch.int64)
+
+    @lazy
     def query_places(self) -> Tensor:
         """int64 [queries]: where each packed query stands in a padded [B * most_queries]."""
         return padded_places(self.cu_queries, self.most_queries, self.queries)

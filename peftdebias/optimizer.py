@@ -2,7 +2,8 @@
 
 What it adds over torch.optim.AdamW: FlatAdamW, in which the parameters of a group are views of one tensor, so that a step is one launch however many they are (a
 sparse module has one vector a site, 146 on BERT-base); and the two halves of a step, `advance` (the host's: which step, which rate) and `apply` (the device's), the
-same for both classes. It leaves out what the loop here does not use: amsgrad, maximize, closures. The kernel: kernels/fused/sparse.py.
+same for both classes. It leaves out what the loop here does not use: amsgrad, maximize, closures. The kernels:
+kernels/fused/sparse.py, csrc/ops.cpp.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .batches import send
+from .ops import compiled
 
 
 def rates_at(step: int, lr: float, betas: tuple[float, float], decay: float) -> list[float]:
@@ -26,6 +28,17 @@ def adamw_ref(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, r
     first.lerp_(gradient, 1 - b1)
     second.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
     values.sub_(first / (second.sqrt() / root + epsilon) * rate)
+
+
+@compiled.register("adamw")
+def adamw_compiled(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, *, betas: tuple[float, float], epsilon: float) -> None:
+    """adamw_ref by csrc/ops.cpp, in one pass."""
+    tensors = (values, gradient, first, second)
+    if not compiled.takes(*tensors, rates) or any(t.shape != values.shape or not t.is_contiguous() for t in tensors):
+        return adamw_ref(*tensors, rates, betas=betas, epsilon=epsilon)
+    compiled.call("adamw", *(t.data_ptr() for t in (*tensors, rates)), values.numel(), *betas, epsilon, torch.get_num_threads())
+    for tensor in (values, first, second):
+        torch.autograd.graph.increment_version(tensor)
 
 
 class FlatAdamW(torch.optim.Optimizer):
