@@ -1,5 +1,5 @@
-// The encoder's ops on a CPU, float32: threads and the C ABI. What is computed is in ops_kernels.h and ops_attention.h, which are compiled twice: here for any
-// processor, in ops_avx2.cpp for AVX2 + FMA. The twins in peftdebias/ops are the specification.
+// The encoder's ops on a CPU, float32: threads and the C ABI. What is computed is in ops_kernels.h and ops_attention.h, which are compiled three times: here for any
+// processor, in ops_avx2.cpp for AVX2 + FMA, in ops_avx512.cpp for AVX-512. The twins in peftdebias/ops are the specification.
 //
 // Work is cut into stretches that depend on the sizes alone, and sums over stretches are taken in their order: results are the same for any number of threads.
 // Pointers and sizes in, return codes out; nothing is thrown. Shapes and strides are the caller's to check.
@@ -26,6 +26,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
 #endif
+#define OPS_LANES 8
 #define OPS_NAMESPACE portable
 #define OPS_TABLE portable_kernels
 #include "ops_kernels.h"
@@ -35,12 +36,26 @@ namespace {
 
 enum { OK = 0, NO_MEMORY = 1, NO_TARGET = 2 };
 
-std::atomic<bool> plain{false};  // the portable kernels whatever the processor
+enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+std::atomic<int> limit{AVX512};  // the best that may be used
+
+int level() {
+#if defined(__x86_64__)
+    static const int able = !(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) ? PORTABLE
+                            : __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                    __builtin_cpu_supports("avx512vl")
+                                ? AVX512
+                                : AVX2;
+    const int most = limit.load(std::memory_order_relaxed);
+    return able < most ? able : most;
+#else
+    return PORTABLE;
+#endif
+}
 
 const Kernels& kernels() {
 #if defined(__x86_64__)
-    static const bool able = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (able && !plain.load(std::memory_order_relaxed)) return avx2_kernels;
+    if (const int found = level(); found != PORTABLE) return found == AVX512 ? avx512_kernels : avx2_kernels;
 #endif
     return portable_kernels;
 }
@@ -189,10 +204,11 @@ Floats floats(size_t count) {
 
 using namespace ops;
 
-EXPORT void peftdebias_ops_portable(int yes) { plain.store(yes != 0, std::memory_order_relaxed); }
+// Use no better kernels than 0 portable, 1 AVX2, 2 AVX-512.
+EXPORT void peftdebias_ops_limit(int most) { limit.store(most, std::memory_order_relaxed); }
 
-// 1 where the AVX2 kernels run.
-EXPORT int peftdebias_ops_avx2() { return &kernels() != &portable_kernels; }
+// Which run: 0, 1 or 2.
+EXPORT int peftdebias_ops_level() { return level(); }
 
 EXPORT int peftdebias_dropout(const float* x, int64_t x_stride, float* y, int64_t rows, int64_t width, const int64_t* seed, int64_t site, int64_t threshold, int threads) {
     const Drop drop = drop_of(seed, site, threshold);
