@@ -1,6 +1,6 @@
 """The experiments, one Case each: who does the work (providers), in which sizes, and what must be equal before anything is timed.
 
-What it adds over case.py: the work of whole steps, of attention and the ceilings, and the registry; single ops stand in cases_kernels.py. A new experiment is a
+What it adds over case.py: the work of whole steps, of attention and the ceilings, and the registry; single ops stand in cases_kernels.py and cases_native.py. A new experiment is a
 builder a provider and one entry of CASES.
 
 Letters: T tokens, B sequences, S longest sequence, H heads, W head width, R rank.
@@ -24,6 +24,7 @@ from peftdebias.weights import load_model, save_model
 
 from .case import RANK, SIZES, Case, Provider, Setting, Size, Work, autocast, output_bound, quiet
 from .cases_kernels import KERNEL_CASES
+from .cases_native import NATIVE_CASES
 
 MASK_SHARE = 0.15
 
@@ -267,5 +268,6 @@ CASES = {case.name: case for case in (
         "attention_padded": Provider(lambda setting: attention_work(setting, attention_padded)),
     }, "sequences", (4, 16), output_bound),
     *KERNEL_CASES.values(),
+    *NATIVE_CASES.values(),
 )}
 """name -> Case; the order is that of the tables."""

@@ -167,11 +167,14 @@ constexpr int64_t STRETCH = 16384;  // elements: some ten microseconds of the ch
 int64_t rows_at_once(int64_t width) { return width >= STRETCH ? 1 : STRETCH / (width < 1 ? 1 : width); }
 int64_t stretches_of(int64_t count, int64_t each) { return (count + each - 1) / each; }
 
+// Waking a thread costs as much as a few stretches.
+int worth(int threads, int64_t stretches) { return stretches / 3 < threads ? int(stretches / 3) : threads; }
+
 // fn(first row, last row, stretch) over all rows.
 template <class Fn>
 void by_rows(int64_t rows, int64_t width, int threads, const Fn& fn) {
     const int64_t each = rows_at_once(width);
-    spread([&](int64_t i, int) { fn(i * each, (i + 1) * each < rows ? (i + 1) * each : rows, i); }, stretches_of(rows, each), threads);
+    spread([&](int64_t i, int) { fn(i * each, (i + 1) * each < rows ? (i + 1) * each : rows, i); }, stretches_of(rows, each), worth(threads, stretches_of(rows, each)));
 }
 
 Drop drop_of(const int64_t* seed, int64_t site, int64_t threshold) {
@@ -215,7 +218,8 @@ EXPORT int peftdebias_dropout(const float* x, int64_t x_stride, float* y, int64_
     const Kernels& k = kernels();
     if (width % 8 == 0 && x_stride == width) {
         const int64_t count = rows * width;
-        spread([&](int64_t i, int) { k.dropout_flat(x, y, i * STRETCH, (i + 1) * STRETCH < count ? (i + 1) * STRETCH : count, drop); }, stretches_of(count, STRETCH), threads);
+        spread([&](int64_t i, int) { k.dropout_flat(x, y, i * STRETCH, (i + 1) * STRETCH < count ? (i + 1) * STRETCH : count, drop); }, stretches_of(count, STRETCH),
+               worth(threads, stretches_of(count, STRETCH)));
     } else {
         by_rows(rows, width, threads, [&](int64_t first, int64_t last, int64_t) { k.dropout(Rows{x, x_stride}, y, first, last, width, drop); });
     }
@@ -267,7 +271,7 @@ EXPORT int peftdebias_adamw(float* values, const float* gradient, float* first, 
     const AdamW op{values, first, second, gradient, float(1.0 - lr * decay), float(1.0 - beta1), float(beta2), float(1.0 - beta2), float(lr / correction1),
                    float(1.0 / __builtin_sqrt(correction2)), float(epsilon)};
     const Kernels& k = kernels();
-    spread([&](int64_t i, int) { k.adamw(op, i * STRETCH, (i + 1) * STRETCH < count ? (i + 1) * STRETCH : count); }, stretches_of(count, STRETCH), threads);
+    spread([&](int64_t i, int) { k.adamw(op, i * STRETCH, (i + 1) * STRETCH < count ? (i + 1) * STRETCH : count); }, stretches_of(count, STRETCH), worth(threads, stretches_of(count, STRETCH)));
     return OK;
 }
 
