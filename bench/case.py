@@ -101,12 +101,13 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Provider:
-    """needs: libraries it imports, kernels: Triton ops it calls; without them it is not measured. compiled: only with --compile. compared: whether it computes what
+    """needs: libraries it imports, kernels: Triton ops it calls, native: ops of csrc; without them it is not measured. compiled: only with --compile. compared: whether it computes what
     the others do (a library's dropout draws another mask)."""
 
     build: Callable[[Setting], Work]
     needs: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
+    native: tuple[str, ...] = ()
     compiled: bool = False
     compared: bool = True
 

@@ -1,6 +1,6 @@
 """The experiments, one Case each: who does the work (providers), in which sizes, and what must be equal before anything is timed.
 
-What it adds over case.py: the work of attention and the ceilings, and the registry; single ops stand in cases_kernels.py, whole steps in cases_steps.py. A new
+What it adds over case.py: the work of attention and the ceilings, and the registry; single ops stand in cases_kernels.py and cases_native.py, whole steps in cases_steps.py. A new
 experiment is a builder a provider and one entry of CASES.
 
 Letters: T tokens, B sequences, S longest sequence, H heads, W head width, R rank.
@@ -17,6 +17,7 @@ from peftdebias.ops import attention_padded, attention_ref
 
 from .case import Case, Provider, Setting, Work, autocast, output_bound
 from .cases_kernels import KERNEL_CASES
+from .cases_native import NATIVE_CASES
 from .cases_steps import STEP_CASES
 from .texts import random_lengths
 
@@ -71,5 +72,6 @@ CASES = {case.name: case for case in (
         "attention_padded": Provider(lambda setting: attention_work(setting, attention_padded)),
     }, "sequences", (4, 16), output_bound),
     *KERNEL_CASES.values(),
+    *NATIVE_CASES.values(),
 )}
 """name -> Case; the order is that of the tables."""

@@ -1,5 +1,5 @@
-// The encoder's ops on a CPU, float32: threads and the C ABI. What is computed is in ops_kernels.h and ops_attention.h, which are compiled twice: here for any
-// processor, in ops_avx2.cpp for AVX2 + FMA. The twins in peftdebias/ops are the specification.
+// The encoder's ops on a CPU, float32: threads and the C ABI. What is computed is in ops_kernels.h and ops_attention.h, which are compiled three times: here for any
+// processor, in ops_avx2.cpp for AVX2 + FMA, in ops_avx512.cpp for AVX-512. The twins in peftdebias/ops are the specification.
 //
 // Work is cut into stretches that depend on the sizes alone, and sums over stretches are taken in their order: results are the same for any number of threads.
 // Pointers and sizes in, return codes out; nothing is thrown. Shapes and strides are the caller's to check.
@@ -26,6 +26,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
 #endif
+#define OPS_LANES 8
 #define OPS_NAMESPACE portable
 #define OPS_TABLE portable_kernels
 #include "ops_kernels.h"
@@ -35,12 +36,26 @@ namespace {
 
 enum { OK = 0, NO_MEMORY = 1, NO_TARGET = 2 };
 
-std::atomic<bool> plain{false};  // the portable kernels whatever the processor
+enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+std::atomic<int> limit{AVX512};  // the best that may be used
+
+int level() {
+#if defined(__x86_64__)
+    static const int able = !(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) ? PORTABLE
+                            : __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                    __builtin_cpu_supports("avx512vl")
+                                ? AVX512
+                                : AVX2;
+    const int most = limit.load(std::memory_order_relaxed);
+    return able < most ? able : most;
+#else
+    return PORTABLE;
+#endif
+}
 
 const Kernels& kernels() {
 #if defined(__x86_64__)
-    static const bool able = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (able && !plain.load(std::memory_order_relaxed)) return avx2_kernels;
+    if (const int found = level(); found != PORTABLE) return found == AVX512 ? avx512_kernels : avx2_kernels;
 #endif
     return portable_kernels;
 }
@@ -152,11 +167,14 @@ constexpr int64_t STRETCH = 16384;  // elements: some ten microseconds of the ch
 int64_t rows_at_once(int64_t width) { return width >= STRETCH ? 1 : STRETCH / (width < 1 ? 1 : width); }
 int64_t stretches_of(int64_t count, int64_t each) { return (count + each - 1) / each; }
 
+// Waking a thread costs as much as a few stretches.
+int worth(int threads, int64_t stretches) { return stretches / 3 < threads ? int(stretches / 3) : threads; }
+
 // fn(first row, last row, stretch) over all rows.
 template <class Fn>
 void by_rows(int64_t rows, int64_t width, int threads, const Fn& fn) {
     const int64_t each = rows_at_once(width);
-    spread([&](int64_t i, int) { fn(i * each, (i + 1) * each < rows ? (i + 1) * each : rows, i); }, stretches_of(rows, each), threads);
+    spread([&](int64_t i, int) { fn(i * each, (i + 1) * each < rows ? (i + 1) * each : rows, i); }, stretches_of(rows, each), worth(threads, stretches_of(rows, each)));
 }
 
 Drop drop_of(const int64_t* seed, int64_t site, int64_t threshold) {
@@ -189,17 +207,19 @@ Floats floats(size_t count) {
 
 using namespace ops;
 
-EXPORT void peftdebias_ops_portable(int yes) { plain.store(yes != 0, std::memory_order_relaxed); }
+// Use no better kernels than 0 portable, 1 AVX2, 2 AVX-512.
+EXPORT void peftdebias_ops_limit(int most) { limit.store(most, std::memory_order_relaxed); }
 
-// 1 where the AVX2 kernels run.
-EXPORT int peftdebias_ops_avx2() { return &kernels() != &portable_kernels; }
+// Which run: 0, 1 or 2.
+EXPORT int peftdebias_ops_level() { return level(); }
 
 EXPORT int peftdebias_dropout(const float* x, int64_t x_stride, float* y, int64_t rows, int64_t width, const int64_t* seed, int64_t site, int64_t threshold, int threads) {
     const Drop drop = drop_of(seed, site, threshold);
     const Kernels& k = kernels();
     if (width % 8 == 0 && x_stride == width) {
         const int64_t count = rows * width;
-        spread([&](int64_t i, int) { k.dropout_flat(x, y, i * STRETCH, (i + 1) * STRETCH < count ? (i + 1) * STRETCH : count, drop); }, stretches_of(count, STRETCH), threads);
+        spread([&](int64_t i, int) { k.dropout_flat(x, y, i * STRETCH, (i + 1) * STRETCH < count ? (i + 1) * STRETCH : count, drop); }, stretches_of(count, STRETCH),
+               worth(threads, stretches_of(count, STRETCH)));
     } else {
         by_rows(rows, width, threads, [&](int64_t first, int64_t last, int64_t) { k.dropout(Rows{x, x_stride}, y, first, last, width, drop); });
     }
@@ -250,7 +270,7 @@ EXPORT int peftdebias_adamw(float* values, const float* gradient, float* first, 
                             int threads) {
     const AdamW op{values, first, second, gradient, rates[0], float(1.0 - beta1), float(beta2), float(1.0 - beta2), rates[1], 1.0f / rates[2], float(epsilon)};
     const Kernels& k = kernels();
-    spread([&](int64_t i, int) { k.adamw(op, i * STRETCH, (i + 1) * STRETCH < count ? (i + 1) * STRETCH : count); }, stretches_of(count, STRETCH), threads);
+    spread([&](int64_t i, int) { k.adamw(op, i * STRETCH, (i + 1) * STRETCH < count ? (i + 1) * STRETCH : count); }, stretches_of(count, STRETCH), worth(threads, stretches_of(count, STRETCH)));
     return OK;
 }
 

@@ -1,4 +1,4 @@
-// What ops.cpp (threads, C ABI) asks of the kernels, which are compiled once for any processor and once for AVX2 + FMA. No state, no allocation but scratch
+// What ops.cpp (threads, C ABI) asks of the kernels, which are compiled for any processor, for AVX2 + FMA and for AVX-512. No state, no allocation but scratch
 // memory that the caller hands in; every call does a stretch of the rows, and stretches are cut the same however many threads there are.
 //
 // Letters: T rows, D columns, H heads, W head width, P prefix length.
@@ -101,7 +101,7 @@ struct Kernels {
 
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)
-extern const Kernels avx2_kernels;
+extern const Kernels avx2_kernels, avx512_kernels;
 #endif
 
 }  // namespace ops

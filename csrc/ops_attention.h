@@ -1,6 +1,6 @@
 // Attention of one head of one sequence (ops/attention.py), forward and backward. Included by ops_kernels.h, inside its namespace.
 //
-// Keys and values are copied to scratch, rows W rounded up to 8 apart: first those of the prefix, then, from a multiple of 8 on, the sequence's own. Places without
+// Keys and values are copied to scratch, rows W rounded up to LANES apart: first those of the prefix, then, from a multiple of LANES on, the sequence's own. Places without
 // a key get the bias -inf, so that everything runs over whole vectors. Queries come in blocks whose scores stay in cache, each row with all its keys:
 // no online softmax. Three products share one small kernel. With p the probabilities, m the mask (0 or 1), c its scale:
 //     s = q k^T / sqrt(W),  p = e^(s - lse),  out = c (p m) v
@@ -9,18 +9,18 @@
 
 // ---------------------------------------------------------------- products
 
-// c [R, 8 C] (+)= a b over `depth`; a is [R, depth], or [depth, R] where TURNED; b [depth, 8 C].
+// c [R, LANES * C] (+)= a b over `depth`; a is [R, depth], or [depth, R] where TURNED; b [depth, LANES * C].
 template <int R, int C, bool TURNED, bool ADD>
 INLINE void tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth) {
     vf total[R][C];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int j = 0; j < C; ++j) total[r][j] = ADD ? load(c + r * ldc + 8 * j) : vf{};
+        for (int j = 0; j < C; ++j) total[r][j] = ADD ? load(c + r * ldc + LANES * j) : vf{};
     for (int64_t k = 0; k < depth; ++k) {
         vf right[C];
 #pragma GCC unroll 8
-        for (int j = 0; j < C; ++j) right[j] = load(b + k * ldb + 8 * j);
+        for (int j = 0; j < C; ++j) right[j] = load(b + k * ldb + LANES * j);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const float left = TURNED ? a[k * lda + r] : a[r * lda + k];
@@ -31,7 +31,7 @@ INLINE void tile(const float* a, int64_t lda, const float* b, int64_t ldb, float
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int j = 0; j < C; ++j) store(c + r * ldc + 8 * j, total[r][j]);
+        for (int j = 0; j < C; ++j) store(c + r * ldc + LANES * j, total[r][j]);
 }
 
 template <int C, bool TURNED, bool ADD>
@@ -46,11 +46,11 @@ static void strip(int64_t rows, int64_t depth, const float* a, int64_t lda, cons
     }
 }
 
-// columns: a multiple of 8.
+// columns: a multiple of LANES.
 template <bool TURNED, bool ADD>
 static void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc) {
     int64_t j = 0;
-    for (; j + 16 <= columns; j += 16) strip<2, TURNED, ADD>(rows, depth, a, lda, b + j, ldb, c + j, ldc);
+    for (; j + 2 * LANES <= columns; j += 2 * LANES) strip<2, TURNED, ADD>(rows, depth, a, lda, b + j, ldb, c + j, ldc);
     if (j < columns) strip<1, TURNED, ADD>(rows, depth, a, lda, b + j, ldb, c + j, ldc);
 }
 
@@ -58,17 +58,17 @@ static void product(int64_t rows, int64_t columns, int64_t depth, const float* a
 
 // to [rows, w8] = from [rows, width] * factor, the columns behind `width` 0.
 static void pack(const float* from, int64_t stride, int64_t rows, int64_t width, int64_t w8, float factor, float* to) {
-    const int64_t whole = width / 8 * 8;
+    const int64_t whole = width / LANES * LANES;
     for (int64_t r = 0; r < rows; ++r, from += stride, to += w8) {
-        for (int64_t w = 0; w < whole; w += 8) store(to + w, load(from + w) * factor);
+        for (int64_t w = 0; w < whole; w += LANES) store(to + w, load(from + w) * factor);
         if (whole < width) store(to + whole, load(from + whole, width - whole) * factor);
     }
 }
 
 static void unpack(const float* from, int64_t w8, int64_t rows, int64_t width, float factor, float* to, int64_t stride) {
-    const int64_t whole = width / 8 * 8;
+    const int64_t whole = width / LANES * LANES;
     for (int64_t r = 0; r < rows; ++r, from += w8, to += stride) {
-        for (int64_t w = 0; w < whole; w += 8) store(to + w, load(from + w) * factor);
+        for (int64_t w = 0; w < whole; w += LANES) store(to + w, load(from + w) * factor);
         if (whole < width) store(to + whole, load(from + whole) * factor, width - whole);
     }
 }
@@ -77,7 +77,7 @@ INLINE void turn_8x8(const float* from, int64_t stride, float* to, int64_t ld) {
 #if defined(OPS_AVX2)
     __m256 a[8], b[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) a[i] = load(from + i * stride);
+    for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(from + i * stride);
 #pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
 #pragma GCC unroll 2
@@ -87,8 +87,8 @@ INLINE void turn_8x8(const float* from, int64_t stride, float* to, int64_t ld) {
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-        store(to + i * ld, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-        store(to + (i + 4) * ld, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+        _mm256_storeu_ps(to + i * ld, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+        _mm256_storeu_ps(to + (i + 4) * ld, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
     }
 #else
     for (int i = 0; i < 8; ++i)
@@ -96,7 +96,7 @@ INLINE void turn_8x8(const float* from, int64_t stride, float* to, int64_t ld) {
 #endif
 }
 
-// to [w8, ld] = from [n, w8] transposed; n and w8 are multiples of 8.
+// to [w8, ld] = from [n, w8] transposed; n and w8 are multiples of LANES.
 static void turn(const float* from, int64_t n, int64_t w8, float* to, int64_t ld) {
     for (int64_t j = 0; j < n; j += 8)
         for (int64_t w = 0; w < w8; w += 8) turn_8x8(from + j * w8 + w, w8, to + w * ld + j, ld);
@@ -104,11 +104,11 @@ static void turn(const float* from, int64_t n, int64_t w8, float* to, int64_t ld
 
 // ---------------------------------------------------------------- one head of one sequence
 
-INLINE int64_t eights(int64_t n) { return (n + 7) / 8 * 8; }
+INLINE int64_t whole_lanes(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
 struct Sizes {
     int64_t own, n, ld, w8, block;  // own: place of the sequence's first key; n: places; ld: of rows of scores; block: queries at a time
-    Sizes(const Attention& op, int64_t queries, int64_t keys) : own(eights(op.shared)), n(own + eights(keys)), w8(eights(op.width)) {
+    Sizes(const Attention& op, int64_t queries, int64_t keys) : own(whole_lanes(op.shared)), n(own + whole_lanes(keys)), w8(whole_lanes(op.width)) {
         ld = n % 64 ? n : n + 8;  // rows that are a power of two apart would share their place in cache
         const int64_t most = n <= 176 ? 96 : n <= 1024 ? 48 : 24, parts = (queries + most - 1) / most;
         block = parts ? (queries + parts - 1) / parts : 0;
@@ -125,7 +125,7 @@ struct Scratch {
     float* next;
     float* take(int64_t count) {
         float* mine = next;
-        next += eights(count);
+        next += whole_lanes(count);
         return mine;
     }
 };
@@ -151,10 +151,12 @@ static void fill_bits(const Philox& random, int64_t row, int64_t rows, int64_t f
             places[i] = uint32_t(b), lines[i] = uint32_t(row + r), at[i] = r * ld + first + b;
             if (++b == count) b = 0, ++r;
         }
-        random.kept(*reinterpret_cast<const vu_anywhere*>(places), *reinterpret_cast<const vu_anywhere*>(lines), fourth, last, out);
+        random.kept(places, lines, fourth, last, out);
         for (int i = 0; i < (left < 8 ? int(left) : 8); ++i) bits[at[i]] = uint8_t(out[i]);
     }
 }
+
+INLINE vf mask_at(const uint8_t* bits, int64_t place) { return mask_of(LANES == 16 ? bits[place / 8] | uint32_t(bits[place / 8 + 1]) << 8 : bits[place / 8]); }
 
 static void draw(const Attention& op, const Sizes& s, const Philox& random, int64_t row, int64_t rows, int64_t head, uint8_t* bits) {
     const int64_t ld = s.n / 8, before = s.own / 8;
@@ -186,16 +188,16 @@ static void attention_forward(const Attention& op, const Stretch& where, int64_t
         for (int64_t i = 0; i < count; ++i) {
             float* line = scores + i * s.ld;
             vf most = all(-__builtin_inff()), total = {};
-            for (int64_t j = 0; j < s.n; j += 8) most = larger(load(line + j) + load(bias + j), most);
+            for (int64_t j = 0; j < s.n; j += LANES) most = larger(load(line + j) + load(bias + j), most);
             const float top = largest(most);
-            for (int64_t j = 0; j < s.n; j += 8) {
+            for (int64_t j = 0; j < s.n; j += LANES) {
                 const vf p = exponential(load(line + j) + load(bias + j) - top);
                 total += p;
-                store(line + j, op.drop.on ? both(p, mask_of(bits[i * (s.n / 8) + j / 8])) : p);
+                store(line + j, op.drop.on ? both(p, mask_at(bits + i * (s.n / 8), j)) : p);
             }
             const float whole = sum(total), factor = (op.drop.on ? op.drop.scale : 1.0f) / whole;
             if (op.lse) op.lse[head * op.all_queries + row + i] = top + __builtin_logf(whole);
-            for (int64_t j = 0; j < s.n; j += 8) store(line + j, load(line + j) * factor);
+            for (int64_t j = 0; j < s.n; j += LANES) store(line + j, load(line + j) * factor);
         }
         product<false, false>(count, s.w8, s.n, scores, s.ld, rows, s.w8, out, s.w8);
         unpack(out, s.w8, count, op.width, 1.0f, op.out + row * out_stride + head * op.width, out_stride);
@@ -232,18 +234,18 @@ static void attention_backward(const Attention& op, const Stretch& where, int64_
             const uint8_t* kept_here = bits + i * (s.n / 8);
             const float lse = op.lse_in[head * op.all_queries + row + i];
             vf total = {};
-            for (int64_t j = 0; j < s.n; j += 8) {
+            for (int64_t j = 0; j < s.n; j += LANES) {
                 const vf share = exponential(load(line + j) + load(bias + j) - lse);
                 vf d = load(dline + j);
-                if (op.drop.on) d = both(d, mask_of(kept_here[j / 8]));
+                if (op.drop.on) d = both(d, mask_at(kept_here, j));
                 total += share * d;
                 store(line + j, share), store(dline + j, d);
             }
             const float delta = sum(total);
-            for (int64_t j = 0; j < s.n; j += 8) {  // line becomes ds, dline what the values were weighted with
+            for (int64_t j = 0; j < s.n; j += LANES) {  // line becomes ds, dline what the values were weighted with
                 const vf share = load(line + j);
                 store(line + j, share * (load(dline + j) - delta));
-                store(dline + j, op.drop.on ? both(share, mask_of(kept_here[j / 8])) : share);
+                store(dline + j, op.drop.on ? both(share, mask_at(kept_here, j)) : share);
             }
         }
         if (values) product<true, true>(s.n, s.w8, count, dp, s.ld, dout, s.w8, dvalue, s.w8);

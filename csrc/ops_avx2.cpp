@@ -14,6 +14,7 @@
 #pragma GCC target("avx2,fma")
 #endif
 #define OPS_AVX2 1
+#define OPS_LANES 8
 #define OPS_NAMESPACE avx2
 #define OPS_TABLE avx2_kernels
 #include "ops_kernels.h"

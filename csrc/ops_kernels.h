@@ -8,10 +8,14 @@ namespace OPS_NAMESPACE {
 
 // ---------------------------------------------------------------- bits (kernels/fused/dropout.py)
 
+typedef uint64_t vl __attribute__((vector_size(4 * OPS_LANES)));
+typedef uint16_t vh __attribute__((vector_size(4 * OPS_LANES)));
+
 #if defined(OPS_AVX2)
-// Philox4x32-10 of eight counters at once. A vector holds four of them, a 32-bit word in each 64-bit lane, since that is what the multiplier takes; what the
-// upper halves hold does not matter. `a` has counters 0, 2, 4, 6 and `b` the others, so that joining the halves puts all eight in order.
+// Philox4x32-10 of eight counters at once. A vector holds LANES / 2 of them, a 32-bit word in each 64-bit lane, since that is what the multiplier takes; what the
+// upper halves hold does not matter.
 struct Philox {
+    static constexpr int PARTS = 16 / OPS_LANES;
     vl keys[20];
     vl high;  // third word of the counter: the seed's high half
 
@@ -24,25 +28,37 @@ struct Philox {
         high = vl{} + uint64_t(uint32_t(drop.seed >> 32));
     }
 
+#if defined(OPS_AVX512)
+    static vl product(vl x, uint32_t factor) { return (vl)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(int64_t(factor))); }
+    static vl widened(const uint32_t* p) { return (vl)_mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i_u*)p)); }
+    static void narrowed(vl v, uint32_t* p) { _mm256_storeu_si256((__m256i_u*)p, _mm512_cvtepi64_epi32((__m512i)v)); }
+#else
     static vl product(vl x, uint32_t factor) { return (vl)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(int64_t(factor))); }
+    static vl widened(const uint32_t* p) { return (vl)_mm256_cvtepu32_epi64(_mm_loadu_si128((const __m128i_u*)p)); }
+    static void narrowed(vl v, uint32_t* p) {
+        const __m256i places = _mm256_permutevar8x32_epi32((__m256i)v, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+        _mm_storeu_si128((__m128i_u*)p, _mm256_castsi256_si128(places));
+    }
+#endif
 
-    // All 16-bit numbers of a word of the eight counters at most `limit`: bit k of the lanes' low halves, bit k + 4 of their high ones.
-    static vu small(vl a, vl b, vh limit, int k) { return (vu)((vh)((a & 0xFFFFFFFFull) | (b << 32)) <= limit) & (0x00100001u << k); }
+    // Of a word of each counter: bit k where its low 16 bits are at most `limit`, bit k + 20 where its next 16 are.
+    static vl small(vl word, vh limit, int k) { return (vl)((vh)word <= limit) & (0x00100001ull << k); }
 
     // Bits 0 .. 7 of out[j]: which elements of the block with counter (c0[j], c1[j], seed's high half, c3) are kept.
-    void kept(vu c0, vu c1, uint32_t c3, uint32_t last, uint32_t* out) const {
-        vl a0 = (vl)c0, a1 = (vl)c1, a2 = high, a3 = vl{} + uint64_t(c3);
-        vl b0 = (vl)c0 >> 32, b1 = (vl)c1 >> 32, b2 = a2, b3 = a3;
+    void kept(const uint32_t* c0, const uint32_t* c1, uint32_t c3, uint32_t last, uint32_t* out) const {
+        vl w0[PARTS], w1[PARTS], w2[PARTS], w3[PARTS];
+        for (int n = 0; n < PARTS; ++n) w0[n] = widened(c0 + 4 * n), w1[n] = widened(c1 + 4 * n), w2[n] = high, w3[n] = vl{} + uint64_t(c3);
         for (int i = 0; i < 10; ++i) {
-            const vl k0 = keys[2 * i], k1 = keys[2 * i + 1];
-            const vl p = product(a0, 0xD2511F53u), q = product(a2, 0xCD9E8D57u);
-            const vl r = product(b0, 0xD2511F53u), s = product(b2, 0xCD9E8D57u);
-            a0 = (q >> 32) ^ a1 ^ k0, a1 = q, a2 = (p >> 32) ^ a3 ^ k1, a3 = p;
-            b0 = (s >> 32) ^ b1 ^ k0, b1 = s, b2 = (r >> 32) ^ b3 ^ k1, b3 = r;
+            for (int n = 0; n < PARTS; ++n) {
+                const vl p = product(w0[n], 0xD2511F53u), q = product(w2[n], 0xCD9E8D57u);
+                w0[n] = (q >> 32) ^ w1[n] ^ keys[2 * i], w1[n] = q, w2[n] = (p >> 32) ^ w3[n] ^ keys[2 * i + 1], w3[n] = p;
+            }
         }
         const vh limit = vh{} + uint16_t(last);
-        const vu bits = small(a0, b0, limit, 0) | small(a1, b1, limit, 1) | small(a2, b2, limit, 2) | small(a3, b3, limit, 3);
-        *reinterpret_cast<vu_anywhere*>(out) = (bits | bits >> 16) & 0xFFu;
+        for (int n = 0; n < PARTS; ++n) {
+            const vl bits = small(w0[n], limit, 0) | small(w1[n], limit, 1) | small(w2[n], limit, 2) | small(w3[n], limit, 3);
+            narrowed((bits | bits >> 16) & 0xFFull, out + 4 * n);
+        }
     }
 #else
 // Philox4x32-10, eight counters one after the other.
@@ -52,7 +68,7 @@ struct Philox {
     explicit Philox(const Drop& drop) : k0(uint32_t(drop.seed)), k1(drop.site), high(uint32_t(drop.seed >> 32)) {}
 
     // Bits 0 .. 7 of out[j]: which elements of the block with counter (c0[j], c1[j], seed's high half, c3) are kept.
-    void kept(vu c0, vu c1, uint32_t c3, uint32_t last, uint32_t* out) const {
+    void kept(const uint32_t* c0, const uint32_t* c1, uint32_t c3, uint32_t last, uint32_t* out) const {
         for (int j = 0; j < 8; ++j) {
             uint32_t word[4] = {c0[j], c1[j], high, c3}, a = k0, b = k1;
             for (int i = 0; i < 10; ++i, a += 0x9E3779B9u, b += 0xBB67AE85u) {
@@ -70,14 +86,12 @@ struct Philox {
     void kept(uint64_t n, uint32_t last, uint32_t* out) const {
         uint32_t low[8], above[8];
         for (uint64_t j = 0; j < 8; ++j) low[j] = uint32_t(n + j), above[j] = uint32_t((n + j) >> 32);
-        kept(*reinterpret_cast<const vu_anywhere*>(low), *reinterpret_cast<const vu_anywhere*>(above), 0, last, out);
+        kept(low, above, 0, last, out);
     }
 };
 
-INLINE vf mask_of(uint32_t bits) {
-    const vi each = {1, 2, 4, 8, 16, 32, 64, 128};
-    return (vf)(((vi{} + int32_t(bits)) & each) == each);
-}
+// Of 64 elements' bits, eight to a word: the mask of LANES of them, the first a multiple of LANES.
+INLINE vf mask_at(const uint32_t* bits, int64_t first) { return mask_of(LANES == 16 ? bits[first / 8] | bits[first / 8 + 1] << 8 : bits[first / 8]); }
 
 // ---------------------------------------------------------------- dropout (ops/dropout.py)
 
@@ -85,12 +99,12 @@ static void dropout_row(const Philox& random, const float* x, float* y, int64_t 
     uint32_t bits[8];
     for (int64_t d = 0; d < width; d += 64, block += 8) {
         random.kept(block, drop.last, bits);
-        for (int64_t j = 0, left = width - d; j < 8 && left > 0; ++j, left -= 8) {
-            const vf mask = mask_of(bits[j]);
-            if (left >= 8)
-                store(y + d + 8 * j, both(load(x + d + 8 * j) * drop.scale, mask));
+        for (int64_t j = 0; j < 64 && d + j < width; j += LANES) {
+            const vf mask = mask_at(bits, j);
+            if (const int64_t left = width - d - j; left >= LANES)
+                store(y + d + j, both(load(x + d + j) * drop.scale, mask));
             else
-                store(y + d + 8 * j, both(load(x + d + 8 * j, left) * drop.scale, mask), left);
+                store(y + d + j, both(load(x + d + j, left) * drop.scale, mask), left);
         }
     }
 }
@@ -108,27 +122,27 @@ static void dropout_flat(const float* x, float* y, int64_t first, int64_t last, 
 
 static void norm_forward(const NormForward& op, int64_t first, int64_t last) {
     const Philox random(op.drop);
-    const int64_t width = op.width, whole = width / 8 * 8, rest = width - whole, blocks = (width + 7) / 8;
+    const int64_t width = op.width, whole = width / LANES * LANES, rest = width - whole, blocks = (width + 7) / 8;
     for (int64_t t = first; t < last; ++t) {
         const float *hidden = op.hidden.at(t), *residual = op.residual.at(t);
         float *out = op.out + t * width, *sums = op.sum ? op.sum + t * width : out;
         vf totals[2] = {};
         uint32_t bits[8];
-        for (int64_t d = 0; d < width; d += 8) {
+        for (int64_t d = 0; d < width; d += LANES) {
             if (op.drop.on && d % 64 == 0) random.kept(uint64_t(t) * uint64_t(blocks) + uint64_t(d / 8), op.drop.last, bits);
             const bool full = d < whole;
             vf v = full ? load(hidden + d) : load(hidden + d, rest);
-            if (op.drop.on) v = both(v * op.drop.scale, mask_of(bits[d / 8 % 8]));
+            if (op.drop.on) v = both(v * op.drop.scale, mask_at(bits, d % 64));
             if (residual) v += full ? load(residual + d) : load(residual + d, rest);
-            totals[d / 8 % 2] += v;
+            totals[d / LANES % 2] += v;
             if (full) store(sums + d, v);
             else store(sums + d, v, rest);
         }
         const float mean = sum(totals[0] + totals[1]) / float(width);
         vf squares[2] = {};
-        for (int64_t d = 0; d < whole; d += 8) {
+        for (int64_t d = 0; d < whole; d += LANES) {
             const vf v = load(sums + d) - mean;
-            squares[d / 8 % 2] += v * v;
+            squares[d / LANES % 2] += v * v;
         }
         if (rest) {
             const vf v = both(load(sums + whole, rest) - mean, first_lanes(rest));
@@ -136,7 +150,7 @@ static void norm_forward(const NormForward& op, int64_t first, int64_t last) {
         }
         const float rstd = 1.0f / __builtin_sqrtf(sum(squares[0] + squares[1]) / float(width) + op.epsilon);
         if (op.mean) op.mean[t] = mean, op.rstd[t] = rstd;
-        for (int64_t d = 0; d < whole; d += 8) store(out + d, (load(sums + d) - mean) * rstd * load(op.gain + d) + load(op.bias + d));
+        for (int64_t d = 0; d < whole; d += LANES) store(out + d, (load(sums + d) - mean) * rstd * load(op.gain + d) + load(op.bias + d));
         for (int64_t d = whole; d < width; ++d) out[d] = (sums[d] - mean) * rstd * op.gain[d] + op.bias[d];
     }
 }
@@ -144,14 +158,14 @@ static void norm_forward(const NormForward& op, int64_t first, int64_t last) {
 // With n = (s - mean) rstd and g = dy gain: ds = rstd (g - mean(g) - n mean(g n)); ds is dresidual, and dhidden once it is dropped.
 static void norm_backward(const NormBackward& op, int64_t first, int64_t last, float* partial) {
     const Philox random(op.drop);
-    const int64_t width = op.width, whole = width / 8 * 8, rest = width - whole, blocks = (width + 7) / 8;
+    const int64_t width = op.width, whole = width / LANES * LANES, rest = width - whole, blocks = (width + 7) / 8;
     const bool inputs = op.dhidden || op.dresidual;
     float *dgain = partial, *dbias = partial ? partial + width : nullptr;
     if (partial) __builtin_memset(partial, 0, size_t(2 * width) * sizeof(float));
     for (int64_t t = first; t < last; ++t) {
         const float *dy = op.dy.at(t), *sums = op.sum + t * width, mean = op.mean[t], rstd = op.rstd[t];
         vf totals = {}, products = {};
-        for (int64_t d = 0; d < whole; d += 8) {
+        for (int64_t d = 0; d < whole; d += LANES) {
             const vf v = load(dy + d), n = (load(sums + d) - mean) * rstd, g = v * load(op.gain + d);
             totals += g, products += g * n;
             if (partial) store(dgain + d, load(dgain + d) + v * n), store(dbias + d, load(dbias + d) + v);
@@ -167,7 +181,7 @@ static void norm_backward(const NormBackward& op, int64_t first, int64_t last, f
         float *dhidden = op.dhidden ? op.dhidden + t * width : nullptr, *dresidual = op.dresidual ? op.dresidual + t * width : nullptr;
         uint32_t bits[8];
         const bool drops = op.drop.on && dhidden;
-        for (int64_t d = 0; d < width; d += 8) {
+        for (int64_t d = 0; d < width; d += LANES) {
             if (drops && d % 64 == 0) random.kept(uint64_t(t) * uint64_t(blocks) + uint64_t(d / 8), op.drop.last, bits);
             const bool full = d < whole;
             const vf v = full ? load(dy + d) : load(dy + d, rest), s = full ? load(sums + d) : load(sums + d, rest);
@@ -178,7 +192,7 @@ static void norm_backward(const NormBackward& op, int64_t first, int64_t last, f
                 else store(dresidual + d, ds, rest);
             }
             if (dhidden) {
-                const vf dh = drops ? both(ds * op.drop.scale, mask_of(bits[d / 8 % 8])) : ds;
+                const vf dh = drops ? both(ds * op.drop.scale, mask_at(bits, d % 64)) : ds;
                 if (full) store(dhidden + d, dh);
                 else store(dhidden + d, dh, rest);
             }
@@ -210,12 +224,12 @@ INLINE vf gelu_value(vf z, vf dy, bool backward) {
 
 template <bool BACKWARD>
 static void gelu_rows(const Gelu& op, int64_t first, int64_t last, float* partial) {
-    const int64_t width = op.width, whole = width / 8 * 8, rest = width - whole;
+    const int64_t width = op.width, whole = width / LANES * LANES, rest = width - whole;
     if (partial) __builtin_memset(partial, 0, size_t(width) * sizeof(float));
     for (int64_t t = first; t < last; ++t) {
         const float *x = op.x.at(t), *dy = BACKWARD ? op.dy.at(t) : x;
         float* out = op.out + t * width;
-        for (int64_t d = 0; d < whole; d += 8) {
+        for (int64_t d = 0; d < whole; d += LANES) {
             const vf z = op.bias ? load(x + d) + load(op.bias + d) : load(x + d), v = gelu_value(z, load(dy + d), BACKWARD);
             store(out + d, v);
             if (partial) store(partial + d, load(partial + d) + v);
@@ -243,7 +257,7 @@ INLINE void adamw_lanes(const AdamW& op, vf& values, vf& first, vf& second, vf g
 
 static void adamw(const AdamW& op, int64_t first, int64_t last) {
     int64_t i = first;
-    for (; i + 8 <= last; i += 8) {
+    for (; i + LANES <= last; i += LANES) {
         vf values = load(op.values + i), m = load(op.first + i), v = load(op.second + i);
         adamw_lanes(op, values, m, v, load(op.gradient + i));
         store(op.values + i, values), store(op.first + i, m), store(op.second + i, v);
@@ -257,7 +271,7 @@ static void adamw(const AdamW& op, int64_t first, int64_t last) {
 
 static void add_rows(float* sum, const float* rows, int64_t count, int64_t stride, int64_t width) {
     int64_t d = 0;
-    for (; d + 8 <= width; d += 8) {
+    for (; d + LANES <= width; d += LANES) {
         vf total = load(sum + d);
         for (int64_t i = 0; i < count; ++i) total += load(rows + i * stride + d);
         store(sum + d, total);
@@ -269,17 +283,17 @@ static void add_rows(float* sum, const float* rows, int64_t count, int64_t strid
 // ---------------------------------------------------------------- mlm_loss (tasks.py)
 
 static float loss_forward(const Loss& op, int64_t row) {
-    const int64_t width = op.vocabulary, whole = width / 8 * 8;
+    const int64_t width = op.vocabulary, whole = width / LANES * LANES;
     const float* logits = op.logits + row * width;
     vf most = all(-__builtin_inff());
-    for (int64_t v = 0; v < whole; v += 8) most = larger(load(logits + v), most);
+    for (int64_t v = 0; v < whole; v += LANES) most = larger(load(logits + v), most);
     float top = largest(most);
     for (int64_t v = whole; v < width; ++v) top = logits[v] > top ? logits[v] : top;
     double total = 0.0;
     for (int64_t v = 0; v < width;) {  // in stretches: a float32 sum over a whole vocabulary would lose digits
         vf part = {};
         const int64_t end = v + 1024 < whole ? v + 1024 : whole;
-        for (; v < end; v += 8) part += exponential(load(logits + v) - top);
+        for (; v < end; v += LANES) part += exponential(load(logits + v) - top);
         if (v == whole && v < width) part += both(exponential(load(logits + v, width - v) - top), first_lanes(width - v)), v = width;
         total += double(sum(part));
     }
@@ -288,10 +302,10 @@ static float loss_forward(const Loss& op, int64_t row) {
 }
 
 static void loss_backward(const Loss& op, int64_t row, float factor) {
-    const int64_t width = op.vocabulary, whole = width / 8 * 8;
+    const int64_t width = op.vocabulary, whole = width / LANES * LANES;
     const float *logits = op.logits + row * width, top = op.tops[row], share = factor / op.sums[row];
     float* dlogits = op.dlogits + row * width;
-    for (int64_t v = 0; v < whole; v += 8) store(dlogits + v, exponential(load(logits + v) - top) * share);
+    for (int64_t v = 0; v < whole; v += LANES) store(dlogits + v, exponential(load(logits + v) - top) * share);
     if (whole < width) store(dlogits + whole, exponential(load(logits + whole, width - whole) - top) * share, width - whole);
     dlogits[op.targets[row]] -= factor;
 }

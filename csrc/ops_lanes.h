@@ -1,52 +1,68 @@
-// Eight lanes at a time, in the vector types of GCC and Clang: what the kernels are written in. Included inside a namespace, once for each kind of processor.
-// Left out: everything that a plain operator says already.
+// Eight or sixteen lanes at a time, in the vector types of GCC and Clang: what the kernels are written in. Included inside a namespace, once for each kind of
+// processor, with OPS_LANES set. Left out: everything that a plain operator says already.
 
-typedef float vf __attribute__((vector_size(32)));
-typedef int32_t vi __attribute__((vector_size(32)));
-typedef uint32_t vu __attribute__((vector_size(32)));
-typedef uint64_t vl __attribute__((vector_size(32)));
-typedef uint16_t vh __attribute__((vector_size(32)));
-typedef float vf_anywhere __attribute__((vector_size(32), aligned(4), may_alias));
-typedef uint32_t vu_anywhere __attribute__((vector_size(32), aligned(4), may_alias));
+constexpr int64_t LANES = OPS_LANES;
+
+typedef float vf __attribute__((vector_size(4 * OPS_LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * OPS_LANES)));
+typedef float vf_anywhere __attribute__((vector_size(4 * OPS_LANES), aligned(4), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vf load(const float* p) { return *reinterpret_cast<const vf_anywhere*>(p); }
 INLINE void store(float* p, vf v) { *reinterpret_cast<vf_anywhere*>(p) = v; }
-INLINE vf all(float x) { return vf{x, x, x, x, x, x, x, x}; }
-INLINE vu all(uint32_t x) { return vu{x, x, x, x, x, x, x, x}; }
+INLINE vf all(float x) { return vf{} + x; }
 
 // The first n lanes; the others are 0, and no memory of theirs is touched.
 INLINE vf load(const float* p, int64_t n) {
-    float lanes[8] = {};
+    float lanes[LANES] = {};
     for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
     return load(lanes);
 }
 INLINE void store(float* p, vf v, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+    float lanes[LANES];
+    store(lanes, v);
+    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
-INLINE vf first_lanes(int64_t n) {  // all bits set in lanes 0 .. n - 1
-    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7};
-    return (vf)(lane < (vi{} + int32_t(n)));
+
+// All bits set in the lanes whose bit is.
+INLINE vf mask_of(uint32_t bits) {
+#if OPS_LANES == 16
+    const vi each = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+#else
+    const vi each = {1, 2, 4, 8, 16, 32, 64, 128};
+#endif
+    return (vf)(((vi{} + int32_t(bits)) & each) == each);
 }
+INLINE vf first_lanes(int64_t n) { return mask_of((1u << n) - 1); }
 INLINE vf both(vf v, vf mask) { return (vf)((vi)v & (vi)mask); }
 
-#if defined(OPS_AVX2)
-INLINE vf larger(vf a, vf b) { return _mm256_max_ps(a, b); }  // b where one is not a number
+#if defined(OPS_AVX512)
+INLINE vf larger(vf a, vf b) { return _mm512_max_ps(a, b); }  // b where one is not a number
+INLINE vf root(vf a) { return _mm512_sqrt_ps(a); }
+#elif defined(OPS_AVX2)
+INLINE vf larger(vf a, vf b) { return _mm256_max_ps(a, b); }
 INLINE vf root(vf a) { return _mm256_sqrt_ps(a); }
 #else
 INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
 INLINE vf root(vf a) {
-    vf r = {};
-    for (int i = 0; i < 8; ++i) r[i] = __builtin_sqrtf(a[i]);
-    return r;
+    for (int i = 0; i < LANES; ++i) a[i] = __builtin_sqrtf(a[i]);
+    return a;
 }
 #endif
 
-INLINE float sum(vf v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+INLINE float sum(vf v) {
+    float lanes[LANES];
+    store(lanes, v);
+    for (int64_t half = LANES / 2; half; half /= 2)
+        for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
 INLINE float largest(vf v) {
-    float most = v[0];
-    for (int i = 1; i < 8; ++i) most = v[i] > most ? v[i] : most;
+    float lanes[LANES], most;
+    store(lanes, v);
+    most = lanes[0];
+    for (int64_t i = 1; i < LANES; ++i) most = lanes[i] > most ? lanes[i] : most;
     return most;
 }
 INLINE vf magnitude(vf v) { return (vf)((vi)v & 0x7FFFFFFF); }

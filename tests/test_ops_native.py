@@ -1,4 +1,4 @@
-"""The compiled CPU ops against their twins in float64: outputs and every gradient, on both code paths, with one thread and two; masks bit for bit."""
+"""The compiled CPU ops against their twins in float64: outputs and every gradient, on every code path, with one thread and two; masks bit for bit."""
 
 import concurrent.futures
 import contextlib
@@ -27,27 +27,27 @@ pytestmark = pytest.mark.skipif(not compiled.FUNCTIONS, reason=f"no compiled ops
 WIDTHS = (1, 7, 13, 37, 64, 72, 768)
 
 
-AVX2 = bool(compiled.FUNCTIONS and compiled.FUNCTIONS["ops_avx2"]())
+LEVELS = ("portable", "AVX2", "AVX-512")[:compiled.FUNCTIONS["ops_level"]() + 1 if compiled.FUNCTIONS else 0]
 
 
 @contextlib.contextmanager
-def running(portable: bool, threads: int):
+def running(level: int, threads: int):
     before = torch.get_num_threads()
-    compiled.FUNCTIONS["ops_portable"](portable)
+    compiled.FUNCTIONS["ops_limit"](level)
     torch.set_num_threads(threads)
     try:
-        assert compiled.FUNCTIONS["ops_avx2"]() == (AVX2 and not portable)
+        assert compiled.FUNCTIONS["ops_level"]() == level
         yield
     finally:
-        compiled.FUNCTIONS["ops_portable"](0)
+        compiled.FUNCTIONS["ops_limit"](2)
         torch.set_num_threads(before)
 
 
 def ways():
-    """The portable code and, where the processor has it, AVX2 + FMA; with one thread and with two."""
-    for portable, threads in itertools.product([True, False] if AVX2 else [True], (1, 2)):
-        with running(portable, threads):
-            yield f"{'portable' if portable else 'AVX2'}, {threads} threads"
+    """The portable code and what the processor has of the others; with one thread and with two."""
+    for (level, name), threads in itertools.product(enumerate(LEVELS), (1, 2)):
+        with running(level, threads):
+            yield f"{name}, {threads} threads"
 
 
 def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -344,10 +344,10 @@ def test_mlm_loss_writes_over_the_logits_and_says_so():
 
 # ---------------------------------------------------------------- who runs, and where
 
-def everything(dtype=torch.float32) -> list[Tensor]:
-    """One pass through every op, forward and backward; sizes at which the threads here share the work and torch's own, which do not survive a fork, have none."""
+def everything(dtype=torch.float32, rows: int = 300) -> list[Tensor]:
+    """One pass through every op, forward and backward; with 300 rows torch's own threads, which do not survive a fork, have none of it."""
     spans = Spans.of((60, 33, 7), (60, 33, 7))
-    qkv, tall = drawn(100, 3 * 96).to(dtype).requires_grad_(), drawn(300, 100).to(dtype).requires_grad_()
+    qkv, tall = drawn(100, 3 * 96).to(dtype).requires_grad_(), drawn(rows, 100).to(dtype).requires_grad_()
     gain, bias = drawn(100).to(dtype).requires_grad_(), drawn(100, seed=1).to(dtype).requires_grad_()
     prefix = tuple(drawn(5, HEADS, 32, seed=i).to(dtype).requires_grad_() for i in (7, 8))
     made = [attention_compiled(*heads_of(qkv, 3, HEADS), spans, prefix, dropping(0.1)), norm_compiled(tall, tall * 2, gain, bias, 1e-5, dropping(0.1)),
@@ -356,12 +356,12 @@ def everything(dtype=torch.float32) -> list[Tensor]:
     return [y.detach() for y in made] + list(found)
 
 
-@pytest.mark.parametrize("portable", [True, False])
-def test_any_number_of_threads_gives_the_same_bits(portable):
+@pytest.mark.parametrize("level", range(len(LEVELS)), ids=LEVELS)
+def test_any_number_of_threads_gives_the_same_bits(level):
     found = []
     for count in (1, 2, 3, 7, 2, 1):
-        with running(portable, count):
-            found.append(everything())
+        with running(level, count):
+            found.append(everything(rows=3000))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
@@ -428,7 +428,7 @@ if __name__ == "__main__":
 
 def test_callers_on_two_threads_do_not_disturb_each_other():
     expected = everything()
-    with running(False, 2), concurrent.futures.ThreadPoolExecutor(3) as pool:
+    with running(len(LEVELS) - 1, 2), concurrent.futures.ThreadPoolExecutor(3) as pool:
         for found in pool.map(lambda _: everything(), range(12)):
             assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 

@@ -16,8 +16,8 @@ from ..kernels.dropout_ref import Drop, threshold_of
 
 _DROP = "plli"  # seed, site, threshold; threads
 CALLS = {
-    "ops_portable": "i",
-    "ops_avx2": "",
+    "ops_limit": "i",
+    "ops_level": "",
     "dropout": "plpll" + _DROP,
     "norm_forward": "plplppppppllf" + _DROP,
     "norm_backward": "plpppppppll" + _DROP,
