@@ -71,6 +71,26 @@ def labelled(batches: list[list[Sample]]) -> list[list[Sample]]:
     return [[dataclasses.replace(s, rows=numpy.array([0]), targets=s.ids[-1:] % len(LABELS)) for s in batch] for batch in batches]
 
 
+def needed_flops(setting: Setting, name: str) -> float:
+    """Of all matrix products that one pass needs at the least: forward, the gradient of what is frozen by its input alone, of what is trained by both; the last layer's
+    queries, output and feed-forward and the head on the rows asked for. A module's own products count; the first layer sends no gradient to the embeddings upstream."""
+    c, full, total = setting.config, name == "full", 0.0
+    d, f = c.hidden, c.feed_forward
+    for batch in (labelled(texts(setting)) if full else texts(setting)):
+        tokens, asked = sum(len(s.ids) for s in batch), sum(len(s.rows) for s in batch)
+        pairs = [sum((len(s.ids) if i < c.layers - 1 else len(s.rows)) * (len(s.ids) + (PREFIX if name == "prefix" else 0)) for s in batch) for i in range(c.layers)]
+        for i in range(c.layers):
+            rows_here = tokens if i < c.layers - 1 else asked
+            query, key_value, rest = 2.0 * rows_here * d * d, 4.0 * tokens * d * d, 2.0 * rows_here * d * (d + 2 * f)
+            linear, attention = query + key_value + rest, 4.0 * pairs[i] * d
+            below = full or i > 0  # somebody below wants the gradient of this layer's input
+            total += linear + attention  # forward
+            total += rest + (query + key_value if below else 0.0) + 2 * attention  # by the inputs
+            total += linear if full else 0.0  # by the weights
+        total += 2.0 * asked * d * (d + c.vocab) * 2 if not full else 3 * 2.0 * asked * d * d
+    return total
+
+
 # ---------------------------------------------------------------- ours
 
 def ours(name: str, kind: str = "eager", folded: bool = False) -> Callable[[Setting], Work]:
@@ -108,7 +128,7 @@ def ours(name: str, kind: str = "eager", folded: bool = False) -> Callable[[Sett
                 if compensation is not None:
                     compensation.after_step({key: plan.lr * decay for key, decay in decays.items()})
 
-        work = Work(run, results, steps=len(packed), tokens=sum(len(b.ids) for b in packed), extra=facts(setting, batches, name))
+        work = Work(run, results, steps=len(packed), tokens=sum(len(b.ids) for b in packed), flops=needed_flops(setting, name), extra=facts(setting, batches, name))
         if setting.precision == "bf16":
             work.held = contextlib.ExitStack()
             work.held.enter_context(lowered(model))

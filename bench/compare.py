@@ -29,35 +29,14 @@ import torch  # noqa: E402
 
 from bench import measure, rows  # noqa: E402
 from bench.case import SIZES, Case, Provider, Setting  # noqa: E402
-from bench.cases_steps import PREFIX, STEP_CASES, labelled  # noqa: E402
+from bench.cases_steps import STEP_CASES, needed_flops  # noqa: E402
 from bench.run import Parser, check, complain, say, title  # noqa: E402
-from bench.texts import texts  # noqa: E402
 
 GEMM = (1024, 768, 3072)  # rows, inside, outside of the products whose best rate is the ceiling
 REPEATS = 5
 
 
 # ---------------------------------------------------------------- the floor
-
-def flops(setting: Setting, name: str) -> float:
-    """Of all matrix products that one pass needs at the least: forward, the gradient of what is frozen by its input alone, of what is trained by both; the last layer's
-    queries, output and feed-forward and the head on the rows asked for. A module's own products count; the first layer sends no gradient to the embeddings upstream."""
-    c, full, total = setting.config, name == "full", 0.0
-    d, f = c.hidden, c.feed_forward
-    for batch in (labelled(texts(setting)) if full else texts(setting)):
-        tokens, asked = sum(len(s.ids) for s in batch), sum(len(s.rows) for s in batch)
-        pairs = [sum((len(s.ids) if i < c.layers - 1 else len(s.rows)) * (len(s.ids) + (PREFIX if name == "prefix" else 0)) for s in batch) for i in range(c.layers)]
-        for i in range(c.layers):
-            rows_here = tokens if i < c.layers - 1 else asked
-            query, key_value, rest = 2.0 * rows_here * d * d, 4.0 * tokens * d * d, 2.0 * rows_here * d * (d + 2 * f)
-            linear, attention = query + key_value + rest, 4.0 * pairs[i] * d
-            below = full or i > 0  # somebody below wants the gradient of this layer's input
-            total += linear + attention  # forward
-            total += rest + (query + key_value if below else 0.0) + 2 * attention  # by the inputs
-            total += linear if full else 0.0  # by the weights
-        total += 2.0 * asked * d * (d + c.vocab) * 2 if not full else 3 * 2.0 * asked * d * d
-    return total
-
 
 def gemm_rate(repeats: int = 7) -> float:
     """The best float32 rate of torch.mm here, FLOP/s."""
@@ -168,7 +147,7 @@ def compare(case: Case, setting: Setting, providers: dict[str, Provider], repeat
         for provider in [*lanes][i % len(lanes):] + [*lanes][:i % len(lanes)]:
             times[provider].append(lanes[provider].ask("pass"))
         ceiling = max(ceiling, gemm_rate(2))
-    floor = flops(setting, name) / ceiling
+    floor = needed_flops(setting, name) / ceiling
     found = []
     for provider, lane in lanes.items():
         compiled = providers[provider].compiled
