@@ -72,15 +72,15 @@ def attention(form: str, drops: bool = True) -> Callable[[Setting], Work]:
     def build(setting: Setting) -> Work:
         size, lengths = setting.size, tuple(min(setting.longest, 4 + round(100 * (i + 0.5) / setting.x)) for i in range(int(setting.x)))
         spans, heads, drop = Spans.of(lengths, lengths), size.heads, DROP if drops else None
-        for made in (spans.padded_queries, spans.padded_keys, spans.key_mask):  # all layers of a batch share them
+        for made in (spans.query_places, spans.key_places, spans.key_mask):  # all layers of a batch share them
             del made
         shape = (sum(lengths), heads, size.hidden // heads)
 
         def library(x):
             batch, longest = len(lengths), max(lengths)
-            padded = x.new_zeros(batch * longest, x.shape[1]).index_copy(0, spans.padded_keys, x).view(batch, longest, 3, heads, -1).permute(2, 0, 3, 1, 4)
+            padded = x.new_zeros(batch * longest, x.shape[1]).index_copy(0, spans.key_places, x).view(batch, longest, 3, heads, -1).permute(2, 0, 3, 1, 4)
             y = F.scaled_dot_product_attention(*padded, attn_mask=spans.key_mask[:, None, None, :], dropout_p=RATE if drops else 0.0)
-            return y.transpose(1, 2).reshape(batch * longest, -1).index_select(0, spans.padded_queries)
+            return y.transpose(1, 2).reshape(batch * longest, -1).index_select(0, spans.query_places)
 
         forms = {"library": library, "twin": lambda x: attention_padded(*(part.reshape(shape) for part in x.split(size.hidden, 1)), spans, None, drop).flatten(1),
                  "compiled": lambda x: compiled("attention", attention_padded)(*heads_of(x, 3, heads), spans, None, drop).flatten(1)}
