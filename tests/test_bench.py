@@ -117,7 +117,7 @@ def test_rows_have_the_schema_and_tables_come_from_them(bench, quick, capsys, tm
     assert bench.run.main(["attention", "lora_step", "lora_linear", "--size", "micro", "--repeats", "2", "--batches", "1", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     rows = json.loads(out.read_text())
-    assert {row["kernel_name"] for row in rows} == {"attention", "lora_step", "lora_linear", "lora_linear_wide"}
+    assert {row["kernel_name"] for row in rows} == {"attention", "attention_native", "attention_native_eval", "lora_step", "lora_linear", "lora_linear_wide"}
     for row in rows:
         assert list(row) == FIELDS
         assert row["y_20"] <= row["y_50"] <= row["y_80"] and row["metric_unit"] == bench.rows.UNITS[row["metric_name"]]
@@ -201,7 +201,7 @@ def test_gpu_path_runs_on_a_cpu(bench, quick, capsys, tmp_path):
     assert {row["kernel_name"] for row in rows} == {"gemm", "copy", "lora_step", *bench.gpu.DRY}
     assert {(row["kernel_name"], row["metric_unit"]) for row in rows if row["kernel_name"] in ("gemm", "copy", "lora_step")} == {
         *((k, "ms") for k in ("gemm", "copy", "lora_step")), ("gemm", "TFLOP/s"), ("copy", "GB/s"), ("lora_step", "valid tokens/s"), ("lora_step", "TFLOP/s")}
-    assert {row["provider"] for row in rows if row["kernel_name"] == "lora_step"} == {"transformers+peft", "transformers+peft, length-bucketed", "peftdebias"}
+    assert {row["provider"] for row in rows if row["kernel_name"] == "lora_step"} == {"transformers+peft", "transformers+peft, length-bucketed", "peftdebias", "peftdebias, CUDA graph"}
     assert {row["x_value"] for row in rows if row["kernel_name"] == "lora_step"} == {20, 48} and all(row["extra_config"]["dry_run"] for row in rows)
     for name in bench.gpu.DRY:  # every provider that needs no compiler, each with its share of the roofline
         wanted = {n for n, p in bench.cases.CASES[name].providers.items() if not p.compiled}
