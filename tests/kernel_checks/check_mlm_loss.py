@@ -30,7 +30,7 @@ def twin(logits, targets, weights=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m,v", [(13, 37), (7, 2), (1, 1), (37, 513)])
+@pytest.mark.parametrize("m,v", [(13, 37), (7, 2), (1, 1), (13, 513)])
 def test_ragged_sizes_in_each_dtype(m, v, dtype):
     compare(kernel, twin, given(m, v), plain=plain, dtype=dtype, gradients=("logits",), float32=("output",))
 
@@ -44,18 +44,18 @@ def test_more_blocks_than_one(monkeypatch, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weights", [(1.0, 10.0, 0.0, 6.7), (1.0, 1.0, 1.0, 1.0)])
 def test_class_weights(weights, dtype):
-    compare(kernel, twin, given(37, 4) | {"weights": torch.tensor(weights, dtype=torch.float64, device=DEVICE)}, plain=plain, dtype=dtype, gradients=("logits",),
+    compare(kernel, twin, given(13, 4) | {"weights": torch.tensor(weights, dtype=torch.float64, device=DEVICE)}, plain=plain, dtype=dtype, gradients=("logits",),
             float32=("output", "weights"))
 
 
 def test_not_contiguous():
-    compare(lambda logits, targets: fused.mlm_loss(logits, targets)[None], twin, given(13, 37), dtype=torch.float32, gradients=("logits",), layout=strided)
+    compare(lambda logits, targets: fused.mlm_loss(logits, targets)[None], twin, given(13, 37), plain=plain, dtype=torch.float32, gradients=("logits",), layout=strided)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 40.0, 1e4])
 def test_flat_and_steep_rows(scale):
     """Differences of 1e4 between logits: without subtracting the largest, exp would be infinite."""
-    compare(kernel, twin, given(13, 37, scale), dtype=torch.float32, gradients=("logits",))
+    compare(kernel, twin, given(13, 37, scale), plain=plain, dtype=torch.float32, gradients=("logits",))
 
 
 def test_logits_of_minus_infinity_take_no_part():
@@ -185,4 +185,4 @@ def test_torch_compile_does_not_break_on_it():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_real_vocabulary(dtype):
-    compare(kernel, twin, given(67, 30522), plain=plain, dtype=dtype, gradients=("logits",), float32=("output",))
+    compare(kernel, twin, given(7, 30522), plain=plain, dtype=dtype, gradients=("logits",), float32=("output",))
