@@ -1,4 +1,5 @@
-"""python bench/dispatch_table.py bench/results/DEVICE.json ...: what bench/gpu.py measured of LoRA's forms, as the table that picks one (kernels/fused/dispatch.json).
+"""python bench/dispatch_table.py bench/results/DEVICE.json ...: what bench/gpu.py measured of LoRA's and attention's forms, as the table that picks one
+(kernels/fused/dispatch.json).
 
 A line of the table is one device, dtype, size and dropout or none, with the median milliseconds of forward and backward by every form that was timed there. Lines of a
 device that is in the given files are replaced, those of others stay; rows of a dry run, of a CPU, and providers that are no form of ours are passed over.
@@ -14,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import rows  # noqa: E402
 from bench.case import RANK, SIZES  # noqa: E402
+from bench.cases_attention import ATTENTION_CASES  # noqa: E402
+from bench.cases_attention import FORMS as ATTENTION_FORMS  # noqa: E402
 from bench.run import Parser, complain, say  # noqa: E402
 from peftdebias.kernels import dispatch  # noqa: E402
 
@@ -23,20 +26,27 @@ PREFIX = "peftdebias, "
 DTYPES = {"bf16": "bfloat16", "float32": "float32"}
 
 
-def lines(found: list[rows.Row]) -> list[dict]:
-    """The lines of the table that these rows give, in the order of first appearance."""
-    made: dict[tuple, dict] = {}
+def lines(found: list[rows.Row]) -> dict[str, list[dict]]:
+    """op -> the lines of the table that these rows give, in the order of first appearance."""
+    made: dict[str, dict[tuple, dict]] = {}
     for row in found:
-        form = row.provider.removeprefix(PREFIX)
-        known = row.provider.startswith(PREFIX) and form in dispatch.FORMS["lora_linear"]
-        if row.kernel_name not in CASES or row.metric_name != "time" or not known or row.extra_config.get("dry_run") or row.device_name.startswith("CPU"):
+        op, form, sizes = _measured(row)
+        if row.metric_name != "time" or form not in dispatch.FORMS.get(op, ()) or row.extra_config.get("dry_run") or row.device_name.startswith("CPU"):
             continue
-        width, drops = CASES[row.kernel_name]
-        size = SIZES[row.extra_config["size"]]
-        line = {"device": row.device_name, "dtype": DTYPES[row.extra_config["precision"]], "dropout": drops, "rows": int(row.x_value), "inside": size.hidden,
-                "outside": getattr(size, width), "rank": RANK}
-        made.setdefault(tuple(line.values()), line | {"ms": {}})["ms"][form] = round(row.y_50, 5)
-    return list(made.values())
+        dropout = CASES[row.kernel_name][1] if op == "lora_linear" else row.extra_config["dropout"] > 0
+        line = {"device": row.device_name, "dtype": DTYPES[row.extra_config["precision"]], "dropout": dropout} | sizes
+        made.setdefault(op, {}).setdefault(tuple(line.values()), line | {"ms": {}})["ms"][form] = round(row.y_50, 5)
+    return {op: list(of.values()) for op, of in made.items()}
+
+
+def _measured(row: rows.Row) -> tuple[str, str, dict[str, int]]:
+    """(op, form, sizes) of a row; no op where it is of none that has forms."""
+    if row.kernel_name in ATTENTION_CASES:
+        return "attention", ATTENTION_FORMS.get(row.provider, ""), row.extra_config["sizes"]
+    if row.kernel_name not in CASES or not row.provider.startswith(PREFIX):
+        return "", "", {}
+    size = SIZES[row.extra_config["size"]]
+    return "lora_linear", row.provider.removeprefix(PREFIX), {"rows": int(row.x_value), "inside": size.hidden, "outside": getattr(size, CASES[row.kernel_name][0]), "rank": RANK}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,24 +54,25 @@ def main(argv: list[str] | None = None) -> int:
     top.add_argument("files", nargs="+", type=Path, metavar="FILE.json", help="rows that bench/gpu.py wrote")
     top.add_argument("--out", type=Path, default=dispatch.TABLE, metavar="FILE.json", help="the table (default: the one that peftdebias reads)")
     arguments = top.parse_args(argv)
-    found = []
+    found: dict[str, list[dict]] = {}
     for path in arguments.files:
         try:
-            found += lines(rows.read(path))
+            for op, new in lines(rows.read(path)).items():
+                found[op] = found.get(op, []) + new
         except (OSError, ValueError, TypeError, KeyError) as error:
             return complain(f"{path}: expected rows of bench/gpu.py, got {type(error).__name__}: {error}")
     if not found:
-        return complain(f"{', '.join(map(str, arguments.files))}: expected measured times of {', '.join(CASES)} on a GPU, found none")
+        return complain(f"{', '.join(map(str, arguments.files))}: expected measured times of {', '.join([*CASES, *ATTENTION_CASES])} on a GPU, found none")
     try:
         kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     except ValueError as error:
         return complain(f"{arguments.out}: expected a table, got {error}")
-    devices = {line["device"] for line in found}
-    table = kept | {"lora_linear": [line for line in kept.get("lora_linear", []) if line["device"] not in devices] + found}
+    table = kept | {op: [line for line in kept.get(op, []) if line["device"] not in {new["device"] for new in of}] + of for op, of in found.items()}
     partial = arguments.out.with_name(arguments.out.name + ".partial")
     partial.write_text(json.dumps(table, indent=1) + "\n")
     partial.replace(arguments.out)
-    say(f"result: {arguments.out}: {len(found)} lines of {', '.join(sorted(devices))}")
+    every = [line for of in found.values() for line in of]
+    say(f"result: {arguments.out}: {len(every)} lines of {', '.join(sorted({line['device'] for line in every}))}")
     return 0
 
 

@@ -16,6 +16,7 @@ from . import __version__, kernels, native
 from .errors import ConfigError
 from .kernels import dispatch
 from .kernels.dropout_ref import dropout_ref
+from .ops.attention import has_varlen
 from .training import pick_device
 
 CALLERS = ("encoder", "training", "tasks", "methods.lora", "methods.adapter", "methods.sparse")
@@ -86,13 +87,17 @@ def _tried(device: torch.device) -> str:
 
 
 def _forms(device: torch.device) -> list[str]:
-    """Which form of lora_linear is picked at the size of BERT-base, where a kernel is."""
+    """Which forms of lora_linear and attention are picked at the size of BERT-base, where a kernel is."""
     if kernels.decide("lora_linear", device)[0] != "triton":
         return []
-    lines = []
+    lines, how = [], {"device": device, "dtype": torch.bfloat16}
     for dropout, candidates in ((False, dispatch.FORMS["lora_linear"]), (True, ("epilogue", "library"))):
-        form, why = dispatch.decide("lora_linear", candidates, device=device, dtype=torch.bfloat16, dropout=dropout, rows=4096, inside=768, outside=768, rank=8)
+        form, why = dispatch.decide("lora_linear", candidates, dropout=dropout, rows=4096, inside=768, outside=768, rank=8, **how)
         lines.append(f"lora_linear   form {form} with{'' if dropout else 'out'} dropout: {why}")
+    for dropout in (False, True):
+        candidates = ("fused", "padded") if dropout or not has_varlen() else dispatch.FORMS["attention"]
+        form, why = dispatch.decide("attention", candidates, dropout=dropout, rows=4096, sequences=32, longest=128, prefix=0, width=768, **how)
+        lines.append(f"attention     form {form} with{'' if dropout else 'out'} dropout: {why}")
     return lines
 
 

@@ -8,8 +8,10 @@ import torch
 
 from peftdebias import kernels
 from peftdebias.batches import Spans
+from peftdebias.kernels import dispatch
 from peftdebias.kernels.dropout_ref import attention_keep
 from peftdebias.ops import Drop, attention, attention_padded, attention_ref
+from peftdebias.ops.attention import attention_varlen, forms, has_varlen
 
 from .outside import HEAD_WIDTH, HEADS, assert_close, one_thread  # noqa: F401
 
@@ -93,3 +95,38 @@ def test_the_mask_of_probabilities_depends_on_row_head_and_key_alone():
     planes = [*keep[..., 9:18], keep[0, :, :9]]
     assert all(0.3 < (a == b).double().mean() < 0.7 for a, b in itertools.combinations(planes, 2))
     assert 0.3 < (keep[:, 1:] == keep[:, :-1]).double().mean() < 0.7
+
+
+# ---------------------------------------------------------------- forms
+
+def test_the_table_chooses_among_the_forms_that_can_serve(monkeypatch):
+    """Where a Triton kernel would run; it is stood in for by a word, and nothing is launched."""
+    (query, key, value), pre = attention_inputs(SPANS["ragged"], 1, torch.float32)
+    monkeypatch.setitem(kernels._registry, ("attention", "triton"), lambda *inputs: "fused")
+    monkeypatch.setattr(kernels, "missing", lambda op, kind, where="cuda": "")
+    with kernels.use("triton"):
+        assert attention(query, key, value, SPANS["ragged"], pre) == "fused"
+        with dispatch.use("attention", "padded"):
+            assert torch.equal(attention(query, key, value, SPANS["ragged"], pre), attention_padded(query, key, value, SPANS["ragged"], pre))
+        with dispatch.use("attention", "varlen"):  # not in float32, not with a prefix
+            assert attention(query, key, value, SPANS["ragged"], pre) == "fused"
+        assert torch.equal(attention(query.double(), key.double(), value.double(), SPANS["ragged"]), attention_padded(query.double(), key.double(), value.double(), SPANS["ragged"]))
+
+
+def test_which_forms_can_serve():
+    query = torch.zeros(21, 2, 16)
+    assert forms(query, SPANS["ragged"], None, None) == forms(query, SPANS["ragged"], None, Drop(0.1, torch.tensor([1]), 0)) == ("fused", "padded")
+    assert forms(query[:10], SPANS["an empty text"], None, None) == ("fused",)
+    assert forms(query[:10], SPANS["an empty text"], (query, query), None) == ("fused", "padded")
+    assert forms(query[:0], Spans.of((), ()), None, None) == ("fused",)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not has_varlen(), reason="needs a CUDA device and torch.nn.attention.varlen")
+def test_varlen_equals_the_reference():
+    spans = Spans.of((13, 1, 7), (13, 1, 7), torch.device("cuda"))
+    tensors = [torch.randn(21, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    assert forms(tensors[0], spans, None, None)[-1] == "varlen"
+    expected, found = attention_ref(*(x.double() for x in tensors), spans), attention_varlen(*tensors, spans)
+    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
+    for one, other in zip(*(torch.autograd.grad(x.double().sum(), tensors) for x in (found, expected))):
+        torch.testing.assert_close(one, other, rtol=0.03, atol=0.03)

@@ -36,10 +36,10 @@ def quick(bench, monkeypatch):
     monkeypatch.setattr(bench.measure, "SAMPLE_SECONDS", 0.0)
 
 
-def planted(bench, monkeypatch, name: str, change):
-    """Puts a case in the registry of which ours (the last provider, where none has that name) gives results that `change` spoilt."""
+def planted(bench, monkeypatch, name: str, change, provider_name: str | None = None):
+    """Puts a case in the registry of which one provider, ours if none is named, gives results that `change` spoilt."""
     case = bench.cases.CASES[name]
-    last = "peftdebias" if "peftdebias" in case.providers else list(case.providers)[-1]
+    last = provider_name or ("peftdebias" if "peftdebias" in case.providers else list(case.providers)[-1])
     provider = case.providers[last]
 
     def build(setting):
@@ -91,7 +91,7 @@ def test_bound_is_of_the_contracts(bench):
     (lambda r: {**r, "y": r["y"][:-1]}, "y: max|difference| inf"),
 ], ids=["value", "nan", "missing", "shape"])
 def test_a_planted_difference_is_red_and_nothing_is_timed(bench, quick, monkeypatch, capsys, tmp_path, spoil, shown):
-    planted(bench, monkeypatch, "attention", spoil)
+    planted(bench, monkeypatch, "attention", spoil, "attention_padded")
     monkeypatch.setattr(bench.measure, "time_case", lambda *a, **k: pytest.fail("timed"))
     out = tmp_path / "rows.json"
     assert bench.run.main(["attention", "--size", "micro", "--out", str(out)]) == 1
@@ -117,7 +117,8 @@ def test_rows_have_the_schema_and_tables_come_from_them(bench, quick, capsys, tm
     assert bench.run.main(["attention", "lora_step", "lora_linear", "--size", "micro", "--repeats", "2", "--batches", "1", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     rows = json.loads(out.read_text())
-    assert {row["kernel_name"] for row in rows} == {"attention", "attention_native", "attention_native_eval", "lora_step", "lora_linear", "lora_linear_wide"}
+    attentions = {"attention", "attention_even", "attention_dropout", "attention_prefix"}
+    assert {row["kernel_name"] for row in rows} == attentions | {"attention_native", "attention_native_eval", "lora_step", "lora_linear", "lora_linear_wide"}
     for row in rows:
         assert list(row) == FIELDS
         assert row["y_20"] <= row["y_50"] <= row["y_80"] and row["metric_unit"] == bench.rows.UNITS[row["metric_name"]]
@@ -152,10 +153,11 @@ def test_a_compiler_that_fails_leaves_only_its_provider_out(bench, tmp_path):
 
     case, said = bench.cases.CASES["attention"], []
     providers = {**case.providers, "compiled": bench.case.Provider(broken, compiled=True)}
-    bench.measure.check(case, bench.case.Setting("micro", 2, tmp_path), providers, said.append)
+    setting = bench.case.Setting("micro", 2, tmp_path, stand_in=True)
+    bench.measure.check(case, setting, providers, said.append)
     assert list(providers) == list(case.providers) and said == ["attention: compiled is not measured: RuntimeError: no compiler"]
     with pytest.raises(RuntimeError):
-        bench.measure.check(case, bench.case.Setting("micro", 2, tmp_path), {**providers, "ours": bench.case.Provider(broken)})
+        bench.measure.check(case, setting, {**providers, "ours": bench.case.Provider(broken)})
 
 
 def test_peak_memory_sees_what_a_pass_takes(bench, tmp_path):
@@ -167,7 +169,7 @@ def test_peak_memory_sees_what_a_pass_takes(bench, tmp_path):
 # ---------------------------------------------------------------- the commands
 
 @pytest.mark.parametrize("script,words,shown", [
-    ("run", ["nope"], "no case 'nope'; expected one of gemm, copy, lora_step, adapter_step, prefix_step, full_step, attention, lora_linear"),
+    ("run", ["nope"], "no case 'nope'; expected one of gemm, copy, lora_step, adapter_step, prefix_step, full_step, attention, attention_even, attention_dropout, attention_prefix, lora_linear"),
     ("run", ["--size", "tiny,huge"], "no size 'huge'; expected one of micro, tiny, small, base"),
     ("run", ["--repeats", "0"], "expected at least 1, got 0"),
     ("run", ["--repeats", "x"], "invalid int value: 'x'"),
@@ -216,7 +218,7 @@ def test_every_kernel_has_a_case_and_every_case_a_place_in_the_gpu_run(bench):
 
     benched = {op for case in bench.cases.CASES.values() for p in case.providers.values() for op in p.kernels}
     assert benched == set(kernels.TRITON)
-    cases = {name for name, case in bench.cases.CASES.items() if case.mode != "step"} - {"gemm", "copy", "attention", *bench.cases.NATIVE_CASES}
+    cases = {name for name, case in bench.cases.CASES.items() if case.mode != "step"} - {"gemm", "copy", *bench.cases.NATIVE_CASES}
     assert cases == set(bench.gpu.TIMED) == set(bench.gpu.DRY) and {n for n in cases if bench.cases.CASES[n].rounded} == set(bench.gpu.CHECKED)
 
 

@@ -60,9 +60,34 @@ def test_what_was_measured_is_what_is_picked(tmp_path, monkeypatch, fresh):
     assert picked(rows=4096, dtype=torch.float16) == "written"  # nothing measured: the default
 
 
+def test_the_forms_of_attention_are_measured_by_rows_sequences_and_lengths(tmp_path, monkeypatch, fresh):
+    def attention(provider: str, ms: float, dropout: float = 0.0, case: str = "attention", **sizes) -> rows.Row:
+        sizes = {"rows": 6912, "sequences": 128, "longest": 128, "prefix": 0, "width": 768} | sizes
+        return row(case, "", 128, ms, provider=provider, extra={"sizes": sizes, "dropout": dropout})
+
+    even = {"rows": 16384, "case": "attention_even"}
+    rows.write(tmp_path / "x.json", [attention("peftdebias", 1.0), attention("attention_padded", 2.0), attention("torch varlen", 3.0), attention("attention_ref", 0.1),
+                                     attention("peftdebias", 3.0, **even), attention("torch varlen", 1.0, **even), attention("attention_padded", 2.0, **even),
+                                     attention("peftdebias", 1.0, 0.1, "attention_dropout"), row("lora_linear", "written", 4096, 1.0)], "x")
+    out = tmp_path / "dispatch.json"
+    assert dispatch_table.main([str(tmp_path / "x.json"), "--out", str(out)]) == 0
+    assert [(op, [len(line["ms"]) for line in lines]) for op, lines in json.loads(out.read_text()).items()] == [("attention", [3, 3, 1]), ("lora_linear", [1])]
+    monkeypatch.setattr(dispatch, "TABLE", out)
+    monkeypatch.setattr(dispatch, "_name", lambda device: "NVIDIA X")
+
+    def picked(rows: int, candidates=dispatch.FORMS["attention"], dropout=False) -> str:
+        return dispatch.decide("attention", candidates, device=torch.device("cuda"), dtype=torch.bfloat16, dropout=dropout, rows=rows, sequences=128, longest=128, prefix=0,
+                               width=768)
+
+    assert picked(7000) == ("fused", "the fastest when measured here at rows 6912, sequences 128, longest 128, prefix 0, width 768")
+    assert picked(16000)[0] == "varlen" and picked(16000, ("fused", "padded"))[0] == "padded" and picked(16000, dropout=True)[0] == "fused"
+
+
 def test_the_committed_table_can_be_read(fresh):
-    for line in dispatch.table().get("lora_linear", []):
-        assert set(line) == {"device", "dtype", "dropout", "rows", "inside", "outside", "rank", "ms"} and set(line["ms"]) <= set(dispatch.FORMS["lora_linear"])
+    sizes = {"lora_linear": {"rows", "inside", "outside", "rank"}, "attention": {"rows", "sequences", "longest", "prefix", "width"}}
+    for op, lines in dispatch.table().items():
+        for line in lines:
+            assert set(line) == {"device", "dtype", "dropout", "ms"} | sizes[op] and set(line["ms"]) <= set(dispatch.FORMS[op])
 
 
 def test_the_environment_asks_for_a_form(monkeypatch, fresh):

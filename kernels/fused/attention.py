@@ -11,8 +11,9 @@ peftdebias/ops/attention.py:
     inside. Rows of q, k and v may lie apart, as slices of one [T, 3 D] product do; any other layout is copied.
     The host's lists of lengths give the grid alone, by their number and their largest; which rows belong together is read on the device from cu_queries and cu_keys.
 
-Saved for the backward: q, k, v and the prefix as they came, y, the seed, and l as two float32 of [H, Mq]: the largest score (in units of log 2) and the inverse of
-the sum relative to it, 0 where there is no key (in one number a large score would take the sum's last bits). No saved tensor is overwritten, no mask and no matrix
+Saved for the backward: q, k, v and the prefix as they came, y, the seed, and l as two float32 of [H, Mq]: the largest q_i . k_j and the inverse of the sum
+relative to it, 0 where there is no key (in one number a large score would take the sum's last bits; and the difference is scaled, not the product, so that the
+largest shares have the least error). No saved tensor is overwritten, no mask and no matrix
 [Mq, T] is ever stored, and the prefix is never copied for a sequence.
 
 How: one pass over blocks of keys with the softmax carried along (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135), the prefix's
@@ -21,9 +22,11 @@ blocks first, then the own; so l is over both, and the backward is exact. With g
     d_i = g_i . y_i      da_ij = m_ij / c g_i . v_j      ds_ij = a_ij (da_ij - d_i)        since d_i = sum_j a_ij da_ij
     dv_j = sum_i m_ij / c a_ij g_i      dk_j = sum_i ds_ij q_i / sqrt(W)      dq_i = sum_j ds_ij k_j / sqrt(W)
 
-Where all keys of the longest sequence are one tile (128 keys, 64 with dropout; 16-bit, W at most 64), one kernel does all that belongs to a sequence: q, k, v, y, g are read and dq, dk,
-dv written once. Else dq and d come from one kernel, dk and dv from another, which computes a again. The prefix's dk and dv are sums over all of Mq: every program sums a stretch, a second
-kernel the stretches, in float32 and in one order; frozen, nothing is computed for it. No atomics: gradients repeat bit for bit. What nobody asks for is left out.
+Where all keys of the longest sequence are one tile (128 keys, 64 with dropout; 16-bit, W at most 64), one kernel does all that belongs to a sequence: q, k, v, y, g
+are read and dq, dk, dv written once. Else dq and d come from one kernel, dk and dv from another, which computes a again. The prefix's dk and dv are sums over all
+of Mq: every program sums a stretch, a second kernel the stretches, in float32 and in one order; frozen, nothing is computed for it. No atomics: gradients repeat
+bit for bit. What nobody asks for is left out. In float32 d is its sum over the keys, one pass more: where one key has nearly all of a, da - d is the difference of
+two near equals, and g . y, summed in another order, would cost the last bits of ds; 16-bit gradients are rounded more than that.
 What limits it: at lengths of BERT's texts memory; with dropout, the ten rounds of Philox for eight probabilities.
 
 The room: peftdebias/ops/attention.py (specification, the other forms), dropout_ref.py (the bits), this file (kernels), tests/kernel_checks/check_attention.py (proof).
@@ -45,7 +48,6 @@ from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power, product_dtype
 WIDEST = 128  # W
 STRETCH = 256  # query rows that one program sums for the gradients of the prefix, at least
 MOST_STRETCHES = 16
-LOG_2 = tl.constexpr(math.log(2))
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -67,7 +69,7 @@ def _store(x, tile, rows, inside, stride, W: tl.constexpr, BW: tl.constexpr):
 
 @triton.jit
 def _sums(sums, rows, inside, head, Mq, H):
-    """l of these rows as it is saved: the largest score and the inverse of the sum. Rows that are not inside have the share 0: nothing comes of them."""
+    """l of these rows as it is saved: the largest q . k and the inverse of the sum. Rows that are not inside have the share 0: nothing comes of them."""
     sums += head.to(tl.int64) * Mq
     return tl.load(sums + rows, mask=inside, other=0.0), tl.load(sums + tl.cast(H, tl.int64) * Mq + rows, mask=inside, other=0.0)
 
@@ -81,11 +83,11 @@ def _kept(rows, first, fourth, seed, site, threshold, KEYS: tl.constexpr):
 
 @triton.jit
 def _fold(q, k, v, inside, kept, top, total, y, scale, DROPS: tl.constexpr):
-    """One block of keys into the softmax carried along: top and total [BM], the largest score and the sum relative to it; y [BM, BW], not yet divided by it."""
-    s = tl.where(inside[None, :], dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32)) * scale, float("-inf"))
+    """One block of keys into the softmax carried along: top and total [BM], the largest q . k and the sum relative to it; y [BM, BW], not yet divided by it."""
+    s = tl.where(inside[None, :], dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32)), float("-inf"))
     higher = tl.maximum(top, tl.max(s, 1))
-    shrink = tl.exp2(top - higher)
-    a = tl.exp2(s - higher[:, None])
+    shrink = tl.exp2((top - higher) * scale)
+    a = tl.exp2((s - higher[:, None]) * scale)
     total = total * shrink + tl.sum(a, 1)
     if DROPS:
         a = tl.where(kept, a, 0.0)
@@ -97,7 +99,7 @@ def _pull(left, right, pull_left, pull_right, inside, top, share, d, kept, scale
     """(m a, ds sqrt(W)) of one tile, [left, right]: with left = q, right = k, pull_left = g and pull_right = v rows by keys; with each pair swapped keys by rows.
     top, share: l, as it is saved; with inside, d and kept they broadcast to that."""
     nothing = tl.zeros([left.shape[0], right.shape[0]], tl.float32)
-    a = tl.exp2(tl.where(inside, dot(left, tl.trans(right), nothing) * scale, float("-inf")) - top) * share
+    a = tl.exp2((tl.where(inside, dot(left, tl.trans(right), nothing), float("-inf")) - top) * scale) * share
     da = dot(pull_left, tl.trans(pull_right), nothing)
     if DROPS:
         return tl.where(kept, a, 0.0), a * (tl.where(kept, da * inverse, 0.0) - d)
@@ -142,47 +144,56 @@ def forward_kernel(q, k, v, prefix_k, prefix_v, cu_queries, cu_keys, seed, y, su
 # ---------------------------------------------------------------- backward
 
 @triton.jit
-def _prefix_pulls(query, pull, top, share, d, dq, rows, prefix_k, prefix_v, head, start, P, H, site, threshold, scale, inverse, DROPS: tl.constexpr, W: tl.constexpr,
-                  BW: tl.constexpr, BP: tl.constexpr):
-    """dq [BM, BW] and what the prefix adds to it, times sqrt(W)."""
-    for first in range(0, P, BP):
-        place = first + tl.arange(0, BP)
-        kept = _kept(rows, first, 2 + 2 * head, start, site, threshold, BP) if DROPS else place < P
-        key = _load(prefix_k + head * W, place, place < P, H * W, W, BW).to(query.dtype)
-        value = _load(prefix_v + head * W, place, place < P, H * W, W, BW).to(query.dtype)
-        _, ds = _pull(query, key, pull, value, (place < P)[None, :], top[:, None], share[:, None], d[:, None], kept, scale, inverse, DROPS)
-        dq = dot(ds.to(query.dtype), key, dq)
-    return dq
+def _over_keys(query, pull, top, share, d, found, rows, k, v, k0, k1, k_row, v_row, fourth, start, site, threshold, scale, inverse, SUMS: tl.constexpr,
+               DROPS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr):
+    """found [BM, BW] and what the keys k0 .. k1 add to dq, times sqrt(W); with SUMS found [BM] and what they add to d, where d itself is 0."""
+    for first in range(0, k1 - k0, BN):
+        place = k0 + first + tl.arange(0, BN)
+        kept = _kept(rows, first, fourth, start, site, threshold, BN) if DROPS else place < k1
+        key, value = _load(k, place, place < k1, k_row, W, BW).to(query.dtype), _load(v, place, place < k1, v_row, W, BW).to(query.dtype)
+        _, ds = _pull(query, key, pull, value, (place < k1)[None, :], top[:, None], share[:, None], d[:, None], kept, scale, inverse, DROPS)
+        if SUMS:
+            found += tl.sum(ds, 1)
+        else:
+            found = dot(ds.to(query.dtype), key, found)
+    return found
 
 
 @triton.jit(do_not_specialize=["site"])
 def backward_queries_kernel(q, k, v, prefix_k, prefix_v, g, y, sums, cu_queries, cu_keys, seed, delta, dq, Mq, P, H, q_row, k_row, v_row, site, threshold, scale,
-                            inverse, WANTED: tl.constexpr, DROPS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr):
-    """delta [H, Mq] fp32 = d, and where WANTED dq [Mq, H, W], of g and y [Mq, H, W], sums [2, H, Mq]; the others as in forward_kernel. Program (sequence and head, tile of
-    its queries)."""
+                            inverse, WANTED: tl.constexpr, EXACT: tl.constexpr, DROPS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr,
+                            BN: tl.constexpr, BP: tl.constexpr):
+    """delta [H, Mq] fp32 = d, and where WANTED dq [Mq, H, W], of g and y [Mq, H, W], sums [2, H, Mq]; the others as in forward_kernel. EXACT: d by its sum over the
+    keys. Program (sequence and head, tile of its queries)."""
     sequence, head = tl.program_id(0) // H, tl.program_id(0) % H
     q0, q1 = tl.load(cu_queries + sequence), tl.load(cu_queries + sequence + 1)
-    k0, k1 = tl.load(cu_keys + sequence), tl.load(cu_keys + sequence + 1)
+    k0, k1 = tl.load(cu_keys + sequence).to(tl.int64), tl.load(cu_keys + sequence + 1).to(tl.int64)
     if q0 + tl.program_id(1) * BM >= q1:
         return
     rows = q0.to(tl.int64) + tl.program_id(1) * BM + tl.arange(0, BM)
     pull = _load(g + head * W, rows, rows < q1, H * W, W, BW)
-    d = tl.sum(pull.to(tl.float32) * _load(y + head * W, rows, rows < q1, H * W, W, BW).to(tl.float32), 1)
-    tl.store(delta + head.to(tl.int64) * Mq + rows, d, mask=rows < q1)
-    if WANTED:
+    k, v, own, shared = k + head * W, v + head * W, 1 + 2 * head, 2 + 2 * head
+    if WANTED or EXACT:
         start = 0 if seed is None else tl.load(seed)
         query = _load(q + head * W, rows, rows < q1, q_row, W, BW)
         top, share = _sums(sums, rows, rows < q1, head, Mq, H)
+    if EXACT:
+        nothing = tl.zeros([BM], tl.float32)
+        d = nothing
+        if prefix_k is not None:
+            d = _over_keys(query, pull, top, share, nothing, d, rows, prefix_k + head * W, prefix_v + head * W, 0, P, H * W, H * W, shared, start, site, threshold, scale,
+                           inverse, True, DROPS, W, BW, BP)
+        d = _over_keys(query, pull, top, share, nothing, d, rows, k, v, k0, k1, k_row, v_row, own, start, site, threshold, scale, inverse, True, DROPS, W, BW, BN)
+    else:
+        d = tl.sum(pull.to(tl.float32) * _load(y + head * W, rows, rows < q1, H * W, W, BW).to(tl.float32), 1)
+    tl.store(delta + head.to(tl.int64) * Mq + rows, d, mask=rows < q1)
+    if WANTED:
         found = tl.zeros([BM, BW], tl.float32)
         if prefix_k is not None:
-            found = _prefix_pulls(query, pull, top, share, d, found, rows, prefix_k, prefix_v, head, start, P, H, site, threshold, scale, inverse, DROPS, W, BW, BP)
-        for first in range(0, k1 - k0, BN):
-            place = k0.to(tl.int64) + first + tl.arange(0, BN)
-            kept = _kept(rows, first, 1 + 2 * head, start, site, threshold, BN) if DROPS else place < k1
-            key, value = _load(k + head * W, place, place < k1, k_row, W, BW), _load(v + head * W, place, place < k1, v_row, W, BW)
-            _, ds = _pull(query, key, pull, value, (place < k1)[None, :], top[:, None], share[:, None], d[:, None], kept, scale, inverse, DROPS)
-            found = dot(ds.to(key.dtype), key, found)
-        _store(dq + head * W, found * (scale * LOG_2), rows, rows < q1, H * W, W, BW)
+            found = _over_keys(query, pull, top, share, d, found, rows, prefix_k + head * W, prefix_v + head * W, 0, P, H * W, H * W, shared, start, site, threshold, scale,
+                               inverse, False, DROPS, W, BW, BP)
+        found = _over_keys(query, pull, top, share, d, found, rows, k, v, k0, k1, k_row, v_row, own, start, site, threshold, scale, inverse, False, DROPS, W, BW, BN)
+        _store(dq + head * W, found * W ** -0.5, rows, rows < q1, H * W, W, BW)
 
 
 @triton.jit(do_not_specialize=["site"])
@@ -218,9 +229,10 @@ def backward_keys_kernel(q, k, v, prefix_k, prefix_v, g, y, sums, cu_queries, cu
         if WHOLE:
             found = dot(tl.trans(ds), key, tl.zeros([BM, BW], tl.float32))
             if prefix_k is not None:
-                found = _prefix_pulls(query, pull, top, share, d, found, rows, prefix_k, prefix_v, head, start, P, H, site, threshold, scale, inverse, DROPS, W, BW, BP)
-            _store(dq + head * W, found * (scale * LOG_2), rows, rows < q1, H * W, W, BW)
-    _store(dk + head * W, sum_k * (scale * LOG_2), place, place < k1, H * W, W, BW)
+                found = _over_keys(query, pull, top, share, d, found, rows, prefix_k + head * W, prefix_v + head * W, 0, P, H * W, H * W, 2 + 2 * head, start, site,
+                                   threshold, scale, inverse, False, DROPS, W, BW, BP)
+            _store(dq + head * W, found * W ** -0.5, rows, rows < q1, H * W, W, BW)
+    _store(dk + head * W, sum_k * W ** -0.5, place, place < k1, H * W, W, BW)
     _store(dv + head * W, sum_v * inverse, place, place < k1, H * W, W, BW)
 
 
@@ -246,7 +258,7 @@ def backward_prefix_kernel(q, prefix_k, prefix_v, g, sums, delta, seed, partial,
         sum_v = dot(a.to(key.dtype), pull, sum_v)
         sum_k = dot(ds.to(key.dtype), query, sum_k)
     partial += tl.program_id(1).to(tl.int64) * 2 * P * H * W + head * W
-    _store(partial, sum_k * (scale * LOG_2), place, place < P, H * W, W, BW)
+    _store(partial, sum_k * W ** -0.5, place, place < P, H * W, W, BW)
     _store(partial + P * H * W, sum_v * inverse, place, place < P, H * W, W, BW)
 
 
@@ -299,7 +311,7 @@ def _specs_of(dtype: torch.dtype, kind: str, width: int, drops: bool, shared: in
     whole = in_one(dtype, width, keys, drops)
     variants = [("keys", backward_keys_kernel, {"WHOLE": whole})]
     if not whole:
-        variants = [("forward", forward_kernel, {}), ("queries", backward_queries_kernel, {"WANTED": True}), *variants]
+        variants = [("forward", forward_kernel, {}), ("queries", backward_queries_kernel, {"WANTED": True, "EXACT": dtype == torch.float32}), *variants]
         variants += [("prefix", backward_prefix_kernel, {})] if shared else []
     elif queries < 64:
         variants.insert(0, ("forward", forward_kernel, {}))
@@ -372,7 +384,7 @@ def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Te
         if not whole:
             tile = tiles_for("queries", q.dtype, width, queries, keys, shared, rate > 0)
             backward_queries_kernel[pairs, ceil_div(queries, tile["BM"])](q, k, v, *prefix, g, y, sums, cu_queries, cu_keys, seed, delta, dq, rows, shared, heads, *strides,
-                                                                          *more, WANTED=of_query, **options, **tile)
+                                                                          *more, WANTED=of_query, EXACT=q.dtype == torch.float32, **options, **tile)
         if of_keys and k.shape[0] or whole:
             backward_keys_kernel[pairs, 1 if whole else ceil_div(keys, sizes["BN"])](
                 q, k, v, *(prefix if whole else (None, None)), g, y, sums, cu_queries, cu_keys, seed, delta, dq, dk, dv, rows, shared, heads, *strides, *more, WHOLE=whole,

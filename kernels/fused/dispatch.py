@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 TABLE = Path(__file__).with_name("dispatch.json")
-FORMS = {"lora_linear": ("written", "epilogue", "library")}
-"""op -> its forms (lora.py says what they are); the first that can serve is the default."""
+FORMS = {"lora_linear": ("written", "epilogue", "library"), "attention": ("fused", "padded", "varlen")}
+"""op -> its forms (lora.py and peftdebias/ops/attention.py say what they are); the first that can serve is the default."""
 
 _forced: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("peftdebias_forms", default={})
 
@@ -35,30 +35,29 @@ def use(op: str, form: str):
         _forced.reset(token)
 
 
-def pick(op: str, candidates: Sequence[str], *, device: torch.device, dtype: torch.dtype, dropout: bool, rows: int, inside: int, outside: int, rank: int) -> str:
+def pick(op: str, candidates: Sequence[str], *, device: torch.device, dtype: torch.dtype, dropout: bool, **sizes: int) -> str:
     """One of `candidates`, the forms that can serve here; `decide` without its reason."""
-    return decide(op, candidates, device=device, dtype=dtype, dropout=dropout, rows=rows, inside=inside, outside=outside, rank=rank)[0]
+    return decide(op, candidates, device=device, dtype=dtype, dropout=dropout, **sizes)[0]
 
 
-def decide(op: str, candidates: Sequence[str], *, device: torch.device, dtype: torch.dtype, dropout: bool, rows: int, inside: int, outside: int,
-           rank: int) -> tuple[str, str]:
-    """(form, why). rows T, inside and outside the widths of the linear. Of the measured rows with this device, dtype and dropout the nearest in size decides
-    (sum of |log2| of the ratios of rows, widths and rank), by the least time among the candidates."""
+def decide(op: str, candidates: Sequence[str], *, device: torch.device, dtype: torch.dtype, dropout: bool, **sizes: int) -> tuple[str, str]:
+    """(form, why). sizes: what the op's measured rows name. lora_linear: rows T, inside and outside the widths of the linear, rank. attention: rows T, sequences B,
+    longest S, prefix P, width H W. Of the measured rows with this device, dtype and dropout the nearest in size decides (sum of |log2| of the ratios), by the least
+    time among the candidates."""
     if form := asked(op):
         if form in candidates:
             return form, "asked for by name"
-    return _measured(op, tuple(candidates), _name(device), str(dtype).removeprefix("torch."), dropout, rows, inside, outside, rank)
+    return _measured(op, tuple(candidates), _name(device), str(dtype).removeprefix("torch."), dropout, **sizes)
 
 
 @functools.lru_cache(maxsize=4096)
-def _measured(op: str, candidates: tuple[str, ...], device: str, dtype: str, dropout: bool, rows: int, inside: int, outside: int, rank: int) -> tuple[str, str]:
+def _measured(op: str, candidates: tuple[str, ...], device: str, dtype: str, dropout: bool, **sizes: int) -> tuple[str, str]:
     mine = [r for r in table().get(op, ()) if r["device"] == device and r["dtype"] == dtype and r["dropout"] == dropout and any(c in r["ms"] for c in candidates)]
     if not mine:
         return next(form for form in FORMS[op] if form in candidates), f"the default: not measured on {device}"
-    sizes = {"rows": rows, "inside": inside, "outside": outside, "rank": rank}
     near = min(mine, key=lambda r: sum(abs(math.log2(max(1, r[k]) / max(1, n))) for k, n in sizes.items()))
     best = min((c for c in candidates if c in near["ms"]), key=near["ms"].__getitem__)
-    return best, f"the fastest when measured here at {near['rows']} x {near['inside']} -> {near['outside']}, rank {near['rank']}"
+    return best, f"the fastest when measured here at {', '.join(f'{name} {near[name]}' for name in sizes)}"
 
 
 @torch.compiler.assume_constant_result  # under torch.compile: what is asked for when it traces
@@ -73,7 +72,7 @@ def asked(op: str) -> str | None:
 
 @functools.cache
 def table() -> dict[str, list[dict]]:
-    """op -> measured rows: device, dtype, dropout, rows, inside, outside, rank, ms {form: median milliseconds of forward + backward}."""
+    """op -> measured rows: device, dtype, dropout, the op's sizes, ms {form: median milliseconds of forward + backward}."""
     return json.loads(TABLE.read_text()) if TABLE.exists() else {}
 
 

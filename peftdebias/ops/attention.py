@@ -1,8 +1,14 @@
 """Bidirectional attention inside each sequence of a packed batch: softmax(q k^T / sqrt(W)) v. Vaswani et al. 2017, arXiv 1706.03762.
 
 Prefix keys and values are shared by the batch and come before each sequence's own (Li and Liang 2021, arXiv 2101.00190). Dropout acts on the probabilities.
+
+Where kernels/fused/attention.py can run there are three forms that compute the same, and dispatch.py picks one. "fused": that kernel. "padded": attention_padded,
+torch's scaled_dot_product_attention on a copy; with dropout its plain formula, since torch's own draws other bits. "varlen": torch.nn.attention.varlen, for 16 bits
+without prefix and dropout, where torch has it.
 """
 
+import functools
+import importlib.util
 import math
 from collections.abc import Callable
 
@@ -12,6 +18,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..batches import Spans
+from ..kernels import dispatch
 from ..kernels.dropout_ref import Drop, attention_keep
 
 Prefix = tuple[Tensor, Tensor]
@@ -56,11 +63,42 @@ def attention_padded(query: Tensor, key: Tensor, value: Tensor, spans: Spans, pr
     return out if spans.exact and out.shape[0] == query.shape[0] else out.index_select(0, spans.query_places)
 
 
+def attention_varlen(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: None = None, drop: None = None) -> Tensor:
+    """attention_ref by torch.nn.attention.varlen: CUDA, bfloat16 or float16, neither prefix nor dropout."""
+    from torch.nn.attention.varlen import varlen_attn  # importing it loads triton
+
+    return varlen_attn(query, key, value, spans.cu_queries, spans.cu_keys, spans.most_queries, spans.most_keys)
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: Prefix | None = None, drop: Drop | None = None) -> Tensor:
-    """attention_ref by the implementation that `kernels` chooses for the tensors' device; no kernel takes float64."""
-    plain = query.dtype == torch.float64
-    op = attention_padded if plain else kernels.choose("attention", reference=attention_padded, device=query.device)
+    """attention_ref by the implementation that `kernels` chooses for the tensors' device, in the form that `dispatch` picks; no kernel takes float64."""
+    op = attention_padded if query.dtype == torch.float64 else kernels.choose("attention", reference=attention_padded, device=query.device)
+    if op is not attention_padded and kernels.decide("attention", query.device)[0] == "triton":
+        op = {"fused": op, "padded": attention_padded, "varlen": attention_varlen}[_form(query, key, spans, prefix, drop)]
     return op(query, key, value, spans, prefix, drop)
+
+
+def forms(query: Tensor, spans: Spans, prefix: Prefix | None, drop: Drop | None) -> tuple[str, ...]:
+    """The forms that can serve. A sequence without keys leaves torch's ops without an answer."""
+    if not spans.exact or (not min(spans.key_lengths, default=0) and prefix is None):
+        return ("fused",)
+    varlen = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and prefix is None and drop is None and query.shape[2] % 8 == 0 and has_varlen()
+    return ("fused", "padded", "varlen") if varlen and min(spans.query_lengths) else ("fused", "padded")
+
+
+@functools.cache
+def has_varlen() -> bool:
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
+def _form(query: Tensor, key: Tensor, spans: Spans, prefix: Prefix | None, drop: Drop | None) -> str:
+    """A compiled graph holds no choice but the one asked for by name."""
+    candidates = forms(query, spans, prefix, drop)
+    if torch.compiler.is_compiling():
+        form = dispatch.asked("attention")
+        return form if form in candidates else candidates[0]
+    return dispatch.pick("attention", candidates, device=query.device, dtype=query.dtype, dropout=drop is not None, rows=len(key), sequences=spans.cu_keys.shape[0] - 1,
+                         longest=spans.most_keys, prefix=0 if prefix is None else len(prefix[0]), width=query.shape[1] * query.shape[2])
 
 
 def _dropped(shares: Tensor, keep: Tensor, drop: Drop) -> Tensor:

@@ -13,17 +13,20 @@ from peftdebias.ops.attention import attention_ref
 
 from .harness import DEVICE, DTYPES, compare, drawn, poisoned, run, strided
 
+pytestmark = pytest.mark.usefixtures("products_in_order")  # ds is a small difference where one key has nearly all: d and da of two kernels
+
 HEADS = 3
 OWN = ("query", "key", "value")
 PREFIX = ("prefix_key", "prefix_value")
 LENGTHS = {
     "ragged": ((13, 1, 37), (13, 1, 37)),
-    "fewer queries": ((2, 1, 5), (13, 1, 37)),
-    "no queries in one": ((2, 0, 1), (13, 5, 7)),
-    "an empty text": ((3, 0, 7), (13, 0, 7)),
-    "one token each": ((1, 1, 1), (1, 1, 1)),
+    "fewer queries": ((6, 1, 15), (13, 1, 37)),
+    "no queries in one": ((9, 0, 7), (13, 5, 17)),
+    "an empty text": ((13, 0, 17), (13, 0, 17)),
+    "one token each": ((1,) * 5, (1,) * 5),
     "longer than a tile": ((70, 3), (141, 19)),
 }
+"""Enough rows that in float32 the largest of many roundings is compared with the largest of many, and not the luck of a few."""
 
 
 def seeded(value: int = 5, rate: float = 0.3, site: int = 7) -> Drop:
@@ -35,9 +38,9 @@ def spans_of(name: str) -> Spans:
 
 
 def tensors(spans: Spans, width: int, prefix: int | None = None, heads: int = HEADS) -> dict[str, torch.Tensor]:
-    """float64 by name; scores are of order 1, some shares near 1."""
+    """float64 by name; scores are of order 1."""
     rows = {"query": sum(spans.query_lengths), "key": sum(spans.key_lengths), "value": sum(spans.key_lengths)} | ({} if prefix is None else dict.fromkeys(PREFIX, prefix))
-    return {name: drawn(n, heads, width, seed=i, scale=1.5 if name == "query" else 1.0) for i, (name, n) in enumerate(rows.items())}
+    return {name: drawn(n, heads, width, seed=i) for i, (name, n) in enumerate(rows.items())}
 
 
 def both(spans: Spans, drop: Drop | None = None):
@@ -48,12 +51,12 @@ def both(spans: Spans, drop: Drop | None = None):
     return function(attention), function(attention_ref)
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.3], ids=["", "dropout"])
-@pytest.mark.parametrize("prefix", [None, 0, 1, 30])
+@pytest.mark.parametrize("prefix,rate", [(None, 0.0), (30, 0.0), (None, 0.3), (0, 0.3), (1, 0.3), (30, 0.3)])
 @pytest.mark.parametrize("name", LENGTHS)
 def test_every_batch_with_every_prefix(name, prefix, rate):
     spans = spans_of(name)
-    compare(*both(spans, seeded(rate=rate) if rate else None), tensors(spans, 7, prefix), dtype=torch.float32, gradients=OWN if prefix is None else OWN + PREFIX)
+    draws = {"values": 3000} if name == "one token each" else {}  # five queries: so few scores that one draw is luck
+    compare(*both(spans, seeded(rate=rate) if rate else None), tensors(spans, 37, prefix), dtype=torch.float32, gradients=OWN if prefix is None else OWN + PREFIX, **draws)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,7 +80,7 @@ def test_texts_of_more_than_one_tile(prefix, dtype):
 def test_any_set_of_gradients(name, gradients):
     """A frozen prefix, a query alone, keys alone, ..."""
     spans = spans_of(name)
-    compare(*both(spans, seeded()), tensors(spans, 13, 5), dtype=torch.float32, gradients=gradients)
+    compare(*both(spans, seeded()), tensors(spans, 37, 5), dtype=torch.float32, gradients=gradients)
 
 
 def test_a_frozen_prefix_costs_no_gradient(monkeypatch):
@@ -305,7 +308,7 @@ def test_torch_compile_does_not_break_on_it(prefix, drop):
     spans = spans_of("fewer queries")
     given = {name: x.float().requires_grad_() for name, x in tensors(spans, 16, prefix).items()}
     pre = [given.get(name) for name in PREFIX]
-    args = (*(given[name] for name in OWN), *pre, spans.cu_queries, spans.cu_keys, 5, 37, drop.rate if drop else 0.0, drop.seed if drop else None, 7)
+    args = (*(given[name] for name in OWN), *pre, spans.cu_queries, spans.cu_keys, 15, 37, drop.rate if drop else 0.0, drop.seed if drop else None, 7)
     torch.library.opcheck(torch.ops.peftdebias.attention_forward.default, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
     y, sums = (x.detach() for x in torch.ops.peftdebias.attention_forward(*args))
     for asked in ((True, True, prefix is not None), (True, False, False), (False, True, False)):

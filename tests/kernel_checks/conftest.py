@@ -1,7 +1,14 @@
-"""Triton's interpreter cuts float32 down to bfloat16 where a GPU rounds to nearest even, so its errors would be twice those of any device. Here it rounds."""
+"""Where Triton's interpreter rounds unlike any GPU, and what mends that.
+
+It cuts float32 down to bfloat16 where a GPU rounds to nearest even, so its errors would be twice those of any device: here it rounds. And it multiplies tiles by
+BLAS, which sums a product's terms in an order that depends on the tile's shape: `products_in_order` is for kernels that take the same product of tiles of other
+shapes and count on the same bits.
+"""
 
 import os
 
+import numpy
+import pytest
 import torch
 
 
@@ -21,3 +28,20 @@ def round_to_bfloat16() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     round_to_bfloat16()
+
+
+@pytest.fixture
+def products_in_order(monkeypatch):
+    """Products of tiles as a GPU's float32 units make them, one fused multiply-add after the other along k; then what was there before is added. On a device nothing
+    is changed."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime import interpreter
+
+    def dot(self, a, b, d, *options):
+        left, right, total = a.data.astype(numpy.float64), b.data.astype(numpy.float64), numpy.zeros_like(d.data)
+        for k in range(left.shape[1]):
+            total = (total + left[:, k, None] * right[k]).astype(d.data.dtype)  # in float64 the product of two float32 is exact
+        return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
