@@ -34,7 +34,7 @@ test-slow: $(VENV)/.test
 	$(PY) -m pytest -q -m slow $(ARGS)
 
 # The package, what it needs at run time, and what draws the report. A stamp file is touched last, so an interrupted install is taken up again.
-$(VENV)/.package: pyproject.toml constraints.txt csrc/cda.cpp
+$(VENV)/.package: pyproject.toml constraints.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "error: need Python 3.11 or newer, got '$(PYTHON)' ($$($(PYTHON) --version 2>/dev/null || echo not found)); name another: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: '$(PYTHON)' cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@echo "Installing peftdebias and PyTorch (CPU build) into $(VENV): about a minute, once ..."

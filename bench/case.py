@@ -1,6 +1,6 @@
 """What a benchmark case is made of: a size, a setting, the work of one provider, the providers, and what must be equal.
 
-What it adds over measure.py: the vocabulary. It leaves out the work itself (cases.py: steps and ceilings; cases_kernels.py, cases_attention.py: one op each).
+What it adds over measure.py: the vocabulary. It leaves out the work itself (cases.py: ceilings; cases_steps.py: steps; cases_kernels.py, cases_attention.py, cases_native.py: one op each).
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -37,7 +36,7 @@ class Size:
 
 
 SIZES = {
-    "micro": Size(2, 28, 2, 60, vocab=97, positions=64, repeats=2, batches=2),  # for the tests
+    "micro": Size(2, 28, 2, 60, vocab=97, positions=128, repeats=2, batches=2),  # for the tests
     "tiny": Size(2, 128, 2, 512, repeats=15),
     "small": Size(4, 256, 4, 1024, repeats=7),
     "base": Size(12, 768, 12, 3072, repeats=3, batches=4),
@@ -85,7 +84,7 @@ class Work:
 
     tokens: valid tokens, flops, bytes (read and written): of one pass; 0 where they say nothing. extra: goes into the rows' extra_config.
     roof: (flops, bytes) of each stretch of work that cannot overlap another, at the least: its time is no less than the sum of the larger of the two at the
-    measured ceilings. limit: what else bounds it, in words, from how it is built.
+    measured ceilings. limit: what else bounds it, in words, from how it is built. held: what must live as long as the work.
     """
 
     run: Callable[[], object]
@@ -97,23 +96,25 @@ class Work:
     roof: tuple[tuple[float, float], ...] = ()
     limit: str = ""
     extra: dict = dataclasses.field(default_factory=dict)
+    held: object = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Provider:
-    """needs: libraries it imports, kernels: Triton ops it calls; without them it is not measured. compiled: only with --compile. compared: whether it computes what
+    """needs: libraries it imports, kernels: Triton ops it calls, native: ops of csrc; without them it is not measured. compiled: only with --compile. compared: whether it computes what
     the others do (a library's dropout draws another mask)."""
 
     build: Callable[[Setting], Work]
     needs: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
+    native: tuple[str, ...] = ()
     compiled: bool = False
     compared: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """providers: by name; the first is the baseline of the ratios and of the equality check.
+    """providers: by name; the first is the baseline of the ratios, the first that is compared that of the equality check.
 
     bound: (name, expected) -> the largest allowed max|difference| of that tensor in float32. sized: whether the work depends on the base model.
     rounded: whether bf16 is checked as well, against float64 (measure.check_rounded).
@@ -140,18 +141,6 @@ def output_bound(name: str, expected: Tensor) -> float:
     largest = float(expected.abs().max())
     bound = 2e-6 * max(1.0, largest)
     return min(bound, 5e-5 * largest) if "gradient" in name else bound
-
-
-def random_lengths(count: int, mean: float, longest: int, generator: numpy.random.Generator) -> numpy.ndarray:
-    """int [count]: a gamma distribution (shape 2) cut to 5..longest, its mean within a token of `mean`; all `longest` where that is the mean."""
-    if mean >= longest:
-        return numpy.full(count, longest)
-    drawn = generator.gamma(2.0, 1.0, count)
-    low, high = 0.0, 100.0 * longest
-    for _ in range(60):  # the mean after the cut grows with the scale
-        scale = (low + high) / 2
-        low, high = (scale, high) if numpy.clip(drawn * scale, 5, longest).mean() < mean else (low, scale)
-    return numpy.clip(numpy.rint(drawn * low), 5, longest).astype(int)
 
 
 def autocast(setting: Setting):

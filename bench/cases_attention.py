@@ -17,8 +17,9 @@ from peftdebias.kernels.dropout_ref import Drop
 from peftdebias.ops import attention_padded, attention_ref
 from peftdebias.ops.attention import attention_varlen
 
-from .case import Case, Provider, Setting, Work, output_bound, random_lengths
+from .case import Case, Provider, Setting, Work, output_bound
 from .cases_kernels import RATE, bytes_of, drawn, full, fused
+from .texts import random_lengths
 
 MEAN = 54  # of lengths up to 128: 42 % of a padded batch is valid
 PREFIX = 30
@@ -29,7 +30,7 @@ def attention(form: str, even: bool = False, rate: float = 0.0, prefix: int = 0)
     def build(setting: Setting) -> Work:
         size, longest = setting.size, min(setting.longest, setting.size.positions)
         lengths = tuple(random_lengths(int(setting.x), longest if even else min(MEAN, longest), longest, numpy.random.default_rng(setting.seed)).tolist())
-        spans, tokens, heads, width = Spans(lengths, lengths, setting.device), sum(lengths), size.heads, size.hidden // size.heads
+        spans, tokens, heads, width = Spans.of(lengths, lengths, setting.device), sum(lengths), size.heads, size.hidden // size.heads
         given = {name: drawn(setting, seed=i, shape=(tokens, heads, width)) for i, name in enumerate(("query", "key", "value"))}
         if prefix:
             given |= {name: drawn(setting, True, seed=10 + i, shape=(prefix, heads, width)) for i, name in enumerate(("prefix_key", "prefix_value"))}

@@ -15,9 +15,10 @@ from torch.nn import Parameter
 
 from peftdebias import kernels
 from peftdebias.kernels import dispatch
-from peftdebias.kernels.dropout_ref import dropout_ref
+from peftdebias.kernels.dropout_ref import Drop, dropout_ref
 from peftdebias.methods.adapter import adapter_ref
 from peftdebias.methods.lora import lora_grads_ref, lora_linear_ref
+from peftdebias.ops import gelu_ref, norm_ref
 from peftdebias.optimizer import FlatAdamW, adamw_ref
 from peftdebias.sites import sparse_add_ref
 from peftdebias.tasks import mlm_loss_ref
@@ -285,6 +286,43 @@ def dropout(form: str) -> Callable[[Setting], Work]:
     return build
 
 
+# ---------------------------------------------------------------- norm, gelu
+
+def norm(form: str, rate: float = 0.0) -> Callable[[Setting], Work]:
+    """form: plain or compiled (torch's own ops, dropout among them), twin (our mask) or fused. With dropout gain and bias are frozen, as beside LoRA."""
+    def build(setting: Setting) -> Work:
+        t, d, e, epsilon = int(setting.x), setting.size.hidden, bytes_of(setting), 1e-12
+        given = {"hidden": drawn(setting, seed=1, shape=(t, d)), "residual": drawn(setting, seed=2, shape=(t, d)),
+                 "gain": drawn(setting, True, seed=3, shape=(d,)), "bias": drawn(setting, True, seed=4, shape=(d,))}
+        drop = Drop(rate, torch.tensor([5], device=setting.device), 3) if rate else None
+        op = fused("norm", norm_ref, setting) if form == "fused" else norm_ref
+
+        def forward(hidden, residual, gain, bias):
+            if rate and form in ("plain", "compiled"):
+                return F.layer_norm(F.dropout(hidden, rate) + residual, gain.shape, gain, bias, epsilon)
+            return op(hidden, residual, gain, bias, epsilon, drop)
+
+        size = float(e * t * d)
+        words = f"hidden, residual [T, {d}]{f', rate {rate:g}' if rate else ''}; forward, and backward to them{'' if rate else ', gain and bias'}"
+        return full(setting, torch.compile(forward) if form == "compiled" else forward, given, ("hidden", "residual") if rate else tuple(given), words, tokens=t,
+                    roof=((0.0, 4 * size), (0.0, (4 if rate else 3) * size)), 
+                    limit=f"rows wait for their sums{', and ten rounds of Philox for eight elements' if rate else ''}")
+
+    return build
+
+
+def gelu(form: str) -> Callable[[Setting], Work]:
+    def build(setting: Setting) -> Work:
+        t, f = int(setting.x), setting.size.feed_forward
+        given = {"x": drawn(setting, seed=1, shape=(t, f)), "bias": drawn(setting, True, seed=2, shape=(f,))}
+        op = fused("gelu", gelu_ref, setting) if form == "fused" else torch.compile(gelu_ref) if form == "compiled" else gelu_ref
+        size = float(bytes_of(setting) * t * f)
+        return full(setting, op, given, ("x", "bias"), f"x [T, {f}]; forward, and backward to x and the bias", tokens=t,
+                    roof=((0.0, 2 * size), (0.0, 3 * size)), limit="an error function an element, and an exponential in the backward")
+
+    return build
+
+
 # ---------------------------------------------------------------- the registry
 
 def _case(name: str, what: str, x_name: str, x_values: tuple[float, ...], providers: dict[str, Provider], mode: str = "full") -> Case:
@@ -329,4 +367,9 @@ KERNEL_CASES = {case.name: case for case in (
         "torch.optim.AdamW, fused": Provider(adamw("torch")), "flat, plain torch": Provider(adamw("flat")), "peftdebias": Provider(adamw("fused"), kernels=("adamw",))}, "forward"),
     _case("dropout", "dropout from a counter", "rows", (256, 2048), {
         "plain torch": Provider(dropout("reference")), "F.dropout": Provider(dropout("library"), compared=False), "peftdebias": Provider(dropout("fused"), kernels=("dropout",))}),
+    _case("norm", "residual and LayerNorm, trained", "rows", (256, 2048), _three(norm, "norm")),
+    _case("norm_dropout", f"dropout {RATE:g}, residual and LayerNorm, frozen", "rows", (256, 2048), {
+        "plain torch": Provider(norm("plain", RATE), compared=False), "plain torch, compiled": Provider(norm("compiled", RATE), compiled=True, compared=False),
+        "plain torch, our mask": Provider(norm("twin", RATE)), "peftdebias": Provider(norm("fused", RATE), kernels=("norm",))}),
+    _case("gelu", "bias and GELU", "rows", (256, 2048), _three(gelu, "gelu")),
 )}

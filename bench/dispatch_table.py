@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import rows  # noqa: E402
-from bench.cases import RANK, SIZES  # noqa: E402
+from bench.case import RANK, SIZES  # noqa: E402
 from bench.cases_attention import ATTENTION_CASES  # noqa: E402
 from bench.cases_attention import FORMS as ATTENTION_FORMS  # noqa: E402
 from bench.run import Parser, complain, say  # noqa: E402

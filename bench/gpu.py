@@ -2,6 +2,9 @@
 torch.compile and peft's own op, and our upstream step beside transformers + peft (32 texts of at most 128 tokens), bf16 autocast. Rows and tables go to
 bench/results/, named after the device: times, shares of the roofline, what limits whom, which targets are met.
 
+With --steps, in place of the single ops: both phases for 200 steps against the CPU's twins (bench/curves.py) and steps under torch's sync-debug mode, then whole steps of
+LoRA, adapter, prefix and full training at 32 x 128, 128 x 128 and 128 x 256, all tokens valid and 40 %, beside transformers + peft eager, compiled and length-bucketed.
+
 Needs torch, triton, numpy, tokenizers, safetensors, tqdm; transformers and peft for the comparison; no install of peftdebias, no network.
 Exit code 0; 1 where providers disagree (then nothing is timed); 2 without a CUDA device or on bad arguments.
 """
@@ -17,22 +20,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from bench import ROOT, measure, roofline, rows  # noqa: E402
+from bench import ROOT, curves, measure, roofline, rows  # noqa: E402
 from bench.case import SIZES, Case, Provider, Setting  # noqa: E402
 from bench.cases import CASES  # noqa: E402
+from bench.cases_steps import STEP_CASES  # noqa: E402
 from bench.run import Parser, check, complain, say, title  # noqa: E402
 
 Plan = list[tuple[Case, Setting]]
 
 CHECKED = {"lora_linear": 997, "lora_linear_wide": 331, "lora_dropout": 331, "lora_write": 2, "lora_grads": 997, "adapter": 997, "adapter_frozen": 331, "mlm_loss": 197,
-           "sparse_add": 331, "sparse_adamw": 10007, "dropout": 331, "attention": 13, "attention_even": 7, "attention_dropout": 13, "attention_prefix": 13}
+           "sparse_add": 331, "sparse_adamw": 10007, "dropout": 331, "attention": 13, "attention_even": 7, "attention_dropout": 13, "attention_prefix": 13,
+           "norm": 997, "norm_dropout": 331, "gelu": 331}
 TIMED = {"lora_linear": (4096, 16384, 65536), "lora_frozen": (4096, 16384, 65536), "lora_linear_wide": (4096, 16384, 65536), "lora_frozen_wide": (4096, 16384, 65536),
          "lora_dropout": (16384,), "lora_write": (12,), "lora_grads": (4096, 65536), "adapter": (4096, 65536), "adapter_frozen": (4096, 65536), "mlm_loss": (614, 9830),
-         "sparse_add": (768, 30522), "sparse_adamw": (1_090_000,), "dropout": (16384,), "attention": (32, 128), "attention_even": (32, 128),
-         "attention_dropout": (128,), "attention_prefix": (128,)}
+         "sparse_add": (768, 30522), "sparse_adamw": (1_090_000,), "dropout": (16384,), "norm": (4096, 65536), "norm_dropout": (4096, 65536),
+         "gelu": (4096, 65536), "attention": (32, 128), "attention_even": (32, 128), "attention_dropout": (128,), "attention_prefix": (128,)}
 """case -> x. Checked at ragged sizes; sequences of attention are of at most 128 tokens; 614 and 9830 are 15 % of 4096 and 65536 tokens, 1 090 000 is 1 % of BERT-base."""
 DRY = {"lora_linear": 37, "lora_frozen": 37, "lora_linear_wide": 13, "lora_frozen_wide": 13, "lora_dropout": 13, "lora_write": 1, "lora_grads": 13, "adapter": 37,
-       "adapter_frozen": 13, "mlm_loss": 13, "sparse_add": 7, "sparse_adamw": 301, "dropout": 13, "attention": 3, "attention_even": 2,
+       "adapter_frozen": 13, "mlm_loss": 13, "sparse_add": 7, "sparse_adamw": 301, "dropout": 13, "norm": 37, "norm_dropout": 13, "gelu": 13, "attention": 3, "attention_even": 2,
        "attention_dropout": 3, "attention_prefix": 3}
 
 
@@ -54,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--dry-run", action="store_true", help="the same path with sizes so small that the figures mean nothing; no file unless --out. Where Triton does "
                      "not run its kernels are stood in for by their plain twins; TRITON_INTERPRET=1 runs the kernels themselves")
     top.add_argument("--only", metavar="NAME[,NAME...]", help="some cases: names or stems (lora); the ceilings are always measured")
+    top.add_argument("--steps", action="store_true", help="loss curves against the CPU and whole training steps, in place of the single ops")
     top.add_argument("--size", default="base", choices=SIZES, help="the base model (default base)")
     top.add_argument("--repeats", type=int, default=15, metavar="N", help="times that every provider is timed (default 15)")
     top.add_argument("--minutes", type=float, default=8.0, metavar="M", help="budget of the whole run (default 8); compiled baselines are left out first")
@@ -80,9 +86,28 @@ def plan(device: torch.device, size: str, dry: bool, folder: Path) -> tuple[Plan
     return each(CHECKED) + steps, ceilings + each(TIMED) + steps
 
 
+SHAPES = ((32, 128), (128, 128), (128, 256))
+"""Texts a batch x tokens a text at most."""
+
+
+def step_plan(device: torch.device, size: str, dry: bool, folder: Path) -> tuple[Plan, Plan]:
+    """`plan` of --steps. Equality at the first shape of each method."""
+    common = {"precision": "bf16" if device.type == "cuda" else "float32", "stand_in": dry, "batches": 2}
+
+    def of(case: Case, sequences: int, longest: int) -> Plan:
+        named = dataclasses.replace(case, name=f"{case.name} {sequences}x{longest}")
+        return [(named, Setting(size, x, folder, device, sequences=sequences, longest=longest, **common)) for x in (round(0.4 * longest), longest)]
+
+    shapes = ((4, 48),) if dry else SHAPES
+    timed = [entry for case in STEP_CASES.values() for shape in shapes for entry in of(case, *shape)]
+    firsts = {case.name.split()[0]: (case, setting) for case, setting in reversed(timed)}
+    ceilings = [(CASES[name], Setting(size, x, folder, device, **common)) for name, values in (("gemm", (64,) if dry else (4096, 8192)), ("copy", (1,) if dry else (4096,))) for x in values]
+    return list(firsts.values()), ceilings + timed
+
+
 def chosen(entries: Plan, only: str | None) -> Plan:
     names = only.split(",") if only else []
-    return [(case, setting) for case, setting in entries if not names or case.name in ("gemm", "copy") or any(case.name == n or case.name.startswith(n + "_") for n in names)]
+    return [(case, setting) for case, setting in entries if not names or case.name in ("gemm", "copy") or any(case.name.split()[0] == n or case.name.startswith(n + "_") for n in names)]
 
 
 def affordable(case: Case, providers: dict[str, Provider], clock: Clock, first: bool = True) -> dict[str, Provider]:
@@ -105,6 +130,12 @@ def checked(entries: Plan, providers: dict[str, dict[str, Provider]], clock: Clo
             if found:
                 say(f"{title(case, setting)}: equal in bf16 (largest error {max(found.values()):.2g} of the allowed one)")
     return shares
+
+
+def unlike_the_cpu(device: torch.device, dry: bool, folder: Path) -> list[str]:
+    """What of both phases differs from the twins on the CPU, and what in a step waits for the device; red lines."""
+    red = curves.check(device, folder, 3 if dry else 200, "micro" if dry else "tiny", say=say)
+    return red + [f"a step waits for the device: {line}" for line in (curves.waits(device, folder) if device.type == "cuda" else ())]
 
 
 def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict, repeats: int, clock: Clock) -> list[rows.Row]:
@@ -141,14 +172,18 @@ def main(argv: list[str] | None = None) -> int:
     device, clock = torch.device(arguments.device), Clock(arguments.minutes)
     torch.set_float32_matmul_precision("highest")  # equality is asked in float32, not in TF32; bf16 products are not touched by it
     with tempfile.TemporaryDirectory(prefix="peftdebias-bench-") as folder:
-        to_check, to_time = (chosen(entries, arguments.only) for entries in plan(device, "micro" if arguments.dry_run else arguments.size, arguments.dry_run, Path(folder)))
+        planned = (step_plan if arguments.steps else plan)(device, "micro" if arguments.dry_run else arguments.size, arguments.dry_run, Path(folder))
+        to_check, to_time = (chosen(entries, arguments.only) for entries in planned)
         compiled = device.type == "cuda" if arguments.compile is None else arguments.compile
         cases = {case.name: case for case, _ in to_check + to_time}
         providers = {name: measure.taking_part(case, compiled, say, device.type, arguments.dry_run) for name, case in cases.items()}
+        red = unlike_the_cpu(device, arguments.dry_run, Path(folder)) if arguments.steps else []
         try:
-            shares = checked(to_check, providers, clock)
-        except measure.Unequal as red:
-            print(red)
+            shares = {} if red else checked(to_check, providers, clock)
+        except measure.Unequal as unequal:
+            red = [str(unequal)]
+        if red:
+            print("\n".join(red))
             return 1
         found = roofline.with_shares(timed(to_time, providers, shares, arguments.repeats, clock))
     if not found:
@@ -158,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     heading = "Dry run of bench/gpu.py: the figures mean nothing" if arguments.dry_run else f"Measured by bench/gpu.py on {found[0].device_name}"
     notes = {"Targets": roofline.targets(found), f"Below {roofline.GOOD:.0f} % of the roofline": roofline.limits(found)}
     print(f"# {heading}\n\n{rows.table(found, notes)}")
-    out = arguments.out or (None if arguments.dry_run else ROOT / "bench" / "results" / f"{rows.slug(device)}.json")
+    out = arguments.out or (None if arguments.dry_run else ROOT / "bench" / "results" / f"{rows.slug(device)}{'-steps' if arguments.steps else ''}.json")
     if out:
         rows.write(out, found, heading, notes)
         say(f"result: {out} and {out.with_suffix('.md')}")

@@ -54,6 +54,10 @@ def taking_part(case: Case, compiled: bool, say: Callable[[str], None], device: 
     for name, provider in case.providers.items():
         missing = [library for library in provider.needs if importlib.util.find_spec(library) is None]
         trouble = [why for op in provider.kernels if (why := kernels.missing(op, "triton", device))]
+        lacking = [why for op in provider.native if (why := kernels.missing(op, "native") or (device != "cpu" and f"csrc does not run on {device}"))]
+        if lacking:
+            say(f"{case.name}: {name} is not measured: {lacking[0]}")
+            continue
         if missing:
             say(f"{case.name}: {name} is not measured: {' and '.join(missing)} not installed (pip install -e '.[bench]')")
             continue

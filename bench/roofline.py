@@ -72,6 +72,34 @@ def targets(found: Sequence[Row]) -> list[str]:
     for (name, provider, x), row in times.items():
         if name == "adapter" and provider == OURS and (eager := times.get((name, "plain torch", x))):
             line(row, row.y_50 / eager.y_50, 0.5, "eager's time")
+    return lines + _steps(found)
+
+
+STEP_TARGETS = {True: (0.6, 0.9), False: (0.3, 0.5)}
+"""Whether all tokens of a padded batch are valid -> the share of eager's and of compiled transformers' time that our step may take."""
+
+
+def _steps(found: Sequence[Row]) -> list[str]:
+    """Whole steps beside eager and compiled transformers, their peak memory, and their share of the matrix products' ceiling."""
+    lines, tops = [], ceilings(found)
+    rows = [row for row in found if row.mode == "step"]
+    for name, x in dict.fromkeys((row.kernel_name, row.x_value) for row in rows):
+        here = {(row.provider, row.metric_name): row for row in rows if (row.kernel_name, row.x_value) == (name, x)}
+        ours = min((row for (p, metric), row in here.items() if p.startswith(OURS) and "folded" not in p and metric == "time"), key=lambda row: row.y_50, default=None)
+        if ours is None:
+            continue
+        base = ours.extra_config["baseline"]
+        for provider, asked in zip((base, f"{base}, compiled"), STEP_TARGETS[x >= ours.extra_config["longest"]]):
+            if theirs := here.get((provider, "time")):
+                lines.append(f"{_where(ours)}: {ours.provider} takes {ours.y_50 / theirs.y_50:.2f} of {provider}'s time, asked for at most {asked:.2f}: "
+                             f"{'met' if ours.y_50 / theirs.y_50 <= asked else 'not met'}")
+        mine, theirs = here.get((ours.provider, "peak memory")), here.get((base, "peak memory"))
+        if mine and theirs:
+            share = mine.y_50 / theirs.y_50
+            lines.append(f"{_where(ours)}: peak memory {share:.2f} of {base}'s, asked for at most 0.50: {'met' if share <= 0.5 else 'not met'}")
+        rate = here.get((ours.provider, "arithmetic"))
+        if rate and tops:
+            lines.append(f"{_where(ours)}: {100 * rate.y_50 * 1e12 / tops[0]:.0f} % of the best matrix product's rate (asked for 55 % at 128 x 256)")
     return lines
 
 

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         print(listing())
         return 0
     with tempfile.TemporaryDirectory(prefix="peftdebias-bench-") as folder:
-        settings = [(case, Setting(size, x, Path(folder), batches=arguments.batches, longest=min(128, SIZES[size].positions)))
+        settings = [(case, Setting(size, x, Path(folder), batches=arguments.batches, longest=min(128, SIZES[size].positions // 2)))
                     for case in map(CASES.get, chosen) for size in (sizes if case.sized else sizes[:1]) for x in case.x_values]
         if arguments.memory_of:
             case, setting = next((case, setting) for case, setting in settings if setting.x == arguments.x)

@@ -1,13 +1,14 @@
 """The corpus pipeline: its speed beside the tokenizer's alone, its memory on files of 1 and 3 GB, and how long training waits for it.
 
     python bench/stream.py speed                         read, swap, tokenise and pack against encode_batch_fast on the same texts and threads
-    python bench/stream.py memory --gigabytes 1 3        peak PSS over all processes while batches are taken for --seconds, and while all is read and swapped
+    python bench/stream.py memory --gigabytes 1 3        peak memory over all processes while batches are taken for --seconds, and while all is read and swapped
     python bench/stream.py waiting                       share of the steps' time in which an upstream run waits, for one window and for many
 
 Prints one JSON object a line, with machine, load and commit. Speeds are medians over --repeats, the two sides in turn, in this process with `--threads`
 for tokenising; ratio_of_pairs is the median over neighbours (for a machine whose speed drifts), ratio_of_cpu that of processor time. It packs without masking; `with_masks` is one run with it. The files of `memory` are the corpus
-repeated, written to --folder and deleted afterwards; tokenising 3 GB takes a long time, so the batches are taken for a bounded time (many windows), and
-reading and swapping run over the whole file in a process of their own.
+repeated, written to --folder and deleted afterwards; tokenising 3 GB takes a long time, so the batches are taken for a bounded time (--seconds; many windows), and
+reading and swapping run over the whole file in a process of their own. peak_mb is what the processes themselves hold (anonymous and shared memory, each page once);
+peak_pss_mb adds libraries' pages, divided by all who have them mapped: it moves when some other program ends.
 """
 
 import argparse
@@ -102,20 +103,22 @@ def memory(arguments) -> None:
             for what in arguments.what:
                 words = [sys.executable, __file__, "take", what, str(file), "--seconds", str(arguments.seconds), "--threads", str(arguments.threads), "--model", str(arguments.model)]
                 process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-                peak: dict = {"pss": 0}
+                peak: dict = {"pss": 0, "own": 0}
                 watcher = threading.Thread(target=watch, args=(process, peak))
                 watcher.start()
                 said = json.loads(process.communicate()[0])
                 watcher.join()
-                show(measure="memory", what=what, gigabytes=gigabytes, peak_pss_mb=round(peak["pss"] / 1e6, 1), processes=peak["processes"], **said)
+                show(measure="memory", what=what, gigabytes=gigabytes, peak_mb=round(peak["own"] / 1e6, 1), processes=peak["processes"], peak_pss_mb=round(peak["pss"] / 1e6, 1), **said)
 
 
 def watch(process: subprocess.Popen, peak: dict) -> None:
-    """The largest sum of PSS over the process and its descendants, in bytes."""
+    """The largest sums over the process and its descendants, in bytes: own memory, and PSS."""
     while process.poll() is None:
-        found = [pss(pid) for pid in family(process.pid)]
-        if sum(found) > peak["pss"]:
-            peak.update(pss=sum(found), processes=[round(p / 1e6, 1) for p in found])
+        found = [sizes(pid) for pid in family(process.pid)]
+        own = [own for own, _ in found]
+        if sum(own) > peak["own"]:
+            peak.update(own=sum(own), processes=[round(p / 1e6, 1) for p in own])
+        peak["pss"] = max(peak["pss"], sum(pss for _, pss in found))
         time.sleep(0.2)
 
 
@@ -132,11 +135,14 @@ def family(pid: int) -> list[int]:
     return found
 
 
-def pss(pid: int) -> int:
+def sizes(pid: int) -> tuple[int, int]:
+    """(anonymous and shared memory, PSS) of a process, in bytes; each page divided by those who have it mapped."""
     try:
-        return 1024 * int(re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)[1])
-    except (OSError, TypeError):
-        return 0
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0, 0
+    parts = {name: 1024 * int(size) for name, size in re.findall(r"^(Pss\w*):\s+(\d+)", rollup, re.M)}
+    return parts.get("Pss_Anon", 0) + parts.get("Pss_Shmem", 0), parts.get("Pss", 0)
 
 
 def take(arguments) -> None:

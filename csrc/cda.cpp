@@ -98,7 +98,7 @@ struct cda_result {
 
 namespace {
 
-constexpr int ABI = 2;
+constexpr int ABI = 3;  // of the whole library: this file's C ABI and that of ops.cpp
 constexpr int WINDOW = 64;  // cda.WINDOW
 constexpr int GAP = 3;      // cda.GAP
 constexpr int LONGEST = 400;  // bytes of axes.LONGEST_WORD characters at most

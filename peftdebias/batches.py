@@ -6,8 +6,8 @@ Letters: T tokens in the batch, B sequences, M rows asked for.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -15,57 +15,111 @@ from torch import Tensor
 
 from .buckets import WINDOW, Packed, plan
 
-__all__ = ["WINDOW", "Batch", "Sample", "Spans", "cumulative", "from_packed", "pack", "plan", "with_inserted"]
+__all__ = ["IGNORED", "WINDOW", "Batch", "Sample", "Spans", "cumulative", "from_packed", "pack", "plan", "with_inserted"]
+
+IGNORED = -100
+"""A target that counts for nothing, as in torch's own losses."""
 
 
-@dataclasses.dataclass(frozen=True)
+class lazy:
+    """functools.cached_property without its lock, which torch.compile cannot follow."""
+
+    def __init__(self, make):
+        self.make, self.__doc__ = make, make.__doc__
+
+    def __set_name__(self, owner, name: str):
+        self.name = name
+
+    def __get__(self, instance, owner=None):
+        if instance is None:
+            return self
+        value = self.make(instance)
+        object.__setattr__(instance, self.name, value)
+        return value
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`; to a GPU through pinned memory, so that the copy waits for nothing and nobody waits for it."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Spans:
     """Where sequences begin in packed queries and keys; everything attention knows about a batch.
 
-    query_lengths, key_lengths: host lists, B entries each. In the last layer a sequence has only as many queries as rows asked for.
+    cu_queries, cu_keys: int32 [B+1]; sequence b's queries are rows cu_queries[b] to cu_queries[b+1]. In the last layer a sequence has only as many queries as
+    rows asked for. queries, keys: packed rows in all. most_queries, most_keys: the longest sequence's; with `exact` they are that, else bounds (see
+    Batch.bounds), and the host knows no length.
     """
 
-    query_lengths: tuple[int, ...]
-    key_lengths: tuple[int, ...]
-    device: torch.device = torch.device("cpu")
+    cu_queries: Tensor
+    cu_keys: Tensor
+    queries: int
+    keys: int
+    most_queries: int
+    most_keys: int
+    exact: bool = True
 
-    @functools.cached_property
-    def cu_queries(self) -> Tensor:
-        """int32 [B+1]: sequence b's queries are rows cu_queries[b] to cu_queries[b+1]."""
-        return cumulative(self.query_lengths).to(self.device, non_blocking=True)
+    @classmethod
+    def of(cls, query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device = torch.device("cpu")) -> "Spans":
+        """Spans of sequences with that many queries and keys."""
+        both = tuple(query_lengths), tuple(key_lengths)
+        return cls(*(send(cumulative(lengths), device) for lengths in both), *map(sum, both), *(max(lengths, default=0) for lengths in both))._knowing(*both)
 
-    @functools.cached_property
-    def cu_keys(self) -> Tensor:
-        """int32 [B+1], the same for keys."""
-        return cumulative(self.key_lengths).to(self.device, non_blocking=True)
+    def _knowing(self, query_lengths: tuple[int, ...], key_lengths: tuple[int, ...]) -> "Spans":
+        """With the lengths that the host has: they are never read back from a device."""
+        self.__dict__.update(query_lengths=query_lengths, key_lengths=key_lengths)
+        return self
 
-    @functools.cached_property
-    def padded_queries(self) -> Tensor:
-        """int64 [sum(query_lengths)]: where each packed query stands in a padded [B * longest]."""
-        return _padded_places(self.query_lengths).to(self.device, non_blocking=True)
+    @lazy
+    def query_lengths(self) -> tuple[int, ...]:
+        """On the host, B entries. For the specification; from a device it is read back."""
+        return tuple(self.cu_queries.diff().tolist())
 
-    @functools.cached_property
-    def padded_keys(self) -> Tensor:
-        """int64 [sum(key_lengths)], the same for keys."""
-        return _padded_places(self.key_lengths).to(self.device, non_blocking=True)
+    @lazy
+    def key_lengths(self) -> tuple[int, ...]:
+        """The same for keys."""
+        return tuple(self.cu_keys.diff().tolist())
 
-    @functools.cached_property
+    @lazy
+    def host_lengths(self) -> Tensor:
+        """int64 [2, B], on the host: query_lengths and key_lengths."""
+        return torch.tensor((self.query_lengths, self.key_lengths), dtype=torch.int64)
+
+    @lazy
+    def query_places(self) -> Tensor:
+        """int64 [queries]: where each packed query stands in a padded [B * most_queries]."""
+        return padded_places(self.cu_queries, self.most_queries, self.queries)
+
+    @lazy
+    def key_places(self) -> Tensor:
+        """int64 [keys], the same for keys."""
+        return padded_places(self.cu_keys, self.most_keys, self.keys)
+
+    @lazy
     def key_mask(self) -> Tensor | None:
-        """bool [B, longest]: True where a padded key is a real one; None where all are."""
-        longest = max(self.key_lengths, default=0)
-        if min(self.key_lengths, default=0) == longest:
+        """bool [B, most_keys]: True where a padded key is a real one; None where all are."""
+        if self.exact and min(self.key_lengths, default=0) == self.most_keys:
             return None
-        return (torch.arange(longest)[None, :] < torch.tensor(self.key_lengths)[:, None]).to(self.device, non_blocking=True)
+        return torch.arange(self.most_keys, device=self.cu_keys.device)[None, :] < self.cu_keys.diff()[:, None]
+
+
+def sequence_of(bounds: Tensor, rows: int) -> Tensor:
+    """int64 [rows]: the sequence that each packed row belongs to. bounds: int32 [B+1] that end in `rows`."""
+    return torch.searchsorted(bounds[1:], torch.arange(rows, device=bounds.device, dtype=bounds.dtype), right=True)
+
+
+def padded_places(bounds: Tensor, most: int, rows: int) -> Tensor:
+    """int64 [rows]: where each packed row stands in a padded [B * most]."""
+    owner = sequence_of(bounds, rows)
+    return torch.arange(rows, device=bounds.device) + owner * most - bounds[:-1].long().index_select(0, owner)
 
 
 def cumulative(lengths: Sequence[int]) -> Tensor:
     """int32 [len(lengths) + 1], starting at 0."""
     return torch.from_numpy(numpy.concatenate(([0], numpy.cumsum(lengths, dtype=numpy.int64))).astype(numpy.int32))
-
-
-def _padded_places(lengths: Sequence[int]) -> Tensor:
-    longest = max(lengths, default=0)
-    return torch.from_numpy(numpy.concatenate([numpy.arange(n) + b * longest for b, n in enumerate(lengths)] or [numpy.zeros(0, dtype=numpy.int64)]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,13 +137,23 @@ class Sample:
     family: int = 0
 
 
+class Bounds(NamedTuple):
+    """tokens: T. longest, rows: no sequence has more tokens, or more rows asked for."""
+
+    tokens: int
+    longest: int
+    rows: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
     """What the encoder reads. The host builds all of it; nothing is derived from device data.
 
     ids, positions, segments: int64 [T]; positions count from 0 in every text. cu_seqlens: int32 [B+1]. rows: int64 [M], ascending indices into T,
-    the rows asked for. targets: int64 [M] (masked tokens) or labels [B], or None. lengths, row_lengths: host tuples of B entries, tokens and rows asked
-    for of each sequence. max_length: the longest. family: int64 [B], the source text each member came from.
+    the rows asked for. targets: int64 [M] (masked tokens) or labels [B], IGNORED among them, or None. lengths, row_lengths: host tuples of B
+    entries, tokens and rows asked for of each sequence. max_length: the longest. family: int64 [B], the source text each member came from.
+
+    cu_rows: int32 [B+1], the rows of each sequence; None: row_lengths says it. bounds: of a batch in a fixed shape (shapes.py), whose lengths the host does not know.
     """
 
     ids: Tensor
@@ -102,30 +166,58 @@ class Batch:
     row_lengths: tuple[int, ...]
     max_length: int
     family: Tensor
+    cu_rows: Tensor | None = None
+    bounds: Bounds | None = None
 
-    @functools.cached_property
+    @lazy
     def spans(self) -> Spans:
         """Queries of every token: all layers but the last."""
-        return Spans(self.lengths, self.lengths, self.ids.device)
+        if self.bounds:
+            return Spans(self.cu_seqlens, self.cu_seqlens, *[self.bounds.tokens] * 2, *[self.bounds.longest] * 2, False)
+        return Spans(self.cu_seqlens, self.cu_seqlens, *[sum(self.lengths)] * 2, *[self.max_length] * 2)._knowing(self.lengths, self.lengths)
 
-    @functools.cached_property
+    @lazy
     def row_spans(self) -> Spans:
         """Queries of the rows asked for: the last layer."""
-        return Spans(self.row_lengths, self.lengths, self.ids.device)
+        every, rows = self.spans, self.rows.shape[0]
+        if self.bounds:
+            return Spans(self.cu_rows, every.cu_keys, rows, every.keys, self.bounds.rows, every.most_keys, False)
+        bounds = send(cumulative(self.row_lengths), self.rows.device) if self.cu_rows is None else self.cu_rows
+        return Spans(bounds, every.cu_keys, rows, every.keys, max(self.row_lengths, default=0), every.most_keys)._knowing(self.row_lengths, self.lengths)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`; copies run asynchronously from pinned memory."""
+        """The same batch on `device`. To a GPU all of it, cu_rows too, travels as one asynchronous copy from pinned memory."""
         device = torch.device(device)
         if device == self.ids.device:
             return self
+        staged = self.staged(pinned=device.type == "cuda")
+        return staged.on(staged.flat.to(device, non_blocking=True))
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None:
-                return None
-            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    def staged(self, pinned: bool = False) -> "Staged":
+        """All tensors of a host batch end to end, ready to travel."""
+        whole = dataclasses.replace(self, cu_rows=cumulative(self.row_lengths) if self.cu_rows is None else self.cu_rows)
+        names = tuple(f.name for f in dataclasses.fields(whole) if isinstance(getattr(whole, f.name), Tensor))
+        sizes = [-(-getattr(whole, name).numel() * getattr(whole, name).element_size() // 8) for name in names]  # in 8 bytes
+        flat = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=pinned)
+        for name, place in zip(names, flat.split(sizes)):
+            part = getattr(whole, name)
+            place.view(part.dtype)[:part.numel()].copy_(part)
+        return Staged(whole, names, sizes, flat)
 
-        return dataclasses.replace(self, **{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)
-                                            if isinstance(getattr(self, f.name), Tensor)})
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Staged:
+    """A batch whose tensors lie in one: `flat`, int64."""
+
+    batch: Batch
+    names: tuple[str, ...]
+    sizes: list[int]
+    flat: Tensor
+
+    def on(self, flat: Tensor) -> Batch:
+        """The batch whose tensors are views of `flat`, a copy of this one's on any device."""
+        like = [getattr(self.batch, name) for name in self.names]
+        return dataclasses.replace(self.batch, **{name: place.view(part.dtype)[:part.numel()] for name, part, place in zip(self.names, like, flat.split(self.sizes))})
 
 
 def pack(samples: Sequence[Sample]) -> Batch:
@@ -181,17 +273,18 @@ def with_inserted(batch: Batch, count: int, first_row: bool = False) -> tuple[Te
     order: rows of [vectors; hidden] end to end, to gather with. The rows asked for move with the text; with `first_row` the first vector before a text
     is asked for where the text's first token was. ids, positions and segments keep describing the text.
     """
-    lengths = tuple(n + count for n in batch.lengths)
-    starts = numpy.cumsum([0, *batch.lengths])
-    order = numpy.concatenate([part for start, n in zip(starts, batch.lengths) for part in (numpy.arange(count), numpy.arange(start, start + n) + count)]
-                              or [numpy.zeros(0, dtype=numpy.int64)])
-    places = numpy.repeat(numpy.arange(1, len(lengths) + 1) * count, batch.row_lengths)
-    device = batch.ids.device
-    rows = batch.rows + torch.from_numpy(places).to(device, non_blocking=True)
+    owner, of_row = sequence_of(batch.cu_seqlens, total := batch.spans.keys), sequence_of(batch.row_spans.cu_queries, batch.rows.shape[0])
+    device, sequences = batch.ids.device, batch.cu_seqlens.shape[0] - 1
+    before, inserted = torch.arange(sequences, device=device), torch.arange(count, device=device)
+    order = torch.empty(total + sequences * count, dtype=torch.int64, device=device)
+    order.index_copy_(0, torch.arange(total, device=device) + (owner + 1) * count, torch.arange(total, device=device) + count)
+    order.index_copy_(0, ((batch.cu_seqlens[:-1] + before * count)[:, None] + inserted).flatten(), inserted.repeat(sequences))
+    rows = batch.rows + (of_row + 1) * count
     if first_row:
-        firsts = torch.from_numpy(numpy.repeat(starts[:-1], batch.row_lengths)).to(device, non_blocking=True)  # of each row's text
-        before = (sum(batch.lengths) - len(batch.ids)) // max(1, len(lengths))  # vectors that stand there already
-        place = batch.rows - firsts
-        rows = torch.where((place == 0) | (place == before), rows - place - count, rows)
-    return torch.from_numpy(order).to(device, non_blocking=True), dataclasses.replace(
-        batch, cu_seqlens=cumulative(lengths).to(device, non_blocking=True), rows=rows, lengths=lengths, max_length=max(lengths, default=0))
+        place = batch.rows - batch.cu_seqlens[:-1].long().index_select(0, of_row)
+        already = (total - batch.ids.shape[0]) // max(1, sequences)  # vectors that stand there before
+        rows = torch.where((place == 0) | (place == already), rows - place - count, rows)
+    lengths = tuple(n + count for n in batch.lengths)
+    bounds = batch.bounds and Bounds(batch.bounds.tokens + sequences * count, batch.bounds.longest + count, batch.bounds.rows)
+    return order, dataclasses.replace(batch, cu_seqlens=batch.cu_seqlens + count * torch.arange(sequences + 1, dtype=torch.int32, device=device), rows=rows,
+                                      lengths=lengths, max_length=batch.max_length + count if sequences else 0, bounds=bounds)

@@ -52,6 +52,8 @@ class Training:
     clip: float = option("largest gradient norm", 1.0)
     device: str = option("cpu, cuda, cuda:1, ...; auto takes a GPU where there is one", "auto")
     precision: str = option("float32 or bf16 (autocast, on a GPU only); auto is bf16 on a GPU", "auto", choices=("auto", "float32", "bf16"))
+    step: str = option("how a step runs: eager, graph (replayed as a CUDA graph) or compiled (torch.compile); auto is graph on a GPU", "auto",
+                       choices=("auto", "eager", "graph", "compiled"))
     overwrite: bool = option("replace --out if it exists", False)
     force: bool = option("attach modules that were made for another base, where shapes allow it", False)
 
@@ -199,7 +201,7 @@ class Run:
     systems: tuple[str, ...] = option("only these systems (default: all of the recipe)", (), many="words", metavar="NAME")
     upstream: tuple[str, ...] = option("setting of the upstream phase, for all systems or one: --upstream lr=1e-3 --upstream Full-Debias.lr=5e-5", (), many="repeat",
                                        metavar="[SYSTEM.]KEY=VALUE")
-    downstream: tuple[str, ...] = option("the same of the downstream phase", (), many="repeat", metavar="[SYSTEM.]KEY=VALUE")
+    downstream: tuple[str, ...] = option("the same of the downstream phase; one task's too: --downstream sick.epochs=10", (), many="repeat", metavar="[NAME.]KEY=VALUE")
     device: str = option("cpu, cuda, ...; auto takes a GPU where there is one", "auto")
 
     def __post_init__(self):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .batches import Batch, Spans
 from .errors import AdapterError, ModelError
-from .ops import Drop, attention, dropout, gelu, norm
+from .ops import Drop, attention, dropout, gelu, heads_of, norm
 from .sites import ACTIVATIONS, EMBED_SITE, EncoderConfig, Hooks
 from .written import Written, write
 
@@ -169,17 +169,16 @@ class Encoder(nn.Module):
         split = (-1, self.config.heads, self.config.head_width)
         written = self.written.get(f"layers.{i}.attention.qkv")
         if written is not None and asked is hidden:
-            return [x.reshape(split) for x in written(hidden).split(width, -1)]
+            return heads_of(written(hidden), 3, self.config.heads)
         if written is not None:
-            return [x.reshape(split) for x in (written(asked, 0, width), *written(hidden, width).split(width, -1))]
+            return [written(asked, 0, width).reshape(split), *heads_of(written(hidden, width), 2, self.config.heads)]
         if any(self.hooks.at(s) or self.hooks.at(s + ".bias") for s in sites):
             parts = zip(sites, (asked, hidden, hidden), linear.weight.split(width), linear.bias.split(width))
             return [self.hooks.linear(s, x, w, b).view(split) for s, x, w, b in parts]
         if asked is hidden:
-            return [x.reshape(split) for x in F.linear(hidden, linear.weight, linear.bias).split(width, -1)]
+            return heads_of(F.linear(hidden, linear.weight, linear.bias), 3, self.config.heads)
         query = F.linear(asked, linear.weight[:width], linear.bias[:width])
-        key, value = F.linear(hidden, linear.weight[width:], linear.bias[width:]).split(width, -1)
-        return [x.reshape(split) for x in (query, key, value)]
+        return [query.reshape(split), *heads_of(F.linear(hidden, linear.weight[width:], linear.bias[width:]), 2, self.config.heads)]
 
     def _linear(self, site: str, x: Tensor, linear: nn.Linear) -> Tensor:
         return self.written[site](x) if site in self.written else self.hooks.linear(site, x, linear.weight, linear.bias)

@@ -1,4 +1,4 @@
-"""The compiled part, peftdebias._native (csrc/): found, checked and loaded with ctypes. Without it the Python twins do the work.
+"""The compiled part, peftdebias._native (csrc/): found, checked and loaded with ctypes. Without it the Python and torch twins do the work.
 
 `PEFTDEBIAS_KERNELS=torch` leaves it alone, `native` demands it; `auto` (the default) takes it where it is there and says once where it is not.
 """
@@ -11,7 +11,7 @@ import warnings
 
 from peftdebias.errors import ConfigError
 
-ABI = 2  # of csrc/cda.cpp; raised there and here together
+ABI = 3  # of csrc/; raised in cda.cpp and here together
 
 
 def library() -> ctypes.CDLL | None:

@@ -37,7 +37,7 @@ from .patch import all_parameters, base_checksum, train_only
 from .stream import Counts, Recipe
 from .tasks import Classification, MaskedLM, class_probabilities, label_indices, labelled_samples
 from .tokens import Tokenizer
-from .training import Outcome, Schedule, pick_device, pick_precision, train
+from .training import Outcome, Schedule, pick_device, pick_precision, pick_step, train
 from .worker import Epochs, default_workers
 
 CHUNK = 4096  # texts tokenised together
@@ -102,7 +102,7 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
     Raises PeftDebiasError on bad input and leaves nothing behind then.
     """
     device = pick_device(settings.device)
-    precision = pick_precision(settings.precision, device)
+    precision, step = pick_precision(settings.precision, device), pick_step(settings.step, device)
     axis, intervention = prepared(settings)
     cls = methods.method_class(settings.method)
     options = checked(cls.Config, settings.set or {}, f"--set, {cls.name}: ")
@@ -136,7 +136,7 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
         model.to(device)
         notes.append(f"device: {device}, {precision}")
         task = MaskedLM(epochs.epoch, held_out.families, tokenizer, seed=settings.seed)
-        schedule = _schedule(settings, settings.steps, settings.valid_every, precision)
+        schedule = _schedule(settings, settings.steps, settings.valid_every, precision, step)
         _tell(say, notes)
 
         if settings.fresh_head:
@@ -202,7 +202,7 @@ def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: N
     Raises PeftDebiasError on bad input and leaves nothing behind then.
     """
     device = pick_device(settings.device)
-    precision = pick_precision(settings.precision, device)
+    precision, step = pick_precision(settings.precision, device), pick_step(settings.step, device)
     with checkpoint.writing_run(settings.out, "downstream", _saved(settings), settings.overwrite) as run:
         paths = {name: path for name, path in (("train", settings.train), ("dev", settings.dev), ("test", settings.test)) if path}
         splits = {name: _read(settings, path) for name, path in paths.items()}
@@ -239,7 +239,7 @@ def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: N
         steps = settings.epochs * sum(1 for _ in task.epoch(0))
         folded = patch.fold(model) if settings.fold else None
         _tell(say, notes)
-        outcome = train(model, task, trained, _schedule(settings, steps, None, precision), run.event, folded, "downstream")
+        outcome = train(model, task, trained, _schedule(settings, steps, None, precision, step), run.event, folded, "downstream")
         if folded is not None:
             folded.unfold()
         model.to("cpu")
@@ -322,9 +322,9 @@ def size_note(what: str, trained: dict, model: Model) -> str:
     return f"trained: {what}, {count:,} parameters in {len(trained)} tensors, {100 * count / total:.2f} % of the base's {total:,}; everything else is frozen"
 
 
-def _schedule(settings: Upstream | Downstream, steps: int, validate_every: int | None, precision: str) -> Schedule:
+def _schedule(settings: Upstream | Downstream, steps: int, validate_every: int | None, precision: str, step: str) -> Schedule:
     return Schedule(steps=steps, lr=settings.lr, validate_every=validate_every, warmup=settings.warmup, weight_decay=settings.weight_decay,
-                    clip=settings.clip, precision=precision, seed=settings.seed)
+                    clip=settings.clip, precision=precision, step=step, seed=settings.seed)
 
 
 def _saved(settings: Upstream | Downstream) -> dict:

@@ -98,14 +98,15 @@ class _Runner:
         return tuple(system for name, system in names.items() if name in wanted)
 
     def _overrides(self, phase: str, entries: tuple[str, ...]) -> dict[str, dict]:
-        """{system ("" for all): {field: value}} of --upstream or --downstream."""
+        """{system or, downstream, task ("" for all): {field: value}} of --upstream or --downstream."""
         cls, found = {"upstream": Upstream, "downstream": Downstream}[phase], {}
-        known = {system.name.lower().replace("-", "_"): system.name for system in self.recipe.systems}
+        names = [system.name for system in self.recipe.systems] + [task.name for task in self.recipe.tasks if phase == "downstream"]
+        known = {name.lower().replace("-", "_"): name for name in names}
         for key, value in parse_settings(list(entries)).items():
-            system, _, field = key.rpartition(".")
-            if system and system.lower() not in known:
-                raise ConfigError(f"--{phase} {key}: expected SYSTEM.KEY=VALUE with SYSTEM one of {', '.join(known.values())}")
-            found.setdefault(known.get(system.lower(), ""), {}).update(checked(cls, {field: value}, f"--{phase} {key}: "))
+            owner, _, field = key.rpartition(".")
+            if owner and owner.lower() not in known:
+                raise ConfigError(f"--{phase} {key}: expected NAME.KEY=VALUE with NAME one of {', '.join(names)}")
+            found.setdefault(known.get(owner.lower(), ""), {}).update(checked(cls, {field: value}, f"--{phase} {key}: "))
         return found
 
     def _check_measures(self) -> None:
@@ -206,7 +207,8 @@ class _Runner:
     def _settings(self, cls: type, unit: Unit, phase: str, values: dict):
         own = getattr(unit.system, phase) or {}
         values = values | checked(cls, own, f"{self.recipe.path}: [[system]] {unit.system.name}: {phase}: ")
-        values |= self.overrides[phase].get("", {}) | self.overrides[phase].get(unit.system.name, {})
+        for owner in ("", unit.task.name if unit.task else "", unit.system.name):
+            values |= self.overrides[phase].get(owner, {})
         return build(cls, {key: value for key, value in values.items() if value is not None})
 
     def _upstream(self, unit: Unit) -> None:

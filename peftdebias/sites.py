@@ -206,9 +206,10 @@ class Hooks:
 
     def key_value(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """([P, H, W], [P, H, W]), the prefixes of all methods end to end, or None."""
-        found = [kv for m in self.at(f"layers.{layer}.attention.key_value") if (kv := m.key_value(layer)) is not None]
-        if not found:
-            return None
+        every = [method.key_value(layer) for method in self.at(f"layers.{layer}.attention.key_value")]
+        found = [kv for kv in every if kv is not None]
+        if len(found) < 2:
+            return found[0] if found else None
         return torch.cat([k for k, _ in found]), torch.cat([v for _, v in found])
 
     def base(self, parameter: nn.Parameter) -> Tensor:

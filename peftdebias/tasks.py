@@ -12,12 +12,14 @@ import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import kernels
-from .batches import Batch, Sample, from_packed, pack, plan
+from .batches import IGNORED, Batch, Sample, from_packed, pack, plan
 from .buckets import Packed
 from .encoder import Model
 from .errors import DataError
+from .ops import compiled
 from .tokens import Encoded, Tokenizer, mask_tokens
 
 VALIDATION_TOKENS = 8192
@@ -121,11 +123,46 @@ def label_indices(labels: Sequence[str], known: Sequence[str], places: Sequence[
 # ---------------------------------------------------------------- tasks
 
 def mlm_loss_ref(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """logits [M, V], targets int64 [M] in [0, V), weights [V] or None -> [], nats: cross-entropy, the mean over the rows weighted by their targets' weights; the
-    specification. 0 where there are no rows. It serves a vocabulary and a classifier's labels alike; the kernel: kernels/fused/mlm_loss.py."""
+    """logits [M, V], targets int64 [M] in [0, V) or batches.IGNORED, weights [V] or None -> [], nats: cross-entropy, the mean over the rows weighted by their
+    targets' weights; the specification. Ignored rows count for nothing; 0 where there are no others. It serves a vocabulary and a classifier's labels alike; the
+    kernel: kernels/fused/mlm_loss.py."""
     if weights is None:
-        return F.cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))
-    return F.cross_entropy(logits, targets, weight=weights.to(logits.dtype))
+        return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED) / (targets != IGNORED).sum().clamp(min=1)
+    return F.cross_entropy(logits, targets, weight=weights.to(logits.dtype), ignore_index=IGNORED)
+
+
+@compiled.register("mlm_loss")
+def mlm_loss_compiled(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """mlm_loss_ref by csrc/ops.cpp. Saves the logits and two numbers a row; the backward writes over the logits, and autograd is told so."""
+    if logits.dim() != 2 or targets.shape != logits.shape[:1] or not compiled.takes(logits, weights):
+        return mlm_loss_ref(logits, targets, weights)
+    return _Loss.apply(logits.contiguous(), targets.contiguous(), weights)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, weights):
+        rows, vocabulary = logits.shape
+        sums, nll, counted = torch.empty(2, rows), torch.empty(rows), targets != IGNORED
+        targets = torch.where(counted, targets, 0)
+        compiled.call("loss_forward", logits.data_ptr(), targets.data_ptr(), sums.data_ptr(), sums[1].data_ptr(), nll.data_ptr(), rows, vocabulary, torch.get_num_threads())
+        if weights is None:
+            factors = counted / counted.sum().clamp(min=1)
+        else:
+            factors = weights.index_select(0, targets) * counted
+            factors = factors / factors.sum()
+        ctx.save_for_backward(logits, targets, sums, factors)
+        return (nll.double() @ factors.double()).float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, pull):
+        logits, targets, sums, factors = ctx.saved_tensors
+        logits, factors = logits.detach(), factors * pull
+        compiled.call("loss_backward", logits.data_ptr(), targets.data_ptr(), sums.data_ptr(), sums[1].data_ptr(), factors.data_ptr(), logits.data_ptr(), *logits.shape,
+                      torch.get_num_threads())
+        torch.autograd.graph.increment_version(logits)
+        return logits, None, None
 
 
 def mlm_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:

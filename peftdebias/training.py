@@ -1,11 +1,12 @@
 """One loop for both phases. It knows no method, no axis and no task: it gets parameters, batches, a loss and a validation.
 
-AdamW (Loshchilov and Hutter 2019) with a linear warm-up and decay, gradient clipping, bf16 autocast on a GPU; the state with the best validation is kept.
+AdamW (Loshchilov and Hutter 2019) with a linear warm-up and decay; the state with the best validation is kept. What a step does is step.py's.
 """
 
 import contextlib
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable
 
@@ -17,16 +18,21 @@ from tqdm import tqdm
 from . import kernels
 from .encoder import Model
 from .errors import ConfigError, PeftDebiasError
-from .optimizer import FlatAdamW, adamw_ref
+from .graphs import Graphed
+from .lowered import lowered
+from .optimizer import FlatAdamW, LargeAdamW, adamw_ref
 from .patch import Folded
+from .step import Compiled, Step
 
 LOG_EVERY = 10
+STEPS = {"eager": Step, "graph": Graphed, "compiled": Compiled}
 FLAT = 2 ** 24  # values of a module; a whole base has large tensors, of which a library's update needs few launches anyway
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """steps in all; validate_every steps (or None: at the end of every epoch); lr is the peak; warmup a share of the steps; clip a gradient norm."""
+    """steps in all; validate_every steps (or None: at the end of every epoch); lr is the peak; warmup a share of the steps; clip a gradient norm; step: how a step
+    runs, one of STEPS."""
 
     steps: int
     lr: float
@@ -35,6 +41,7 @@ class Schedule:
     weight_decay: float = 0.0
     clip: float = 1.0
     precision: str = "float32"
+    step: str = "eager"
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -82,14 +89,23 @@ def pick_precision(name: str, device: torch.device) -> str:
     return name
 
 
-def make_optimizer(parameters: dict[str, Parameter], schedule: Schedule) -> torch.optim.Optimizer:
+def pick_step(name: str, device: torch.device) -> str:
+    """auto is a CUDA graph on a GPU, eager elsewhere. Raises ConfigError on a graph without a GPU."""
+    if name == "auto":
+        return "graph" if device.type == "cuda" else "eager"
+    if name == "graph" and device.type != "cuda":
+        raise ConfigError(f"--step graph: expected a GPU, got {device.type}; use eager or compiled")
+    return name
+
+
+def make_optimizer(parameters: dict[str, Parameter], schedule: Schedule) -> FlatAdamW | LargeAdamW:
     """Fused AdamW; matrices decay, biases, norms and other vectors do not. Up to FLAT float32 values are updated in one launch where there is a kernel for it."""
     matrices = [p for p in parameters.values() if p.dim() > 1]
     vectors = [p for p in parameters.values() if p.dim() <= 1]
     groups = [{"params": ps, "weight_decay": decay} for ps, decay in ((matrices, schedule.weight_decay), (vectors, 0.0)) if ps]
     update = kernels.choose("adamw", reference=adamw_ref, device=next((p.device for p in parameters.values()), None))
     if update is adamw_ref or sum(p.numel() for p in parameters.values()) > FLAT or any(p.dtype != torch.float32 for p in parameters.values()):
-        return torch.optim.AdamW(groups, lr=schedule.lr, fused=True)
+        return LargeAdamW(groups, schedule.lr)
     return FlatAdamW(groups, schedule.lr, update)
 
 
@@ -104,12 +120,19 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
     device = model.device
     optimizer = make_optimizer(parameters, schedule)
     decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _bar(schedule.steps, label) as bar:
+    half = lowered(model) if schedule.precision == "bf16" else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), half, _bar(schedule.steps, label) as bar:
         torch.manual_seed(schedule.seed)
         before = task.validate(model)
         log(event="validation", step=0, **before)
         best, best_step, kept = None, 0, {}
         model.train()
+
+        def note(line: str) -> None:
+            log(event="note", line=line)
+            tqdm.write(line, file=sys.stderr)
+
+        one_step = STEPS[schedule.step](model, task, optimizer, parameters, clip=schedule.clip, precision=schedule.precision, penalty=penalty, say=note)
         step, epoch, tokens = 0, 0, 0
         started, losses = time.perf_counter(), []
         waited = validated = 0.0  # seconds
@@ -125,7 +148,7 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
                 found += 1
                 step += 1
                 rate = schedule.rate(step)
-                losses.append(_step(model, task, batch.to(device), optimizer, rate, parameters, schedule, penalty))
+                losses.append(one_step(batch, rate))
                 if folded is not None:
                     folded.after_step({key: rate * decay for key, decay in decay_of.items()})
                 tokens += sum(batch.lengths)
@@ -163,20 +186,6 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
 def _bar(steps: int, label: str) -> tqdm:
     """Steps done and time left, on standard error; quiet when that is no terminal."""
     return tqdm(total=steps, desc=label, unit="step", disable=None, dynamic_ncols=True)
-
-
-def _step(model: Model, task, batch, optimizer: torch.optim.Optimizer, rate: float, parameters: dict[str, Parameter], schedule: Schedule,
-          penalty: Callable[[], Tensor] | None = None) -> Tensor:
-    """One update; returns the loss, detached and still on its device."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    with torch.autocast("cuda", torch.bfloat16) if schedule.precision == "bf16" else contextlib.nullcontext():
-        loss = task.loss(model, batch)
-    optimizer.zero_grad(set_to_none=True)
-    (loss if penalty is None else loss + penalty()).backward()
-    torch.nn.utils.clip_grad_norm_(parameters.values(), schedule.clip)
-    optimizer.step()
-    return loss.detach()
 
 
 def _validate(model: Model, task, parameters: dict[str, Parameter], log, step: int, best: dict | None, best_step: int, kept: dict) -> tuple[dict, int, dict]:

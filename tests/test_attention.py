@@ -16,13 +16,13 @@ from peftdebias.ops.attention import attention_varlen, forms, has_varlen
 from .outside import HEAD_WIDTH, HEADS, assert_close, one_thread  # noqa: F401
 
 SPANS = {
-    "ragged": Spans((13, 1, 7), (13, 1, 7)),
-    "equal": Spans((7, 7), (7, 7)),
-    "fewer queries": Spans((2, 1, 3), (13, 1, 7)),
-    "no queries in one": Spans((2, 0, 1), (13, 5, 7)),
-    "no queries at all": Spans((0, 0), (13, 7)),
-    "an empty text": Spans((3, 0, 7), (13, 0, 7)),
-    "one text": Spans((11,), (11,)),
+    "ragged": Spans.of((13, 1, 7), (13, 1, 7)),
+    "equal": Spans.of((7, 7), (7, 7)),
+    "fewer queries": Spans.of((2, 1, 3), (13, 1, 7)),
+    "no queries in one": Spans.of((2, 0, 1), (13, 5, 7)),
+    "no queries at all": Spans.of((0, 0), (13, 7)),
+    "an empty text": Spans.of((3, 0, 7), (13, 0, 7)),
+    "one text": Spans.of((11,), (11,)),
 }
 
 
@@ -54,7 +54,7 @@ def test_padded_attention_equals_the_reference(spans, rate, prefix, dtype):
 
 def test_the_reference_is_attention_within_each_text():
     """Uniform scores give means of the text's own values and the prefix; nothing leaks between texts."""
-    spans, value = Spans((1, 2), (2, 3)), torch.tensor([1.0, 3.0, 5.0, 6.0, 7.0]).view(5, 1, 1)
+    spans, value = Spans.of((1, 2), (2, 3)), torch.tensor([1.0, 3.0, 5.0, 6.0, 7.0]).view(5, 1, 1)
     zeros = torch.zeros(3, 1, 1), torch.zeros(5, 1, 1)
     assert attention_ref(*zeros, value, spans).flatten().tolist() == [2, 6, 6]
     assert attention_ref(*zeros, value, spans, (torch.zeros(1, 1, 1), torch.full((1, 1, 1), 10.0))).flatten().tolist() == pytest.approx([14 / 3, 7, 7])
@@ -73,7 +73,7 @@ def test_attention_runs_the_implementation_that_kernels_chooses(monkeypatch):
 def test_dropout_of_probabilities_keeps_its_share(run):
     """Uniform probabilities 1/n over one-hot values: the output shows which were kept, scaled by 1 / (share kept)."""
     n, rate = 211, 0.3
-    spans, zeros = Spans((n, n), (n, n)), torch.zeros(2 * n, 1, n)
+    spans, zeros = Spans.of((n, n), (n, n)), torch.zeros(2 * n, 1, n)
     value = torch.eye(n).repeat(2, 1)[:, None, :]
     drop = Drop(rate, torch.tensor([5]), 1)
     out = run(zeros, zeros, value, spans, drop=drop)
@@ -118,12 +118,12 @@ def test_which_forms_can_serve():
     assert forms(query, SPANS["ragged"], None, None) == forms(query, SPANS["ragged"], None, Drop(0.1, torch.tensor([1]), 0)) == ("fused", "padded")
     assert forms(query[:10], SPANS["an empty text"], None, None) == ("fused",)
     assert forms(query[:10], SPANS["an empty text"], (query, query), None) == ("fused", "padded")
-    assert forms(query[:0], Spans((), ()), None, None) == ("fused",)
+    assert forms(query[:0], Spans.of((), ()), None, None) == ("fused",)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or not has_varlen(), reason="needs a CUDA device and torch.nn.attention.varlen")
 def test_varlen_equals_the_reference():
-    spans = Spans((13, 1, 7), (13, 1, 7), torch.device("cuda"))
+    spans = Spans.of((13, 1, 7), (13, 1, 7), torch.device("cuda"))
     tensors = [torch.randn(21, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     assert forms(tensors[0], spans, None, None)[-1] == "varlen"
     expected, found = attention_ref(*(x.double() for x in tensors), spans), attention_varlen(*tensors, spans)

@@ -37,8 +37,8 @@ def test_every_field_of_a_batch_made_by_hand():
     assert equal(batch.targets, [7, 8, 9, 10])
     assert equal(batch.family, [5, 5, 2])
     assert (batch.lengths, batch.row_lengths, batch.max_length) == ((3, 1, 4), (1, 1, 2), 4)
-    assert {f.name for f in dataclasses.fields(batch)} == {  # CONTRACTS.md, and the host's row_lengths
-        "ids", "positions", "segments", "cu_seqlens", "rows", "targets", "lengths", "row_lengths", "max_length", "family"}
+    assert {f.name for f in dataclasses.fields(batch)} == {  # CONTRACTS.md, the host's row_lengths, and what a device or a bucket needs
+        "ids", "positions", "segments", "cu_seqlens", "rows", "targets", "lengths", "row_lengths", "max_length", "family", "cu_rows", "bounds"}
 
 
 def test_a_batch_packed_in_numpy_is_the_same_batch():
@@ -83,6 +83,8 @@ def test_moving_a_batch_moves_every_tensor_and_nothing_else():
         before, after = getattr(batch, field.name), getattr(moved, field.name)
         if isinstance(before, torch.Tensor):
             assert (after.device.type, after.shape, after.dtype) == ("meta", before.shape, before.dtype)
+        elif field.name == "cu_rows":
+            assert (after.device.type, after.shape, after.dtype) == ("meta", (3,), torch.int32)
         else:
             assert after == before
     assert moved.spans.cu_keys.device.type == "meta"
@@ -93,18 +95,18 @@ def test_moving_a_batch_moves_every_tensor_and_nothing_else():
 
 
 def test_spans_made_by_hand():
-    spans = Spans((1, 0, 2), (3, 1, 2))
+    spans = Spans.of((1, 0, 2), (3, 1, 2))
     assert equal(spans.cu_queries, [0, 1, 1, 3], torch.int32)
     assert equal(spans.cu_keys, [0, 3, 4, 6], torch.int32)
-    assert equal(spans.padded_queries, [0, 4, 5])  # three sequences of 2 places each
-    assert equal(spans.padded_keys, [0, 1, 2, 3, 6, 7])  # three sequences of 3 places each
+    assert equal(spans.query_places, [0, 4, 5])  # three sequences of 2 places each
+    assert equal(spans.key_places, [0, 1, 2, 3, 6, 7])  # three sequences of 3 places each
     assert spans.key_mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
 
 
 def test_equal_lengths_need_no_mask():
-    assert Spans((1, 2), (3, 3)).key_mask is None
-    assert Spans((), ()).key_mask is None
-    assert Spans((0, 1), (0, 1)).key_mask.tolist() == [[False], [True]]
+    assert Spans.of((1, 2), (3, 3)).key_mask is None
+    assert Spans.of((), ()).key_mask is None
+    assert Spans.of((0, 1), (0, 1)).key_mask.tolist() == [[False], [True]]
 
 
 def test_cumulative_starts_at_zero():

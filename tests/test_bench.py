@@ -25,7 +25,7 @@ def bench():
     """The modules of bench/ by name; the checkout's root is on the path while they are imported."""
     sys.path.insert(0, str(ROOT))
     try:
-        return type("bench", (), {name: importlib.import_module(f"bench.{name}") for name in ("case", "cases", "measure", "rows", "roofline", "run", "gpu")})
+        return type("bench", (), {name: importlib.import_module(f"bench.{name}") for name in ("case", "cases", "measure", "rows", "roofline", "run", "gpu", "texts")})
     finally:
         sys.path.remove(str(ROOT))
 
@@ -37,9 +37,9 @@ def quick(bench, monkeypatch):
 
 
 def planted(bench, monkeypatch, name: str, change, provider_name: str | None = None):
-    """Puts a case in the registry of which one provider, the last if none is named, gives results that `change` spoilt."""
+    """Puts a case in the registry of which one provider, ours if none is named, gives results that `change` spoilt."""
     case = bench.cases.CASES[name]
-    last = provider_name or list(case.providers)[-1]
+    last = provider_name or ("peftdebias" if "peftdebias" in case.providers else list(case.providers)[-1])
     provider = case.providers[last]
 
     def build(setting):
@@ -62,24 +62,24 @@ def test_every_case_is_whole(bench):
 
 
 def test_texts_are_the_same_for_all_and_as_long_as_asked(bench, tmp_path):
-    setting = bench.cases.Setting("base", 54, tmp_path)
-    bucketed = bench.cases.texts(setting)
-    random = bench.cases.shuffled(bucketed, setting.seed)
+    setting = bench.case.Setting("base", 54, tmp_path)
+    bucketed = bench.texts.texts(setting)
+    random = bench.texts.shuffled(bucketed, setting.seed)
     assert [len(batch) for batch in bucketed] == [16] * 4 == [len(batch) for batch in random]
     assert sorted(id(s) for batch in bucketed for s in batch) == sorted(id(s) for batch in random for s in batch)
     lengths = [len(s.ids) for batch in bucketed for s in batch]
     assert abs(sum(lengths) / len(lengths) - 54) < 6 and 5 <= min(lengths) and max(lengths) == 128
-    assert bench.cases.padding(bucketed) < 0.1 and 0.5 < bench.cases.padding(random) < 0.65
+    assert bench.texts.padding(bucketed) < 0.1 and 0.5 < bench.texts.padding(random) < 0.65
     for sample in (s for batch in bucketed for s in batch):
         assert len(sample.rows) == len(sample.targets) == max(1, round(0.15 * len(sample.ids)))
         assert set(sample.ids[sample.rows].tolist()) == {999} and not set(sample.targets.tolist()) & {999}  # what is asked is not shown
-    assert {len(s.ids) for batch in bench.cases.texts(bench.cases.Setting("tiny", 128, tmp_path)) for s in batch} == {128}
+    assert {len(s.ids) for batch in bench.texts.texts(bench.case.Setting("tiny", 128, tmp_path)) for s in batch} == {128}
 
 
 # ---------------------------------------------------------------- equality first
 
 def test_bound_is_of_the_contracts(bench):
-    bound = bench.cases.output_bound
+    bound = bench.case.output_bound
     assert bound("y", torch.tensor([0.5])) == pytest.approx(2e-6) and bound("y", torch.tensor([-30.0])) == pytest.approx(6e-5)
     assert bound("gradient of x", torch.tensor([1e-3])) == pytest.approx(5e-8) and bound("gradient of x", torch.tensor([0.5])) == pytest.approx(2e-6)
 
@@ -104,7 +104,7 @@ def test_a_planted_difference_is_red_and_nothing_is_timed(bench, quick, monkeypa
 def test_lora_step_sees_a_wrong_gradient_of_one_matrix(bench, monkeypatch, tmp_path):
     name = "gradient of layers.1.attention.value.a"
     planted(bench, monkeypatch, "lora_step", lambda r: {**r, name: r[name].flip(0)})
-    case, setting = bench.cases.CASES["lora_step"], bench.cases.Setting("micro", 20, tmp_path, sequences=4, longest=48)
+    case, setting = bench.cases.CASES["lora_step"], bench.case.Setting("micro", 20, tmp_path, sequences=4, longest=48)
     with pytest.raises(bench.measure.Unequal, match="in 1 of 9 tensors") as red:
         bench.measure.check(case, setting, bench.measure.taking_part(case, False, print))
     assert f"\n  {name}: " in str(red.value)
@@ -118,7 +118,7 @@ def test_rows_have_the_schema_and_tables_come_from_them(bench, quick, capsys, tm
     printed = capsys.readouterr().out
     rows = json.loads(out.read_text())
     attentions = {"attention", "attention_even", "attention_dropout", "attention_prefix"}
-    assert {row["kernel_name"] for row in rows} == attentions | {"lora_step", "lora_linear", "lora_linear_wide"}
+    assert {row["kernel_name"] for row in rows} == attentions | {"attention_native", "attention_native_eval", "lora_step", "lora_linear", "lora_linear_wide"}
     for row in rows:
         assert list(row) == FIELDS
         assert row["y_20"] <= row["y_50"] <= row["y_80"] and row["metric_unit"] == bench.rows.UNITS[row["metric_name"]]
@@ -143,8 +143,8 @@ def test_ratio_is_of_the_baseline_on_the_same_line(bench):
 def test_a_missing_library_leaves_its_providers_out(bench, monkeypatch):
     case, said = bench.cases.CASES["lora_step"], []
     monkeypatch.setattr(bench.measure.importlib.util, "find_spec", lambda name: None)
-    assert list(bench.measure.taking_part(case, True, said.append)) == ["peftdebias"]
-    assert len(said) == 3 and "transformers and peft not installed" in said[0]
+    assert list(bench.measure.taking_part(case, True, said.append)) == ["peftdebias", "peftdebias, compiled"]
+    assert len(said) == 4 and "transformers and peft not installed" in said[0]
 
 
 def test_a_compiler_that_fails_leaves_only_its_provider_out(bench, tmp_path):
@@ -152,24 +152,24 @@ def test_a_compiler_that_fails_leaves_only_its_provider_out(bench, tmp_path):
         raise RuntimeError("no compiler\nat all")
 
     case, said = bench.cases.CASES["attention"], []
-    providers = {**case.providers, "compiled": bench.cases.Provider(broken, compiled=True)}
-    setting = bench.cases.Setting("micro", 2, tmp_path, stand_in=True)
+    providers = {**case.providers, "compiled": bench.case.Provider(broken, compiled=True)}
+    setting = bench.case.Setting("micro", 2, tmp_path, stand_in=True)
     bench.measure.check(case, setting, providers, said.append)
     assert list(providers) == list(case.providers) and said == ["attention: compiled is not measured: RuntimeError: no compiler"]
     with pytest.raises(RuntimeError):
-        bench.measure.check(case, setting, {**providers, "ours": bench.cases.Provider(broken)})
+        bench.measure.check(case, setting, {**providers, "ours": bench.case.Provider(broken)})
 
 
 def test_peak_memory_sees_what_a_pass_takes(bench, tmp_path):
-    work = bench.cases.Work(run=lambda: torch.ones(40 * 2 ** 18).sum(), results=dict)  # 40 MiB
-    peak = bench.measure.cpu_peak(bench.cases.Provider(lambda setting: work), bench.cases.Setting("micro", 1, tmp_path))
+    work = bench.case.Work(run=lambda: torch.ones(40 * 2 ** 18).sum(), results=dict)  # 40 MiB
+    peak = bench.measure.cpu_peak(bench.case.Provider(lambda setting: work), bench.case.Setting("micro", 1, tmp_path))
     assert peak is None or 38 < peak < 60  # None: not on Linux, or not allowed
 
 
 # ---------------------------------------------------------------- the commands
 
 @pytest.mark.parametrize("script,words,shown", [
-    ("run", ["nope"], "no case 'nope'; expected one of gemm, copy, lora_step, attention, attention_even, attention_dropout, attention_prefix, lora_linear"),
+    ("run", ["nope"], "no case 'nope'; expected one of gemm, copy, lora_step, adapter_step, prefix_step, full_step, attention, attention_even, attention_dropout, attention_prefix, lora_linear"),
     ("run", ["--size", "tiny,huge"], "no size 'huge'; expected one of micro, tiny, small, base"),
     ("run", ["--repeats", "0"], "expected at least 1, got 0"),
     ("run", ["--repeats", "x"], "invalid int value: 'x'"),
@@ -202,8 +202,8 @@ def test_gpu_path_runs_on_a_cpu(bench, quick, capsys, tmp_path):
     rows = json.loads(out.read_text())
     assert {row["kernel_name"] for row in rows} == {"gemm", "copy", "lora_step", *bench.gpu.DRY}
     assert {(row["kernel_name"], row["metric_unit"]) for row in rows if row["kernel_name"] in ("gemm", "copy", "lora_step")} == {
-        *((k, "ms") for k in ("gemm", "copy", "lora_step")), ("gemm", "TFLOP/s"), ("copy", "GB/s"), ("lora_step", "valid tokens/s")}
-    assert {row["provider"] for row in rows if row["kernel_name"] == "lora_step"} == {"transformers+peft", "transformers+peft, length-bucketed", "peftdebias"}
+        *((k, "ms") for k in ("gemm", "copy", "lora_step")), ("gemm", "TFLOP/s"), ("copy", "GB/s"), ("lora_step", "valid tokens/s"), ("lora_step", "TFLOP/s")}
+    assert {row["provider"] for row in rows if row["kernel_name"] == "lora_step"} == {"transformers+peft", "transformers+peft, length-bucketed", "peftdebias", "peftdebias, CUDA graph"}
     assert {row["x_value"] for row in rows if row["kernel_name"] == "lora_step"} == {20, 48} and all(row["extra_config"]["dry_run"] for row in rows)
     for name in bench.gpu.DRY:  # every provider that needs no compiler, each with its share of the roofline
         wanted = {n for n, p in bench.cases.CASES[name].providers.items() if not p.compiled}
@@ -218,7 +218,7 @@ def test_every_kernel_has_a_case_and_every_case_a_place_in_the_gpu_run(bench):
 
     benched = {op for case in bench.cases.CASES.values() for p in case.providers.values() for op in p.kernels}
     assert benched == set(kernels.TRITON)
-    cases = {name for name, case in bench.cases.CASES.items() if case.mode != "step"} - {"gemm", "copy"}
+    cases = {name for name, case in bench.cases.CASES.items() if case.mode != "step"} - {"gemm", "copy", *bench.cases.NATIVE_CASES}
     assert cases == set(bench.gpu.TIMED) == set(bench.gpu.DRY) and {n for n in cases if bench.cases.CASES[n].rounded} == set(bench.gpu.CHECKED)
 
 

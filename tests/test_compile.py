@@ -38,7 +38,7 @@ assert compile_one("lora_grads", broken, 90).red == "does not compile"
 """
     ran = python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
     assert ran.returncode == 0, ran.stderr
-    assert {"adapter", "dropout", "lora", "lora_grads", "lora_write", "mlm_loss", "sparse"} <= set(ran.stdout.split())
+    assert {"adapter", "dropout", "gelu", "lora", "lora_grads", "lora_write", "mlm_loss", "norm", "sparse"} <= set(ran.stdout.split())
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from peftdebias.optimizer import FlatAdamW, adamw_ref
+from peftdebias.optimizer import FlatAdamW, adamw_ref, rates_at
 
 SHAPES = ((3, 7), (5,), (2, 1, 2), (1,))
 
@@ -94,5 +94,5 @@ def test_the_reference_is_one_step_written_out():
     q = q.abs()
     m1, q1 = 0.9 * m + 0.1 * g, 0.99 * q + 0.01 * g * g
     wanted = w * (1 - 0.5 * 0.1) - 0.5 / (1 - 0.9 ** 3) * m1 / ((q1 / (1 - 0.99 ** 3)).sqrt() + 1e-3)
-    adamw_ref(w, g, m, q, lr=0.5, betas=(0.9, 0.99), epsilon=1e-3, decay=0.1, step=3)
+    adamw_ref(w, g, m, q, torch.tensor(rates_at(3, 0.5, (0.9, 0.99), 0.1), dtype=w.dtype), betas=(0.9, 0.99), epsilon=1e-3)
     torch.testing.assert_close((w, m, q), (wanted, m1, q1), rtol=1e-13, atol=1e-15)

@@ -136,7 +136,7 @@ def test_a_recipe_that_is_wrong_is_refused_in_one_line(old, new, words, tmp_path
     (["--systems", "LoRA", "X"], "--systems X: expected one of FT, Full-Debias, LoRA"),
     (["--upstream", "lt=1"], "--upstream lt: unknown key 'lt'"),
     (["--downstream", "lr=fast"], "--downstream lr: lr: expected a number, got 'fast'"),
-    (["--upstream", "Lora2.lr=1.0"], "--upstream Lora2.lr: expected SYSTEM.KEY=VALUE with SYSTEM one of FT, Full-Debias, LoRA"),
+    (["--upstream", "Lora2.lr=1.0"], "--upstream Lora2.lr: expected NAME.KEY=VALUE with NAME one of FT, Full-Debias, LoRA"),
     (["--data", "nowhere"], "--data nowhere: expected a folder, found none"),
     (["--model", "nowhere"], "model 'nowhere': no such folder"),
 ])  # fmt: skip
@@ -160,7 +160,7 @@ def test_everything_that_is_read_is_looked_for_first(place, small, tmp_path):  #
 def test_a_recipe_stopped_and_taken_up_again(place, small, tmp_path, monkeypatch):  # noqa: F811
     recipe, data = place
     out = tmp_path / "out"
-    flags = ["run", recipe, "--model", small.base, "--data", data, "--out", out, "--scale", "0.1", "--downstream", "LoRA.batch_size=8"]
+    flags = ["run", recipe, "--model", small.base, "--data", data, "--out", out, "--downstream", "moved.epochs=3", "--scale", "0.1", "--downstream", "LoRA.batch_size=8"]
     trained, original = [], runner.phases.downstream
 
     def stops_at_the_fourth(settings, say):
@@ -179,12 +179,12 @@ def test_a_recipe_stopped_and_taken_up_again(place, small, tmp_path, monkeypatch
     assert all((out / "rows" / name).stat().st_mtime_ns == then for name, then in before.items())
     table = json.loads((out / "results.json").read_text())
     assert len(table["rows"]) == 17 and table["scale"] == 0.1 and table["systems"] == ["BERT", "FT", "Full-Debias", "LoRA"] and table["seeds"] == [0, 1]
-    assert said.out.startswith("# small\n\nScale 0.1 of the paper's schedule; downstream: LoRA batch_size 8; base base; 2 seeds; 17 of 17 units done") and "result: " in said.out
+    assert said.out.startswith("# small\n\nScale 0.1 of the paper's schedule; downstream: moved epochs 3, LoRA batch_size 8; base base; 2 seeds; 17 of 17 units done") and "result: " in said.out
 
     settings = {row["run"]: tomllib.loads((out / row["run"] / "config.toml").read_text()) for row in table["rows"] if row["run"]}
     assert {s["steps"] for name, s in settings.items() if "upstream" in name} == {3}
     assert settings["runs/upstream-full-debias-0"]["lr"] == 1e-4 and settings["runs/upstream-lora-1"]["lr"] == 1e-2
-    assert {s["epochs"] for name, s in settings.items() if name.startswith("runs/jobs")} == {2} and {s["epochs"] for name, s in settings.items() if "moved" in name} == {1}
+    assert {s["epochs"] for name, s in settings.items() if name.startswith("runs/jobs")} == {2} and {s["epochs"] for name, s in settings.items() if "moved" in name} == {3}
     assert settings["runs/jobs-lora-0"]["batch_size"] == 8 and settings["runs/jobs-ft-0"]["batch_size"] == 32
     full, lora = settings["runs/jobs-full-debias-1"], settings["runs/moved-lora-1"]
     assert full["model"].endswith("upstream-full-debias-1") and full["adapter"] == [] and lora["adapter"][0].endswith("upstream-lora-1") and lora["seed"] == 1

@@ -89,7 +89,7 @@ def test_a_corpus_of_one_window_gives_what_everything_in_memory_would(file, batc
             for one, other in zip(found, expected):
                 for field in dataclasses.fields(one):
                     a, b = getattr(one, field.name), getattr(other, field.name)
-                    assert (a == b) if isinstance(a, (int, tuple)) else (a.dtype == b.dtype and a.tolist() == b.tolist()), field.name
+                    assert (a == b) if a is None or isinstance(a, (int, tuple)) else (a.dtype == b.dtype and a.tolist() == b.tolist()), field.name
 
 
 def in_memory(everything: list[str], made: Recipe, epoch: int):

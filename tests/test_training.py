@@ -15,6 +15,7 @@ from peftdebias.buckets import in_memory
 from peftdebias.encoder import EncoderConfig, Model
 from peftdebias.errors import ConfigError, DataError, PeftDebiasError
 from peftdebias.patch import all_parameters, train_only
+from peftdebias.step import Step
 from peftdebias.tasks import Classification, MaskedLM, class_probabilities, label_indices, labelled_samples, masked_lm_nll
 from peftdebias.tokens import STYLES, wordpiece
 from peftdebias.training import Schedule, make_optimizer, pick_device, pick_precision, train
@@ -148,11 +149,11 @@ def test_a_step_is_adamw_with_clipped_gradients_at_the_rate_of_the_schedule():
     task = Plain()
     schedule = Schedule(steps=5, lr=1e-2, warmup=0.4, weight_decay=0.1, clip=0.05)
     parameters = all_parameters(model)
-    optimizer = make_optimizer(parameters, schedule)
+    one_step = Step(model, task, make_optimizer(parameters, schedule), parameters, clip=schedule.clip)
     theirs = torch.optim.AdamW([{"params": [p for p in other.parameters() if p.dim() > 1], "weight_decay": 0.1},
                                 {"params": [p for p in other.parameters() if p.dim() == 1], "weight_decay": 0.0}], lr=1.0)
     for step, batch in enumerate(task.epoch(0), 1):
-        training._step(model, task, batch, optimizer, schedule.rate(step), parameters, schedule)
+        one_step(batch, schedule.rate(step))
         theirs.zero_grad()
         F.cross_entropy(other.eval().class_logits(batch), batch.targets).backward()
         norm = math.sqrt(sum(float(p.grad.square().sum()) for p in other.parameters() if p.grad is not None))
@@ -173,7 +174,7 @@ def test_a_gradient_within_the_norm_is_left_alone():
     parameters, batch = all_parameters(model), next(Plain().epoch(0))
     F.cross_entropy(model.class_logits(batch), batch.targets).backward()
     before = {n: p.grad.clone() for n, p in parameters.items()}
-    training._step(model, Plain(), batch, make_optimizer(parameters, schedule), 1e-9, parameters, schedule)
+    Step(model, Plain(), make_optimizer(parameters, schedule), parameters, clip=schedule.clip)(batch, 1e-9)
     assert all(torch.equal(p.grad, before[n]) for n, p in parameters.items())
 
 

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from peftdebias import kernels, methods, patch
 from peftdebias.methods.lora import lora_linear_ref
-from peftdebias.written import lora_write_ref, lora_written_ref
+from peftdebias.ops import compiled
+from peftdebias.written import lora_apart, lora_apart_ref, lora_write_ref, lora_written_ref
 
 from .test_lora import TINY, ragged_batch, tiny_model, trained_lora
 
@@ -37,7 +38,8 @@ def written(monkeypatch):
              "lora_written": (lambda x, *rest: calls.append(("product", len(x))) or lora_written_ref(x, *rest))}
     monkeypatch.setattr(kernels, "choose", lambda op, reference, device=None: twins.get(op) or choose(op, reference, device))
     monkeypatch.setattr("peftdebias.written.UNWRITTEN", ())
-    return calls
+    with kernels.use("torch"):  # or the pieces would stay apart, on a CPU
+        yield calls
 
 
 @pytest.mark.parametrize("targets,matrices,products", [
@@ -104,3 +106,75 @@ def test_without_and_merged_leave_nothing_to_write(written):
     patch.merge(model)
     model.encoder(batch)
     assert not written
+
+
+# ---------------------------------------------------------------- apart, on a CPU
+
+native = pytest.mark.skipif(not compiled.FUNCTIONS, reason="no compiled ops")
+
+
+def apart_inputs(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (11, 7), "weight": (15, 7), "bias": (15,), "qa": (2, 7), "qb": (5, 2), "va": (3, 7), "vb": (5, 3)}
+    return {name: torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def apart(op, x, weight, bias, qa, qb, va, vb):
+    return op(x, weight, bias, [(0, qa, qb, 0.6), (10, va, vb, 1.7)])
+
+
+def test_the_pieces_apart_are_the_written_product():
+    given = apart_inputs()
+    (written,) = lora_write_ref([given["weight"]], [(0, 0, given["qa"], given["qb"], 0.6), (0, 10, given["va"], given["vb"], 1.7)], torch.float64)
+    torch.testing.assert_close(apart(lora_apart_ref, **given), F.linear(given["x"], written, given["bias"]), rtol=1e-12, atol=1e-12)
+
+
+@native
+@pytest.mark.parametrize("wanted", [["x", "bias", "qa", "qb", "va", "vb"], ["qa", "vb"], ["x"], ["bias"], ["vb"]], ids=" ".join)
+def test_the_product_with_pieces_apart(wanted):
+    """The output and the gradients asked for, against the twin in float64; W has none here, and one that is trained is the twin's."""
+    found, expected = {}, {}
+    for op, dtype, into in ((lora_apart, torch.float32, found), (lora_apart_ref, torch.float64, expected)):
+        given = {name: t.requires_grad_(name in wanted) for name, t in apart_inputs(dtype).items()}
+        y = apart(op, **given)
+        into |= {"y": y} | dict(zip(wanted, torch.autograd.grad(y, [given[name] for name in wanted], apart_inputs(dtype)["x"].new_ones(15).cumsum(0).expand(11, 15) / 7)))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].double(), value, rtol=2e-6, atol=2e-6, msg=lambda text: f"{name}: {text}")
+    given = {name: t.requires_grad_() for name, t in apart_inputs(torch.float32).items()}
+    assert apart(lora_apart, **given).grad_fn.name() != "_ApartBackward"
+
+
+@native
+def test_what_the_product_with_pieces_apart_saves():
+    """x and the thin product where A or B is trained; nothing of the tokens' size where they are frozen."""
+    for trained, sizes in ((True, {(11, 7), (11, 5)}), (False, set())):
+        given = {name: t.requires_grad_(name == "x" or (trained and name in ("qa", "vb"))) for name, t in apart_inputs(torch.float32).items()}
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+            apart(lora_apart, **given)
+        assert {shape for shape in saved if shape[0] == 11} == sizes
+
+
+@native
+@pytest.mark.parametrize("targets", [("query", "value"), ("key",), ("output", "up", "down"), ("query", "key", "value", "output", "up", "down")])
+def test_an_encoder_with_pieces_apart(targets, monkeypatch):
+    """The loss and the gradients are no further from the unmerged path in float64 than twice what that path in float32 is; Q, K and V are one product."""
+    batch, results, products = ragged_batch(), [], []
+    linear = F.linear
+    for kind, dtype in (("torch", torch.float64), ("torch", torch.float32), ("auto", torch.float32)):
+        model = tiny_model()
+        method = trained_lora(model, targets=targets, rank=2)
+        model.to(dtype)
+        for p in method.parameters().values():
+            p.data = p.data.to(dtype)
+        patch.train_only(model, method.parameters().values())
+        monkeypatch.setattr(F, "linear", lambda x, w, b=None: products.append((kind, tuple(w.shape))) or linear(x, w, b))
+        with kernels.use(kind):
+            loss = F.cross_entropy(model.mlm_logits(batch), batch.targets)
+            loss.backward()
+        monkeypatch.setattr(F, "linear", linear)
+        results.append((loss.detach().double(), torch.cat([p.grad.double().flatten() for p in method.parameters().values()])))
+    truth, plain, found = results
+    for expected, other, ours in zip(truth, plain, found):
+        assert (ours - expected).abs().max() <= 2 * (other - expected).abs().max() + 1e-7 * expected.abs().max()
+    assert products.count(("auto", (63, 21))) == 2  # the last layer's query is of the rows asked for alone

@@ -26,11 +26,13 @@ TRITON: dict[str, str] = {
     "adamw": "sparse",
     "attention": "attention",
     "dropout": "dropout",
+    "gelu": "gelu",
     "lora_grads": "lora_grads",
     "lora_linear": "lora",
     "lora_write": "lora_write",
     "lora_written": "lora",
     "mlm_loss": "mlm_loss",
+    "norm": "norm",
     "sparse_add": "sparse",
 }
 """op -> the file here whose import registers its Triton implementation."""

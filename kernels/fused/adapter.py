@@ -25,7 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import register
-from .tiles import DTYPES, SUMMED, Spec, ceil_div, dot, expect, on, power, sum_stretches
+from .gelu import erf_gelu, erf_gelu_slope
+from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power, sum_spec, sum_stretches
 
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_new")
 WIDEST = 256  # K of one launch
@@ -44,7 +45,7 @@ def _activate(z, NAME: tl.constexpr):
     elif NAME == "silu":
         return z * tl.sigmoid(z)
     elif NAME == "gelu":
-        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+        return erf_gelu(z)
     else:
         return z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))  # (1 + tanh u) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3)
 
@@ -58,7 +59,7 @@ def _slope(z, NAME: tl.constexpr):
         p = tl.sigmoid(z)
         return p * (1.0 + z * (1.0 - p))
     elif NAME == "gelu":
-        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        return erf_gelu_slope(z)
     else:
         p = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
         return p + z * p * (1.0 - p) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
@@ -221,7 +222,7 @@ def specs(arch: int) -> list[Spec]:
             pointers = {"dy": inside, "x": given, "kept": kept, **parameters, "dx": given, "z_out": inside, "dz_out": inside}
             found.append(spec(f"backward, {name}, kept {keep}{few}", _backward, pointers, tokens=tokens, NAME=name, KEEP=keep, TRAINED=trained, WANTED=True, SAME=trained))
         found.append(spec("backward, parameters", _backward_parameters, {"dy": inside, "x": given, "z": inside, "dz": inside, "partial": "*fp32"}, 2, NAME="gelu"))
-    return found + [Spec("sum of stretches", sum_stretches, {"partial": "*fp32", "total": "*fp32", "number": "i32", "stretches": "i32"}, {"BLOCK": SUMMED})]
+    return found + [sum_spec()]
 
 
 @torch.library.custom_op("peftdebias::adapter_forward", mutates_args=())
@@ -276,7 +277,7 @@ def _adapter_backward(dy: Tensor, x: Tensor | None, kept: Tensor, down: Tensor, 
             stretches = ceil_div(tokens, stretch)
             partial = dy.new_empty(stretches, total.numel(), dtype=torch.float32)
             _backward_parameters[ceil_div(width, tile["COLUMNS"]), stretches](dy, x, z, dz, partial, tokens, width, inner, scale, stretch, **options, **tile)
-            sum_stretches[ceil_div(total.numel(), SUMMED),](partial, total, total.numel(), stretches, BLOCK=SUMMED, num_warps=4, enable_fp_fusion=True)
+            sum_stretches(partial.view(stretches, -1), total.view(-1))
     return dx, total
 
 

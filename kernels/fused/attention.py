@@ -13,8 +13,7 @@ peftdebias/ops/attention.py:
 
 Saved for the backward: q, k, v and the prefix as they came, y, the seed, and l as two float32 of [H, Mq]: the largest q_i . k_j and the inverse of the sum
 relative to it, 0 where there is no key (in one number a large score would take the sum's last bits; and the difference is scaled, not the product, so that the
-largest shares have the least error). No saved tensor is overwritten, no mask and no matrix
-[Mq, T] is ever stored, and the prefix is never copied for a sequence.
+largest shares have the least error). No saved tensor is overwritten, no mask and no matrix [Mq, T] is ever stored, and the prefix is never copied for a sequence.
 
 How: one pass over blocks of keys with the softmax carried along (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135), the prefix's
 blocks first, then the own; so l is over both, and the backward is exact. With g the gradient of y:
@@ -22,7 +21,7 @@ blocks first, then the own; so l is over both, and the backward is exact. With g
     d_i = g_i . y_i      da_ij = m_ij / c g_i . v_j      ds_ij = a_ij (da_ij - d_i)        since d_i = sum_j a_ij da_ij
     dv_j = sum_i m_ij / c a_ij g_i      dk_j = sum_i ds_ij q_i / sqrt(W)      dq_i = sum_j ds_ij k_j / sqrt(W)
 
-Where all keys of the longest sequence are one tile (128 keys, 64 with dropout; 16-bit, W at most 64), one kernel does all that belongs to a sequence: q, k, v, y, g
+Where all keys of the longest sequence are one tile (128 keys, 64 with dropout or prefix; 16-bit, W at most 64), one kernel does all that belongs to a sequence: q, k, v, y, g
 are read and dq, dk, dv written once. Else dq and d come from one kernel, dk and dv from another, which computes a again. The prefix's dk and dv are sums over all
 of Mq: every program sums a stretch, a second kernel the stretches, in float32 and in one order; frozen, nothing is computed for it. No atomics: gradients repeat
 bit for bit. What nobody asks for is left out. In float32 d is its sum over the keys, one pass more: where one key has nearly all of a, da - d is the difference of
@@ -43,7 +42,7 @@ from torch import Tensor
 from . import register
 from .dropout import keep_at
 from .dropout_ref import Drop, threshold_of
-from .tiles import DTYPES, SUMMED, Spec, ceil_div, dot, expect, on, power, product_dtype, sum_stretches
+from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power, product_dtype, sum_spec, sum_stretches
 
 WIDEST = 128  # W
 STRETCH = 256  # query rows that one program sums for the gradients of the prefix, at least
@@ -267,8 +266,8 @@ def backward_prefix_kernel(q, prefix_k, prefix_v, g, sums, delta, seed, partial,
 CAPS = {  # (16-bit, BW <= 64) -> kernel -> most rows, most keys, warps
     (True, True): {"forward": (64, 32, 4), "queries": (32, 64, 4), "keys": (32, 64, 8), "prefix": (32, 32, 4)},
     (True, False): {"forward": (64, 64, 8), "queries": (64, 32, 8), "keys": (32, 64, 8), "prefix": (32, 32, 8)},
-    (False, True): {"forward": (32, 32, 4), "queries": (16, 32, 4), "keys": (16, 64, 8), "prefix": (32, 32, 8)},
-    (False, False): {"forward": (16, 16, 4), "queries": (16, 16, 4), "keys": (16, 64, 8), "prefix": (16, 32, 8)},
+    (False, True): {"forward": (32, 32, 8), "queries": (16, 32, 4), "keys": (16, 64, 8), "prefix": (32, 32, 8)},
+    (False, False): {"forward": (16, 16, 4), "queries": (16, 16, 4), "keys": (16, 16, 8), "prefix": (32, 16, 8)},
 }
 """Chosen by what bench/compile_report.py says of registers: no spill on sm_80, sm_90 and sm_100 with prefix and dropout. Keys of "prefix" are the prefix's."""
 
@@ -277,15 +276,15 @@ def tiles_for(kernel: str, dtype: torch.dtype, width: int, queries: int, keys: i
     """Sizes of a tile and launch options. queries, keys: of the longest sequence; shared: P. A tile is no larger than what there is for it."""
     caps = CAPS[dtype != torch.float32, power(width) <= 64]
     most_rows, most_keys, warps = caps[kernel]
-    if kernel == "keys" and in_one(dtype, width, keys, drops):
+    if kernel == "keys" and in_one(dtype, width, keys, shared, drops):
         most_keys = 128
     sizes = {"W": width, "BW": power(width), "BM": min(most_rows, power(queries)), "BP": min(caps["prefix"][1], power(shared))}
     return sizes | ({} if kernel == "prefix" else {"BN": min(most_keys, power(keys))}) | {"num_warps": warps, "num_stages": 2}
 
 
-def in_one(dtype: torch.dtype, width: int, keys: int, drops: bool) -> bool:
+def in_one(dtype: torch.dtype, width: int, keys: int, shared: int, drops: bool) -> bool:
     """Whether one kernel does all that belongs to a sequence: its keys are one tile, and dq beside dk and dv leaves registers for the rest."""
-    return dtype != torch.float32 and power(width) <= 64 and keys <= (64 if drops else 128)
+    return dtype != torch.float32 and power(width) <= 64 and keys <= (64 if drops or shared else 128)
 
 
 def specs(arch: int) -> list[Spec]:
@@ -297,10 +296,10 @@ def specs(arch: int) -> list[Spec]:
         for width in widths:
             usual = (dtype, width) == (torch.bfloat16, 64)
             for drops, shared in each if usual else both[:1] if dtype == torch.float16 else both:
-                sizes = [longest, *((n, n) for n in (128, 64) if in_one(dtype, width, n, drops))][:2]
+                sizes = [longest, *((n, n) for n in (128, 64) if in_one(dtype, width, n, shared, drops))][:2]
                 for queries, keys in sizes + [(19, 28)] if usual and (drops, shared) in both else sizes:
                     found += _specs_of(dtype, DTYPES[dtype], width, drops, shared, queries, keys)
-    return found + [Spec("sum of stretches", sum_stretches, {"partial": "*fp32", "total": "*fp32", "number": "i32", "stretches": "i32"}, {"BLOCK": SUMMED})]
+    return found + [sum_spec()]
 
 
 def _specs_of(dtype: torch.dtype, kind: str, width: int, drops: bool, shared: int, queries: int, keys: int) -> list[Spec]:
@@ -308,7 +307,7 @@ def _specs_of(dtype: torch.dtype, kind: str, width: int, drops: bool, shared: in
                                                                                            "partial": "*fp32", "cu_queries": "*i32", "cu_keys": "*i32", "seed": "*i64"}
     numbers = {name: "i32" for name in ("Mq", "P", "H", "q_row", "k_row", "v_row", "stretch", "site", "threshold")} | {"scale": "fp32", "inverse": "fp32"}
     words = f"{kind}, W {width}{', dropout' if drops else ''}{', prefix' if shared else ''}, {queries} by {keys}"
-    whole = in_one(dtype, width, keys, drops)
+    whole = in_one(dtype, width, keys, shared, drops)
     variants = [("keys", backward_keys_kernel, {"WHOLE": whole})]
     if not whole:
         variants = [("forward", forward_kernel, {}), ("queries", backward_queries_kernel, {"WANTED": True, "EXACT": dtype == torch.float32}), *variants]
@@ -379,7 +378,7 @@ def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Te
     prefix, strides, more = (prefix_k, prefix_v) if shared else (None, None), (q.stride(0), k.stride(0), v.stride(0)), (site, *_numbers(width, rate))
     options = {"DROPS": rate > 0, "enable_fp_fusion": True}
     sizes = tiles_for("keys", q.dtype, width, queries, keys, shared, rate > 0)
-    whole = of_query and of_keys and in_one(q.dtype, width, keys, rate > 0)
+    whole = of_query and of_keys and in_one(q.dtype, width, keys, shared, rate > 0)
     with on(q):
         if not whole:
             tile = tiles_for("queries", q.dtype, width, queries, keys, shared, rate > 0)
@@ -396,7 +395,7 @@ def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Te
             partial = q.new_empty(stretches, *total.shape, dtype=torch.float32)
             backward_prefix_kernel[ceil_div(shared, tile["BP"]) * heads, stretches](q, *prefix, g, sums, delta, seed, partial, rows, shared, heads, strides[0], stretch, *more,
                                                                                    **options, **tile)
-            sum_stretches[ceil_div(total.numel(), SUMMED),](partial, total, total.numel(), stretches, BLOCK=SUMMED, num_warps=4, enable_fp_fusion=True)
+            sum_stretches(partial.view(stretches, -1), total.view(-1))
     return dq, dk, dv, total
 
 
@@ -435,18 +434,19 @@ _attention_forward.register_autograd(_backward_formula, setup_context=_setup)
 def attention(query: Tensor, key: Tensor, value: Tensor, spans, prefix: tuple[Tensor, Tensor] | None = None, drop: Drop | None = None) -> Tensor:
     """query [Mq, H, W], key and value [T, H, W] -> [Mq, H, W]; see the head of this file.
 
-    spans: query_lengths and key_lengths, whole numbers on the host, B each; cu_queries and cu_keys, their sums int32 [B + 1] on the tensors' device. prefix: keys and
+    spans: cu_queries and cu_keys, int32 [B + 1] on the tensors' device; on the host queries and keys, how many rows there are, most_queries and most_keys, which no
+    sequence has more of. prefix: keys and
     values [P, H, W]. drop: dropout of the probabilities. Raises ValueError that names what it cannot take.
     """
     query, key, value = (x.to(product_dtype(x)) for x in (query, key, value))
-    expect("attention", "query", query, (sum(spans.query_lengths), -1, -1))
+    expect("attention", "query", query, (spans.queries, -1, -1))
     heads, width = query.shape[1:]
     if not 1 <= width <= WIDEST:
         raise ValueError(f"attention, query: expected a head width of 1 to {WIDEST}, got {width}")
     for name, tensor in (("key", key), ("value", value)):
-        expect("attention", name, tensor, (sum(spans.key_lengths), heads, width), (query.dtype,), query.device)
+        expect("attention", name, tensor, (spans.keys, heads, width), (query.dtype,), query.device)
     for name, sums in (("cu_queries", spans.cu_queries), ("cu_keys", spans.cu_keys)):
-        expect("attention", name, sums, (len(spans.query_lengths) + 1,), (torch.int32,), query.device)
+        expect("attention", name, sums, (spans.cu_queries.shape[0],), (torch.int32,), query.device)
     if prefix is not None:
         expect("attention", "prefix key", prefix[0], (-1, heads, width), device=query.device)
         expect("attention", "prefix value", prefix[1], tuple(prefix[0].shape), (prefix[0].dtype,), query.device)
@@ -455,5 +455,5 @@ def attention(query: Tensor, key: Tensor, value: Tensor, spans, prefix: tuple[Te
     if drop is not None:
         threshold_of(drop.rate)
         expect("attention", "seed", drop.seed, (1,), (torch.int64,), query.device)
-    return _attention_forward(query, key, value, *(prefix or (None, None)), spans.cu_queries, spans.cu_keys, max(spans.query_lengths, default=0),
-                              max(spans.key_lengths, default=0), drop.rate if drop else 0.0, drop.seed if drop else None, drop.site if drop else 0)[0]
+    return _attention_forward(query, key, value, *(prefix or (None, None)), spans.cu_queries, spans.cu_keys, spans.most_queries, spans.most_keys,
+                              drop.rate if drop else 0.0, drop.seed if drop else None, drop.site if drop else 0)[0]

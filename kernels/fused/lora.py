@@ -28,8 +28,8 @@ from torch import Tensor
 from . import dispatch, register
 from .dropout import dropout, keep
 from .dropout_ref import threshold_of
-from .lora_grads import MAX_RANK, check, lora_grads_op, rows_together
-from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power, product_dtype
+from .lora_grads import MAX_RANK, check, lora_grads_op
+from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power, product_dtype, rows_together
 
 # ---------------------------------------------------------------- kernels, forward beside backward
 

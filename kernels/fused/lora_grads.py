@@ -28,7 +28,7 @@ from torch import Tensor
 from . import register
 from .dropout import dropout, keep
 from .dropout_ref import threshold_of
-from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power
+from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power, reduce_kernel, rows_together
 
 CHUNKS = 128  # at most that many partial sums
 MAX_RANK = 64
@@ -108,18 +108,6 @@ def partial_kernel(x, dy, a, b, seed, partial_a, partial_b, T, I, O, x_stride, d
               site, threshold, DROPS, False, PIECES, BT, BK, R)
 
 
-@triton.jit
-def reduce_kernel(partial, result, chunks, rank, N, scale, rank_stride, column_stride, CHUNKS: tl.constexpr, BN: tl.constexpr):
-    """Stage 2: result[k, n] = scale * sum over chunks of partial fp32 [chunks, rank, N], in one order. Programs (n tile, k)."""
-    k, columns = tl.program_id(1), tl.program_id(0) * BN + tl.arange(0, BN)
-    total = tl.zeros((BN,), tl.float32)
-    for first in range(0, chunks, CHUNKS):
-        chunk = first + tl.arange(0, CHUNKS)
-        places = (chunk[:, None].to(tl.int64) * rank + k) * N + columns[None, :]
-        total += tl.sum(tl.load(partial + places, mask=(chunk < chunks)[:, None] & (columns < N)[None, :], other=0.0), 0)
-    tl.store(result + k * rank_stride + columns * column_stride, (total * scale).to(result.dtype.element_ty), mask=columns < N)
-
-
 # ---------------------------------------------------------------- sizes, specs
 
 def tiles_for(dtype: torch.dtype, rank: int) -> dict[str, int]:
@@ -148,11 +136,6 @@ def specs(arch: int) -> list[Spec]:
 
 
 # ---------------------------------------------------------------- launcher
-
-def rows_together(tensor: Tensor) -> Tensor:
-    """The tensor, copied only where neighbours in a row are not next to each other."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 and tensor.is_contiguous() else tensor.contiguous()
-
 
 @torch.library.custom_op("peftdebias::lora_grads", mutates_args=())
 def lora_grads_op(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, scale: float, rate: float, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:

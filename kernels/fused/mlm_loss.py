@@ -2,10 +2,10 @@
 
     loss = sum_m w[y_m] (log sum_v exp l[m, v] - l[m, y_m]) / sum_m w[y_m]        w = 1 where no weights are given
 
-    l logits [M, V] float32, bfloat16 or float16, y targets int64 [M] in [0, V), w weights [V] float32 -> loss [] float32. V is the vocabulary, or a classifier's
-    labels. Arithmetic is float32, and a tensor that is not contiguous is copied first. No label smoothing, no index to ignore: the caller names its rows.
-    A target outside [0, V) makes the loss nan; nothing beyond the logits is read. The loss of no rows is 0;
-    where weights are given and their sum is 0 it is nan.
+    l logits [M, V] float32, bfloat16 or float16, y targets int64 [M] in [0, V) or IGNORED, w weights [V] float32 -> loss [] float32. V is the vocabulary, or a classifier's
+    labels. Arithmetic is float32, and a tensor that is not contiguous is copied first. No label smoothing. A row whose target
+    is IGNORED (the tail of a bucket) counts for nothing; any other target outside [0, V) makes the loss nan; nothing beyond the logits is read. The loss of no rows
+    is 0; where weights are given and their sum is 0 it is nan.
 
 Saved: the logits, y, of every row the largest logit a and z = sum_v exp(l[v] - a) (a + log z in one number would lose what a has before the point), and what
 the sum is divided by. With g the gradient of the loss:
@@ -26,6 +26,7 @@ from . import register
 from .tiles import DTYPES, Spec, ceil_div, expect, on, power
 
 WIDEST = 4096  # of V, that a program takes at a time
+IGNORED = tl.constexpr(-100)  # torch's own ignore_index
 
 
 # ---------------------------------------------------------------- forward
@@ -49,7 +50,7 @@ def _row_sums(logits, targets, weights, losses, tops, sums, vocabulary, WEIGHTED
     loss = tl.log(total) - (tl.load(logits + y, mask=inside, other=float("nan")).to(tl.float32) - largest)
     if WEIGHTED:
         loss *= tl.load(weights + y, mask=inside, other=1.0)
-    tl.store(losses + m, loss)
+    tl.store(losses + m, tl.where(y == IGNORED, 0.0, loss))
     tl.store(tops + m, largest)
     tl.store(sums + m, total)
 
@@ -69,7 +70,7 @@ def _gradient_over_logits(logits, targets, weights, tops, sums, pull, share, voc
         factor *= tl.load(weights + y, mask=(y >= 0) & (y < vocabulary), other=1.0)
     block = tl.load(logits + v, mask=v < vocabulary, other=0.0).to(tl.float32)
     gradient = (tl.exp(block - tl.load(tops + m)) / tl.load(sums + m) - tl.where(v == y, 1.0, 0.0)) * factor
-    tl.store(logits + v, gradient, mask=v < vocabulary)
+    tl.store(logits + v, tl.where(y == IGNORED, 0.0, gradient), mask=v < vocabulary)
 
 
 # ---------------------------------------------------------------- launchers
@@ -105,10 +106,11 @@ def _loss_forward(logits: Tensor, targets: Tensor, weights: Tensor | None) -> tu
     if rows:
         with on(logits):
             _row_sums[rows,](logits, targets, weights, losses, tops, sums, vocabulary, WEIGHTED=weights is not None, **tile(vocabulary))
+    counted = targets != IGNORED.value
     if weights is None:
-        share = torch.full((), float(max(1, rows)), dtype=torch.float32, device=logits.device)
+        share = counted.sum().clamp(min=1).float()
     else:
-        share = weights.gather(0, targets.clamp(0, vocabulary - 1)).sum()
+        share = (weights.gather(0, targets.clamp(0, vocabulary - 1)) * counted).sum()
     return (losses.sum(dtype=torch.float64) / share).float(), tops, sums, share
 
 

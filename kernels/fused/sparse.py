@@ -13,10 +13,9 @@ adamw computes adamw_ref of peftdebias/optimizer.py, which is torch.optim.AdamW'
     m <- m + (1 - b1) (g - m)        q <- b2 q + (1 - b2) g^2
     w <- (1 - lr decay) w - lr / (1 - b1^t) * m / (sqrt(q) / sqrt(1 - b2^t) + epsilon)
 
-    w, g, m, q [n], contiguous float32, no two of them the same memory; w, m and q are overwritten, g is read. One launch for all of a module's values.
+    w, g, m, q [n], contiguous float32, no two of them the same memory; w, m and q are overwritten, g is read. One launch for all of a module's values. What changes
+    from step to step, (1 - lr decay, lr / (1 - b1^t), sqrt(1 - b2^t)), lies in device memory, so that a captured CUDA graph can be replayed.
 """
-
-import math
 
 import torch
 import triton
@@ -69,8 +68,9 @@ def _moments(g, m, q, b2, new1, new2):
 
 
 @triton.jit
-def _adamw(w, g, m, q, size, b2, new1, new2, kept, rate, root, epsilon, COUNT: tl.constexpr):
-    """w, g, m, q [size]. new1, new2: see _moments. kept = 1 - lr decay, rate = lr / (1 - b1^t), root = sqrt(1 - b2^t)."""
+def _adamw(w, g, m, q, rates, size, b2, new1, new2, epsilon, COUNT: tl.constexpr):
+    """w, g, m, q [size]. rates [3]: kept = 1 - lr decay, rate = lr / (1 - b1^t), root = sqrt(1 - b2^t). new1, new2: see _moments."""
+    kept, rate, root = tl.load(rates), tl.load(rates + 1), tl.load(rates + 2)
     n = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
     inside = n < size
     first, second = _moments(tl.load(g + n, mask=inside), tl.load(m + n, mask=inside), tl.load(q + n, mask=inside), b2, new1, new2)
@@ -85,8 +85,8 @@ def specs(arch: int) -> list[Spec]:
     whole = {"size": "i32", "k": "i32", "STEPS": "i32"}
     tile = {"COPIED": STRETCH, "PLACED": TOGETHER}
     found = [Spec(f"add, {d}", _add, {"weight": "*" + d, "indices": "*i64", "values": "*fp32", "result": "*" + d} | whole, tile, num_warps=8) for d in DTYPES.values()]
-    numbers = {name: "fp32" for name in ("b2", "new1", "new2", "kept", "rate", "root", "epsilon")}
-    return found + [Spec("adamw", _adamw, {name: "*fp32" for name in "wgmq"} | {"size": "i32"} | numbers, {"COUNT": BLOCK})]
+    numbers = {name: "fp32" for name in ("b2", "new1", "new2", "epsilon")}
+    return found + [Spec("adamw", _adamw, {name: "*fp32" for name in (*"wgmq", "rates")} | {"size": "i32"} | numbers, {"COUNT": BLOCK})]
 
 
 # ---------------------------------------------------------------- sparse_add
@@ -135,25 +135,24 @@ def sparse_add(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
 # ---------------------------------------------------------------- adamw
 
 @torch.library.custom_op("peftdebias::adamw", mutates_args=("values", "first", "second"))
-def _adamw_op(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, lr: float, b1: float, b2: float, epsilon: float, decay: float, step: int) -> None:
+def _adamw_op(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, b1: float, b2: float, epsilon: float) -> None:
     if values.numel():
         with on(values):
-            _adamw[ceil_div(values.numel(), BLOCK),](values, gradient, first, second, values.numel(), b2, 1 - b1, 1 - b2, 1 - lr * decay, lr / (1 - b1 ** step),
-                                                     math.sqrt(1 - b2 ** step), epsilon, COUNT=BLOCK, num_warps=4, enable_fp_fusion=True)
+            _adamw[ceil_div(values.numel(), BLOCK),](values, gradient, first, second, rates, values.numel(), b2, 1 - b1, 1 - b2, epsilon, COUNT=BLOCK, num_warps=4,
+                                                     enable_fp_fusion=True)
 
 
 @_adamw_op.register_fake
-def _(values, gradient, first, second, lr, b1, b2, epsilon, decay, step):
+def _(values, gradient, first, second, rates, b1, b2, epsilon):
     return None
 
 
 @register("adamw", "triton")
-def adamw(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, *, lr: float, betas: tuple[float, float], epsilon: float, decay: float, step: int) -> None:
-    """One step, in place; see the head of this file. Raises ValueError that names what it cannot take."""
-    for name, tensor in (("values", values), ("gradient", gradient), ("first", first), ("second", second)):
-        expect("adamw", name, tensor, (values.numel(),), (torch.float32,), values.device)
+def adamw(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, *, betas: tuple[float, float], epsilon: float) -> None:
+    """One step, in place; rates [3]; see the head of this file. Raises ValueError that names what it cannot take."""
+    for name, tensor, size in (("values", values, values.numel()), ("gradient", gradient, values.numel()), ("first", first, values.numel()),
+                               ("second", second, values.numel()), ("rates", rates, 3)):
+        expect("adamw", name, tensor, (size,), (torch.float32,), values.device)
         if not tensor.is_contiguous():
             raise ValueError(f"adamw, {name}: expected a contiguous tensor, got stride {tensor.stride(0)}")
-    if step < 1:
-        raise ValueError(f"adamw, step: expected at least 1, got {step}")
-    _adamw_op(values, gradient, first, second, lr, *betas, epsilon, decay, step)
+    _adamw_op(values, gradient, first, second, rates, *betas, epsilon)

@@ -1,4 +1,4 @@
-"""What the kernels share: the product of two tiles, the sum of stretches, how launchers look at tensors, and what is compiled ahead. It computes no op."""
+"""What the kernels share: the product of two tiles, the sum of partial sums, how launchers look at tensors, and what is compiled ahead. It computes no op."""
 
 import dataclasses
 import os
@@ -11,8 +11,6 @@ from torch import Tensor
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "true", "on"))
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """The dtypes that the kernels take, by Triton's names."""
-SUMMED = 1024
-"""Numbers that one program of `sum_stretches` sums: its BLOCK."""
 
 
 @triton.jit
@@ -27,13 +25,16 @@ def dot(a, b, total):
 
 
 @triton.jit
-def sum_stretches(partial, total, number, stretches, BLOCK: tl.constexpr):
-    """partial [stretches, N] fp32 -> total [N]: the sum over the stretches, in their order."""
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    found = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, stretches):
-        found += tl.load(partial + i * number + n, mask=n < number, other=0.0)
-    tl.store(total + n, found, mask=n < number)
+def reduce_kernel(partial, result, chunks, rank, N, scale, rank_stride, column_stride, CHUNKS: tl.constexpr, BN: tl.constexpr):
+    """result [rank, N] = scale * sum over the chunks of partial fp32 [chunks, rank, N], in one order: the second stage of a sum over T, whose first stage sums
+    chunks of rows. Programs (n tile, k); a program takes CHUNKS chunks at a time."""
+    k, columns = tl.program_id(1), tl.program_id(0) * BN + tl.arange(0, BN)
+    total = tl.zeros((BN,), tl.float32)
+    for first in range(0, chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        places = (chunk[:, None].to(tl.int64) * rank + k) * N + columns[None, :]
+        total += tl.sum(tl.load(partial + places, mask=(chunk < chunks)[:, None] & (columns < N)[None, :], other=0.0), 0)
+    tl.store(result + k * rank_stride + columns * column_stride, (total * scale).to(result.dtype.element_ty), mask=columns < N)
 
 
 def ceil_div(n: int, d: int) -> int:
@@ -53,6 +54,11 @@ def expect(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: t
         raise ValueError(f"{op}, {name}: expected one of {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {str(tensor.dtype).removeprefix('torch.')}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{op}, {name}: expected a tensor on {device}, got one on {tensor.device}")
+
+
+def rows_together(tensor: Tensor) -> Tensor:
+    """The tensor, copied only where neighbours in a row are not next to each other."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 and tensor.is_contiguous() else tensor.contiguous()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -88,3 +94,18 @@ class Spec:
     num_warps: int = 4
     num_stages: int = 3
     aligned: tuple[str, ...] = ()
+
+
+SUMMED = {"CHUNKS": 64, "BN": 32}  # few columns have few programs, so a program takes many stretches at a time
+
+
+def sum_stretches(partial: Tensor, result: Tensor) -> None:
+    """result fp32 [N] = the sum over the stretches of partial fp32 [stretches, N], in one order. For a launcher, inside `on`."""
+    stretches, columns = partial.shape
+    reduce_kernel[(ceil_div(columns, SUMMED["BN"]), 1)](partial, result, stretches, 1, columns, 1.0, columns, 1, enable_fp_fusion=True, **SUMMED)
+
+
+def sum_spec() -> Spec:
+    """sum_stretches as a line of a file's `specs`."""
+    signature = {"partial": "*fp32", "result": "*fp32", "chunks": "i32", "N": "i32", "scale": "fp32", "rank_stride": "i32"}
+    return Spec("sum of stretches", reduce_kernel, signature, SUMMED | {"rank": 1, "column_stride": 1}, aligned=("N", "rank_stride"))

@@ -45,9 +45,9 @@ def attention_ref(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefi
 
 def attention_padded(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: Prefix | None = None, drop: Drop | None = None) -> Tensor:
     """attention_ref on a padded copy, a few large ops instead of B small ones: torch's scaled_dot_product_attention, with dropout the plain formula."""
-    batch, heads, width = len(spans.key_lengths), query.shape[1], query.shape[2]
-    q = _pad(query, spans.query_lengths, lambda: spans.padded_queries)  # [Mq, H, W] -> [B, H, Sq, W]
-    k, v = (_pad(x, spans.key_lengths, lambda: spans.padded_keys) for x in (key, value))
+    batch, heads, width = spans.cu_keys.shape[0] - 1, query.shape[1], query.shape[2]
+    q = _padded_queries(query, spans)  # [Mq, H, W] -> [B, H, Sq, W]
+    k, v = (_pad(x, batch, spans.most_keys, spans.exact, lambda: spans.key_places) for x in (key, value))
     mask = spans.key_mask
     if prefix is not None:
         k, v = (torch.cat([p.transpose(0, 1).expand(batch, -1, -1, -1), x], 2) for p, x in zip(prefix, (k, v)))
@@ -57,16 +57,17 @@ def attention_padded(query: Tensor, key: Tensor, value: Tensor, spans: Spans, pr
     else:
         shares = q @ k.transpose(2, 3) / math.sqrt(width)  # [B, H, Sq, P + S]
         shares = (shares if mask is None else shares.masked_fill(~mask[:, None, None, :], -math.inf)).softmax(-1)
-        out = _dropped(shares, _padded_keep(spans, q.shape[2], 0 if prefix is None else len(prefix[0]), heads, drop), drop) @ v
+        keep = attention_keep(torch.arange(query.shape[0], device=q.device), 0 if prefix is None else prefix[0].shape[0], spans.most_keys, heads, drop)  # [H, Mq, P + S]
+        out = _dropped(shares, _padded_queries(keep.transpose(0, 1), spans), drop) @ v
     out = out.transpose(1, 2).reshape(-1, heads, width)  # [B, H, Sq, W] -> [B * Sq, H, W]
-    return out if len(out) == len(query) else out.index_select(0, spans.padded_queries)
+    return out if spans.exact and out.shape[0] == query.shape[0] else out.index_select(0, spans.query_places)
 
 
 def attention_varlen(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: None = None, drop: None = None) -> Tensor:
     """attention_ref by torch.nn.attention.varlen: CUDA, bfloat16 or float16, neither prefix nor dropout."""
     from torch.nn.attention.varlen import varlen_attn  # importing it loads triton
 
-    return varlen_attn(query, key, value, spans.cu_queries, spans.cu_keys, max(spans.query_lengths), max(spans.key_lengths))
+    return varlen_attn(query, key, value, spans.cu_queries, spans.cu_keys, spans.most_queries, spans.most_keys)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: Prefix | None = None, drop: Drop | None = None) -> Tensor:
@@ -79,7 +80,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: P
 
 def forms(query: Tensor, spans: Spans, prefix: Prefix | None, drop: Drop | None) -> tuple[str, ...]:
     """The forms that can serve. A sequence without keys leaves torch's ops without an answer."""
-    if not min(spans.key_lengths, default=0) and prefix is None:
+    if not spans.exact or (not min(spans.key_lengths, default=0) and prefix is None):
         return ("fused",)
     varlen = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and prefix is None and drop is None and query.shape[2] % 8 == 0 and has_varlen()
     return ("fused", "padded", "varlen") if varlen and min(spans.query_lengths) else ("fused", "padded")
@@ -96,23 +97,21 @@ def _form(query: Tensor, key: Tensor, spans: Spans, prefix: Prefix | None, drop:
     if torch.compiler.is_compiling():
         form = dispatch.asked("attention")
         return form if form in candidates else candidates[0]
-    return dispatch.pick("attention", candidates, device=query.device, dtype=query.dtype, dropout=drop is not None, rows=len(key), sequences=len(spans.key_lengths),
-                         longest=max(spans.key_lengths), prefix=0 if prefix is None else len(prefix[0]), width=query.shape[1] * query.shape[2])
+    return dispatch.pick("attention", candidates, device=query.device, dtype=query.dtype, dropout=drop is not None, rows=len(key), sequences=spans.cu_keys.shape[0] - 1,
+                         longest=spans.most_keys, prefix=0 if prefix is None else len(prefix[0]), width=query.shape[1] * query.shape[2])
 
 
 def _dropped(shares: Tensor, keep: Tensor, drop: Drop) -> Tensor:
     return torch.where(keep, shares * drop.scale, 0.0)
 
 
-def _padded_keep(spans: Spans, longest: int, shared: int, heads: int, drop: Drop) -> Tensor:
-    """bool [B, H, longest, shared + S]: attention_keep of every packed query, at its place in the padded copy."""
-    keep = attention_keep(torch.arange(sum(spans.query_lengths), device=drop.seed.device), shared, max(spans.key_lengths, default=0), heads, drop)  # [H, Mq, P + S]
-    return _pad(keep.transpose(0, 1), spans.query_lengths, lambda: spans.padded_queries)
+def _padded_queries(packed: Tensor, spans: Spans) -> Tensor:
+    return _pad(packed, spans.cu_queries.shape[0] - 1, spans.most_queries, spans.exact, lambda: spans.query_places)
 
 
-def _pad(packed: Tensor, lengths: tuple[int, ...], places: Callable[[], Tensor]) -> Tensor:
-    batch, longest = len(lengths), max(lengths, default=0)
-    if len(packed) == batch * longest:  # all of one length: nothing to copy
+def _pad(packed: Tensor, batch: int, longest: int, exact: bool, places: Callable[[], Tensor]) -> Tensor:
+    """[N, H, W] -> [B, H, longest, W]."""
+    if exact and packed.shape[0] == batch * longest:  # all of one length: nothing to copy
         return packed.reshape(batch, longest, *packed.shape[1:]).transpose(1, 2)
     padded = packed.new_zeros(batch * longest, *packed.shape[1:]).index_copy(0, places(), packed)
     return padded.view(batch, longest, *packed.shape[1:]).transpose(1, 2)

@@ -3,8 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import kernels
+from . import compiled
 
 
 def gelu_ref(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -16,3 +18,34 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """gelu_ref by the implementation that `kernels` chooses for the tensors' device; no kernel takes float64."""
     plain = x.dtype == torch.float64
     return (gelu_ref if plain else kernels.choose("gelu", reference=gelu_ref, device=x.device))(x, bias)
+
+
+@compiled.register("gelu")
+def gelu_compiled(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """gelu_ref by csrc/ops.cpp. Saves x and the bias, not their sum."""
+    if x.dim() != 2 or not compiled.takes(x, bias) or (bias is not None and bias.shape != x.shape[1:]):
+        return gelu_ref(x, bias)
+    return _Gelu.apply(x, bias) if compiled.recorded(x, bias) else _run(x, None, bias, None)
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias):
+        ctx.save_for_backward(x, bias)
+        return _run(x, None, bias, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, bias = ctx.saved_tensors
+        dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
+        return _run(x, dy, bias, dbias), dbias
+
+
+def _run(x: Tensor, dy: Tensor | None, bias: Tensor | None, dbias: Tensor | None) -> Tensor:
+    """gelu(x + bias), or dx where dy is given; writes dbias."""
+    x, out = compiled.lined(x), torch.empty(x.shape)
+    dy, bias = None if dy is None else compiled.lined(dy), None if bias is None else bias.contiguous()
+    compiled.call("gelu", x.data_ptr(), x.stride(0), compiled.pointer(dy), 0 if dy is None else dy.stride(0), compiled.pointer(bias), out.data_ptr(),
+                  compiled.pointer(dbias), *x.shape, torch.get_num_threads())
+    return out

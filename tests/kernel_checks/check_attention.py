@@ -34,7 +34,7 @@ def seeded(value: int = 5, rate: float = 0.3, site: int = 7) -> Drop:
 
 
 def spans_of(name: str) -> Spans:
-    return Spans(*LENGTHS[name], DEVICE)
+    return Spans.of(*LENGTHS[name], DEVICE)
 
 
 def tensors(spans: Spans, width: int, prefix: int | None = None, heads: int = HEADS) -> dict[str, torch.Tensor]:
@@ -55,7 +55,8 @@ def both(spans: Spans, drop: Drop | None = None):
 @pytest.mark.parametrize("name", LENGTHS)
 def test_every_batch_with_every_prefix(name, prefix, rate):
     spans = spans_of(name)
-    compare(*both(spans, seeded(rate=rate) if rate else None), tensors(spans, 37, prefix), dtype=torch.float32, gradients=OWN if prefix is None else OWN + PREFIX)
+    draws = {"values": 3000} if name == "one token each" else {}  # five queries: so few scores that one draw is luck
+    compare(*both(spans, seeded(rate=rate) if rate else None), tensors(spans, 37, prefix), dtype=torch.float32, gradients=OWN if prefix is None else OWN + PREFIX, **draws)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,7 +95,7 @@ def test_a_frozen_prefix_costs_no_gradient(monkeypatch):
 
 def test_many_stretches_sum_to_the_same(monkeypatch):
     monkeypatch.setattr(room, "STRETCH", 1)
-    spans = Spans((70, 1, 61), (70, 1, 61), DEVICE)
+    spans = Spans.of((70, 1, 61), (70, 1, 61), DEVICE)
     compare(*both(spans, seeded()), tensors(spans, 13, 9), dtype=torch.float32, gradients=PREFIX)
     monkeypatch.setattr(room, "MOST_STRETCHES", 2)
     compare(*both(spans, seeded()), tensors(spans, 13, 9), dtype=torch.float32, gradients=PREFIX)
@@ -193,7 +194,7 @@ def test_the_mask_is_that_of_the_specification(name, seed):
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_keeps_its_share(rate):
     n = 96
-    spans, zeros, value = Spans((n, n), (n, n), DEVICE), torch.zeros(2 * n, 2, n, device=DEVICE), torch.eye(n, device=DEVICE).repeat(2, 1)[:, None, :].expand(-1, 2, -1)
+    spans, zeros, value = Spans.of((n, n), (n, n), DEVICE), torch.zeros(2 * n, 2, n, device=DEVICE), torch.eye(n, device=DEVICE).repeat(2, 1)[:, None, :].expand(-1, 2, -1)
     drop = seeded(rate=rate)
     kept = attention(zeros, zeros, value, spans, drop=drop) > 0
     assert abs(kept.double().mean().item() - 1 / drop.scale) <= 4 * math.sqrt(rate * (1 - rate) / kept.numel())
@@ -204,7 +205,7 @@ def test_dropout_keeps_its_share(rate):
 
 def test_rows_of_which_everything_is_dropped():
     """At 0.97 of three keys most rows keep nothing: their output is 0, and so is every gradient through them."""
-    spans, drop = Spans((40,), (3,), DEVICE), seeded(rate=0.97)
+    spans, drop = Spans.of((40,), (3,), DEVICE), seeded(rate=0.97)
     given = tensors(spans, 7)
     empty = (attention_ref(*(given[name] for name in OWN), spans, drop=drop) == 0).all(2)  # [Mq, H]
     assert 0 < empty.sum() < empty.numel()
@@ -224,7 +225,7 @@ def test_dropout_at_rate_0_is_none():
 @pytest.mark.parametrize("lengths", [((), ()), ((0, 0), (13, 7)), ((0,), (0,))], ids=["no sequences", "no queries", "nothing"])
 @pytest.mark.parametrize("prefix", [None, 5])
 def test_nothing_to_compute(lengths, prefix):
-    spans = Spans(*lengths, DEVICE)
+    spans = Spans.of(*lengths, DEVICE)
     given = {name: x.float() for name, x in tensors(spans, 7, prefix).items()}
     with poisoned():
         found = run(both(spans)[0], given, given, 0)
@@ -233,7 +234,7 @@ def test_nothing_to_compute(lengths, prefix):
 
 def test_queries_without_any_key_give_zeros():
     """A sequence of no keys, beside one that has some; with a prefix it has that."""
-    spans = Spans((2, 3), (0, 5), DEVICE)
+    spans = Spans.of((2, 3), (0, 5), DEVICE)
     given = {name: x.float() for name, x in tensors(spans, 7, 4).items()}
     with poisoned():
         found = run(both(spans)[0], {name: given[name] for name in OWN}, OWN, 0)
@@ -270,13 +271,13 @@ def test_gradients_repeat_bit_for_bit(name):
 def test_a_sequence_does_not_depend_on_its_batch_beside_the_mask():
     spans = spans_of("ragged")
     given = [x.float() for x in tensors(spans, 16).values()]
-    alone = attention(*(x[14:] for x in given), Spans((37,), (37,), DEVICE))
+    alone = attention(*(x[14:] for x in given), Spans.of((37,), (37,), DEVICE))
     assert torch.equal(attention(*given, spans)[14:], alone)
 
 
 def test_what_is_kept_for_the_backward():
     """q, k, v, y, two float32 a row and head; nothing of [Mq, T]."""
-    spans, sizes = Spans((64, 64), (64, 64), DEVICE), {}
+    spans, sizes = Spans.of((64, 64), (64, 64), DEVICE), {}
     given = {name: x.float().requires_grad_() for name, x in tensors(spans, 16).items()}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.setdefault(x.data_ptr(), x.numel() * x.element_size()) and x, lambda x: x):
         both(spans, seeded())[0](**given)
@@ -296,7 +297,7 @@ def test_what_is_kept_for_the_backward():
 ])
 def test_refused_by_name(change, words):
     moved = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in change.items()}
-    given = {name: torch.zeros(5, 2, 8, device=DEVICE) for name in OWN} | {"spans": Spans((2, 3), (2, 3), DEVICE)} | moved
+    given = {name: torch.zeros(5, 2, 8, device=DEVICE) for name in OWN} | {"spans": Spans.of((2, 3), (2, 3), DEVICE)} | moved
     with pytest.raises(ValueError, match=words):
         attention(**given)
 
@@ -327,12 +328,12 @@ def test_torch_compile_does_not_break_on_it(prefix, drop):
 @pytest.mark.parametrize("prefix", [None, 30])
 def test_the_size_of_bert_base(prefix, dtype):
     lengths = (128, 5, 64, 54)
-    spans = Spans(lengths, lengths, DEVICE)
+    spans = Spans.of(lengths, lengths, DEVICE)
     compare(*both(spans, seeded(rate=0.1)), tensors(spans, 64, prefix, heads=12), dtype=dtype, gradients=OWN if prefix is None else OWN + PREFIX)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_longest_text_and_few_queries(dtype):
-    spans = Spans((77, 1), (512, 9), DEVICE)
+    spans = Spans.of((77, 1), (512, 9), DEVICE)
     compare(*both(spans, seeded(rate=0.1)), tensors(spans, 64, 30, heads=12), dtype=dtype, gradients=OWN + PREFIX)

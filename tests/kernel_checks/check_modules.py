@@ -1,5 +1,7 @@
 """The modules with their kernels in place: one upstream step of a small model, loss and every gradient, against the same model on the plain twins."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from peftdebias.tasks import Classification, MaskedLM
 from .harness import DEVICE
 
 CONFIG = EncoderConfig(kind="bert", layers=2, hidden=28, heads=2, feed_forward=37, vocab=61, max_positions=19, dropout=0.0, attention_dropout=0.0, classifier_dropout=0.0)
-MINE = {"adapter", "mlm_loss", "sparse_add"}
+MINE = {"adapter", "dropout", "gelu", "mlm_loss", "norm", "sparse_add"}
 
 
 @pytest.fixture
@@ -36,8 +38,8 @@ def batch():
     return pack([Sample(ids, ids[:2] * 0 + range(len(ids[:2])), ids[:2]) for ids in texts]).to(DEVICE)
 
 
-def made(method) -> tuple[Model, dict]:
-    model = Model(CONFIG, mlm=True, labels=("a", "b", "c")).to(DEVICE)
+def made(method, config: EncoderConfig = CONFIG) -> tuple[Model, dict]:
+    model = Model(config, mlm=True, labels=("a", "b", "c")).to(DEVICE)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in [*model.parameters(), *method.parameters().values()]:
@@ -101,7 +103,34 @@ def test_one_step_is_the_same(placed, name, used, frozen):
     place()
     found, others = step()
     undo()
-    assert {"mlm_loss", used} <= set(called)
+    assert {"mlm_loss", "norm", "gelu", used} <= set(called)
+    torch.testing.assert_close(found, loss, rtol=2e-6, atol=0)
+    assert set(gradients) == set(others) and len(gradients) >= 4
+    for key, gradient in gradients.items():
+        assert (others[key] - gradient).abs().max() <= 2e-5 * max(gradient.abs().max(), 1e-3), key
+
+
+@pytest.mark.parametrize("trained", ["module", "base", "biases"])
+def test_one_step_with_dropout_is_the_same(placed, trained):
+    """The same seed is the same mask at every place, in the norms' kernels and the twins. biases: of norms and linears alone, whose sums have no gains beside them."""
+    called, place, undo = placed
+
+    def step():
+        model, parameters = made(METHODS["pfeiffer"](), dataclasses.replace(CONFIG, dropout=0.3, attention_dropout=0.3))
+        base = dict(model.encoder.named_parameters())
+        wanted = {"module": parameters, "base": base, "biases": {n: p for n, p in base.items() if n.endswith("bias")}}[trained]
+        patch.train_only(model, wanted.values())
+        model.train()
+        torch.manual_seed(11)
+        loss = MaskedLM.loss(None, model, batch())
+        loss.backward()
+        return loss.detach(), {n: p.grad for n, p in wanted.items() if p.grad is not None}
+
+    loss, gradients = step()
+    place()
+    found, others = step()
+    undo()
+    assert {"dropout", "gelu", "norm"} <= set(called)
     torch.testing.assert_close(found, loss, rtol=2e-6, atol=0)
     assert set(gradients) == set(others) and len(gradients) >= 4
     for key, gradient in gradients.items():

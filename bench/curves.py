@@ -1,0 +1,154 @@
+"""python bench/curves.py: both phases on a device against the plain twins on the CPU, from the same weights and texts, dropout 0: loss curves, and every gradient of the
+first step. A model of bert-tiny's size with drawn weights; upstream LoRA, adapter and prefix on masked texts, downstream the whole base; lr 2e-5.
+
+    python bench/curves.py --device cuda                     200 steps, float32 and bf16, eager and as a CUDA graph
+    python bench/curves.py --device cpu --steps 20           the CPU's own kernels against the twins
+
+Bounds: losses within 1e-5 over the first 50 steps and 1e-4 over 200 in float32, within 1 % in bf16; gradients as bench/run.py bounds them, in bf16 by the angle (cosine at
+least 0.99). bench/gpu.py runs this before it times anything. Exit code 0; 1 where a bound is passed.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import bench  # noqa: E402, F401
+from bench.case import Setting, output_bound  # noqa: E402
+from bench.cases_steps import OPTIONS, labelled, model_folder, module_values  # noqa: E402
+from bench.texts import texts  # noqa: E402
+from peftdebias import kernels, methods, patch, training  # noqa: E402
+from peftdebias.batches import pack  # noqa: E402
+from peftdebias.lowered import lowered  # noqa: E402
+from peftdebias.tasks import MaskedLM, mlm_loss  # noqa: E402
+from peftdebias.weights import load_model  # noqa: E402
+
+LR = 2e-5
+EARLY, FLOAT32, BF16, COSINE = 50, (1e-5, 1e-4), 1e-2, 0.99
+PHASES = ("lora", "adapter", "prefix", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """losses: one a step. gradients: of the first step's loss, by name, on the CPU."""
+
+    losses: list[float]
+    gradients: dict[str, Tensor]
+
+
+def curve(setting: Setting, phase: str, steps: int, implementation: str = "auto", kind: str = "eager", say=print) -> Curve:
+    """Train that long. phase: one of PHASES; implementation: of the ops, as kernels.use takes it; kind: one of training.STEPS."""
+    full = phase == "full"
+    model, _ = load_model(model_folder(setting, full))
+    if not full:
+        method = methods.create(phase, model.config, options=OPTIONS[phase])
+        method.load(module_values(phase, model.config))
+        patch.attach(model, "bench", method)
+    model.to(setting.device).train()
+    parameters = dict(model.named_parameters()) if full else method.parameters()
+    patch.train_only(model, parameters.values())
+    batches = [pack(batch) for batch in (labelled(texts(setting)) if full else texts(setting))]
+    loss = (lambda model, batch: mlm_loss(model.class_logits(batch), batch.targets)) if full else (lambda model, batch: MaskedLM.loss(None, model, batch))
+    with kernels.use(implementation), lowered(model) if setting.precision == "bf16" else contextlib.nullcontext():
+        optimizer = training.make_optimizer(parameters, training.Schedule(steps=steps, lr=LR))
+        step = training.STEPS[kind](model, types.SimpleNamespace(loss=loss), optimizer, parameters, clip=1e9, precision=setting.precision, say=say)
+        step.gradients(batches[0].to(setting.device))
+        gradients = {name: p.grad.double().cpu() for name, p in parameters.items() if p.grad is not None and not name.endswith(".key.bias")}
+        losses = [step(batches[i % len(batches)], LR) for i in range(steps)]
+        return Curve(torch.stack(losses).tolist(), gradients)
+
+
+def trouble(found: Curve, wanted: Curve, precision: str) -> tuple[list[str], str]:
+    """(what passes a bound, what was found, in words)."""
+    red, gaps = [], [abs(a - b) / (abs(b) if precision == "bf16" else 1) for a, b in zip(found.losses, wanted.losses)]
+    early, late = max(gaps[:EARLY]), max(gaps)
+    for what, gap, bound in (("over the first 50 steps", early, BF16 if precision == "bf16" else FLOAT32[0]), ("over all steps", late, BF16 if precision == "bf16" else FLOAT32[1])):
+        if not gap <= bound:
+            red.append(f"loss {what}: off by {gap:.3g}, allowed {bound:g}")
+    if found.gradients.keys() != wanted.gradients.keys():
+        red.append(f"gradients: expected those of {len(wanted.gradients)} parameters, got {len(found.gradients)}")
+    worst = 0.0
+    for name, expected in wanted.gradients.items():
+        got = found.gradients.get(name, torch.full_like(expected, torch.nan))
+        if precision == "bf16":
+            share = (1 - float(torch.cosine_similarity(got.flatten(), expected.flatten(), 0))) / (1 - COSINE)
+        else:
+            share = float((got - expected).abs().max()) / output_bound("gradient", expected)
+        worst = max(worst, share)
+        if not share <= 1:
+            red.append(f"gradient of {name}: {share:.3g} of what is allowed")
+    kind = "relative" if precision == "bf16" else "absolute"
+    return red, f"losses {wanted.losses[0]:.4f} to {wanted.losses[-1]:.4f}, off by {early:.2g} over 50 steps and {late:.2g} over {len(gaps)} ({kind}); gradients {worst:.2g} of the allowed"
+
+
+def check(device: torch.device, folder: Path, steps: int = 200, size: str = "tiny", implementation: str = "auto", phases: tuple[str, ...] = PHASES, say=print) -> list[str]:
+    """Every phase, precision and kind of step that the device has. Returns what passes a bound; says what was found."""
+    cuda = device.type == "cuda"
+    red = []
+    for phase in phases:
+        common = dict(dropout=0.0, sequences=16, longest=64 if size == "micro" else 128, batches=8)
+        wanted = curve(Setting(size, 40, folder, torch.device("cpu"), "float32", **common), phase, steps, "torch", say=say)
+        for precision in ("float32", "bf16") if cuda else ("float32",):
+            for kind in ("eager", "graph") if cuda else ("eager",):
+                found = curve(Setting(size, 40, folder, device, precision, **common), phase, steps, implementation, kind, say)
+                bad, words = trouble(found, wanted, precision)
+                say(f"{phase}, {precision}, {kind}, {steps} steps on {device.type} against the twins on the CPU: {words}")
+                red += [f"{phase}, {precision}, {kind}: {line}" for line in bad]
+    return red
+
+
+def waits(device: torch.device, folder: Path, phases: tuple[str, ...] = PHASES) -> list[str]:
+    """Steps of every phase under torch's sync-debug mode: what in them made the host wait for the device."""
+    found = []
+    for phase in phases:
+        setting = Setting("tiny", 40, folder, device, "bf16", batches=4)
+        torch.cuda.synchronize()
+        try:
+            torch.cuda.set_sync_debug_mode("default")
+            inner = _warm(setting, phase)
+            torch.cuda.set_sync_debug_mode("error")
+            inner()
+        except RuntimeError as error:
+            found.append(f"{phase}: {str(error).strip().splitlines()[0]}")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return found
+
+
+def _warm(setting: Setting, phase: str):
+    """A step of `phase` that has run before (compiled, autotuned, loaded), ready to be run again."""
+    from bench.cases_steps import ours
+
+    work = ours(phase)(setting)
+    work.run()
+    torch.cuda.synchronize()
+    return work.run
+
+
+def main(argv: list[str] | None = None) -> int:
+    top = argparse.ArgumentParser(prog="bench/curves.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    top.add_argument("--steps", type=int, default=200)
+    top.add_argument("--size", default="tiny", choices=("micro", "tiny"))
+    top.add_argument("--kernels", default="auto", choices=kernels.KINDS, help="of the device's side (default auto)")
+    top.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES)
+    arguments = top.parse_args(argv)
+    device = torch.device(arguments.device)
+    with tempfile.TemporaryDirectory(prefix="peftdebias-curves-") as folder:
+        red = check(device, Path(folder), arguments.steps, arguments.size, arguments.kernels, tuple(arguments.phases))
+        red += [f"waits for the device: {line}" for line in waits(device, Path(folder), tuple(arguments.phases))] if device.type == "cuda" else []
+    for line in red:
+        print(f"RED {line}")
+    return 1 if red else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

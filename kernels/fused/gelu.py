@@ -1,0 +1,186 @@
+"""Bias and GELU (erf) in one kernel; the backward that goes with it. Computes gelu_ref of peftdebias/ops/gelu.py:
+
+    z = x + bias        y = z Phi(z),    Phi(z) = (1 + erf(z / sqrt 2)) / 2
+
+    x [T, F] with rows of any stride, bias [F] or None -> y [T, F] in x's dtype. x and bias each of float32, bfloat16 or float16. All arithmetic is float32, and
+    z is never rounded.
+
+With dy the gradient of y and phi the density of the normal distribution:
+
+    dx = dy (Phi(z) + z phi(z)),    phi(z) = exp(-z^2 / 2) / sqrt(2 pi)        dbias = sum_t dx
+
+Saved for the backward: x and bias, and nothing where nobody wants a gradient; z and the slope are computed again. No saved tensor is overwritten. A frozen bias
+has no gradient, a trained one the sums of dx before it is rounded: a program sums a stretch of T, tiles.sum_stretches adds the stretches in their order, so
+they repeat bit for bit.
+What limits it: memory. Alone it saves the pass of the bias; as the product's epilogue it would save its own, and risk the product.
+
+The room: peftdebias/ops/gelu.py (specification), this file, tests/kernel_checks/check_gelu.py (proof). Letters: T rows, F columns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import register
+from .tiles import DTYPES, Spec, ceil_div, expect, on, power, rows_together, sum_spec, sum_stretches
+
+STRETCHES = 64  # at most that many partial sums of a column
+
+
+# ---------------------------------------------------------------- arithmetic
+
+@triton.jit
+def erf_gelu(z):
+    """z Phi(z). fp32."""
+    return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+
+
+@triton.jit
+def erf_gelu_slope(z):
+    """Phi(z) + z phi(z). fp32."""
+    return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+
+
+# ---------------------------------------------------------------- kernels, forward beside backward
+
+@triton.jit
+def _shift(bias, columns, F, BF: tl.constexpr):
+    """bias [F] at these columns, fp32 [1, BF]; 0 where it is None."""
+    shift = tl.zeros((BF,), tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + columns, mask=columns < F, other=0.0).to(tl.float32)
+    return shift[None, :]
+
+
+@triton.jit
+def forward_kernel(x, bias, y, T, F, x_stride, BT: tl.constexpr, BF: tl.constexpr):
+    """x [T, F], bias [F] or None -> y [T, F]. Programs (row tile, column tile)."""
+    rows, columns = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64), tl.program_id(1) * BF + tl.arange(0, BF)
+    inside = (rows < T)[:, None] & (columns < F)[None, :]
+    z = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32) + _shift(bias, columns, F, BF)
+    tl.store(y + rows[:, None] * F + columns[None, :], erf_gelu(z), mask=inside)
+
+
+@triton.jit
+def backward_kernel(dy, x, bias, dx, partial, T, F, dy_stride, x_stride, tiles, BT: tl.constexpr, BF: tl.constexpr):
+    """dy, x [T, F], bias [F] or None -> dx [T, F] and partial fp32 [stretches, F], the sums of dx: each unless None. Programs (stretch of `tiles` tiles of BT
+    rows, column tile)."""
+    columns = tl.program_id(1) * BF + tl.arange(0, BF)
+    first = tl.program_id(0).to(tl.int64) * tiles * BT
+    shift, sums = _shift(bias, columns, F, BF), tl.zeros((BT, BF), tl.float32)
+    for tile in range(0, tiles):
+        rows = first + tile * BT + tl.arange(0, BT)
+        inside = (rows < T)[:, None] & (columns < F)[None, :]
+        pull = tl.load(dy + rows[:, None] * dy_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32) + shift
+        fall = pull * erf_gelu_slope(z)
+        if partial is not None:
+            sums += fall
+        if dx is not None:
+            tl.store(dx + rows[:, None] * F + columns[None, :], fall, mask=inside)
+    if partial is not None:
+        tl.store(partial + tl.program_id(0).to(tl.int64) * F + columns, tl.sum(sums, 0), mask=columns < F)
+
+
+# ---------------------------------------------------------------- sizes, specs
+
+TILE = 2048  # elements of a program's tile
+
+
+def tiles_for(width: int) -> dict[str, int]:
+    """BT, BF and how many warps: 16 elements a thread where columns are many."""
+    block = min(256, power(width))
+    rows = min(16, TILE // block)
+    return {"BT": rows, "BF": block, "num_warps": max(1, rows * block // 512)}
+
+
+def specs(arch: int) -> list[Spec]:
+    """What is compiled ahead: BERT's feed-forward widths have one tile."""
+    whole = dict.fromkeys(("T", "F", "x_stride", "dy_stride", "tiles"), "i32")
+    found, strides = [], ("x_stride", "dy_stride")
+    variants = (("forward", forward_kernel, ()), ("forward, no bias", forward_kernel, ("bias",)), ("backward", backward_kernel, ("partial",)),
+                ("backward, bias trained", backward_kernel, ()), ("backward, no bias", backward_kernel, ("bias", "partial")))
+    for kind in DTYPES.values():
+        given = dict.fromkeys(("x", "y", "dy", "dx"), "*" + kind) | {"bias": "*fp32", "partial": "*fp32"}
+        for words, kernel, absent in variants:
+            sizes = tiles_for(3072)
+            warps = sizes.pop("num_warps")
+            fixed = dict.fromkeys(absent) | ({"tiles": 1} if "partial" in absent else {}) | sizes  # a launch with 1 is compiled for it
+            signature = {n: t for n, t in (given | whole).items() if n in kernel.arg_names and n not in fixed}
+            found.append(Spec(f"{words}, {kind}", kernel, signature, fixed, warps, aligned=tuple(n for n in ("F", *strides) if n in signature)))
+    return [*found, sum_spec()]
+
+
+# ---------------------------------------------------------------- launchers
+
+@torch.library.custom_op("peftdebias::gelu_forward", mutates_args=())
+def _gelu_forward(x: Tensor, bias: Tensor | None) -> Tensor:
+    x = rows_together(x)
+    (rows, width), y = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel():
+        sizes = tiles_for(width)
+        with on(x):
+            forward_kernel[(ceil_div(rows, sizes["BT"]), ceil_div(width, sizes["BF"]))](
+                x, None if bias is None else bias.contiguous(), y, rows, width, x.stride(0), enable_fp_fusion=True, **sizes)
+    return y
+
+
+@_gelu_forward.register_fake
+def _(x, bias):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("peftdebias::gelu_backward", mutates_args=())
+def _gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, of_x: bool, of_bias: bool) -> tuple[Tensor, Tensor]:
+    """dx [T, F] in x's dtype and dbias fp32 [F], each where wanted, else empty."""
+    dx, dbias = _gradients(x, of_x, of_bias)
+    rows, width = x.shape
+    if not x.numel():
+        return dx, dbias.zero_()
+    dy, x, sizes = rows_together(dy), rows_together(x), tiles_for(width)
+    tiles = ceil_div(ceil_div(rows, sizes["BT"]), STRETCHES) if of_bias else 1
+    stretches = ceil_div(rows, tiles * sizes["BT"])
+    partial = torch.empty((stretches, width), dtype=torch.float32, device=x.device) if of_bias else None
+    with on(x):
+        backward_kernel[(stretches, ceil_div(width, sizes["BF"]))](
+            dy, x, None if bias is None else bias.contiguous(), dx if of_x else None, partial, rows, width, dy.stride(0), x.stride(0), tiles,
+            enable_fp_fusion=True, **sizes)
+        if of_bias:
+            sum_stretches(partial, dbias)
+    return dx, dbias
+
+
+def _gradients(x: Tensor, of_x: bool, of_bias: bool) -> tuple[Tensor, Tensor]:
+    rows, width = x.shape
+    return x.new_empty((rows, width) if of_x else 0), x.new_empty(width if of_bias else 0, dtype=torch.float32)
+
+
+@_gelu_backward.register_fake
+def _(dy, x, bias, of_x, of_bias):
+    return _gradients(x, of_x, of_bias)
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_formula(ctx, dy):
+    x, bias = ctx.saved_tensors
+    of_x, of_bias = ctx.needs_input_grad
+    dx, dbias = _gelu_backward(dy, x, bias, of_x, of_bias)
+    return dx if of_x else None, dbias.to(bias.dtype) if of_bias else None
+
+
+_gelu_forward.register_autograd(_backward_formula, setup_context=_setup)
+
+
+# ---------------------------------------------------------------- the op
+
+@register("gelu", "triton")
+def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, F], bias [F] or None -> [T, F]; see the head of this file. Raises ValueError that names what it cannot take."""
+    expect("gelu", "x", x, (-1, -1))
+    if bias is not None:
+        expect("gelu", "bias", bias, (x.shape[1],), device=x.device)
+    return _gelu_forward(x, bias)

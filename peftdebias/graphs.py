@@ -1,0 +1,93 @@
+"""A training step replayed as a CUDA graph: one launch where there were hundreds, which pays below some 4096 tokens a batch.
+
+What it adds over step.py: buffers. Batches come in a few fixed shapes (shapes.py); a shape seen for the first time trains eagerly, the second time its step is captured
+and from then on replayed. All that changes between replays lies in device memory: the batch, in one buffer that one copy from pinned memory fills; the rates of AdamW;
+dropout's seed, which torch's generator draws anew at each replay. What is captured is exactly Step.gradients and the optimizer's `apply`.
+
+Where that cannot be, the step runs as step.Step does it, and one line says why. CUDA Graphs: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .batches import Batch
+from .shapes import Shape, shape_of
+from .step import Step
+
+MOST = 24
+"""Shapes that are captured; each keeps its gradients and workspaces, the activations share one pool."""
+
+
+@dataclasses.dataclass
+class Captured:
+    """inputs: the buffer that the graph reads; loss: what it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Tensor
+    loss: Tensor
+
+
+class Graphed(Step):
+    """Step, replayed. `off` says why it is not, None where it is."""
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.seen: set[Shape] = set()
+        self.captured: dict[Shape, Captured] = {}
+        self.pool = None
+        self.off: str | None = None
+        if self.model.device.type != "cuda":
+            self._fall_back(f"expected a CUDA device, the model is on {self.model.device}")
+
+    def __call__(self, batch: Batch, rate: float) -> Tensor:
+        if self.off is not None:
+            return super().__call__(batch, rate)
+        shape = shape_of(batch, self.model.config.max_positions - self.model.encoder.hooks.position_shift)
+        known = self.captured.get(shape)
+        if known is None and (shape not in self.seen or len(self.captured) >= MOST):
+            self.seen.add(shape)
+            return self._eagerly(batch, rate)
+        self.optimizer.set_rate(rate)
+        host = self.shaped(batch).staged(pinned=True)
+        if known is None:
+            known = self._capture(host)
+            if known is None:
+                return super().__call__(batch, rate)
+            self.captured[shape] = known
+        known.inputs.copy_(host.flat, non_blocking=True)
+        self.optimizer.advance()
+        known.graph.replay()
+        return known.loss.clone()  # the next replay writes over it
+
+    def _eagerly(self, batch: Batch, rate: float) -> Tensor:
+        """In the fixed shape, on a side stream, as a capture needs its kernels warmed up."""
+        side = torch.cuda.Stream(self.model.device)
+        side.wait_stream(torch.cuda.current_stream(self.model.device))
+        with torch.cuda.stream(side):
+            loss = super().__call__(self.shaped(batch), rate)
+        torch.cuda.current_stream(self.model.device).wait_stream(side)
+        return loss
+
+    def _capture(self, host) -> Captured | None:
+        """The step of this shape. Nothing is trained: a capture records. None, and a line, where the step cannot be captured."""
+        if not self.optimizer.together:
+            return self._fall_back("a trained parameter has no gradient")
+        inputs = host.flat.to(self.model.device)
+        batch, graph = host.on(inputs), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.model.device)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                loss = self.gradients(batch)
+                self.optimizer.apply()
+        except RuntimeError as error:
+            torch.cuda.synchronize(self.model.device)
+            return self._fall_back(str(error).strip().splitlines()[0])
+        self.pool = graph.pool()
+        return Captured(graph, inputs, loss)
+
+    def _fall_back(self, why: str) -> None:
+        self.off = why
+        self.captured.clear()
+        self.say(f"CUDA graphs: off, every step runs eagerly: {why}")

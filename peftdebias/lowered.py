@@ -1,0 +1,40 @@
+"""Frozen matrices in bf16 while a bf16 training runs: half their memory, and no cast of every weight in every step, as autocast does with what is float32.
+
+What it adds over autocast: it says which tensors may. Linears and embeddings that are frozen may, for their products are in bf16 anyway; a norm's gain may not, nor a
+trained parameter, nor one that a method adds to (W' = W + D starts from the float32 W).
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from .encoder import Model, parameter_at
+from .errors import AdapterError
+
+
+def may_be_lowered(model: Model) -> list[Parameter]:
+    """The frozen float32 parameters of linears and embeddings that no method adds to and no merge replaced."""
+    hooks, taken = model.encoder.hooks, set()
+    for method in model.methods.values():
+        for site in method.sites(model.config):
+            with contextlib.suppress(AdapterError):  # a place that is no parameter: a block, a prefix
+                taken.add(id(parameter_at(model, site)[1]))
+    taken |= {id(parameter) for parameter, _, _ in (hooks.merged.tensors if hooks.merged else ())}
+    found = [p for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding) for p in module.parameters(recurse=False)]
+    return [p for p in dict.fromkeys(found) if not p.requires_grad and p.dtype == torch.float32 and id(p) not in taken]
+
+
+@contextlib.contextmanager
+def lowered(model: Model) -> Iterator[None]:
+    """Inside the `with` block those parameters hold bf16; behind it the very tensors that they held, kept on the host meanwhile where the model is on a GPU."""
+    kept = [(p, p.data.cpu()) for p in may_be_lowered(model)]
+    for p, _ in kept:
+        p.data = p.data.to(torch.bfloat16)
+    try:
+        yield
+    finally:
+        for p, before in kept:
+            p.data = before.to(p.device)

@@ -1,0 +1,121 @@
+"""Attention by csrc/ops.cpp, and query, key and value out of one product so that their gradients come back as one tensor.
+
+What it adds over attention.py: the binding. The compiled op takes rows of any stride, so slices of one product [T, 3D] are not copied; its backward writes their gradients
+as slices of one [T, 3D] too, which `heads_of` hands on as it is, where torch's split would put three tensors together. Saves query, key and value as they are, one number
+a query and head, and the seed: no probabilities, no mask, not the output.
+
+Letters: T tokens, Mq query rows, B sequences, H heads, W head width, P prefix length.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..batches import Spans
+from ..kernels.dropout_ref import Drop
+from . import compiled
+from .attention import Prefix, attention_padded
+
+
+@compiled.register("attention")
+def attention_compiled(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: Prefix | None = None, drop: Drop | None = None) -> Tensor:
+    """attention_ref by csrc/ops.cpp. Raises ValueError where the spans do not add up to the rows."""
+    both = prefix or (None, None)
+    if not compiled.takes(query, key, value, *both):
+        return attention_padded(query, key, value, spans, prefix, drop)
+    rows = len(query), len(key), len(value)
+    if rows != (spans.queries, spans.keys, spans.keys):
+        raise ValueError(f"attention: expected {spans.queries} queries, {spans.keys} keys and values, got {rows[0]}, {rows[1]} and {rows[2]}")
+    if compiled.recorded(query, key, value, *both):
+        return _Attention.apply(query, key, value, *both, spans, drop)
+    return _forward(query, key, value, *both, spans, drop, None)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, prefix_key, prefix_value, spans, drop):
+        lse = torch.empty(query.shape[1], query.shape[0])
+        ctx.spans, ctx.drop = spans, None if drop is None else (drop.rate, drop.site)
+        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, lse, None if drop is None else drop.seed)
+        return _forward(query, key, value, prefix_key, prefix_value, spans, drop, lse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        query, key, value, prefix_key, prefix_value, lse, seed = ctx.saved_tensors
+        drop = None if ctx.drop is None else Drop(ctx.drop[0], seed, ctx.drop[1])
+        needs, (_, heads, width) = ctx.needs_input_grad[:5], query.shape
+        dquery, dkey, dvalue = _gradients(query, key, value, needs)
+        dprefix = torch.empty(2, *prefix_key.shape) if needs[3] or needs[4] else None
+        q, k, v, do = (_headed(x) for x in (query, key, value, dout))
+        pk, pv = _whole(prefix_key), _whole(prefix_value)
+        lengths = ctx.spans.host_lengths
+        compiled.call("attention_backward", *_place(q), *_place(k), *_place(v), compiled.pointer(pk), compiled.pointer(pv), 0 if pk is None else len(pk), lse.data_ptr(),
+                      *_place(do), *_place(dquery), *_place(dkey), *_place(dvalue), compiled.pointer(dprefix), lengths.data_ptr(), lengths.shape[1], len(query), heads,
+                      width, *compiled.drawing(drop))
+        return dquery, dkey, dvalue, dprefix[0] if needs[3] else None, dprefix[1] if needs[4] else None, None, None
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None, spans: Spans, drop: Drop | None,
+             lse: Tensor | None) -> Tensor:
+    """Writes the log of each query's sum, [H, Mq], where it is given."""
+    q, k, v, pk, pv = _headed(query), _headed(key), _headed(value), _whole(prefix_key), _whole(prefix_value)
+    out, lengths = torch.empty(query.shape), spans.host_lengths
+    compiled.call("attention_forward", *_place(q), *_place(k), *_place(v), compiled.pointer(pk), compiled.pointer(pv), 0 if pk is None else len(pk), out.data_ptr(),
+                  compiled.pointer(lse), lengths.data_ptr(), lengths.shape[1], *query.shape, *compiled.drawing(drop))
+    return out
+
+
+def _headed(x: Tensor) -> Tensor:
+    """[., H, W] with heads W apart."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _whole(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _place(x: Tensor | None) -> tuple[int | None, int]:
+    return (None, 0) if x is None else (x.data_ptr(), x.stride(0))
+
+
+def _gradients(query: Tensor, key: Tensor, value: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """Room for the gradients asked for: slices of one tensor where the values are."""
+    for first, group in ((0, (query, key, value)), (1, (key, value))):
+        if all(needs[first:3]) and _adjacent(group):
+            rows, heads, width = group[0].shape
+            alone = [torch.empty(query.shape) if needs[0] else None] if first else []
+            return [*alone, *torch.empty(rows, len(group), heads, width).unbind(1)]
+    return [torch.empty(x.shape) if need else None for x, need in zip((query, key, value), needs)]
+
+
+def _adjacent(group: tuple[Tensor, ...]) -> bool:
+    """Whether tensors [T, H, W] are the slices of one [T, n H W], in order."""
+    first, (rows, heads, width) = group[0], group[0].shape
+    strides, size = (len(group) * heads * width, width, 1), first.element_size() * heads * width
+    return all(x.shape == first.shape and x.stride() == strides and x.data_ptr() == first.data_ptr() + i * size for i, x in enumerate(group)) and (
+        len({x.untyped_storage().data_ptr() for x in group}) == 1)
+
+
+# ---------------------------------------------------------------- query, key, value out of one product
+
+def heads_of(x: Tensor, parts: int, heads: int) -> list[Tensor]:
+    """x [T, parts * D] -> `parts` views [T, H, W]."""
+    if compiled.FUNCTIONS and compiled.takes(x) and compiled.recorded(x) and x.is_contiguous():
+        return list(_Parts.apply(x, parts, heads))
+    width = x.shape[1] // parts
+    return [part.reshape(len(x), heads, width // heads) for part in x.split(width, -1)]
+
+
+class _Parts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, parts, heads):
+        ctx.shape = x.shape
+        return x.view(len(x), parts, heads, x.shape[1] // parts // heads).unbind(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        if _adjacent(gradients):
+            return gradients[0].as_strided(ctx.shape, (ctx.shape[1], 1)), None, None
+        return torch.cat([g.flatten(1) for g in gradients], 1), None, None

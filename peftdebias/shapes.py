@@ -1,0 +1,61 @@
+"""Batches brought to a few fixed shapes, as CUDA graphs and torch.compile want them: the same loss and the same gradients, computed on a few dummy tokens more.
+
+What it adds over batches.py: a tail. Behind the texts stand dummy sequences that fill the tokens up, of which the first is asked for the rows that fill the rows up;
+their targets are IGNORED. Behind them stand empty sequences. Dropout's masks go by row, so those of the texts stay what they were.
+
+Letters: T tokens, B sequences, M rows asked for.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .batches import IGNORED, Batch, Bounds
+
+TOKENS, ROWS, SEQUENCES, LENGTHS = 64, 16, 8, 32  # sizes are multiples of these at least
+
+
+class Shape(NamedTuple):
+    """tokens, rows, sequences: of the filled batch. longest, most_rows: no sequence has more of them."""
+
+    tokens: int
+    rows: int
+    sequences: int
+    longest: int
+    most_rows: int
+
+
+def grain(size: int, least: int) -> int:
+    """What `size` is rounded up to a multiple of: at most an eighth of it, so that little is dummy; a power of two, at least `least`."""
+    return max(least, 1 << max(0, size.bit_length() - 4))
+
+
+def rounded(size: int, least: int) -> int:
+    """The least multiple of its grain that is not below `size`."""
+    return -(-size // grain(size, least)) * grain(size, least)
+
+
+def shape_of(batch: Batch, limit: int) -> Shape:
+    """The shape that a host batch is brought to. limit: the longest sequence that the model takes."""
+    tokens, rows = rounded(len(batch.ids) + 1, TOKENS), rounded(len(batch.rows), ROWS)  # one dummy token at least: the rows that fill up need one
+    longest = min(-(-batch.max_length // LENGTHS) * LENGTHS, limit)
+    dummies = -(-grain(len(batch.ids) + 1, TOKENS) // longest)
+    most_rows = max(-(-max(batch.row_lengths) // ROWS) * ROWS, grain(len(batch.rows), ROWS))
+    return Shape(tokens, rows, rounded(len(batch.lengths) + dummies, SEQUENCES), longest, most_rows)
+
+
+def fill(batch: Batch, shape: Shape) -> Batch:
+    """A host batch with targets, in that shape. The result knows no lengths (Batch.bounds)."""
+    tail = shape.tokens - len(batch.ids)
+    dummies = [min(shape.longest, tail - start) for start in range(0, tail, shape.longest)]
+
+    def filled(tensor: torch.Tensor, size: int, value: int = 0) -> torch.Tensor:
+        return torch.cat([tensor, tensor.new_full((size - len(tensor),), value)])
+
+    bounds = torch.tensor(dummies).cumsum(0).int() + len(batch.ids)
+    row_bounds = torch.tensor([0, *batch.row_lengths, shape.rows - len(batch.rows)]).cumsum(0).int()
+    return Batch(ids=filled(batch.ids, shape.tokens), positions=torch.cat([batch.positions, *(torch.arange(n) for n in dummies)]),
+                 segments=filled(batch.segments, shape.tokens), cu_seqlens=filled(torch.cat([batch.cu_seqlens, bounds]), shape.sequences + 1, shape.tokens),
+                 rows=filled(batch.rows, shape.rows, len(batch.ids)), targets=filled(batch.targets, shape.rows, IGNORED), lengths=(), row_lengths=(),
+                 max_length=shape.longest, family=filled(batch.family, shape.sequences, -1), cu_rows=filled(row_bounds, shape.sequences + 1, shape.rows),
+                 bounds=Bounds(shape.tokens, shape.longest, shape.most_rows))

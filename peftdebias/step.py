@@ -1,0 +1,62 @@
+"""One training step: forward, backward, clipping, AdamW. Nothing in it waits for the device; the loss that it returns is still there.
+
+    step = Step(model, task, optimizer, parameters, clip=1.0)
+    loss = step(batch, rate)
+
+What it adds over training.py, which decides how many steps there are and at which rate: how a step runs. Step is the specification; Compiled hands the forward pass and
+its backward to torch.compile, each as one graph; graphs.Graphed replays the whole step as a CUDA graph. The last two bring batches to a few shapes first (shapes.py).
+"""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .batches import Batch
+from .encoder import Model
+from .optimizer import FlatAdamW, LargeAdamW
+from .shapes import fill, shape_of
+
+
+class Step:
+    """One update of `parameters`. task: see tasks.MaskedLM. precision: "float32", or "bf16" for autocast. penalty: added to the loss that is trained, not to the one
+    that is returned. say: hears lines that a user should read, each once."""
+
+    def __init__(self, model: Model, task, optimizer: FlatAdamW | LargeAdamW, parameters: dict[str, Parameter], *, clip: float = 1.0, precision: str = "float32",
+                 penalty: Callable[[], Tensor] | None = None, say: Callable[[str], None] = lambda line: None):
+        self.model, self.loss, self.optimizer, self.parameters = model, task.loss, optimizer, list(parameters.values())
+        self.clip, self.precision, self.penalty, self.say = clip, precision, penalty, say
+
+    def __call__(self, batch: Batch, rate: float) -> Tensor:
+        """batch: on the host. Returns the loss, [], detached and on the model's device."""
+        self.optimizer.set_rate(rate)
+        loss = self.gradients(batch.to(self.model.device))
+        self.optimizer.step()
+        return loss
+
+    def gradients(self, batch: Batch) -> Tensor:
+        """Leaves clipped gradients in the parameters; batch on the device."""
+        with torch.autocast(self.model.device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext():
+            loss = self.loss(self.model, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss if self.penalty is None else loss + self.penalty()).backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        return loss.detach()
+
+    def shaped(self, batch: Batch) -> Batch:
+        """A host batch in its fixed shape."""
+        config, shift = self.model.config, self.model.encoder.hooks.position_shift
+        return fill(batch, shape_of(batch, config.max_positions - shift))
+
+
+class Compiled(Step):
+    """Step under torch.compile, without graph breaks; a shape is compiled when it is first seen, and from the second on with sizes that may vary."""
+
+    def __init__(self, *arguments, backend: str = "inductor", **settings):
+        super().__init__(*arguments, **settings)
+        self.loss = torch.compile(self.loss, fullgraph=True, backend=backend)
+
+    def __call__(self, batch: Batch, rate: float) -> Tensor:
+        return super().__call__(self.shaped(batch), rate)

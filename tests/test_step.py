@@ -1,0 +1,230 @@
+"""A step in its other forms is the same step: batches in fixed shapes, under torch.compile as one graph, and with nothing in it that asks the device."""
+
+import numpy
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peftdebias import kernels, methods, patch
+from peftdebias.batches import IGNORED
+from peftdebias.encoder import Model
+from peftdebias.graphs import Graphed
+from peftdebias.lowered import lowered, may_be_lowered
+from peftdebias.shapes import fill, rounded, shape_of
+from peftdebias.step import Compiled, Step
+from peftdebias.tasks import mlm_loss
+from peftdebias.training import Schedule, make_optimizer, pick_step
+
+from .outside import assert_close, one_thread, ragged  # noqa: F401
+from .plain import model_of
+
+MODULES = {"lora": {"rank": 2, "dropout": 0.1}, "adapter": {"bottleneck": 3}, "prefix": {"length": 3}, "prompt": {"length": 3}, "bias": {}, "ia3": {}}
+
+
+class Masked:
+    def loss(self, model, batch):
+        return mlm_loss(model.mlm_logits(batch), batch.targets)
+
+
+class Labels:
+    """Whole-base training: the first row of each text decides."""
+
+    def loss(self, model, batch):
+        return mlm_loss(model.class_logits(batch), batch.targets)
+
+
+def made(name: str | None, dtype=torch.float32, cls=Step, **settings) -> Step:
+    """A step of a small model in train mode; every parameter of the module drawn, so that each has a gradient. None trains the base."""
+    model = model_of(dtype=dtype)
+    if name is not None:
+        method, generator = methods.create(name, model.config, options=MODULES[name], seed=0), torch.Generator().manual_seed(1)
+        for parameter in method.parameters().values():
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.1).to(dtype)
+        patch.attach(model, "gender", method)
+    parameters = {n: p for n, p in patch.all_parameters(model).items() if n.startswith("methods.") == (name is not None)}
+    patch.train_only(model, parameters.values())
+    model.train()
+    return cls(model, Masked() if name else Labels(), make_optimizer(parameters, Schedule(steps=3, lr=1e-2)), parameters, clip=1e9, **settings)
+
+
+def batch_for(name: str | None, seed: int = 0, lengths=(13, 1, 7)):
+    batch = ragged(lengths, rows="some" if name else "first", seed=seed)
+    if name is None:
+        batch.targets.remainder_(3)
+    return batch
+
+
+# ---------------------------------------------------------------- fixed shapes
+
+def test_sizes_are_rounded_up_by_an_eighth_at_most():
+    for size in (1, 15, 16, 17, 63, 64, 129, 500, 4097):
+        assert size <= rounded(size, 16) <= max(16 * -(-size // 16), size * 9 / 8)
+    assert len({rounded(size, 64) for size in range(4096, 8192)}) <= 9
+
+
+@pytest.mark.parametrize("lengths", [(13, 1, 7), (19,), (1, 1), (17, 0, 3)])
+def test_a_filled_batch_holds_the_texts_and_a_tail_that_counts_for_nothing(lengths):
+    batch = ragged(tuple(n for n in lengths if n)) if 0 in lengths else ragged(lengths)
+    shape = shape_of(batch, 19)
+    filled = fill(batch, shape)
+    tokens, rows = len(batch.ids), len(batch.rows)
+    assert (len(filled.ids), len(filled.rows), len(filled.cu_seqlens) - 1) == shape[:3] and tokens < shape.tokens
+    for name in ("ids", "positions", "segments"):
+        assert torch.equal(getattr(filled, name)[:tokens], getattr(batch, name)) and len(getattr(filled, name)) == shape.tokens
+    assert torch.equal(filled.rows[:rows], batch.rows) and torch.equal(filled.targets[:rows], batch.targets) and (filled.targets[rows:] == IGNORED).all()
+    assert torch.equal(filled.cu_seqlens[:len(batch.cu_seqlens)], batch.cu_seqlens) and filled.cu_seqlens[-1] == shape.tokens
+    assert filled.cu_seqlens.diff().max() <= shape.longest <= 19 and filled.cu_rows[-1] == shape.rows and filled.cu_rows.diff().max() <= shape.most_rows
+    assert (filled.cu_seqlens.diff() >= 0).all() and filled.positions.max() < 19 and (filled.rows < shape.tokens).all()
+
+
+@pytest.mark.parametrize("name", [*MODULES, None])
+def test_a_filled_batch_has_the_loss_and_the_gradients_of_the_batch(name):
+    """With dropout: the masks of the texts' rows stay what they were."""
+    step, batch = made(name, torch.float64), batch_for(name)
+    found = []
+    for given in (batch, step.shaped(batch)):
+        torch.manual_seed(3)
+        found.append((step.gradients(given), {n: p.grad.clone() for n, p in patch.all_parameters(step.model).items() if p.grad is not None}))
+    assert_close(found[1][0], found[0][0], "loss")
+    assert found[0][1].keys() == found[1][1].keys() and len(found[0][1]) >= 1
+    for parameter, gradient in found[0][1].items():
+        assert_close(found[1][1][parameter], gradient, parameter)
+        assert name is None or gradient.abs().max() > 0, parameter
+
+
+def test_texts_of_like_sizes_share_a_shape():
+    random = numpy.random.default_rng(0)
+    shapes = {shape_of(ragged(tuple(random.integers(5, 19, 40)), seed=i), 19) for i in range(20)}
+    assert len(shapes) <= 4
+
+
+# ---------------------------------------------------------------- torch.compile
+
+@pytest.mark.parametrize("name", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adapter", "prefix", "prompt", "bias", "ia3", None))])
+def test_the_step_compiles_without_graph_breaks(name):
+    """fullgraph: a break would raise. Losses of three steps, with dropout, as eager has them; one shape is compiled once."""
+    torch.compiler.reset()
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    found = []
+    with kernels.use("torch"):
+        for step in (made(name), made(name, cls=Compiled, backend=backend)):
+            torch.manual_seed(3)
+            found.append([float(step(batch_for(name, seed), 1e-2)) for seed in range(3)])
+    numpy.testing.assert_allclose(found[1], found[0], rtol=2e-5)
+    assert len(compiled) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", None])
+def test_the_step_compiles_to_machine_code(name):
+    """Inductor draws no other masks: they come from the counters."""
+    torch.compiler.reset()
+    with kernels.use("torch"):
+        found = []
+        for step in (made(name), made(name, cls=Compiled)):
+            found.append([])
+            for seed in range(3):
+                torch.manual_seed(seed)
+                found[-1].append(float(step(batch_for(name, seed), 1e-2)))
+    numpy.testing.assert_allclose(found[1], found[0], rtol=2e-5)
+
+
+# ---------------------------------------------------------------- nothing waits for the device
+
+class Watch(TorchDispatchMode):
+    """Refuses every op whose result the host reads, or whose shape depends on values: on a GPU each would wait for the device."""
+
+    READS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::masked_select", "aten::_unique2", "aten::equal", "aten::unique_dim"}
+
+    def __init__(self):
+        super().__init__()
+        self.ops = 0
+
+    def __torch_dispatch__(self, op, types, arguments=(), keywords=None):
+        self.ops += 1
+        name = op._schema.name
+        data_shaped = name == "aten::repeat_interleave" or (name == "aten::index" and any(i is not None and i.dtype == torch.bool for i in arguments[1]))
+        if name in self.READS or data_shaped:
+            raise AssertionError(f"{name}: the host would wait for the device")
+        return op(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("name", [*MODULES, None])
+@pytest.mark.parametrize("fixed", [False, True], ids=["as it is", "in a fixed shape"])
+def test_a_step_reads_nothing_from_the_device(name, fixed, monkeypatch):
+    """Forward, backward, clipping, AdamW; what a batch needs beside itself was made with it."""
+    step = made(name)
+    batch = batch_for(name)
+    batch = step.shaped(batch) if fixed else batch.staged().on(batch.staged().flat)
+    for read in ("tolist", "item", "numpy", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, read, lambda *_, read=read: pytest.fail(f"Tensor.{read} in a step"))
+    with kernels.use("torch"), Watch() as watch:
+        step(batch, 1e-2)
+    assert watch.ops > 100
+
+
+def test_the_watch_sees_what_it_should():
+    for read in (lambda x: float(x.sum()), lambda x: x[x > 0], lambda x: x.nonzero()):
+        with pytest.raises(AssertionError, match="the host would wait"), Watch():
+            read(torch.ones(3))
+
+
+# ---------------------------------------------------------------- CUDA graphs
+
+def test_without_a_gpu_the_graph_falls_back_and_says_so_once():
+    said = []
+    found = []
+    for step in (made("lora"), made("lora", cls=Graphed, say=said.append)):
+        torch.manual_seed(3)
+        found.append([float(step(batch_for("lora", seed), 1e-2)) for seed in range(2)])
+    assert found[0] == found[1] and said == ["CUDA graphs: off, every step runs eagerly: expected a CUDA device, the model is on cpu"]
+
+
+def test_which_step_is_taken():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert [pick_step(name, device) for name in ("auto", "eager", "compiled") for device in (cpu, gpu)] == ["eager", "graph", "eager", "eager", "compiled", "compiled"]
+    assert pick_step("graph", gpu) == "graph"
+    with pytest.raises(Exception, match="--step graph: expected a GPU, got cpu; use eager or compiled"):
+        pick_step("graph", cpu)
+
+
+# ---------------------------------------------------------------- bf16
+
+@pytest.mark.parametrize("name,stays", [("lora", {"qkv.weight"}), ("adapter", set()), ("bias", {"bias"})])
+def test_frozen_matrices_are_bf16_while_they_may_be(name, stays):
+    step = made(name)
+    names = {id(p): n for n, p in step.model.named_parameters()}
+    before = {n: p.detach().clone() for n, p in step.model.named_parameters()}
+    chosen = {names[id(p)] for p in may_be_lowered(step.model)}
+    assert not any("norm" in n or n == "mlm.bias" for n in chosen) and "encoder.embeddings.word.weight" in chosen
+    linears = {f"{n}.{kind}" for n, m in step.model.named_modules() if isinstance(m, torch.nn.Linear) for kind in ("weight", "bias")}
+    kept = {n for n in linears - chosen}
+    assert kept == {n for n in linears if "encoder." in n and any(n.endswith(s) for s in stays)}, kept
+    with pytest.raises(KeyError), lowered(step.model):
+        assert {n for n, p in step.model.named_parameters() if p.dtype == torch.bfloat16} == chosen
+        raise KeyError
+    assert all(torch.equal(p, before[n]) and p.dtype == torch.float32 for n, p in step.model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["lora", "adapter", "prefix"])
+def test_a_bf16_step_is_the_float32_step_rounded(name):
+    found = []
+    for precision in ("float32", "bf16"):
+        step = made(name, precision=precision)
+        torch.manual_seed(3)
+        with lowered(step.model) if precision == "bf16" else torch.enable_grad():
+            loss = step.gradients(batch_for(name))
+        found.append((float(loss), torch.cat([p.grad.flatten() for p in step.parameters])))
+        assert found[-1][1].dtype == torch.float32
+    assert found[1][0] == pytest.approx(found[0][0], rel=2e-2) and found[1][0] != found[0][0]
+    assert torch.nn.functional.cosine_similarity(found[0][1], found[1][1], 0) > 0.98
+
+
+def test_base_parameters_that_are_trained_stay_float32():
+    step = made(None)
+    assert isinstance(step.model, Model) and may_be_lowered(step.model) == []
