@@ -15,7 +15,7 @@ OPS = {"lora_write", "lora_written", "lora_linear", "dropout"}
 
 
 def step(options: dict, kind: str, monkeypatch) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Loss and gradients of one upstream step with OPS of one kind, and which of them were asked for."""
+    """Loss and gradients of one upstream step with OPS of one kind and the others as their twins, and which of OPS were asked for."""
     called, choose = [], kernels.choose
 
     def chosen(op, reference, device=None):
@@ -35,7 +35,7 @@ def step(options: dict, kind: str, monkeypatch) -> tuple[dict[str, torch.Tensor]
     texts = [torch.randint(5, 61, (n,), generator=generator).numpy() for n in (13, 1, 7)]
     batch = pack([Sample(ids, ids[:2] * 0 + range(len(ids[:2])), ids[:2]) for ids in texts]).to(DEVICE)
     model.train()
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, kernels.use("torch"):
         patched.setattr(kernels, "choose", chosen)
         torch.manual_seed(5)
         loss = F.cross_entropy(model.mlm_logits(batch), batch.targets)
