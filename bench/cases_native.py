@@ -84,7 +84,8 @@ def attention(form: str, drops: bool = True) -> Callable[[Setting], Work]:
 
         forms = {"library": library, "twin": lambda x: attention_padded(*(part.reshape(shape) for part in x.split(size.hidden, 1)), spans, None, drop).flatten(1),
                  "compiled": lambda x: compiled("attention", attention_padded)(*heads_of(x, 3, heads), spans, None, drop).flatten(1)}
-        words = f"{heads} heads x {size.hidden // heads}, {len(lengths)} texts of {lengths[0]} to {lengths[-1]} tokens, {'rate ' + str(RATE) if drops else 'no dropout'}; forward and backward"
+        words = (f"{heads} heads x {size.hidden // heads}, {len(lengths)} texts of {lengths[0]} to {lengths[-1]} tokens, {f'rate {RATE:g}' if drops else 'no dropout'}; "
+                 "forward and backward")
         return full(setting, forms[form], {"x": drawn(setting, shape=(sum(lengths), 3 * size.hidden))}, ("x",), words, tokens=sum(lengths))
     return build
 
@@ -146,15 +147,15 @@ def _case(name: str, op: str, what: str, builder, x_name: str, x_values: tuple[f
 
 
 NATIVE_CASES = {case.name: case for case in (
-    _case("dropout_native", "dropout", "dropout on a CPU", _builder(_dropout), "rows", (860, 2048), compared=False),
-    _case("norm_native", "norm", "dropout + residual + LayerNorm on a CPU, frozen gain and bias", _builder(_norm(True, True)), "rows", (860, 2048), compared=False),
-    _case("norm_native_trained", "norm", "the same, gain and bias trained", _builder(_norm(True, False)), "rows", (860,), compared=False),
-    _case("norm_native_eval", "norm", "residual + LayerNorm, without dropout", _builder(_norm(False, True)), "rows", (860, 2048), twin=False),
-    _case("gelu_native", "gelu", "bias + GELU on a CPU", _builder(_gelu), "rows", (860, 2048), twin=False),
-    _case("attention_native", "attention", "attention inside ragged texts on a CPU, with dropout", attention, "texts", (16,), compared=False),
-    _case("attention_native_eval", "attention", "the same without dropout", lambda form: attention(form, drops=False), "texts", (16,), twin=False),
-    _case("adamw_native", "adamw", "AdamW of a module's values on a CPU", adamw, "values", (300_000,), sized=False, mode="forward"),
-    _case("mlm_loss_native", "mlm_loss", "cross-entropy of the rows asked for on a CPU", _builder(_loss), "rows", (128,), twin=False),
-    _case("lora_native", "lora_apart", "query, key and value with LoRA on a CPU", _builder(_lora), "rows", (128, 860), twin=False),
+    _case("native_dropout", "dropout", "dropout on a CPU", _builder(_dropout), "rows", (860, 2048), compared=False),
+    _case("native_norm", "norm", "dropout + residual + LayerNorm on a CPU, frozen gain and bias", _builder(_norm(True, True)), "rows", (860, 2048), compared=False),
+    _case("native_norm_trained", "norm", "the same, gain and bias trained", _builder(_norm(True, False)), "rows", (860,), compared=False),
+    _case("native_norm_eval", "norm", "residual + LayerNorm, without dropout", _builder(_norm(False, True)), "rows", (860, 2048), twin=False),
+    _case("native_gelu", "gelu", "bias + GELU on a CPU", _builder(_gelu), "rows", (860, 2048), twin=False),
+    _case("native_attention", "attention", "attention inside ragged texts on a CPU, with dropout", attention, "texts", (16,), compared=False),
+    _case("native_attention_eval", "attention", "the same without dropout", lambda form: attention(form, drops=False), "texts", (16,), twin=False),
+    _case("native_adamw", "adamw", "AdamW of a module's values on a CPU", adamw, "values", (300_000,), sized=False, mode="forward"),
+    _case("native_mlm_loss", "mlm_loss", "cross-entropy of the rows asked for on a CPU", _builder(_loss), "rows", (128,), twin=False),
+    _case("native_lora", "lora_apart", "query, key and value with LoRA on a CPU", _builder(_lora), "rows", (128, 860), twin=False),
 )}
 """name -> Case; they take part on a CPU, where the compiled library is."""

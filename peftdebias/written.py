@@ -84,13 +84,12 @@ def write(hooks: Hooks, linears: dict[str, tuple[nn.Linear, tuple[str, ...]]], x
     """
     if not hooks.methods or x.dtype in UNWRITTEN:
         return {}
-    if kernels.decide("lora_apart", x.device)[0] == "native":
-        if torch.is_autocast_enabled(x.device.type):
+    there = kernels.decide("lora_write", x.device)[0] is not None  # None: asked for by name a kind that has none
+    op = kernels.choose("lora_write", reference=lora_write_ref, device=x.device) if there else lora_write_ref
+    if op is lora_write_ref:
+        if kernels.decide("lora_apart", x.device)[0] != "native" or torch.is_autocast_enabled(x.device.type):
             return {}
         return {name: Written(linear.weight, linear.bias, pieces, apart=True) for name, (linear, sites) in linears.items() if (pieces := pieces_of(hooks, linear, sites))}
-    op = kernels.choose("lora_write", reference=lora_write_ref, device=x.device)
-    if op is lora_write_ref:
-        return {}
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     found = {name: pieces for name, (linear, sites) in linears.items() if (pieces := pieces_of(hooks, linear, sites)) and _pays(linear, pieces, dtype, x)}
     if not found:

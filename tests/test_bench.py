@@ -118,7 +118,7 @@ def test_rows_have_the_schema_and_tables_come_from_them(bench, quick, capsys, tm
     printed = capsys.readouterr().out
     rows = json.loads(out.read_text())
     attentions = {"attention", "attention_even", "attention_dropout", "attention_prefix"}
-    assert {row["kernel_name"] for row in rows} == attentions | {"attention_native", "attention_native_eval", "lora_step", "lora_linear", "lora_linear_wide"}
+    assert {row["kernel_name"] for row in rows} == attentions | {"lora_step", "lora_linear", "lora_linear_wide"}
     for row in rows:
         assert list(row) == FIELDS
         assert row["y_20"] <= row["y_50"] <= row["y_80"] and row["metric_unit"] == bench.rows.UNITS[row["metric_name"]]

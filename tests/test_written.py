@@ -145,6 +145,20 @@ def test_the_product_with_pieces_apart(wanted):
 
 
 @native
+def test_forced_native_takes_the_pieces_apart():
+    model, batch = tiny_model(), ragged_batch()
+    method = trained_lora(model)
+    model.float()
+    for p in method.parameters().values():
+        p.data = p.data.float()
+    patch.train_only(model, method.parameters().values())
+    with kernels.use("torch"):
+        expected = model.mlm_logits(batch)
+    with kernels.use("native"):
+        torch.testing.assert_close(model.mlm_logits(batch), expected, rtol=1e-4, atol=1e-4)
+
+
+@native
 def test_what_the_product_with_pieces_apart_saves():
     """x and the thin product where A or B is trained; nothing of the tokens' size where they are frozen."""
     for trained, sizes in ((True, {(11, 7), (11, 5)}), (False, set())):

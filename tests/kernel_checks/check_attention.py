@@ -51,7 +51,7 @@ def both(spans: Spans, drop: Drop | None = None):
     return function(attention), function(attention_ref)
 
 
-@pytest.mark.parametrize("prefix,rate", [(None, 0.0), (30, 0.0), (None, 0.3), (0, 0.3), (1, 0.3), (30, 0.3)])
+@pytest.mark.parametrize("prefix,rate", [(None, 0.0), (30, 0.3), *(pytest.param(*both, marks=pytest.mark.slow) for both in ((30, 0.0), (None, 0.3), (0, 0.3), (1, 0.3)))])
 @pytest.mark.parametrize("name", LENGTHS)
 def test_every_batch_with_every_prefix(name, prefix, rate):
     spans = spans_of(name)

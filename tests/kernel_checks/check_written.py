@@ -15,7 +15,7 @@ OPS = {"lora_write", "lora_written", "lora_linear", "dropout"}
 
 
 def step(options: dict, kind: str, monkeypatch) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Loss and gradients of one upstream step with OPS of one kind, and which of them were asked for."""
+    """Loss and gradients of one upstream step with OPS of one kind and the others as their twins, and which of OPS were asked for."""
     called, choose = [], kernels.choose
 
     def chosen(op, reference, device=None):
