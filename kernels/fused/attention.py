@@ -265,21 +265,22 @@ def backward_prefix_kernel(q, prefix_k, prefix_v, g, sums, delta, seed, partial,
 
 CAPS = {  # (16-bit, BW <= 64) -> kernel -> most rows, most keys, warps
     (True, True): {"forward": (64, 32, 4), "queries": (64, 32, 8), "keys": (32, 64, 8), "prefix": (32, 32, 4)},
-    (True, False): {"forward": (64, 64, 8), "queries": (64, 32, 8), "keys": (32, 64, 8), "prefix": (32, 32, 8)},
+    (True, False): {"forward": (64, 64, 8), "queries": (64, 32, 8), "keys": (16, 64, 8), "prefix": (32, 32, 8)},
     (False, True): {"forward": (32, 32, 8), "queries": (16, 32, 8), "keys": (16, 64, 8), "prefix": (32, 32, 8)},
-    (False, False): {"forward": (16, 16, 4), "queries": (16, 16, 8), "keys": (16, 16, 8), "prefix": (32, 16, 8)},
+    (False, False): {"forward": (16, 16, 4), "queries": (16, 16, 8), "keys": (16, 16, 8), "prefix": (16, 16, 8)},
 }
 """Chosen by what bench/compile_report.py says of registers: no spill on sm_80, sm_90 and sm_100 with prefix and dropout. Keys of "prefix" are the prefix's."""
 
 
 def tiles_for(kernel: str, dtype: torch.dtype, width: int, queries: int, keys: int, shared: int, drops: bool) -> dict[str, int]:
-    """Sizes of a tile and launch options. queries, keys: of the longest sequence; shared: P. A tile is no larger than what there is for it."""
+    """Sizes of a tile and launch options. queries, keys: of the longest sequence; shared: P. A tile is no larger than what there is for it. float32 loads no tile ahead
+    of its turn: it is the plain units that it waits for."""
     caps = CAPS[dtype != torch.float32, power(width) <= 64]
     most_rows, most_keys, warps = caps[kernel]
     if kernel == "keys" and in_one(dtype, width, keys, shared, drops):
         most_keys = 128
     sizes = {"W": width, "BW": power(width), "BM": min(most_rows, power(queries)), "BP": min(caps["prefix"][1], power(shared))}
-    return sizes | ({} if kernel == "prefix" else {"BN": min(most_keys, power(keys))}) | {"num_warps": warps, "num_stages": 2}
+    return sizes | ({} if kernel == "prefix" else {"BN": min(most_keys, power(keys))}) | {"num_warps": warps, "num_stages": 1 if dtype == torch.float32 else 2}
 
 
 def in_one(dtype: torch.dtype, width: int, keys: int, shared: int, drops: bool) -> bool:
