@@ -12,6 +12,9 @@
 #include <mutex>
 #include <new>
 #include <thread>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 #if defined(_WIN32)
 #include <process.h>
 #define getpid _getpid
@@ -23,10 +26,7 @@
 
 #include "ops.h"
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
-#endif
-#define OPS_LANES 8
+#define OPS_LANES 4
 #define OPS_NAMESPACE portable
 #define OPS_TABLE portable_kernels
 #include "ops_kernels.h"
@@ -340,28 +340,29 @@ int attention(const Attention& op, const int64_t* lengths, int64_t sequences, bo
 
 }  // namespace
 
-// query [Mq, H, W], key and value [T, H, W]: strides are those of rows, heads are W apart. prefix_key, prefix_value [P, H, W] or null. out [Mq, H, W], lse [H, Mq] or null.
+// query [Mq, H, W], key and value [T, H, W]: strides are those of rows, heads are W apart. prefix_key, prefix_value [P, H, W] or null. out [Mq, H, W], statistics
+// [H, Mq, 2] for the backward, or null.
 // lengths int64 [2, sequences]: queries and keys of each, summing to Mq and T.
 EXPORT int peftdebias_attention_forward(const float* query, int64_t query_stride, const float* key, int64_t key_stride, const float* value, int64_t value_stride,
-                                        const float* prefix_key, const float* prefix_value, int64_t shared, float* out, float* lse, const int64_t* lengths,
+                                        const float* prefix_key, const float* prefix_value, int64_t shared, float* out, float* statistics, const int64_t* lengths,
                                         int64_t sequences, int64_t all_queries, int64_t heads, int64_t width, const int64_t* seed, int64_t site, int64_t threshold,
                                         int threads) {
     Attention op{};
     op.query = query, op.key = key, op.value = value, op.query_stride = query_stride, op.key_stride = key_stride, op.value_stride = value_stride;
-    op.prefix_key = prefix_key, op.prefix_value = prefix_value, op.shared = shared, op.out = out, op.lse = lse;
+    op.prefix_key = prefix_key, op.prefix_value = prefix_value, op.shared = shared, op.out = out, op.statistics = statistics;
     op.all_queries = all_queries, op.heads = heads, op.width = width, op.drop = drop_of(seed, site, threshold);
     return attention(op, lengths, sequences, false, nullptr, threads);
 }
 
 // dquery, dkey, dvalue [., H, W] with row strides, and dprefix [2, P, H, W] (keys, values): each where it is not null.
 EXPORT int peftdebias_attention_backward(const float* query, int64_t query_stride, const float* key, int64_t key_stride, const float* value, int64_t value_stride,
-                                         const float* prefix_key, const float* prefix_value, int64_t shared, const float* lse, const float* dout, int64_t dout_stride,
-                                         float* dquery, int64_t dquery_stride, float* dkey, int64_t dkey_stride, float* dvalue, int64_t dvalue_stride, float* dprefix,
-                                         const int64_t* lengths, int64_t sequences, int64_t all_queries, int64_t heads, int64_t width, const int64_t* seed, int64_t site,
+                                         const float* prefix_key, const float* prefix_value, int64_t shared, const float* statistics, const float* dout,
+                                         int64_t dout_stride, float* dquery, int64_t dquery_stride, float* dkey, int64_t dkey_stride, float* dvalue,
+                                         int64_t dvalue_stride, float* dprefix, const int64_t* lengths, int64_t sequences, int64_t all_queries, int64_t heads, int64_t width, const int64_t* seed, int64_t site,
                                          int64_t threshold, int threads) {
     Attention op{};
     op.query = query, op.key = key, op.value = value, op.query_stride = query_stride, op.key_stride = key_stride, op.value_stride = value_stride;
-    op.prefix_key = prefix_key, op.prefix_value = prefix_value, op.shared = shared, op.lse_in = lse, op.dout = dout, op.dout_stride = dout_stride;
+    op.prefix_key = prefix_key, op.prefix_value = prefix_value, op.shared = shared, op.known = statistics, op.dout = dout, op.dout_stride = dout_stride;
     op.dquery = dquery, op.dkey = dkey, op.dvalue = dvalue, op.dquery_stride = dquery_stride, op.dkey_stride = dkey_stride, op.dvalue_stride = dvalue_stride;
     op.all_queries = all_queries, op.heads = heads, op.width = width, op.drop = drop_of(seed, site, threshold);
     return attention(op, lengths, sequences, true, dprefix, threads);

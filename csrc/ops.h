@@ -64,8 +64,8 @@ struct Attention {
     const float *query, *key, *value, *dout;  // [., H, W], heads W apart
     int64_t query_stride, key_stride, value_stride, dout_stride;
     const float *prefix_key, *prefix_value;  // [P, H, W], contiguous, or null
-    const float *lse_in;                     // [H, Mq], backward
-    float *out, *lse;                        // [Mq, H, W] contiguous; [H, Mq] or null
+    const float* known;                      // backward: the statistics
+    float *out, *statistics;                 // [Mq, H, W] contiguous; [H, Mq, 2] or null: the largest score, 1 / the sum of e^(score - largest)
     float *dquery, *dkey, *dvalue;           // backward; any may be null
     int64_t dquery_stride, dkey_stride, dvalue_stride;
     int64_t all_queries, heads, width, shared;

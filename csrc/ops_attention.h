@@ -1,11 +1,12 @@
 // Attention of one head of one sequence (ops/attention.py), forward and backward. Included by ops_kernels.h, inside its namespace.
 //
-// Keys and values are copied to scratch, rows W rounded up to LANES apart: first those of the prefix, then, from a multiple of LANES on, the sequence's own. Places without
+// Keys and values are copied to scratch, rows W rounded up to APART apart: first those of the prefix, then, from a multiple of APART on, the sequence's own. Places without
 // a key get the bias -inf, so that everything runs over whole vectors. Queries come in blocks whose scores stay in cache, each row with all its keys:
 // no online softmax. Three products share one small kernel. With p the probabilities, m the mask (0 or 1), c its scale:
-//     s = q k^T / sqrt(W),  p = e^(s - lse),  out = c (p m) v
+//     s = q k^T / sqrt(W),  p = e^(s - top) / sum,  out = c (p m) v
 //     dv = (p m)^T (c dout),  dp = m (c dout v^T),  ds = p (dp - sum_j p dp),  dq = ds k / sqrt(W),  dk = ds^T q / sqrt(W)
-// The row's sum of p dp is taken from p and dp, so the output is not needed; saved is lse alone.
+// The row's sum of p dp is taken from p and dp, so the output is not needed. Saved are top and 1 / sum
+// of each row, two numbers, since log(sum) + top in one would lose digits of what it is subtracted from.
 
 // ---------------------------------------------------------------- products
 
@@ -62,6 +63,7 @@ static void pack(const float* from, int64_t stride, int64_t rows, int64_t width,
     for (int64_t r = 0; r < rows; ++r, from += stride, to += w8) {
         for (int64_t w = 0; w < whole; w += LANES) store(to + w, load(from + w) * factor);
         if (whole < width) store(to + whole, load(from + whole, width - whole) * factor);
+        for (int64_t w = (width + LANES - 1) / LANES * LANES; w < w8; w += LANES) store(to + w, vf{});
     }
 }
 
@@ -96,7 +98,7 @@ INLINE void turn_8x8(const float* from, int64_t stride, float* to, int64_t ld) {
 #endif
 }
 
-// to [w8, ld] = from [n, w8] transposed; n and w8 are multiples of LANES.
+// to [w8, ld] = from [n, w8] transposed; n and w8 are multiples of APART.
 static void turn(const float* from, int64_t n, int64_t w8, float* to, int64_t ld) {
     for (int64_t j = 0; j < n; j += 8)
         for (int64_t w = 0; w < w8; w += 8) turn_8x8(from + j * w8 + w, w8, to + w * ld + j, ld);
@@ -104,11 +106,13 @@ static void turn(const float* from, int64_t n, int64_t w8, float* to, int64_t ld
 
 // ---------------------------------------------------------------- one head of one sequence
 
-INLINE int64_t whole_lanes(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+constexpr int64_t APART = LANES < 8 ? 8 : LANES;  // blocks of eight are drawn and turned at once
+
+INLINE int64_t rounded(int64_t n) { return (n + APART - 1) / APART * APART; }
 
 struct Sizes {
     int64_t own, n, ld, w8, block;  // own: place of the sequence's first key; n: places; ld: of rows of scores; block: queries at a time
-    Sizes(const Attention& op, int64_t queries, int64_t keys) : own(whole_lanes(op.shared)), n(own + whole_lanes(keys)), w8(whole_lanes(op.width)) {
+    Sizes(const Attention& op, int64_t queries, int64_t keys) : own(rounded(op.shared)), n(own + rounded(keys)), w8(rounded(op.width)) {
         ld = n % 64 ? n : n + 8;  // rows that are a power of two apart would share their place in cache
         const int64_t most = n <= 176 ? 96 : n <= 1024 ? 48 : 24, parts = (queries + most - 1) / most;
         block = parts ? (queries + parts - 1) / parts : 0;
@@ -125,7 +129,7 @@ struct Scratch {
     float* next;
     float* take(int64_t count) {
         float* mine = next;
-        next += whole_lanes(count);
+        next += rounded(count);
         return mine;
     }
 };
@@ -155,8 +159,6 @@ static void fill_bits(const Philox& random, int64_t row, int64_t rows, int64_t f
         for (int i = 0; i < (left < 8 ? int(left) : 8); ++i) bits[at[i]] = uint8_t(out[i]);
     }
 }
-
-INLINE vf mask_at(const uint8_t* bits, int64_t place) { return mask_of(LANES == 16 ? bits[place / 8] | uint32_t(bits[place / 8 + 1]) << 8 : bits[place / 8]); }
 
 static void draw(const Attention& op, const Sizes& s, const Philox& random, int64_t row, int64_t rows, int64_t head, uint8_t* bits) {
     const int64_t ld = s.n / 8, before = s.own / 8;
@@ -196,7 +198,10 @@ static void attention_forward(const Attention& op, const Stretch& where, int64_t
                 store(line + j, op.drop.on ? both(p, mask_at(bits + i * (s.n / 8), j)) : p);
             }
             const float whole = sum(total), factor = (op.drop.on ? op.drop.scale : 1.0f) / whole;
-            if (op.lse) op.lse[head * op.all_queries + row + i] = top + __builtin_logf(whole);
+            if (op.statistics) {
+                float* mine = op.statistics + 2 * (head * op.all_queries + row + i);
+                mine[0] = top, mine[1] = 1.0f / whole;
+            }
             for (int64_t j = 0; j < s.n; j += LANES) store(line + j, load(line + j) * factor);
         }
         product<false, false>(count, s.w8, s.n, scores, s.ld, rows, s.w8, out, s.w8);
@@ -232,10 +237,11 @@ static void attention_backward(const Attention& op, const Stretch& where, int64_
         for (int64_t i = 0; i < count; ++i) {
             float *line = p + i * s.ld, *dline = dp + i * s.ld;
             const uint8_t* kept_here = bits + i * (s.n / 8);
-            const float lse = op.lse_in[head * op.all_queries + row + i];
+            const float* known = op.known + 2 * (head * op.all_queries + row + i);
+            const float top = known[0], part = known[1];
             vf total = {};
             for (int64_t j = 0; j < s.n; j += LANES) {
-                const vf share = exponential(load(line + j) + load(bias + j) - lse);
+                const vf share = exponential(load(line + j) + load(bias + j) - top) * part;
                 vf d = load(dline + j);
                 if (op.drop.on) d = both(d, mask_at(kept_here, j));
                 total += share * d;

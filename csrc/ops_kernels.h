@@ -90,8 +90,12 @@ struct Philox {
     }
 };
 
-// Of 64 elements' bits, eight to a word: the mask of LANES of them, the first a multiple of LANES.
-INLINE vf mask_at(const uint32_t* bits, int64_t first) { return mask_of(LANES == 16 ? bits[first / 8] | bits[first / 8 + 1] << 8 : bits[first / 8]); }
+// Of elements' bits, eight to a word or byte: the mask of LANES of them, the first a multiple of LANES.
+template <class Eight>
+INLINE vf mask_at(const Eight* bits, int64_t first) {
+    const uint32_t own = bits[first / 8];
+    return mask_of(LANES == 16 ? own | uint32_t(bits[first / 8 + 1]) << 8 : LANES == 8 ? own : own >> first % 8);
+}
 
 // ---------------------------------------------------------------- dropout (ops/dropout.py)
 

@@ -1,4 +1,4 @@
-// Eight or sixteen lanes at a time, in the vector types of GCC and Clang: what the kernels are written in. Included inside a namespace, once for each kind of
+// Four, eight or sixteen lanes at a time, in the vector types of GCC and Clang: what the kernels are written in. Included inside a namespace, once for each kind of
 // processor, with OPS_LANES set. Left out: everything that a plain operator says already.
 
 constexpr int64_t LANES = OPS_LANES;
@@ -29,8 +29,10 @@ INLINE void store(float* p, vf v, int64_t n) {
 INLINE vf mask_of(uint32_t bits) {
 #if OPS_LANES == 16
     const vi each = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
-#else
+#elif OPS_LANES == 8
     const vi each = {1, 2, 4, 8, 16, 32, 64, 128};
+#else
+    const vi each = {1, 2, 4, 8};
 #endif
     return (vf)(((vi{} + int32_t(bits)) & each) == each);
 }
@@ -43,6 +45,9 @@ INLINE vf root(vf a) { return _mm512_sqrt_ps(a); }
 #elif defined(OPS_AVX2)
 INLINE vf larger(vf a, vf b) { return _mm256_max_ps(a, b); }
 INLINE vf root(vf a) { return _mm256_sqrt_ps(a); }
+#elif defined(__SSE2__)
+INLINE vf larger(vf a, vf b) { return _mm_max_ps(a, b); }
+INLINE vf root(vf a) { return _mm_sqrt_ps(a); }
 #else
 INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
 INLINE vf root(vf a) {

@@ -203,7 +203,7 @@ def test_attention(name, rate, prefix):
     check(attention_of(attention_compiled, MORE_SPANS[name], rate), attention_of(attention_ref, MORE_SPANS[name], rate), tensors, wanted_of(tensors))
 
 
-@pytest.mark.parametrize("width", [1, 7, 13, 32, 37, 64, 80])
+@pytest.mark.parametrize("width", [1, 4, 7, 13, 20, 32, 37, 64, 80])
 def test_attention_of_any_head_width(width):
     spans = MORE_SPANS["ragged"]
     tensors = attention_tensors(spans, 3, width)

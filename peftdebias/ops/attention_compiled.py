@@ -1,7 +1,7 @@
 """Attention by csrc/ops.cpp, and query, key and value out of one product so that their gradients come back as one tensor.
 
 What it adds over attention.py: the binding. The compiled op takes rows of any stride, so slices of one product [T, 3D] are not copied; its backward writes their gradients
-as slices of one [T, 3D] too, which `heads_of` hands on as it is, where torch's split would put three tensors together. Saves query, key and value as they are, one number
+as slices of one [T, 3D] too, which `heads_of` hands on as it is, where torch's split would put three tensors together. Saves query, key and value as they are, two numbers
 a query and head, and the seed: no probabilities, no mask, not the output.
 
 Letters: T tokens, Mq query rows, B sequences, H heads, W head width, P prefix length.
@@ -34,15 +34,15 @@ def attention_compiled(query: Tensor, key: Tensor, value: Tensor, spans: Spans, 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, prefix_key, prefix_value, spans, drop):
-        lse = torch.empty(query.shape[1], query.shape[0])
+        statistics = torch.empty(query.shape[1], query.shape[0], 2)
         ctx.spans, ctx.drop = spans, None if drop is None else (drop.rate, drop.site)
-        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, lse, None if drop is None else drop.seed)
-        return _forward(query, key, value, prefix_key, prefix_value, spans, drop, lse)
+        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, statistics, None if drop is None else drop.seed)
+        return _forward(query, key, value, prefix_key, prefix_value, spans, drop, statistics)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        query, key, value, prefix_key, prefix_value, lse, seed = ctx.saved_tensors
+        query, key, value, prefix_key, prefix_value, statistics, seed = ctx.saved_tensors
         drop = None if ctx.drop is None else Drop(ctx.drop[0], seed, ctx.drop[1])
         needs, (_, heads, width) = ctx.needs_input_grad[:5], query.shape
         dquery, dkey, dvalue = _gradients(query, key, value, needs)
@@ -50,19 +50,19 @@ class _Attention(torch.autograd.Function):
         q, k, v, do = (_headed(x) for x in (query, key, value, dout))
         pk, pv = _whole(prefix_key), _whole(prefix_value)
         lengths = ctx.spans.host_lengths
-        compiled.call("attention_backward", *_place(q), *_place(k), *_place(v), compiled.pointer(pk), compiled.pointer(pv), 0 if pk is None else len(pk), lse.data_ptr(),
+        compiled.call("attention_backward", *_place(q), *_place(k), *_place(v), compiled.pointer(pk), compiled.pointer(pv), 0 if pk is None else len(pk), statistics.data_ptr(),
                       *_place(do), *_place(dquery), *_place(dkey), *_place(dvalue), compiled.pointer(dprefix), lengths.data_ptr(), lengths.shape[1], len(query), heads,
                       width, *compiled.drawing(drop))
         return dquery, dkey, dvalue, dprefix[0] if needs[3] else None, dprefix[1] if needs[4] else None, None, None
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None, spans: Spans, drop: Drop | None,
-             lse: Tensor | None) -> Tensor:
-    """Writes the log of each query's sum, [H, Mq], where it is given."""
+             statistics: Tensor | None) -> Tensor:
+    """Writes the statistics [H, Mq, 2] of the scores where they are given (csrc/ops.h)."""
     q, k, v, pk, pv = _headed(query), _headed(key), _headed(value), _whole(prefix_key), _whole(prefix_value)
     out, lengths = torch.empty(query.shape), spans.host_lengths
     compiled.call("attention_forward", *_place(q), *_place(k), *_place(v), compiled.pointer(pk), compiled.pointer(pv), 0 if pk is None else len(pk), out.data_ptr(),
-                  compiled.pointer(lse), lengths.data_ptr(), lengths.shape[1], *query.shape, *compiled.drawing(drop))
+                  compiled.pointer(statistics), lengths.data_ptr(), lengths.shape[1], *query.shape, *compiled.drawing(drop))
     return out
 
 
