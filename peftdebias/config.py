@@ -341,7 +341,7 @@ class Testbed:
     methods: tuple[str, ...] = option("methods to run beside the base and plain fine-tuning (default: all; none: those two alone)", (), many="words", metavar="NAME")
     seeds: tuple[str, ...] = option("seeds of worlds and training", ("0", "1", "2", "3", "4"), many="words", metavar="N")
     scale: float = option("multiplies texts, examples, pairs and steps; 0.05 is a quick look that learns nothing", 1.0)
-    upstream_steps: int | None = option("steps in which a method learns upstream (default: 300 times --scale)", None)
+    upstream_steps: int | None = option("steps in which a method learns upstream (default: 1200 times --scale)", None)
     jobs: int = option("processes at a time, each on one thread", 1)
 
     def __post_init__(self):
