@@ -71,13 +71,15 @@ def _starts(counts: numpy.ndarray) -> numpy.ndarray:
     return numpy.concatenate(([0], numpy.cumsum(counts, dtype=numpy.int64)))
 
 
-def masked_batches(families: Families, tokenizer: Tokenizer, *, seed: int, epoch: int, window: int = 0, batch: dict, start: int = 0) -> Iterator[Packed]:
-    """Every family once, in the order and with the masks that (seed, epoch, window) give, from batch `start` on. batch: batch_size or batch_tokens of `plan`."""
+def masked_batches(families: Families, tokenizer: Tokenizer, *, seed: int, epoch: int, window: int = 0, batch: dict, start: int = 0,
+                   weights: numpy.ndarray | None = None) -> Iterator[Packed]:
+    """Every family once, in the order and with the masks that (seed, epoch, window) give, from batch `start` on. batch: batch_size or batch_tokens of `plan`.
+    weights: of tokens.mask_flat."""
     extra = (window,) if window else ()  # the first window has the seeds of a corpus that is held in memory
     texts, tokens = families.bounds()
     order = plan(numpy.diff(tokens), members=families.sizes, seed=(seed, 0, epoch, *extra), **batch)
     for number, (ids, lengths, family) in enumerate(_gathered(families, texts, tokens, order[start:]), start):
-        masked, rows, targets, row_lengths = mask_flat(ids, lengths, tokenizer, numpy.random.default_rng([seed, 2, epoch, *extra, number]))
+        masked, rows, targets, row_lengths = mask_flat(ids, lengths, tokenizer, numpy.random.default_rng([seed, 2, epoch, *extra, number]), weights=weights)
         yield Packed(masked, rows, targets, lengths, row_lengths, family)
 
 

@@ -98,6 +98,7 @@ class Upstream(Swapping, Training):
     set: dict | None = option("option of the method, e.g. --set rank=8 --set targets=query,key,value", None, many="repeat", metavar="KEY=VALUE")
     adapter: tuple[str, ...] = option("frozen modules to attach first, each a run or adapter folder", (), many="repeat", metavar="RUN")
     fresh_head: int | None = option("for a base without a masked-LM head: first train a new tied one for N steps, encoder frozen; saved with the run", None)
+    attribute_weight: float = option("how many times likelier than another a word of the axis is chosen for masking, among words that are one token; 1 is BERT's masking", 1.0)
     steps: int = option("training steps", 10000)
     lr: float = option("peak learning rate", 5e-5)
 
@@ -110,6 +111,8 @@ class Upstream(Swapping, Training):
             raise ConfigError("--corpus: expected at least one file, got none")
         if not 0 < self.valid_share < 1:
             raise ConfigError(f"--valid-share: expected a share between 0 and 1, got {self.valid_share}")
+        if not 1 <= self.attribute_weight <= 1000:
+            raise ConfigError(f"--attribute-weight: expected a number from 1 to 1000, got {self.attribute_weight}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -340,7 +343,7 @@ class Testbed:
     methods: tuple[str, ...] = option("methods to run beside the base and plain fine-tuning (default: all; none: those two alone)", (), many="words", metavar="NAME")
     seeds: tuple[str, ...] = option("seeds of worlds and training", ("0", "1", "2", "3", "4"), many="words", metavar="N")
     scale: float = option("multiplies texts, examples, pairs and steps; 0.05 is a quick look that learns nothing", 1.0)
-    upstream_steps: int | None = option("steps in which a method learns upstream (default: 300 times --scale)", None)
+    upstream_steps: int | None = option("steps in which a method learns upstream (default: 1200 times --scale)", None)
     jobs: int = option("processes at a time, each on one thread", 1)
 
     def __post_init__(self):

@@ -126,7 +126,8 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
         rule, held_out_texts = _held_out(settings, axis, intervention, files, valid, skipped)
         held_out = encode_families(held_out_texts, axis, tokenizer, longest, intervention)
         recipe = Recipe(tuple(files), axis, tokenizer, longest, settings.seed, settings.batch, column=settings.column, unit=settings.unit, on_error=settings.on_error,
-                        intervention=intervention, held_out=rule, buffer=settings.shuffle_buffer, cache=settings.cache)
+                        intervention=intervention, held_out=rule, buffer=settings.shuffle_buffer, cache=settings.cache,
+                        attribute_weight=settings.attribute_weight)
         epochs = stack.enter_context(Epochs(recipe, default_workers(recipe.files) if settings.workers is None else settings.workers))
         counts = epochs.ready()
         notes = [*loaded.report.lines(), *_corpus_notes(counts, len(held_out.families) if valid else None, axis.name, longest)]
@@ -145,11 +146,11 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
             _tell(say, [size_note("a new masked-LM head", head, model)])
             train(model, task, head, dataclasses.replace(schedule, steps=settings.fresh_head), run.event, label="masked-LM head")
 
-        def loop(parameters: dict, penalty=None) -> Outcome:
+        def loop(parameters: dict, penalty=None, rate: float = 1.0) -> Outcome:
             train_only(model, parameters.values())
             notes.append(size_note(cls.name, parameters, model))
             say(notes[-1])
-            return train(model, task, parameters, schedule, run.event, label=f"upstream {axis.name}", penalty=penalty)
+            return train(model, task, parameters, dataclasses.replace(schedule, lr=rate * schedule.lr), run.event, label=f"upstream {axis.name}", penalty=penalty)
 
         outcome = method.learn(model, loop)
         model.to("cpu")

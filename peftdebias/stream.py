@@ -28,7 +28,7 @@ from .cda import PAPER, Intervention
 from .cda_engine import engine
 from .holdout import HeldOut, touched
 from .lines import Place, Skipped
-from .tokens import Tokenizer
+from .tokens import Tokenizer, mask_weights
 
 WINDOW_TOKENS = 1 << 25  # 128 MiB of ids: what a window holds at most, however long the texts
 
@@ -39,6 +39,7 @@ class Recipe:
 
     files: as lines.find gives them. shard (i, n): of the corpus's texts those whose number leaves i when divided by n; the n shards are the whole, and
     numbers stay those of the whole (rank * workers + worker for who has both). batch: batch_size or batch_tokens. cache: folder for tokenised families.
+    attribute_weight: how many times likelier than another a word of the axis is chosen for masking (tokens.mask_weights).
     """
 
     files: tuple[str, ...]
@@ -56,6 +57,7 @@ class Recipe:
     buffer: int = 131072
     cache: str | None = None
     threads: int = 1
+    attribute_weight: float = 1.0
 
 
 @dataclasses.dataclass
@@ -123,6 +125,7 @@ class Stream:
         self.recipe = recipe
         self._kept: Window | None = None  # the one window of a corpus that fits
         self._cache: Cache | None = None
+        self._weights = None if recipe.attribute_weight == 1 else mask_weights(recipe.tokenizer, recipe.axis.words, recipe.attribute_weight)
 
     def run(self, epoch: int = 0, position: dict | None = None) -> Iterator[Filled | Given | Ended]:
         """Epoch after epoch without end, from the beginning of `epoch` or behind the batch of `position`. An epoch without batches is the last.
@@ -138,7 +141,8 @@ class Stream:
                 yield Filled(epoch, window.counts)
                 start = window.start._asdict() | {"place": window.start.place and list(window.start.place)}
                 given = done
-                for packed in masked_batches(window.families, recipe.tokenizer, seed=recipe.seed, epoch=epoch, window=window.number, batch=recipe.batch, start=done):
+                for packed in masked_batches(window.families, recipe.tokenizer, seed=recipe.seed, epoch=epoch, window=window.number, batch=recipe.batch, start=done,
+                                             weights=self._weights):
                     given += 1
                     yield Given(packed, {"epoch": epoch, "window": window.number, "batch": given, **start})
                 done = 0

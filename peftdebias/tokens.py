@@ -206,9 +206,25 @@ def mask_tokens(ids: numpy.ndarray, tokenizer: Tokenizer, generator: numpy.rando
     return masked, rows, ids[rows]
 
 
-def mask_flat(ids: numpy.ndarray, lengths: numpy.ndarray, tokenizer: Tokenizer, generator: numpy.random.Generator,
-              share: float = MASK_SHARE) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-    """mask_tokens for texts end to end, text by text with the same draws: (ids to read [T], rows [M], targets [M], rows of each text [B])."""
+def mask_weights(tokenizer: Tokenizer, words: Iterable[str], weight: float) -> numpy.ndarray:
+    """float64 [vocab_size]: `weight` for each id that is a word of `words` by itself, in lower case, capitalised or in capitals, 1 for all others.
+
+    A word that the tokenizer cuts into pieces has no such id. Behind a space, where RoBERTa's words stand, it has one of its own.
+    """
+    shaped = sorted({shape(word) for word in words for shape in (str.lower, str.capitalize, str.upper)})
+    rows = [e.ids for e in tokenizer.encodings([*shaped, *(f" {word}" for word in shaped)])]
+    weights = numpy.ones(tokenizer.vocab_size)
+    weights[[row[0] for row in rows if len(row) == 1]] = weight
+    weights[tokenizer.special_ids] = 1
+    return weights
+
+
+def mask_flat(ids: numpy.ndarray, lengths: numpy.ndarray, tokenizer: Tokenizer, generator: numpy.random.Generator, share: float = MASK_SHARE,
+              weights: numpy.ndarray | None = None) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """mask_tokens for texts end to end, text by text with the same draws: (ids to read [T], rows [M], targets [M], rows of each text [B]).
+
+    weights (mask_weights): as many tokens of a text, but drawn one after the other with a chance in proportion to the weight of their id.
+    """
     places = numpy.flatnonzero(~tokenizer.is_special[ids])
     starts = numpy.searchsorted(places, numpy.concatenate(([0], numpy.cumsum(lengths))))
     chosen, kinds, drawn, counts = [], [], [], []
@@ -216,7 +232,9 @@ def mask_flat(ids: numpy.ndarray, lengths: numpy.ndarray, tokenizer: Tokenizer, 
         count = max(1, round(share * n)) if n else 0
         counts.append(count)
         if count:
-            chosen.append(generator.choice(places[start:start + n], size=count, replace=False))
+            own = places[start:start + n]
+            chance = None if weights is None else weights[ids[own]] / weights[ids[own]].sum()
+            chosen.append(generator.choice(own, size=count, replace=False, p=chance))
             kinds.append(kind := generator.random(count))
             if other := sum(0.8 <= value < 0.9 for value in kind.tolist()):
                 drawn.append(generator.integers(tokenizer.vocab_size, size=other))

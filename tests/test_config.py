@@ -183,6 +183,8 @@ def test_all_that_is_missing_is_named_as_it_is_typed():
     (Upstream, UPSTREAM, {"valid_every": 0}, "--valid-every: expected at least 1"),
     (Upstream, UPSTREAM, {"valid_texts": 0}, "--valid-texts: expected at least 1"),
     (Upstream, UPSTREAM, {"valid_share": 1.0}, "--valid-share: expected a share between 0 and 1"),
+    (Upstream, UPSTREAM, {"attribute_weight": 0.5}, "--attribute-weight: expected a number from 1 to 1000, got 0.5"),
+    (Upstream, UPSTREAM, {"attribute_weight": float("nan")}, "--attribute-weight: expected a number from 1 to 1000, got nan"),
     (Upstream, UPSTREAM, {"corpus": ()}, "--corpus: expected at least one file, got none"),
     (Upstream, UPSTREAM, {"lr": 0.0}, "--lr: expected more than 0, got 0"),
     (Upstream, UPSTREAM, {"lr": float("nan")}, "--lr: expected more than 0, got nan"),

@@ -43,16 +43,16 @@ class Task:
         return {"age": self.age}
 
 
-def learnt(k: int = 100, steps: int = 4, l1: float = 0.1):
+def learnt(k: int = 100, steps: int = 4, l1: float = 0.1, first_rate: float = 1.0):
     """(model with the module attached as "gender", the module, what each call of the loop trained)."""
     model, seen = tiny_model(), []
-    method = methods.create("sparse", TINY, options={"k": k, "l1": l1})
+    method = methods.create("sparse", TINY, options={"k": k, "l1": l1, "first_rate": first_rate})
     patch.attach(model, "gender", method)
 
-    def loop(parameters, penalty=None):
+    def loop(parameters, penalty=None, rate=1.0):
         patch.train_only(model, parameters.values())
         seen.append({name: p.detach().clone() for name, p in parameters.items()} | {"penalty": penalty().detach()})
-        outcome = train(model, Task(), parameters, Schedule(steps=steps, lr=1e-2, warmup=0.0, validate_every=steps), penalty=penalty)
+        outcome = train(model, Task(), parameters, Schedule(steps=steps, lr=rate * 1e-2, warmup=0.0, validate_every=steps), penalty=penalty)
         seen[-1]["after"] = {name: p.detach().clone() for name, p in parameters.items()}
         seen[-1]["decoder"] = None if model.mlm.decoder is None else model.mlm.decoder.weight.detach().clone()
         return outcome
@@ -112,7 +112,7 @@ def test_the_pull_is_the_mean_distance_over_the_encoder():
     assert first["penalty"] == 0 and second["penalty"] == 0
     seen = []
 
-    def loop(parameters, penalty):
+    def loop(parameters, penalty, rate=1.0):
         with torch.no_grad():
             for p in parameters.values():
                 p += 0.5
@@ -122,6 +122,20 @@ def test_the_pull_is_the_mean_distance_over_the_encoder():
     other.learn(tiny_model(), loop)
     total = methods.base_parameters(TINY)
     assert seen[0][0] == pytest.approx(3.0 * 0.5 * seen[0][1] / total) and seen[1] == (pytest.approx(3.0 * 0.5 * 7 / total), 7)
+
+
+def test_the_first_stage_alone_goes_at_its_own_rate():
+    """One step of Adam moves a value by its learning rate, whatever the gradient's size."""
+    _, method, (first, second) = learnt(steps=1, first_rate=0.1)
+    moved = max((first["after"][n] - first[n]).abs().max().item() for n in first["after"])
+    assert moved == pytest.approx(1e-3, rel=1e-3)
+    assert max((second["after"][n] - second[n]).abs().max().item() for n in second["after"]) == pytest.approx(1e-2, rel=1e-3)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, 1.5, float("nan")])
+def test_a_rate_that_is_no_share_is_refused(rate):
+    with pytest.raises(ConfigError, match=f"sparse first_rate: expected more than 0, up to 1, got {rate}"):
+        SparseConfig(first_rate=rate)
 
 
 def test_attached_equals_the_changed_weights_and_merges_folds_and_comes_off():

@@ -92,6 +92,15 @@ def test_a_corpus_of_one_window_gives_what_everything_in_memory_would(file, batc
                     assert (a == b) if a is None or isinstance(a, (int, tuple)) else (a.dtype == b.dtype and a.tolist() == b.tolist()), field.name
 
 
+def test_words_of_the_axis_are_masked_more_where_the_recipe_says_so(file):
+    plain, weighted = (given(recipe(file, attribute_weight=weight), 1000) for weight in (1.0, 50.0))
+    plain, weighted = ([g.packed for g in some[:len(some) // 2]] for some in (plain, weighted))
+    words = [int(TOKENIZER.encode([word])[0].ids[1]) for word in WORDS if word in GENDER.words]
+    assert [p.row_lengths.tolist() for p in plain] == [p.row_lengths.tolist() for p in weighted]  # the same texts, as many words of each masked
+    others = [1 - numpy.isin(numpy.concatenate([p.targets for p in some]), words).mean() for some in (plain, weighted)]
+    assert len(words) == 6 and 0 < others[1] < others[0] / 2, others
+
+
 def in_memory(everything: list[str], made: Recipe, epoch: int):
     """The specification."""
     kept = [(number, text) for number, text in enumerate(everything) if not is_held_out(text, made.held_out.share)]

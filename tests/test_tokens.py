@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from peftdebias.errors import ConfigError, ModelError
-from peftdebias.tokens import Tokenizer, load_tokenizer, mask_flat, mask_tokens, wordpiece
+from peftdebias.tokens import STYLES, Tokenizer, load_tokenizer, mask_flat, mask_tokens, mask_weights, wordpiece
 
 from . import outside
 
@@ -334,6 +334,28 @@ def test_masking_end_to_end_draws_what_masking_one_by_one_draws(seed):
     assert rows.tolist() == [r + start for (_, found, _), start in zip(expected, starts) for r in found.tolist()]
     assert targets.tolist() == [t for _, _, found in expected for t in found.tolist()] and counts.tolist() == [len(found) for _, found, _ in expected]
     assert one.random() == other.random()  # and no draw more
+
+
+def test_a_weighted_token_is_chosen_as_much_likelier_as_its_weight_says():
+    """One of 7 words is chosen: with weight w it is the favoured one in w / (w + 6) of the texts, and the number of words masked stays."""
+    n, weight = 20_000, 10.0
+    weights = np.ones(BIG.vocab_size)
+    weights[500] = weight
+    text = np.array([BIG.cls_id, 11, 12, 500, 13, 14, 15, 16, BIG.sep_id], np.int32)
+    _, rows, targets, counts = mask_flat(np.tile(text, n), np.full(n, len(text)), BIG, np.random.default_rng(3), weights=weights)
+    assert (counts == 1).all() and len(rows) == n and set(targets.tolist()) == {11, 12, 13, 14, 15, 16, 500}
+    assert within((targets == 500).sum(), n, weight / (weight + 6))
+    assert within((targets == 12).sum(), n, 1 / (weight + 6))
+
+
+def test_weights_are_those_of_words_that_are_one_token(bert, roberta):
+    tokenizer = wordpiece([*STYLES["bert"].values(), "he", "she", "nurse", "grand", "##mother"])
+    weights = mask_weights(tokenizer, ["He", "she", "grandmother", "absent"], 5.0)
+    word = {i: w for w, i in tokenizer.backend.get_vocab().items()}
+    assert {word[i] for i in np.flatnonzero(weights == 5)} == {"he", "she"} and set(weights.tolist()) == {1.0, 5.0}
+    backend = roberta.backend
+    favoured = set(np.flatnonzero(mask_weights(roberta, ["he"], 5.0) == 5).tolist())
+    assert favoured and all(backend.decode([i]).strip().lower() == "he" for i in favoured)
 
 
 def test_no_text_is_masked_to_nothing():

@@ -5,7 +5,7 @@
     3  rewind to theta_0
     4  train only those k, pulled alike; the module is the differences at these places
 
-N counts the encoder's parameters. While all weights train, a tied masked-LM decoder is a frozen copy; later the embedding's delta acts on the input side
+N counts the encoder's parameters. A base moves at rates at which k values hardly do: `first_rate` lowers the first stage's alone (the paper has one rate). While all weights train, a tied masked-LM decoder is a frozen copy; later the embedding's delta acts on the input side
 only. In its second stage the optimizer holds k values, not the base. Additive: it merges and folds.
 
 The room: this file, sites.py (sparse_add_ref), optimizer.py, kernels/fused/sparse.py, tests/test_sparse.py, tests/kernel_checks/check_sparse.py. Left out: training the heads, dynamic choice of the weights.
@@ -43,16 +43,20 @@ def largest(moved: list[numpy.ndarray], k: int) -> list[numpy.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class SparseConfig:
-    """k: how many weights are kept; None is 1 % of the base's parameters. l1: strength of the pull towards the start, in both stages."""
+    """k: how many weights are kept; None is 1 % of the base's parameters. l1: strength of the pull towards the start, in both stages. first_rate: learning rate
+    of the first stage, as a share of the second's, in (0, 1]."""
 
     k: int | None = None
     l1: float = 0.1
+    first_rate: float = 1.0
 
     def __post_init__(self):
         if self.k is not None and self.k < 1:
             raise ConfigError(f"sparse k: expected at least 1, got {self.k}")
         if self.l1 < 0:
             raise ConfigError(f"sparse l1: expected at least 0, got {self.l1}")
+        if not 0 < self.first_rate <= 1:
+            raise ConfigError(f"sparse first_rate: expected more than 0, up to 1, got {self.first_rate}")
 
 
 class Sparse(Method):
@@ -98,7 +102,7 @@ class Sparse(Method):
         start = {name: p.detach().clone() for name, p in whole.items()}
         strength = self.config.l1 / base_parameters(model.config)
         with model.frozen_decoder():
-            loop(whole, lambda: strength * sum((p - start[name]).abs().sum() for name, p in whole.items()))
+            loop(whole, lambda: strength * sum((p - start[name]).abs().sum() for name, p in whole.items()), rate=self.config.first_rate)
         with torch.no_grad():
             moved = [(parameter[rows] - start[name][rows]).abs().flatten().float().cpu().numpy() for name, parameter, rows in places.values()]
             for site, chosen in zip(places, largest(moved, self.config.k)):

@@ -33,7 +33,9 @@ NONE = "none"
 BUDGET = 0.01
 LONGEST = 64  # tokens; the world's texts are shorter, and a prompt of 1 % needs room
 HIDDEN, SPREAD = 64, 0.08  # of the base. Drawn as narrowly as BERT is (0.02), it would learn the link only after thousands of steps
-RATES = {"pretraining": 4e-3, "downstream": 2e-3, "full": 5e-3, "adapter": 1e-2, "prefix": 1e-1, "prompt": 5e-2, "lora": 3e-2, "sparse": 3e-2, "ia3": 1e-1, "bias": 5e-2}
+RATES = {"pretraining": 4e-3, "downstream": 2e-3, "full": 5e-3, "adapter": 1e-2, "prefix": 1e-1, "prompt": 5e-2, "lora": 1e-2, "sparse": 6e-2, "ia3": 1e-1, "bias": 5e-2}
+OPTIONS = {"sparse": {"l1": 10.0, "first_rate": 0.05}}  # others as they are; the rate is the k values', at which the whole base would be lost
+ATTRIBUTE_WEIGHT = 10.0  # upstream: where a gendered word is masked the counterfactual has something to say, and nowhere else
 KEPT = ("accuracy", "tpr-gap/rms", "tpr-gap/rms-shuffled")
 
 
@@ -47,8 +49,8 @@ class Sizes:
     train: int = 3_000
     dev: int = 300
     test: int = 1_500
-    pretraining: int = 1_400
-    upstream: int = 300
+    pretraining: int = 3_000
+    upstream: int = 1_200
     batch: int = 64
     task_batch: int = 32
     epochs: int = 4
@@ -90,6 +92,7 @@ class Plan:
         if unit.place == "labels":
             sizes, rates = [*sizes, "train", "dev", "test", "epochs", "task_batch"], [*rates, "downstream"]
         made = {"sizes": {name: getattr(self.sizes, name) for name in sizes}, "rates": {name: RATES[name] for name in rates}, "hidden": HIDDEN, "drawn": SPREAD}
+        made |= {"attribute_weight": ATTRIBUTE_WEIGHT, "options": OPTIONS.get(unit.method)} if unit.method != NONE else {}
         return made | ({"start": self.start} if unit.place == "labels" else {})
 
     def needs(self, unit: Unit) -> list[Unit]:
@@ -158,8 +161,8 @@ def text_unit(plan: Plan, unit: Unit, folder: Path) -> tuple[list[Measure], int]
     else:
         whole, fixed = trains_base(unit.method), methods.method_class(unit.method).size is None
         phases.upstream(Upstream(model=str(base), axis="gender", method=unit.method, corpus=(str(corpus),), out=str(folder / "run"), budget=None if fixed else BUDGET,
-                                 steps=sizes.upstream, valid_every=max(1, sizes.upstream // 4), lr=RATES[unit.method], batch_size=sizes.batch, max_length=LONGEST,
-                                 seed=unit.seed, cache=str(plan.out / "cache")))
+                                 steps=sizes.upstream, valid_every=sizes.upstream, lr=RATES[unit.method], batch_size=sizes.batch, max_length=LONGEST,
+                                 attribute_weight=ATTRIBUTE_WEIGHT, set=OPTIONS.get(unit.method), seed=unit.seed, cache=str(plan.out / "cache")))
         run = load_run(folder / "run") if whole else load_run(base, (str(folder / "run"),))
         trained = methods.base_parameters(run.model.config) if whole else next(iter(run.model.methods.values())).count()
     return masked_lm_measures(run, world, heldout, sizes.pairs, unit.seed), trained
