@@ -54,6 +54,7 @@ class Training:
     precision: str = option("float32 or bf16 (autocast, on a GPU only); auto is bf16 on a GPU", "auto", choices=("auto", "float32", "bf16"))
     step: str = option("how a step runs: eager, graph (replayed as a CUDA graph) or compiled (torch.compile); auto is graph on a GPU", "auto",
                        choices=("auto", "eager", "graph", "compiled"))
+    save_memory: bool = option("keep the inputs of the layers alone and compute the rest again in the backward: the same bits, less memory, more time", False)
     overwrite: bool = option("replace --out if it exists", False)
     force: bool = option("attach modules that were made for another base, where shapes allow it", False)
 
