@@ -162,7 +162,7 @@ class Evaluate:
     axis: str | None = option("counterfactual: axis whose words are swapped, a shipped name or a TOML file of yours (default: that of the run's module)", None, metavar="NAME|FILE")
     max_pairs: int = option("bias-nli: at most that many pairs, a sample chosen by the seed; 0: all", 20000)
     max_length: int | None = option("longest text in tokens; longer ones are cut, counted and reported (default: the run's own, else 256)", None)
-    batch_tokens: int = option("tokens in a batch", 8192)
+    batch_tokens: int = option("tokens in a batch; on a CPU it is cut to what stays in the cache", 8192)
     samples: int = option("bootstrap samples for the intervals", 1000)
     seed: int = option("of the bootstrap and of the perplexity's masks", 0)
     device: str = option("cpu, cuda, ...; auto takes a GPU where there is one", "auto")
@@ -224,7 +224,7 @@ class Predict:
     text_pair: str | None = option("column with the second text (default: the run's own)", None, metavar="COL")
     out: str | None = option("file to write (default: standard output)", None, metavar="FILE")
     max_length: int | None = option("longest text in tokens; longer ones are cut, counted and reported (default: the run's own, else 256)", None)
-    batch_tokens: int = option("tokens in a batch", 8192)
+    batch_tokens: int = option("tokens in a batch; on a CPU it is cut to what stays in the cache", 8192)
     device: str = option("cpu, cuda, ...; auto takes a GPU where there is one", "auto")
 
     def __post_init__(self):
