@@ -49,7 +49,7 @@ class Task:
     def config(self) -> EncoderConfig:
         """Weights are drawn wider than BERT's, so that answers differ from text to text."""
         size = dataclasses.replace(SIZES[self.size_name], vocab=load_tokenizer(self.tokenizer).vocab_size)
-        return dataclasses.replace(size.encoder_config(0.1), initializer_range=0.05)
+        return dataclasses.replace(size.encoder_config(0.1), initializer_range=size.hidden ** -0.5)
 
     def model_folder(self) -> Path:
         """The classifier as a Hugging Face folder, made once."""

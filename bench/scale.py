@@ -1,6 +1,6 @@
 """python bench/scale.py [NAME...]: how time and memory grow with one thing at a time, on a CPU: curves, exponents and a drawing.
 
-    python bench/scale.py --out bench/results/scale-cpu.json         all, some 4 minutes on two cores
+    python bench/scale.py --out bench/results/scale-cpu.json         all, some minutes
     python bench/scale.py layers                                     one of them; with --save-memory beside it
 
 x: tokens of a batch, length of the texts at the same number of tokens, layers, width, rank, composed modules (one upstream step of LoRA each), corpus (one epoch of texts made
@@ -139,18 +139,19 @@ def draw(found: list[rows.Row]):
 
     names = list(dict.fromkeys(row.x_name for row in found))
     figure = Figure(figsize=(1.2 + 1.9 * len(names), 4.8), layout="constrained")
-    axes = figure.subplots(2, len(names), sharex="col", squeeze=False)
+    axes = figure.subplots(2, len(names), sharex="col", sharey="row", squeeze=False)
     for line, metric in zip(axes, METRICS):
         for axis, name in zip(line, names):
             here = [row for row in found if row.x_name == name and row.metric_name == metric]
-            for provider, style in (("peftdebias", AFTER), (SAVING, BEFORE)):
-                curve = [row for row in here if row.provider == provider and row.y_50 > 0]
+            curves = {provider: [row for row in here if row.provider == provider and row.y_50 > 0] for provider in ("peftdebias", SAVING)}
+            highest = max((curve for curve in curves.values() if curve), key=lambda curve: curve[-1].y_50, default=None)
+            for (provider, curve), style in zip(curves.items(), (AFTER, BEFORE)):
                 if not curve:
                     continue
                 axis.errorbar([r.x_value for r in curve], [r.y_50 for r in curve], yerr=[[r.y_50 - r.y_20 for r in curve], [r.y_80 - r.y_50 for r in curve]], label=provider,
                               linewidth=1.2, markersize=4, elinewidth=1, **style)
                 if made := curve[0].extra_config.get("fit"):
-                    axis.annotate(f"{made['exponent']:.2f}", (curve[-1].x_value, curve[-1].y_50), xytext=(-2, 6 if provider == "peftdebias" else -13), textcoords="offset points",
+                    axis.annotate(f"{made['exponent']:.2f}", (curve[-1].x_value, curve[-1].y_50), xytext=(0, 6 if curve is highest else -13), textcoords="offset points",
                                   ha="right", fontsize=8)
             axis.set(xscale="log", yscale="log")
             axis.minorticks_off()
