@@ -82,10 +82,15 @@ def differences(expected: dict[str, Tensor], got: dict[str, Tensor], bound: Call
     return found
 
 
-def check(case: Case, setting: Setting, providers: dict[str, Provider], say: Callable[[str], None] = lambda line: None) -> dict[str, float]:
+def in_this_process(case: Case, setting: Setting, provider: str) -> dict[str, Tensor]:
+    return case.providers[provider].build(setting).results()
+
+
+def check(case: Case, setting: Setting, providers: dict[str, Provider], say: Callable[[str], None] = lambda line: None,
+          results: Callable[[Case, Setting, str], dict[str, Tensor]] = in_this_process) -> dict[str, float]:
     """Every provider against the first, in float32 without dropout; {provider: its largest difference as a share of the allowed one}.
 
-    Raises Unequal when one is red. A compiled provider that does not even run is left out of `providers`, and said.
+    results: where a provider's come from. Raises Unequal when one is red. A compiled provider that does not even run is left out of `providers`, and said.
     """
     setting = dataclasses.replace(setting, precision="float32")
     expected, baseline, shares = None, None, {}
@@ -93,7 +98,7 @@ def check(case: Case, setting: Setting, providers: dict[str, Provider], say: Cal
         if not provider.compared:
             continue
         with _compiler_may_fail(case, name, providers, say):
-            got = provider.build(setting).results()
+            got = results(dataclasses.replace(case, providers=providers), setting, name)
             if expected is None:
                 expected, baseline = got, name
                 continue
