@@ -1,0 +1,148 @@
+"""x W^T + bias, by the library that multiplies fastest on this processor.
+
+torch's float32 products go to its BLAS, which is MKL in the usual builds, and MKL uses AVX-512 on Intel's processors only; oneDNN, which torch carries too, uses it on
+all. bench/run.py linear measures both. oneDNN makes code for every shape that it meets and keeps it (0.3 ms and about as many MiB each), so the rows of a batch, never
+as many twice, go in pieces of few sizes.
+
+What it adds over torch.nn.functional.linear: that choice, for plain float32 on a CPU; for all else it is that function. Two forms, "blas" and "onednn": by the
+processor, or by PEFTDEBIAS_LINEAR, or `with dispatch.use("linear", "onednn"):`.
+
+Letters: T rows, in and out widths.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import kernels
+from ..kernels import dispatch
+from . import compiled
+
+LEAST = 1e7  # FLOPs: below it a call costs more than it saves
+PIECE, STEP, ROUND = 512, 64, 16  # rows: of a piece at most; of what a piece is a multiple; of the smallest
+WIDE = 8192  # columns from which a product is not cut, since putting its pieces together would cost more than a rounded number of rows
+
+linear_ref = F.linear
+"""x [..., in], weight [out, in], bias [out] or None -> [..., out]; the specification."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """linear_ref by the library that is faster here."""
+    if not _taken(x, weight, bias):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias) if compiled.recorded(x, weight, bias) else product(x, weight, bias)
+
+
+def form() -> tuple[str, str]:
+    """("blas" or "onednn", why) for float32 on this CPU."""
+    if kernels.setting() in ("torch", "triton"):
+        return "blas", "asked for by name"
+    form = dispatch.asked("linear")
+    if form == "blas" or (form and _there()):
+        return form, "asked for by name"
+    return _faster()
+
+
+@functools.cache
+def _there() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@functools.cache
+def _faster() -> tuple[str, str]:
+    if not _there():
+        return "blas", "this torch carries no oneDNN for this processor"
+    level, maker = torch.backends.cpu.get_cpu_capability(), vendor()
+    if level != "AVX512" or maker == "GenuineIntel" or not torch.backends.mkl.is_available():
+        return "blas", f"nothing known to be faster on {maker or 'this processor'}, {level}"
+    return "onednn", f"{level} on {maker}, which MKL leaves unused there"
+
+
+def vendor() -> str:
+    """The processor's maker as Linux names it (GenuineIntel, AuthenticAMD), or nothing."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), "")
+    except OSError:
+        return ""
+
+
+def _taken(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (compiled.takes(x, weight, bias) and x.dim() == weight.dim() == 2 and 2.0 * x.numel() * len(weight) >= LEAST and len(x) >= ROUND
+            and not torch.is_autocast_enabled("cpu") and form()[0] == "onednn")
+
+
+class _Linear(torch.autograd.Function):
+    """dx = dy W, dW = dy^T x, dbias = the sum of dy's rows. Saves x where W is trained, W where x is."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        to_x, to_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if to_weight else None, weight if to_x else None)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        return _onednn(dy, weight.t()) if to_x else None, _onednn_outer(dy, x) if to_weight else None, dy.sum(0) if to_bias else None
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, in] W^T [in, out] + bias -> [T, out], without a gradient; weight may be the transpose of a matrix. Plain where oneDNN is not taken."""
+    return _onednn(x, weight, bias) if _taken(x, weight, bias) else F.linear(x, weight, bias)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`product`, by pieces of the rows."""
+    x, rows = _apart(x), len(x)
+    with torch.no_grad():
+        if len(weight) >= WIDE:
+            return _call(_filled(x, -(-rows // ROUND) * ROUND), weight, bias)[:rows]
+        sizes = pieces(rows)
+        if sizes == [rows]:
+            return _call(x, weight, bias)
+        y, start = x.new_empty(rows, len(weight)), 0
+        for size in sizes:
+            part = x[start:start + size]
+            y[start:start + size] = _call(_filled(part, max(size, ROUND)), weight, bias)[:len(part)]
+            start += size
+    return y
+
+
+def _onednn_outer(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x [out, in] of dy [T, out] and x [T, in]."""
+    rows = len(x) // STEP * STEP
+    if not rows:
+        return dy.t() @ x
+    dy, x = _apart(dy), _apart(x)
+    with torch.no_grad():
+        y = _call(dy[:rows].t(), x[:rows].t(), None)
+        return y if rows == len(x) else y.addmm_(dy[rows:].t(), x[rows:])
+
+
+def pieces(rows: int) -> list[int]:
+    """Numbers that add up to `rows`: PIECE as often as it goes, one multiple of STEP, one of ROUND, and what is left."""
+    sizes = [PIECE] * (rows // PIECE)
+    for unit in (STEP, ROUND, 1):
+        rest = rows - sum(sizes)
+        sizes += [rest // unit * unit] if rest >= unit else []
+    return sizes
+
+
+def _call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _apart(x: Tensor) -> Tensor:
+    """x itself where its rows lie apart and neighbours in a row side by side, else a copy."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _filled(x: Tensor, rows: int) -> Tensor:
+    """x with rows of zeros behind, `rows` in all."""
+    return x if len(x) == rows else F.pad(x, (0, 0, 0, rows - len(x)))
