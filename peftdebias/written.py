@@ -142,7 +142,7 @@ class _Apart(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, firsts, scales, *thin):
         a, b = torch.cat(thin[:len(firsts)]), thin[len(firsts):]
-        y, u = product(x, weight, bias), F.linear(x, a)
+        y, u = product(x, weight, bias), product(x, a)
         for first, scale, up, low in zip(firsts, scales, b, u.split([up.shape[1] for up in b], 1)):
             y[:, first:first + len(up)].addmm_(low, up.t(), alpha=scale)
         trained = any(ctx.needs_input_grad[5:])
@@ -159,7 +159,7 @@ class _Apart(torch.autograd.Function):
         v, db = dy.new_empty(len(dy), len(a)), []
         for i, (first, scale, up, low) in enumerate(zip(ctx.firsts, ctx.scales, b, v.split(ranks, 1))):
             mine = dy[:, first:first + len(up)]
-            torch.mm(mine, scale * up, out=low)
+            low.copy_(product(mine, (scale * up).t()))
             db.append((u.split(ranks, 1)[i].t() @ mine).t().mul_(scale) if trained else None)
         dx = product(dy, weight.t()).addmm_(v, a) if to_x else None
         da = (v.t() @ x).split(ranks) if trained else [None] * len(b)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from peftdebias import doctor, kernels
 from peftdebias.kernels import dispatch
 from peftdebias.ops import linear
-from peftdebias.ops.linear import PIECE, ROUND, WIDE, _onednn_outer, form, pieces, product
+from peftdebias.ops.linear import FEW, PIECE, STEP, WIDE, _onednn_outer, form, pieces, product
 
 from .test_lora import ragged_batch, tiny_model
 
@@ -17,7 +17,7 @@ MODULE = importlib.import_module("peftdebias.ops.linear")
 ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
 pytestmark = pytest.mark.skipif(not ONEDNN, reason="this torch carries no oneDNN")
 
-ROWS = (16, 17, 63, 64, 65, 130, 511, 512, 513, 881, 1100)
+ROWS = (16, 17, 63, 64, 65, 130, 256, 257, 320, 511, 512, 513, 881, 1100)
 
 
 @pytest.fixture(autouse=True)
@@ -75,11 +75,12 @@ def test_what_is_behind_the_last_row_does_not_come_in():
     assert product(x[:130], weight, bias).isfinite().all() and _onednn_outer(x[:130], x[:130]).isfinite().all()
 
 
-def test_pieces_add_up_and_are_of_few_sizes():
-    for rows in range(1, 2 * PIECE + 200):
-        sizes = pieces(rows)
-        assert sum(sizes) == rows and all(size > 0 for size in sizes)
-        assert all(size in (PIECE, *range(64, PIECE, 64), 16, 32, 48) or size < ROUND for size in sizes)
+def test_pieces_cover_every_row_and_are_of_few_sizes():
+    for rows in range(FEW + 1, 3 * PIECE + 200):
+        parts = pieces(rows)
+        starts, ends = [start for start, _ in parts], [start + size for start, size in parts]
+        assert starts[0] == 0 and ends[-1] == rows and all(a <= b for a, b in zip(starts[1:], ends)), rows
+        assert all(size in range(STEP, PIECE + 1, STEP) for _, size in parts) and sum(size for _, size in parts) < rows + STEP, rows
 
 
 def test_what_is_saved_is_what_the_gradients_need():

@@ -22,8 +22,8 @@ from ..kernels import dispatch
 from . import compiled
 
 LEAST = 1e7  # FLOPs: below it a call costs more than it saves
-PIECE, STEP, ROUND = 512, 64, 16  # rows: of a piece at most; of what a piece is a multiple; of the smallest
-WIDE = 8192  # columns from which a product is not cut, since putting its pieces together would cost more than a rounded number of rows
+PIECE, FEW, STEP, ROUND = 512, 256, 64, 16  # rows: of a piece at most; up to which a product is not cut; multiples of which a piece and an uncut product have
+WIDE = 8192  # columns from which a product is not cut: putting its pieces together would cost more than code for another number of rows
 
 linear_ref = F.linear
 """x [..., in], weight [out, in], bias [out] or None -> [..., out]; the specification."""
@@ -101,16 +101,11 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`product`, by pieces of the rows."""
     x, rows = _apart(x), len(x)
     with torch.no_grad():
-        if len(weight) >= WIDE:
+        if rows <= FEW or len(weight) >= WIDE:
             return _call(_filled(x, -(-rows // ROUND) * ROUND), weight, bias)[:rows]
-        sizes = pieces(rows)
-        if sizes == [rows]:
-            return _call(x, weight, bias)
-        y, start = x.new_empty(rows, len(weight)), 0
-        for size in sizes:
-            part = x[start:start + size]
-            y[start:start + size] = _call(_filled(part, max(size, ROUND)), weight, bias)[:len(part)]
-            start += size
+        y = x.new_empty(rows, len(weight))
+        for start, size in pieces(rows):
+            y[start:start + size] = _call(x[start:start + size], weight, bias)
     return y
 
 
@@ -125,13 +120,12 @@ def _onednn_outer(dy: Tensor, x: Tensor) -> Tensor:
         return y if rows == len(x) else y.addmm_(dy[rows:].t(), x[rows:])
 
 
-def pieces(rows: int) -> list[int]:
-    """Numbers that add up to `rows`: PIECE as often as it goes, one multiple of STEP, one of ROUND, and what is left."""
-    sizes = [PIECE] * (rows // PIECE)
-    for unit in (STEP, ROUND, 1):
-        rest = rows - sum(sizes)
-        sizes += [rest // unit * unit] if rest >= unit else []
-    return sizes
+def pieces(rows: int) -> list[tuple[int, int]]:
+    """(first row, how many) of parts that cover more than FEW rows: one size as often as it goes, and for the rest a multiple of STEP that ends with the last row.
+    It may begin inside the part before, which costs less than a call for a few rows."""
+    whole = PIECE if rows >= PIECE else FEW
+    rest = -(-(rows % whole) // STEP) * STEP
+    return [(start, whole) for start in range(0, rows - whole + 1, whole)] + ([(rows - rest, rest)] if rest else [])
 
 
 def _call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
