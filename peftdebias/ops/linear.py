@@ -138,5 +138,10 @@ def _apart(x: Tensor) -> Tensor:
 
 
 def _filled(x: Tensor, rows: int) -> Tensor:
-    """x with rows of zeros behind, `rows` in all."""
-    return x if len(x) == rows else F.pad(x, (0, 0, 0, rows - len(x)))
+    """x with rows behind that nobody looks at, `rows` in all: what its memory holds there, as the logits of a product like this do, else zeros."""
+    if len(x) == rows:
+        return x
+    end = x.storage_offset() + (rows - 1) * x.stride(0) + x.shape[1]
+    if end * x.element_size() <= x.untyped_storage().nbytes():
+        return x.as_strided((rows, x.shape[1]), x.stride())
+    return F.pad(x, (0, 0, 0, rows - len(x)))
