@@ -39,21 +39,25 @@ COMMON = ("torch", "triton")
 
 def sizes(hub: str | None = None) -> list[str]:
     """Lines with what each side brings, PyTorch among it, of those that are installed here, and of AdapterHub's environment."""
-    sides = [("peftdebias", ("peftdebias",), None), ("transformers+peft", ("transformers", "peft", "torch"), None)]
-    if hub:
-        done = subprocess.run([hub, "-c", "import json, sys; print(json.dumps(sys.path[1:]))"], check=True, capture_output=True, text=True)
-        sides.append(("transformers+adapters", ("transformers", "adapters", "torch"), json.loads(done.stdout)))
-    found = {side: installed(roots, path) for side, roots, path in sides}
-    return [f"{side}: {len(mib)} packages, {sum(mib.values()):.0f} MiB, {sum(size for name, size in mib.items() if name not in COMMON):.0f} without {' and '.join(c for c in COMMON if c in mib)}"
-            for (side, roots, _), mib in zip(sides, found.values()) if set(roots) <= set(mib)]
+    sides = [("peftdebias", ("peftdebias",), sys.executable), ("transformers+peft", ("transformers", "peft", "torch"), sys.executable)]
+    sides += [("transformers+adapters", ("transformers", "adapters", "torch"), hub)] if hub else []
+    lines = []
+    for side, roots, python in sides:
+        # Asked in a fresh process: setuptools and torch's compiler put more on the path of this one.
+        done = subprocess.run([python, "-c", "import json, sys; print(json.dumps(sys.path[1:]))"], check=True, capture_output=True, text=True)
+        mib = installed(roots, json.loads(done.stdout))
+        if set(roots) <= set(mib):
+            rest = sum(size for name, size in mib.items() if name not in COMMON)
+            lines.append(f"{side}: {len(mib)} packages, {sum(mib.values()):.0f} MiB, {rest:.0f} without {' and '.join(c for c in COMMON if c in mib)}")
+    return lines
 
 
-def installed(roots: tuple[str, ...], path: list[str] | None = None) -> dict[str, float]:
-    """package -> MiB, of packages with all that they require. path: where packages lie, None: those of this interpreter."""
+def installed(roots: tuple[str, ...], path: list[str]) -> dict[str, float]:
+    """package -> MiB, of packages with all that they require. path: where packages lie."""
     found, waiting = {}, [*roots]
     while waiting:
         name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
-        distribution = None if name in found else next(iter(importlib.metadata.distributions(name=name, **{"path": path} if path else {})), None)
+        distribution = None if name in found else next(iter(importlib.metadata.distributions(name=name, path=path)), None)
         if distribution is None:
             continue
         found[name] = 0.0
