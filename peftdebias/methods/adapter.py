@@ -9,7 +9,7 @@ down is [K, D], up [D, K], both with a bias. They are AdapterHub's `seq_bn`, `do
 untrained module changes nothing; Houlsby and Pfeiffer draw it near zero.
 
 The room: this file (specification, module), kernels/fused/adapter.py (kernel), tests/test_adapter.py and tests/kernel_checks/check_adapter.py (proof),
-bench/cases_modules.py (rows).
+bench/cases_kernels.py, bench/cases_steps.py and bench/cases_hub.py (rows).
 Left out: adapters of embeddings, invertible ones, fusion of several, dropout inside, LayerNorms of their own, the base's LayerNorms (Houlsby trains them).
 """
 
