@@ -28,6 +28,8 @@ from bench import bars, install, lanes, measure, plots, rows  # noqa: E402
 from bench.case import SIZES, Case, Provider, Setting  # noqa: E402
 from bench.cases_steps import needed_flops  # noqa: E402
 from bench.run import Parser, check, complain, say, title  # noqa: E402
+from peftdebias.kernels import dispatch  # noqa: E402
+from peftdebias.ops import linear  # noqa: E402
 
 GEMM = (1024, 768, 3072)  # rows, inside, outside of the products whose best rate is the ceiling
 REPEATS, PAIRS = 5, 15
@@ -35,24 +37,25 @@ REPEATS, PAIRS = 5, 15
 
 # ---------------------------------------------------------------- the floor
 
-def gemm_rate(repeats: int = 7) -> float:
-    """The best float32 rate of torch.mm here, FLOP/s."""
+def gemm_rates(repeats: int = 7) -> dict[str, float]:
+    """form of ops.linear -> its best float32 rate here, FLOP/s: torch's BLAS, and oneDNN where torch carries it."""
     rows_, inside, outside = GEMM
-    a, b = torch.randn(rows_, inside), torch.randn(inside, outside)
-    best = float("inf")
-    for _ in range(repeats):
-        began = time.perf_counter()
-        for _ in range(5):
-            torch.mm(a, b)
-        best = min(best, (time.perf_counter() - began) / 5)
-    return 2.0 * rows_ * inside * outside / best
+    a, b, best = torch.randn(rows_, inside), torch.randn(outside, inside), {}
+    for form in dispatch.FORMS["linear"]:
+        with dispatch.use("linear", form):
+            for _ in range(repeats):
+                began = time.perf_counter()
+                for _ in range(5):
+                    linear(a, b)
+                best[form] = min(best.get(form, float("inf")), (time.perf_counter() - began) / 5)
+    return {form: 2.0 * rows_ * inside * outside / seconds for form, seconds in best.items()}
 
 
 # ---------------------------------------------------------------- the comparison
 
 def compare(case: Case, setting: Setting, providers: dict[str, Provider], repeats: int, pairs: int, share: dict[str, float]) -> list[rows.Row]:
     """Rows of all providers that come up. pairs: passes of two that are near to each other, in turns (bars.pairs)."""
-    ceiling, up = gemm_rate(), {}
+    rates, up = gemm_rates(), {}
     for provider, what in providers.items():
         try:
             up[provider] = lanes.Lane(case, provider, setting)
@@ -66,9 +69,9 @@ def compare(case: Case, setting: Setting, providers: dict[str, Provider], repeat
         order = [*up][i % len(up):] + [*up][:i % len(up)]
         for provider in reversed(order) if i % 2 else order:
             times[provider].append(up[provider].ask("pass"))
-        ceiling = max(ceiling, gemm_rate(2))
+        rates = {form: max(rate, rates[form]) for form, rate in gemm_rates(2).items()}
     ratios = {pair: in_turns(*(up[p] for p in pair), pairs) for pair in bars.pairs(case.name) if set(pair) <= set(up)}
-    floor = needed_flops(setting, case.name.removesuffix("_step")) / ceiling
+    floor = needed_flops(setting, case.name.removesuffix("_step")) / max(rates.values())
     found = []
     for provider, lane in up.items():
         compiled, about = providers[provider].compiled, lane.about
@@ -81,7 +84,7 @@ def compare(case: Case, setting: Setting, providers: dict[str, Provider], repeat
         metrics |= {"adapter file": [file] * 3}
         extra = {"size": setting.size_name, "baseline": case.baseline, "precision": setting.precision, "repeats": repeats, "load_average": round(load, 2),
                  "load_at_start": measure.LOAD_AT_START, "device": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-                 "floor_ms": 1000 * floor / about["steps"], "gemm_gflops": ceiling / 1e9, "versions": about["versions"],
+                 "floor_ms": 1000 * floor / about["steps"], "gemm_gflops": max(rates.values()) / 1e9, "blas_gflops": rates["blas"] / 1e9, "versions": about["versions"],
                  "largest_difference_as_share_of_allowed": share.get(provider), **about["extra"]}
         if paired := {of: ratio for (own, of), ratio in ratios.items() if own == provider}:
             extra["paired"] = paired

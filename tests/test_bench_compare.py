@@ -34,7 +34,7 @@ def setting(bench, tmp_path):
 
 
 def row(bench, case, provider, y, metric="time", size="base", **extra):
-    extra = {"size": size, "baseline": "transformers+peft", "floor_ms": 100.0, "gemm_gflops": 200.0} | extra
+    extra = {"size": size, "baseline": "transformers+peft", "floor_ms": 100.0, "gemm_gflops": 200.0, "blas_gflops": 100.0} | extra
     return bench.rows.Row(case, provider, "step", metric, bench.rows.UNITS[metric], "mean_length", 54, y, 0.9 * y, 1.1 * y, extra, "d", "t", None, "c", "2026")
 
 
@@ -165,7 +165,7 @@ def test_bars_are_met_or_missed_in_words(bench):
         (them, 500.0, "time"), (f"{them}, length-bucketed", 250.0, "time"), ("peftdebias", 126.0, "time"), (them, 1000.0, "peak memory"), ("peftdebias", 300.0, "peak memory"))]
     time, memory = bench.bars.lines(found)
     assert time == ("lora_step, base: peftdebias: 126 ms a step; 0.252 of transformers+peft (bar 0.25: missed); 0.504 of transformers+peft, length-bucketed (bar 0.6: met); "
-                    "1.26 of the floor, 100 ms at 200 GFLOP/s (bar 1.3: met)")
+                    "1.26 of the floor, 100 ms at 200 GFLOP/s (torch.mm: 100) (bar 1.3: met)")
     assert memory == "lora_step, base: peftdebias: peak memory 300 MiB; 0.3 of transformers+peft (bar 0.3: met)"
     small = bench.bars.lines([dataclasses.replace(r, extra_config=r.extra_config | {"size": "small"}) for r in found])
     assert "0.252 of transformers+peft (bar 0.1: missed)" in small[0] and small[0].endswith("GFLOP/s")  # BERT-base alone is held against the floor
