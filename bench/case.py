@@ -1,6 +1,6 @@
 """What a benchmark case is made of: a size, a setting, the work of one provider, the providers, and what must be equal.
 
-What it adds over measure.py: the vocabulary. It leaves out the work itself (cases.py: ceilings; cases_steps.py: steps; cases_kernels.py, cases_attention.py, cases_native.py: one op each).
+What it adds over measure.py: the vocabulary. It leaves out the work itself (cases.py: ceilings; cases_steps.py, cases_hub.py, cases_sparse.py: steps; cases_kernels.py, cases_attention.py, cases_native.py: one op each).
 """
 
 import contextlib
@@ -85,7 +85,8 @@ class Work:
 
     tokens: valid tokens, flops, bytes (read and written): of one pass; 0 where they say nothing. extra: goes into the rows' extra_config.
     roof: (flops, bytes) of each stretch of work that cannot overlap another, at the least: its time is no less than the sum of the larger of the two at the
-    measured ceilings. limit: what else bounds it, in words, from how it is built. held: what must live as long as the work.
+    measured ceilings. limit: what else bounds it, in words, from how it is built. held: what must live as long as the work. save: writes into a folder what is kept of a
+    trained module.
     """
 
     run: Callable[[], object]
@@ -98,12 +99,13 @@ class Work:
     limit: str = ""
     extra: dict = dataclasses.field(default_factory=dict)
     held: object = None
+    save: Callable[[Path], object] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Provider:
     """needs: libraries it imports, kernels: Triton ops it calls, native: ops of csrc; without them it is not measured. compiled: only with --compile. compared: whether it computes what
-    the others do (a library's dropout draws another mask)."""
+    the others do (a library's dropout draws another mask). python: the interpreter of its process, where that is not this one (compare.py)."""
 
     build: Callable[[Setting], Work]
     needs: tuple[str, ...] = ()
@@ -111,6 +113,7 @@ class Provider:
     native: tuple[str, ...] = ()
     compiled: bool = False
     compared: bool = True
+    python: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The experiments, one Case each: who does the work (providers), in which sizes, and what must be equal before anything is timed.
 
-What it adds over case.py: the ceilings and the registry; single ops stand in cases_kernels.py, cases_attention.py and cases_native.py, whole steps in cases_steps.py. A new
+What it adds over case.py: the ceilings and the registry; single ops stand in cases_kernels.py, cases_attention.py and cases_native.py, whole steps in cases_steps.py and cases_sparse.py. A new
 experiment is a builder a provider and one entry of CASES.
 
 Letters: T tokens, B sequences, S longest sequence, H heads, W head width, R rank.
@@ -16,6 +16,7 @@ from .case import Case, Provider, Setting, Work, output_bound
 from .cases_attention import ATTENTION_CASES
 from .cases_kernels import KERNEL_CASES
 from .cases_native import NATIVE_CASES
+from .cases_sparse import SPARSE_CASES
 from .cases_steps import STEP_CASES
 
 
@@ -42,6 +43,7 @@ CASES = {case.name: case for case in (
     Case("gemm", "forward", "ceiling: square matrix product", {"torch": Provider(gemm)}, "n", (1024, 2048), output_bound, sized=False),
     Case("copy", "forward", "ceiling: memory bandwidth", {"torch": Provider(copy)}, "MiB", (256,), output_bound, sized=False),
     *STEP_CASES.values(),
+    *SPARSE_CASES.values(),
     *ATTENTION_CASES.values(),
     *KERNEL_CASES.values(),
     *NATIVE_CASES.values(),

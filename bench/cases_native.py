@@ -15,7 +15,8 @@ from torch.nn import Parameter
 
 from peftdebias import kernels
 from peftdebias.batches import Spans
-from peftdebias.ops import Drop, attention_padded, gelu_ref, heads_of, norm_ref
+from peftdebias.kernels import dispatch
+from peftdebias.ops import Drop, attention_padded, gelu_ref, heads_of, linear, norm_ref
 from peftdebias.ops.dropout import dropout_ref
 from peftdebias.optimizer import FlatAdamW, adamw_ref
 from peftdebias.tasks import mlm_loss_ref
@@ -97,6 +98,22 @@ def _loss(setting: Setting):
     return forms, {"logits": drawn(setting, scale=3.0, shape=(m, v))}, ("logits",), f"logits [M, {v}], made by a product with 1; forward and backward"
 
 
+def _linear(outside: str, trained: bool) -> Callable:
+    def make(setting: Setting):
+        t, d, o = int(setting.x), setting.size.hidden, getattr(setting.size, outside)
+        given = {"x": drawn(setting, seed=1, shape=(t, d)), "weight": drawn(setting, scale=d ** -0.5, seed=2, shape=(o, d)), "bias": drawn(setting, seed=3, shape=(o,))}
+
+        def by(form: str):
+            def run(**tensors):
+                with dispatch.use("linear", form):
+                    return linear(**tensors)
+            return run
+
+        words = f"x [T, {d}] W^T + bias, W [{o}, {d}] {'trained' if trained else 'frozen'}; forward and backward, both by torch's BLAS or by oneDNN"
+        return {"blas": by("blas"), "onednn": by("onednn")}, given, tuple(given) if trained else ("x",), words
+    return make
+
+
 def _lora(setting: Setting):
     t, d = int(setting.x), setting.size.hidden
     given = {"x": drawn(setting, seed=1, shape=(t, d)), "weight": drawn(setting, scale=d ** -0.5, seed=2, shape=(3 * d, d)), "bias": drawn(setting, seed=3, shape=(3 * d,))}
@@ -157,5 +174,10 @@ NATIVE_CASES = {case.name: case for case in (
     _case("native_adamw", "adamw", "AdamW of a module's values on a CPU", adamw, "values", (300_000,), sized=False, mode="forward"),
     _case("native_mlm_loss", "mlm_loss", "cross-entropy of the rows asked for on a CPU", _builder(_loss), "rows", (128,), twin=False),
     _case("native_lora", "lora_apart", "query, key and value with LoRA on a CPU", _builder(_lora), "rows", (128, 860), twin=False),
+)}
+NATIVE_CASES |= {name: Case(name, "full", what, {"torch's BLAS": Provider(builder("blas")), "oneDNN": Provider(builder("onednn"))}, "rows", (128, 860), output_bound) for name, what, builder in (
+    ("linear", "a linear on a CPU, frozen, by two libraries", _builder(_linear("feed_forward", False))),
+    ("linear_trained", "the same, its weight trained", _builder(_linear("feed_forward", True))),
+    ("linear_vocab", "the masked-LM's decoder by two libraries", _builder(_linear("vocab", False))),
 )}
 """name -> Case; they take part on a CPU, where the compiled library is."""

@@ -1,8 +1,8 @@
 """Whole training steps, ours beside transformers + peft as a user writes them: forward, backward, clipping, AdamW.
 
 What it adds over cases.py: for each method the two sides, with the same weights, texts and loss; that is checked before anything is timed. Upstream: lora_step,
-adapter_step (transformers has no bottleneck adapters; they are put into its layers by hand), prefix_step. Downstream: full_step, a classifier, ours plain and with
-a LoRA module folded into the base.
+adapter_step (transformers has no bottleneck adapters; they are put into its layers by hand, or AdapterHub's library has them: cases_hub.py), prefix_step. Downstream:
+full_step, a classifier, ours plain and with a LoRA module folded into the base. Sparse fine-tuning has no other side: cases_sparse.py.
 
 Letters: P prefix length, L layers, D hidden, H heads, W head width, K bottleneck.
 """
@@ -30,7 +30,9 @@ from .texts import pad, padding, shuffled, texts
 PREFIX, BOTTLENECK, LABELS = 30, 48, ("a", "b")
 OPTIONS = {"lora": {"rank": RANK}, "adapter": {"architecture": "houlsby", "bottleneck": BOTTLENECK}, "prefix": {"length": PREFIX, "positioned": True}}
 WORDS = {"lora": f"LoRA r={RANK} on query and value, lora_dropout 0", "adapter": f"bottleneck adapters of {BOTTLENECK} behind both blocks",
-         "prefix": f"prefix of {PREFIX}, flat, positions moved on as peft moves them", "full": "the whole base and a classifier of two labels"}
+         "prefix": f"prefix of {PREFIX}, flat, positions moved on as peft moves them",
+         "sparse": "sparse fine-tuning, 1 % of the base evenly spread over all sites, l1 0.1", "full": "the whole base and a classifier of two labels"}
+BY_HAND = "transformers, adapters by hand"
 
 
 def model_folder(setting: Setting, labelled: bool = False) -> Path:
@@ -73,8 +75,9 @@ def labelled(batches: list[list[Sample]]) -> list[list[Sample]]:
 
 def needed_flops(setting: Setting, name: str) -> float:
     """Of all matrix products that one pass needs at the least: forward, the gradient of what is frozen by its input alone, of what is trained by both; the last layer's
-    queries, output and feed-forward and the head on the rows asked for. A module's own products count; the first layer sends no gradient to the embeddings upstream."""
-    c, full, total = setting.config, name == "full", 0.0
+    queries, output and feed-forward and the head on the rows asked for; the first layer sends a gradient to the embeddings where these are trained. Of the modules the
+    adapter's own products count (3 % on BERT-base); LoRA's are fewer than 1 %."""
+    c, full, dense, total = setting.config, name == "full", name in ("full", "sparse"), 0.0
     d, f = c.hidden, c.feed_forward
     for batch in (labelled(texts(setting)) if full else texts(setting)):
         tokens, asked = sum(len(s.ids) for s in batch), sum(len(s.rows) for s in batch)
@@ -83,10 +86,13 @@ def needed_flops(setting: Setting, name: str) -> float:
             rows_here = tokens if i < c.layers - 1 else asked
             query, key_value, rest = 2.0 * rows_here * d * d, 4.0 * tokens * d * d, 2.0 * rows_here * d * (d + 2 * f)
             linear, attention = query + key_value + rest, 4.0 * pairs[i] * d
-            below = full or i > 0  # somebody below wants the gradient of this layer's input
+            below = dense or i > 0  # somebody below wants the gradient of this layer's input
             total += linear + attention  # forward
             total += rest + (query + key_value if below else 0.0) + 2 * attention  # by the inputs
-            total += linear if full else 0.0  # by the weights
+            if name == "adapter":
+                total += 24.0 * rows_here * d * BOTTLENECK  # two blocks, down and up, each forward and by both
+                total -= 0.0 if below else 2.0 * rows_here * d * (d + BOTTLENECK) + 2 * attention  # nothing below the lowest adapter is trained
+            total += linear if dense else 0.0  # by the weights
         total += 2.0 * asked * d * (d + c.vocab) * 2 if not full else 3 * 2.0 * asked * d * d
     return total
 
@@ -128,7 +134,8 @@ def ours(name: str, kind: str = "eager", folded: bool = False) -> Callable[[Sett
                 if compensation is not None:
                     compensation.after_step({key: plan.lr * decay for key, decay in decays.items()})
 
-        work = Work(run, results, steps=len(packed), tokens=sum(len(b.ids) for b in packed), flops=needed_flops(setting, name), extra=facts(setting, batches, name))
+        work = Work(run, results, steps=len(packed), tokens=sum(len(b.ids) for b in packed), flops=needed_flops(setting, name), extra=facts(setting, batches, name),
+                    save=None if full else (lambda folder: save_adapter(folder, model, method)))
         if setting.precision == "bf16":
             work.held = contextlib.ExitStack()
             work.held.enter_context(lowered(model))
@@ -136,6 +143,12 @@ def ours(name: str, kind: str = "eager", folded: bool = False) -> Callable[[Sett
         return work
 
     return build
+
+
+def save_adapter(folder: Path, model: Model, method: methods.Method) -> None:
+    from peftdebias import checkpoint  # needs a package that AdapterHub's environment lacks
+
+    checkpoint.save_adapter(folder, method, "bench", checkpoint.describe_base(model))
 
 
 def as_theirs(found: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
@@ -225,18 +238,21 @@ def without_key_bias(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 WITH = {"lora": with_lora, "adapter": with_adapter, "prefix": with_prefix, "full": whole}
+SAVE = {name: lambda model, folder: model.save_pretrained(folder) for name in ("lora", "prefix")}
 
 
-def theirs(name: str, bucketed: bool = False, compiled: bool = False) -> Callable[[Setting], Work]:
+def theirs(name: str, bucketed: bool = False, compiled: bool = False, module: Callable | None = None, save: Callable | None = None) -> Callable[[Setting], Work]:
     """transformers, and peft where it has the method, as a user writes it: batches padded to their longest text, labels -100 where nothing is asked, logits of every
-    token."""
+    token. module, save: in place of those of WITH and SAVE."""
+    module, save = module or WITH[name], save or SAVE.get(name)
+
     def build(setting: Setting) -> Work:
         quiet()
         import transformers
 
         full = name == "full"
         head = transformers.BertForSequenceClassification if full else transformers.BertForMaskedLM
-        model, parameters, named = WITH[name](head.from_pretrained(model_folder(setting, full)), setting)
+        model, parameters, named = module(head.from_pretrained(model_folder(setting, full)), setting)
         if {id(p) for p in model.parameters() if p.requires_grad} != {id(p) for p in parameters.values()}:
             raise RuntimeError(f"{name}: other parameters are trained than those that are compared")
         model.to(setting.device)
@@ -266,31 +282,33 @@ def theirs(name: str, bucketed: bool = False, compiled: bool = False) -> Callabl
             return named(mean_loss_and_gradients(model, parameters, [lambda b=b: loss(b) for b in padded], [n / sum(counts) for n in counts]))
 
         model.train()
-        return Work(run, results, steps=len(padded), tokens=sum(len(s.ids) for batch in batches for s in batch), extra=facts(setting, texts(setting), name))
+        return Work(run, results, steps=len(padded), tokens=sum(len(s.ids) for batch in batches for s in batch), extra=facts(setting, texts(setting), name),
+                    save=save and (lambda folder: save(model, folder)))
 
     return build
 
 
 # ---------------------------------------------------------------- the cases
 
-def _case(name: str, what: str, needs: tuple[str, ...]) -> Case:
-    them = " + ".join(("transformers", "peft")[:len(needs)]).replace(" + ", "+")
+def dresses(them: str, name: str, needs: tuple[str, ...] = (), python: str | None = None, **side) -> dict[str, Provider]:
+    """The other side as written, under torch.compile, length-bucketed. side: module and save of `theirs`."""
+    return {them: Provider(theirs(name, **side), needs, python=python),
+            f"{them}, compiled": Provider(theirs(name, compiled=True, **side), needs, compiled=True, python=python),
+            f"{them}, length-bucketed": Provider(theirs(name, bucketed=True, **side), needs, python=python)}
+
+
+def _case(name: str, what: str, them: str, needs: tuple[str, ...]) -> Case:
     own = {"peftdebias, compiled": Provider(ours(name, "compiled"), compiled=True), "peftdebias, CUDA graph": Provider(ours(name, "graph"), kernels=("attention", "norm"))}
     if name == "full":
         own |= {"peftdebias, frozen module folded": Provider(ours(name, folded=True), compared=False)}
-    return Case(f"{name}_step", "step", what, {
-        them: Provider(theirs(name), needs),
-        f"{them}, compiled": Provider(theirs(name, compiled=True), needs, compiled=True),
-        f"{them}, length-bucketed": Provider(theirs(name, bucketed=True), needs),
-        "peftdebias": Provider(ours(name)),
-        **own}, "mean_length", (54,), output_bound)
+    return Case(f"{name}_step", "step", what, {**dresses(them, name, needs), "peftdebias": Provider(ours(name)), **own}, "mean_length", (54,), output_bound)
 
 
 PEFT = ("transformers", "peft")
 STEP_CASES = {case.name: case for case in (
-    _case("lora", "one upstream step (masked-LM, LoRA): forward, backward, clipping, AdamW", PEFT),
-    _case("adapter", "one upstream step (masked-LM, bottleneck adapters)", PEFT[:1]),
-    _case("prefix", "one upstream step (masked-LM, prefix)", PEFT),
-    _case("full", "one downstream step: the whole base and a classifier", PEFT[:1]),
+    _case("lora", "one upstream step (masked-LM, LoRA): forward, backward, clipping, AdamW", "transformers+peft", PEFT),
+    _case("adapter", "one upstream step (masked-LM, bottleneck adapters)", BY_HAND, PEFT[:1]),
+    _case("prefix", "one upstream step (masked-LM, prefix)", "transformers+peft", PEFT),
+    _case("full", "one downstream step: the whole base and a classifier", "transformers", PEFT[:1]),
 )}
 """name -> Case."""

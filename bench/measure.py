@@ -82,10 +82,16 @@ def differences(expected: dict[str, Tensor], got: dict[str, Tensor], bound: Call
     return found
 
 
-def check(case: Case, setting: Setting, providers: dict[str, Provider], say: Callable[[str], None] = lambda line: None) -> dict[str, float]:
+def in_this_process(name: str, provider: Provider, setting: Setting) -> dict[str, Tensor]:
+    work = provider.build(setting)  # it lives while it computes
+    return work.results()
+
+
+def check(case: Case, setting: Setting, providers: dict[str, Provider], say: Callable[[str], None] = lambda line: None,
+          results: Callable[[str, Provider, Setting], dict[str, Tensor]] = in_this_process) -> dict[str, float]:
     """Every provider against the first, in float32 without dropout; {provider: its largest difference as a share of the allowed one}.
 
-    Raises Unequal when one is red. A compiled provider that does not even run is left out of `providers`, and said.
+    results: how a provider's are had. Raises Unequal when one is red. A compiled provider that does not even run is left out of `providers`, and said.
     """
     setting = dataclasses.replace(setting, precision="float32")
     expected, baseline, shares = None, None, {}
@@ -93,7 +99,7 @@ def check(case: Case, setting: Setting, providers: dict[str, Provider], say: Cal
         if not provider.compared:
             continue
         with _compiler_may_fail(case, name, providers, say):
-            got = provider.build(setting).results()
+            got = results(name, provider, setting)
             if expected is None:
                 expected, baseline = got, name
                 continue

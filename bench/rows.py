@@ -18,8 +18,10 @@ import torch
 from . import ROOT
 
 MODES = ("forward", "backward", "full", "step", "predict")
-UNITS = {"time": "ms", "p99": "ms", "texts": "texts/s", "rate": "valid tokens/s", "arithmetic": "TFLOP/s", "bandwidth": "GB/s", "roofline": "%", "peak memory": "MiB", "saved for backward": "MiB"}
-"""metric_name -> metric_unit. time: of one step (mode step) or one call. p99: of the calls of one pass, whose median is the time. roofline: the least time at the measured ceilings, over the time (roofline.py). peak memory: above what lay there once the weights were loaded."""
+UNITS = {"time": "ms", "p99": "ms", "texts": "texts/s", "rate": "valid tokens/s", "arithmetic": "TFLOP/s", "bandwidth": "GB/s", "roofline": "%", "peak memory": "MiB",
+         "saved for backward": "MiB", "adapter file": "KiB"}
+"""metric_name -> metric_unit. time: of one step (mode step) or one call. p99: of the calls of one pass, whose median is the time. roofline: the least time at the measured ceilings, over the time (roofline.py). peak memory: above what lay there once the weights were loaded.
+adapter file: what is kept of the trained module, tensors and configuration."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +92,12 @@ def now() -> str:
 
 # ---------------------------------------------------------------- files and tables
 
-def write(path: Path, rows: Sequence[Row], title: str, notes: dict[str, Sequence[str]] | None = None) -> None:
-    """FILE.json with the rows, and beside it FILE.md with their tables."""
+def write(path: Path, rows: Sequence[Row], title: str, notes: dict[str, Sequence[str]] | None = None, drawings: dict[str, str] | None = None) -> None:
+    """FILE.json with the rows, and beside it FILE.md with their tables. drawings: file name -> what it shows, linked above the tables."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(f"# {title}\n\n{table(rows, notes)}\n", encoding="utf-8")
+    links = "".join(f"![{words}]({name})\n\n" for name, words in (drawings or {}).items())
+    path.with_suffix(".md").write_text(f"# {title}\n\n{links}{table(rows, notes)}\n", encoding="utf-8")
 
 
 def read(path: Path) -> list[Row]:
@@ -145,11 +148,11 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return ""
     if row.y_20 == row.y_80:
-        return _number(row.y_50)
-    return f"{_number(row.y_50)} ({_number(row.y_20)} to {_number(row.y_80)})"
+        return number(row.y_50)
+    return f"{number(row.y_50)} ({number(row.y_20)} to {number(row.y_80)})"
 
 
-def _number(y: float) -> str:
+def number(y: float) -> str:
     return f"{y:,.0f}" if abs(y) >= 1000 else f"{y:.3g}"
 
 
@@ -160,7 +163,7 @@ def _ratio(row: Row, group: Sequence[Row]) -> str:
 
 def _facts(rows: Sequence[Row]) -> str:
     def all_of(key) -> str:
-        return ", ".join(dict.fromkeys(str(key(row)) for row in rows))
+        return ", ".join(dict.fromkeys(str(value) for row in rows if (value := key(row)) is not None)) or "none"
 
     libraries = dict.fromkeys(f", {name} {v}" for row in rows for name, v in row.extra_config.get("versions", {}).items())
     loads = [row.extra_config["load_average"] for row in rows if "load_average" in row.extra_config] or [float("nan")]

@@ -88,9 +88,9 @@ def run(settings: list[tuple[Case, Setting]], arguments) -> int:
     return 0
 
 
-def check(case: Case, setting: Setting, providers: dict) -> dict[str, float]:
+def check(case: Case, setting: Setting, providers: dict, results=measure.in_this_process) -> dict[str, float]:
     """measure.check with a line on standard error."""
-    shares = measure.check(case, setting, providers, say)
+    shares = measure.check(case, setting, providers, say, results)
     if shares:
         say(f"{title(case, setting)}: equal (largest difference {max(shares.values()):.2g} of the allowed one)")
     return shares

@@ -112,8 +112,7 @@ class Upstream(Swapping, Training):
             raise ConfigError("--corpus: expected at least one file, got none")
         if not 0 < self.valid_share < 1:
             raise ConfigError(f"--valid-share: expected a share between 0 and 1, got {self.valid_share}")
-        if not 1 <= self.attribute_weight <= 1000:
-            raise ConfigError(f"--attribute-weight: expected a number from 1 to 1000, got {self.attribute_weight}")
+        _weight(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -345,10 +344,12 @@ class Testbed:
     seeds: tuple[str, ...] = option("seeds of worlds and training", ("0", "1", "2", "3", "4"), many="words", metavar="N")
     scale: float = option("multiplies texts, examples, pairs and steps; 0.05 is a quick look that learns nothing", 1.0)
     upstream_steps: int | None = option("steps in which a method learns upstream (default: 1200 times --scale)", None)
+    attribute_weight: float = option("as of upstream: how many times likelier than another a gendered word is chosen for masking", 10.0)
     jobs: int = option("processes at a time, each on one thread", 1)
 
     def __post_init__(self):
         _at_least(1, self, "jobs", "upstream_steps")
+        _weight(self)
         if not 0 < self.scale <= 100:
             raise ConfigError(f"--scale: expected more than 0, up to 100, got {self.scale}")
         for name, kind in (("text_strengths", float), ("label_strengths", float), ("method_strengths", float), ("seeds", int)):
@@ -526,6 +527,11 @@ def _at_least(least: int, settings, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and not value >= least:
             raise ConfigError(f"{flag(name)}: expected at least {least}, got {value}")
+
+
+def _weight(settings) -> None:
+    if not 1 <= settings.attribute_weight <= 1000:
+        raise ConfigError(f"--attribute-weight: expected a number from 1 to 1000, got {settings.attribute_weight}")
 
 
 def _number(kind: type, text: str):

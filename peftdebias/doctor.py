@@ -17,6 +17,7 @@ from .errors import ConfigError
 from .kernels import dispatch
 from .kernels.dropout_ref import dropout_ref
 from .ops.attention import has_varlen
+from .ops.linear import form as linear_form
 from .training import pick_device
 
 CALLERS = ("encoder", "training", "tasks", "methods.lora", "methods.adapter", "methods.sparse")
@@ -87,10 +88,11 @@ def _tried(device: torch.device) -> str:
 
 
 def _forms(device: torch.device) -> list[str]:
-    """Which forms of lora_linear and attention are picked at the size of BERT-base, where a kernel is."""
+    """By which library a CPU multiplies; which forms of lora_linear and attention are picked at the size of BERT-base, where a kernel is."""
+    lines = ["linear        form {}: {}".format(*linear_form())] if device.type == "cpu" else []
     if kernels.decide("lora_linear", device)[0] != "triton":
-        return []
-    lines, how = [], {"device": device, "dtype": torch.bfloat16}
+        return lines
+    how = {"device": device, "dtype": torch.bfloat16}
     for dropout, candidates in ((False, dispatch.FORMS["lora_linear"]), (True, ("epilogue", "library"))):
         form, why = dispatch.decide("lora_linear", candidates, dropout=dropout, rows=4096, inside=768, outside=768, rank=8, **how)
         lines.append(f"lora_linear   form {form} with{'' if dropout else 'out'} dropout: {why}")

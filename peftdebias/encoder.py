@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from . import kernels
 from .batches import Batch, Spans
 from .errors import AdapterError, ModelError
-from .ops import Drop, attention, dropout, gelu, heads_of, norm
+from .ops import Drop, attention, dropout, gelu, heads_of, linear, norm
 from .sites import ACTIVATIONS, EMBED_SITE, EncoderConfig, Hooks
 from .written import Written, write
 
@@ -179,16 +179,16 @@ class Encoder(nn.Module):
 
     def _feed_forward_up(self, i: int, hidden: Tensor) -> Tensor:
         """hidden [M, D] -> [M, F], behind the activation. A bare linear leaves its bias to GELU."""
-        site, linear = f"layers.{i}.feed_forward.up", self.layers[i].feed_forward.up
+        site, up = f"layers.{i}.feed_forward.up", self.layers[i].feed_forward.up
         if self.config.activation != "gelu":
-            return ACTIVATIONS[self.config.activation](self._linear(site, hidden, linear))
+            return ACTIVATIONS[self.config.activation](self._linear(site, hidden, up))
         if site in self.written or self.hooks.at(site) or self.hooks.at(site + ".bias"):
-            return gelu(self._linear(site, hidden, linear))
-        return gelu(F.linear(hidden, linear.weight), linear.bias)
+            return gelu(self._linear(site, hidden, up))
+        return gelu(linear(hidden, up.weight), up.bias)
 
     def _query_key_value(self, i: int, asked: Tensor, hidden: Tensor) -> list[Tensor]:
         """asked [M, D], hidden [T, D] -> query [M, H, W], key and value [T, H, W]; as few products as the methods there allow."""
-        linear, width = self.layers[i].attention.qkv, self.config.hidden
+        qkv, width = self.layers[i].attention.qkv, self.config.hidden
         sites = [f"layers.{i}.attention.{kind}" for kind in ("query", "key", "value")]
         split = (-1, self.config.heads, self.config.head_width)
         written = self.written.get(f"layers.{i}.attention.qkv")
@@ -197,15 +197,15 @@ class Encoder(nn.Module):
         if written is not None:
             return [written(asked, 0, width).reshape(split), *heads_of(written(hidden, width), 2, self.config.heads)]
         if any(self.hooks.at(s) or self.hooks.at(s + ".bias") for s in sites):
-            parts = zip(sites, (asked, hidden, hidden), linear.weight.split(width), linear.bias.split(width))
+            parts = zip(sites, (asked, hidden, hidden), qkv.weight.split(width), qkv.bias.split(width))
             return [self.hooks.linear(s, x, w, b).view(split) for s, x, w, b in parts]
         if asked is hidden:
-            return heads_of(F.linear(hidden, linear.weight, linear.bias), 3, self.config.heads)
-        query = F.linear(asked, linear.weight[:width], linear.bias[:width])
-        return [query.reshape(split), *heads_of(F.linear(hidden, linear.weight[width:], linear.bias[width:]), 2, self.config.heads)]
+            return heads_of(linear(hidden, qkv.weight, qkv.bias), 3, self.config.heads)
+        query = linear(asked, qkv.weight[:width], qkv.bias[:width])
+        return [query.reshape(split), *heads_of(linear(hidden, qkv.weight[width:], qkv.bias[width:]), 2, self.config.heads)]
 
-    def _linear(self, site: str, x: Tensor, linear: nn.Linear) -> Tensor:
-        return self.written[site](x) if site in self.written else self.hooks.linear(site, x, linear.weight, linear.bias)
+    def _linear(self, site: str, x: Tensor, part: nn.Linear) -> Tensor:
+        return self.written[site](x) if site in self.written else self.hooks.linear(site, x, part.weight, part.bias)
 
     def _norm(self, site: str, layer_norm: nn.LayerNorm) -> Callable[..., Tensor]:
         def apply(x: Tensor, residual: Tensor | None = None, drop: Drop | None = None) -> Tensor:
@@ -246,15 +246,19 @@ class Model(nn.Module):
 
     def mlm_logits(self, batch: Batch) -> Tensor:
         """[M, V]: scores of every token at the rows asked for. Raises ModelError without a masked-LM head."""
-        return F.linear(self.mlm_hidden(batch), *self.mlm_decoder())
+        return linear(self.mlm_hidden(batch), *self.mlm_decoder())
 
     def mlm_hidden(self, batch: Batch) -> Tensor:
         """[M, D]: what the masked-LM's decoder is multiplied with, at the rows asked for. Raises ModelError without a masked-LM head."""
         if self.mlm is None:
             raise ModelError("masked-LM scores: expected a model with a masked-LM head, got one without")
         head = self.mlm
-        activation = F.gelu if self.config.kind == "roberta" else ACTIVATIONS[self.config.activation]  # RoBERTa's head is GELU whatever its layers use
-        return head.norm(activation(head.dense(self.encoder(batch))))
+        hidden, dense = self.encoder(batch), head.dense
+        if self.config.kind == "roberta" or self.config.activation == "gelu":  # RoBERTa's head is GELU whatever its layers use
+            hidden = gelu(linear(hidden, dense.weight), dense.bias)
+        else:
+            hidden = ACTIVATIONS[self.config.activation](linear(hidden, dense.weight, dense.bias))
+        return norm(hidden, None, head.norm.weight, head.norm.bias, head.norm.eps)
 
     def mlm_decoder(self) -> tuple[Tensor, Tensor]:
         """([V, D], [V]): the decoder's weight and bias."""

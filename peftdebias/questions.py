@@ -18,11 +18,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .batches import Batch, Sample, cumulative, pack
 from .encoder import Model
+from .ops import linear
 from .tasks import VALIDATION_TOKENS, in_eval
 
 CPU_TOKENS = 4096
@@ -77,7 +77,7 @@ def _answers(model: Model, batch: Batch, rows: numpy.ndarray, targets: numpy.nda
     width = CPU_SLICE if hidden.device.type == "cpu" else max(CPU_SLICE, DEVICE_LOGITS // len(hidden))
     found, tops, sums = torch.zeros(len(rows), dtype=torch.float64, device=hidden.device), [], []
     for start in range(0, len(table), width):
-        logits = F.linear(hidden, table[start:start + width], bias[start:start + width])  # [M, width]
+        logits = linear(hidden, table[start:start + width], bias[start:start + width])  # [M, width]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         tops.append(logits.amax(-1))
         sums.append(1 / logits.softmax(-1).amax(-1).double())  # the softmax is at least 1 / width somewhere

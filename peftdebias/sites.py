@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .errors import AdapterError, ModelError
-from .ops import Drop, dropout
+from .ops import Drop, dropout, linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -187,7 +187,7 @@ class Hooks:
         scales = [m.scale(site) for m in methods]
         for scale, _ in scales:
             x = x if scale is None else (x * scale).to(x.dtype)
-        x = F.linear(x, weight, bias) if product is None else product.linear(site, x, weight, bias)
+        x = linear(x, weight, bias) if product is None else product.linear(site, x, weight, bias)
         for _, scale in scales:
             x = x if scale is None else (x * scale).to(x.dtype)
         return x

@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from . import kernels
 from .kernels import dispatch
-from .ops import compiled
+from .ops import compiled, linear
+from .ops.linear import product
 from .sites import Hooks
 
 UNWRITTEN = (torch.float64,)  # no kernel takes it
@@ -71,7 +72,7 @@ class Written:
         x, weight, bias = x.to(self.weight.dtype), self.weight[first:last], self.bias[first:last].to(self.weight.dtype)
         inside = [(row - first, a, b, s) for row, a, b, s in self.pieces if first <= row < first + len(weight)]
         if not inside:
-            return F.linear(x, weight, bias)
+            return linear(x, weight, bias)
         if self.apart:
             return kernels.choose("lora_apart", reference=lora_apart_ref, device=x.device)(x, weight, bias, inside)
         return kernels.choose("lora_written", reference=lora_written_ref, device=x.device)(x, weight, bias, inside)
@@ -141,7 +142,7 @@ class _Apart(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, firsts, scales, *thin):
         a, b = torch.cat(thin[:len(firsts)]), thin[len(firsts):]
-        y, u = F.linear(x, weight, bias), F.linear(x, a)
+        y, u = product(x, weight, bias), product(x, a)
         for first, scale, up, low in zip(firsts, scales, b, u.split([up.shape[1] for up in b], 1)):
             y[:, first:first + len(up)].addmm_(low, up.t(), alpha=scale)
         trained = any(ctx.needs_input_grad[5:])
@@ -158,8 +159,8 @@ class _Apart(torch.autograd.Function):
         v, db = dy.new_empty(len(dy), len(a)), []
         for i, (first, scale, up, low) in enumerate(zip(ctx.firsts, ctx.scales, b, v.split(ranks, 1))):
             mine = dy[:, first:first + len(up)]
-            torch.mm(mine, scale * up, out=low)
+            low.copy_(product(mine, (scale * up).t()))
             db.append((u.split(ranks, 1)[i].t() @ mine).t().mul_(scale) if trained else None)
-        dx = (dy @ weight).addmm_(v, a) if to_x else None
+        dx = product(dy, weight.t()).addmm_(v, a) if to_x else None
         da = (v.t() @ x).split(ranks) if trained else [None] * len(b)
         return dx, None, dy.sum(0) if to_bias else None, None, None, *da, *db

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 
 from peftdebias.errors import ConfigError
 from peftdebias.methods import create
-from peftdebias.methods.adapter import ARCHITECTURES, AdapterConfig, adapter_ref
+from peftdebias.methods.adapter import ARCHITECTURES, AdapterConfig, adapter_compiled, adapter_ref
+from peftdebias.ops import compiled
+from peftdebias.sites import ACTIVATIONS
 
 from .outside import HIDDEN, LAYERS, assert_close, assert_spelled_out, attached, batch_for, drawn_model, one_thread
 
@@ -63,6 +65,28 @@ def test_reference_gradients():
     shapes = ((3, 7), (3, 7), (5, 7), (5,), (7, 5), (7,))
     tensors = [torch.randn(*s, dtype=torch.float64, generator=torch.Generator().manual_seed(i)).requires_grad_() for i, s in enumerate(shapes)]
     assert torch.autograd.gradcheck(lambda *t: adapter_ref(*t, "silu", 0.6), tensors)
+
+
+@pytest.mark.skipif(not compiled.FUNCTIONS, reason="no compiled ops here")
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_by_library_products_with_gradients_written_out(activation, trained, same):
+    """Outputs and every gradient against the specification in float64; what is saved."""
+    shapes = ((37, 29), (37, 29), (5, 29), (5,), (29, 5), (29,))
+    drawn = [torch.randn(*s, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(shapes)]
+    found = []
+    for function, kind in ((adapter_compiled, torch.float32), (adapter_ref, torch.float64)):
+        given, kept = [t.to(kind, copy=True).requires_grad_(trained or i < 2) for i, t in enumerate(drawn)], []
+        given[1] = given[0] if same else given[1]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = function(*given, activation, 0.6)
+        y.backward(torch.randn(37, 29, generator=torch.Generator().manual_seed(9)).to(kind))
+        found.append(([y, *(t.grad for t in given if t.requires_grad)], kept))
+    for mine, exact in zip(found[0][0], found[1][0]):
+        assert (mine - exact).abs().max() <= 2e-6 * max(1.0, exact.abs().max())
+    own = {(tuple(t.shape), t.dtype) for t in found[0][1]}
+    assert ((37, 5), torch.bool if activation == "relu" and not trained else torch.float32) in own and (((37, 29), torch.float32) in own) == trained
 
 
 def test_untrained_up_is_zero_and_down_is_not():

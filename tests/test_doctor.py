@@ -54,7 +54,7 @@ def test_without_triton_the_twins_do_the_work(monkeypatch):
 def test_the_command():
     said = done("doctor", "--device", "cpu").out
     assert f"torch {torch.__version__}" in said and said.splitlines()[-1] == "result: above"
-    row = next(line for line in said.splitlines() if line.startswith("adapter "))
+    row = next(line for line in said.splitlines() if line.startswith("lora_linear "))
     assert row.split()[1] == "torch"
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,19 +18,23 @@ CHECKS = sorted((ROOT / "tests" / "kernel_checks").glob("check_*.py"))
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def interpreted(path: Path, mark: str) -> None:
+def interpreted(path: Path, mark: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PEFTDEBIAS_KERNELS": "auto"}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", mark, str(path)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", mark, str(path)], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def running(request):
+    """{(path, mark): Future} of all that were chosen: each is one thread's work, so as many go on as there are cores."""
+    chosen = [item.callspec.params for item in request.session.items if item.path == request.path]
+    pool = ThreadPoolExecutor(os.cpu_count())
+    yield {(p["path"], p["mark"]): pool.submit(interpreted, p["path"], p["mark"]) for p in chosen}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("mark", ["not slow", pytest.param("slow", marks=pytest.mark.slow)], ids=["ragged", "real"])
+@pytest.mark.parametrize("path", CHECKS, ids=lambda p: p.stem)
+def test_equal_to_the_twin(path, mark, running):
+    done = running[path, mark].result()
     nothing = done.returncode == 5 and mark == "slow"  # pytest's word for: no such check in this file
     assert done.returncode == 0 or nothing, done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("path", CHECKS, ids=lambda p: p.stem)
-def test_equal_to_the_twin_at_ragged_sizes(path):
-    interpreted(path, "not slow")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", CHECKS, ids=lambda p: p.stem)
-def test_equal_to_the_twin_at_real_sizes(path):
-    interpreted(path, "slow")

@@ -182,6 +182,11 @@ def test_no_unit_before_what_it_needs():
     assert plan.needs(Unit("labels", 0.2, 1, "lora")) == [Unit("labels", 0.2, 1), Unit("text", 0.8, 1, "lora")]
 
 
+def test_a_weight_changes_what_was_learnt_and_not_the_base():
+    one, other = (Plan(out=None, start=0.8, sizes=SIZES, attribute_weight=weight) for weight in (1.0, 10.0))
+    assert [one.made_of(Unit("text", 0.8, 0, m)) == other.made_of(Unit("text", 0.8, 0, m)) for m in ("none", "lora")] == [True, False]
+
+
 @pytest.mark.slow
 def test_processes_side_by_side_give_the_same_figures(ran, tmp_path):
     out, said, _ = ran
@@ -224,6 +229,7 @@ ERRORS = {
     "not among them": (["--method-strengths", 0.3], "--method-strengths: expected some of --text-strengths and --label-strengths, got 0.3"),
     "scale": (["--scale", 0], "--scale: expected more than 0, up to 100, got 0.0"),
     "steps": (["--upstream-steps", 0], "--upstream-steps: expected at least 1, got 0"),
+    "weight": (["--attribute-weight", 0], "--attribute-weight: expected a number from 1 to 1000, got 0.0"),
     "jobs": (["--jobs", 0], "--jobs: expected at least 1, got 0"),
     "method": (["--methods", "lorra"], "method: expected one of .*, got 'lorra'"),
 }

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 TABLE = Path(__file__).with_name("dispatch.json")
-FORMS = {"lora_linear": ("written", "epilogue", "library"), "attention": ("fused", "padded", "varlen")}
-"""op -> its forms (lora.py and peftdebias/ops/attention.py say what they are); the first that can serve is the default."""
+FORMS = {"linear": ("blas", "onednn"), "lora_linear": ("written", "epilogue", "library"), "attention": ("fused", "padded", "varlen")}
+"""op -> its forms (lora.py and, in peftdebias/ops, attention.py and linear.py say what they are); the first that can serve is the default."""
 
 _forced: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("peftdebias_forms", default={})
 

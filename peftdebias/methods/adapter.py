@@ -9,7 +9,7 @@ down is [K, D], up [D, K], both with a bias. They are AdapterHub's `seq_bn`, `do
 untrained module changes nothing; Houlsby and Pfeiffer draw it near zero.
 
 The room: this file (specification, module), kernels/fused/adapter.py (kernel), tests/test_adapter.py and tests/kernel_checks/check_adapter.py (proof),
-bench/cases_modules.py (rows).
+bench/cases_kernels.py, bench/cases_steps.py and bench/cases_hub.py (rows).
 Left out: adapters of embeddings, invertible ones, fusion of several, dropout inside, LayerNorms of their own, the base's LayerNorms (Houlsby trains them).
 """
 
@@ -19,10 +19,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from .. import kernels
 from ..errors import ConfigError
+from ..ops import compiled
+from ..ops.linear import product
 from ..sites import ACTIVATIONS, EncoderConfig, block_sites
 from . import Method
 
@@ -32,6 +35,52 @@ def adapter_ref(inputs: Tensor, hidden: Tensor, down: Tensor, down_bias: Tensor,
     """inputs, hidden [T, D], down [K, D], down_bias [K], up [D, K], up_bias [D], activation a key of ACTIVATIONS -> [T, D]; the specification."""
     return hidden + scale * F.linear(ACTIVATIONS[activation](F.linear(inputs, down, down_bias)), up, up_bias)
 
+
+# ---------------------------------------------------------------- on a CPU
+
+SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_new": lambda df, z: torch.ops.aten.gelu_backward(df, z, approximate="tanh"),
+    "relu": lambda df, z: df * (z > 0),
+    "silu": torch.ops.aten.silu_backward,
+}
+"""activation -> (gradient of f(z), z) -> gradient of z."""
+
+
+@compiled.register("adapter")
+def adapter_compiled(inputs: Tensor, hidden: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, activation: str, scale: float = 1.0) -> Tensor:
+    """adapter_ref by library products. Saves inputs and z = inputs down^T + c where the four are trained; else z alone, and for ReLU its signs."""
+    parameters = (down, down_bias, up, up_bias)
+    if inputs.dim() != 2 or not compiled.takes(inputs, hidden, *parameters):
+        return adapter_ref(inputs, hidden, *parameters, activation, scale)
+    return _Adapter.apply(inputs, hidden, *parameters, activation, scale)
+
+
+class _Adapter(torch.autograd.Function):
+    """y = h + s (f(z) up^T + e). With dz = s (dy up) f'(z): dx = dz down, dh = dy, ddown = dz^T x, dc = sum dz, dup = s dy^T f(z), de = s sum dy."""
+
+    @staticmethod
+    def forward(ctx, inputs, hidden, down, down_bias, up, up_bias, activation, scale):
+        z = product(inputs, down, down_bias)
+        y = product(ACTIVATIONS[activation](z), up, up_bias).mul_(scale).add_(hidden)
+        ctx.activation, ctx.scale = activation, scale
+        trained = any(ctx.needs_input_grad[2:6])
+        ctx.save_for_backward(inputs if trained else None, z > 0 if activation == "relu" and not trained else z, down, up)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        inputs, z, down, up = ctx.saved_tensors
+        to_inputs, to_hidden, *to_parameters = ctx.needs_input_grad[:6]
+        dz = SLOPES[ctx.activation](product(dy, up.t()).mul_(ctx.scale), z)
+        found = [None] * 4
+        if any(to_parameters):
+            found = [dz.t() @ inputs, dz.sum(0), (dy.t() @ ACTIVATIONS[ctx.activation](z)).mul_(ctx.scale), dy.sum(0).mul_(ctx.scale)]
+        return product(dz, down.t()) if to_inputs else None, dy if to_hidden else None, *(g if wanted else None for g, wanted in zip(found, to_parameters)), None, None
+
+
+# ---------------------------------------------------------------- the module
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:

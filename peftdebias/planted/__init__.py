@@ -43,7 +43,8 @@ def testbed(settings: Testbed, say: Callable[[str], None] = lambda line: None) -
             methods.method_class(name)
     out = Path(settings.out)
     sizes = Sizes.scaled(settings.scale)
-    plan = Plan(out, settings.numbers("text_strengths")[-1], dataclasses.replace(sizes, upstream=settings.upstream_steps or sizes.upstream))
+    plan = Plan(out, settings.numbers("text_strengths")[-1], dataclasses.replace(sizes, upstream=settings.upstream_steps or sizes.upstream),
+                settings.attribute_weight)
     if os.path.exists(out) and not ((out / MARK).exists() or (out.is_dir() and not any(out.iterdir()))):
         raise ConfigError(f"--out {out}: exists and is no earlier testbed; expected a new folder")
     units = units_of(settings)

@@ -35,7 +35,6 @@ LONGEST = 64  # tokens; the world's texts are shorter, and a prompt of 1 % needs
 HIDDEN, SPREAD = 64, 0.08  # of the base. Drawn as narrowly as BERT is (0.02), it would learn the link only after thousands of steps
 RATES = {"pretraining": 4e-3, "downstream": 2e-3, "full": 5e-3, "adapter": 1e-2, "prefix": 1e-1, "prompt": 5e-2, "lora": 1e-2, "sparse": 6e-2, "ia3": 1e-1, "bias": 5e-2}
 OPTIONS = {"sparse": {"l1": 10.0, "first_rate": 0.05}}  # others as they are; the rate is the k values', at which the whole base would be lost
-ATTRIBUTE_WEIGHT = 10.0  # upstream: where a gendered word is masked the counterfactual has something to say, and nowhere else
 KEPT = ("accuracy", "tpr-gap/rms", "tpr-gap/rms-shuffled")
 
 
@@ -78,11 +77,13 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What all units share. out: the folder. start: strength in the text of the bases that the tasks start from. sizes: see Sizes."""
+    """What all units share. out: the folder. start: strength in the text of the bases that the tasks start from. sizes: see Sizes. attribute_weight:
+    upstream's; where a gendered word is masked the counterfactual has something to say, and nowhere else."""
 
     out: Path
     start: float
     sizes: Sizes
+    attribute_weight: float = 10.0
 
     def made_of(self, unit: Unit) -> dict:
         """All that a unit's figures follow from, besides the unit itself and the program: numbers of texts and steps, learning rates, the base's shape."""
@@ -92,7 +93,7 @@ class Plan:
         if unit.place == "labels":
             sizes, rates = [*sizes, "train", "dev", "test", "epochs", "task_batch"], [*rates, "downstream"]
         made = {"sizes": {name: getattr(self.sizes, name) for name in sizes}, "rates": {name: RATES[name] for name in rates}, "hidden": HIDDEN, "drawn": SPREAD}
-        made |= {"attribute_weight": ATTRIBUTE_WEIGHT, "options": OPTIONS.get(unit.method)} if unit.method != NONE else {}
+        made |= {"attribute_weight": self.attribute_weight, "options": OPTIONS.get(unit.method)} if unit.method != NONE else {}
         return made | ({"start": self.start} if unit.place == "labels" else {})
 
     def needs(self, unit: Unit) -> list[Unit]:
@@ -162,7 +163,7 @@ def text_unit(plan: Plan, unit: Unit, folder: Path) -> tuple[list[Measure], int]
         whole, fixed = trains_base(unit.method), methods.method_class(unit.method).size is None
         phases.upstream(Upstream(model=str(base), axis="gender", method=unit.method, corpus=(str(corpus),), out=str(folder / "run"), budget=None if fixed else BUDGET,
                                  steps=sizes.upstream, valid_every=sizes.upstream, lr=RATES[unit.method], batch_size=sizes.batch, max_length=LONGEST,
-                                 attribute_weight=ATTRIBUTE_WEIGHT, set=OPTIONS.get(unit.method), seed=unit.seed, cache=str(plan.out / "cache")))
+                                 attribute_weight=plan.attribute_weight, set=OPTIONS.get(unit.method), seed=unit.seed, cache=str(plan.out / "cache")))
         run = load_run(folder / "run") if whole else load_run(base, (str(folder / "run"),))
         trained = methods.base_parameters(run.model.config) if whole else next(iter(run.model.methods.values())).count()
     return masked_lm_measures(run, world, heldout, sizes.pairs, unit.seed), trained

@@ -1,0 +1,147 @@
+"""x W^T + bias, by the library that multiplies fastest on this processor.
+
+torch's float32 products go to its BLAS, which is MKL in the usual builds, and MKL uses AVX-512 on Intel's processors only; oneDNN, which torch carries too, uses it on
+all. bench/run.py linear measures both. oneDNN makes code for every shape that it meets and keeps it (0.3 ms and about as many MiB each), so the rows of a batch, never
+as many twice, go in pieces of few sizes.
+
+What it adds over torch.nn.functional.linear: that choice, for plain float32 on a CPU; for all else it is that function. Two forms, "blas" and "onednn": by the
+processor, or by PEFTDEBIAS_LINEAR, or `with dispatch.use("linear", "onednn"):`.
+
+Letters: T rows, in and out widths.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import kernels
+from ..kernels import dispatch
+from . import compiled
+
+LEAST = 1e7  # FLOPs: below it a call costs more than it saves
+PIECE, FEW, STEP, ROUND = 512, 256, 64, 16  # rows: of a piece at most; up to which a product is not cut; multiples of which a piece and an uncut product have
+WIDE = 8192  # columns from which a product is not cut: putting its pieces together would cost more than code for another number of rows
+
+linear_ref = F.linear
+"""x [..., in], weight [out, in], bias [out] or None -> [..., out]; the specification."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """linear_ref by the library that is faster here."""
+    if not _taken(x, weight, bias):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias) if compiled.recorded(x, weight, bias) else product(x, weight, bias)
+
+
+def form() -> tuple[str, str]:
+    """("blas" or "onednn", why) for float32 on this CPU."""
+    if kernels.setting() in ("torch", "triton"):
+        return "blas", "asked for by name"
+    form = dispatch.asked("linear")
+    if form == "blas" or (form and _there()):
+        return form, "asked for by name"
+    return _faster()
+
+
+@functools.cache
+def _there() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@functools.cache
+def _faster() -> tuple[str, str]:
+    if not _there():
+        return "blas", "this torch carries no oneDNN for this processor"
+    level, maker = torch.backends.cpu.get_cpu_capability(), vendor()
+    if level != "AVX512" or maker == "GenuineIntel" or not torch.backends.mkl.is_available():
+        return "blas", f"nothing known to be faster on {maker or 'this processor'}, {level}"
+    return "onednn", f"{level} on {maker}, which MKL leaves unused there"
+
+
+def vendor() -> str:
+    """The processor's maker as Linux names it (GenuineIntel, AuthenticAMD), or nothing."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), "")
+    except OSError:
+        return ""
+
+
+def _taken(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (compiled.takes(x, weight, bias) and x.dim() == weight.dim() == 2 and 2.0 * x.numel() * len(weight) >= LEAST and len(x) >= ROUND
+            and not torch.is_autocast_enabled("cpu") and form()[0] == "onednn")
+
+
+class _Linear(torch.autograd.Function):
+    """dx = dy W, dW = dy^T x, dbias = the sum of dy's rows. Saves x where W is trained, W where x is."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        to_x, to_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if to_weight else None, weight if to_x else None)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        return _onednn(dy, weight.t()) if to_x else None, _onednn_outer(dy, x) if to_weight else None, dy.sum(0) if to_bias else None
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, in] W^T [in, out] + bias -> [T, out], without a gradient; weight may be the transpose of a matrix. Plain where oneDNN is not taken."""
+    return _onednn(x, weight, bias) if _taken(x, weight, bias) else F.linear(x, weight, bias)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`product`, by pieces of the rows."""
+    x, rows = _apart(x), len(x)
+    with torch.no_grad():
+        if rows <= FEW or len(weight) >= WIDE:
+            return _call(_filled(x, -(-rows // ROUND) * ROUND), weight, bias)[:rows]
+        y = x.new_empty(rows, len(weight))
+        for start, size in pieces(rows):
+            y[start:start + size] = _call(x[start:start + size], weight, bias)
+    return y
+
+
+def _onednn_outer(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x [out, in] of dy [T, out] and x [T, in]."""
+    rows = len(x) // STEP * STEP
+    if not rows:
+        return dy.t() @ x
+    dy, x = _apart(dy), _apart(x)
+    with torch.no_grad():
+        y = _call(dy[:rows].t(), x[:rows].t(), None)
+        return y if rows == len(x) else y.addmm_(dy[rows:].t(), x[rows:])
+
+
+def pieces(rows: int) -> list[tuple[int, int]]:
+    """(first row, how many) of parts that cover more than FEW rows: one size as often as it goes, and for the rest a multiple of STEP that ends with the last row.
+    It may begin inside the part before, which costs less than a call for a few rows."""
+    whole = PIECE if rows >= PIECE else FEW
+    rest = -(-(rows % whole) // STEP) * STEP
+    return [(start, whole) for start in range(0, rows - whole + 1, whole)] + ([(rows - rest, rest)] if rest else [])
+
+
+def _call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _apart(x: Tensor) -> Tensor:
+    """x itself where its rows lie apart and neighbours in a row side by side, else a copy."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _filled(x: Tensor, rows: int) -> Tensor:
+    """x with rows behind that nobody looks at, `rows` in all: what its memory holds there, as the logits of a product like this do, else zeros."""
+    if len(x) == rows:
+        return x
+    end = x.storage_offset() + (rows - 1) * x.stride(0) + x.shape[1]
+    if end * x.element_size() <= x.untyped_storage().nbytes():
+        return x.as_strided((rows, x.shape[1]), x.stride())
+    return F.pad(x, (0, 0, 0, rows - len(x)))
