@@ -15,7 +15,7 @@ from peftdebias.step import Compiled, Step
 from peftdebias.tasks import mlm_loss
 from peftdebias.training import Schedule, make_optimizer, pick_step
 
-from .outside import LAYERS, assert_close, one_thread, ragged  # noqa: F401
+from .outside import FEED_FORWARD, HIDDEN, LAYERS, assert_close, one_thread, ragged  # noqa: F401
 from .plain import model_of
 
 MODULES = {"lora": {"rank": 2, "dropout": 0.1}, "adapter": {"bottleneck": 3}, "prefix": {"length": 3}, "prompt": {"length": 3}, "bias": {}, "ia3": {}}
@@ -33,9 +33,9 @@ class Labels:
         return mlm_loss(model.class_logits(batch), batch.targets)
 
 
-def made(name: str | None, dtype=torch.float32, cls=Step, options: dict | None = None, layers: int = LAYERS, **settings) -> Step:
+def made(name: str | None, dtype=torch.float32, cls=Step, options: dict | None = None, layers: int = LAYERS, hidden: int = HIDDEN, feed_forward: int = FEED_FORWARD, **settings) -> Step:
     """A step of a small model in train mode; every parameter of the module drawn, so that each has a gradient. None trains the base. options: beside MODULES'."""
-    model = model_of(dtype=dtype, layers=layers)
+    model = model_of(dtype=dtype, layers=layers, hidden=hidden, feed_forward=feed_forward)
     if name is not None:
         method, generator = methods.create(name, model.config, options=MODULES.get(name, {}) | (options or {}), seed=0), torch.Generator().manual_seed(1)
         if name == "sparse":
@@ -137,6 +137,16 @@ def test_saving_memory_changes_no_bit(name, implementation):
             assert torch.equal(other[key], tensor), key
             assert key == "loss" or method is None or tensor.abs().max() > 0, key
     assert not torch.equal(plain[0]["loss"], plain[1]["loss"])  # other masks
+
+
+def test_saving_memory_changes_no_bit_where_products_are_large():
+    """Sizes that the CPU's own forms of a linear take, and a batch that is no multiple of their pieces."""
+    step, found = made("lora", hidden=96, feed_forward=160, layers=2), []
+    for save in (False, True):
+        torch.manual_seed(3)
+        with step.model.recomputing(save):
+            found.append([step.gradients(batch_for("lora", lengths=(53,) * 13 + (7,))), *(p.grad.clone() for p in step.parameters)])
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and all(g.abs().max() > 0 for g in found[0])
 
 
 def test_saving_memory_keeps_the_inputs_of_the_layers_alone(monkeypatch):
