@@ -60,12 +60,12 @@ class Growth:
 TOKENS = 2048  # of a batch whose texts grow longer
 GROWTHS = {
     "tokens": Growth((256, 512, 1024, 2048, 4096), lambda x: Shape(sequences=x // 64), "every product is linear in the tokens of a batch"),
-    "length": Growth((32, 64, 128, 256, 512), lambda x: Shape(sequences=TOKENS // x, length=x), f"{TOKENS} tokens a batch: attention alone grows, in time as n, in memory not at all"),
+    "length": Growth((32, 64, 128, 256, 512), lambda x: Shape(sequences=TOKENS // x, length=x), f"{TOKENS} tokens a batch: attention alone grows, in time as n; no probabilities are kept, so memory stays"),
     "layers": Growth((1, 2, 4, 8, 12), lambda x: Shape(layers=x), "a layer costs as much as the one before it; the last, on the rows asked for, less, and the head is an offset", both=True),
     "width": Growth((64, 128, 256, 512, 768), lambda x: Shape(hidden=x), "products grow with the square, activations linearly"),
     "rank": Growth((1, 4, 16, 64, 256), lambda x: Shape(rank=x), "the two thin products of a linear are small beside it up to ranks near its width"),
     "modules": Growth((1, 2, 4, 8), lambda x: Shape(modules=x), "modules on the same linears add their deltas to its weight before the product"),
-    "corpus": Growth((1000, 2000, 4000, 8000, 16000), lambda x: Shape(corpus=x), "texts are read, swapped, tokenised and packed as a stream: the window bounds the memory"),
+    "corpus": Growth((1000, 2000, 4000, 8000, 16000), lambda x: Shape(corpus=x), "texts are read, swapped, tokenised and packed as a stream, in windows of 2048 texts with their counterfactuals: memory is theirs, and of little else"),
 }
 """What grows -> Growth."""
 SMALL = {"tokens": (64, 128), "length": (32, 64), "layers": (1, 2), "width": (64, 128), "rank": (1, 2), "modules": (1, 2), "corpus": (40, 80)}
