@@ -40,6 +40,7 @@ SIZES = {
     "tiny": Size(2, 128, 2, 512, repeats=15),
     "small": Size(4, 256, 4, 1024, repeats=7),
     "base": Size(12, 768, 12, 3072, repeats=3, batches=4),
+    "minilm": Size(6, 384, 12, 1536, repeats=5),  # the shape of MiniLM-L6-H384 (Wang et al. 2020, arXiv 2002.10957)
 }
 
 

@@ -11,10 +11,10 @@ What it adds over measure.py: the process and what it answers. As a script it is
 import dataclasses
 import gc
 import json
-import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,6 +28,7 @@ from bench.case import Case, Provider, Setting, Work  # noqa: E402
 from bench.cases_hub import through_library  # noqa: E402
 from bench.cases_sparse import SPARSE_CASES  # noqa: E402
 from bench.cases_steps import STEP_CASES, model_folder  # noqa: E402
+from bench.process import Process, serve  # noqa: E402
 
 COMPARED = STEP_CASES | SPARSE_CASES
 """name -> Case, of whole steps."""
@@ -47,27 +48,9 @@ def command(case: Case, provider: str, setting: Setting, *what: str) -> list[str
     return [python or sys.executable, __file__, json.dumps({"case": case.name, "provider": provider, "hub": python, "setting": fields}), *what]
 
 
-class Lane:
+def lane(case: Case, provider: str, setting: Setting) -> Process:
     """A provider's process, ready: one pass is done. about: steps, tokens, extra, versions. Raises RuntimeError when it ends."""
-
-    def __init__(self, case: Case, provider: str, setting: Setting):
-        self.provider = provider
-        self.process = subprocess.Popen(command(case, provider, setting, "serve"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.about = self._read()
-
-    def ask(self, what: str):
-        print(what, file=self.process.stdin, flush=True)
-        return self._read()
-
-    def _read(self):
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.provider}: its process ended with code {self.process.wait()}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+    return Process(provider, command(case, provider, setting, "serve"))
 
 
 def peak_mib(case: Case, provider: str, setting: Setting) -> float | None:
@@ -101,21 +84,17 @@ def main(argv: list[str]) -> int:
         found = measure.in_this_process(spec["provider"], provider, setting)
         safetensors.torch.save_file({name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}, argv[2])
     else:
-        serve(provider, setting)
+        serve(lambda: _start(provider, setting))
     return 0
 
 
-def serve(provider: Provider, setting: Setting) -> None:
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+def _start(provider: Provider, setting: Setting) -> tuple[dict, Callable[[str], object]]:
     work = provider.build(setting)
     work.run()
     about = {"steps": work.steps, "tokens": work.tokens, "extra": work.extra, "torch": torch.__version__, "triton": rows.version("triton"),
              "versions": {name: version for name in LIBRARIES if (version := rows.version(name))}}
-    print(json.dumps(about), file=out, flush=True)
     answers = {"pass": lambda: measure.seconds(work, 1, setting.device), "saved": lambda: saved_mib(work), "file": lambda: file_kib(work)}
-    for line in sys.stdin:
-        print(json.dumps(answers[line.strip()]()), file=out, flush=True)
+    return about, lambda line: answers[line]()
 
 
 def file_kib(work: Work) -> float | None:

@@ -54,6 +54,7 @@ class Training:
     precision: str = option("float32 or bf16 (autocast, on a GPU only); auto is bf16 on a GPU", "auto", choices=("auto", "float32", "bf16"))
     step: str = option("how a step runs: eager, graph (replayed as a CUDA graph) or compiled (torch.compile); auto is graph on a GPU", "auto",
                        choices=("auto", "eager", "graph", "compiled"))
+    save_memory: bool = option("keep the inputs of the layers alone and compute the rest again in the backward: the same bits, less memory, more time", False)
     overwrite: bool = option("replace --out if it exists", False)
     force: bool = option("attach modules that were made for another base, where shapes allow it", False)
 
@@ -160,7 +161,7 @@ class Evaluate:
     axis: str | None = option("counterfactual: axis whose words are swapped, a shipped name or a TOML file of yours (default: that of the run's module)", None, metavar="NAME|FILE")
     max_pairs: int = option("bias-nli: at most that many pairs, a sample chosen by the seed; 0: all", 20000)
     max_length: int | None = option("longest text in tokens; longer ones are cut, counted and reported (default: the run's own, else 256)", None)
-    batch_tokens: int = option("tokens in a batch", 8192)
+    batch_tokens: int = option("tokens in a batch; on a CPU it is cut to what stays in the cache", 8192)
     samples: int = option("bootstrap samples for the intervals", 1000)
     seed: int = option("of the bootstrap and of the perplexity's masks", 0)
     device: str = option("cpu, cuda, ...; auto takes a GPU where there is one", "auto")
@@ -222,7 +223,7 @@ class Predict:
     text_pair: str | None = option("column with the second text (default: the run's own)", None, metavar="COL")
     out: str | None = option("file to write (default: standard output)", None, metavar="FILE")
     max_length: int | None = option("longest text in tokens; longer ones are cut, counted and reported (default: the run's own, else 256)", None)
-    batch_tokens: int = option("tokens in a batch", 8192)
+    batch_tokens: int = option("tokens in a batch; on a CPU it is cut to what stays in the cache", 8192)
     device: str = option("cpu, cuda, ...; auto takes a GPU where there is one", "auto")
 
     def __post_init__(self):

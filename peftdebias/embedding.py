@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import __version__, checkpoint
-from .batches import Batch, Sample, pack, plan
+from .batches import Batch, Sample, pack
 from .encoder import Model, parameter_at
 from .errors import AdapterError, ConfigError, ModelError
 from .evaluation import LONGEST, cut_note, max_length
 from .methods import Method
 from .sites import ACTIVATIONS, EMBED_SITE
-from .tasks import VALIDATION_TOKENS, class_probabilities, in_eval, labelled_samples
+from .tasks import class_probabilities, in_eval, labelled_samples, scored_batches
 from .tokens import Encoded
 from .training import pick_device
 
@@ -172,9 +172,8 @@ def _mask_logits(model: Model, batch: Batch) -> Tensor:
 def _pooled(model: Model, samples: Sequence[Sample]) -> Tensor:
     """[N, D] on the CPU: the mean over the rows that each sample asks for."""
     found = torch.zeros(len(samples), model.config.hidden, dtype=model.encoder.embeddings.word.weight.dtype)
-    for items in plan([len(s.ids) for s in samples], batch_tokens=VALIDATION_TOKENS):
-        batch = pack([samples[i] for i in items])
-        for i, rows in zip(items, model.encoder(batch.to(model.device)).cpu().split(batch.row_lengths)):
+    for items, batch in scored_batches(model, samples):
+        for i, rows in zip(items, model.encoder(batch).cpu().split(batch.row_lengths)):
             found[i] = rows.mean(0)
     return found
 

@@ -7,7 +7,7 @@ Dropout: one seed a forward pass, drawn from torch's generator of the device, so
 the order in which they act: 0 the embeddings, 3 i + 1 to 3 i + 3 layer i's probabilities, attention and feed-forward, then the classifier's.
 
 Two savings, both exact: no padding flows through anything but attention, and the last layer computes queries, output projection and feed-forward
-only for the rows that the batch asks for.
+only for the rows that the batch asks for. A third on request, exact too: `recompute` keeps the inputs of the layers alone for the backward.
 
 Letters: T tokens in the batch, B sequences, D hidden, H heads, W head width, V vocabulary, M rows asked for.
 Papers: Devlin et al. 2019 (BERT), Liu et al. 2019 (RoBERTa).
@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from . import kernels
 from .batches import Batch, Spans
 from .errors import AdapterError, ModelError
 from .ops import Drop, attention, dropout, gelu, heads_of, linear, norm
@@ -94,6 +96,7 @@ class Encoder(nn.Module):
         self.hooks = Hooks()
         self.written: dict[str, Written] = {}  # while a forward pass runs: weights that hold a method's delta
         self.seed: Tensor | None = None  # int64 [1], of the masks of this forward pass and its head
+        self.recompute = False  # in the backward, what lies inside a layer, in place of keeping it
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
 
@@ -105,9 +108,10 @@ class Encoder(nn.Module):
         self.seed = torch.randint(2 ** 62, (1,), device=batch.ids.device) if self.training else None
         hidden, batch = self._embed(batch)
         self.written = write(self.hooks, self._linears, hidden)
+        layer = self._recomputed if self.recompute and torch.is_grad_enabled() else self._layer
         for i in range(self.config.layers):
             last = i == self.config.layers - 1 and not all_rows
-            hidden = self._layer(i, hidden, batch.row_spans if last else batch.spans, batch.rows if last else None)
+            hidden = layer(i, hidden, self.hooks.key_value(i), batch.row_spans if last else batch.spans, batch.rows if last else None)
         self.written = {}
         return hidden
 
@@ -140,12 +144,32 @@ class Encoder(nn.Module):
             hidden, batch = method.embed(hidden, batch, positioned)
         return dropout(self._norm("embeddings.norm", table.norm)(hidden), self.drop(0, config.dropout)), batch
 
-    def _layer(self, i: int, hidden: Tensor, spans: Spans, rows: Tensor | None) -> Tensor:
-        """hidden [T, D] -> [T, D], or [M, D] where rows int64 [M] are asked for."""
+    def _recomputed(self, i: int, hidden: Tensor, prefix: tuple[Tensor, Tensor] | None, spans: Spans, rows: Tensor | None) -> Tensor:
+        """_layer, of which nothing but its inputs is kept: the backward runs it again with the same seed, written weights and implementations, and so to the same bits."""
+        if torch.compiler.is_compiling():  # the compiler has both passes before it
+            for name in ("query_places", "key_places", "key_mask"):  # made here: what it recomputes may leave nothing behind
+                getattr(spans, name)
+            return checkpoint(self._layer, i, hidden, prefix, spans, rows, use_reentrant=False)
+        kept, kind = (self.seed, self.written), kernels.setting()  # a GPU's backward has a thread of its own, which knows of no `kernels.use`
+
+        def layer(*inputs) -> Tensor:
+            before, (self.seed, self.written) = (self.seed, self.written), kept
+            try:
+                with kernels.use(kind):
+                    return self._layer(i, *inputs)
+            finally:
+                self.seed, self.written = before
+
+        # Masks come from the seed; a method that drops may draw from torch's generator, which a CUDA graph's capture cannot set back.
+        draws = any(method.drops for method in self.hooks.methods.values())
+        return checkpoint(layer, hidden, prefix, spans, rows, use_reentrant=False, preserve_rng_state=draws)
+
+    def _layer(self, i: int, hidden: Tensor, prefix: tuple[Tensor, Tensor] | None, spans: Spans, rows: Tensor | None) -> Tensor:
+        """hidden [T, D] -> [T, D], or [M, D] where rows int64 [M] are asked for. prefix: keys and values [P, H, W] that every text's queries see."""
         layer, config, site = self.layers[i], self.config, f"layers.{i}"
         residual = hidden if rows is None else hidden.index_select(0, rows)
         query, key, value = self._query_key_value(i, residual, hidden)
-        context = attention(query, key, value, spans, self.hooks.key_value(i), self.drop(3 * i + 1, config.attention_dropout))
+        context = attention(query, key, value, spans, prefix, self.drop(3 * i + 1, config.attention_dropout))
         hidden = self._linear(f"{site}.attention.output", context.flatten(1), layer.attention.output)
         hidden = self.hooks.block(f"{site}.attention", hidden, residual, self._norm(f"{site}.attention.norm", layer.attention.norm), self.drop(3 * i + 2, config.dropout))
         residual = hidden
@@ -274,6 +298,15 @@ class Model(nn.Module):
             yield
         finally:
             self.mlm.decoder = None
+
+    @contextlib.contextmanager
+    def recomputing(self, on: bool = True) -> Iterator[None]:
+        """Inside the `with` block a training pass keeps the inputs of the layers alone, and its backward computes the rest again."""
+        before, self.encoder.recompute = self.encoder.recompute, on
+        try:
+            yield
+        finally:
+            self.encoder.recompute = before
 
     @contextlib.contextmanager
     def without(self, *names: str) -> Iterator["Model"]:

@@ -325,7 +325,7 @@ def size_note(what: str, trained: dict, model: Model) -> str:
 
 def _schedule(settings: Upstream | Downstream, steps: int, validate_every: int | None, precision: str, step: str) -> Schedule:
     return Schedule(steps=steps, lr=settings.lr, validate_every=validate_every, warmup=settings.warmup, weight_decay=settings.weight_decay,
-                    clip=settings.clip, precision=precision, step=step, seed=settings.seed)
+                    clip=settings.clip, precision=precision, step=step, save_memory=settings.save_memory, seed=settings.seed)
 
 
 def _saved(settings: Upstream | Downstream) -> dict:

@@ -23,6 +23,9 @@ from .ops import compiled
 from .tokens import Encoded, Tokenizer, mask_tokens
 
 VALIDATION_TOKENS = 8192
+CPU_TOKENS = 2048
+"""At most so many in a batch on a CPU, whatever is asked for: what a layer makes of them stays in the cache, and the allocator hands the same pages out again. On
+6 layers x 384 (one thread, AVX-512) 14 % faster than 8192."""
 
 
 # ---------------------------------------------------------------- scores without gradients
@@ -41,9 +44,11 @@ def in_eval(function):
     return run
 
 
-def _batches(samples: Sequence[Sample], batch_tokens: int) -> Iterator[tuple[list[int], Batch]]:
-    for items in plan([len(s.ids) for s in samples], batch_tokens=batch_tokens):
-        yield items, pack([samples[i] for i in items])
+def scored_batches(model: Model, samples: Sequence[Sample], batch_tokens: int = VALIDATION_TOKENS) -> Iterator[tuple[list[int], Batch]]:
+    """(which samples, their batch on the model's device), sorted by length."""
+    limit = min(batch_tokens, CPU_TOKENS) if model.device.type == "cpu" else batch_tokens
+    for items in plan([len(s.ids) for s in samples], batch_tokens=limit):
+        yield items, pack([samples[i] for i in items]).to(model.device)
 
 
 def _token_nll(model: Model, batch: Batch) -> Tensor:
@@ -57,8 +62,8 @@ def _token_nll(model: Model, batch: Batch) -> Tensor:
 def masked_lm_nll(model: Model, samples: Sequence[Sample], batch_tokens: int = VALIDATION_TOKENS) -> tuple[numpy.ndarray, numpy.ndarray]:
     """(float64 [B] summed negative log-likelihood of each sample's targets in nats, int [B] how many targets)."""
     sums, counts = numpy.zeros(len(samples)), numpy.array([len(s.rows) for s in samples])
-    for items, batch in _batches(samples, batch_tokens):
-        nll = _token_nll(model, batch.to(model.device)).cpu().numpy()
+    for items, batch in scored_batches(model, samples, batch_tokens):
+        nll = _token_nll(model, batch).cpu().numpy()
         sums[items] = [part.sum() for part in numpy.split(nll, numpy.cumsum(batch.row_lengths)[:-1])]
     return sums, counts
 
@@ -67,8 +72,8 @@ def masked_lm_nll(model: Model, samples: Sequence[Sample], batch_tokens: int = V
 def class_probabilities(model: Model, samples: Sequence[Sample], batch_tokens: int = VALIDATION_TOKENS) -> numpy.ndarray:
     """float64 [B, C]: probability of each label."""
     found = numpy.zeros((len(samples), len(model.classifier.labels)))
-    for items, batch in _batches(samples, batch_tokens):
-        found[items] = model.class_logits(batch.to(model.device)).double().softmax(-1).cpu().numpy()
+    for items, batch in scored_batches(model, samples, batch_tokens):
+        found[items] = model.class_logits(batch).double().softmax(-1).cpu().numpy()
     return found
 
 
@@ -85,8 +90,8 @@ def sentence_vectors(model: Model, samples: Sequence[Sample], pooling: str = "fi
         raise ValueError(f"pooling: expected one of {', '.join(VECTORS)}, got {pooling!r}")
     samples = [Sample(s.ids, FIRST_TOKEN if pooling == "first" else numpy.arange(len(s.ids)), None, s.segments) for s in samples]
     found = numpy.zeros((len(samples), model.config.hidden))
-    for items, batch in _batches(samples, batch_tokens):
-        hidden = model.encoder(batch.to(model.device)).double()  # [M, D]
+    for items, batch in scored_batches(model, samples, batch_tokens):
+        hidden = model.encoder(batch).double()  # [M, D]
         found[items] = numpy.stack([part.mean(0).cpu().numpy() for part in hidden.split(batch.row_lengths)])
     return found
 

@@ -32,7 +32,7 @@ FLAT = 2 ** 24  # values of a module; a whole base has large tensors, of which a
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """steps in all; validate_every steps (or None: at the end of every epoch); lr is the peak; warmup a share of the steps; clip a gradient norm; step: how a step
-    runs, one of STEPS."""
+    runs, one of STEPS; save_memory: the backward computes the layers again (Encoder.recompute)."""
 
     steps: int
     lr: float
@@ -42,6 +42,7 @@ class Schedule:
     clip: float = 1.0
     precision: str = "float32"
     step: str = "eager"
+    save_memory: bool = False
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -121,7 +122,8 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
     optimizer = make_optimizer(parameters, schedule)
     decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     half = lowered(model) if schedule.precision == "bf16" else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), half, _bar(schedule.steps, label) as bar:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), half, model.recomputing(schedule.save_memory), \
+            _bar(schedule.steps, label) as bar:
         torch.manual_seed(schedule.seed)
         before = task.validate(model)
         log(event="validation", step=0, **before)

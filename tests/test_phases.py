@@ -71,6 +71,14 @@ def without_times(path) -> list[dict]:
 
 # ---------------------------------------------------------------- what is trained
 
+@pytest.mark.parametrize(("command", "folder"), [("upstream", "gender"), ("downstream", "plain")])
+def test_saving_memory_ends_in_the_same_files(command, folder, small, runs, tmp_path):  # noqa: F811
+    done(command, *(small.learning if command == "upstream" else small.task)(out=tmp_path / "run", save_memory=True))
+    files = [path for path in tree(runs[folder]) if path.endswith(".safetensors")]
+    assert files and all(sha256(tmp_path / "run" / path) == sha256(runs[folder] / path) for path in files)
+    assert tomllib.loads((tmp_path / "run" / "config.toml").read_text())["save_memory"] is True
+
+
 def test_upstream_trains_the_module_alone(small, runs):  # noqa: F811
     model = weights.load(small.base).model
     header = json.loads((runs["gender"] / "adapter" / "adapter.json").read_text())

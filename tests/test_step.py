@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftdebias import kernels, methods, patch
 from peftdebias.batches import IGNORED
-from peftdebias.encoder import Model
+from peftdebias.encoder import Encoder, Model
 from peftdebias.graphs import Graphed
 from peftdebias.lowered import lowered, may_be_lowered
 from peftdebias.shapes import fill, rounded, shape_of
@@ -15,7 +15,7 @@ from peftdebias.step import Compiled, Step
 from peftdebias.tasks import mlm_loss
 from peftdebias.training import Schedule, make_optimizer, pick_step
 
-from .outside import assert_close, one_thread, ragged  # noqa: F401
+from .outside import LAYERS, assert_close, one_thread, ragged  # noqa: F401
 from .plain import model_of
 
 MODULES = {"lora": {"rank": 2, "dropout": 0.1}, "adapter": {"bottleneck": 3}, "prefix": {"length": 3}, "prompt": {"length": 3}, "bias": {}, "ia3": {}}
@@ -33,11 +33,13 @@ class Labels:
         return mlm_loss(model.class_logits(batch), batch.targets)
 
 
-def made(name: str | None, dtype=torch.float32, cls=Step, **settings) -> Step:
-    """A step of a small model in train mode; every parameter of the module drawn, so that each has a gradient. None trains the base."""
-    model = model_of(dtype=dtype)
+def made(name: str | None, dtype=torch.float32, cls=Step, options: dict | None = None, layers: int = LAYERS, **settings) -> Step:
+    """A step of a small model in train mode; every parameter of the module drawn, so that each has a gradient. None trains the base. options: beside MODULES'."""
+    model = model_of(dtype=dtype, layers=layers)
     if name is not None:
-        method, generator = methods.create(name, model.config, options=MODULES[name], seed=0), torch.Generator().manual_seed(1)
+        method, generator = methods.create(name, model.config, options=MODULES.get(name, {}) | (options or {}), seed=0), torch.Generator().manual_seed(1)
+        if name == "sparse":
+            method.load(spread(method))
         for parameter in method.parameters().values():
             parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.1).to(dtype)
         patch.attach(model, "gender", method)
@@ -45,6 +47,13 @@ def made(name: str | None, dtype=torch.float32, cls=Step, **settings) -> Step:
     patch.train_only(model, parameters.values())
     model.train()
     return cls(model, Masked() if name else Labels(), make_optimizer(parameters, Schedule(steps=3, lr=1e-2)), parameters, clip=1e9, **settings)
+
+
+def spread(method) -> dict[str, torch.Tensor]:
+    """Values and indices for a sparse module, a few in every linear."""
+    sites = [site for site in method.sites(method.encoder_config) if site.startswith("layers.") and not site.endswith(".bias")]
+    counts = [len(range(i, method.config.k, len(sites))) for i in range(len(sites))]
+    return {f"{site}.{part}": tensor for site, n in zip(sites, counts) for part, tensor in (("values", torch.ones(n)), ("indices", torch.arange(n, dtype=torch.int32) * 7))}
 
 
 def batch_for(name: str | None, seed: int = 0, lengths=(13, 1, 7)):
@@ -98,11 +107,70 @@ def test_texts_of_like_sizes_share_a_shape():
     assert len(shapes) <= 4
 
 
+# ---------------------------------------------------------------- layers computed again
+
+RECOMPUTED = {**{name: (name, {}) for name in MODULES}, "base": (None, {}), "sparse": ("sparse", {"k": 40}), "lora without dropout": ("lora", {"dropout": 0.0}),
+              "adapter behind both blocks": ("adapter", {"architecture": "houlsby"}), "re-parametrised prefix": ("prefix", {"reparametrised": True, "inner": 5})}
+
+
+def losses_and_gradients(step: Step, name: str | None, save: bool, seeds=(3, 4)) -> list[dict]:
+    found = []
+    with step.model.recomputing(save):
+        for seed in seeds:
+            torch.manual_seed(seed)
+            loss = step.gradients(batch_for(name, seed))
+            found.append({"loss": loss, **{n: p.grad.clone() for n, p in patch.all_parameters(step.model).items() if p.grad is not None}})
+    return found
+
+
+@pytest.mark.parametrize("implementation", ["torch", "auto"])
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_saving_memory_changes_no_bit(name, implementation):
+    """With dropout, and the last layer on the rows asked for: the loss and every gradient."""
+    method, options = RECOMPUTED[name]
+    with kernels.use(implementation):
+        step = made(method, options=options)
+        plain, saved = (losses_and_gradients(step, method, save) for save in (False, True))
+    for one, other in zip(plain, saved):
+        assert one.keys() == other.keys() and len(one) > 1
+        for key, tensor in one.items():
+            assert torch.equal(other[key], tensor), key
+            assert key == "loss" or method is None or tensor.abs().max() > 0, key
+    assert not torch.equal(plain[0]["loss"], plain[1]["loss"])  # other masks
+
+
+def test_saving_memory_keeps_the_inputs_of_the_layers_alone(monkeypatch):
+    """Each layer runs twice, and autograd keeps one tensor for it, its input."""
+    kept, ran, original = {}, [], Encoder._layer
+    monkeypatch.setattr(Encoder, "_layer", lambda self, i, *inputs: (ran.append(i), original(self, i, *inputs))[1])
+    for save in (False, True):
+        for layers in (2, 5):
+            step, count = made("lora", layers=layers), []
+            with step.model.recomputing(save), torch.autograd.graph.saved_tensors_hooks(lambda t: (count.append(t), t)[1], lambda t: t):
+                step.gradients(batch_for("lora"))
+            kept[save, layers] = len(count)
+    assert kept[True, 5] - kept[True, 2] == 3 and kept[False, 5] - kept[False, 2] > 3 * 5
+    assert ran == [0, 1] + [*range(5)] + [0, 1, 1, 0] + [*range(5), *reversed(range(5))]
+
+
+def test_saving_memory_remembers_each_pass():
+    """Two forward passes before their backward: each is computed again with its own masks. Scores without gradients compute nothing twice."""
+    step, found = made("lora"), []
+    for save in (False, True):
+        torch.manual_seed(5)
+        with step.model.recomputing(save):
+            total = step.loss(step.model, batch_for("lora", 1)) + step.loss(step.model, batch_for("lora", 2))
+            step.optimizer.zero_grad()
+            total.backward()
+        found.append([p.grad.clone() for p in step.parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and not step.model.encoder.recompute
+
+
 # ---------------------------------------------------------------- torch.compile
 
 @pytest.mark.parametrize("name", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adapter", "prefix", "prompt", "bias", "ia3", None))])
 def test_the_step_compiles_without_graph_breaks(name):
-    """fullgraph: a break would raise. Losses of three steps, with dropout, as eager has them; one shape is compiled once."""
+    """fullgraph: a break would raise. Losses of three steps, with dropout, as eager has them; one shape is compiled once. With layers computed again too."""
     torch.compiler.reset()
     compiled = []
 
@@ -112,11 +180,13 @@ def test_the_step_compiles_without_graph_breaks(name):
 
     found = []
     with kernels.use("torch"):
-        for step in (made(name), made(name, cls=Compiled, backend=backend)):
+        for step, save in ((made(name), False), (made(name, cls=Compiled, backend=backend), False), (made(name, cls=Compiled, backend=backend), True)):
             torch.manual_seed(3)
-            found.append([float(step(batch_for(name, seed), 1e-2)) for seed in range(3)])
+            with step.model.recomputing(save):
+                found.append([float(step(batch_for(name, seed), 1e-2)) for seed in range(3)])
     numpy.testing.assert_allclose(found[1], found[0], rtol=2e-5)
-    assert len(compiled) == 1
+    numpy.testing.assert_allclose(found[2], found[0], rtol=2e-5)
+    assert len(compiled) == 2
 
 
 @pytest.mark.slow

@@ -1,0 +1,190 @@
+"""bench/predict.py and bench/scale.py at tiny sizes: equality before time, rows with their schema, what is computed from them. No figure is looked at."""
+
+import importlib
+import json
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+
+from peftdebias.encoder import EncoderConfig, Model
+from peftdebias.tokens import load_tokenizer
+
+from .outside import library, one_thread  # noqa: F401
+from .small import small  # noqa: F401
+
+ROOT = Path(__file__).resolve().parent.parent
+FIELDS = {"kernel_name", "provider", "mode", "metric_name", "metric_unit", "x_name", "x_value", "y_50", "y_20", "y_80", "extra_config", "device_name", "torch_version",
+          "triton_version", "commit", "timestamp"}
+
+
+@pytest.fixture(scope="module")
+def bench():
+    sys.path.insert(0, str(ROOT))
+    try:
+        return type("bench", (), {name: importlib.import_module(f"bench.{name}") for name in ("cases_predict", "cases_scale", "measure", "predict", "process", "rows", "scale")})
+    finally:
+        sys.path.remove(str(ROOT))
+
+
+@pytest.fixture
+def task(bench, small, tmp_path):  # noqa: F811
+    return bench.cases_predict.Task("micro", str(small.base), str(small.corpus), None, 40, 32, str(tmp_path))
+
+
+def words_of(task, *more) -> list[str]:
+    return [task.file, "--tokenizer", task.tokenizer, "--size", "micro", "--longest", "32", "--texts", "40", "--singles", "3", "--large", "40", "--repeats", "2", "--file-repeats", "2", *more]
+
+
+# ---------------------------------------------------------------- predict
+
+def test_answers_differ_from_text_to_text_and_are_the_same_on_both_sides(bench, task):
+    """Without that, equality would say nothing."""
+    library("transformers"), library("peft")
+    texts = task.texts()
+    shares = bench.predict.check(task, texts)
+    assert set(shares) == set(bench.cases_predict.PREDICTORS) and max(shares.values()) <= 1
+    probabilities = [answer["probabilities"]["a"] for answer in bench.cases_predict.ours(True)(task)(texts, 1)]
+    assert len(texts) == 40 and max(probabilities) - min(probabilities) > 1e-2
+
+
+def test_both_sides_cut_long_texts_alike(bench, task, tmp_path):
+    library("transformers"), library("peft")
+    long = Path(tmp_path / "long.txt")
+    long.write_text("\n".join(" ".join([text] * 9) for text in task.texts()[:5]) + "\n")
+    with pytest.warns(UserWarning, match="5 of 5 texts are longer than 32 tokens"):
+        bench.predict.check(bench.cases_predict.dataclasses.replace(task, file=str(long)), long.read_text().splitlines())
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_module_counts(bench, task, merged, monkeypatch):
+    texts, module_values = task.texts()[:4], bench.cases_predict.module_values
+    found = bench.cases_predict.ours(merged)(task)(texts, 1)
+    monkeypatch.setattr(bench.cases_predict, "module_values", lambda *names: {key: 0 * value for key, value in module_values(*names).items()})
+    assert found != bench.cases_predict.ours(merged)(task)(texts, 1)
+
+
+def test_a_difference_is_red_and_nothing_is_timed(bench, task, monkeypatch, capsys, tmp_path):
+    build = bench.cases_predict.ours(True)
+
+    def spoilt(task):
+        predict = build(task)
+        return lambda texts, batch: [answer | {"probabilities": {k: p + 1e-4 for k, p in answer["probabilities"].items()}} for answer in predict(texts, batch)]
+
+    monkeypatch.setattr(bench.predict, "PREDICTORS", {"peftdebias": bench.cases_predict.ours(False), "peftdebias, merged": spoilt})
+    monkeypatch.setattr(bench.predict, "Process", lambda *a: pytest.fail("timed"))
+    assert bench.predict.main(words_of(task, "--out", str(tmp_path / "rows.json"))) == 1
+    printed = capsys.readouterr().out
+    assert "peftdebias, merged differs from peftdebias; nothing is timed" in printed and "max|difference| 0.0001, allowed 2e-06" in printed and not (tmp_path / "rows.json").exists()
+
+
+def test_rows_bars_and_ceiling(bench, task, capsys, tmp_path):
+    """Every provider in its own process."""
+    library("transformers"), library("peft")
+    out = tmp_path / "rows.json"
+    assert bench.predict.main(words_of(task, "--out", str(out))) == 0
+    rows, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert all(set(row) == FIELDS and row["mode"] == "predict" and row["y_20"] <= row["y_50"] <= row["y_80"] for row in rows)
+    calls = {(row["provider"], row["x_value"], row["metric_name"]) for row in rows if row["kernel_name"] == "predict_calls"}
+    assert calls == {(name, x, metric) for name in bench.cases_predict.ONE_CALL for x in (1, 256) for metric in (("time", "texts", "p99") if x == 1 else ("time", "texts"))}
+    times = {row["provider"]: row["y_50"] for row in rows if row["kernel_name"] == "predict_file" and row["metric_name"] == "time"}
+    assert set(times) == {*bench.cases_predict.WHOLE_FILE, bench.predict.CEILING} and times[bench.predict.CEILING] == min(times.values())
+    assert "## The whole file" in printed and "asked for at least 1.4" in printed and "random weights" in printed and "mean" in printed
+
+
+def test_bars_say_met_and_not_met(bench):
+    def row(provider, ms):
+        return bench.rows.Row("predict_file", provider, "predict", "time", "ms", "texts", 1, ms, ms, ms, {}, "d", "t", None, "c", "2026")
+
+    theirs = bench.predict.THEIRS
+    lines = bench.predict.bars([row(theirs, 2900.0), row(f"{theirs}, sorted by length", 1500.0), row(bench.predict.OURS, 1000.0), row(bench.predict.CEILING, 800.0)])
+    assert lines == ["peftdebias, merged: 1.00 s, 1.25 times the ceiling (0.80 s)",
+                     f"1.50 times as fast as {theirs}, sorted by length; asked for at least 1.4: met; at the ceiling it would be 1.88",
+                     f"2.90 times as fast as {theirs}, in the order of the file; asked for at least 3: not met; at the ceiling it would be 3.62"]
+
+
+def test_the_floor_counts_the_products_that_run(bench, small, monkeypatch):  # noqa: F811
+    """Against torch's own counter, which sees into the specification of attention and not into torch's fused op."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from peftdebias import kernels
+    from peftdebias.ops import attention_ref
+    from peftdebias.tasks import labelled_samples, scored_batches
+
+    config = EncoderConfig(kind="bert", layers=3, hidden=32, heads=2, feed_forward=64, vocab=500, max_positions=64)
+    model = Model(config, labels=("a", "b")).eval()
+    encoded = load_tokenizer(small.base).encode(["he is a nurse", "she"], max_length=16)
+    monkeypatch.setattr("peftdebias.encoder.attention", attention_ref)
+    with kernels.use("torch"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for _, batch in scored_batches(model, labelled_samples(encoded)):
+            model.class_logits(batch)
+    assert bench.cases_predict.forward_flops(config, [len(e.ids) for e in encoded]) == pytest.approx(counter.get_total_flops())
+
+
+@pytest.mark.parametrize(("script", "words", "shown"), [
+    ("predict", ["none.txt", "--tokenizer", "."], "bench: .: expected tokenizer.json"),
+    ("predict", ["none.txt"], "required: --tokenizer"),
+    ("predict", ["none.txt", "--tokenizer", ".", "--texts", "0"], "--texts: expected at least 1, got 0"),
+    ("predict", ["none.txt", "--tokenizer", ".", "--longest", "600"], "--longest: expected at most 512 for the size minilm, got 600"),
+    ("predict", ["none.txt", "--tokenizer", ".", "--out", "x.csv"], "expected a file name that ends in .json"),
+    ("scale", ["nope"], "no curve 'nope'; expected some of tokens, length"),
+    ("scale", ["--repeats", "0"], "--repeats: expected at least 1, got 0"),
+    ("scale", ["--out", "x.svg"], "expected a file name that ends in .json"),
+])
+def test_bad_arguments_get_one_line_and_exit_code_2(bench, small, capsys, script, words, shown, tmp_path):  # noqa: F811
+    words = [str(small.corpus) if word == "none.txt" else str(tmp_path) if word == "." else word for word in words]
+    try:
+        code = getattr(bench, script).main(words)
+    except SystemExit as left:
+        code = left.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("bench: ") and shown.removeprefix("bench: .: ") in err
+
+
+def test_a_missing_file_gets_one_line(bench, small, capsys, tmp_path):  # noqa: F811
+    assert bench.predict.main([str(tmp_path / "no.txt"), "--tokenizer", str(small.base), "--size", "micro", "--longest", "32"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_process_that_ends_is_an_error(bench):
+    with pytest.raises(RuntimeError, match="theirs: its process ended with code 3"):
+        bench.process.Process("theirs", [sys.executable, "-c", "raise SystemExit(3)"])
+
+
+# ---------------------------------------------------------------- scale
+
+def test_a_power_is_found_with_its_error(bench):
+    exact = bench.scale.fit([1, 2, 4, 8], [3 * x ** 1.5 for x in (1, 2, 4, 8)])
+    assert (exact.exponent, exact.factor, exact.last) == pytest.approx((1.5, 3, 1.5)) and exact.error == pytest.approx(0, abs=1e-9)
+    bent = bench.scale.fit([1, 2, 4], [2, 3, 5])  # 1 + x: an offset
+    assert bent.exponent < bent.last < 1 and bent.error > 0
+    assert bench.scale.fit([1, 2], [1, 4]).error is None and bench.scale.fit([1], [1]) is None and bench.scale.fit([1, 2], [0.0, 1.0]) is None
+    # log y 0, 1, 1 at log x 0, 1, 2: slope 1/2, residuals 1/6, so sqrt(1/6 / 1 / 2)
+    e = 2.718281828459045
+    assert bench.scale.fit([1, e, e * e], [1, e, e]).error == pytest.approx((1 / 12) ** 0.5)
+
+
+def test_one_thing_changes_in_each_curve(bench):
+    """Of a step: the fields of the shape that differ between the points."""
+    own = {"length": {"length", "sequences"}, "tokens": {"sequences"}, "layers": {"layers"}, "width": {"hidden"}, "rank": {"rank"}, "modules": {"modules"}, "corpus": {"corpus"}}
+    fields = [f.name for f in bench.scale.dataclasses.fields(bench.cases_scale.Shape)]
+    for name, growth in bench.cases_scale.GROWTHS.items():
+        shapes = [growth.shape(x) for x in growth.values]
+        assert {f for f in fields if len({getattr(s, f) for s in shapes}) > 1} == own[name]
+        if name in ("tokens", "length"):
+            assert [s.sequences * s.length for s in shapes] == (list(growth.values) if name == "tokens" else [bench.cases_scale.TOKENS] * len(shapes))
+
+
+def test_curves_rows_and_a_drawing(bench, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "scale.json"
+    assert bench.scale.main(["--small", "--repeats", "1", "--out", str(out)]) == 0
+    rows, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert all(set(row) == FIELDS and row["y_50"] > 0 for row in rows if row["metric_name"] != "peak memory")
+    assert {row["x_name"] for row in rows} == set(bench.cases_scale.GROWTHS) and all("fit" in row["extra_config"] for row in rows if row["metric_name"] == "time")
+    saved = {(row["provider"], row["x_value"]): row["y_50"] for row in rows if row["kernel_name"] == "scale_layers" and row["metric_name"] == "saved for backward"}
+    assert saved[bench.cases_scale.SAVING, 2] < saved["peftdebias", 2] and saved["peftdebias", 2] > saved["peftdebias", 1]
+    assert "## Exponents" in printed and "- 2 layers, --save-memory over without: time" in printed
+    assert ElementTree.parse(out.with_suffix(".svg")).getroot().tag.endswith("svg")
