@@ -16,7 +16,7 @@ from peftdebias.encoder import EncoderConfig, Model
 from peftdebias.errors import ConfigError, DataError, PeftDebiasError
 from peftdebias.patch import all_parameters, train_only
 from peftdebias.step import Step
-from peftdebias.tasks import Classification, MaskedLM, class_probabilities, label_indices, labelled_samples, masked_lm_nll
+from peftdebias.tasks import Classification, MaskedLM, class_probabilities, label_indices, labelled_samples, masked_lm_nll, scored_batches
 from peftdebias.tokens import STYLES, wordpiece
 from peftdebias.training import Schedule, make_optimizer, pick_device, pick_precision, train
 
@@ -416,3 +416,14 @@ def test_a_labelled_sample_asks_for_the_first_token():
     samples = labelled_samples(TOKENIZER.encode(["w1 w2", "w3"], ["w4", "w5 w6"]), [2, 0])
     assert [s.rows.tolist() for s in samples] == [[0], [0]] and [s.targets.tolist() for s in samples] == [[2], [0]]
     assert samples[0].segments.tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_scores_on_a_cpu_come_in_small_batches(monkeypatch):
+    """Whatever is asked for; every sample once, and no fewer tokens than what was asked for allows."""
+    model, samples = model_of(), [Sample(numpy.arange(5, 5 + n), numpy.array([0])) for n in (3, 9, 4, 5, 9)]
+    monkeypatch.setattr("peftdebias.tasks.CPU_TOKENS", 12)
+    for asked, most in ((8192, 12), (9, 9)):
+        found = list(scored_batches(model, samples, asked))
+        assert sorted(i for items, _ in found for i in items) == [*range(5)]
+        assert max(len(batch.ids) for _, batch in found) == most
+        assert all(batch.lengths == tuple(len(samples[i].ids) for i in items) for items, batch in found)
