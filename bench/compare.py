@@ -27,6 +27,7 @@ import torch  # noqa: E402
 from bench import bars, install, lanes, measure, plots, rows  # noqa: E402
 from bench.case import SIZES, Case, Provider, Setting  # noqa: E402
 from bench.cases_steps import needed_flops  # noqa: E402
+from bench.process import Process  # noqa: E402
 from bench.run import Parser, check, complain, say, title  # noqa: E402
 from peftdebias.kernels import dispatch  # noqa: E402
 from peftdebias.ops import linear  # noqa: E402
@@ -58,7 +59,7 @@ def compare(case: Case, setting: Setting, providers: dict[str, Provider], repeat
     rates, up = gemm_rates(), {}
     for provider, what in providers.items():
         try:
-            up[provider] = lanes.Lane(case, provider, setting)
+            up[provider] = lanes.lane(case, provider, setting)
         except RuntimeError as error:
             if not what.compiled:
                 raise
@@ -95,7 +96,7 @@ def compare(case: Case, setting: Setting, providers: dict[str, Provider], repeat
     return found
 
 
-def in_turns(own: lanes.Lane, other: lanes.Lane, pairs: int) -> list[float]:
+def in_turns(own: Process, other: Process, pairs: int) -> list[float]:
     """Seconds of a pass of `own` over those of the pass of `other` beside it; who begins changes from pair to pair."""
     found = []
     for i in range(pairs):

@@ -1,6 +1,6 @@
 """A provider in a process of its own, with the interpreter that it asks for: what compare.py talks to.
 
-What it adds over process.py: what is asked of it and what it answers. As a script it is the other end, and imports no more of this checkout than AdapterHub's environment can.
+What it adds over measure.py: the process and what it answers. As a script it is the other end, and imports no more of this checkout than AdapterHub's environment can.
 
     SPEC = {"case": ..., "provider": ..., "hub": interpreter or null, "setting": fields of Setting}
     lanes.py SPEC serve          a line about the work, then one for every line of standard input: pass -> seconds, saved -> MiB, file -> KiB or null
@@ -48,11 +48,9 @@ def command(case: Case, provider: str, setting: Setting, *what: str) -> list[str
     return [python or sys.executable, __file__, json.dumps({"case": case.name, "provider": provider, "hub": python, "setting": fields}), *what]
 
 
-class Lane(Process):
+def lane(case: Case, provider: str, setting: Setting) -> Process:
     """A provider's process, ready: one pass is done. about: steps, tokens, extra, versions. Raises RuntimeError when it ends."""
-
-    def __init__(self, case: Case, provider: str, setting: Setting):
-        super().__init__(provider, command(case, provider, setting, "serve"))
+    return Process(provider, command(case, provider, setting, "serve"))
 
 
 def peak_mib(case: Case, provider: str, setting: Setting) -> float | None:
@@ -86,12 +84,11 @@ def main(argv: list[str]) -> int:
         found = measure.in_this_process(spec["provider"], provider, setting)
         safetensors.torch.save_file({name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}, argv[2])
     else:
-        serve(lambda: ready(provider, setting))
+        serve(lambda: _start(provider, setting))
     return 0
 
 
-def ready(provider: Provider, setting: Setting) -> tuple[dict, Callable[[str], object]]:
-    """As process.serve wants it; one pass is done."""
+def _start(provider: Provider, setting: Setting) -> tuple[dict, Callable[[str], object]]:
     work = provider.build(setting)
     work.run()
     about = {"steps": work.steps, "tokens": work.tokens, "extra": work.extra, "torch": torch.__version__, "triton": rows.version("triton"),

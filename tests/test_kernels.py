@@ -18,23 +18,32 @@ CHECKS = sorted((ROOT / "tests" / "kernel_checks").glob("check_*.py"))
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def interpreted(path: Path, mark: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PEFTDEBIAS_KERNELS": "auto"}
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", mark, str(path)], cwd=ROOT, env=environment, capture_output=True, text=True)
+class Checks:
+    """The chosen checks, begun with the first test of the session and beside the others: each is one thread's work, and together they take as long as all else."""
 
+    def __init__(self, chosen: list[tuple[Path, str]]):
+        self.pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1))
+        self.processes: list[subprocess.Popen] = []
+        self.found = {key: self.pool.submit(self._run, *key) for key in chosen}
 
-@pytest.fixture(scope="module")
-def running(request):
-    """{(path, mark): Future} of all that were chosen: each is one thread's work, so as many go on as there are cores."""
-    chosen = [item.callspec.params for item in request.session.items if item.path == request.path]
-    pool = ThreadPoolExecutor(os.cpu_count())
-    yield {(p["path"], p["mark"]): pool.submit(interpreted, p["path"], p["mark"]) for p in chosen}
-    pool.shutdown(cancel_futures=True)
+    def _run(self, path: Path, mark: str) -> tuple[int, str]:
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PEFTDEBIAS_KERNELS": "auto"}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", mark, str(path)]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.processes.append(process)
+        said = process.communicate()[0]
+        return process.returncode, said
+
+    def end(self) -> None:
+        """Whoever stopped the session does not wait for them."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        for process in self.processes:
+            process.terminate()
 
 
 @pytest.mark.parametrize("mark", ["not slow", pytest.param("slow", marks=pytest.mark.slow)], ids=["ragged", "real"])
 @pytest.mark.parametrize("path", CHECKS, ids=lambda p: p.stem)
-def test_equal_to_the_twin(path, mark, running):
-    done = running[path, mark].result()
-    nothing = done.returncode == 5 and mark == "slow"  # pytest's word for: no such check in this file
-    assert done.returncode == 0 or nothing, done.stdout + done.stderr
+def test_equal_to_the_twin(path, mark, checks):
+    code, said = checks.found[path, mark].result()
+    nothing = code == 5 and mark == "slow"  # pytest's word for: no such check in this file
+    assert code == 0 or nothing, said
