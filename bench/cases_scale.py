@@ -65,7 +65,7 @@ GROWTHS = {
     "width": Growth((64, 128, 256, 512, 768), lambda x: Shape(hidden=x), "products grow with the square, activations linearly"),
     "rank": Growth((1, 4, 16, 64, 256), lambda x: Shape(rank=x), "the two thin products of a linear are small beside it up to ranks near its width"),
     "modules": Growth((1, 2, 4, 8), lambda x: Shape(modules=x), "modules on the same linears add their deltas to its weight before the product"),
-    "corpus": Growth((1000, 2000, 4000, 8000, 16000), lambda x: Shape(corpus=x), "texts are read, swapped, tokenised and packed as a stream, in windows of 2048 texts with their counterfactuals: memory is theirs, and of little else"),
+    "corpus": Growth((1000, 2000, 4000, 8000, 16000), lambda x: Shape(corpus=x), "texts are read, swapped, tokenised and packed as a stream, in windows of 2048 texts: memory grows far less than the corpus"),
 }
 """What grows -> Growth."""
 SMALL = {"tokens": (64, 128), "length": (32, 64), "layers": (1, 2), "width": (64, 128), "rank": (1, 2), "modules": (1, 2), "corpus": (40, 80)}
