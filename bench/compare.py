@@ -2,7 +2,7 @@
 torch.compile, length-bucketed); every provider in a process of its own, on a CPU.
 
     python bench/compare.py lora --size small,base --out bench/results/compare-cpu.json
-    python bench/compare.py adapter --adapters-venv /tmp/venv-adapters        AdapterHub's library, in the virtual environment that README.md makes
+    python bench/compare.py adapter --adapters-venv venv-adapters        AdapterHub's library, in the virtual environment that bench/README.md makes
 
 First all providers must compute the same loss and gradients (exit code 1, and no times, where they do not). Then each lives in a fresh process, they take turns pass by
 pass, and the rows say: ms a step, valid tokens a second, peak memory above the loaded weights, bytes saved for the backward, size of an adapter file. The floor beside them
