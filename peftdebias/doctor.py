@@ -13,7 +13,6 @@ from importlib import metadata
 import torch
 
 from . import __version__, kernels, native
-from .errors import ConfigError
 from .kernels import dispatch
 from .kernels.dropout_ref import dropout_ref
 from .ops.attention import has_varlen
@@ -37,13 +36,8 @@ def examine(device_name: str = "auto") -> Findings:
     device = pick_device(device_name)
     for module in CALLERS:
         importlib.import_module(f"peftdebias.{module}")
-    try:
-        setting = kernels.setting()
-        ops = [(op, *_answer(op, device)) for op in names()]
-        forms = _forms(device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return Findings([*_machine(device), f"kernels       PEFTDEBIAS_KERNELS={setting}; Triton {kernels.no_triton() or _tried(device)}", *forms], [*ops, _engine()])
+    ops, forms = [(op, *_answer(op, device)) for op in names()], _forms(device)
+    return Findings([*_machine(device), f"kernels       PEFTDEBIAS_KERNELS={kernels.setting()}; Triton {kernels.no_triton() or _tried(device)}", *forms], [*ops, _engine()])
 
 
 def names() -> list[str]:

@@ -19,6 +19,7 @@ from . import kernels
 from .encoder import Model
 from .errors import ConfigError, PeftDebiasError
 from .graphs import Graphed
+from .kernels import dispatch
 from .lowered import lowered
 from .optimizer import FlatAdamW, LargeAdamW, adamw_ref
 from .patch import Folded
@@ -67,7 +68,14 @@ class Outcome:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto is a GPU where there is one. Raises ConfigError on a name torch does not know or a GPU that is not there."""
+    """auto is a GPU where there is one. Raises ConfigError on a name torch does not know or a GPU that is not there, and on PEFTDEBIAS_KERNELS or PEFTDEBIAS_LINEAR
+    (ATTENTION, LORA_LINEAR) that say nothing: they pick what runs on the device."""
+    try:
+        kernels.setting()
+        for op in dispatch.FORMS:
+            dispatch.asked(op)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

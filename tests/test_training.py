@@ -418,6 +418,13 @@ def test_a_labelled_sample_asks_for_the_first_token():
     assert samples[0].segments.tolist() == [0, 0, 0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("variable", ["PEFTDEBIAS_KERNELS", "PEFTDEBIAS_LINEAR", "PEFTDEBIAS_ATTENTION", "PEFTDEBIAS_LORA_LINEAR"])
+def test_a_word_in_the_environment_that_says_nothing_is_named_before_anything_runs(variable, monkeypatch):
+    monkeypatch.setenv(variable, "quick")
+    with pytest.raises(ConfigError, match=f"{variable}: expected one of .*, got 'quick'"):
+        pick_device("cpu")
+
+
 def test_scores_on_a_cpu_come_in_small_batches(monkeypatch):
     """Whatever is asked for; every sample once, and no fewer tokens than what was asked for allows."""
     model, samples = model_of(), [Sample(numpy.arange(5, 5 + n), numpy.array([0])) for n in (3, 9, 4, 5, 9)]
