@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import register
 from .gelu import erf_gelu, erf_gelu_slope
+from .op import op
 from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power, sum_spec, sum_stretches
 
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_new")
@@ -225,7 +226,7 @@ def specs(arch: int) -> list[Spec]:
     return found + [sum_spec()]
 
 
-@torch.library.custom_op("peftdebias::adapter_forward", mutates_args=())
+@op("adapter_forward", fake=lambda x, h, down, c, up, e, activation, scale, product, keep, trained, same: _outputs(x, h, down, product, keep))
 def _adapter_forward(x: Tensor, h: Tensor, down: Tensor, c: Tensor, up: Tensor, e: Tensor, activation: str, scale: float, product: torch.dtype, keep: str,
                      trained: bool, same: bool) -> tuple[Tensor, Tensor]:
     """y [T, D] and what is kept for the backward; see the head of this file. keep: "z", "bits", "inputs" or "nothing". trained: the parameters get gradients.
@@ -248,12 +249,7 @@ def _outputs(x: Tensor, h: Tensor, down: Tensor, product: torch.dtype, keep: str
     return y, x.new_empty((tokens, power(inner) // 8) if keep == "bits" else 0, dtype=torch.uint8)
 
 
-@_adapter_forward.register_fake
-def _(x, h, down, c, up, e, activation, scale, product, keep, trained, same):
-    return _outputs(x, h, down, product, keep)
-
-
-@torch.library.custom_op("peftdebias::adapter_backward", mutates_args=())
+@op("adapter_backward", fake=lambda dy, x, kept, down, c, up, activation, scale, product, keep, trained, dx_dtype, same: _gradients(dy, down, trained, dx_dtype))
 def _adapter_backward(dy: Tensor, x: Tensor | None, kept: Tensor, down: Tensor, c: Tensor, up: Tensor, activation: str, scale: float, product: torch.dtype, keep: str,
                       trained: bool, dx_dtype: torch.dtype | None, same: bool) -> tuple[Tensor, Tensor]:
     """dx [T, D] of dx_dtype (None: nobody wants it) and, where trained, ddown, dc, dup, de end to end in the parameters' dtype; else empty."""
@@ -287,11 +283,6 @@ def _gradients(dy: Tensor, down: Tensor, trained: bool, dx_dtype: torch.dtype | 
     return dx, down.new_empty(2 * inner * width + inner + width if trained else 0)
 
 
-@_adapter_backward.register_fake
-def _(dy, x, kept, down, c, up, activation, scale, product, keep, trained, dx_dtype, same):
-    return _gradients(dy, down, trained, dx_dtype)
-
-
 def _setup(ctx, inputs, output):
     x, h, down, c, up, e, ctx.activation, ctx.scale, ctx.product, ctx.keep, ctx.trained, ctx.same = inputs
     ctx.dtypes = x.dtype, h.dtype
@@ -314,7 +305,7 @@ def _backward_formula(ctx, dy, _):
     return (dx if wanted[0] else None, dh, *parts, *(None,) * 6)
 
 
-_adapter_forward.register_autograd(_backward_formula, setup_context=_setup)
+_adapter_forward.differentiate(_setup, _backward_formula)
 
 
 # ---------------------------------------------------------------- the op

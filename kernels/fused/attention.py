@@ -42,6 +42,7 @@ from torch import Tensor
 from . import register
 from .dropout import keep_at
 from .dropout_ref import Drop, threshold_of
+from .op import op
 from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power, product_dtype, sum_spec, sum_stretches
 
 WIDEST = 128  # W
@@ -340,7 +341,7 @@ def _numbers(width: int, rate: float) -> tuple[int, float, float]:
     return threshold, 1 / (math.sqrt(width) * math.log(2)), 65536 / threshold
 
 
-@torch.library.custom_op("peftdebias::attention_forward", mutates_args=())
+@op("attention_forward", fake=lambda q, *others: _outputs(q))
 def _attention_forward(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, cu_queries: Tensor, cu_keys: Tensor, queries: int, keys: int,
                        rate: float, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:
     """y [Mq, H, W] and sums fp32 [2, H, Mq]; see the head of this file. queries, keys: of the longest sequence."""
@@ -360,12 +361,7 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(2, q.shape[1], q.shape[0], dtype=torch.float32)
 
 
-@_attention_forward.register_fake
-def _(q, k, v, prefix_k, prefix_v, cu_queries, cu_keys, queries, keys, rate, seed, site):
-    return _outputs(q)
-
-
-@torch.library.custom_op("peftdebias::attention_backward", mutates_args=())
+@op("attention_backward", fake=lambda g, q, k, v, prefix_k, *others: _gradients(q, k, prefix_k, *others[-3:]))
 def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, y: Tensor, sums: Tensor, cu_queries: Tensor,
                         cu_keys: Tensor, queries: int, keys: int, rate: float, seed: Tensor | None, site: int, of_query: bool, of_keys: bool,
                         of_prefix: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -406,11 +402,6 @@ def _gradients(q: Tensor, k: Tensor, prefix_k: Tensor | None, of_query: bool, of
     return q.new_empty(q.shape if of_query else 0), dk, dv, total
 
 
-@_attention_backward.register_fake
-def _(g, q, k, v, prefix_k, prefix_v, y, sums, cu_queries, cu_keys, queries, keys, rate, seed, site, of_query, of_keys, of_prefix):
-    return _gradients(q, k, prefix_k, of_query, of_keys, of_prefix)
-
-
 def _setup(ctx, inputs, output):
     *tensors, ctx.queries, ctx.keys, ctx.rate, seed, ctx.site = inputs
     ctx.save_for_backward(*tensors, seed, *output)
@@ -426,7 +417,7 @@ def _backward_formula(ctx, g, _):
     return *(x if want else None for x, want in zip(found, wanted)), *(None,) * 7
 
 
-_attention_forward.register_autograd(_backward_formula, setup_context=_setup)
+_attention_forward.differentiate(_setup, _backward_formula)
 
 
 # ---------------------------------------------------------------- the op

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import register
 from .dropout_ref import threshold_of
+from .op import op
 from .tiles import DTYPES, Spec, ceil_div, expect, on
 
 # ---------------------------------------------------------------- the bits, in Triton
@@ -96,7 +97,7 @@ def specs(arch: int) -> list[Spec]:
 
 # ---------------------------------------------------------------- launcher, autograd, the public function
 
-@torch.library.custom_op("peftdebias::dropout", mutates_args=())
+@op("dropout", fake=lambda x, rate, seed, site: torch.empty(x.shape, dtype=x.dtype, device=x.device))
 def _dropout(x: Tensor, rate: float, seed: Tensor, site: int) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, columns = x.shape
@@ -109,11 +110,6 @@ def _dropout(x: Tensor, rate: float, seed: Tensor, site: int) -> Tensor:
     return y
 
 
-@_dropout.register_fake
-def _(x: Tensor, rate: float, seed: Tensor, site: int) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
 def _keep_for_backward(ctx, inputs, output):
     _, ctx.rate, seed, ctx.site = inputs
     ctx.save_for_backward(seed)
@@ -123,7 +119,7 @@ def _backward(ctx, grad: Tensor):
     return _dropout(grad, ctx.rate, ctx.saved_tensors[0], ctx.site), None, None, None
 
 
-_dropout.register_autograd(_backward, setup_context=_keep_for_backward)
+_dropout.differentiate(_keep_for_backward, _backward)
 
 
 @register("dropout", "triton")

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import register
+from .op import op
 from .tiles import DTYPES, Spec, ceil_div, expect, on, power, rows_together, sum_spec, sum_stretches
 
 STRETCHES = 64  # at most that many partial sums of a column
@@ -114,7 +115,7 @@ def specs(arch: int) -> list[Spec]:
 
 # ---------------------------------------------------------------- launchers
 
-@torch.library.custom_op("peftdebias::gelu_forward", mutates_args=())
+@op("gelu_forward", fake=lambda x, bias: torch.empty(x.shape, dtype=x.dtype, device=x.device))
 def _gelu_forward(x: Tensor, bias: Tensor | None) -> Tensor:
     x = rows_together(x)
     (rows, width), y = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -126,12 +127,7 @@ def _gelu_forward(x: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-@_gelu_forward.register_fake
-def _(x, bias):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-@torch.library.custom_op("peftdebias::gelu_backward", mutates_args=())
+@op("gelu_backward", fake=lambda dy, x, bias, of_x, of_bias: _gradients(x, of_x, of_bias))
 def _gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, of_x: bool, of_bias: bool) -> tuple[Tensor, Tensor]:
     """dx [T, F] in x's dtype and dbias fp32 [F], each where wanted, else empty."""
     dx, dbias = _gradients(x, of_x, of_bias)
@@ -156,11 +152,6 @@ def _gradients(x: Tensor, of_x: bool, of_bias: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty((rows, width) if of_x else 0), x.new_empty(width if of_bias else 0, dtype=torch.float32)
 
 
-@_gelu_backward.register_fake
-def _(dy, x, bias, of_x, of_bias):
-    return _gradients(x, of_x, of_bias)
-
-
 def _setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
@@ -172,7 +163,7 @@ def _backward_formula(ctx, dy):
     return dx if of_x else None, dbias.to(bias.dtype) if of_bias else None
 
 
-_gelu_forward.register_autograd(_backward_formula, setup_context=_setup)
+_gelu_forward.differentiate(_setup, _backward_formula)
 
 
 # ---------------------------------------------------------------- the op

@@ -29,6 +29,7 @@ from . import dispatch, register
 from .dropout import dropout, keep
 from .dropout_ref import threshold_of
 from .lora_grads import MAX_RANK, check, lora_grads_op
+from .op import op
 from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power, product_dtype, rows_together
 
 # ---------------------------------------------------------------- kernels, forward beside backward
@@ -146,7 +147,7 @@ def form_for(first: Tensor, weight: Tensor, rank: int, rate: float, asked: str) 
 
 # ---------------------------------------------------------------- the product, by the epilogue or by the library
 
-@torch.library.custom_op("peftdebias::lora_linear", mutates_args=())
+@op("lora_linear", fake=lambda x, weight, *others: x.new_empty(x.shape[0], weight.shape[0]))
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, rate: float, seed: Tensor | None, site: int,
              form: str) -> Tensor:
     if form_for(x, weight, a.shape[0], rate, form) == "epilogue":
@@ -155,22 +156,12 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tenso
     return F.linear(x, weight, bias).addmm_(F.linear(z, a.to(x.dtype)), b.to(x.dtype).t(), alpha=scale)
 
 
-@_forward.register_fake
-def _(x, weight, bias, a, b, scale, rate, seed, site, form):
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-@torch.library.custom_op("peftdebias::lora_dx", mutates_args=())
+@op("lora_dx", fake=lambda dy, weight, *others: dy.new_empty(dy.shape[0], weight.shape[1]))
 def _dx(dy: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, rate: float, seed: Tensor | None, site: int, form: str) -> Tensor:
     if form_for(dy, weight, a.shape[0], rate, form) == "epilogue":
         return _launch(dx_kernel, dy, weight.shape[1], weight, (), a, b, scale, rate, seed, site)
     through = (dy @ b.to(dy.dtype)) @ a.to(dy.dtype)
     return (dy @ weight).add_(dropout(through, rate, seed, site) if rate else through, alpha=scale)
-
-
-@_dx.register_fake
-def _(dy, weight, a, b, scale, rate, seed, site, form):
-    return dy.new_empty(dy.shape[0], weight.shape[1])
 
 
 def _save(ctx, inputs, output):
@@ -187,19 +178,14 @@ def _backward(ctx, dy: Tensor):
     return (dx, dy.t() @ x if needs[1] else None, dy.sum(0) if needs[2] else None, da if needs[3] else None, db if needs[4] else None, None, None, None, None, None)
 
 
-_forward.register_autograd(_backward, setup_context=_save)
+_forward.differentiate(_save, _backward)
 
 
 # ---------------------------------------------------------------- the written form
 
-@torch.library.custom_op("peftdebias::lora_written", mutates_args=())
+@op("lora_written", fake=lambda x, written, *others: x.new_empty(x.shape[0], written.shape[0]))
 def _written(x: Tensor, written: Tensor, bias: Tensor | None, a: list[Tensor], b: list[Tensor], scales: list[float], firsts: list[int]) -> Tensor:
     return F.linear(x, written, bias)
-
-
-@_written.register_fake
-def _(x, written, bias, a, b, scales, firsts):
-    return x.new_empty(x.shape[0], written.shape[0])
 
 
 def _save_written(ctx, inputs, output):
@@ -216,7 +202,7 @@ def _backward_written(ctx, dy: Tensor):
             [da for da, _ in found], [db for _, db in found], None, None)
 
 
-_written.register_autograd(_backward_written, setup_context=_save_written)
+_written.differentiate(_save_written, _backward_written)
 
 
 @register("lora_written", "triton")

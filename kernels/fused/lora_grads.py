@@ -28,6 +28,7 @@ from torch import Tensor
 from . import register
 from .dropout import dropout, keep
 from .dropout_ref import threshold_of
+from .op import op
 from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power, reduce_kernel, rows_together
 
 CHUNKS = 128  # at most that many partial sums
@@ -137,7 +138,7 @@ def specs(arch: int) -> list[Spec]:
 
 # ---------------------------------------------------------------- launcher
 
-@torch.library.custom_op("peftdebias::lora_grads", mutates_args=())
+@op("lora_grads", fake=lambda x, dy, a, b, *others: tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, b)))
 def lora_grads_op(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, scale: float, rate: float, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:
     if a.shape[0] > MAX_RANK:
         z, v = dropout(x, rate, seed, site) if rate else x, dy @ b.to(dy.dtype)
@@ -162,11 +163,6 @@ def lora_grads_op(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, scale: float, rat
             reduce_kernel[(ceil_div(columns, 128), rank)](partial, result, chunks, rank, columns, scale * 65536 / threshold, *strides, CHUNKS=16, BN=128,
                                                           enable_fp_fusion=True)
     return da, db
-
-
-@lora_grads_op.register_fake
-def _(x, dy, a, b, scale, rate, seed, site):
-    return torch.empty_like(a, memory_format=torch.contiguous_format), torch.empty_like(b, memory_format=torch.contiguous_format)
 
 
 @register("lora_grads", "triton")

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import register
+from .op import op
 from .tiles import DTYPES, Spec, ceil_div, expect, on
 
 TILE = (16, 256)  # BO, BI
@@ -112,7 +113,7 @@ def tables(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor,
 
 # ---------------------------------------------------------------- launcher and the public function
 
-@torch.library.custom_op("peftdebias::lora_write", mutates_args=())
+@op("lora_write", fake=lambda weights, a, b, scales, places, dtype: weights[0].new_empty(sum(w.numel() for w in weights), dtype=dtype))
 def _write(weights: list[Tensor], a: list[Tensor], b: list[Tensor], scales: list[float], places: list[int], dtype: torch.dtype) -> Tensor:
     device = weights[0].device
     written = torch.empty(sum(w.numel() for w in weights), dtype=dtype, device=device)
@@ -124,11 +125,6 @@ def _write(weights: list[Tensor], a: list[Tensor], b: list[Tensor], scales: list
             write_kernel[(len(tiles),)](tiles, table, factors, written, W_TYPE=TRITON_TYPES[weights[0].dtype], A_TYPE=TRITON_TYPES[a[0].dtype], ALIGNED=aligned,
                                         BO=TILE[0], BI=TILE[1], enable_fp_fusion=True)
     return written
-
-
-@_write.register_fake
-def _(weights, a, b, scales, places, dtype):
-    return torch.empty(sum(w.numel() for w in weights), dtype=dtype, device=weights[0].device)
 
 
 @register("lora_write", "triton")

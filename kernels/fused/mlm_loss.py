@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import register
+from .op import op
 from .tiles import DTYPES, Spec, ceil_div, expect, on, power
 
 WIDEST = 4096  # of V, that a program takes at a time
@@ -98,7 +99,7 @@ def specs(arch: int) -> list[Spec]:
     return found
 
 
-@torch.library.custom_op("peftdebias::mlm_loss_forward", mutates_args=())
+@op("mlm_loss_forward", fake=lambda logits, *others: tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), *2 * (logits.shape[:1],), ())))
 def _loss_forward(logits: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss [], a and z [M], and what the sum was divided by, []; float32. See the head of this file."""
     rows, vocabulary = logits.shape
@@ -114,13 +115,7 @@ def _loss_forward(logits: Tensor, targets: Tensor, weights: Tensor | None) -> tu
     return (losses.sum(dtype=torch.float64) / share).float(), tops, sums, share
 
 
-@_loss_forward.register_fake
-def _(logits, targets, weights):
-    rows = logits.shape[0]
-    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), (rows,), (rows,), ()))
-
-
-@torch.library.custom_op("peftdebias::mlm_loss_backward", mutates_args=("logits",))
+@op("mlm_loss_backward", fake=lambda *given: None, overwrites=("logits",))
 def _loss_backward(logits: Tensor, targets: Tensor, weights: Tensor | None, tops: Tensor, sums: Tensor, pull: Tensor, share: Tensor) -> None:
     """Writes the gradient over `logits`."""
     rows, vocabulary = logits.shape
@@ -129,11 +124,6 @@ def _loss_backward(logits: Tensor, targets: Tensor, weights: Tensor | None, tops
         grid = rows, ceil_div(vocabulary, options["BLOCK"])
         with on(logits):
             _gradient_over_logits[grid](logits, targets, weights, tops, sums, pull, share, vocabulary, WEIGHTED=weights is not None, **options)
-
-
-@_loss_backward.register_fake
-def _(logits, targets, weights, tops, sums, pull, share):
-    return None
 
 
 def _setup(ctx, inputs, output):
@@ -148,7 +138,7 @@ def _backward_formula(ctx, pull, *_):
     return logits, None, None
 
 
-_loss_forward.register_autograd(_backward_formula, setup_context=_setup)
+_loss_forward.differentiate(_setup, _backward_formula)
 
 
 # ---------------------------------------------------------------- the op

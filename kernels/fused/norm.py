@@ -31,6 +31,7 @@ from torch import Tensor
 from . import register
 from .dropout import keep
 from .dropout_ref import Drop, threshold_of
+from .op import op
 from .tiles import DTYPES, Spec, ceil_div, expect, on, power, product_dtype, rows_together, sum_spec, sum_stretches
 
 WIDEST = 4096  # D of a row, and elements that a program holds at a time
@@ -140,7 +141,7 @@ def specs(arch: int) -> list[Spec]:
 
 # ---------------------------------------------------------------- launchers
 
-@torch.library.custom_op("peftdebias::norm_forward", mutates_args=())
+@op("norm_forward", fake=lambda hidden, residual, gain, bias, epsilon, rate, seed, site, dtype, keeps: _outputs(hidden, dtype, keeps))
 def _norm_forward(hidden: Tensor, residual: Tensor | None, gain: Tensor, bias: Tensor, epsilon: float, rate: float, seed: Tensor | None, site: int,
                   dtype: torch.dtype, keeps: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y [T, D] of `dtype`; where keeps, n [T, D] and i [T], else empty."""
@@ -163,12 +164,7 @@ def _outputs(hidden: Tensor, dtype: torch.dtype, keeps: bool) -> tuple[Tensor, T
             hidden.new_empty(rows if keeps else 0, dtype=torch.float32))
 
 
-@_norm_forward.register_fake
-def _(hidden, residual, gain, bias, epsilon, rate, seed, site, dtype, keeps):
-    return _outputs(hidden, dtype, keeps)
-
-
-@torch.library.custom_op("peftdebias::norm_backward", mutates_args=())
+@op("norm_backward", fake=lambda dy, normal, inverse, gain, rate, seed, site, *wanted: _gradients(dy, *wanted))
 def _norm_backward(dy: Tensor, normal: Tensor, inverse: Tensor, gain: Tensor, rate: float, seed: Tensor | None, site: int, hidden_dtype: torch.dtype | None,
                    residual_dtype: torch.dtype | None, of_gain: bool, of_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dhidden and dresidual [T, D] of these dtypes (None: nobody wants it, empty), dgain and dbias fp32 [D] where wanted, else empty."""
@@ -200,11 +196,6 @@ def _gradients(dy: Tensor, hidden_dtype: torch.dtype | None, residual_dtype: tor
     return dhidden, dresidual, dgain, dbias
 
 
-@_norm_backward.register_fake
-def _(dy, normal, inverse, gain, rate, seed, site, hidden_dtype, residual_dtype, of_gain, of_bias):
-    return _gradients(dy, hidden_dtype, residual_dtype, of_gain, of_bias)
-
-
 def _setup(ctx, inputs, output):
     hidden, residual, gain, bias, _, ctx.rate, seed, ctx.site, _, _ = inputs
     ctx.dtypes = hidden.dtype, None if residual is None else residual.dtype, gain.dtype, bias.dtype
@@ -223,7 +214,7 @@ def _backward_formula(ctx, dy, *_):
             dbias.to(ctx.dtypes[3]) if of_bias else None, *(None,) * 6)
 
 
-_norm_forward.register_autograd(_backward_formula, setup_context=_setup)
+_norm_forward.differentiate(_setup, _backward_formula)
 
 
 # ---------------------------------------------------------------- the op

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import register
+from .op import op
 from .tiles import DTYPES, Spec, ceil_div, expect, on
 
 STRETCH = 4096  # of the flat weight, that one program copies
@@ -91,7 +92,7 @@ def specs(arch: int) -> list[Spec]:
 
 # ---------------------------------------------------------------- sparse_add
 
-@torch.library.custom_op("peftdebias::sparse_add", mutates_args=())
+@op("sparse_add", fake=lambda weight, indices, values: torch.empty_like(weight))
 def _sparse_add(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     result, k = torch.empty_like(weight), len(indices)
     if weight.numel():
@@ -99,11 +100,6 @@ def _sparse_add(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
             _add[ceil_div(weight.numel(), STRETCH),](weight, indices, values, result, weight.numel(), k, k.bit_length(), COPIED=STRETCH, PLACED=TOGETHER, num_warps=8,
                                                      enable_fp_fusion=True)
     return result
-
-
-@_sparse_add.register_fake
-def _(weight, indices, values):
-    return torch.empty_like(weight)
 
 
 def _setup(ctx, inputs, output):
@@ -117,7 +113,7 @@ def _backward_formula(ctx, pull):
     return pull if ctx.needs_input_grad[0] else None, None, pull.reshape(-1).index_select(0, indices).to(ctx.dtype) if ctx.needs_input_grad[2] else None
 
 
-_sparse_add.register_autograd(_backward_formula, setup_context=_setup)
+_sparse_add.differentiate(_setup, _backward_formula)
 
 
 @register("sparse_add", "triton")
@@ -134,17 +130,12 @@ def sparse_add(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- adamw
 
-@torch.library.custom_op("peftdebias::adamw", mutates_args=("values", "first", "second"))
+@op("adamw", fake=lambda *given: None, overwrites=("values", "first", "second"))
 def _adamw_op(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, b1: float, b2: float, epsilon: float) -> None:
     if values.numel():
         with on(values):
             _adamw[ceil_div(values.numel(), BLOCK),](values, gradient, first, second, rates, values.numel(), b2, 1 - b1, 1 - b2, epsilon, COUNT=BLOCK, num_warps=4,
                                                      enable_fp_fusion=True)
-
-
-@_adamw_op.register_fake
-def _(values, gradient, first, second, rates, b1, b2, epsilon):
-    return None
 
 
 @register("adamw", "triton")

@@ -1,5 +1,6 @@
 """What the kernels share: the product of two tiles, the sum of partial sums, how launchers look at tensors, and what is compiled ahead. It computes no op."""
 
+import contextlib
 import dataclasses
 import os
 
@@ -48,7 +49,8 @@ def power(n: int, least: int = 16) -> int:
 
 def expect(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = tuple(DTYPES), device: torch.device | None = None) -> None:
     """Refuse by name what a launcher cannot take. shape: expected sizes, -1 is any. Raises ValueError with expected and got."""
-    if tensor.dim() != len(shape) or any(want not in (-1, have) for want, have in zip(shape, tensor.shape)):
+    sizes = tensor.shape
+    if len(sizes) != len(shape) or any([want not in (-1, have) for want, have in zip(shape, sizes)]):
         raise ValueError(f"{op}, {name}: expected shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype not in dtypes:
         raise ValueError(f"{op}, {name}: expected one of {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {str(tensor.dtype).removeprefix('torch.')}")
@@ -67,16 +69,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def on(tensor: Tensor):
-    """A context in which launches go to the tensor's own CUDA device, and to its current stream; nothing on a CPU (interpreter)."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else _Nothing()
+    """A context in which launches go to the tensor's own CUDA device, and to its current stream; nothing where that is the current device, or a CPU (interpreter)."""
+    device = tensor.get_device()
+    return _HERE if device < 0 or device == torch.cuda.current_device() else torch.cuda.device(device)
 
 
-class _Nothing:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return None
+_HERE = contextlib.nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -276,11 +276,11 @@ def test_registration():
     """torch's own checks of every op, and torch.compile takes them without a break."""
     x, w, bias, a, b = (t.float().requires_grad_(k != "weight") for k, t in tensors(13, 7, 37, 3).items())
     flat = (1.5, 0.25, SEED, 2)
-    torch.library.opcheck(lora._forward, (x, w, bias, a, b, *flat, ""))
-    torch.library.opcheck(lora._dx, (torch.randn(13, 37, device=DEVICE), w, a.detach(), b.detach(), *flat, ""))
-    torch.library.opcheck(lora_grads.lora_grads_op, (x.detach(), torch.randn(13, 37, device=DEVICE), a.detach(), b.detach(), *flat))
-    torch.library.opcheck(lora_write._write, ([w], [a.detach()], [b.detach()], [1.5], [0, 0], torch.bfloat16))
-    torch.library.opcheck(lora._written, (x, w, bias, [a], [b], [1.5], [0]))
+    torch.library.opcheck(torch.ops.peftdebias.lora_linear.default, (x, w, bias, a, b, *flat, ""))
+    torch.library.opcheck(torch.ops.peftdebias.lora_dx.default, (torch.randn(13, 37, device=DEVICE), w, a.detach(), b.detach(), *flat, ""))
+    torch.library.opcheck(torch.ops.peftdebias.lora_grads.default, (x.detach(), torch.randn(13, 37, device=DEVICE), a.detach(), b.detach(), *flat))
+    torch.library.opcheck(torch.ops.peftdebias.lora_write.default, ([w], [a.detach()], [b.detach()], [1.5], [0, 0], torch.bfloat16))
+    torch.library.opcheck(torch.ops.peftdebias.lora_written.default, (x, w, bias, [a], [b], [1.5], [0]))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -1,0 +1,108 @@
+"""How a launcher becomes an op: called straight by eager code, registered with torch for torch.compile. It computes nothing.
+
+    @op("gelu_forward", fake=lambda x, bias: torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    def _gelu_forward(x: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    _gelu_forward.differentiate(_setup, _backward_formula)
+
+torch.compile takes an op of torch.library without a graph break, but the Python layers of such an op cost the host more than the launch itself, forward and backward each,
+and several times what the device needs. Eager code needs none of them: there the launcher runs inside a plain torch.autograd.Function, and alone where nobody wants a
+gradient. Who watches every op that torch runs (a torch_dispatch mode: fake tensors, tracing, counters) or transforms functions (torch.func) gets the registered one.
+"""
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+Lengths = tuple[int | None, ...]
+"""Of every argument: how many tensors, where it is a list of them, else None."""
+
+
+def op(name: str, fake: Callable, overwrites: Sequence[str] = ()) -> Callable[[Callable], "Op"]:
+    """Decorator: the launcher below is the op peftdebias::name.
+
+    The launcher has a type for every argument; what it returns is new, never an input or a view of one. fake: the same arguments -> outputs of the same shapes,
+    dtypes and strides, without values. overwrites: the arguments that it writes over; their versions are counted up, so that autograd knows.
+    """
+    return lambda launch: Op(name, launch, fake, overwrites)
+
+
+class Op:
+    """A launcher and its registration. Arguments by place alone."""
+
+    def __init__(self, name: str, launch: Callable, fake: Callable, overwrites: Sequence[str]):
+        self.name, self.launch, self.function, self.__doc__ = name, launch, None, launch.__doc__
+        self.registered = torch.library.custom_op(f"peftdebias::{name}", launch, mutates_args=overwrites)
+        self.registered.register_fake(fake)
+        parameters = inspect.signature(launch).parameters
+        self.overwritten = [i for i, parameter in enumerate(parameters) if parameter in overwrites]
+        self.lists = [parameter.annotation == list[Tensor] for parameter in parameters.values()]
+
+    def __call__(self, *args):
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+            return self.registered(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            # An op of a backward has no formula of its own, and comes here under create_graph alone: differentiated, the registered one raises.
+            return (self.function or self.registered)(*args)
+        for i in self.overwritten:
+            torch.autograd.graph.increment_version(args[i])
+        return self.launch(*args)
+
+    def differentiate(self, setup: Callable, formula: Callable) -> None:
+        """setup(ctx, inputs, output) keeps what formula(ctx, *gradients of the outputs) needs for a gradient of every input, or None; a list of tensors has a list of them.
+        Only the first output has a gradient: setup marks the others, and nobody fills zeros for theirs. The formula calls ops, as both ways of calling share it."""
+        def keep(ctx, inputs, output):
+            ctx.set_materialize_grads(False)
+            ctx.lengths = lengths_of(inputs)
+            setup(ctx, inputs, output)
+
+        def gradients(ctx, *pulls):
+            return _nested(itertools.repeat(None), ctx.lengths) if pulls[0] is None else formula(ctx, *pulls)
+
+        def forward(ctx, *args):  # and keeps: a Function with a setup_context has its signature read at every call
+            output = self.launch(*args)
+            keep(ctx, args, output)
+            return output
+
+        def forward_of_lists(ctx, *flat):
+            return forward(ctx, *_nested(flat, flat[-1]))
+
+        def gradients_of_lists(ctx, *pulls):
+            flat = ctx.needs_input_grad
+            ctx.needs_input_grad = _nested(flat, ctx.lengths)
+            try:
+                return *_flat(gradients(ctx, *pulls), ctx.lengths), None
+            finally:
+                ctx.needs_input_grad = flat
+
+        def make(forward, backward) -> Callable:
+            return type(self.name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}).apply
+
+        if any(self.lists):
+            def lengths_of(args) -> Lengths:
+                return tuple(len(x) if several else None for several, x in zip(self.lists, args))
+
+            apply = make(forward_of_lists, gradients_of_lists)
+            self.function = lambda *args: apply(*_flat(args, lengths_of(args)), lengths_of(args))
+        else:
+            alone = (None,) * len(self.lists)
+
+            def lengths_of(args) -> Lengths:
+                return alone
+
+            self.function = make(forward, gradients)
+        self.registered.register_autograd(gradients, setup_context=keep)
+
+
+def _flat(args: Iterable, lengths: Lengths) -> list:
+    """The arguments with the tensors of lists among them: a Function sees no tensor inside a list."""
+    return [x for arg, n in zip(args, lengths) for x in ((arg,) if n is None else arg)]
+
+
+def _nested(flat: Iterable, lengths: Lengths) -> tuple:
+    """What `_flat` was made of; what follows in `flat` is left out."""
+    rest = iter(flat)
+    return tuple(next(rest) if n is None else list(itertools.islice(rest, n)) for n in lengths)
