@@ -119,7 +119,7 @@ def _backward(ctx, grad: Tensor):
     return _dropout(grad, ctx.rate, ctx.saved_tensors[0], ctx.site), None, None, None
 
 
-_dropout.differentiate(_keep_for_backward, _backward)
+_dropout.differentiate(_keep_for_backward, _backward, again=True)
 
 
 @register("dropout", "triton")

@@ -99,7 +99,7 @@ def specs(arch: int) -> list[Spec]:
     return found
 
 
-@op("mlm_loss_forward", fake=lambda logits, *others: tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), *2 * (logits.shape[:1],), ())))
+@op("mlm_loss_forward", fake=lambda logits, *others: tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), logits.shape[:1], logits.shape[:1], ())))
 def _loss_forward(logits: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss [], a and z [M], and what the sum was divided by, []; float32. See the head of this file."""
     rows, vocabulary = logits.shape

@@ -5,9 +5,10 @@
 
     _gelu_forward.differentiate(_setup, _backward_formula)
 
-torch.compile takes an op of torch.library without a graph break, but the Python layers of such an op cost the host more than the launch itself, forward and backward each,
-and several times what the device needs. Eager code needs none of them: there the launcher runs inside a plain torch.autograd.Function, and alone where nobody wants a
-gradient. Who watches every op that torch runs (a torch_dispatch mode: fake tensors, tracing, counters) or transforms functions (torch.func) gets the registered one.
+torch.compile takes an op of torch.library without a graph break, but the Python layers of such an op cost the host more than the launch itself, forward and backward
+each, and several times what the device needs. Eager code needs none of them: there the launcher runs inside a plain torch.autograd.Function, and alone where nobody
+wants a gradient. Who watches every op that torch runs (a torch_dispatch mode: fake tensors, tracing, counters) or transforms functions (torch.func) gets the
+registered one.
 """
 
 import inspect
@@ -45,22 +46,30 @@ class Op:
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
             return self.registered(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            # An op of a backward has no formula of its own, and comes here under create_graph alone: differentiated, the registered one raises.
+            # Without a formula: whoever differentiates what comes out gets torch's error.
             return (self.function or self.registered)(*args)
         for i in self.overwritten:
             torch.autograd.graph.increment_version(args[i])
         return self.launch(*args)
 
-    def differentiate(self, setup: Callable, formula: Callable) -> None:
-        """setup(ctx, inputs, output) keeps what formula(ctx, *gradients of the outputs) needs for a gradient of every input, or None; a list of tensors has a list of them.
-        Only the first output has a gradient: setup marks the others, and nobody fills zeros for theirs. The formula calls ops, as both ways of calling share it."""
+    def differentiate(self, setup: Callable, formula: Callable, again: bool = False) -> None:
+        """setup(ctx, inputs, output) keeps what formula(ctx, *gradients of the outputs) needs for every input's gradient, or None; a list of tensors has a list of them.
+
+        Only the first output has a gradient: setup marks the others, and nobody fills zeros for theirs. The formula calls ops, as both ways of calling share it.
+        again: autograd can differentiate the formula too. Else create_graph is an error at once: what the formula reads of the forward's outputs has no gradient,
+        so autograd alone would leave a term out and say nothing.
+        """
         def keep(ctx, inputs, output):
             ctx.set_materialize_grads(False)
             ctx.lengths = lengths_of(inputs)
             setup(ctx, inputs, output)
 
         def gradients(ctx, *pulls):
-            return _nested(itertools.repeat(None), ctx.lengths) if pulls[0] is None else formula(ctx, *pulls)
+            if pulls[0] is None:
+                return _nested(itertools.repeat(None), ctx.lengths)
+            if torch.is_grad_enabled() and not again:
+                raise RuntimeError(f"{self.name}: expected a backward without create_graph, as its gradient has none of its own; the plain twin's has one")
+            return formula(ctx, *pulls)
 
         def forward(ctx, *args):  # and keeps: a Function with a setup_context has its signature read at every call
             output = self.launch(*args)
@@ -86,7 +95,11 @@ class Op:
                 return tuple(len(x) if several else None for several, x in zip(self.lists, args))
 
             apply = make(forward_of_lists, gradients_of_lists)
-            self.function = lambda *args: apply(*_flat(args, lengths_of(args)), lengths_of(args))
+            def function(*args):
+                lengths = lengths_of(args)
+                return apply(*_flat(args, lengths), lengths)
+
+            self.function = function
         else:
             alone = (None,) * len(self.lists)
 

@@ -113,7 +113,7 @@ def _backward_formula(ctx, pull):
     return pull if ctx.needs_input_grad[0] else None, None, pull.reshape(-1).index_select(0, indices).to(ctx.dtype) if ctx.needs_input_grad[2] else None
 
 
-_sparse_add.differentiate(_setup, _backward_formula)
+_sparse_add.differentiate(_setup, _backward_formula, again=True)
 
 
 @register("sparse_add", "triton")
