@@ -26,9 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import register
+from .op import op
 from .dropout import dropout, keep
 from .dropout_ref import threshold_of
-from .op import op
 from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power, reduce_kernel, rows_together
 
 CHUNKS = 128  # at most that many partial sums
