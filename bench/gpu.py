@@ -5,15 +5,19 @@ bench/results/, named after the device: times, shares of the roofline, what limi
 With --steps, in place of the single ops: both phases for 200 steps against the CPU's twins (bench/curves.py) and steps under torch's sync-debug mode, then whole steps of
 LoRA, adapter, prefix and full training at 32 x 128, 128 x 128 and 128 x 256, all tokens valid and 40 %, beside transformers + peft eager, compiled and length-bucketed.
 
+With --check, equality alone, in seconds a case: several processes with --only of their own share a device well.
+
 Needs torch, triton, numpy, tokenizers, safetensors, tqdm; transformers and peft for the comparison; no install of peftdebias, no network.
-Exit code 0; 1 where providers disagree (then nothing is timed); 2 without a CUDA device or on bad arguments.
+Exit code 0; 1 where providers disagree or one fails: that case is not timed, the others are; 2 without a CUDA device or on bad arguments.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -60,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
                      "not run its kernels are stood in for by their plain twins; TRITON_INTERPRET=1 runs the kernels themselves")
     top.add_argument("--only", metavar="NAME[,NAME...]", help="some cases: names or stems (lora); the ceilings are always measured")
     top.add_argument("--steps", action="store_true", help="loss curves against the CPU and whole training steps, in place of the single ops")
+    top.add_argument("--check", action="store_true", help="equality alone; nothing is timed and no file is written")
     top.add_argument("--size", default="base", choices=SIZES, help="the base model (default base)")
     top.add_argument("--repeats", type=int, default=15, metavar="N", help="times that every provider is timed (default 15)")
     top.add_argument("--minutes", type=float, default=8.0, metavar="M", help="budget of the whole run (default 8); compiled baselines are left out first")
@@ -119,36 +124,55 @@ def affordable(case: Case, providers: dict[str, Provider], clock: Clock, first: 
     return left
 
 
-def checked(entries: Plan, providers: dict[str, dict[str, Provider]], clock: Clock) -> dict[tuple[str, float], dict[str, float]]:
-    """{(case, x): shares of what is allowed}, in float32, and in bf16 for the kernels. Raises measure.Unequal."""
-    shares = {}
+def checked(entries: Plan, providers: dict[str, dict[str, Provider]], clock: Clock) -> tuple[dict[tuple[str, float], dict[str, float]], dict[str, str]]:
+    """({(case, x): shares of what is allowed}, in float32, and in bf16 for the kernels; {case: what is wrong with it})."""
+    shares, red = {}, {}
     for case, setting in entries:
         taking = affordable(case, providers[case.name], clock)
-        shares[case.name, setting.x] = check(case, setting, taking)
-        if case.rounded:
-            found = measure.check_rounded(case, setting, taking)
-            if found:
-                say(f"{title(case, setting)}: equal in bf16 (largest error {max(found.values()):.2g} of the allowed one)")
-    return shares
+        with _noting(case, setting, red):
+            shares[case.name, setting.x] = check(case, setting, taking)
+            if case.rounded:
+                found = measure.check_rounded(case, setting, taking)
+                if found:
+                    say(f"{title(case, setting)}: equal in bf16 (largest error {max(found.values()):.2g} of the allowed one)")
+    return shares, red
 
 
-def unlike_the_cpu(device: torch.device, dry: bool, folder: Path) -> list[str]:
-    """What of both phases differs from the twins on the CPU, and what in a step waits for the device; red lines."""
-    red = curves.check(device, folder, 3 if dry else 200, "micro" if dry else "tiny", say=say)
-    return red + [f"a step waits for the device: {line}" for line in (curves.waits(device, folder) if device.type == "cuda" else ())]
+@contextlib.contextmanager
+def _noting(case: Case, setting: Setting, red: dict[str, str]):
+    """What goes wrong in one case is noted, and the run goes on: a device that is lent for minutes shall show all of it."""
+    try:
+        yield
+    except measure.Unequal as unequal:
+        red[case.name] = str(unequal)
+    except Exception as error:  # a launch that the device refuses, memory that is not there, a library that fails
+        traceback.print_exc()
+        red[case.name] = f"{title(case, setting)}: {type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"
+    if case.name in red:
+        say(red[case.name])
 
 
-def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict, repeats: int, clock: Clock) -> list[rows.Row]:
+def unlike_the_cpu(device: torch.device, dry: bool, folder: Path, phases: tuple[str, ...]) -> list[str]:
+    """What of these phases differs from the twins on the CPU, and what in a step waits for the device; red lines."""
+    red = curves.check(device, folder, 3 if dry else 200, "micro" if dry else "tiny", phases=phases, say=say)
+    return red + [f"a step waits for the device: {line}" for line in (curves.waits(device, folder, phases) if device.type == "cuda" else ())]
+
+
+def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict, repeats: int, clock: Clock, red: dict[str, str]) -> list[rows.Row]:
+    """Rows of every case that is not red; one that fails becomes red."""
     found = []
     last = {case.name: setting.x for case, setting in entries}
     for case, setting in entries:
+        if case.name in red:
+            continue
         if not clock.before(clock.late):
             say(f"{title(case, setting)}: not measured: the run has used {clock.late:.0%} of its time")
             continue
         say(f"{title(case, setting)}: timing")
         taking = affordable(case, providers[case.name], clock, first=case.mode == "step" or setting.x == last[case.name])
         share = shares.get((case.name, setting.x)) or next((s for (name, _), s in shares.items() if name == case.name), None)
-        found += measure.time_case(case, setting, taking, repeats, shares=share, say=say)
+        with _noting(case, setting, red):
+            found += measure.time_case(case, setting, taking, repeats, shares=share, say=say)
     return found
 
 
@@ -177,27 +201,29 @@ def main(argv: list[str] | None = None) -> int:
         compiled = device.type == "cuda" if arguments.compile is None else arguments.compile
         cases = {case.name: case for case, _ in to_check + to_time}
         providers = {name: measure.taking_part(case, compiled, say, device.type, arguments.dry_run) for name, case in cases.items()}
-        red = unlike_the_cpu(device, arguments.dry_run, Path(folder)) if arguments.steps else []
-        try:
-            shares = {} if red else checked(to_check, providers, clock)
-        except measure.Unequal as unequal:
-            red = [str(unequal)]
-        if red:
-            print("\n".join(red))
-            return 1
-        found = roofline.with_shares(timed(to_time, providers, shares, arguments.repeats, clock))
-    if not found:
+        phases = tuple(dict.fromkeys(case.name.split("_")[0] for case, _ in to_check))
+        apart = unlike_the_cpu(device, arguments.dry_run, Path(folder), phases) if arguments.steps else []
+        shares, red = checked(to_check, providers, clock)
+        found = [] if arguments.check else roofline.with_shares(timed(to_time, providers, shares, arguments.repeats, clock, red))
+    red = [*apart, *red.values()]
+    if arguments.check:
+        print("\n".join(red) or f"{len(to_check)} checks, all equal")
+        return 1 if red else 0
+    if not found and not red:
         return complain(f"--minutes {arguments.minutes:g}: too little for any figure")
     if arguments.dry_run:
         found = [dataclasses.replace(row, extra_config={**row.extra_config, "dry_run": True}) for row in found]
+    if not found:
+        print("\n".join(red))
+        return 1
     heading = "Dry run of bench/gpu.py: the figures mean nothing" if arguments.dry_run else f"Measured by bench/gpu.py on {found[0].device_name}"
-    notes = {"Targets": roofline.targets(found), f"Below {roofline.GOOD:.0f} % of the roofline": roofline.limits(found)}
+    notes = {"Targets": roofline.targets(found), f"Below {roofline.GOOD:.0f} % of the roofline": roofline.limits(found), "Red: not equal, or failed": red}
     print(f"# {heading}\n\n{rows.table(found, notes)}")
     out = arguments.out or (None if arguments.dry_run else ROOT / "bench" / "results" / f"{rows.slug(device)}{'-steps' if arguments.steps else ''}.json")
     if out:
         rows.write(out, found, heading, notes)
         say(f"result: {out} and {out.with_suffix('.md')}")
-    return 0
+    return 1 if red else 0
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def _rounding(dtype: torch.dtype) -> float:
 
 def _unequal(case: Case, setting: Setting, words: str, found: list[Difference]) -> Unequal:
     red = [d for d in found if d.red]
-    lines = [f"{case.name}, {setting.size_name}, {case.x_name} {setting.x:g}: {words} in {len(red)} of {len(found)} tensors; nothing is timed"]
+    lines = [f"{case.name}, {setting.size_name}, {case.x_name} {setting.x:g}: {words} in {len(red)} of {len(found)} tensors; not timed"]
     return Unequal("\n".join(lines + [f"  {d.tensor}: max|difference| {d.apart:.3g}, allowed {d.allowed:.3g}" for d in red]))
 
 
