@@ -3,7 +3,10 @@ torch.compile and peft's own op, and our upstream step beside transformers + pef
 bench/results/, named after the device: times, shares of the roofline, what limits whom, which targets are met.
 
 With --steps, in place of the single ops: both phases for 200 steps against the CPU's twins (bench/curves.py) and steps under torch's sync-debug mode, then whole steps of
-LoRA, adapter, prefix and full training at 32 x 128, 128 x 128 and 128 x 256, all tokens valid and 40 %, beside transformers + peft eager, compiled and length-bucketed.
+LoRA, adapter, prefix and full training at 128 x 128, 128 x 256 and 32 x 128, 40 % of the tokens valid and all, beside transformers + peft eager, compiled and
+length-bucketed. What matters most comes first, for the run ends when its minutes are over: LoRA at every shape, then the other methods at the first, then these at the
+others. torch.compile takes a minute to start, so theirs is compiled for LoRA at every shape and for the other methods at the first one, ours for LoRA at the first one;
+nothing is length-bucketed where all texts are of one length. Equality is asked of every method at its smallest shape, of what is compiled in LoRA's alone.
 
 With --check, equality alone, in seconds a case: several processes with --only of their own share a device well.
 
@@ -48,10 +51,10 @@ DRY = {"lora_linear": 37, "lora_frozen": 37, "lora_linear_wide": 13, "lora_froze
 class Clock:
     """The budget of a whole run. Past `early` of it nothing is compiled any more, past `late` no case is begun: what is left out is said."""
 
-    early, late = 0.55, 0.9
+    late = 0.9
 
-    def __init__(self, minutes: float):
-        self.started, self.seconds = time.monotonic(), 60 * minutes
+    def __init__(self, minutes: float, early: float = 0.55):
+        self.started, self.seconds, self.early = time.monotonic(), 60 * minutes, early
 
     def before(self, share: float) -> bool:
         return time.monotonic() - self.started < share * self.seconds
@@ -64,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
                      "not run its kernels are stood in for by their plain twins; TRITON_INTERPRET=1 runs the kernels themselves")
     top.add_argument("--only", metavar="NAME[,NAME...]", help="some cases: names or stems (lora); the ceilings are always measured")
     top.add_argument("--steps", action="store_true", help="loss curves against the CPU and whole training steps, in place of the single ops")
+    top.add_argument("--shapes", metavar="BxS[,BxS...]", help=f"with --steps: some of {','.join(SHAPES)} (default all)")
     top.add_argument("--check", action="store_true", help="equality alone; nothing is timed and no file is written")
     top.add_argument("--size", default="base", choices=SIZES, help="the base model (default base)")
     top.add_argument("--repeats", type=int, default=15, metavar="N", help="times that every provider is timed (default 15)")
@@ -91,28 +95,55 @@ def plan(device: torch.device, size: str, dry: bool, folder: Path) -> tuple[Plan
     return each(CHECKED) + steps, ceilings + each(TIMED) + steps
 
 
-SHAPES = ((32, 128), (128, 128), (128, 256))
-"""Texts a batch x tokens a text at most."""
+SHAPES = {"128x128": (128, 128), "128x256": (128, 256), "32x128": (32, 128)}
+"""name -> (texts a batch, tokens a text at most); what matters most first."""
 
 
-def step_plan(device: torch.device, size: str, dry: bool, folder: Path) -> tuple[Plan, Plan]:
-    """`plan` of --steps. Equality at the first shape of each method."""
+STEPS_EARLY = 0.75  # Clock's: with --steps what is compiled matters, and comes early
+
+
+def step_plan(device: torch.device, size: str, dry: bool, folder: Path, shapes: tuple[str, ...] = tuple(SHAPES)) -> tuple[Plan, Plan]:
+    """`plan` of --steps; a case holds the providers that take part in it."""
     common = {"precision": "bf16" if device.type == "cuda" else "float32", "stand_in": dry, "batches": 2}
+    sizes = [(4, 48)] if dry else [SHAPES[name] for name in SHAPES if name in shapes]
+    foremost, *others = STEP_CASES
 
-    def of(case: Case, sequences: int, longest: int) -> Plan:
-        named = dataclasses.replace(case, name=f"{case.name} {sequences}x{longest}")
-        return [(named, Setting(size, x, folder, device, sequences=sequences, longest=longest, **common)) for x in (round(0.4 * longest), longest)]
+    def of(name: str, shape: tuple[int, int], share: float = 0.4) -> tuple[Case, Setting]:
+        sequences, longest = shape
+        case, x = CASES[name], longest if share == 1 else round(share * longest)
+        taking = {p: case.providers[p] for p in step_providers(case, foremost=name == foremost, first=shape == sizes[0], even=x >= longest)}
+        return (dataclasses.replace(case, name=f"{name} {sequences}x{longest}", providers=taking),
+                Setting(size, x, folder, device, sequences=sequences, longest=longest, **common))
 
-    shapes = ((4, 48),) if dry else SHAPES
-    timed = [entry for case in STEP_CASES.values() for shape in shapes for entry in of(case, *shape)]
-    firsts = {case.name.split()[0]: (case, setting) for case, setting in reversed(timed)}
-    ceilings = [(CASES[name], Setting(size, x, folder, device, **common)) for name, values in (("gemm", (64,) if dry else (4096, 8192)), ("copy", (1,) if dry else (4096,))) for x in values]
-    return list(firsts.values()), ceilings + timed
+    def uncompiled(case: Case) -> Case:
+        return dataclasses.replace(case, providers={name: p for name, p in CASES[stem(case)].providers.items() if stem(case) == foremost or not p.compiled})
+
+    order = [(foremost, shape) for shape in sizes] + [(name, sizes[0]) for name in others] + [(name, shape) for shape in sizes[1:] for name in others]
+    timed = [of(name, shape, share) for name, shape in order for share in (0.4, 1)]
+    smallest = min(sizes, key=lambda shape: shape[0] * shape[1])
+    to_check = [(uncompiled(case), setting) for case, setting in (of(name, smallest) for name in STEP_CASES)]
+    ceilings = [(CASES[name], Setting(size, x, folder, device, **common)) for name, values in (("gemm", (64,) if dry else (4096, 8192)), ("copy", (1,) if dry else (4096,)))
+                for x in values]
+    return to_check, ceilings + timed
+
+
+def step_providers(case: Case, foremost: bool, first: bool, even: bool) -> list[str]:
+    """The names of those that are timed. foremost: it is the method that matters most. first: it is the first shape. even: all texts are of one length."""
+    def wanted(name: str) -> bool:
+        ours = name.startswith(roofline.OURS)
+        return ((not case.providers[name].compiled or (foremost and first if ours else foremost or first)) and not (even and name.endswith("length-bucketed")))
+
+    return [name for name in case.providers if wanted(name)]
+
+
+def stem(case: Case) -> str:
+    """Its name in CASES: those of --steps have their shape behind it."""
+    return case.name.split()[0]
 
 
 def chosen(entries: Plan, only: str | None) -> Plan:
     names = only.split(",") if only else []
-    return [(case, setting) for case, setting in entries if not names or case.name in ("gemm", "copy") or any(case.name.split()[0] == n or case.name.startswith(n + "_") for n in names)]
+    return [(case, setting) for case, setting in entries if not names or case.name in ("gemm", "copy") or any(stem(case) == n or case.name.startswith(n + "_") for n in names)]
 
 
 def affordable(case: Case, providers: dict[str, Provider], clock: Clock, first: bool = True) -> dict[str, Provider]:
@@ -124,13 +155,18 @@ def affordable(case: Case, providers: dict[str, Provider], clock: Clock, first: 
     return left
 
 
+def of_case(case: Case, providers: dict[str, dict[str, Provider]]) -> dict[str, Provider]:
+    """Those of a case that take part in this run. providers: by the stem of the case."""
+    return {name: p for name, p in providers[stem(case)].items() if name in case.providers}
+
+
 def checked(entries: Plan, providers: dict[str, dict[str, Provider]], clock: Clock) -> tuple[dict[tuple[str, float], dict[str, float]], dict[str, str]]:
-    """({(case, x): shares of what is allowed}, in float32, and in bf16 for the kernels; {case: what is wrong with it})."""
+    """({(stem of the case, x): shares of what is allowed}, in float32, and in bf16 for the kernels; {stem: what is wrong with it})."""
     shares, red = {}, {}
     for case, setting in entries:
-        taking = affordable(case, providers[case.name], clock)
-        with _noting(case, setting, red):
-            shares[case.name, setting.x] = check(case, setting, taking)
+        taking = affordable(case, of_case(case, providers), clock)
+        with _noting(case, setting, red, stem(case)):
+            shares[stem(case), setting.x] = check(case, setting, taking)
             if case.rounded:
                 found = measure.check_rounded(case, setting, taking)
                 if found:
@@ -139,17 +175,17 @@ def checked(entries: Plan, providers: dict[str, dict[str, Provider]], clock: Clo
 
 
 @contextlib.contextmanager
-def _noting(case: Case, setting: Setting, red: dict[str, str]):
-    """What goes wrong in one case is noted, and the run goes on: a device that is lent for minutes shall show all of it."""
+def _noting(case: Case, setting: Setting, red: dict[str, str], name: str):
+    """What goes wrong in one case is noted under that name, and the run goes on: a device that is lent for minutes shall show all of it."""
     try:
         yield
     except measure.Unequal as unequal:
-        red[case.name] = str(unequal)
+        red[name] = str(unequal)
     except Exception as error:  # a launch that the device refuses, memory that is not there, a library that fails
         traceback.print_exc()
-        red[case.name] = f"{title(case, setting)}: {type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"
-    if case.name in red:
-        say(red[case.name])
+        red[name] = f"{title(case, setting)}: {type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"
+    if name in red:
+        say(red[name])
 
 
 def unlike_the_cpu(device: torch.device, dry: bool, folder: Path, phases: tuple[str, ...]) -> list[str]:
@@ -159,19 +195,19 @@ def unlike_the_cpu(device: torch.device, dry: bool, folder: Path, phases: tuple[
 
 
 def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict, repeats: int, clock: Clock, red: dict[str, str]) -> list[rows.Row]:
-    """Rows of every case that is not red; one that fails becomes red."""
+    """Rows of every case that is not red; one that fails becomes red, at that shape alone."""
     found = []
     last = {case.name: setting.x for case, setting in entries}
     for case, setting in entries:
-        if case.name in red:
+        if red.keys() & {stem(case), case.name}:
             continue
         if not clock.before(clock.late):
             say(f"{title(case, setting)}: not measured: the run has used {clock.late:.0%} of its time")
             continue
         say(f"{title(case, setting)}: timing")
-        taking = affordable(case, providers[case.name], clock, first=case.mode == "step" or setting.x == last[case.name])
-        share = shares.get((case.name, setting.x)) or next((s for (name, _), s in shares.items() if name == case.name), None)
-        with _noting(case, setting, red):
+        taking = affordable(case, of_case(case, providers), clock, first=case.mode == "step" or setting.x == last[case.name])
+        share = shares.get((stem(case), setting.x)) or next((s for (name, _), s in shares.items() if name == stem(case)), None)
+        with _noting(case, setting, red, case.name):
             found += measure.time_case(case, setting, taking, repeats, shares=share, say=say)
     return found
 
@@ -188,20 +224,29 @@ def main(argv: list[str] | None = None) -> int:
         return complain(f"--minutes: expected more than 0, got {arguments.minutes:g}")
     if arguments.out and (arguments.out.suffix != ".json" or arguments.out.is_dir()):
         return complain(f"--out {arguments.out}: expected a file name that ends in .json")
+    shapes = arguments.shapes.split(",") if arguments.shapes else SHAPES
+    for name in shapes:
+        if name not in SHAPES:
+            return complain(f"--shapes: no shape {name!r}; expected some of {', '.join(SHAPES)}")
+    if arguments.shapes and not arguments.steps:
+        return complain("--shapes: expected --steps beside it")
     if arguments.device == "cpu" and not arguments.dry_run:
         return complain("--device cpu: expected --dry-run beside it (bench/run.py measures a CPU)")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         say("no CUDA device here: not measured")
         return 2
-    device, clock = torch.device(arguments.device), Clock(arguments.minutes)
+    device, clock = torch.device(arguments.device), Clock(arguments.minutes, STEPS_EARLY if arguments.steps else 0.55)
     torch.set_float32_matmul_precision("highest")  # equality is asked in float32, not in TF32; bf16 products are not touched by it
     with tempfile.TemporaryDirectory(prefix="peftdebias-bench-") as folder:
-        planned = (step_plan if arguments.steps else plan)(device, "micro" if arguments.dry_run else arguments.size, arguments.dry_run, Path(folder))
+        common = device, "micro" if arguments.dry_run else arguments.size, arguments.dry_run, Path(folder)
+        planned = step_plan(*common, tuple(shapes)) if arguments.steps else plan(*common)
         to_check, to_time = (chosen(entries, arguments.only) for entries in planned)
         compiled = device.type == "cuda" if arguments.compile is None else arguments.compile
-        cases = {case.name: case for case, _ in to_check + to_time}
+        cases = {stem(case): CASES[stem(case)] for case, _ in to_check + to_time}
         providers = {name: measure.taking_part(case, compiled, say, device.type, arguments.dry_run) for name, case in cases.items()}
         phases = tuple(dict.fromkeys(case.name.split("_")[0] for case, _ in to_check))
+        if arguments.steps and compiled:
+            say("torch.compile: theirs for lora_step at every shape and for the others at the first one, ours for lora_step at the first one; checked for lora_step alone")
         apart = unlike_the_cpu(device, arguments.dry_run, Path(folder), phases) if arguments.steps else []
         shares, red = checked(to_check, providers, clock)
         found = [] if arguments.check else roofline.with_shares(timed(to_time, providers, shares, arguments.repeats, clock, red))
