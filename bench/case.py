@@ -86,7 +86,8 @@ class Work:
     tokens: valid tokens, flops, bytes (read and written): of one pass; 0 where they say nothing. extra: goes into the rows' extra_config.
     roof: (flops, bytes) of each stretch of work that cannot overlap another, at the least: its time is no less than the sum of the larger of the two at the
     measured ceilings. limit: what else bounds it, in words, from how it is built. held: what must live as long as the work. save: writes into a folder what is kept of a
-    trained module.
+    trained module. capture: of a pass, what a CUDA graph can hold, where that is not all of `run`. state: bytes of optimizer state that the builder made already, where
+    others make theirs in the first step.
     """
 
     run: Callable[[], object]
@@ -100,6 +101,8 @@ class Work:
     extra: dict = dataclasses.field(default_factory=dict)
     held: object = None
     save: Callable[[Path], object] | None = None
+    capture: Callable[[], object] | None = None
+    state: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -257,7 +257,8 @@ def adamw(form: str) -> Callable[[Setting], Work]:
             for i, p in enumerate(parameters):
                 p.grad = drawn(setting, True, 0.01, 1000 + i, shape=p.shape)
             if form == "torch":
-                return parameters, torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=setting.precision != "float64")
+                one_kernel = setting.precision != "float64"
+                return parameters, torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=one_kernel, capturable=one_kernel and setting.device.type == "cuda")
             return parameters, FlatAdamW([{"params": parameters}], 1e-3, adamw_ref if form == "flat" else fused("adamw", adamw_ref, setting))
 
         _, optimizer = made()
@@ -269,6 +270,7 @@ def adamw(form: str) -> Callable[[Setting], Work]:
             return {"values": torch.cat([p.detach() for p in parameters])}
 
         return Work(optimizer.step, results, roof=((0.0, 9.0 * 4 * setting.x),), limit="the gradients are gathered into one tensor first",
+                    capture=None if form == "torch" else optimizer.apply,  # the rest of the step sends the rates from the host
                     extra={"setting": f"{int(setting.x)} values in {len(sizes)} vectors, float32"})
 
     return build

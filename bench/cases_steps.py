@@ -8,6 +8,7 @@ Letters: P prefix length, L layers, D hidden, H heads, W head width, K bottlenec
 """
 
 import contextlib
+import copy
 import dataclasses
 import types
 from collections.abc import Callable
@@ -43,6 +44,18 @@ def model_folder(setting: Setting, labelled: bool = False) -> Path:
         model.initialize(model, torch.Generator().manual_seed(setting.seed))
         save_model(model, folder)
     return folder
+
+
+def loaded(key: tuple, load: Callable[[], nn.Module], setting: Setting) -> nn.Module:
+    """What `load` gives, on the host. For a GPU a copy of what it gave for this key before: loading takes seconds there, and a run makes a hundred models."""
+    if setting.device.type != "cuda":
+        return load()
+    if key not in _LOADED:
+        _LOADED[key] = load()
+    return copy.deepcopy(_LOADED[key])
+
+
+_LOADED: dict[tuple, nn.Module] = {}
 
 
 def module_values(name: str, config: EncoderConfig) -> dict[str, Tensor]:
@@ -103,7 +116,8 @@ def ours(name: str, kind: str = "eager", folded: bool = False) -> Callable[[Sett
     """Packed, length-bucketed batches, the head and the last layer on the rows asked for; the step of our own training loop. kind: one of training.STEPS."""
     def build(setting: Setting) -> Work:
         full = name == "full"
-        model, _ = load_model(model_folder(setting, full))
+        folder = model_folder(setting, full)
+        model = loaded((folder, "ours"), lambda: load_model(folder)[0], setting)
         compensation = None
         if not full or folded:
             module = "lora" if full else name
@@ -119,6 +133,7 @@ def ours(name: str, kind: str = "eager", folded: bool = False) -> Callable[[Sett
         packed = [pack(batch) for batch in (labelled(batches) if full else batches)]
         loss = (lambda model, batch: mlm_loss(model.class_logits(batch), batch.targets)) if full else (lambda model, batch: MaskedLM.loss(None, model, batch))
         task, optimizer = types.SimpleNamespace(loss=loss), training.make_optimizer(parameters, plan)
+        moments = [t for flat in getattr(optimizer, "flat", ()) for t in flat[1:]]  # FlatAdamW has them from the start, torch's classes from the first step on
         decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         step = training.STEPS[kind](model, task, optimizer, parameters, clip=plan.clip, precision=plan.precision)
         count = sum(len(batch.targets) for batch in packed)
@@ -135,7 +150,7 @@ def ours(name: str, kind: str = "eager", folded: bool = False) -> Callable[[Sett
                     compensation.after_step({key: plan.lr * decay for key, decay in decays.items()})
 
         work = Work(run, results, steps=len(packed), tokens=sum(len(b.ids) for b in packed), flops=needed_flops(setting, name), extra=facts(setting, batches, name),
-                    save=None if full else (lambda folder: save_adapter(folder, model, method)))
+                    state=sum(t.numel() * t.element_size() for t in moments), save=None if full else (lambda folder: save_adapter(folder, model, method)))
         if setting.precision == "bf16":
             work.held = contextlib.ExitStack()
             work.held.enter_context(lowered(model))
@@ -252,7 +267,8 @@ def theirs(name: str, bucketed: bool = False, compiled: bool = False, module: Ca
 
         full = name == "full"
         head = transformers.BertForSequenceClassification if full else transformers.BertForMaskedLM
-        model, parameters, named = module(head.from_pretrained(model_folder(setting, full)), setting)
+        folder = model_folder(setting, full)
+        model, parameters, named = module(loaded((folder, "theirs"), lambda: head.from_pretrained(folder), setting), setting)
         if {id(p) for p in model.parameters() if p.requires_grad} != {id(p) for p in parameters.values()}:
             raise RuntimeError(f"{name}: other parameters are trained than those that are compared")
         model.to(setting.device)

@@ -3,17 +3,24 @@ torch.compile and peft's own op, and our upstream step beside transformers + pef
 bench/results/, named after the device: times, shares of the roofline, what limits whom, which targets are met.
 
 With --steps, in place of the single ops: both phases for 200 steps against the CPU's twins (bench/curves.py) and steps under torch's sync-debug mode, then whole steps of
-LoRA, adapter, prefix and full training at 32 x 128, 128 x 128 and 128 x 256, all tokens valid and 40 %, beside transformers + peft eager, compiled and length-bucketed.
+LoRA, adapter, prefix and full training at 128 x 128, 128 x 256 and 32 x 128, 40 % of the tokens valid and all, beside transformers + peft eager, compiled and
+length-bucketed. What matters most comes first, for the run ends when its minutes are over: LoRA at every shape, then the other methods at the first, then these at the
+others. torch.compile takes a minute to start, so theirs is compiled for LoRA at every shape and for the other methods at the first one, ours for LoRA at the first one;
+nothing is length-bucketed where all texts are of one length. Equality is asked of every method at its smallest shape, of what is compiled in LoRA's alone.
+
+With --check, equality alone, in seconds a case: several processes with --only of their own share a device well.
 
 Needs torch, triton, numpy, tokenizers, safetensors, tqdm; transformers and peft for the comparison; no install of peftdebias, no network.
-Exit code 0; 1 where providers disagree (then nothing is timed); 2 without a CUDA device or on bad arguments.
+Exit code 0; 1 where providers disagree or one fails: that case is not timed, the others are; 2 without a CUDA device or on bad arguments.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -44,10 +51,10 @@ DRY = {"lora_linear": 37, "lora_frozen": 37, "lora_linear_wide": 13, "lora_froze
 class Clock:
     """The budget of a whole run. Past `early` of it nothing is compiled any more, past `late` no case is begun: what is left out is said."""
 
-    early, late = 0.55, 0.9
+    late = 0.9
 
-    def __init__(self, minutes: float):
-        self.started, self.seconds = time.monotonic(), 60 * minutes
+    def __init__(self, minutes: float, early: float = 0.55):
+        self.started, self.seconds, self.early = time.monotonic(), 60 * minutes, early
 
     def before(self, share: float) -> bool:
         return time.monotonic() - self.started < share * self.seconds
@@ -60,6 +67,8 @@ def parser() -> argparse.ArgumentParser:
                      "not run its kernels are stood in for by their plain twins; TRITON_INTERPRET=1 runs the kernels themselves")
     top.add_argument("--only", metavar="NAME[,NAME...]", help="some cases: names or stems (lora); the ceilings are always measured")
     top.add_argument("--steps", action="store_true", help="loss curves against the CPU and whole training steps, in place of the single ops")
+    top.add_argument("--shapes", metavar="BxS[,BxS...]", help=f"with --steps: some of {','.join(SHAPES)} (default all)")
+    top.add_argument("--check", action="store_true", help="equality alone; nothing is timed and no file is written")
     top.add_argument("--size", default="base", choices=SIZES, help="the base model (default base)")
     top.add_argument("--repeats", type=int, default=15, metavar="N", help="times that every provider is timed (default 15)")
     top.add_argument("--minutes", type=float, default=8.0, metavar="M", help="budget of the whole run (default 8); compiled baselines are left out first")
@@ -86,28 +95,55 @@ def plan(device: torch.device, size: str, dry: bool, folder: Path) -> tuple[Plan
     return each(CHECKED) + steps, ceilings + each(TIMED) + steps
 
 
-SHAPES = ((32, 128), (128, 128), (128, 256))
-"""Texts a batch x tokens a text at most."""
+SHAPES = {"128x128": (128, 128), "128x256": (128, 256), "32x128": (32, 128)}
+"""name -> (texts a batch, tokens a text at most); what matters most first."""
 
 
-def step_plan(device: torch.device, size: str, dry: bool, folder: Path) -> tuple[Plan, Plan]:
-    """`plan` of --steps. Equality at the first shape of each method."""
+STEPS_EARLY = 0.75  # Clock's: with --steps what is compiled matters, and comes early
+
+
+def step_plan(device: torch.device, size: str, dry: bool, folder: Path, shapes: tuple[str, ...] = tuple(SHAPES)) -> tuple[Plan, Plan]:
+    """`plan` of --steps; a case holds the providers that take part in it."""
     common = {"precision": "bf16" if device.type == "cuda" else "float32", "stand_in": dry, "batches": 2}
+    sizes = [(4, 48)] if dry else [SHAPES[name] for name in SHAPES if name in shapes]
+    foremost, *others = STEP_CASES
 
-    def of(case: Case, sequences: int, longest: int) -> Plan:
-        named = dataclasses.replace(case, name=f"{case.name} {sequences}x{longest}")
-        return [(named, Setting(size, x, folder, device, sequences=sequences, longest=longest, **common)) for x in (round(0.4 * longest), longest)]
+    def of(name: str, shape: tuple[int, int], share: float = 0.4) -> tuple[Case, Setting]:
+        sequences, longest = shape
+        case, x = CASES[name], longest if share == 1 else round(share * longest)
+        taking = {p: case.providers[p] for p in step_providers(case, foremost=name == foremost, first=shape == sizes[0], even=x >= longest)}
+        return (dataclasses.replace(case, name=f"{name} {sequences}x{longest}", providers=taking),
+                Setting(size, x, folder, device, sequences=sequences, longest=longest, **common))
 
-    shapes = ((4, 48),) if dry else SHAPES
-    timed = [entry for case in STEP_CASES.values() for shape in shapes for entry in of(case, *shape)]
-    firsts = {case.name.split()[0]: (case, setting) for case, setting in reversed(timed)}
-    ceilings = [(CASES[name], Setting(size, x, folder, device, **common)) for name, values in (("gemm", (64,) if dry else (4096, 8192)), ("copy", (1,) if dry else (4096,))) for x in values]
-    return list(firsts.values()), ceilings + timed
+    def uncompiled(case: Case) -> Case:
+        return dataclasses.replace(case, providers={name: p for name, p in CASES[stem(case)].providers.items() if stem(case) == foremost or not p.compiled})
+
+    order = [(foremost, shape) for shape in sizes] + [(name, sizes[0]) for name in others] + [(name, shape) for shape in sizes[1:] for name in others]
+    timed = [of(name, shape, share) for name, shape in order for share in (0.4, 1)]
+    smallest = min(sizes, key=lambda shape: shape[0] * shape[1])
+    to_check = [(uncompiled(case), setting) for case, setting in (of(name, smallest) for name in STEP_CASES)]
+    ceilings = [(CASES[name], Setting(size, x, folder, device, **common)) for name, values in (("gemm", (64,) if dry else (4096, 8192)), ("copy", (1,) if dry else (4096,)))
+                for x in values]
+    return to_check, ceilings + timed
+
+
+def step_providers(case: Case, foremost: bool, first: bool, even: bool) -> list[str]:
+    """The names of those that are timed. foremost: it is the method that matters most. first: it is the first shape. even: all texts are of one length."""
+    def wanted(name: str) -> bool:
+        ours = name.startswith(roofline.OURS)
+        return ((not case.providers[name].compiled or (foremost and first if ours else foremost or first)) and not (even and name.endswith("length-bucketed")))
+
+    return [name for name in case.providers if wanted(name)]
+
+
+def stem(case: Case) -> str:
+    """Its name in CASES: those of --steps have their shape behind it."""
+    return case.name.split()[0]
 
 
 def chosen(entries: Plan, only: str | None) -> Plan:
     names = only.split(",") if only else []
-    return [(case, setting) for case, setting in entries if not names or case.name in ("gemm", "copy") or any(case.name.split()[0] == n or case.name.startswith(n + "_") for n in names)]
+    return [(case, setting) for case, setting in entries if not names or case.name in ("gemm", "copy") or any(stem(case) == n or case.name.startswith(n + "_") for n in names)]
 
 
 def affordable(case: Case, providers: dict[str, Provider], clock: Clock, first: bool = True) -> dict[str, Provider]:
@@ -119,36 +155,60 @@ def affordable(case: Case, providers: dict[str, Provider], clock: Clock, first: 
     return left
 
 
-def checked(entries: Plan, providers: dict[str, dict[str, Provider]], clock: Clock) -> dict[tuple[str, float], dict[str, float]]:
-    """{(case, x): shares of what is allowed}, in float32, and in bf16 for the kernels. Raises measure.Unequal."""
-    shares = {}
+def of_case(case: Case, providers: dict[str, dict[str, Provider]]) -> dict[str, Provider]:
+    """Those of a case that take part in this run. providers: by the stem of the case."""
+    return {name: p for name, p in providers[stem(case)].items() if name in case.providers}
+
+
+def checked(entries: Plan, providers: dict[str, dict[str, Provider]], clock: Clock) -> tuple[dict[tuple[str, float], dict[str, float]], dict[str, str]]:
+    """({(stem of the case, x): shares of what is allowed}, in float32, and in bf16 for the kernels; {stem: what is wrong with it})."""
+    shares, red = {}, {}
     for case, setting in entries:
-        taking = affordable(case, providers[case.name], clock)
-        shares[case.name, setting.x] = check(case, setting, taking)
-        if case.rounded:
-            found = measure.check_rounded(case, setting, taking)
-            if found:
-                say(f"{title(case, setting)}: equal in bf16 (largest error {max(found.values()):.2g} of the allowed one)")
-    return shares
+        taking = affordable(case, of_case(case, providers), clock)
+        with _noting(case, setting, red, stem(case)):
+            shares[stem(case), setting.x] = check(case, setting, taking)
+            if case.rounded:
+                found = measure.check_rounded(case, setting, taking)
+                if found:
+                    say(f"{title(case, setting)}: equal in bf16 (largest error {max(found.values()):.2g} of the allowed one)")
+    return shares, red
 
 
-def unlike_the_cpu(device: torch.device, dry: bool, folder: Path) -> list[str]:
-    """What of both phases differs from the twins on the CPU, and what in a step waits for the device; red lines."""
-    red = curves.check(device, folder, 3 if dry else 200, "micro" if dry else "tiny", say=say)
-    return red + [f"a step waits for the device: {line}" for line in (curves.waits(device, folder) if device.type == "cuda" else ())]
+@contextlib.contextmanager
+def _noting(case: Case, setting: Setting, red: dict[str, str], name: str):
+    """What goes wrong in one case is noted under that name, and the run goes on: a device that is lent for minutes shall show all of it."""
+    try:
+        yield
+    except measure.Unequal as unequal:
+        red[name] = str(unequal)
+    except Exception as error:  # a launch that the device refuses, memory that is not there, a library that fails
+        traceback.print_exc()
+        red[name] = f"{title(case, setting)}: {type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"
+    if name in red:
+        say(red[name])
 
 
-def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict, repeats: int, clock: Clock) -> list[rows.Row]:
+def unlike_the_cpu(device: torch.device, dry: bool, folder: Path, phases: tuple[str, ...]) -> list[str]:
+    """What of these phases differs from the twins on the CPU, and what in a step waits for the device; red lines."""
+    red = curves.check(device, folder, 3 if dry else 200, "micro" if dry else "tiny", phases=phases, say=say)
+    return red + [f"a step waits for the device: {line}" for line in (curves.waits(device, folder, phases) if device.type == "cuda" else ())]
+
+
+def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict, repeats: int, clock: Clock, red: dict[str, str]) -> list[rows.Row]:
+    """Rows of every case that is not red; one that fails becomes red, at that shape alone."""
     found = []
     last = {case.name: setting.x for case, setting in entries}
     for case, setting in entries:
+        if red.keys() & {stem(case), case.name}:
+            continue
         if not clock.before(clock.late):
             say(f"{title(case, setting)}: not measured: the run has used {clock.late:.0%} of its time")
             continue
         say(f"{title(case, setting)}: timing")
-        taking = affordable(case, providers[case.name], clock, first=case.mode == "step" or setting.x == last[case.name])
-        share = shares.get((case.name, setting.x)) or next((s for (name, _), s in shares.items() if name == case.name), None)
-        found += measure.time_case(case, setting, taking, repeats, shares=share, say=say)
+        taking = affordable(case, of_case(case, providers), clock, first=case.mode == "step" or setting.x == last[case.name])
+        share = shares.get((stem(case), setting.x)) or next((s for (name, _), s in shares.items() if name == stem(case)), None)
+        with _noting(case, setting, red, case.name):
+            found += measure.time_case(case, setting, taking, repeats, shares=share, say=say)
     return found
 
 
@@ -164,40 +224,51 @@ def main(argv: list[str] | None = None) -> int:
         return complain(f"--minutes: expected more than 0, got {arguments.minutes:g}")
     if arguments.out and (arguments.out.suffix != ".json" or arguments.out.is_dir()):
         return complain(f"--out {arguments.out}: expected a file name that ends in .json")
+    shapes = arguments.shapes.split(",") if arguments.shapes else SHAPES
+    for name in shapes:
+        if name not in SHAPES:
+            return complain(f"--shapes: no shape {name!r}; expected some of {', '.join(SHAPES)}")
+    if arguments.shapes and not arguments.steps:
+        return complain("--shapes: expected --steps beside it")
     if arguments.device == "cpu" and not arguments.dry_run:
         return complain("--device cpu: expected --dry-run beside it (bench/run.py measures a CPU)")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         say("no CUDA device here: not measured")
         return 2
-    device, clock = torch.device(arguments.device), Clock(arguments.minutes)
+    device, clock = torch.device(arguments.device), Clock(arguments.minutes, STEPS_EARLY if arguments.steps else 0.55)
     torch.set_float32_matmul_precision("highest")  # equality is asked in float32, not in TF32; bf16 products are not touched by it
     with tempfile.TemporaryDirectory(prefix="peftdebias-bench-") as folder:
-        planned = (step_plan if arguments.steps else plan)(device, "micro" if arguments.dry_run else arguments.size, arguments.dry_run, Path(folder))
+        common = device, "micro" if arguments.dry_run else arguments.size, arguments.dry_run, Path(folder)
+        planned = step_plan(*common, tuple(shapes)) if arguments.steps else plan(*common)
         to_check, to_time = (chosen(entries, arguments.only) for entries in planned)
         compiled = device.type == "cuda" if arguments.compile is None else arguments.compile
-        cases = {case.name: case for case, _ in to_check + to_time}
+        cases = {stem(case): CASES[stem(case)] for case, _ in to_check + to_time}
         providers = {name: measure.taking_part(case, compiled, say, device.type, arguments.dry_run) for name, case in cases.items()}
-        red = unlike_the_cpu(device, arguments.dry_run, Path(folder)) if arguments.steps else []
-        try:
-            shares = {} if red else checked(to_check, providers, clock)
-        except measure.Unequal as unequal:
-            red = [str(unequal)]
-        if red:
-            print("\n".join(red))
-            return 1
-        found = roofline.with_shares(timed(to_time, providers, shares, arguments.repeats, clock))
-    if not found:
+        phases = tuple(dict.fromkeys(case.name.split("_")[0] for case, _ in to_check))
+        if arguments.steps and compiled:
+            say("torch.compile: theirs for lora_step at every shape and for the others at the first one, ours for lora_step at the first one; checked for lora_step alone")
+        apart = unlike_the_cpu(device, arguments.dry_run, Path(folder), phases) if arguments.steps else []
+        shares, red = checked(to_check, providers, clock)
+        found = [] if arguments.check else roofline.with_shares(timed(to_time, providers, shares, arguments.repeats, clock, red))
+    red = [*apart, *red.values()]
+    if arguments.check:
+        print("\n".join(red) or f"{len(to_check)} checks, all equal")
+        return 1 if red else 0
+    if not found and not red:
         return complain(f"--minutes {arguments.minutes:g}: too little for any figure")
     if arguments.dry_run:
         found = [dataclasses.replace(row, extra_config={**row.extra_config, "dry_run": True}) for row in found]
+    if not found:
+        print("\n".join(red))
+        return 1
     heading = "Dry run of bench/gpu.py: the figures mean nothing" if arguments.dry_run else f"Measured by bench/gpu.py on {found[0].device_name}"
-    notes = {"Targets": roofline.targets(found), f"Below {roofline.GOOD:.0f} % of the roofline": roofline.limits(found)}
+    notes = {"Targets": roofline.targets(found), f"Below {roofline.GOOD:.0f} % of the roofline": roofline.limits(found), "Red: not equal, or failed": red}
     print(f"# {heading}\n\n{rows.table(found, notes)}")
     out = arguments.out or (None if arguments.dry_run else ROOT / "bench" / "results" / f"{rows.slug(device)}{'-steps' if arguments.steps else ''}.json")
     if out:
         rows.write(out, found, heading, notes)
         say(f"result: {out} and {out.with_suffix('.md')}")
-    return 0
+    return 1 if red else 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ What it adds over cases.py: the comparison, the clock and the memory gauge. It l
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import gc
 import importlib.util
 import math
@@ -26,6 +27,7 @@ from .case import Case, Provider, Setting, Work
 
 SAMPLE_SECONDS = 0.02  # a timed sample lasts at least this long: quick calls are repeated inside it
 WARM_UP = 1
+WARM_UP_STEPS = 3  # passes of whole steps on a GPU: a shape trains eagerly in the first, is captured in the second (peftdebias/graphs.py), and replayed from the third on
 LOAD_AT_START = round(os.getloadavg()[0], 2)  # later the load average holds this run's own threads too
 
 
@@ -95,6 +97,7 @@ def check(case: Case, setting: Setting, providers: dict[str, Provider], say: Cal
     """
     setting = dataclasses.replace(setting, precision="float32")
     expected, baseline, shares = None, None, {}
+    _forget_compiled(providers)
     for name, provider in list(providers.items()):
         if not provider.compared:
             continue
@@ -136,7 +139,7 @@ def _rounding(dtype: torch.dtype) -> float:
 
 def _unequal(case: Case, setting: Setting, words: str, found: list[Difference]) -> Unequal:
     red = [d for d in found if d.red]
-    lines = [f"{case.name}, {setting.size_name}, {case.x_name} {setting.x:g}: {words} in {len(red)} of {len(found)} tensors; nothing is timed"]
+    lines = [f"{case.name}, {setting.size_name}, {case.x_name} {setting.x:g}: {words} in {len(red)} of {len(found)} tensors; not timed"]
     return Unequal("\n".join(lines + [f"  {d.tensor}: max|difference| {d.apart:.3g}, allowed {d.allowed:.3g}" for d in red]))
 
 
@@ -154,6 +157,12 @@ def _compiler_may_fail(case: Case, name: str, providers: dict[str, Provider], sa
         say(f"{case.name}: {name} is not measured: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
+def _forget_compiled(providers: dict[str, Provider]) -> None:
+    """torch.compile keeps a few versions of a function, over all that was built from it, and runs it eagerly beyond them: every case begins with none."""
+    if any(p.compiled for p in providers.values()):
+        torch.compiler.reset()
+
+
 # ---------------------------------------------------------------- time
 
 def seconds(work: Work, passes: int, device: torch.device) -> float:
@@ -166,21 +175,86 @@ def seconds(work: Work, passes: int, device: torch.device) -> float:
     return (time.perf_counter() - started) / passes
 
 
-FLUSH = 2 ** 28  # bytes written before every timed call of one op, more than any L2 cache holds
+FLUSH, FLUSHES = 2 ** 30, 3
+"""Bytes written before every timed pass of one op, and how often: more than any L2 cache holds, and for longer than the host needs to hand over what comes behind."""
 
 
-def cuda_seconds(work: Work, passes: int, device: torch.device) -> float:
-    """Seconds of one pass as the device's own clock has them, with a cold L2 cache: what was written last is FLUSH bytes of something else. For single ops."""
+def cuda_seconds(launch: Callable[[], object], passes: int, device: torch.device) -> tuple[float, int]:
+    """(seconds of one launch by the device's own clock, launches for which the device had to wait). The L2 cache is cold: what was written last is FLUSH bytes of
+    something else. While the device writes these, the host hands over start event, launch and end event; where it was too slow for that, the launch does not count,
+    unless it was too slow for all."""
     cold = torch.empty(FLUSH, dtype=torch.int8, device=device)
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(passes)]
+    marks, late = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(passes)], []
     with torch.cuda.device(device):
         for start, end in marks:
-            cold.zero_()
+            for _ in range(FLUSHES):
+                cold.zero_()
             start.record()
-            work.run()
+            launch()
             end.record()
+            late.append(start.query())  # true: the device has passed the start before it had the end
     _finish(device)
-    return sum(start.elapsed_time(end) for start, end in marks) / 1000 / passes
+    spent = [start.elapsed_time(end) / 1000 for start, end in marks]
+    counted = [one for one, behind in zip(spent, late) if not behind] or spent
+    return sum(counted) / len(counted), sum(late)
+
+
+def graphed(run: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
+    """`run` captured once, https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. Raises where it cannot be, and leaves torch as it was.
+
+    Its results are dropped: their memory is the graph's own, and a replay writes there again.
+    """
+    with torch.cuda.device(device):
+        before, side, graph = torch.cuda.current_stream(), _side_stream(device), torch.cuda.CUDAGraph()
+        try:
+            side.wait_stream(before)
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    run()
+            before.wait_stream(side)
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                run()
+            graph.replay()
+            torch.cuda.synchronize()
+        except Exception:
+            torch.cuda.set_stream(before)  # a capture that cannot be ended leaves its own stream in place
+            with contextlib.suppress(Exception):
+                torch.cuda.synchronize()
+            with contextlib.suppress(Exception):  # and the generator of random numbers in the middle of a capture
+                generator = torch.cuda.default_generators[torch.cuda.current_device()]
+                generator.graphsafe_set_state(generator.clone_state())
+            raise
+    return graph
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: every stream has workspaces of its own in the matrix products' library."""
+    return torch.cuda.Stream(device)
+
+
+def launched(case: Case, name: str, work: Work, device: torch.device, say: Callable[[str], None]) -> Callable[[], object]:
+    """What a timed pass of one op launches on a GPU: its CUDA graph, or the pass itself where it has none. Notes in the work's `extra` which of the two (`timed`)."""
+    try:
+        graph = graphed(work.capture or work.run, device)
+    except Exception as error:
+        why = error.__context__ or error  # what broke the capture off, not that it could not be ended then
+        say(f"{case.name}: {name}: no CUDA graph, so its time is that of an eager launch, the host's work among it: {type(why).__name__}: {(str(why).splitlines() or [''])[0]}")
+        work.extra["timed"] = "eager"
+        return work.run
+    work.extra["timed"] = "graph"
+    return graph.replay
+
+
+@functools.cache
+def clock_ms(device: torch.device) -> float | None:
+    """Milliseconds that cuda_seconds shows for the graph of one kernel that does next to nothing: the part of every time that is the clock's own. None without graphs."""
+    with contextlib.suppress(Exception):
+        one = torch.zeros(1, device=device)
+        graph = graphed(lambda: one.add_(1), device)
+        return round(1000 * min(cuda_seconds(graph.replay, 10, device)[0] for _ in range(3)), 5)
+    return None
 
 
 def host_seconds(work: Work, passes: int, device: torch.device) -> float:
@@ -203,29 +277,60 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
               memory: Callable[[str], float | None] | None = None, say: Callable[[str], None] = lambda line: None) -> list[rows.Row]:
     """Rows of all providers. They take turns within every repeat, each repeat starting with another, so that noise hits all alike.
 
-    shares: what `check` gave. memory: name of a provider -> its peak in MiB above the loaded weights; None measures it here on a GPU, not on a CPU.
+    A single op on a GPU (it has a roof) has two times: that of its CUDA graph by the device's clock, cold cache, and the wall-clock of an eager launch. Anything else
+    has wall-clock time alone.
+
+    shares: what `check` gave. memory: name of a provider -> its peak in MiB above the loaded weights; None measures it here on a GPU, not on a CPU. There the peak of a
+    single op is what one eager pass takes at most above what was allocated before. That of a whole step is what was allocated at most in the first passes, with all that
+    these make once (captures of CUDA graphs and their memory, a library's workspaces, what torch.compile needs while it works), above what was allocated when the
+    provider was built; optimizer state counts wherever it is made (Work.state).
     """
-    device, works, passes, peaks = setting.device, {}, {}, {}
+    device, works, passes, peaks, launches = setting.device, {}, {}, {}, {}
+    cuda, step = device.type == "cuda", case.mode == "step"
+    _forget_compiled(providers)
     for name, provider in list(providers.items()):
         with _compiler_may_fail(case, name, providers, say):
+            empty = _settled(device) if cuda and step else 0
             work = provider.build(setting)
-            for _ in range(WARM_UP):
+            built = _settled(device) if cuda and step else 0
+            for _ in range(WARM_UP_STEPS if cuda and step else WARM_UP):
                 once = seconds(work, 1, device)
+            if cuda and step:  # before the next provider is built
+                peaks[name] = (torch.cuda.max_memory_allocated(device) - built + work.state) / 2 ** 20
+                work.extra["built_mib"] = round((built - empty) / 2 ** 20, 2)
+            if cuda and work.roof:
+                launches[name] = launched(case, name, work, device, say)
             works[name], passes[name] = work, max(1, math.ceil(SAMPLE_SECONDS / once)) if once < SAMPLE_SECONDS else 1
     samples: dict[str, list[float]] = {name: [] for name in works}
+    eager: dict[str, list[float]] = {name: [] for name in launches}
+    late = dict.fromkeys(launches, 0)
     load = os.getloadavg()[0]
     for i in range(repeats):
         for name in [*works][i % len(works):] + [*works][:i % len(works)]:
-            alone = device.type == "cuda" and works[name].roof  # one op: the device's clock, cold cache
-            samples[name].append((cuda_seconds if alone else seconds)(works[name], passes[name], device))
+            if name not in launches:
+                samples[name].append(seconds(works[name], passes[name], device))
+                continue
+            spent, behind = cuda_seconds(launches[name], passes[name], device)
+            samples[name].append(spent)
+            late[name] += behind
+            eager[name].append(seconds(works[name], passes[name], device))
     for name, work in works.items():
-        if device.type == "cuda" and work.roof:
-            work.extra["host_ms"] = round(1000 * host_seconds(work, passes[name], device), 5)
-        peaks[name] = memory(name) if memory else cuda_peak(works[name], device) if device.type == "cuda" else None
+        if name in launches:
+            work.extra |= {"host_ms": round(1000 * host_seconds(work, passes[name], device), 5), "clock_ms": clock_ms(device), "late_launches": late[name]}
+        if memory or name not in peaks:
+            peaks[name] = memory(name) if memory else cuda_peak(work, device) if cuda else None
     found = []
     for name, work in works.items():
-        found += _rows(case, setting, name, work, samples[name], passes[name], peaks[name], load, (shares or {}).get(name))
+        found += _rows(case, setting, name, work, samples[name], eager.get(name, []), passes[name], peaks[name], load, (shares or {}).get(name))
     return found
+
+
+def _settled(device: torch.device) -> int:
+    """Bytes that are allocated once nothing is left to be collected; the peak is counted from here on."""
+    gc.collect()  # models hold cycles
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def cuda_peak(work: Work, device: torch.device) -> float:
@@ -238,10 +343,12 @@ def cuda_peak(work: Work, device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated(device) - before) / 2 ** 20
 
 
-def _rows(case: Case, setting: Setting, provider: str, work: Work, samples: list[float], passes: int, peak: float | None, load: float,
+def _rows(case: Case, setting: Setting, provider: str, work: Work, samples: list[float], eager: list[float], passes: int, peak: float | None, load: float,
           share: float | None) -> list[rows.Row]:
     low, middle, high = (float(numpy.quantile(samples, q)) for q in (0.2, 0.5, 0.8))  # seconds a pass
     metrics = {"time": [1000 * s / work.steps for s in (middle, low, high)]}  # y_50, y_20, y_80
+    if eager:
+        metrics["eager time"] = [1000 * float(numpy.quantile(eager, q)) / work.steps for q in (0.5, 0.2, 0.8)]
     for metric, amount, unit in (("rate", work.tokens, 1), ("arithmetic", work.flops, 1e12), ("bandwidth", work.bytes, 1e9)):
         if amount:
             metrics[metric] = [amount / unit / s for s in (middle, high, low)]

@@ -39,24 +39,35 @@ def with_shares(found: Sequence[Row]) -> list[Row]:
 
 
 def limits(found: Sequence[Row]) -> list[str]:
-    """One line for every op of ours below GOOD: what was measured of the host, or what bounds it by the way it is built."""
+    """One line for every op of ours below GOOD: what bounds its kernels by the way they are built, and what an eager launch takes where that is more than the device's own
+    time. Where the time holds the host's work (no CUDA graph of it), whether that is what limits it."""
     lines = []
-    times = {_key(row): row for row in found if row.metric_name == "time"}
+    times, eager = ({_key(row): row for row in found if row.metric_name == metric} for metric in ("time", "eager time"))
     for row in found:
         if row.metric_name == "roofline" and row.provider.startswith(OURS) and row.y_50 < GOOD:
             time, host, why = times[_key(row)].y_50, row.extra_config.get("host_ms"), row.extra_config.get("limit") or "a profile has to say"
-            if host is not None:
+            if row.extra_config.get("timed") == "graph":
+                clock, launched = row.extra_config.get("clock_ms") or 0.0, eager.get(_key(row))
+                why += f" ({clock:.3g} of the {time:.3g} ms are the clock's own)" if clock >= 0.1 * time else ""
+                if launched and launched.y_50 > time:
+                    why += f". Launched eagerly it takes {launched.y_50:.3g} ms, not {time:.3g}: the host needs {host:.3g}"
+            elif host is not None:
                 why = f"the host: it needs {host:.3g} of the {time:.3g} ms to launch it" if host >= 0.8 * time else f"not the host ({host:.3g} of {time:.3g} ms); {why}"
             lines.append(f"{_where(row)}: {row.provider} reaches {row.y_50:.0f} % of its roofline. What limits it: {why}")
     return lines
 
 
 def targets(found: Sequence[Row]) -> list[str]:
-    """One line a target: what was reached, what was asked for."""
-    times, lines, tops = {_key(row): row for row in found if row.metric_name == "time"}, [], ceilings(found)
+    """One line a target: what was reached, what was asked for. Those of single ops by the device's own time, and once more as launched eagerly."""
+    return _ops(found, "time", "") + _ops(found, "eager time", "launched eagerly, ") + _steps(found)
+
+
+def _ops(found: Sequence[Row], metric: str, how: str) -> list[str]:
+    """Of single ops, by one of their two times. how: in words, before the provider."""
+    times, lines, tops = {_key(row): row for row in found if row.metric_name == metric}, [], ceilings(found)
 
     def line(row: Row, reached: float, asked: float, of: str) -> None:
-        lines.append(f"{_where(row)}: {row.provider} takes {reached:.2f} of {of}, asked for at most {asked:.2f}: {'met' if reached <= asked else 'not met'}")
+        lines.append(f"{_where(row)}: {how}{row.provider} takes {reached:.2f} of {of}, asked for at most {asked:.2f}: {'met' if reached <= asked else 'not met'}")
 
     for name in ("lora_linear", "lora_linear_wide"):
         for x in dict.fromkeys(row.x_value for row in times.values() if row.kernel_name == name):
@@ -70,13 +81,16 @@ def targets(found: Sequence[Row]) -> list[str]:
                 budget = frozen.y_50 + 1.25 * 1000 * ours.extra_config["roof"][2][1] / tops[1]
                 line(ours, ours.y_50 / budget, 1.0, "the frozen linear's forward and dX + 1.25 passes over x and dY")
     for (name, provider, x), row in times.items():
-        if name == "adapter" and provider == OURS and (eager := times.get((name, "plain torch", x))):
-            line(row, row.y_50 / eager.y_50, 0.5, "eager's time")
-    return lines + _steps(found)
+        if name == "adapter" and provider == OURS and (plain := times.get((name, "plain torch", x))):
+            line(row, row.y_50 / plain.y_50, 0.5, "plain torch's time")
+    return lines
 
 
 STEP_TARGETS = {True: (0.6, 0.9), False: (0.3, 0.5)}
 """Whether all tokens of a padded batch are valid -> the share of eager's and of compiled transformers' time that our step may take."""
+
+RATES = {"128x256": 55.0}
+"""Texts x tokens of a step, as bench/gpu.py names its cases -> per cent of the best matrix product's rate that is asked for there (PERF.md)."""
 
 
 def _steps(found: Sequence[Row]) -> list[str]:
@@ -99,7 +113,9 @@ def _steps(found: Sequence[Row]) -> list[str]:
             lines.append(f"{_where(ours)}: peak memory {share:.2f} of {base}'s, asked for at most 0.50: {'met' if share <= 0.5 else 'not met'}")
         rate = here.get((ours.provider, "arithmetic"))
         if rate and tops:
-            lines.append(f"{_where(ours)}: {100 * rate.y_50 * 1e12 / tops[0]:.0f} % of the best matrix product's rate (asked for 55 % at 128 x 256)")
+            share, asked = 100 * rate.y_50 * 1e12 / tops[0], RATES.get(name.split()[-1])
+            lines.append(f"{_where(ours)}: {ours.provider} reaches {share:.0f} % of the best matrix product's rate" +
+                         (f", asked for at least {asked:.0f} %: {'met' if share >= asked else 'not met'}" if asked else ""))
     return lines
 
 

@@ -92,11 +92,12 @@ def test_bound_is_of_the_contracts(bench):
 ], ids=["value", "nan", "missing", "shape"])
 def test_a_planted_difference_is_red_and_nothing_is_timed(bench, quick, monkeypatch, capsys, tmp_path, spoil, shown):
     planted(bench, monkeypatch, "attention", spoil, "attention_padded")
-    monkeypatch.setattr(bench.measure, "time_case", lambda *a, **k: pytest.fail("timed"))
+    time_case = bench.measure.time_case
+    monkeypatch.setattr(bench.measure, "time_case", lambda case, *a, **k: pytest.fail("timed") if case.name == "adapter_frozen" else time_case(case, *a, **k))
     out = tmp_path / "rows.json"
     assert bench.run.main(["attention", "--size", "micro", "--out", str(out)]) == 1
     printed = capsys.readouterr().out
-    assert "attention_padded differs from attention_ref in 1 of 4 tensors; nothing is timed" in printed and shown in printed and "allowed" in printed
+    assert "attention_padded differs from attention_ref in 1 of 4 tensors; not timed" in printed and shown in printed and "allowed" in printed
     assert " ms" not in printed and "|---" not in printed and not out.exists()
 
 
@@ -177,6 +178,8 @@ def test_peak_memory_sees_what_a_pass_takes(bench, tmp_path):
     ("gpu", ["--device", "cpu"], "expected --dry-run beside it"),
     ("gpu", ["--size", "huge"], "invalid choice: 'huge'"),
     ("gpu", ["--only", "adapter,nope"], "--only: no case 'nope'; expected some of gemm, copy"),
+    ("gpu", ["--steps", "--shapes", "32x128,1x2"], "--shapes: no shape '1x2'; expected some of 128x128, 128x256, 32x128"),
+    ("gpu", ["--shapes", "32x128"], "--shapes: expected --steps beside it"),
     ("gpu", ["--minutes", "0"], "--minutes: expected more than 0, got 0"),
 ])
 def test_bad_arguments_get_one_line_and_exit_code_2(bench, capsys, script, words, shown):
@@ -223,11 +226,12 @@ def test_every_kernel_has_a_case_and_every_case_a_place_in_the_gpu_run(bench):
 
 
 def test_a_kernel_that_errs_in_bf16_alone_is_red(bench, quick, monkeypatch, capsys):
-    """Right in float32, three roundings off in bf16: nothing is timed."""
+    """Right in float32, three roundings off in bf16: that case is not timed, the ceilings are."""
     planted(bench, monkeypatch, "adapter_frozen", lambda r: {n: t * (1 + 3 * 2 ** -8) if t.dtype == torch.bfloat16 else t for n, t in r.items()})
-    monkeypatch.setattr(bench.measure, "time_case", lambda *a, **k: pytest.fail("timed"))
+    time_case = bench.measure.time_case
+    monkeypatch.setattr(bench.measure, "time_case", lambda case, *a, **k: pytest.fail("timed") if case.name == "adapter_frozen" else time_case(case, *a, **k))
     assert bench.gpu.main(["--device", "cpu", "--dry-run", "--only", "adapter_frozen"]) == 1
-    assert "adapter_frozen, micro, rows 13: peftdebias in bf16 errs more than twice what plain torch does in 3 of 3 tensors; nothing is timed" in capsys.readouterr().out
+    assert "adapter_frozen, micro, rows 13: peftdebias in bf16 errs more than twice what plain torch does in 3 of 3 tensors; not timed" in capsys.readouterr().out
 
 
 def test_out_of_time_leaves_out_and_says_so(bench, quick, capsys):
@@ -263,8 +267,22 @@ def test_below_the_roofline_a_line_says_what_was_measured_of_the_host(bench):
     rows = [op_row(bench, "a", "peftdebias", 1, 0.0011, roof, host_ms=0.001), op_row(bench, "b", "peftdebias", 1, 0.01, roof, host_ms=0.009, limit="slow units"),
             op_row(bench, "c", "peftdebias, written", 1, 0.002, roof, host_ms=0.0001, limit="slow units"), op_row(bench, "d", "plain torch", 1, 1.0, roof)]
     b, c = bench.roofline.limits(bench.roofline.with_shares([*ceilings_of(bench), *rows]))
+    # no CUDA graph: the host's work is in the time
     assert b == "b, rows 1: peftdebias reaches 10 % of its roofline. What limits it: the host: it needs 0.009 of the 0.01 ms to launch it"
     assert c == "c, rows 1: peftdebias, written reaches 50 % of its roofline. What limits it: not the host (0.0001 of 0.002 ms); slow units"
+
+
+def eager(bench, row, ms):
+    return dataclasses.replace(row, metric_name="eager time", metric_unit=bench.rows.UNITS["eager time"], y_50=ms, y_20=ms, y_80=ms)
+
+
+def test_below_the_roofline_the_device_and_an_eager_launch_are_told_apart(bench):
+    roof = [(0.0, 2e6)]  # 0.001 ms
+    a, b, c = (op_row(bench, name, "peftdebias", 1, 0.01, roof, timed="graph", host_ms=host, clock_ms=clock, limit="slow units")
+               for name, host, clock in (("a", 0.05, 0.0005), ("b", 0.002, 0.004), ("c", 0.05, None)))
+    rows = bench.roofline.with_shares([*ceilings_of(bench), a, eager(bench, a, 0.06), b, eager(bench, b, 0.009), c])
+    assert [line.split("What limits it: ")[1] for line in bench.roofline.limits(rows)] == [
+        "slow units. Launched eagerly it takes 0.06 ms, not 0.01: the host needs 0.05", "slow units (0.004 of the 0.01 ms are the clock's own)", "slow units"]
 
 
 def test_targets_are_held_against_what_was_measured(bench):
@@ -275,7 +293,143 @@ def test_targets_are_held_against_what_was_measured(bench):
     peft, frozen, adapter = bench.roofline.targets([*ceilings_of(bench), *rows])
     assert peft == "lora_linear, rows 8: peftdebias, written takes 0.50 of the time of peft's layer, asked for at most 0.60: met"
     assert frozen.endswith("1.25 passes over x and dY, asked for at most 1.00: not met") and "takes 1.25 of" in frozen  # 0.005 / (0.003 + 1.25 * 0.0008)
-    assert adapter == "adapter, rows 8: peftdebias takes 0.40 of eager's time, asked for at most 0.50: met"
+    assert adapter == "adapter, rows 8: peftdebias takes 0.40 of plain torch's time, asked for at most 0.50: met"
+    late = [eager(bench, row, ms) for row, ms in zip(rows, (0.1, 0.12, 0.11, 0.02, 0.1, 0.06))]
+    lines = bench.roofline.targets([*ceilings_of(bench), *rows, *late])
+    assert lines[:3] == [peft, frozen, adapter]
+    assert lines[3] == "lora_linear, rows 8: launched eagerly, peftdebias, epilogue takes 1.10 of the time of peft's layer, asked for at most 0.60: not met"
+    assert len(lines) == 6 and lines[5] == "adapter, rows 8: launched eagerly, peftdebias takes 0.60 of plain torch's time, asked for at most 0.50: not met"
+
+
+def test_the_rate_is_asked_for_at_one_shape(bench):
+    def row(name, metric, y):
+        return bench.rows.Row(name, "peftdebias", "step", metric, bench.rows.UNITS[metric], "mean_length", 256, y, y, y, {"baseline": "old", "longest": 256}, "d", "t", None, "c", "2026")
+
+    for tflops, verdict in ((480.0, "60 % of the best matrix product's rate, asked for at least 55 %: met"), (400.0, "50 % of the best matrix product's rate, asked for at least 55 %: not met")):
+        found = [*ceilings_of(bench), row("lora_step 128x256", "time", 1.0), row("lora_step 128x256", "arithmetic", tflops)]
+        assert bench.roofline.targets(found) == [f"lora_step 128x256, mean_length 256: peftdebias reaches {verdict}"]
+    found = [*ceilings_of(bench), row("lora_step 32x128", "time", 1.0), row("lora_step 32x128", "arithmetic", 80.0)]
+    assert bench.roofline.targets(found) == ["lora_step 32x128, mean_length 256: peftdebias reaches 10 % of the best matrix product's rate"]
+
+
+# ---------------------------------------------------------------- what a GPU adds, without one
+
+@pytest.fixture
+def pretend(bench, monkeypatch):
+    """The calls that need a GPU answer something; what is launched runs. Returns what was launched, in order."""
+    launched = []
+
+    class Graph:
+        def __init__(self, run):
+            self.run = run
+
+        def replay(self):
+            launched.append(self.run())
+
+    def graphed(run, device):
+        if run() == "no":
+            try:
+                raise RuntimeError("operation not permitted\nwhen capturing")
+            except RuntimeError:
+                raise RuntimeError("capture cannot be ended")
+        return Graph(run)
+
+    bench.measure.clock_ms.cache_clear()
+    monkeypatch.setattr(bench.measure, "clock_ms", lambda device: 0.002)
+    monkeypatch.setattr(bench.measure, "graphed", graphed)
+    monkeypatch.setattr(bench.measure, "cuda_seconds", lambda launch, passes, device: (launch(), (0.5, 1))[1])
+    monkeypatch.setattr(bench.measure, "_finish", lambda device: None)
+    monkeypatch.setattr(bench.measure, "cuda_peak", lambda work, device: 3.0)
+    monkeypatch.setattr(bench.measure, "_settled", lambda device: 2 ** 20)
+    monkeypatch.setattr(bench.rows, "device_name", lambda device: "NVIDIA X")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 11 * 2 ** 20)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    return launched
+
+
+def one_case(bench, mode, **works):
+    return bench.case.Case("k", mode, "what", {name: bench.case.Provider(lambda setting, work=work: work) for name, work in works.items()}, "rows", (1,), bench.case.output_bound)
+
+
+def test_on_a_gpu_an_op_has_two_times_and_without_a_graph_that_is_said(bench, quick, pretend, tmp_path):
+    op = dict(results=dict, roof=((0.0, 1e6),))
+    case = one_case(bench, "full", plain=bench.case.Work(lambda: "whole", **op), ours=bench.case.Work(lambda: "whole", capture=lambda: "device", **op),
+                    other=bench.case.Work(lambda: "no", **op), ceiling=bench.case.Work(lambda: "whole", dict))
+    said, setting = [], bench.case.Setting("micro", 1, tmp_path, torch.device("cuda"))
+    rows = {(row.provider, row.metric_name): row for row in bench.measure.time_case(case, setting, dict(case.providers), 2, say=said.append)}
+    assert said == ["k: other: no CUDA graph, so its time is that of an eager launch, the host's work among it: RuntimeError: operation not permitted"]
+    assert sorted(pretend) == ["device", "device", "whole", "whole"]  # two repeats of each graph
+    for name, timed in (("plain", "graph"), ("ours", "graph"), ("other", "eager")):
+        row = rows[name, "time"]
+        assert row.y_50 == 500 and row.extra_config["timed"] == timed and row.extra_config["late_launches"] == 2 and row.extra_config["clock_ms"] == 0.002
+        assert row.extra_config["host_ms"] >= 0 and rows[name, "eager time"].y_50 < 500 and rows[name, "peak memory"].y_50 == 3
+    assert rows["ceiling", "time"].y_50 < 500 and ("ceiling", "eager time") not in rows and "timed" not in rows["ceiling", "time"].extra_config
+    heads = next(line for line in bench.rows.table(list(rows.values())).splitlines() if line.startswith("| size"))
+    assert heads.startswith("| size | rows | provider | time, ms | of baseline | eager time, ms |")
+
+
+def test_on_a_gpu_the_peak_of_a_step_is_that_of_its_first_passes(bench, quick, pretend, monkeypatch, tmp_path):
+    """Building leaves 1 MiB, the passes reach 11, and 2 MiB of AdamW's state were there before."""
+    runs = []
+    case = one_case(bench, "step", ours=bench.case.Work(lambda: runs.append(1), dict, state=2 ** 21))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 11 * 2 ** 20 if len(runs) == 3 else pytest.fail("read before the third pass, or after it"))
+    rows = {row.metric_name: row for row in bench.measure.time_case(case, bench.case.Setting("micro", 1, tmp_path, torch.device("cuda")), dict(case.providers), 2)}
+    assert set(rows) == {"time", "peak memory"} and rows["peak memory"].y_50 == 12 and rows["time"].extra_config["built_mib"] == 0 and not pretend
+
+
+def test_a_loaded_base_is_copied_for_a_gpu(bench, tmp_path):
+    steps = importlib.import_module("bench.cases_steps")
+    made, on = [], {device: bench.case.Setting("micro", 20, tmp_path, torch.device(device)) for device in ("cuda", "cpu")}
+
+    def load():
+        made.append(steps.load_model(steps.model_folder(on["cpu"]))[0])
+        return made[-1]
+
+    a, b = (steps.loaded((tmp_path, "ours"), load, on["cuda"]) for _ in range(2))
+    assert len(made) == 1 and len({id(m) for m in (a, b, made[0])}) == 3
+    values = [dict(m.named_parameters()) for m in (a, b, made[0])]
+    assert values[0].keys() == values[1].keys() == values[2].keys() and len({p.data_ptr() for v in values for p in v.values()}) == 3 * len(values[0])
+    assert all(torch.equal(values[0][name], p) for name, p in values[2].items())
+    assert steps.loaded((tmp_path, "ours"), load, on["cpu"]) is made[1]
+
+
+def test_steps_begin_with_what_matters_most(bench, tmp_path):
+    def names(entries):
+        return [(case.name, setting.x) for case, setting in entries]
+
+    to_check, timed = bench.gpu.step_plan(torch.device("cpu"), "base", False, tmp_path)
+    assert [case.name for case, _ in timed[:3]] == ["gemm", "gemm", "copy"]
+    steps = timed[3:]
+    assert names(steps[:8]) == [("lora_step 128x128", 51), ("lora_step 128x128", 128), ("lora_step 128x256", 102), ("lora_step 128x256", 256), ("lora_step 32x128", 51),
+                                ("lora_step 32x128", 128), ("adapter_step 128x128", 51), ("adapter_step 128x128", 128)]
+    assert len(steps) == len(set(names(steps))) == 4 * 3 * 2
+    for case, setting in steps:
+        method, shape = case.name.split()
+        known, first = bench.cases.CASES[method].providers, shape == "128x128"
+        left = {f"{case.baseline}, length-bucketed"} if setting.x == setting.longest else set()
+        left |= {"peftdebias, compiled"} if method != "lora_step" or not first else set()
+        left |= {f"{case.baseline}, compiled"} if method != "lora_step" and not first else set()
+        assert list(case.providers) == [name for name in known if name not in left] and f"{setting.sequences}x{setting.longest}" == shape
+    assert names(to_check) == [(f"{method}_step 32x128", 51) for method in ("lora", "adapter", "prefix", "full")]  # the smallest
+    assert [any(p.compiled for p in case.providers.values()) for case, _ in to_check] == [True, False, False, False]
+    to_check, timed = bench.gpu.step_plan(torch.device("cpu"), "base", False, tmp_path, ("32x128", "128x256"))
+    assert [name for name, _ in names(timed[3:])][:6:2] == ["lora_step 128x256", "lora_step 32x128", "adapter_step 128x256"]
+    only = bench.gpu.chosen(timed, "full_step")
+    assert names(only[3:]) == [("full_step 128x256", 102), ("full_step 128x256", 256), ("full_step 32x128", 51), ("full_step 32x128", 128)]
+    assert "transformers, compiled" in only[3][0].providers and "transformers, compiled" not in only[5][0].providers
+
+
+@pytest.mark.skipif(not HAVE_BOTH, reason="compares with transformers and peft, which are not installed")
+def test_a_method_that_is_not_equal_is_timed_at_no_shape(bench, quick, monkeypatch, capsys, tmp_path):
+    planted(bench, monkeypatch, "adapter_step", lambda r: {**r, "loss": r["loss"] + 1})
+    monkeypatch.setattr(bench.gpu, "unlike_the_cpu", lambda *_: [])
+    out = tmp_path / "rows.json"
+    assert bench.gpu.main(["--device", "cpu", "--dry-run", "--steps", "--repeats", "1", "--only", "lora_step,adapter_step", "--out", str(out)]) == 1
+    assert "adapter_step 4x48, micro, mean_length 19: peftdebias differs from transformers, adapters by hand" in capsys.readouterr().out
+    rows = json.loads(out.read_text())
+    assert {row["kernel_name"] for row in rows} == {"gemm", "copy", "lora_step 4x48"}
+    providers = {x: {row["provider"] for row in rows if row["kernel_name"] == "lora_step 4x48" and row["x_value"] == x} for x in (19, 48)}
+    assert providers[19] - providers[48] == {"transformers+peft, length-bucketed"} and "peftdebias, CUDA graph" in providers[48]
 
 
 def test_a_bare_checkout_is_enough(tmp_path):
