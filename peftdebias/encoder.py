@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from . import kernels
 from .batches import Batch, Spans
 from .errors import AdapterError, ModelError
-from .ops import Drop, attention, dropout, gelu, heads_of, linear, norm
+from .ops import Drop, attention, dropout, gelu, heads_of, linear, norm, scores
 from .sites import ACTIVATIONS, EMBED_SITE, EncoderConfig, Hooks
 from .written import Written, write
 
@@ -246,7 +246,7 @@ class Model(nn.Module):
 
     def mlm_logits(self, batch: Batch) -> Tensor:
         """[M, V]: scores of every token at the rows asked for. Raises ModelError without a masked-LM head."""
-        return linear(self.mlm_hidden(batch), *self.mlm_decoder())
+        return scores(self.mlm_hidden(batch), *self.mlm_decoder())
 
     def mlm_hidden(self, batch: Batch) -> Tensor:
         """[M, D]: what the masked-LM's decoder is multiplied with, at the rows asked for. Raises ModelError without a masked-LM head."""

@@ -16,7 +16,7 @@ from .batches import Batch
 from .shapes import Shape, shape_of
 from .step import Step
 
-MOST = 24
+MOST = 96
 """Shapes that are captured; each keeps its gradients and workspaces, the activations share one pool."""
 
 

@@ -10,7 +10,7 @@ from peftdebias.batches import IGNORED
 from peftdebias.encoder import Encoder, Model
 from peftdebias.graphs import Graphed
 from peftdebias.lowered import lowered, may_be_lowered
-from peftdebias.shapes import fill, rounded, shape_of
+from peftdebias.shapes import FINE, fill, rounded, shape_of
 from peftdebias.step import Compiled, Step
 from peftdebias.tasks import mlm_loss
 from peftdebias.training import Schedule, make_optimizer, pick_step
@@ -56,7 +56,10 @@ def spread(method) -> dict[str, torch.Tensor]:
     return {f"{site}.{part}": tensor for site, n in zip(sites, counts) for part, tensor in (("values", torch.ones(n)), ("indices", torch.arange(n, dtype=torch.int32) * 7))}
 
 
-def batch_for(name: str | None, seed: int = 0, lengths=(13, 1, 7)):
+RAGGED, FULL = (13, 1, 7), (19, 17, 19, 9)  # 64 tokens: a shape that they fill
+
+
+def batch_for(name: str | None, seed: int = 0, lengths=RAGGED):
     batch = ragged(lengths, rows="some" if name else "first", seed=seed)
     if name is None:
         batch.targets.remainder_(3)
@@ -68,16 +71,17 @@ def batch_for(name: str | None, seed: int = 0, lengths=(13, 1, 7)):
 def test_sizes_are_rounded_up_by_an_eighth_at_most():
     for size in (1, 15, 16, 17, 63, 64, 129, 500, 4097):
         assert size <= rounded(size, 16) <= max(16 * -(-size // 16), size * 9 / 8)
+        assert size <= rounded(size, 16, FINE) <= max(16 * -(-size // 16), size * 17 / 16)
     assert len({rounded(size, 64) for size in range(4096, 8192)}) <= 9
 
 
-@pytest.mark.parametrize("lengths", [(13, 1, 7), (19,), (1, 1), (17, 0, 3)])
+@pytest.mark.parametrize("lengths", [RAGGED, (19,), (1, 1), (17, 0, 3), FULL])
 def test_a_filled_batch_holds_the_texts_and_a_tail_that_counts_for_nothing(lengths):
     batch = ragged(tuple(n for n in lengths if n)) if 0 in lengths else ragged(lengths)
     shape = shape_of(batch, 19)
     filled = fill(batch, shape)
     tokens, rows = len(batch.ids), len(batch.rows)
-    assert (len(filled.ids), len(filled.rows), len(filled.cu_seqlens) - 1) == shape[:3] and tokens < shape.tokens
+    assert (len(filled.ids), len(filled.rows), len(filled.cu_seqlens) - 1) == shape[:3] and (tokens == shape.tokens) == (lengths == FULL)
     for name in ("ids", "positions", "segments"):
         assert torch.equal(getattr(filled, name)[:tokens], getattr(batch, name)) and len(getattr(filled, name)) == shape.tokens
     assert torch.equal(filled.rows[:rows], batch.rows) and torch.equal(filled.targets[:rows], batch.targets) and (filled.targets[rows:] == IGNORED).all()
@@ -86,10 +90,10 @@ def test_a_filled_batch_holds_the_texts_and_a_tail_that_counts_for_nothing(lengt
     assert (filled.cu_seqlens.diff() >= 0).all() and filled.positions.max() < 19 and (filled.rows < shape.tokens).all()
 
 
-@pytest.mark.parametrize("name", [*MODULES, None])
-def test_a_filled_batch_has_the_loss_and_the_gradients_of_the_batch(name):
+@pytest.mark.parametrize("name,lengths", [*((name, RAGGED) for name in (*MODULES, None)), ("lora", FULL), ("prefix", FULL), (None, FULL)])
+def test_a_filled_batch_has_the_loss_and_the_gradients_of_the_batch(name, lengths):
     """With dropout: the masks of the texts' rows stay what they were."""
-    step, batch = made(name, torch.float64), batch_for(name)
+    step, batch = made(name, torch.float64), batch_for(name, lengths=lengths)
     found = []
     for given in (batch, step.shaped(batch)):
         torch.manual_seed(3)

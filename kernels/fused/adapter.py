@@ -27,7 +27,7 @@ from torch import Tensor
 from . import register
 from .gelu import erf_gelu, erf_gelu_slope
 from .op import op
-from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power, sum_spec, sum_stretches
+from .tiles import DTYPES, Spec, arch_of, ceil_div, dot, expect, on, power, sum_spec, sum_stretches
 
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_new")
 WIDEST = 256  # K of one launch
@@ -179,18 +179,22 @@ def _backward_parameters(dy, x, z, dz, partial, tokens, width, inner, scale, str
 
 # ---------------------------------------------------------------- launchers
 
-def tiles(inner: int, product: torch.dtype, tokens: int | None = None, parts: int = 1) -> dict:
+def tiles(inner: int, product: torch.dtype, arch: int, tokens: int | None = None, parts: int = 1) -> dict:
     """Tile sizes and launch options for INNER = inner. tokens: fewer rows a tile where there are few, so that a GPU's 100 to 150 multiprocessors all have one; None:
-    plenty. parts: how many accumulators [INNER, COLUMNS] stay in registers, beside which tiles are smaller. float32 products go through the plain units, whose
-    operands take registers too."""
+    plenty. parts: how many accumulators [INNER, COLUMNS] stay in registers; on sm_80 tiles beside two of them are smaller, and float32 products, which go through the
+    plain units, take registers for their operands too. Measured on an H200; no spill elsewhere."""
     if product == torch.float32:
         rows, columns, stages = 16, 32 if inner <= 128 else 16, 2
+    elif parts == 1:
+        rows, columns, stages = min(128, 8192 // inner), min(64 if arch < 100 else 32, max(16, 4096 // inner)), 3
     else:
         rows, columns, stages = min(64, 4096 // inner), min(64, max(16, 4096 // inner)), 3
+    if product == torch.float32 or arch < 90:
+        rows, columns = rows if inner <= 32 else max(16, rows // parts), max(16, columns // parts)
     if tokens is not None:
         rows = min(rows, max(16, triton.next_power_of_2(tokens // FILLED + 1) // 2))
-    rows, columns = rows if inner <= 32 else max(16, rows // parts), max(16, columns // parts)
-    return {"ROWS": rows, "COLUMNS": columns, "INNER": inner, "num_warps": 4 if inner <= 64 else 8, "num_stages": stages, "enable_fp_fusion": True}
+    warps = 8 if inner > 64 or parts == 1 and rows * inner > 4096 else 4
+    return {"ROWS": rows, "COLUMNS": columns, "INNER": inner, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -209,7 +213,7 @@ def specs(arch: int) -> list[Spec]:
         parameters = dict.fromkeys(("down", "c", "up"), given)
 
         def spec(name: str, kernel, pointers: dict[str, str], parts: int = 1, tokens: int | None = None, **chosen) -> Spec:
-            tile = tiles(inner, product, tokens, parts)
+            tile = tiles(inner, product, arch, tokens, parts)
             options = {key: tile.pop(key) for key in ("num_warps", "num_stages")}
             del tile["enable_fp_fusion"]
             size = shape | {"stretch": "i32"} if kernel is _backward_parameters else shape
@@ -234,7 +238,7 @@ def _adapter_forward(x: Tensor, h: Tensor, down: Tensor, c: Tensor, up: Tensor, 
     (tokens, width), inner = x.shape, down.shape[0]
     y, kept = _outputs(x, h, down, product, keep)
     if tokens:
-        tile = tiles(power(inner), product, tokens)
+        tile = tiles(power(inner), product, arch_of(x), tokens)
         with on(x):
             _forward[ceil_div(tokens, tile["ROWS"]),](x, h, down, c, up, e, y, kept, tokens, width, inner, scale, NAME=activation, KEEP=keep,
                                                       PRODUCT=TRITON_DTYPES[product], **tile)
@@ -257,7 +261,7 @@ def _adapter_backward(dy: Tensor, x: Tensor | None, kept: Tensor, down: Tensor, 
     dx, total = _gradients(dy, down, trained, dx_dtype)
     if not tokens:
         return dx, total.zero_()
-    tile = tiles(power(inner), product, tokens)
+    tile = tiles(power(inner), product, arch_of(dy), tokens)
     options = {"NAME": activation, "PRODUCT": TRITON_DTYPES[product]}
     z, dz = kept, dy
     if trained:
@@ -267,7 +271,7 @@ def _adapter_backward(dy: Tensor, x: Tensor | None, kept: Tensor, down: Tensor, 
         _backward[ceil_div(tokens, tile["ROWS"]),](dy, dy if x is None else x, kept, down, c, up, dx, z, dz, tokens, width, inner, scale, KEEP=keep, TRAINED=trained,
                                                    WANTED=dx_dtype is not None, SAME=same, **options, **tile)
         if trained:
-            tile = tiles(power(inner), product, parts=2)
+            tile = tiles(power(inner), product, arch_of(dy), parts=2)
             stretches = min(MOST_STRETCHES, ceil_div(tokens, STRETCH))
             stretch = ceil_div(ceil_div(tokens, stretches), tile["ROWS"]) * tile["ROWS"]
             stretches = ceil_div(tokens, stretch)

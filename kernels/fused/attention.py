@@ -21,8 +21,9 @@ blocks first, then the own; so l is over both, and the backward is exact. With g
     d_i = g_i . y_i      da_ij = m_ij / c g_i . v_j      ds_ij = a_ij (da_ij - d_i)        since d_i = sum_j a_ij da_ij
     dv_j = sum_i m_ij / c a_ij g_i      dk_j = sum_i ds_ij q_i / sqrt(W)      dq_i = sum_j ds_ij k_j / sqrt(W)
 
-Where all keys of the longest sequence are one tile (128 keys, 64 with dropout or prefix; 16-bit, W at most 64), one kernel does all that belongs to a sequence: q, k, v, y, g
-are read and dq, dk, dv written once. Else dq and d come from one kernel, dk and dv from another, which computes a again. The prefix's dk and dv are sums over all
+Where all keys of the longest sequence are one tile (64 keys, no prefix; 16-bit, W at most 64), one kernel does all that belongs to a sequence: q, k, v, y, g are read and
+dq, dk, dv written once. Else dq and d come from one kernel, dk and dv from another, which computes a again. Longer sequences in one program, dq waiting in memory between
+two tiles of keys, were no faster than the two kernels at 256 keys, and slower with a prefix or without dropout. The prefix's dk and dv are sums over all
 of Mq: every program sums a stretch, a second kernel the stretches, in float32 and in one order; frozen, nothing is computed for it. No atomics: gradients repeat
 bit for bit. What nobody asks for is left out. In float32 d is its sum over the keys, one pass more: where one key has nearly all of a, da - d is the difference of
 two near equals, and g . y, summed in another order, would cost the last bits of ds; 16-bit gradients are rounded more than that.
@@ -160,8 +161,8 @@ def _over_keys(query, pull, top, share, d, found, rows, k, v, k0, k1, k_row, v_r
 
 
 @triton.jit(do_not_specialize=["site"])
-def backward_queries_kernel(q, k, v, prefix_k, prefix_v, g, y, sums, cu_queries, cu_keys, seed, delta, dq, Mq, P, H, q_row, k_row, v_row, site, threshold, scale,
-                            inverse, WANTED: tl.constexpr, EXACT: tl.constexpr, DROPS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr,
+def backward_queries_kernel(q, k, v, prefix_k, prefix_v, g, y, sums, cu_queries, cu_keys, seed, delta, dq, Mq, P, H, q_row, k_row, v_row, dq_row, site, threshold,
+                            scale, inverse, WANTED: tl.constexpr, EXACT: tl.constexpr, DROPS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr,
                             BN: tl.constexpr, BP: tl.constexpr):
     """delta [H, Mq] fp32 = d, and where WANTED dq [Mq, H, W], of g and y [Mq, H, W], sums [2, H, Mq]; the others as in forward_kernel. EXACT: d by its sum over the
     keys. Program (sequence and head, tile of its queries)."""
@@ -193,14 +194,14 @@ def backward_queries_kernel(q, k, v, prefix_k, prefix_v, g, y, sums, cu_queries,
             found = _over_keys(query, pull, top, share, d, found, rows, prefix_k + head * W, prefix_v + head * W, 0, P, H * W, H * W, shared, start, site, threshold, scale,
                                inverse, False, DROPS, W, BW, BP)
         found = _over_keys(query, pull, top, share, d, found, rows, k, v, k0, k1, k_row, v_row, own, start, site, threshold, scale, inverse, False, DROPS, W, BW, BN)
-        _store(dq + head * W, found * W ** -0.5, rows, rows < q1, H * W, W, BW)
+        _store(dq + head * W, found * W ** -0.5, rows, rows < q1, dq_row, W, BW)
 
 
 @triton.jit(do_not_specialize=["site"])
-def backward_keys_kernel(q, k, v, prefix_k, prefix_v, g, y, sums, cu_queries, cu_keys, seed, delta, dq, dk, dv, Mq, P, H, q_row, k_row, v_row, site, threshold, scale,
-                         inverse, WHOLE: tl.constexpr, DROPS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr):
+def backward_keys_kernel(q, k, v, g, y, sums, cu_queries, cu_keys, seed, delta, dq, dk, dv, Mq, H, q_row, k_row, v_row, dq_row, d_row, site, threshold, scale,
+                         inverse, WHOLE: tl.constexpr, DROPS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """dk, dv [T, H, W]. Program (sequence and head, tile of its keys). WHOLE: no sequence has more keys than a tile, and delta and dq are written too; else delta is
-    read, and neither the prefix nor y is there."""
+    read, and y is not there."""
     sequence, head = tl.program_id(0) // H, tl.program_id(0) % H
     q0, q1 = tl.load(cu_queries + sequence), tl.load(cu_queries + sequence + 1)
     k0, k1 = tl.load(cu_keys + sequence), tl.load(cu_keys + sequence + 1)
@@ -228,12 +229,9 @@ def backward_keys_kernel(q, k, v, prefix_k, prefix_v, g, y, sums, cu_queries, cu
         sum_k = dot(ds, query, sum_k)
         if WHOLE:
             found = dot(tl.trans(ds), key, tl.zeros([BM, BW], tl.float32))
-            if prefix_k is not None:
-                found = _over_keys(query, pull, top, share, d, found, rows, prefix_k + head * W, prefix_v + head * W, 0, P, H * W, H * W, 2 + 2 * head, start, site,
-                                   threshold, scale, inverse, False, DROPS, W, BW, BP)
-            _store(dq + head * W, found * W ** -0.5, rows, rows < q1, H * W, W, BW)
-    _store(dk + head * W, sum_k * W ** -0.5, place, place < k1, H * W, W, BW)
-    _store(dv + head * W, sum_v * inverse, place, place < k1, H * W, W, BW)
+            _store(dq + head * W, found * W ** -0.5, rows, rows < q1, dq_row, W, BW)
+    _store(dk + head * W, sum_k * W ** -0.5, place, place < k1, d_row, W, BW)
+    _store(dv + head * W, sum_v * inverse, place, place < k1, d_row, W, BW)
 
 
 @triton.jit(do_not_specialize=["site"])
@@ -264,67 +262,68 @@ def backward_prefix_kernel(q, prefix_k, prefix_v, g, sums, delta, seed, partial,
 
 # ---------------------------------------------------------------- sizes, specs
 
-CAPS = {  # (16-bit, BW <= 64) -> kernel -> most rows, most keys, warps
-    (True, True): {"forward": (64, 32, 8), "queries": (64, 32, 8), "keys": (32, 64, 8), "prefix": (32, 32, 4)},
-    (True, False): {"forward": (64, 64, 8), "queries": (64, 32, 8), "keys": (16, 64, 8), "prefix": (32, 32, 8)},
-    (False, True): {"forward": (32, 16, 8), "queries": (16, 32, 8), "keys": (16, 32, 4), "prefix": (32, 32, 8)},
-    (False, False): {"forward": (16, 16, 4), "queries": (16, 16, 8), "keys": (16, 16, 8), "prefix": (16, 16, 8)},
+CAPS = {  # (16-bit, BW <= 64) -> kernel -> most rows, most keys, warps, stages
+    (True, True): {"forward": (64, 32, 4, 3), "queries": (64, 32, 4, 3), "keys": (32, 64, 4, 2), "whole": (32, 64, 4, 3), "prefix": (64, 32, 4, 2)},
+    (True, False): {"forward": (64, 64, 8, 2), "queries": (64, 32, 8, 2), "keys": (16, 64, 8, 2), "prefix": (32, 32, 8, 2)},
+    (False, True): {"forward": (32, 16, 8, 1), "queries": (16, 32, 8, 1), "keys": (16, 32, 4, 1), "prefix": (32, 32, 8, 1)},
+    (False, False): {"forward": (16, 16, 4, 1), "queries": (16, 16, 8, 1), "keys": (16, 16, 8, 1), "prefix": (16, 16, 8, 1)},
 }
-"""Chosen by what bench/compile_report.py says of registers: no spill on sm_80, sm_90 and sm_100 by triton 3.6 and 3.9. Keys of "prefix" are the prefix's."""
+"""Measured on an H200, and without a spill on sm_80, sm_90 and sm_100 by triton 3.6 and 3.9 (bench/compile_report.py). Keys of "prefix" are the prefix's. float32 loads
+no tile ahead of its turn: it is the plain units that it waits for."""
 
 
-def tiles_for(kernel: str, dtype: torch.dtype, width: int, queries: int, keys: int, shared: int, drops: bool) -> dict[str, int]:
-    """Sizes of a tile and launch options. queries, keys: of the longest sequence; shared: P. A tile is no larger than what there is for it. float32 loads no tile ahead
-    of its turn: it is the plain units that it waits for."""
+def tiles_for(kernel: str, dtype: torch.dtype, width: int, queries: int, keys: int, shared: int) -> dict[str, int]:
+    """Sizes of a tile and launch options. queries, keys: of the longest sequence; shared: P. A tile is no larger than what there is for it."""
     caps = CAPS[dtype != torch.float32, power(width) <= 64]
-    most_rows, most_keys, warps = caps[kernel]
-    if kernel == "keys" and in_one(dtype, width, keys, shared, drops):
-        most_keys = 128
-    sizes = {"W": width, "BW": power(width), "BM": min(most_rows, power(queries)), "BP": min(caps["prefix"][1], power(shared))}
-    return sizes | ({} if kernel == "prefix" else {"BN": min(most_keys, power(keys))}) | {"num_warps": warps, "num_stages": 1 if dtype == torch.float32 else 2}
+    most_rows, most_keys, warps, stages = caps[kernel]
+    sizes = {"W": width, "BW": power(width), "BM": min(most_rows, power(queries))} | ({} if kernel == "prefix" else {"BN": min(most_keys, power(keys))})
+    if kernel not in ("keys", "whole"):
+        sizes["BP"] = min(caps["prefix"][1], power(shared))
+    if kernel == "queries" and shared and dtype != torch.float32:
+        sizes["BP"], stages = 16, 1  # more would spill somewhere
+    return sizes | {"num_warps": warps, "num_stages": stages}
 
 
-def in_one(dtype: torch.dtype, width: int, keys: int, shared: int, drops: bool) -> bool:
+def in_one(dtype: torch.dtype, width: int, keys: int, shared: int) -> bool:
     """Whether one kernel does all that belongs to a sequence: its keys are one tile, and dq beside dk and dv leaves registers for the rest."""
-    return dtype != torch.float32 and power(width) <= 64 and keys <= (64 if drops or shared else 128)
+    return dtype != torch.float32 and power(width) <= 64 and keys <= 64 and not shared
 
 
 def specs(arch: int) -> list[Spec]:
     """Every kernel at its largest tiles with prefix and dropout, which is the most that a program has to hold, and with neither; at W 64 in bf16, what BERT has,
     with one of them as well, and at the tiles of short texts."""
     both, each = ((True, 30), (False, 0)), ((True, 30), (True, 0), (False, 30), (False, 0))
-    longest, found = (512, 512), []
+    found = []
     for dtype, widths in ((torch.bfloat16, (64, 32, 128)), (torch.float16, (64,)), (torch.float32, (32, 64, 128))):
         for width in widths:
             usual = (dtype, width) == (torch.bfloat16, 64)
             for drops, shared in each if usual else both[:1] if dtype == torch.float16 else both:
-                sizes = [longest, *((n, n) for n in (128, 64) if in_one(dtype, width, n, shared, drops))][:2]
-                for queries, keys in sizes + [(19, 28)] if usual and (drops, shared) in both else sizes:
+                for queries, keys in ((512, 512), (19, 28)) if usual and (drops, shared) in both else ((512, 512),):
                     found += _specs_of(dtype, DTYPES[dtype], width, drops, shared, queries, keys)
+                if in_one(dtype, width, 64, 0) and not shared:
+                    found += _specs_of(dtype, DTYPES[dtype], width, drops, 0, 64, 64, ("whole",))
     return found + [sum_spec()]
 
 
-def _specs_of(dtype: torch.dtype, kind: str, width: int, drops: bool, shared: int, queries: int, keys: int) -> list[Spec]:
+def _specs_of(dtype: torch.dtype, kind: str, width: int, drops: bool, shared: int, queries: int, keys: int, names: tuple[str, ...] = ("forward", "queries", "keys", "prefix")) -> list[Spec]:
     pointers = {name: f"*{kind}" for name in ("q", "k", "v", "g", "y", "dq", "dk", "dv")} | {"prefix_k": "*fp32", "prefix_v": "*fp32", "sums": "*fp32", "delta": "*fp32",
                                                                                            "partial": "*fp32", "cu_queries": "*i32", "cu_keys": "*i32", "seed": "*i64"}
-    numbers = {name: "i32" for name in ("Mq", "P", "H", "q_row", "k_row", "v_row", "stretch", "site", "threshold")} | {"scale": "fp32", "inverse": "fp32"}
+    numbers = {name: "i32" for name in ("Mq", "P", "H", "q_row", "k_row", "v_row", "dq_row", "d_row", "stretch", "site", "threshold")} | {"scale": "fp32", "inverse": "fp32"}
     words = f"{kind}, W {width}{', dropout' if drops else ''}{', prefix' if shared else ''}, {queries} by {keys}"
-    whole = in_one(dtype, width, keys, shared, drops)
-    variants = [("keys", backward_keys_kernel, {"WHOLE": whole})]
-    if not whole:
-        variants = [("forward", forward_kernel, {}), ("queries", backward_queries_kernel, {"WANTED": True, "EXACT": dtype == torch.float32}), *variants]
-        variants += [("prefix", backward_prefix_kernel, {})] if shared else []
-    elif queries < 64:
-        variants.insert(0, ("forward", forward_kernel, {}))
+    kernels = {"forward": (forward_kernel, {}), "queries": (backward_queries_kernel, {"WANTED": True, "EXACT": dtype == torch.float32}),
+               "keys": (backward_keys_kernel, {"WHOLE": False}), "whole": (backward_keys_kernel, {"WHOLE": True}), "prefix": (backward_prefix_kernel, {})}
     found = []
-    for name, kernel, chosen in variants:
-        sizes = tiles_for(name, dtype, width, queries, keys, shared, drops)
+    for name in names:
+        kernel, chosen = kernels[name]
+        if name == "prefix" and not shared:
+            continue
+        sizes = tiles_for(name, dtype, width, queries, keys, shared)
         options = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}
-        absent = ({} if drops else {"seed": None}) | ({} if shared else {"prefix_k": None, "prefix_v": None})
-        constants = chosen | {"DROPS": drops} | sizes | {key: value for key, value in absent.items() if key in kernel.arg_names}
+        absent = ([] if drops else ["seed"]) + ([] if shared else ["prefix_k", "prefix_v"])
+        constants = chosen | {"DROPS": drops} | sizes | {key: None for key in absent if key in kernel.arg_names}
         signature = {key: value for key, value in (pointers | numbers).items() if key in kernel.arg_names and key not in constants}
-        title = f"{'' if name == 'forward' else 'backward, '}{name}{' and all else' if chosen.get('WHOLE') else ''}, {words}"
-        found.append(Spec(title, kernel, signature, constants, aligned=tuple(n for n in ("q_row", "k_row", "v_row") if n in kernel.arg_names), **options))
+        title = f"{'' if name == 'forward' else 'backward, '}{name}{' and all else' if name == 'whole' else ''}, {words}"
+        found.append(Spec(title, kernel, signature, constants, aligned=tuple(n for n in ("q_row", "k_row", "v_row", "dq_row", "d_row") if n in kernel.arg_names), **options))
     return found
 
 
@@ -349,7 +348,7 @@ def _attention_forward(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None,
     (rows, heads, width), shared = q.shape, 0 if prefix_k is None else prefix_k.shape[0]
     if rows:
         q, k, v = _rows_apart(q), _rows_apart(k), _rows_apart(v)
-        sizes = tiles_for("forward", q.dtype, width, queries, keys, shared, rate > 0)
+        sizes = tiles_for("forward", q.dtype, width, queries, keys, shared)
         with on(q):
             forward_kernel[(cu_queries.shape[0] - 1) * heads, ceil_div(queries, sizes["BM"])](
                 q, k, v, prefix_k if shared else None, prefix_v if shared else None, cu_queries, cu_keys, seed, y, sums, rows, shared, heads, q.stride(0), k.stride(0),
@@ -361,45 +360,55 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(2, q.shape[1], q.shape[0], dtype=torch.float32)
 
 
-@op("attention_backward", fake=lambda g, q, k, v, prefix_k, *others: _gradients(q, k, prefix_k, *others[-3:]))
+@op("attention_backward", fake=lambda g, q, k, v, prefix_k, *others: _room(q, k, prefix_k, *others[-3:]))
 def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, y: Tensor, sums: Tensor, cu_queries: Tensor,
                         cu_keys: Tensor, queries: int, keys: int, rate: float, seed: Tensor | None, site: int, of_query: bool, of_keys: bool,
-                        of_prefix: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq [Mq, H, W], dk and dv [T, H, W], and [2, P, H, W] of the prefix's dtype, its dk and dv; those that are not asked for are empty."""
-    dq, dk, dv, total = _gradients(q, k, prefix_k, of_query, of_keys, of_prefix)
+                        of_prefix: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What `gradients` takes apart: dq, dk and dv, and [2, P, H, W] of the prefix's dtype, its dk and dv; those that are not asked for are empty."""
+    found = _room(q, k, prefix_k, of_query, of_keys, of_prefix)
+    (dq, dk, dv), total = gradients(*found[:2]), found[2]
     (rows, heads, width), shared = q.shape, 0 if prefix_k is None else prefix_k.shape[0]
     if not rows:
-        return dq, dk.zero_(), dv.zero_(), total.zero_()
+        return found[0], found[1].zero_(), total.zero_()
     q, k, v, g = _rows_apart(q), _rows_apart(k), _rows_apart(v), g.contiguous()
     delta, pairs = torch.empty_like(sums[0]), (cu_queries.shape[0] - 1) * heads
-    prefix, strides, more = (prefix_k, prefix_v) if shared else (None, None), (q.stride(0), k.stride(0), v.stride(0)), (site, *_numbers(width, rate))
+    prefix, strides, more = (prefix_k, prefix_v) if shared else (None, None), (q.stride(0), k.stride(0), v.stride(0), dq.stride(0)), (site, *_numbers(width, rate))
     options = {"DROPS": rate > 0, "enable_fp_fusion": True}
-    sizes = tiles_for("keys", q.dtype, width, queries, keys, shared, rate > 0)
-    whole = of_query and of_keys and in_one(q.dtype, width, keys, shared, rate > 0)
+    whole = of_query and of_keys and in_one(q.dtype, width, keys, shared)
     with on(q):
         if not whole:
-            tile = tiles_for("queries", q.dtype, width, queries, keys, shared, rate > 0)
+            tile = tiles_for("queries", q.dtype, width, queries, keys, shared)
             backward_queries_kernel[pairs, ceil_div(queries, tile["BM"])](q, k, v, *prefix, g, y, sums, cu_queries, cu_keys, seed, delta, dq, rows, shared, heads, *strides,
                                                                           *more, WANTED=of_query, EXACT=q.dtype == torch.float32, **options, **tile)
         if of_keys and k.shape[0] or whole:
-            backward_keys_kernel[pairs, 1 if whole else ceil_div(keys, sizes["BN"])](
-                q, k, v, *(prefix if whole else (None, None)), g, y, sums, cu_queries, cu_keys, seed, delta, dq, dk, dv, rows, shared, heads, *strides, *more, WHOLE=whole,
-                **options, **sizes)
+            tile = tiles_for("whole" if whole else "keys", q.dtype, width, queries, keys, shared)
+            backward_keys_kernel[pairs, ceil_div(max(keys, 1), tile["BN"])](q, k, v, g, y, sums, cu_queries, cu_keys, seed, delta, dq, dk, dv, rows, heads, *strides,
+                                                                           dk.stride(0), *more, WHOLE=whole, **options, **tile)
         if of_prefix and shared:
-            tile = tiles_for("prefix", q.dtype, width, rows, keys, shared, rate > 0)
+            tile = tiles_for("prefix", q.dtype, width, rows, keys, shared)
             stretch = ceil_div(max(STRETCH, ceil_div(rows, MOST_STRETCHES)), tile["BM"]) * tile["BM"]
             stretches = ceil_div(rows, stretch)
             partial = q.new_empty(stretches, *total.shape, dtype=torch.float32)
             backward_prefix_kernel[ceil_div(shared, tile["BP"]) * heads, stretches](q, *prefix, g, sums, delta, seed, partial, rows, shared, heads, strides[0], stretch, *more,
                                                                                    **options, **tile)
             sum_stretches(partial.view(stretches, -1), total.view(-1))
-    return dq, dk, dv, total
+    return found
 
 
-def _gradients(q: Tensor, k: Tensor, prefix_k: Tensor | None, of_query: bool, of_keys: bool, of_prefix: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dk, dv = (k.new_empty(k.shape if of_keys else 0) for _ in range(2))
+def _room(q: Tensor, k: Tensor, prefix_k: Tensor | None, of_query: bool, of_keys: bool, of_prefix: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq [Mq, H, W], [T, n, H, W], [2, P, H, W]): n is 2, dk and dv, or 3 with dq before them where there are as many queries as keys, or 0. Query, key and value come
+    out of one product, which takes their gradients back as they lie."""
+    together = of_query and of_keys and q.shape == k.shape
+    own = k.new_empty(k.shape[0], 3 if together else 2 if of_keys else 0, *k.shape[1:])
     total = q.new_empty(0) if prefix_k is None or not of_prefix else prefix_k.new_empty(2, *prefix_k.shape)
-    return q.new_empty(q.shape if of_query else 0), dk, dv, total
+    return q.new_empty((0 if together or not of_query else q.shape[0], *q.shape[1:])), own, total
+
+
+def gradients(dq: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv out of the first two of `_room`; empty ones are not there."""
+    if own.shape[1] == 3:
+        return own.unbind(1)
+    return dq, *(own.unbind(1) if own.shape[1] else (own[:, 0:0], own[:, 0:0]))
 
 
 def _setup(ctx, inputs, output):
@@ -412,8 +421,8 @@ def _backward_formula(ctx, g, _):
     *tensors, cu_queries, cu_keys, seed, y, sums = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     of_query, of_keys, of_prefix = wanted[0], wanted[1] or wanted[2], wanted[3] or wanted[4]
-    dq, dk, dv, total = _attention_backward(g, *tensors, y, sums, cu_queries, cu_keys, ctx.queries, ctx.keys, ctx.rate, seed, ctx.site, of_query, of_keys, of_prefix)
-    found = (dq, dk, dv, *(total if of_prefix else (None, None)))
+    dq, own, total = _attention_backward(g, *tensors, y, sums, cu_queries, cu_keys, ctx.queries, ctx.keys, ctx.rate, seed, ctx.site, of_query, of_keys, of_prefix)
+    found = (*gradients(dq, own), *(total if of_prefix else (None, None)))
     return *(x if want else None for x, want in zip(found, wanted)), *(None,) * 7
 
 

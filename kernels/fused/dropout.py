@@ -86,7 +86,7 @@ def dropout_kernel(x, y, seed, T, D, row_stride, site, threshold, scale, BT: tl.
     tl.store(y + rows[:, None] * D + columns[None, :], tl.where(kept, value.to(tl.float32) * scale, 0.0), mask=inside)
 
 
-TILE = (32, 128)  # BT, BD
+TILE = (16, 128)  # BT, BD
 
 
 def specs(arch: int) -> list[Spec]:

@@ -3,7 +3,7 @@
     z = x + bias        y = z Phi(z),    Phi(z) = (1 + erf(z / sqrt 2)) / 2
 
     x [T, F] with rows of any stride, bias [F] or None -> y [T, F] in x's dtype. x and bias each of float32, bfloat16 or float16. All arithmetic is float32, and
-    z is never rounded.
+    z is never rounded. Where x has 16 bits Phi comes from a polynomial within 7.5e-8 (`_normal`): with the library's erf the kernel waits for arithmetic.
 
 With dy the gradient of y and phi the density of the normal distribution:
 
@@ -43,6 +43,31 @@ def erf_gelu_slope(z):
     return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
 
 
+@triton.jit
+def _normal(z):
+    """(Phi(z), exp(-z^2 / 2)) fp32, Phi within 7.5e-8 by Abramowitz and Stegun 7.1.26: less than a 16-bit value can show, and one exponential and a division where
+    erf takes some forty instructions."""
+    fall, t = tl.exp(-0.5 * z * z), 1.0 / (1.0 + 0.23164188 * tl.abs(z))  # 0.3275911 / sqrt 2
+    tail = 0.5 * fall * t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    return tl.where(z < 0.0, tail, 1.0 - tail), fall
+
+
+@triton.jit
+def _gelu(z, EXACT: tl.constexpr):
+    if EXACT:
+        return erf_gelu(z)
+    below, _ = _normal(z)
+    return z * below
+
+
+@triton.jit
+def _gelu_slope(z, EXACT: tl.constexpr):
+    if EXACT:
+        return erf_gelu_slope(z)
+    below, fall = _normal(z)
+    return below + z * 0.3989422804014327 * fall
+
+
 # ---------------------------------------------------------------- kernels, forward beside backward
 
 @triton.jit
@@ -60,7 +85,7 @@ def forward_kernel(x, bias, y, T, F, x_stride, BT: tl.constexpr, BF: tl.constexp
     rows, columns = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64), tl.program_id(1) * BF + tl.arange(0, BF)
     inside = (rows < T)[:, None] & (columns < F)[None, :]
     z = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32) + _shift(bias, columns, F, BF)
-    tl.store(y + rows[:, None] * F + columns[None, :], erf_gelu(z), mask=inside)
+    tl.store(y + rows[:, None] * F + columns[None, :], _gelu(z, x.dtype.element_ty == tl.float32), mask=inside)
 
 
 @triton.jit
@@ -75,7 +100,7 @@ def backward_kernel(dy, x, bias, dx, partial, T, F, dy_stride, x_stride, tiles, 
         inside = (rows < T)[:, None] & (columns < F)[None, :]
         pull = tl.load(dy + rows[:, None] * dy_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         z = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32) + shift
-        fall = pull * erf_gelu_slope(z)
+        fall = pull * _gelu_slope(z, x.dtype.element_ty == tl.float32)
         if partial is not None:
             sums += fall
         if dx is not None:

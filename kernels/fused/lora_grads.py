@@ -10,11 +10,10 @@ Derivation. With u = z A^T [T, r] and v = dY B [T, r]:  dB = s dY^T u  and  dA =
 some of dY: the same work with the roles exchanged. One calls the tensor that is multiplied by the thin matrix `left`, and the one whose columns the result has `right`:
     left [T, L] F [L, r] -> w [T, r];    w^T right [T, N] -> [r, N].
 
-How. Stage 1: a program owns up to 6 pieces of BK columns of the result (their sums stay in registers) and a chunk of rows; per BT rows it walks over left for w, then
-adds w^T right to each piece. Programs of one chunk, those of dA and those of dB, are neighbours in the launch: x and dY come from memory once and from L2 the second time.
-Stage 2 adds the chunks' sums in their order.
-What limits it: at widths of 768 memory; at 3072, whose columns need four groups, L2, as each group computes its own w (768 -> 3072: 2.6 times the bytes of x and dY
-go through L2).
+How. Three launches, each a stream of tiles with several on their way. `thin_kernel`: w = left F for both sides, a program a tile of rows. `partial_kernel`: w^T right,
+a program a tile of columns and a chunk of rows. `sum_kernel` adds the chunks' sums in their order. x and dY are read twice; where the two fit in the L2 cache, once from
+memory. One kernel that keeps a row tile for both products would read them once, and wait for its first product before every second.
+What limits it: memory, and at a few thousand rows the launches.
 
 Letters: T rows, R rank (padded to a power of two), BT rows and BK columns of a tile.
 """
@@ -29,9 +28,9 @@ from . import register
 from .op import op
 from .dropout import dropout, keep
 from .dropout_ref import threshold_of
-from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power, reduce_kernel, rows_together
+from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power, reduce, rows_together
 
-CHUNKS = 128  # at most that many partial sums
+CHUNKS = 32  # at most that many partial sums
 MAX_RANK = 64
 
 
@@ -46,77 +45,80 @@ def _tile(base, rows, stride, first, width, T, seed, site, threshold, DROPS: tl.
 
 
 @triton.jit
-def _side(left, left_stride, L, factor, factor_column, factor_rank, right, right_stride, N, first, partial, T, rank, row0, tiles, seed, site, threshold,
-          LEFT_DROPS: tl.constexpr, RIGHT_DROPS: tl.constexpr, PIECES: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr):
-    """partial [rank, N] at columns first .. first + PIECES * BK = (left F)^T right over `tiles` tiles of rows from row0 on; see the derivation."""
-    ranks = tl.arange(0, R)
-    s0 = tl.zeros((R, BK), tl.float32)
-    s1, s2, s3, s4, s5 = s0, s0, s0, s0, s0
-    for t in range(0, tiles):
-        rows = (row0 + t * BT + tl.arange(0, BT)).to(tl.int64)
-        w = tl.zeros((BT, R), tl.float32)
-        for k in range(0, L, BK):
-            columns = k + tl.arange(0, BK)
-            thin = tl.load(factor + columns[:, None] * factor_column + ranks[None, :] * factor_rank, mask=(columns < L)[:, None] & (ranks < rank)[None, :], other=0.0)
-            value = _tile(left, rows, left_stride, k, L, T, seed, site, threshold, LEFT_DROPS, BK)
-            w = dot(value, thin.to(value.dtype), w)
-        turned = tl.trans(w).to(right.dtype.element_ty)
-        s0 = dot(turned, _tile(right, rows, right_stride, first, N, T, seed, site, threshold, RIGHT_DROPS, BK), s0)
-        if PIECES > 1:
-            s1 = dot(turned, _tile(right, rows, right_stride, first + BK, N, T, seed, site, threshold, RIGHT_DROPS, BK), s1)
-        if PIECES > 2:
-            s2 = dot(turned, _tile(right, rows, right_stride, first + 2 * BK, N, T, seed, site, threshold, RIGHT_DROPS, BK), s2)
-        if PIECES > 3:
-            s3 = dot(turned, _tile(right, rows, right_stride, first + 3 * BK, N, T, seed, site, threshold, RIGHT_DROPS, BK), s3)
-        if PIECES > 4:
-            s4 = dot(turned, _tile(right, rows, right_stride, first + 4 * BK, N, T, seed, site, threshold, RIGHT_DROPS, BK), s4)
-        if PIECES > 5:
-            s5 = dot(turned, _tile(right, rows, right_stride, first + 5 * BK, N, T, seed, site, threshold, RIGHT_DROPS, BK), s5)
-    _put(partial, s0, first, N, rank, BK, R)
-    if PIECES > 1:
-        _put(partial, s1, first + BK, N, rank, BK, R)
-    if PIECES > 2:
-        _put(partial, s2, first + 2 * BK, N, rank, BK, R)
-    if PIECES > 3:
-        _put(partial, s3, first + 3 * BK, N, rank, BK, R)
-    if PIECES > 4:
-        _put(partial, s4, first + 4 * BK, N, rank, BK, R)
-    if PIECES > 5:
-        _put(partial, s5, first + 5 * BK, N, rank, BK, R)
+def _thin(left, left_stride, L, factor, factor_column, factor_rank, w, rows, T, rank, seed, site, threshold, DROPS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+          R: tl.constexpr):
+    """w [T, R] at these rows = left [T, L] times the thin matrix; 0 in padded columns."""
+    ranks, total = tl.arange(0, R), tl.zeros((BT, R), tl.float32)
+    for k in range(0, L, BK):
+        columns = k + tl.arange(0, BK)
+        thin = tl.load(factor + columns[:, None] * factor_column + ranks[None, :] * factor_rank, mask=(columns < L)[:, None] & (ranks < rank)[None, :], other=0.0)
+        value = _tile(left, rows, left_stride, k, L, T, seed, site, threshold, DROPS, BK)
+        total = dot(value, thin.to(value.dtype), total)
+    tl.store(w + rows[:, None] * R + ranks[None, :], total.to(w.dtype.element_ty), mask=(rows < T)[:, None])
+
+
+@triton.jit(do_not_specialize=["site"])
+def thin_kernel(x, dy, a, b, seed, u, v, T, I, O, x_stride, dy_stride, rank, site, threshold, DROPS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr):
+    """u = z A^T without z's scale and v = dY B, [T, R] of x's dtype. x [T, I], dy [T, O], a [rank, I], b [O, rank], seed int64 [1]. Programs (u or v, row tile)."""
+    rows = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64)
+    start = 0 if seed is None else tl.load(seed)
+    if tl.program_id(0) == 0:
+        _thin(x, x_stride, I, a, 1, I, u, rows, T, rank, start, site, threshold, DROPS, BT, BK, R)
+    else:
+        _thin(dy, dy_stride, O, b, rank, 1, v, rows, T, rank, start, site, threshold, False, BT, BK, R)
 
 
 @triton.jit
-def _put(partial, total, first, N, rank, BK: tl.constexpr, R: tl.constexpr):
-    ranks, columns = tl.arange(0, R), first + tl.arange(0, BK)
+def _sum_rows(w, right, right_stride, N, first, partial, T, rank, row0, tiles, seed, site, threshold, DROPS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+              R: tl.constexpr):
+    """partial [rank, N] at the columns first .. first + BK = w^T right over `tiles` tiles of rows from row0 on."""
+    ranks, columns, total = tl.arange(0, R), first + tl.arange(0, BK), tl.zeros((R, BK), tl.float32)
+    for t in range(0, tiles):
+        rows = (row0 + t * BT + tl.arange(0, BT)).to(tl.int64)
+        thin = tl.load(w + rows[:, None] * R + ranks[None, :], mask=(rows < T)[:, None], other=0.0)
+        total = dot(tl.trans(thin), _tile(right, rows, right_stride, first, N, T, seed, site, threshold, DROPS, BK), total)
     tl.store(partial + ranks[:, None] * N + columns[None, :], total, mask=(ranks < rank)[:, None] & (columns < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["site"])
-def partial_kernel(x, dy, a, b, seed, partial_a, partial_b, T, I, O, x_stride, dy_stride, rank, groups_a, tiles, site, threshold,
-                   DROPS: tl.constexpr, PIECES: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr):
-    """Stage 1: partial_a fp32 [chunks, rank, I], partial_b fp32 [chunks, rank, O], not scaled. x [T, I], dy [T, O], a [rank, I], b [O, rank], seed int64 [1].
+def partial_kernel(x, dy, u, v, seed, partial_a, partial_b, T, I, O, x_stride, dy_stride, rank, groups_a, tiles, site, threshold, DROPS: tl.constexpr, BT: tl.constexpr,
+                   BK: tl.constexpr, R: tl.constexpr):
+    """partial_a fp32 [chunks, rank, I], partial_b fp32 [chunks, rank, O], not scaled. u, v [T, R]; the others as in thin_kernel.
 
-    Programs (group, chunk): the first groups_a groups own columns of dA, the others of dB; a chunk is `tiles` tiles of BT rows.
+    Programs (group, chunk): the first groups_a groups own BK columns of dA each, the others of dB; a chunk is `tiles` tiles of BT rows.
     """
-    group, chunk = tl.program_id(0), tl.program_id(1)
+    group, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row0 = chunk * tiles * BT
     start = 0 if seed is None else tl.load(seed)
     if group < groups_a:
-        _side(dy, dy_stride, O, b, rank, 1, x, x_stride, I, group * (PIECES * BK), partial_a + chunk.to(tl.int64) * rank * I, T, rank, row0, tiles, start, site,
-              threshold, False, DROPS, PIECES, BT, BK, R)
+        _sum_rows(v, x, x_stride, I, group * BK, partial_a + chunk * rank * I, T, rank, row0, tiles, start, site, threshold, DROPS, BT, BK, R)
     else:
-        _side(x, x_stride, I, a, 1, I, dy, dy_stride, O, (group - groups_a) * (PIECES * BK), partial_b + chunk.to(tl.int64) * rank * O, T, rank, row0, tiles, start,
-              site, threshold, DROPS, False, PIECES, BT, BK, R)
+        _sum_rows(u, dy, dy_stride, O, (group - groups_a) * BK, partial_b + chunk * rank * O, T, rank, row0, tiles, start, site, threshold, False, BT, BK, R)
+
+
+@triton.jit
+def sum_kernel(partial_a, partial_b, da, db, chunks, rank, I, O, groups_a, scale, CHUNKS: tl.constexpr, BN: tl.constexpr):
+    """da [rank, I] and db [O, rank] = scale times the sums over the chunks. Programs (group of BN columns, k), the first groups_a groups of dA."""
+    group, k = tl.program_id(0), tl.program_id(1)
+    if group < groups_a:
+        reduce(partial_a, da, chunks, rank, I, scale, I, 1, group, k, CHUNKS, BN)
+    else:
+        reduce(partial_b, db, chunks, rank, O, scale, 1, rank, group - groups_a, k, CHUNKS, BN)
 
 
 # ---------------------------------------------------------------- sizes, specs
 
-def tiles_for(dtype: torch.dtype, rank: int) -> dict[str, int]:
-    """BT, BK, R, PIECES and how many warps. Pieces times R stays the same, and with it the registers that the sums take."""
+def tiles_for(dtype: torch.dtype, rank: int, kernel: str) -> dict[str, int]:
+    """BT, BK, R and how the compiler schedules. kernel: "thin", which has a tile of rows for itself and walks over columns, or "partial", the other way round."""
     r = power(rank)
     if dtype == torch.float32:
-        return {"BT": 16, "BK": 64 if rank <= 32 else 32, "R": r, "PIECES": max(1, 24 // r), "num_warps": 8, "num_stages": 2}
-    return {"BT": 32, "BK": 128, "R": r, "PIECES": max(1, 96 // r), "num_warps": 8, "num_stages": 2}
+        return {"BT": 32 if r <= 32 else 16, "BK": 64 if r <= 32 else 32, "R": r, "num_warps": 8, "num_stages": 2}
+    if kernel == "thin":
+        return {"BT": 128, "BK": 128 if r <= 32 else 64, "R": r, "num_warps": 8, "num_stages": 3}
+    return {"BT": 32, "BK": 128 if r <= 32 else 64, "R": r, "num_warps": 4, "num_stages": 4}
+
+
+SUMMED = {"CHUNKS": 32, "BN": 64}
 
 
 def specs(arch: int) -> list[Spec]:
@@ -125,15 +127,15 @@ def specs(arch: int) -> list[Spec]:
     for dtype, kind in DTYPES.items():
         for rank in (8, 64):
             for drops in (False, True):
-                sizes = tiles_for(dtype, rank)
-                warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
-                pointers = {"x": f"*{kind}", "dy": f"*{kind}", "a": "*fp32", "b": "*fp32", "partial_a": "*fp32", "partial_b": "*fp32"}
-                constants = {"DROPS": drops} | sizes | ({} if drops else {"seed": None})
-                found.append(Spec(f"partial, {kind}, r {rank}{', dropout' if drops else ''}", partial_kernel, pointers | whole | ({"seed": "*i64"} if drops else {}),
-                                  constants, warps, stages, aligned=("I", "O", "x_stride", "dy_stride")))
-    found.append(Spec("reduce", reduce_kernel, {"partial": "*fp32", "result": "*fp32", "chunks": "i32", "rank": "i32", "N": "i32", "scale": "fp32", "rank_stride": "i32",
-                                                "column_stride": "i32"}, {"CHUNKS": 16, "BN": 128}, aligned=("N",)))
-    return found
+                pointers = dict.fromkeys(("x", "dy", "u", "v"), f"*{kind}") | dict.fromkeys(("a", "b", "partial_a", "partial_b"), "*fp32") | ({"seed": "*i64"} if drops else {})
+                for name, kernel in (("thin", thin_kernel), ("partial", partial_kernel)):
+                    sizes = tiles_for(dtype, rank, name)
+                    warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
+                    signature = {key: value for key, value in (pointers | whole).items() if key in kernel.arg_names}
+                    found.append(Spec(f"{name}, {kind}, r {rank}{', dropout' if drops else ''}", kernel, signature, {"DROPS": drops} | sizes | ({} if drops else {"seed": None}),
+                                      warps, stages, aligned=("I", "O", "x_stride", "dy_stride")))
+    signature = dict.fromkeys(("partial_a", "partial_b", "da", "db"), "*fp32") | dict.fromkeys(("chunks", "rank", "I", "O", "groups_a"), "i32") | {"scale": "fp32"}
+    return [*found, Spec("sum", sum_kernel, signature, SUMMED, aligned=("I", "O"))]
 
 
 # ---------------------------------------------------------------- launcher
@@ -146,22 +148,21 @@ def lora_grads_op(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, scale: float, rat
     x, dy, a, b = rows_together(x), rows_together(dy), a.contiguous(), b.contiguous()
     (rows, width), out, rank = x.shape, dy.shape[1], a.shape[0]
     da, db = torch.empty_like(a), torch.empty_like(b)
-    sizes = tiles_for(x.dtype, rank)
-    owned = sizes["PIECES"] * sizes["BK"]
+    u, v = (torch.empty((rows, power(rank)), dtype=x.dtype, device=x.device) for _ in range(2))
+    thin, sizes, threshold = tiles_for(x.dtype, rank, "thin"), tiles_for(x.dtype, rank, "partial"), threshold_of(rate)
     tiles = max(1, ceil_div(ceil_div(rows, sizes["BT"]), CHUNKS))  # of BT rows, in a chunk
     chunks = ceil_div(rows, tiles * sizes["BT"])
     partial_a = torch.empty((chunks, rank, width), dtype=torch.float32, device=x.device)
     partial_b = torch.empty((chunks, rank, out), dtype=torch.float32, device=x.device)
-    threshold = threshold_of(rate)
+    shape = rows, width, out, x.stride(0), dy.stride(0), rank
+    options = {"DROPS": rate > 0, "enable_fp_fusion": True}
     with on(x):
         if chunks:
-            groups = ceil_div(width, owned), ceil_div(out, owned)
-            partial_kernel[(sum(groups), chunks)](x, dy, a, b, seed if rate else None, partial_a, partial_b, rows, width, out, x.stride(0), dy.stride(0), rank, groups[0],
-                                                  tiles, site, threshold, DROPS=rate > 0, enable_fp_fusion=True, **sizes)
-        for partial, result, strides in ((partial_a, da, (width, 1)), (partial_b, db, (1, rank))):
-            columns = partial.shape[2]
-            reduce_kernel[(ceil_div(columns, 128), rank)](partial, result, chunks, rank, columns, scale * 65536 / threshold, *strides, CHUNKS=16, BN=128,
-                                                          enable_fp_fusion=True)
+            thin_kernel[2, ceil_div(rows, thin["BT"])](x, dy, a, b, seed if rate else None, u, v, *shape, site, threshold, **options, **thin)
+            groups = ceil_div(width, sizes["BK"]), ceil_div(out, sizes["BK"])
+            partial_kernel[sum(groups), chunks](x, dy, u, v, seed if rate else None, partial_a, partial_b, *shape, groups[0], tiles, site, threshold, **options, **sizes)
+        groups = ceil_div(width, SUMMED["BN"]), ceil_div(out, SUMMED["BN"])
+        sum_kernel[sum(groups), rank](partial_a, partial_b, da, db, chunks, rank, width, out, groups[0], scale * 65536 / threshold, enable_fp_fusion=True, **SUMMED)
     return da, db
 
 

@@ -25,7 +25,7 @@ from . import register
 from .op import op
 from .tiles import DTYPES, Spec, ceil_div, expect, on
 
-TILE = (16, 256)  # BO, BI
+TILE = (8, 256)  # BO, BI
 TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 COPIED = -1  # in `places`: no piece
 

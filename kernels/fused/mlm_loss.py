@@ -3,7 +3,7 @@
     loss = sum_m w[y_m] (log sum_v exp l[m, v] - l[m, y_m]) / sum_m w[y_m]        w = 1 where no weights are given
 
     l logits [M, V] float32, bfloat16 or float16, y targets int64 [M] in [0, V) or IGNORED, w weights [V] float32 -> loss [] float32. V is the vocabulary, or a classifier's
-    labels. Arithmetic is float32, and a tensor that is not contiguous is copied first. No label smoothing. A row whose target
+    labels. Arithmetic is float32. Rows of l may lie apart; any other tensor that is not contiguous is copied first. No label smoothing. A row whose target
     is IGNORED (the tail of a bucket) counts for nothing; any other target outside [0, V) makes the loss nan; nothing beyond the logits is read. The loss of no rows
     is 0; where weights are given and their sum is 0 it is nan.
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import register
 from .op import op
-from .tiles import DTYPES, Spec, ceil_div, expect, on, power
+from .tiles import DTYPES, Spec, ceil_div, expect, on, power, rows_together
 
 WIDEST = 4096  # of V, that a program takes at a time
 IGNORED = tl.constexpr(-100)  # torch's own ignore_index
@@ -32,12 +32,13 @@ IGNORED = tl.constexpr(-100)  # torch's own ignore_index
 
 # ---------------------------------------------------------------- forward
 
-@triton.jit
-def _row_sums(logits, targets, weights, losses, tops, sums, vocabulary, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+# A row_stride known to be a multiple of 16 would give each thread eight neighbours, which the mask then takes one by one: it stays unspecialised.
+@triton.jit(do_not_specialize=["row_stride"])
+def _row_sums(logits, targets, weights, losses, tops, sums, vocabulary, row_stride, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
     """logits [M, V], targets [M], weights [V] where WEIGHTED -> losses [M] = w (log z - (l[y] - a)), tops [M] = a, sums [M] = z. A program a row, which it reads
     once: the largest so far and the sum relative to it are carried along (Milakov and Gimelshein 2018, arXiv 1805.02867)."""
     m = tl.program_id(0).to(tl.int64)
-    logits += m * vocabulary
+    logits += m * row_stride
     largest, total = float("-inf"), 0.0
     for start in range(0, vocabulary, BLOCK):
         v = start + tl.arange(0, BLOCK)
@@ -58,13 +59,13 @@ def _row_sums(logits, targets, weights, losses, tops, sums, vocabulary, WEIGHTED
 
 # ---------------------------------------------------------------- backward
 
-@triton.jit
-def _gradient_over_logits(logits, targets, weights, tops, sums, pull, share, vocabulary, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["row_stride"])
+def _gradient_over_logits(logits, targets, weights, tops, sums, pull, share, vocabulary, row_stride, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
     """logits [M, V] become their gradient. targets, tops, sums [M], weights [V] where WEIGHTED, pull [] the loss's gradient, share [] = sum w. Program (m, b):
     block b of row m."""
     m = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    logits += m * vocabulary
+    logits += m * row_stride
     y = tl.load(targets + m)
     factor = tl.load(pull).to(tl.float32) / tl.load(share)
     if WEIGHTED:
@@ -93,9 +94,9 @@ def specs(arch: int) -> list[Spec]:
                 constants["weights"] = None
             pointers = {"logits": "*" + dtype, "targets": "*i64", "weights": "*fp32"}
             more = {name: options[name] for name in ("num_warps", "num_stages")}
-            found.append(Spec(f"forward, {words}, {dtype}", _row_sums, pointers | {"losses": "*fp32", "tops": "*fp32", "sums": "*fp32", "vocabulary": "i32"}, constants, **more))
+            found.append(Spec(f"forward, {words}, {dtype}", _row_sums, pointers | {"losses": "*fp32", "tops": "*fp32", "sums": "*fp32", "vocabulary": "i32", "row_stride": "i32"}, constants, **more))
             found.append(Spec(f"backward, {words}, {dtype}", _gradient_over_logits,
-                              pointers | {"tops": "*fp32", "sums": "*fp32", "pull": "*fp32", "share": "*fp32", "vocabulary": "i32"}, constants, **more))
+                              pointers | {"tops": "*fp32", "sums": "*fp32", "pull": "*fp32", "share": "*fp32", "vocabulary": "i32", "row_stride": "i32"}, constants, **more))
     return found
 
 
@@ -106,7 +107,7 @@ def _loss_forward(logits: Tensor, targets: Tensor, weights: Tensor | None) -> tu
     losses, tops, sums = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3))
     if rows:
         with on(logits):
-            _row_sums[rows,](logits, targets, weights, losses, tops, sums, vocabulary, WEIGHTED=weights is not None, **tile(vocabulary))
+            _row_sums[rows,](logits, targets, weights, losses, tops, sums, vocabulary, logits.stride(0), WEIGHTED=weights is not None, **tile(vocabulary))
     counted = targets != IGNORED.value
     if weights is None:
         share = counted.sum().clamp(min=1).float()
@@ -123,7 +124,7 @@ def _loss_backward(logits: Tensor, targets: Tensor, weights: Tensor | None, tops
         options = tile(vocabulary)
         grid = rows, ceil_div(vocabulary, options["BLOCK"])
         with on(logits):
-            _gradient_over_logits[grid](logits, targets, weights, tops, sums, pull, share, vocabulary, WEIGHTED=weights is not None, **options)
+            _gradient_over_logits[grid](logits, targets, weights, tops, sums, pull, share, vocabulary, logits.stride(0), WEIGHTED=weights is not None, **options)
 
 
 def _setup(ctx, inputs, output):
@@ -155,4 +156,4 @@ def mlm_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> 
     if weights is not None:
         expect("mlm_loss", "weights", weights, (vocabulary,), device=logits.device)
         weights = weights.detach().to(torch.float32).contiguous()
-    return _loss_forward(logits.contiguous(), targets.contiguous(), weights)[0]
+    return _loss_forward(rows_together(logits), targets.contiguous(), weights)[0]

@@ -101,10 +101,11 @@ def backward_kernel(dy, normal, inverse, gain, seed, dhidden, dresidual, partial
 # ---------------------------------------------------------------- sizes, specs
 
 def tiles_for(width: int, sums: bool = False) -> dict[str, int]:
-    """ROWS, BD and how many warps: 16 elements a thread, 8 where sums of columns stay in registers beside them; at most 16 rows."""
+    """ROWS, BD and how many warps: 32 elements a thread, half as many where sums of columns stay in registers beside them, and half of that in rows of more than 1024
+    columns; at most 16 rows."""
     block = power(width)
     rows = max(1, min(16, WIDEST // block))
-    return {"ROWS": rows, "BD": block, "num_warps": max(1, rows * block // (256 if sums else 512))}
+    return {"ROWS": rows, "BD": block, "num_warps": max(1, rows * block // (1024 >> (sums + (block > 1024))))}
 
 
 def specs(arch: int) -> list[Spec]:

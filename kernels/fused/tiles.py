@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 
 import torch
@@ -26,16 +27,21 @@ def dot(a, b, total):
 
 
 @triton.jit
-def reduce_kernel(partial, result, chunks, rank, N, scale, rank_stride, column_stride, CHUNKS: tl.constexpr, BN: tl.constexpr):
-    """result [rank, N] = scale * sum over the chunks of partial fp32 [chunks, rank, N], in one order: the second stage of a sum over T, whose first stage sums
-    chunks of rows. Programs (n tile, k); a program takes CHUNKS chunks at a time."""
-    k, columns = tl.program_id(1), tl.program_id(0) * BN + tl.arange(0, BN)
-    total = tl.zeros((BN,), tl.float32)
+def reduce(partial, result, chunks, rank, N, scale, rank_stride, column_stride, tile, k, CHUNKS: tl.constexpr, BN: tl.constexpr):
+    """BN columns of row k of result [rank, N] = scale * sum over the chunks of partial fp32 [chunks, rank, N], in one order: the last stage of a sum over T, whose first
+    sums chunks of rows. CHUNKS chunks at a time."""
+    columns, total = tile * BN + tl.arange(0, BN), tl.zeros((BN,), tl.float32)
     for first in range(0, chunks, CHUNKS):
         chunk = first + tl.arange(0, CHUNKS)
         places = (chunk[:, None].to(tl.int64) * rank + k) * N + columns[None, :]
         total += tl.sum(tl.load(partial + places, mask=(chunk < chunks)[:, None] & (columns < N)[None, :], other=0.0), 0)
     tl.store(result + k * rank_stride + columns * column_stride, (total * scale).to(result.dtype.element_ty), mask=columns < N)
+
+
+@triton.jit
+def sum_kernel(partial, result, stretches, N, CHUNKS: tl.constexpr, BN: tl.constexpr):
+    """result [N] = the sum over the stretches of partial fp32 [stretches, N]. Programs (tile of columns)."""
+    reduce(partial, result, stretches, 1, N, 1.0, N, 1, tl.program_id(0), 0, CHUNKS, BN)
 
 
 def ceil_div(n: int, d: int) -> int:
@@ -66,6 +72,17 @@ def rows_together(tensor: Tensor) -> Tensor:
 def product_dtype(x: Tensor) -> torch.dtype:
     """What a library product of x would be computed in: autocast's dtype where it is on, else x's."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def arch_of(tensor: Tensor) -> int:
+    """80, 90, 100, ...: the compute capability of the tensor's device without its point, which tiles may go by; 90 for a CPU (interpreter)."""
+    return _arch(tensor.device.index) if tensor.is_cuda else 90
+
+
+@functools.cache
+def _arch(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
 
 
 def on(tensor: Tensor):
@@ -100,10 +117,9 @@ SUMMED = {"CHUNKS": 64, "BN": 32}  # few columns have few programs, so a program
 def sum_stretches(partial: Tensor, result: Tensor) -> None:
     """result fp32 [N] = the sum over the stretches of partial fp32 [stretches, N], in one order. For a launcher, inside `on`."""
     stretches, columns = partial.shape
-    reduce_kernel[(ceil_div(columns, SUMMED["BN"]), 1)](partial, result, stretches, 1, columns, 1.0, columns, 1, enable_fp_fusion=True, **SUMMED)
+    sum_kernel[(ceil_div(columns, SUMMED["BN"]),)](partial, result, stretches, columns, enable_fp_fusion=True, **SUMMED)
 
 
 def sum_spec() -> Spec:
     """sum_stretches as a line of a file's `specs`."""
-    signature = {"partial": "*fp32", "result": "*fp32", "chunks": "i32", "N": "i32", "scale": "fp32", "rank_stride": "i32"}
-    return Spec("sum of stretches", reduce_kernel, signature, SUMMED | {"rank": 1, "column_stride": 1}, aligned=("N", "rank_stride"))
+    return Spec("sum of stretches", sum_kernel, {"partial": "*fp32", "result": "*fp32", "stretches": "i32", "N": "i32"}, SUMMED, aligned=("N",))

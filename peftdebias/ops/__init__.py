@@ -5,6 +5,7 @@
     norm.py        LayerNorm of dropout(hidden) + residual
     gelu.py        GELU (erf) of x + bias
     linear.py      x W^T + bias by the faster of two libraries
+    scores.py      the same for a vocabulary, whose number of rows GPUs dislike
     compiled.py    what the bindings share; each stands beside its twin, attention's in attention_compiled.py
 
 What it adds over kernels: the twins, and csrc/ops.cpp for a CPU. It leaves out methods and shapes of models (sites.py, encoder.py), and the ops that methods own (methods/).
@@ -18,5 +19,6 @@ from .dropout import Drop, dropout
 from .gelu import gelu, gelu_ref
 from .linear import linear
 from .norm import norm, norm_ref
+from .scores import scores
 
-__all__ = ["Drop", "attention", "attention_padded", "attention_ref", "dropout", "gelu", "gelu_ref", "heads_of", "linear", "norm", "norm_ref"]
+__all__ = ["Drop", "attention", "attention_padded", "attention_ref", "dropout", "gelu", "gelu_ref", "heads_of", "linear", "norm", "norm_ref", "scores"]

@@ -100,8 +100,8 @@ def _adjacent(group: tuple[Tensor, ...]) -> bool:
 # ---------------------------------------------------------------- query, key, value out of one product
 
 def heads_of(x: Tensor, parts: int, heads: int) -> list[Tensor]:
-    """x [T, parts * D] -> `parts` views [T, H, W]."""
-    if compiled.FUNCTIONS and compiled.takes(x) and compiled.recorded(x) and x.is_contiguous():
+    """x [T, parts * D] -> `parts` views [T, H, W]. Where attention gives their gradients as slices of one tensor, that is x's: nothing is put together."""
+    if (compiled.FUNCTIONS and compiled.takes(x) or x.is_cuda and compiled.plain(x)) and compiled.recorded(x) and x.is_contiguous():
         return list(_Parts.apply(x, parts, heads))
     width = x.shape[1] // parts
     return [part.reshape(len(x), heads, width // heads) for part in x.split(width, -1)]

@@ -66,9 +66,12 @@ def call(name: str, *arguments) -> None:
 
 def takes(*tensors: Tensor | None) -> bool:
     """Whether compiled ops take these tensors, here and now; None is taken."""
-    if torch.compiler.is_compiling():
-        return False
-    return all(t is None or (type(t) in _PLAIN and t.dtype == torch.float32 and t.is_cpu) for t in tensors)
+    return plain(*tensors) and all(t is None or (t.dtype == torch.float32 and t.is_cpu) for t in tensors)
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether these are tensors with values, and nobody traces; None is one."""
+    return not torch.compiler.is_compiling() and all(t is None or type(t) in _PLAIN for t in tensors)
 
 
 def recorded(*tensors: Tensor | None) -> bool:
