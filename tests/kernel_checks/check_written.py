@@ -8,7 +8,7 @@ from peftdebias import kernels, methods, patch
 from peftdebias.batches import Sample, pack
 from peftdebias.encoder import EncoderConfig, Model
 
-from .harness import DEVICE, compare_steps
+from .harness import DEVICE, STEPS, compare_steps
 
 CONFIG = EncoderConfig(kind="bert", layers=2, hidden=28, heads=2, feed_forward=37, vocab=61, max_positions=19, dropout=0.0, attention_dropout=0.0)
 OPS = {"lora_write", "lora_written", "lora_linear", "dropout"}
@@ -54,6 +54,9 @@ def test_an_upstream_step(options, monkeypatch):
         found.append(called)
         return got
 
-    compare_steps(fused, *(lambda draw, dtype=dtype: step(options, "torch", dtype, draw, monkeypatch)[0] for dtype in (torch.float32, torch.float64)))
+    plain, truth = (lambda draw, dtype=dtype: step(options, "torch", dtype, draw, monkeypatch)[0] for dtype in (torch.float32, torch.float64))
+    steps = 8 if "dropout" in options else STEPS  # slow in the interpreter, and without query and key, whose ratios are spread the most
+    compare_steps(fused, plain, truth, steps=steps)
+    assert len(found) == steps
     for called in found:
         assert set(called) == ({"lora_write", "lora_linear"} if "dropout" in options else {"lora_write", "lora_written"}) and called.count("lora_write") == 1
