@@ -22,9 +22,9 @@ from .outside import one_thread
 TINY = EncoderConfig(kind="bert", layers=3, hidden=21, heads=3, feed_forward=37, vocab=89, max_positions=23, dropout=0.0, attention_dropout=0.0)
 
 
-def tiny_model(**changes) -> Model:
+def tiny_model(draw: int = 0, **changes) -> Model:
     model = Model(dataclasses.replace(TINY, **changes), mlm=True, labels=("a", "b", "c")).double().eval()
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(3 + 1000 * draw)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3, generator=generator)
@@ -37,14 +37,14 @@ def ragged_batch(lengths=(13, 1, 7), seed: int = 5):
                  for n in lengths])
 
 
-def trained_lora(model: Model, name: str = "gender", **options) -> LoRA:
+def trained_lora(model: Model, name: str = "gender", draw: int = 0, **options) -> LoRA:
     """Attached, with a B that is not zero."""
-    method = methods.create("lora", model.config, options=options, seed=1)
+    method = methods.create("lora", model.config, options=options, seed=1 + draw)
     with torch.no_grad():
         for key, p in method.parameters().items():
             p.data = p.data.double()
             if key.endswith(".b"):
-                p.normal_(0, 0.2, generator=torch.Generator().manual_seed(len(key)))
+                p.normal_(0, 0.2, generator=torch.Generator().manual_seed(len(key) + 1000 * draw))
     patch.attach(model, name, method)
     return method
 

@@ -23,6 +23,8 @@ from torch import Tensor
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VALUES = 32  # errors that a bound is held on, at the least
+STEPS = 16  # draws of a whole step; a tensor's ratio is spread by a factor of up to 3 (one standard deviation), the mean of 16 by 1.32
+WRONG = 1000.0  # times plain torch's root mean square error in one draw: an element further off is wrong, not unlucky
 GUARD = 64  # elements of NaN on either side of an input; keeps it aligned
 
 
@@ -130,6 +132,30 @@ def compare(fused: Callable, twin: Callable, inputs: dict[str, Tensor], *, dtype
         draw, draws = draw + 1, -(-values // min(sizes)) if sizes else 1
     shares = {name: _share(f"{name}, {str(dtype).removeprefix('torch.')}", *map(torch.cat, zip(*errors)), factor) for name, errors in found.items()}
     return {name: share for name, share in shares.items() if share is not None}
+
+
+def compare_steps(fused: Callable[[int], dict[str, Tensor]], plain: Callable[[int], dict[str, Tensor]], truth: Callable[[int], dict[str, Tensor]], *,
+                  factor: float = 2.0, steps: int = STEPS) -> dict[str, float]:
+    """Hold whole steps of a model, fused(draw) -> {name of an output or gradient: tensor}, against truth(draw), the same numbers by the twins in float64.
+
+    The measure is plain(draw), the twins in fused's dtype. The ratio of the two root mean square errors, as a geometric mean over the draws, is at most `factor` over all
+    tensors together and at most 2 * `factor` for each; no element of any draw is wrong (WRONG). Returns {tensor: ratio}, and under "all" that of all together.
+    """
+    found: dict[str, list[float]] = {}
+    for draw in range(steps):
+        expected, measure, got = truth(draw), plain(draw), fused(draw)
+        assert set(got) == set(expected), f"expected {sorted(expected)}, got {sorted(got)}"
+        for name, t in expected.items():
+            assert got[name].shape == t.shape, f"{name}: expected shape {list(t.shape)}, got {list(got[name].shape)}"
+            errors, theirs = (side[name].detach().double() - t for side in (got, measure))
+            error, own, most = *(float(e.square().mean().sqrt()) for e in (errors, theirs)), float(errors.abs().max())
+            assert most <= WRONG * own, f"{name}, draw {draw}: max|error| {most:.3g}, allowed {WRONG * own:.3g} (plain torch's own root mean square {own:.3g})"
+            found.setdefault(name, []).append(math.log(error / own) if error else 0.0)
+    ratios = {name: math.exp(sum(logs) / steps) for name, logs in found.items()} | {"all": math.exp(sum(map(sum, found.values())) / (steps * len(found)))}
+    for name, ratio in ratios.items():
+        most = factor if name == "all" else 2 * factor
+        assert ratio <= most, f"{name}: root mean square error {ratio:.3g} times plain torch's own over {steps} draws, allowed {most:.3g} times"
+    return ratios
 
 
 def _share(words: str, errors: Tensor, theirs: Tensor, factor: float) -> float | None:
