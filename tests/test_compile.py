@@ -31,7 +31,7 @@ for file in files():
     assert not made.red and made.registers and not made.local, made
     print(file)
 spec = next(s for s in importlib.import_module("peftdebias.kernels.lora_grads").specs(90) if s.name == "partial, bf16, r 8")
-greedy = dataclasses.replace(spec, constants=spec.constants | {"BT": 64, "BK": 256})
+greedy = dataclasses.replace(spec, constants=spec.constants | {"R": 256, "BK": 256})
 assert compile_one("lora_grads", greedy, 90).red == "spills"
 broken = dataclasses.replace(spec, constants=spec.constants | {"BK": 100})
 assert compile_one("lora_grads", broken, 90).red == "does not compile"
