@@ -90,6 +90,27 @@ def test_the_committed_table_can_be_read(fresh):
             assert set(line) == {"device", "dtype", "dropout", "ms"} | sizes[op] and set(line["ms"]) <= set(dispatch.FORMS[op])
 
 
+def test_a_compiled_graph_has_the_default_and_is_one_for_all_sizes(tmp_path, monkeypatch, fresh):
+    line = {"device": "cpu", "dtype": "float32", "dropout": False, "inside": 4, "outside": 4, "rank": 2}
+    out = tmp_path / "dispatch.json"
+    out.write_text(json.dumps({"lora_linear": [line | {"rows": n, "ms": {"written": float(n), "library": 5.0}} for n in (2, 64)]}))
+    monkeypatch.setattr(dispatch, "TABLE", out)
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    def run(x):
+        form = dispatch.pick("lora_linear", ("written", "library"), device=x.device, dtype=x.dtype, dropout=False, rows=x.shape[0], inside=4, outside=4, rank=2)
+        return x * (2.0 if form == "written" else 3.0)
+
+    traced = torch.compile(run, fullgraph=True, dynamic=True, backend=backend)
+    for rows in (3, 40, 70):
+        assert torch.equal(traced(torch.ones(rows, 4)), torch.full((rows, 4), 2.0))
+    assert len(compiled) == 1 and run(torch.ones(70, 4))[0, 0] == 3.0  # by what was measured
+
+
 def test_the_environment_asks_for_a_form(monkeypatch, fresh):
     monkeypatch.setenv("PEFTDEBIAS_LORA_LINEAR", "library")
     how = HOW | {"device": torch.device("cpu"), "dropout": False, "rows": 5}

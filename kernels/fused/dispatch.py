@@ -43,18 +43,24 @@ def pick(op: str, candidates: Sequence[str], *, device: torch.device, dtype: tor
 def decide(op: str, candidates: Sequence[str], *, device: torch.device, dtype: torch.dtype, dropout: bool, **sizes: int) -> tuple[str, str]:
     """(form, why). sizes: what the op's measured rows name. lora_linear: rows T, inside and outside the widths of the linear, rank. attention: rows T, sequences B,
     longest S, prefix P, width H W. Of the measured rows with this device, dtype and dropout the nearest in size decides (sum of |log2| of the ratios), by the least
-    time among the candidates."""
+    time among the candidates; while torch.compile traces, the default."""
     if form := asked(op):
         if form in candidates:
             return form, "asked for by name"
+    if torch.compiler.is_compiling():
+        return _default(op, candidates), "the default: a compiled graph serves many sizes"
     return _measured(op, tuple(candidates), _name(device), str(dtype).removeprefix("torch."), dropout, **sizes)
+
+
+def _default(op: str, candidates: Sequence[str]) -> str:
+    return next(form for form in FORMS[op] if form in candidates)
 
 
 @functools.lru_cache(maxsize=4096)
 def _measured(op: str, candidates: tuple[str, ...], device: str, dtype: str, dropout: bool, **sizes: int) -> tuple[str, str]:
     mine = [r for r in table().get(op, ()) if r["device"] == device and r["dtype"] == dtype and r["dropout"] == dropout and any(c in r["ms"] for c in candidates)]
     if not mine:
-        return next(form for form in FORMS[op] if form in candidates), f"the default: not measured on {device}"
+        return _default(op, candidates), f"the default: not measured on {device}"
     near = min(mine, key=lambda r: sum(abs(math.log2(max(1, r[k]) / max(1, n))) for k, n in sizes.items()))
     best = min((c for c in candidates if c in near["ms"]), key=near["ms"].__getitem__)
     return best, f"the fastest when measured here at {', '.join(f'{name} {near[name]}' for name in sizes)}"
