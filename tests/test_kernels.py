@@ -19,12 +19,13 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 
 class Checks:
-    """The chosen checks, begun with the first test of the session and beside the others: each is one thread's work, and together they take as long as all else."""
+    """The chosen checks, begun with the first test of the session and beside the others: each is one thread's work, and together they take longer than all else."""
 
     def __init__(self, chosen: list[tuple[Path, str]]):
-        self.pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1))
+        self.pool = ThreadPoolExecutor(os.cpu_count() or 1)
         self.processes: list[subprocess.Popen] = []
-        self.found = {key: self.pool.submit(self._run, *key) for key in chosen}
+        longest = sorted(chosen, key=lambda key: -key[0].stat().st_size)  # by their files: so the last to be begun is short
+        self.found = {key: self.pool.submit(self._run, *key) for key in longest}
 
     def _run(self, path: Path, mark: str) -> tuple[int, str]:
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PEFTDEBIAS_KERNELS": "auto"}
