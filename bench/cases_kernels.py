@@ -93,7 +93,7 @@ def linear(form: str, wide: bool = False, rate: float = 0.0) -> Callable[[Settin
         given, roof = linear_tensors(setting, wide), linear_roof(setting, wide)
         (i, o), seed = widths(setting, wide), torch.tensor([5], device=setting.device)
         words = f"x [T, {i}], W [{o}, {i}] frozen, r={RANK}, dropout {rate:g}; forward, and backward to x, A, B"
-        limits = {"written": "two library GEMMs; the pass for dA and dB moves x and dY once more", "epilogue": "its own GEMM, which a library's is hard to match",
+        limits = {"written": "two library GEMMs; dA and dB take x and dY twice more", "epilogue": "its own GEMM, which a library's is hard to match",
                   "library": "eight launches forward, with results of their own in between"}
         more = {"tokens": int(setting.x), "roof": roof, "limit": limits.get(form, "")}
 

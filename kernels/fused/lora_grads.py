@@ -1,4 +1,4 @@
-"""LoRA, part three of three: dA and dB from one pass over dY and x.
+"""LoRA, part three of three: dA and dB from x and dY.
 
 Contract. lora_grads(x, dy, a, b, scale, rate, seed, site) computes lora_grads_ref of peftdebias/methods/lora.py: the gradients of
     y = x W^T + bias + s (z A^T) B^T,    z = x dropped with `rate`, or x itself at rate 0,
@@ -25,9 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import register
-from .op import op
 from .dropout import dropout, keep
 from .dropout_ref import threshold_of
+from .op import op
 from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power, reduce, rows_together
 
 CHUNKS = 32  # at most that many partial sums
