@@ -60,15 +60,15 @@ def test_every_batch_with_every_prefix(name, prefix, rate):
     compare(*both(spans, seeded(rate=rate) if rate else None), tensors(spans, 37, prefix), dtype=torch.float32, gradients=OWN if prefix is None else OWN + PREFIX, **draws)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 13, 16, 32, 64, 128])
+@pytest.mark.parametrize("width,dtype", [pytest.param(width, dtype, marks=() if (i + j) % 2 else pytest.mark.slow) for i, width in enumerate((1, 13, 16, 32, 64, 128))
+                                         for j, dtype in enumerate(DTYPES)])
 def test_head_widths_in_each_dtype(width, dtype):
     spans = spans_of("ragged")
     compare(*both(spans, seeded()), tensors(spans, width, 5), dtype=dtype, gradients=OWN + PREFIX)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("prefix", [None, 1, 37])
+@pytest.mark.parametrize("prefix", [None, pytest.param(1, marks=pytest.mark.slow), 37])
 def test_texts_of_more_than_one_tile(prefix, dtype):
     """Keys of 141 and 19 places: several tiles of queries, of keys and of the prefix."""
     spans = spans_of("longer than a tile")
