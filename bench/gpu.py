@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -160,10 +161,12 @@ def of_case(case: Case, providers: dict[str, dict[str, Provider]]) -> dict[str, 
     return {name: p for name, p in providers[stem(case)].items() if name in case.providers}
 
 
-def checked(entries: Plan, providers: dict[str, dict[str, Provider]], clock: Clock) -> tuple[dict[tuple[str, float], dict[str, float]], dict[str, str]]:
-    """({(stem of the case, x): shares of what is allowed}, in float32, and in bf16 for the kernels; {stem: what is wrong with it})."""
-    shares, red = {}, {}
+def checked(entries: Plan, providers: dict[str, dict[str, Provider]], clock: Clock, red: dict[str, str]) -> dict[tuple[str, float], dict[str, float]]:
+    """{(stem of the case, x): shares of what is allowed}, in float32, and in bf16 for the kernels. red: stem -> what is wrong with it; gets what is found here."""
+    shares = {}
     for case, setting in entries:
+        if stem(case) in red:
+            continue
         taking = affordable(case, of_case(case, providers), clock)
         with _noting(case, setting, red, stem(case)):
             shares[stem(case), setting.x] = check(case, setting, taking)
@@ -171,7 +174,7 @@ def checked(entries: Plan, providers: dict[str, dict[str, Provider]], clock: Clo
                 found = measure.check_rounded(case, setting, taking)
                 if found:
                     say(f"{title(case, setting)}: equal in bf16 (largest error {max(found.values()):.2g} of the allowed one)")
-    return shares, red
+    return shares
 
 
 @contextlib.contextmanager
@@ -188,10 +191,16 @@ def _noting(case: Case, setting: Setting, red: dict[str, str], name: str):
         say(red[name])
 
 
-def unlike_the_cpu(device: torch.device, dry: bool, folder: Path, phases: tuple[str, ...]) -> list[str]:
-    """What of these phases differs from the twins on the CPU, and what in a step waits for the device; red lines."""
-    red = curves.check(device, folder, 3 if dry else 200, "micro" if dry else "tiny", phases=phases, say=say)
-    return red + [f"a step waits for the device: {line}" for line in (curves.waits(device, folder, phases) if device.type == "cuda" else ())]
+def unlike_the_cpu(device: torch.device, dry: bool, folder: Path, stems: Iterable[str]) -> dict[str, str]:
+    """{stem: what of its 200 steps differs from the twins on the CPU, and what in a step waits for the device} of those where something does."""
+    red = {}
+    for name in stems:
+        phases = (name.removesuffix("_step"),)
+        lines = curves.check(device, folder, 3 if dry else 200, "micro" if dry else "tiny", phases=phases, say=say)
+        lines += [f"a step waits for the device: {line}" for line in (curves.waits(device, folder, phases) if device.type == "cuda" else ())]
+        if lines:
+            red[name] = "\n".join(lines)
+    return red
 
 
 def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict, repeats: int, clock: Clock, red: dict[str, str]) -> list[rows.Row]:
@@ -244,31 +253,30 @@ def main(argv: list[str] | None = None) -> int:
         compiled = device.type == "cuda" if arguments.compile is None else arguments.compile
         cases = {stem(case): CASES[stem(case)] for case, _ in to_check + to_time}
         providers = {name: measure.taking_part(case, compiled, say, device.type, arguments.dry_run) for name, case in cases.items()}
-        phases = tuple(dict.fromkeys(case.name.split("_")[0] for case, _ in to_check))
         if arguments.steps and compiled:
             say("torch.compile: theirs for lora_step at every shape and for the others at the first one, ours for lora_step at the first one; checked for lora_step alone")
-        apart = unlike_the_cpu(device, arguments.dry_run, Path(folder), phases) if arguments.steps else []
-        shares, red = checked(to_check, providers, clock)
+        red = unlike_the_cpu(device, arguments.dry_run, Path(folder), dict.fromkeys(stem(case) for case, _ in to_check)) if arguments.steps else {}
+        shares = checked(to_check, providers, clock, red)
         found = [] if arguments.check else roofline.with_shares(timed(to_time, providers, shares, arguments.repeats, clock, red))
-    red = [*apart, *red.values()]
+    wrong = [*red.values()]
     if arguments.check:
-        print("\n".join(red) or f"{len(to_check)} checks, all equal")
-        return 1 if red else 0
-    if not found and not red:
+        print("\n".join(wrong) or f"{len(to_check)} checks, all equal")
+        return 1 if wrong else 0
+    if not found and not wrong:
         return complain(f"--minutes {arguments.minutes:g}: too little for any figure")
     if arguments.dry_run:
         found = [dataclasses.replace(row, extra_config={**row.extra_config, "dry_run": True}) for row in found]
     if not found:
-        print("\n".join(red))
+        print("\n".join(wrong))
         return 1
     heading = "Dry run of bench/gpu.py: the figures mean nothing" if arguments.dry_run else f"Measured by bench/gpu.py on {found[0].device_name}"
-    notes = {"Targets": roofline.targets(found), f"Below {roofline.GOOD:.0f} % of the roofline": roofline.limits(found), "Red: not equal, or failed": red}
+    notes = {"Targets": roofline.targets(found), f"Below {roofline.GOOD:.0f} % of the roofline": roofline.limits(found), "Red: not equal, or failed": wrong}
     print(f"# {heading}\n\n{rows.table(found, notes)}")
     out = arguments.out or (None if arguments.dry_run else ROOT / "bench" / "results" / f"{rows.slug(device)}{'-steps' if arguments.steps else ''}.json")
     if out:
         rows.write(out, found, heading, notes)
         say(f"result: {out} and {out.with_suffix('.md')}")
-    return 1 if red else 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -422,7 +422,7 @@ def test_steps_begin_with_what_matters_most(bench, tmp_path):
 @pytest.mark.skipif(not HAVE_BOTH, reason="compares with transformers and peft, which are not installed")
 def test_a_method_that_is_not_equal_is_timed_at_no_shape(bench, quick, monkeypatch, capsys, tmp_path):
     planted(bench, monkeypatch, "adapter_step", lambda r: {**r, "loss": r["loss"] + 1})
-    monkeypatch.setattr(bench.gpu, "unlike_the_cpu", lambda *_: [])
+    monkeypatch.setattr(bench.gpu, "unlike_the_cpu", lambda *_: {})
     out = tmp_path / "rows.json"
     assert bench.gpu.main(["--device", "cpu", "--dry-run", "--steps", "--repeats", "1", "--only", "lora_step,adapter_step", "--out", str(out)]) == 1
     assert "adapter_step 4x48, micro, mean_length 19: peftdebias differs from transformers, adapters by hand" in capsys.readouterr().out
@@ -430,6 +430,15 @@ def test_a_method_that_is_not_equal_is_timed_at_no_shape(bench, quick, monkeypat
     assert {row["kernel_name"] for row in rows} == {"gemm", "copy", "lora_step 4x48"}
     providers = {x: {row["provider"] for row in rows if row["kernel_name"] == "lora_step 4x48" and row["x_value"] == x} for x in (19, 48)}
     assert providers[19] - providers[48] == {"transformers+peft, length-bucketed"} and "peftdebias, CUDA graph" in providers[48]
+
+
+@pytest.mark.skipif(not HAVE_BOTH, reason="compares with transformers and peft, which are not installed")
+def test_a_method_whose_losses_leave_those_of_the_cpu_is_not_timed(bench, quick, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench.gpu.curves, "check", lambda *_, phases, **__: ["lora, float32, eager: loss over all steps: off by 1"] if phases == ("lora",) else [])
+    out = tmp_path / "rows.json"
+    assert bench.gpu.main(["--device", "cpu", "--dry-run", "--steps", "--repeats", "1", "--only", "lora_step,prefix_step", "--out", str(out)]) == 1
+    assert "- lora, float32, eager: loss over all steps: off by 1" in capsys.readouterr().out
+    assert {row["kernel_name"] for row in json.loads(out.read_text())} == {"gemm", "copy", "prefix_step 4x48"}
 
 
 def test_a_bare_checkout_is_enough(tmp_path):
