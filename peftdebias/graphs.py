@@ -1,4 +1,4 @@
-"""A training step replayed as a CUDA graph: one launch where there were hundreds, which pays below some 4096 tokens a batch.
+"""A training step replayed as a CUDA graph: one launch where there were hundreds, which pays where the host hands these over more slowly than the device does them.
 
 What it adds over step.py: buffers. Batches come in a few fixed shapes (shapes.py); a shape seen for the first time trains eagerly, the second time its step is captured
 and from then on replayed. All that changes between replays lies in device memory: the batch, in one buffer that one copy from pinned memory fills; the rates of AdamW;
