@@ -142,17 +142,20 @@ static void norm_forward(const NormForward& op, int64_t first, int64_t last) {
             if (full) store(sums + d, v);
             else store(sums + d, v, rest);
         }
-        const float mean = sum(totals[0] + totals[1]) / float(width);
-        vf squares[2] = {};
+        const float rough = sum(totals[0] + totals[1]) / float(width);
+        vf shifts[2] = {}, squares[2] = {};  // of the sums about `rough`, which rows far from zero leave a few roundings off the mean
         for (int64_t d = 0; d < whole; d += LANES) {
-            const vf v = load(sums + d) - mean;
+            const vf v = load(sums + d) - rough;
+            shifts[d / LANES % 2] += v;
             squares[d / LANES % 2] += v * v;
         }
         if (rest) {
-            const vf v = both(load(sums + whole, rest) - mean, first_lanes(rest));
+            const vf v = both(load(sums + whole, rest) - rough, first_lanes(rest));
+            shifts[0] += v;
             squares[0] += v * v;
         }
-        const float rstd = 1.0f / __builtin_sqrtf(sum(squares[0] + squares[1]) / float(width) + op.epsilon);
+        const float shift = sum(shifts[0] + shifts[1]) / float(width), mean = rough + shift;
+        const float rstd = 1.0f / __builtin_sqrtf(sum(squares[0] + squares[1]) / float(width) - shift * shift + op.epsilon);
         if (op.mean) op.mean[t] = mean, op.rstd[t] = rstd;
         for (int64_t d = 0; d < whole; d += LANES) store(out + d, (load(sums + d) - mean) * rstd * load(op.gain + d) + load(op.bias + d));
         for (int64_t d = whole; d < width; ++d) out[d] = (sums[d] - mean) * rstd * op.gain[d] + op.bias[d];

@@ -127,6 +127,7 @@ def test_a_file_counts_tensors_and_configuration_and_no_readme(bench):
 
 def test_compare_writes_rows_tables_bars_and_a_drawing(bench, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench.install, "start_up", lambda hub: ["not asked"])
+    monkeypatch.setattr(bench.compare, "GEMM", (64, 96, 128))
     out = tmp_path / "deep" / "rows.json"
     assert bench.compare.main(["sparse", "--size", "micro", "--batches", "1", "--repeats", "1", "--pairs", "2", "--out", str(out)]) == 0
     rows = {(r["provider"], r["metric_name"]): r for r in json.loads(out.read_text())}

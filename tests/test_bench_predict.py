@@ -24,7 +24,7 @@ FIELDS = {"kernel_name", "provider", "mode", "metric_name", "metric_unit", "x_na
 def bench():
     sys.path.insert(0, str(ROOT))
     try:
-        return type("bench", (), {name: importlib.import_module(f"bench.{name}") for name in ("cases_predict", "cases_scale", "measure", "predict", "process", "rows", "scale")})
+        return type("bench", (), {name: importlib.import_module(f"bench.{name}") for name in ("cases_predict", "cases_scale", "compare", "measure", "predict", "process", "rows", "scale")})
     finally:
         sys.path.remove(str(ROOT))
 
@@ -80,18 +80,22 @@ def test_a_difference_is_red_and_nothing_is_timed(bench, task, monkeypatch, caps
     assert "peftdebias, merged differs from peftdebias; nothing is timed" in printed and "max|difference| 0.0001, allowed 2e-06" in printed and not (tmp_path / "rows.json").exists()
 
 
-def test_rows_bars_and_ceiling(bench, task, capsys, tmp_path):
-    """Every provider in its own process."""
+def test_rows_bars_and_ceiling(bench, task, capsys, tmp_path, monkeypatch):
+    """Providers of both sides, each in its own process."""
     library("transformers"), library("peft")
+    one_call, whole_file = (bench.predict.THEIRS, bench.predict.OURS), (bench.predict.THEIRS, f"{bench.predict.THEIRS}, sorted by length", bench.predict.OURS)
+    assert set(one_call) < set(bench.cases_predict.ONE_CALL) and set(whole_file) < set(bench.cases_predict.WHOLE_FILE)
+    monkeypatch.setattr(bench.predict, "ONE_CALL", one_call), monkeypatch.setattr(bench.predict, "WHOLE_FILE", whole_file)
+    monkeypatch.setattr(bench.compare, "GEMM", (64, 96, 128))
     out = tmp_path / "rows.json"
     assert bench.predict.main(words_of(task, "--out", str(out))) == 0
     rows, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert all(set(row) == FIELDS and row["mode"] == "predict" and row["y_20"] <= row["y_50"] <= row["y_80"] for row in rows)
     calls = {(row["provider"], row["x_value"], row["metric_name"]) for row in rows if row["kernel_name"] == "predict_calls"}
-    assert calls == {(name, x, metric) for name in bench.cases_predict.ONE_CALL for x in (1, 256) for metric in (("time", "texts", "p99") if x == 1 else ("time", "texts"))}
+    assert calls == {(name, x, metric) for name in one_call for x in (1, 256) for metric in (("time", "texts", "p99") if x == 1 else ("time", "texts"))}
     times = {row["provider"]: row for row in rows if row["kernel_name"] == "predict_file" and row["metric_name"] == "time"}
     ceiling = times[bench.predict.CEILING]
-    assert set(times) == {*bench.cases_predict.WHOLE_FILE, bench.predict.CEILING}
+    assert set(times) == {*whole_file, bench.predict.CEILING}
     assert ceiling["y_50"] == pytest.approx(ceiling["extra_config"]["floor_ms"] + ceiling["extra_config"]["tokenizer_ms"]) and ceiling["extra_config"]["floor_ms"] > 0
     assert "## The whole file" in printed and "asked for at least 1.4" in printed and "random weights" in printed and "mean" in printed
 

@@ -140,13 +140,14 @@ def test_norm_of_few_rows(rows):
     check(norm_of(norm_compiled, 0.1), norm_of(norm_ref, 0.1), norm_tensors(rows, 37, True), ["hidden", "residual", "gain", "bias"])
 
 
-def test_norm_of_rows_far_from_zero():
-    """The variance is taken about the mean."""
-    tensors = norm_tensors(5, 768, False)
-    tensors["hidden"] = tensors["hidden"] + 100
+@pytest.mark.parametrize("width", [37, 768])
+def test_norm_of_rows_far_from_zero(width):
+    """The variance is taken about the mean, and the mean is no further off than its last rounding, over many rows."""
+    tensors = norm_tensors(500, width, False)
+    tensors["hidden"] = (tensors["hidden"] + 100).float()
     plain, expected = (gradients(norm_of(norm_ref, 0.0), tensors, [], dtype)["y"] for dtype in (torch.float32, torch.float64))
     for way in ways():
-        assert (gradients(norm_of(norm_compiled, 0.0), tensors, [])["y"] - expected).abs().max() <= 2 * (plain - expected).abs().max(), way
+        assert (gradients(norm_of(norm_compiled, 0.0), tensors, [])["y"] - expected).abs().max() <= (plain - expected).abs().max(), way
 
 
 # ---------------------------------------------------------------- gelu

@@ -8,7 +8,7 @@ in a product takes dA and dB from that product (lora_grads.py).
 
 How. A program owns a tile [BO, BI] of one matrix. Which, says a table on the device: `tiles` int32 [N, 3] (segment, row tile, column tile), `segments` int64 [S, 7]
 (addresses of W, A, B; offset into the buffer; rows, in, r), `scales` fp32 [S]; a segment is a run of rows with one piece, or none. The tables are made on the host once
-for the same addresses and sizes, and kept. The product is r outer products on the FMA units: exact fp32, and with r = 8 less work than the memory takes time for.
+for the same addresses and sizes, and kept: the last 16, and for good what a CUDA graph was captured with, whose replays read them. The product is r outer products on the FMA units: exact fp32, and with r = 8 less work than the memory takes time for.
 What limits it: reading W and writing W' (of BERT-base's query, key and value, 21 M values, 85 MB in fp32 and 42 MB in bf16); from some r on the FMA units.
 
 Letters: R rank, BO rows and BI columns of a tile.
@@ -111,6 +111,14 @@ def tables(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor,
             torch.tensor([s[7] for s in segments], dtype=torch.float32).to(device))
 
 
+_CAPTURED: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+"""address of the segments' table -> the tables."""
+
+
+def capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 # ---------------------------------------------------------------- launcher and the public function
 
 @op("lora_write", fake=lambda weights, a, b, scales, places, dtype: weights[0].new_empty(sum(w.numel() for w in weights), dtype=dtype))
@@ -120,7 +128,9 @@ def _write(weights: list[Tensor], a: list[Tensor], b: list[Tensor], scales: list
     segments = segments_of(weights, a, b, scales, places)
     aligned = all(n % 16 == 0 for s in segments for n in (s[0], s[1], s[3], s[5]))
     if written.numel():
-        tiles, table, factors = tables(segments, device)
+        tiles, table, factors = made = tables(segments, device)
+        if capturing(device):  # replays read them for as long as the process lives: a few dozen KiB a model
+            _CAPTURED[table.data_ptr()] = made
         with on(written):
             write_kernel[(len(tiles),)](tiles, table, factors, written, W_TYPE=TRITON_TYPES[weights[0].dtype], A_TYPE=TRITON_TYPES[a[0].dtype], ALIGNED=aligned,
                                         BO=TILE[0], BI=TILE[1], enable_fp_fusion=True)

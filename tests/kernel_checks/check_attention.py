@@ -72,7 +72,7 @@ def test_head_widths_in_each_dtype(width, dtype):
 def test_texts_of_more_than_one_tile(prefix, dtype):
     """Keys of 141 and 19 places: several tiles of queries, of keys and of the prefix."""
     spans = spans_of("longer than a tile")
-    compare(*both(spans, seeded(rate=0.1)), tensors(spans, 32, prefix), dtype=dtype, gradients=OWN if prefix is None else OWN + PREFIX)
+    compare(*both(spans, seeded(rate=0.1)), tensors(spans, 32, prefix, heads=2), dtype=dtype, gradients=OWN if prefix is None else OWN + PREFIX)
 
 
 @pytest.mark.parametrize("gradients", [("query",), ("key",), ("value",), ("key", "value"), ("query", "value"), OWN, PREFIX, ("prefix_value",), ("query", "prefix_key"),
@@ -81,7 +81,7 @@ def test_texts_of_more_than_one_tile(prefix, dtype):
 def test_any_set_of_gradients(name, gradients):
     """A frozen prefix, a query alone, keys alone, ..."""
     spans = spans_of(name)
-    compare(*both(spans, seeded()), tensors(spans, 37, 5), dtype=torch.float32, gradients=gradients)
+    compare(*both(spans, seeded()), tensors(spans, 37, 5, heads=1), dtype=torch.float32, gradients=gradients)
 
 
 def test_a_frozen_prefix_costs_no_gradient(monkeypatch):
@@ -194,7 +194,7 @@ def test_the_mask_is_that_of_the_specification(name, seed):
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_keeps_its_share(rate):
-    n = 96
+    n = 64
     spans, zeros, value = Spans.of((n, n), (n, n), DEVICE), torch.zeros(2 * n, 2, n, device=DEVICE), torch.eye(n, device=DEVICE).repeat(2, 1)[:, None, :].expand(-1, 2, -1)
     drop = seeded(rate=rate)
     kept = attention(zeros, zeros, value, spans, drop=drop) > 0
@@ -307,7 +307,7 @@ def test_refused_by_name(change, words):
 def test_torch_compile_does_not_break_on_it(prefix, drop):
     """The op's registration: fake tensors, mutation and gradients agree with what it does; a full graph, eager or ahead of time."""
     spans = spans_of("fewer queries")
-    given = {name: x.float().requires_grad_() for name, x in tensors(spans, 16, prefix).items()}
+    given = {name: x.float().requires_grad_() for name, x in tensors(spans, 16, prefix, heads=1).items()}
     pre = [given.get(name) for name in PREFIX]
     args = (*(given[name] for name in OWN), *pre, spans.cu_queries, spans.cu_keys, 15, 37, drop.rate if drop else 0.0, drop.seed if drop else None, 7)
     torch.library.opcheck(torch.ops.peftdebias.attention_forward.default, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))

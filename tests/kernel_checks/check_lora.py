@@ -1,5 +1,8 @@
 """LoRA's three kernel files against the plain twins of methods/lora.py: every output, every named gradient, every form."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -224,6 +227,26 @@ def test_tables_are_made_once_for_the_same_addresses():
     second = lora_write.lora_write([weight], [(0, 0, a, b, 2.0)], torch.float32)[0]
     assert lora_write.tables.cache_info().misses == 1 and lora_write.tables.cache_info().hits == 1
     torch.testing.assert_close(second - weight, 2 * (first - weight), rtol=1e-4, atol=1e-5)
+
+
+def test_tables_that_a_captured_graph_reads_outlive_the_others(monkeypatch):
+    weight, a, b = drawn(13, 7).float(), drawn(2, 7).float(), drawn(13, 2).float()
+    pieces = [(0, 0, a, b, 2.0)]
+
+    def held():
+        return weakref.ref(lora_write.tables(lora_write.segments_of([weight], [a], [b], [2.0], [0, 0]), DEVICE)[1])
+
+    def forgotten():
+        lora_write.lora_write([weight], pieces, torch.float32)
+        table = held()
+        lora_write.tables.cache_clear()
+        gc.collect()
+        return table() is None
+
+    assert forgotten()
+    monkeypatch.setattr(lora_write, "_CAPTURED", {})
+    monkeypatch.setattr(lora_write, "capturing", lambda device: True)
+    assert not forgotten()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
