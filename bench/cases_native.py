@@ -18,6 +18,7 @@ from peftdebias.batches import Spans
 from peftdebias.kernels import dispatch
 from peftdebias.ops import Drop, attention_padded, gelu_ref, heads_of, linear, norm_ref
 from peftdebias.ops.dropout import dropout_ref
+from peftdebias.ops.scores import _Turned
 from peftdebias.optimizer import FlatAdamW, adamw_ref
 from peftdebias.tasks import mlm_loss_ref
 from peftdebias.written import lora_apart_ref
@@ -114,6 +115,12 @@ def _linear(outside: str, trained: bool) -> Callable:
     return make
 
 
+def _scores(setting: Setting):
+    m, d, v = int(setting.x), setting.size.hidden, setting.size.vocab
+    given = {"x": drawn(setting, seed=1, shape=(m, d)), "weight": drawn(setting, scale=d ** -0.5, seed=2, shape=(v, d)), "bias": drawn(setting, seed=3, shape=(v,))}
+    return {"library": F.linear, "turned": _Turned.apply}, given, ("x",), f"x [M, {d}] W^T + bias, W [{v}, {d}] frozen, by torch's BLAS; forward and backward"
+
+
 def _lora(setting: Setting):
     t, d = int(setting.x), setting.size.hidden
     given = {"x": drawn(setting, seed=1, shape=(t, d)), "weight": drawn(setting, scale=d ** -0.5, seed=2, shape=(3 * d, d)), "bias": drawn(setting, seed=3, shape=(3 * d,))}
@@ -180,4 +187,6 @@ NATIVE_CASES |= {name: Case(name, "full", what, {"torch's BLAS": Provider(builde
     ("linear_trained", "the same, its weight trained", _builder(_linear("feed_forward", True))),
     ("linear_vocab", "the masked-LM's decoder by two libraries", _builder(_linear("vocab", False))),
 )}
+NATIVE_CASES["scores"] = Case("scores", "full", "the masked-LM's decoder on few rows by torch's BLAS: x W^T, and blocks of W x^T turned back",
+                              {"x W^T": Provider(_builder(_scores)("library")), "turned": Provider(_builder(_scores)("turned"))}, "rows", (16, 137, 304), output_bound)
 """name -> Case; they take part on a CPU, where the compiled library is."""

@@ -49,8 +49,8 @@ def stage(number: int) -> Callable[[Setting], Work]:
         model.to(setting.device)
         places, asked = evenly_spaced(method), []
 
-        def loop(parameters: dict, penalty=None, rate: float = 1.0):
-            asked.append((parameters, penalty))
+        def loop(parameters: dict, pull=None, rate: float = 1.0):
+            asked.append((parameters, pull))
             if len(asked) == number:
                 raise Reached
             with torch.no_grad():  # the weights that move most are those at the places
@@ -59,14 +59,14 @@ def stage(number: int) -> Callable[[Setting], Work]:
 
         with contextlib.suppress(Reached):
             method.learn(model, loop)
-        parameters, penalty = asked[-1]
+        parameters, pull = asked[-1]
         held = contextlib.ExitStack()
         if number == 1:
             held.enter_context(model.frozen_decoder())
         patch.train_only(model, parameters.values())
         plan, batches = schedule(setting), texts(setting)
         task = types.SimpleNamespace(loss=lambda model, batch: MaskedLM.loss(None, model, batch))
-        step = training.STEPS["eager"](model, task, training.make_optimizer(parameters, plan), parameters, clip=plan.clip, precision=plan.precision, penalty=penalty)
+        step = training.STEPS["eager"](model, task, training.make_optimizer(parameters, plan), parameters, clip=plan.clip, precision=plan.precision, pull=pull)
         packed = [pack(batch) for batch in batches]
         count = sum(len(batch.targets) for batch in packed)
 

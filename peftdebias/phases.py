@@ -146,11 +146,11 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
             _tell(say, [size_note("a new masked-LM head", head, model)])
             train(model, task, head, dataclasses.replace(schedule, steps=settings.fresh_head), run.event, label="masked-LM head")
 
-        def loop(parameters: dict, penalty=None, rate: float = 1.0) -> Outcome:
+        def loop(parameters: dict, pull=None, rate: float = 1.0) -> Outcome:
             train_only(model, parameters.values())
             notes.append(size_note(cls.name, parameters, model))
             say(notes[-1])
-            return train(model, task, parameters, dataclasses.replace(schedule, lr=rate * schedule.lr), run.event, label=f"upstream {axis.name}", penalty=penalty)
+            return train(model, task, parameters, dataclasses.replace(schedule, lr=rate * schedule.lr), run.event, label=f"upstream {axis.name}", pull=pull)
 
         outcome = method.learn(model, loop)
         model.to("cpu")

@@ -21,13 +21,13 @@ from .shapes import fill, shape_of
 
 
 class Step:
-    """One update of `parameters`. task: see tasks.MaskedLM. precision: "float32", or "bf16" for autocast. penalty: added to the loss that is trained, not to the one
-    that is returned. say: hears lines that a user should read, each once."""
+    """One update of `parameters`. task: see tasks.MaskedLM. precision: "float32", or "bf16" for autocast. pull: called after the backward, adds a gradient of its own to
+    the parameters'. say: hears lines that a user should read, each once."""
 
     def __init__(self, model: Model, task, optimizer: FlatAdamW | LargeAdamW, parameters: dict[str, Parameter], *, clip: float = 1.0, precision: str = "float32",
-                 penalty: Callable[[], Tensor] | None = None, say: Callable[[str], None] = lambda line: None):
+                 pull: Callable[[], None] | None = None, say: Callable[[str], None] = lambda line: None):
         self.model, self.loss, self.optimizer, self.parameters = model, task.loss, optimizer, list(parameters.values())
-        self.clip, self.precision, self.penalty, self.say = clip, precision, penalty, say
+        self.clip, self.precision, self.pull, self.say = clip, precision, pull, say
 
     def __call__(self, batch: Batch, rate: float) -> Tensor:
         """batch: on the host. Returns the loss, [], detached and on the model's device."""
@@ -41,7 +41,9 @@ class Step:
         with torch.autocast(self.model.device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext():
             loss = self.loss(self.model, batch)
         self.optimizer.zero_grad(set_to_none=True)
-        (loss if self.penalty is None else loss + self.penalty()).backward()
+        loss.backward()
+        if self.pull is not None:
+            self.pull()
         torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         return loss.detach()
 

@@ -119,11 +119,11 @@ def make_optimizer(parameters: dict[str, Parameter], schedule: Schedule) -> Flat
 
 
 def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedule, log: Callable[..., None] = lambda **event: None,
-          folded: Folded | None = None, label: str = "", penalty: Callable[[], Tensor] | None = None) -> Outcome:
+          folded: Folded | None = None, label: str = "", pull: Callable[[], None] | None = None) -> Outcome:
     """Train `parameters` (all that requires gradients) on task.epoch(0), task.epoch(1), ... and leave the best state in them.
 
     task: see tasks.MaskedLM. folded: deltas in the base that weight decay must not touch. log: gets every event as keywords. label: names the progress bar.
-    penalty: added to every training loss; validation and what is logged go without it.
+    pull: adds a gradient of its own to the parameters' after every backward; no loss that is logged has a term for it.
     Repeats bit for bit on the same machine. Raises PeftDebiasError when the loss is not finite.
     """
     device = model.device
@@ -142,7 +142,7 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
             log(event="note", line=line)
             tqdm.write(line, file=sys.stderr)
 
-        one_step = STEPS[schedule.step](model, task, optimizer, parameters, clip=schedule.clip, precision=schedule.precision, penalty=penalty, say=note)
+        one_step = STEPS[schedule.step](model, task, optimizer, parameters, clip=schedule.clip, precision=schedule.precision, pull=pull, say=note)
         step, epoch, tokens = 0, 0, 0
         started, losses = time.perf_counter(), []
         waited = validated = 0.0  # seconds

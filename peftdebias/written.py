@@ -159,7 +159,7 @@ class _Apart(torch.autograd.Function):
         v, db = dy.new_empty(len(dy), len(a)), []
         for i, (first, scale, up, low) in enumerate(zip(ctx.firsts, ctx.scales, b, v.split(ranks, 1))):
             mine = dy[:, first:first + len(up)]
-            low.copy_(product(mine, (scale * up).t()))
+            low.copy_(((scale * up).t() @ mine.t()).t())
             db.append((u.split(ranks, 1)[i].t() @ mine).t().mul_(scale) if trained else None)
         dx = product(dy, weight.t()).addmm_(v, a) if to_x else None
         da = (v.t() @ x).split(ranks) if trained else [None] * len(b)

@@ -1,11 +1,17 @@
 """Scores of a vocabulary out of a wider product: values and gradients of the plain linear, whether the loss writes over the scores or not."""
 
+import importlib
+
 import pytest
 import torch
 
-from peftdebias.ops.scores import FEW, ROUND, _Scores, scores
+from peftdebias import kernels
+from peftdebias.ops import compiled
+from peftdebias.ops.scores import FEW, ROUND, _Scores, scores, turned
 
 from .outside import assert_close
+
+room = importlib.import_module("peftdebias.ops.scores")  # the package has a function of that name
 
 
 def given(size: int = 97) -> tuple[torch.Tensor, ...]:
@@ -44,3 +50,43 @@ def test_on_a_cpu_they_are_the_plain_product():
     assert torch.equal(scores(x, weight, bias), torch.nn.functional.linear(x, weight, bias)) and scores(x, weight, bias).is_contiguous()
     with torch.autocast("cpu", torch.bfloat16):
         assert scores(x.float(), weight, bias).dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------- turned round, by MKL on AMD's processors
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 161, 330])
+@pytest.mark.parametrize("block", [1, 40, 4096])
+def test_the_turned_product_is_the_plain_one(rows, block, monkeypatch):
+    monkeypatch.setattr(room, "BLOCK", block)
+    _, weight, bias, _ = given()
+    x = torch.randn(rows, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = turned(x, weight, bias)
+    assert found.is_contiguous()
+    assert_close(found, torch.nn.functional.linear(x, weight, bias), "scores")
+
+
+@pytest.mark.skipif(not compiled.FUNCTIONS, reason="no compiled ops")
+def test_where_the_product_is_turned_it_has_the_plain_gradient_and_elsewhere_it_is_not(monkeypatch):
+    calls = []
+    monkeypatch.setattr(room, "_mkl_on_amd", lambda: True)
+    monkeypatch.setattr(room, "linear_form", lambda: ("blas", ""))
+    monkeypatch.setattr(room, "turned", lambda *tensors: calls.append(len(tensors[0])) or turned(*tensors))
+    monkeypatch.setattr(room, "TALL", 97), monkeypatch.setattr(room, "WIDE", 13)
+    x, weight, bias, dy = (t.float() for t in given())
+    x, dy = x.repeat(2, 1).requires_grad_(), dy.repeat(2, 1)
+    found, expected = scores(x, weight, bias), torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(found, x, dy)[0], torch.autograd.grad(expected, x, dy)[0], rtol=1e-5, atol=1e-5)
+    scores(x.detach(), weight, bias)
+    assert calls == [14, 14]
+    with kernels.use("torch"):
+        scores(x, weight, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores(x, weight, bias)
+    scores(x[:7], weight, bias), scores(x.double(), weight.double(), bias.double()), scores(x, weight[:96], bias[:96])
+    trained = scores(x, weight.clone().requires_grad_(), bias)
+    monkeypatch.setattr(room, "linear_form", lambda: ("onednn", ""))
+    scores(x, weight, bias)
+    monkeypatch.setattr(room, "_mkl_on_amd", lambda: False)
+    scores(x, weight, bias)
+    assert calls == [14, 14] and trained.requires_grad

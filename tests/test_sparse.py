@@ -9,6 +9,7 @@ from peftdebias import methods, patch
 from peftdebias.batches import Sample, pack
 from peftdebias.encoder import EncoderConfig, Model
 from peftdebias.errors import AdapterError, ConfigError
+from peftdebias.methods import sparse
 from peftdebias.methods.sparse import Sparse, SparseConfig, largest
 from peftdebias.training import Schedule, train
 
@@ -49,10 +50,10 @@ def learnt(k: int = 100, steps: int = 4, l1: float = 0.1, first_rate: float = 1.
     method = methods.create("sparse", TINY, options={"k": k, "l1": l1, "first_rate": first_rate})
     patch.attach(model, "gender", method)
 
-    def loop(parameters, penalty=None, rate=1.0):
+    def loop(parameters, pull=None, rate=1.0):
         patch.train_only(model, parameters.values())
-        seen.append({name: p.detach().clone() for name, p in parameters.items()} | {"penalty": penalty().detach()})
-        outcome = train(model, Task(), parameters, Schedule(steps=steps, lr=rate * 1e-2, warmup=0.0, validate_every=steps), penalty=penalty)
+        seen.append({name: p.detach().clone() for name, p in parameters.items()})
+        outcome = train(model, Task(), parameters, Schedule(steps=steps, lr=rate * 1e-2, warmup=0.0, validate_every=steps), pull=pull)
         seen[-1]["after"] = {name: p.detach().clone() for name, p in parameters.items()}
         seen[-1]["decoder"] = None if model.mlm.decoder is None else model.mlm.decoder.weight.detach().clone()
         return outcome
@@ -88,7 +89,7 @@ def test_an_untrained_module_changes_nothing():
 def test_everything_but_the_norms_moves_then_exactly_k_values_train():
     model, method, (first, second) = learnt(k=100)
     norms = {n for n, _ in model.encoder.named_parameters() if ".norm." in n}
-    names = set(first) - {"penalty", "after", "decoder"}
+    names = set(first) - {"after", "decoder"}
     assert names == {n for n, _ in model.encoder.named_parameters()} - norms
     assert all(not torch.equal(first["after"][n], first[n]) for n in names)
     assert sum(v.numel() for v in method.parameters().values()) == method.count() == 100
@@ -107,21 +108,40 @@ def test_the_base_is_rewound_bit_for_bit_and_the_decoder_was_a_frozen_copy():
     assert torch.equal(first["decoder"], fresh.encoder.embeddings.word.weight) and second["decoder"] is None and model.mlm.decoder is None
 
 
-def test_the_pull_is_the_mean_distance_over_the_encoder():
-    model, method, (first, second) = learnt(l1=3.0)
-    assert first["penalty"] == 0 and second["penalty"] == 0
+def test_the_pull_is_the_gradient_of_the_mean_distance_over_the_encoder():
     seen = []
 
-    def loop(parameters, penalty, rate=1.0):
+    def loop(parameters, pull, rate=1.0):
+        start = {name: p.detach().clone() for name, p in parameters.items()}
+        generator = torch.Generator().manual_seed(len(seen))
         with torch.no_grad():
             for p in parameters.values():
-                p += 0.5
-        seen.append((penalty().item(), sum(p.numel() for p in parameters.values())))
+                p += torch.randint(-1, 2, p.shape, generator=generator)
+        before = {name: torch.randn(p.shape, dtype=p.dtype, generator=generator) for name, p in parameters.items()}
+        for i, (name, p) in enumerate(parameters.items()):
+            p.grad = before[name].clone() if i else None  # one that the loss does not reach
+        pull()
+        distance = 3.0 / methods.base_parameters(TINY) * sum((p - start[name]).abs().sum() for name, p in parameters.items())
+        wanted = torch.autograd.grad(distance, list(parameters.values()))
+        for i, ((name, p), gradient) in enumerate(zip(parameters.items(), wanted)):
+            torch.testing.assert_close(p.grad, before[name] + gradient if i else gradient, rtol=0, atol=1e-15)
+        seen.append(sum(p.numel() for p in parameters.values()))
 
-    other = Sparse(SparseConfig(k=7, l1=3.0), TINY)
-    other.learn(tiny_model(), loop)
-    total = methods.base_parameters(TINY)
-    assert seen[0][0] == pytest.approx(3.0 * 0.5 * seen[0][1] / total) and seen[1] == (pytest.approx(3.0 * 0.5 * 7 / total), 7)
+    Sparse(SparseConfig(k=7, l1=3.0), TINY).learn(tiny_model(), loop)
+    assert seen[1] == 7
+
+
+def test_a_large_parameter_is_pulled_piece_by_piece(monkeypatch):
+    monkeypatch.setattr(sparse, "PIECE", 5)
+    p, start = torch.nn.Parameter(torch.tensor([[1.0, -2, 0, 4], [5, 6, -7, 0], [0, 1, 1, -1]])), torch.zeros(3, 4)
+    p.grad = torch.ones(3, 4)
+    sparse.pull(0.25, [p], [start])
+    assert torch.equal(p.grad, 1 + 0.25 * p.detach().sign())
+
+
+def test_the_pull_changes_what_is_learnt():
+    plain, pulled = (learnt(l1=l1)[2][0]["after"] for l1 in (0.0, 1e3))
+    assert any(not torch.equal(plain[name], pulled[name]) for name in plain)
 
 
 def test_the_first_stage_alone_goes_at_its_own_rate():

@@ -154,8 +154,8 @@ class Method:
     def learn(self, model: Model, loop) -> object:
         """Train this method on `model`, to which it is attached, and return what the last `loop` returned.
 
-        loop(parameters: {name: Parameter}, penalty=None, rate=1.0) trains exactly these at `rate` times the learning rate, adds penalty() to every loss, and leaves
-        the best state in them.
+        loop(parameters: {name: Parameter}, pull=None, rate=1.0) trains exactly these at `rate` times the learning rate, calls pull(), which adds to their gradients,
+        after every backward, and leaves the best state in them.
         """
         return loop(self.parameters())
 

@@ -13,6 +13,7 @@ heads, dynamic choice of the weights.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy
 import torch
@@ -25,6 +26,7 @@ from ..sites import EncoderConfig, linear_sites, parameter_size
 from . import Method, base_parameters
 
 SHARE = 0.01
+PIECE = 2 ** 17  # values that a CPU takes at once: between the passes over them they stay in its cache
 
 
 def largest(moved: list[numpy.ndarray], k: int) -> list[numpy.ndarray]:
@@ -40,6 +42,17 @@ def largest(moved: list[numpy.ndarray], k: int) -> list[numpy.ndarray]:
     chosen = numpy.sort(numpy.concatenate([above, numpy.flatnonzero(values == edge)[:k - len(above)]]))
     ends = numpy.cumsum([m.size for m in moved])
     return [part - start for part, start in zip(numpy.split(chosen, numpy.searchsorted(chosen, ends[:-1])), [0, *ends[:-1]])]
+
+
+@torch.no_grad()
+def pull(strength: float, parameters: Iterable[Parameter], start: Iterable[Tensor]) -> None:
+    """Adds to every parameter's gradient that of strength * sum |p - start|, in place; it is 0 for a value that is where it started. The sum itself nobody asks for."""
+    for p, origin in zip(parameters, start, strict=True):
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        at_once = p.numel() if p.is_cuda else PIECE
+        for gradient, values, there in zip(*(t.view(-1).split(max(1, at_once)) for t in (p.grad, p.detach(), origin))):
+            gradient.add_((values - there).sign_(), alpha=strength)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +116,7 @@ class Sparse(Method):
         start = {name: p.detach().clone() for name, p in whole.items()}
         strength = self.config.l1 / base_parameters(model.config)
         with model.frozen_decoder():
-            loop(whole, lambda: strength * sum((p - start[name]).abs().sum() for name, p in whole.items()), rate=self.config.first_rate)
+            loop(whole, lambda: pull(strength, whole.values(), start.values()), rate=self.config.first_rate)
         with torch.no_grad():
             moved = [(parameter[rows] - start[name][rows]).abs().flatten().float().cpu().numpy() for name, parameter, rows in places.values()]
             for site, chosen in zip(places, largest(moved, self.config.k)):
@@ -112,7 +125,7 @@ class Sparse(Method):
                     self.values[site] = Parameter(torch.zeros(len(chosen), dtype=places[site][1].dtype, device=places[site][1].device))
             for name, parameter in whole.items():
                 parameter.copy_(start[name])
-        return loop(self.parameters(), lambda: strength * sum(v.abs().sum() for v in self.values.values()))
+        return loop(self.parameters(), lambda: pull(strength, self.values.values(), map(torch.zeros_like, self.values.values())))
 
     def state(self) -> dict[str, Tensor]:
         saved = {f"{site}.values": v for site, v in super().state().items()}

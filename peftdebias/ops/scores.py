@@ -3,21 +3,30 @@
 A GPU's library multiplies 16-bit matrices fast where rows are multiples of 8 long. BERT's 30522 scores are not, and its kernels then take three times as long, forward and
 backward. There W gets rows of zeros up to a multiple of ROUND, and the scores are the left part of a wider tensor, whose right part stays zero.
 
-What it adds over linear.py: that. Elsewhere, and where W or the bias is trained, it is `linear`.
+MKL on AMD's processors multiplies few rows by a tall W at half the rate of the product turned round, W x^T. There blocks of that are turned back as the bias is added, each
+while it is in the cache (docs/kernels.md).
+
+What it adds over linear.py: these two. Elsewhere, and where W or the bias is trained, it is `linear`.
 
 Letters: M rows asked for, D hidden, V vocabulary.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import kernels
 from . import compiled
-from .linear import linear
+from .linear import form as linear_form
+from .linear import linear, vendor
 
 ROUND = 64
 FEW = 256  # rows: up to which putting W into a wider tensor costs more than it saves
+TALL, WIDE, LEAST = 8192, 256, 8  # V, D and M from which turning the product round pays
+BLOCK, ROWS, EVEN = 4096, 160, 16  # of a block: rows of W, rows of x at most, and what the latter are a multiple of
 
 
 def scores(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -26,6 +35,8 @@ def scores(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     trained = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
     if x.is_cuda and dtype.itemsize == 2 and len(weight) % 8 and len(x) > FEW and not trained and compiled.plain(x, weight, bias):
         return _Scores.apply(x.to(dtype), weight, bias)
+    if not trained and _turns(x, weight, bias):
+        return _Turned.apply(x, weight, bias) if compiled.recorded(x) else turned(x, weight, bias)
     return linear(x, weight, bias)
 
 
@@ -48,3 +59,41 @@ class _Scores(torch.autograd.Function):
         if not (dy.data_ptr() == whole.data_ptr() and dy.stride() == whole.stride()):  # the loss writes its gradient over the scores: then it lies there already
             whole = F.pad(dy, (0, len(wider) - dy.shape[1]))
         return whole @ wider, None, None
+
+
+# ---------------------------------------------------------------- by MKL, on a processor of AMD
+
+def _turns(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    return (compiled.takes(x, weight, bias) and x.dim() == 2 and len(x) >= LEAST and len(weight) >= TALL and weight.shape[1] >= WIDE and kernels.setting() not in ("torch", "triton")
+            and not torch.is_autocast_enabled("cpu") and _mkl_on_amd() and linear_form()[0] == "blas")
+
+
+@functools.cache
+def _mkl_on_amd() -> bool:
+    return torch.backends.mkl.is_available() and vendor() == "AuthenticAMD"
+
+
+def turned(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """linear_ref without a gradient, by blocks of W x^T."""
+    found, parts = x.new_empty(len(x), len(weight)), -(-len(x) // ROWS)
+    each = -(-len(x) // (parts * EVEN)) * EVEN
+    with torch.no_grad():
+        right = [F.pad(part, (0, 0, 0, -len(part) % EVEN)).t() for part in x.split(each)]
+        for below, above, shift in zip(weight.split(BLOCK), found.split(BLOCK, 1), bias.split(BLOCK)):
+            for part, there in zip(right, above.split(each)):
+                torch.add((below @ part)[:, :len(there)].t(), shift, out=there)
+    return found
+
+
+class _Turned(torch.autograd.Function):
+    """dx = dy W."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return turned(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return dy @ ctx.saved_tensors[0], None, None
