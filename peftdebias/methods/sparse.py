@@ -125,7 +125,8 @@ class Sparse(Method):
                     self.values[site] = Parameter(torch.zeros(len(chosen), dtype=places[site][1].dtype, device=places[site][1].device))
             for name, parameter in whole.items():
                 parameter.copy_(start[name])
-        return loop(self.parameters(), lambda: pull(strength, self.values.values(), map(torch.zeros_like, self.values.values())))
+        zeros = [torch.zeros_like(v) for v in self.values.values()]
+        return loop(self.parameters(), lambda: pull(strength, self.values.values(), zeros))
 
     def state(self) -> dict[str, Tensor]:
         saved = {f"{site}.values": v for site, v in super().state().items()}
