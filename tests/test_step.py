@@ -182,9 +182,10 @@ def test_saving_memory_remembers_each_pass():
 
 # ---------------------------------------------------------------- torch.compile
 
-@pytest.mark.parametrize("name", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adapter", "prefix", "prompt", "bias", "ia3", None))])
-def test_the_step_compiles_without_graph_breaks(name):
-    """fullgraph: a break would raise. Losses of three steps, with dropout, as eager has them; one shape is compiled once. With layers computed again too."""
+@pytest.mark.parametrize("name,save", [pytest.param(name, save, marks=() if name == "lora" and not save else pytest.mark.slow)
+                                       for name in ("lora", "adapter", "prefix", "prompt", "bias", "ia3", None) for save in (False, True)])
+def test_the_step_compiles_without_graph_breaks(name, save):
+    """fullgraph: a break would raise. Losses of three steps, with dropout, as eager has them; one shape is compiled once. With layers computed again too (save)."""
     torch.compiler.reset()
     compiled = []
 
@@ -194,13 +195,12 @@ def test_the_step_compiles_without_graph_breaks(name):
 
     found = []
     with kernels.use("torch"):
-        for step, save in ((made(name), False), (made(name, cls=Compiled, backend=backend), False), (made(name, cls=Compiled, backend=backend), True)):
+        for step in (made(name), made(name, cls=Compiled, backend=backend)):
             torch.manual_seed(3)
-            with step.model.recomputing(save):
+            with step.model.recomputing(save and isinstance(step, Compiled)):
                 found.append([float(step(batch_for(name, seed), 1e-2)) for seed in range(3)])
     numpy.testing.assert_allclose(found[1], found[0], rtol=2e-5)
-    numpy.testing.assert_allclose(found[2], found[0], rtol=2e-5)
-    assert len(compiled) == 2
+    assert len(compiled) == 1
 
 
 @pytest.mark.slow

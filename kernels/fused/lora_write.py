@@ -8,7 +8,8 @@ in a product takes dA and dB from that product (lora_grads.py).
 
 How. A program owns a tile [BO, BI] of one matrix. Which, says a table on the device: `tiles` int32 [N, 3] (segment, row tile, column tile), `segments` int64 [S, 7]
 (addresses of W, A, B; offset into the buffer; rows, in, r), `scales` fp32 [S]; a segment is a run of rows with one piece, or none. The tables are made on the host once
-for the same addresses and sizes, and kept: the last 16, and for good what a CUDA graph was captured with, whose replays read them. The product is r outer products on the FMA units: exact fp32, and with r = 8 less work than the memory takes time for.
+for the same addresses and sizes, and kept: the last 16, and for good what a CUDA graph was captured with, whose replays read them. The product is r outer products on the
+FMA units: exact fp32, and with r = 8 less work than the memory takes time for.
 What limits it: reading W and writing W' (of BERT-base's query, key and value, 21 M values, 85 MB in fp32 and 42 MB in bf16); from some r on the FMA units.
 
 Letters: R rank, BO rows and BI columns of a tile.

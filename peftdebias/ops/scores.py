@@ -64,8 +64,8 @@ class _Scores(torch.autograd.Function):
 # ---------------------------------------------------------------- by MKL, on a processor of AMD
 
 def _turns(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    return (compiled.takes(x, weight, bias) and x.dim() == 2 and len(x) >= LEAST and len(weight) >= TALL and weight.shape[1] >= WIDE and kernels.setting() not in ("torch", "triton")
-            and not torch.is_autocast_enabled("cpu") and _mkl_on_amd() and linear_form()[0] == "blas")
+    return (compiled.takes(x, weight, bias) and x.dim() == 2 and len(x) >= LEAST and len(weight) >= TALL and weight.shape[1] >= WIDE
+            and kernels.setting() not in ("torch", "triton") and not torch.is_autocast_enabled("cpu") and _mkl_on_amd() and linear_form()[0] == "blas")
 
 
 @functools.cache

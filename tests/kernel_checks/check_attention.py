@@ -16,6 +16,7 @@ from .harness import DEVICE, DTYPES, compare, drawn, poisoned, run, strided
 pytestmark = pytest.mark.usefixtures("products_in_order")  # ds is a small difference where one key has nearly all: d and da of two kernels
 
 HEADS = 3
+ALL = pytest.param(HEADS, marks=pytest.mark.slow)  # where fewer heads make a quicker check
 OWN = ("query", "key", "value")
 PREFIX = ("prefix_key", "prefix_value")
 LENGTHS = {
@@ -51,8 +52,8 @@ def both(spans: Spans, drop: Drop | None = None):
     return function(attention), function(attention_ref)
 
 
-@pytest.mark.parametrize("prefix,rate", [(None, 0.0), (30, 0.3), *(pytest.param(*both, marks=pytest.mark.slow) for both in ((30, 0.0), (None, 0.3), (0, 0.3), (1, 0.3)))])
-@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("name,prefix,rate", [pytest.param(name, *both, marks=() if both == (None, 0.0) or both == (30, 0.3) and name != "one token each" else pytest.mark.slow)
+                                              for name in LENGTHS for both in ((None, 0.0), (30, 0.3), (30, 0.0), (None, 0.3), (0, 0.3), (1, 0.3))])
 def test_every_batch_with_every_prefix(name, prefix, rate):
     spans = spans_of(name)
     few = {"one token each": 3000, "fewer queries": 400 if prefix == 1 else 32}  # five queries, one shared key: so few shares that one draw is luck
@@ -67,21 +68,23 @@ def test_head_widths_in_each_dtype(width, dtype):
     compare(*both(spans, seeded()), tensors(spans, width, 5), dtype=dtype, gradients=OWN + PREFIX)
 
 
+@pytest.mark.parametrize("heads", [2, ALL])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("prefix", [None, pytest.param(1, marks=pytest.mark.slow), 37])
-def test_texts_of_more_than_one_tile(prefix, dtype):
+def test_texts_of_more_than_one_tile(prefix, dtype, heads):
     """Keys of 141 and 19 places: several tiles of queries, of keys and of the prefix."""
     spans = spans_of("longer than a tile")
-    compare(*both(spans, seeded(rate=0.1)), tensors(spans, 32, prefix, heads=2), dtype=dtype, gradients=OWN if prefix is None else OWN + PREFIX)
+    compare(*both(spans, seeded(rate=0.1)), tensors(spans, 32, prefix, heads), dtype=dtype, gradients=OWN if prefix is None else OWN + PREFIX)
 
 
 @pytest.mark.parametrize("gradients", [("query",), ("key",), ("value",), ("key", "value"), ("query", "value"), OWN, PREFIX, ("prefix_value",), ("query", "prefix_key"),
                                        ("value", "prefix_key")], ids="+".join)
-@pytest.mark.parametrize("name", ["ragged", "longer than a tile"])
-def test_any_set_of_gradients(name, gradients):
+@pytest.mark.parametrize("heads", [1, ALL])
+@pytest.mark.parametrize("name", ["ragged", pytest.param("longer than a tile", marks=pytest.mark.slow)])
+def test_any_set_of_gradients(name, gradients, heads):
     """A frozen prefix, a query alone, keys alone, ..."""
     spans = spans_of(name)
-    compare(*both(spans, seeded()), tensors(spans, 37, 5, heads=1), dtype=torch.float32, gradients=gradients)
+    compare(*both(spans, seeded()), tensors(spans, 37, 5, heads), dtype=torch.float32, gradients=gradients)
 
 
 def test_a_frozen_prefix_costs_no_gradient(monkeypatch):
@@ -94,12 +97,13 @@ def test_a_frozen_prefix_costs_no_gradient(monkeypatch):
         run(both(spans)[0], given, PREFIX, 0)
 
 
-def test_many_stretches_sum_to_the_same(monkeypatch):
+@pytest.mark.parametrize("heads", [1, ALL])
+def test_many_stretches_sum_to_the_same(heads, monkeypatch):
     monkeypatch.setattr(room, "STRETCH", 1)
     spans = Spans.of((70, 1, 61), (70, 1, 61), DEVICE)
-    compare(*both(spans, seeded()), tensors(spans, 13, 9, heads=1), dtype=torch.float32, gradients=PREFIX)
+    compare(*both(spans, seeded()), tensors(spans, 13, 9, heads), dtype=torch.float32, gradients=PREFIX)
     monkeypatch.setattr(room, "MOST_STRETCHES", 2)
-    compare(*both(spans, seeded()), tensors(spans, 13, 9, heads=1), dtype=torch.float32, gradients=PREFIX)
+    compare(*both(spans, seeded()), tensors(spans, 13, 9, heads), dtype=torch.float32, gradients=PREFIX)
 
 
 def in_one(spans: Spans, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -172,7 +176,8 @@ def test_autocast_multiplies_in_bf16():
 
 # ---------------------------------------------------------------- dropout
 
-@pytest.mark.parametrize("name,seed", [*(("fewer queries", seed) for seed in (0, 2**31 + 7, 2**40 + 3)), ("longer than a tile", 2**40 + 3)])
+@pytest.mark.parametrize("name,seed", [pytest.param(name, seed, marks=pytest.mark.slow if name == "longer than a tile" and seed < 2**40 else ())
+                                       for name in ("fewer queries", "longer than a tile") for seed in (0, 2**31 + 7, 2**40 + 3)])
 def test_the_mask_is_that_of_the_specification(name, seed):
     """Equal scores over one-hot values: the output shows what was kept, of the prefix and of each sequence's own keys, element by element."""
     spans, prefix = spans_of(name), 11
@@ -191,9 +196,9 @@ def test_the_mask_is_that_of_the_specification(name, seed):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("n", [64, pytest.param(96, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout_keeps_its_share(rate):
-    n = 64
+def test_dropout_keeps_its_share(rate, n):
     spans, zeros, value = Spans.of((n, n), (n, n), DEVICE), torch.zeros(2 * n, 2, n, device=DEVICE), torch.eye(n, device=DEVICE).repeat(2, 1)[:, None, :].expand(-1, 2, -1)
     drop = seeded(rate=rate)
     kept = attention(zeros, zeros, value, spans, drop=drop) > 0
@@ -260,10 +265,11 @@ def test_nan_stays_in_its_sequence_and_is_not_hidden():
     assert found[:13, 1].isnan().all() and not found[13:].isnan().any() and not found[:, [0, 2]].isnan().any()
 
 
+@pytest.mark.parametrize("heads", [1, ALL])
 @pytest.mark.parametrize("name", ["ragged", "longer than a tile"])
-def test_gradients_repeat_bit_for_bit(name):
+def test_gradients_repeat_bit_for_bit(name, heads):
     spans = spans_of(name)
-    given = {n: x.bfloat16() for n, x in tensors(spans, 16, 9, heads=1).items()}
+    given = {n: x.bfloat16() for n, x in tensors(spans, 16, 9, heads).items()}
     first, again = (run(both(spans, seeded())[0], given, OWN + PREFIX, 0) for _ in range(2))
     assert all(torch.equal(first[n], again[n]) for n in first)
 
@@ -302,11 +308,12 @@ def test_refused_by_name(change, words):
         attention(**given)
 
 
+@pytest.mark.parametrize("heads", [1, ALL])
 @pytest.mark.parametrize("prefix,drop", [(None, None), (5, seeded())], ids=["", "prefix and dropout"])
-def test_torch_compile_does_not_break_on_it(prefix, drop):
+def test_torch_compile_does_not_break_on_it(prefix, drop, heads):
     """The op's registration: fake tensors, mutation and gradients agree with what it does; a full graph, eager or ahead of time."""
     spans = spans_of("fewer queries")
-    given = {name: x.float().requires_grad_() for name, x in tensors(spans, 16, prefix, heads=1).items()}
+    given = {name: x.float().requires_grad_() for name, x in tensors(spans, 16, prefix, heads).items()}
     pre = [given.get(name) for name in PREFIX]
     args = (*(given[name] for name in OWN), *pre, spans.cu_queries, spans.cu_keys, 15, 37, drop.rate if drop else 0.0, drop.seed if drop else None, 7)
     torch.library.opcheck(torch.ops.peftdebias.attention_forward.default, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
