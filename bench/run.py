@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import measure, rows  # noqa: E402
 from bench.case import SIZES, Case, Setting  # noqa: E402
 from bench.cases import CASES  # noqa: E402
+from bench.profiled import ops_table  # noqa: E402
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--out", type=Path, metavar="FILE.json", help="write the rows there, and FILE.md beside it")
     top.add_argument("--compile", action="store_true", help="with torch.compile as a further baseline (slow to start on a CPU)")
     top.add_argument("--memory", action="store_true", help="with peak memory, every provider of a step in a fresh process")
+    top.add_argument("--profile", metavar="PROVIDER", help="in place of the times of all: those of one provider, and the ops that they go to (torch's profiler)")
     top.add_argument("--list", action="store_true", help="show the cases and leave")
     top.add_argument("--memory-of", metavar="PROVIDER", help=argparse.SUPPRESS)  # what --memory starts: one case, one size, one x; prints one number
     top.add_argument("--x", type=float, help=argparse.SUPPRESS)
@@ -52,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
             return complain(f"{flag}: expected at least 1, got {value}")
     if arguments.out and (arguments.out.suffix != ".json" or arguments.out.is_dir()):
         return complain(f"--out {arguments.out}: expected a file name that ends in .json")
+    if arguments.profile and (wrong := not_to_profile(arguments, [CASES[name] for name in chosen])):
+        return complain(wrong)
     if arguments.list:
         print(listing())
         return 0
@@ -76,6 +80,11 @@ def run(settings: list[tuple[Case, Setting]], arguments) -> int:
     load, processors = os.getloadavg()[0], os.cpu_count()
     if load > 0.5 * processors:
         say(f"load average {load:.1f} on {processors} processors: the times will be those of a busy machine")
+    if arguments.profile:
+        for case, setting in settings:
+            if arguments.profile in taking_part[case.name]:
+                print(ops_table(case, setting, arguments.profile, arguments.repeats or setting.size.repeats) + "\n")
+        return 0
     found = []
     for (case, setting), share in zip(settings, shares):
         say(f"{title(case, setting)}: timing")
@@ -86,6 +95,19 @@ def run(settings: list[tuple[Case, Setting]], arguments) -> int:
         rows.write(arguments.out, found, f"Measured by bench/run.py on {found[0].device_name if found else 'nothing'}")
         say(f"result: {arguments.out} and {arguments.out.with_suffix('.md')}")
     return 0
+
+
+def not_to_profile(arguments, cases: list[Case]) -> str | None:
+    """Why --profile cannot be done, in words."""
+    for flag, other in (("--out", arguments.out), ("--memory", arguments.memory)):
+        if other:
+            return f"--profile and {flag}: expected one of them"
+    for case in cases:
+        if arguments.profile not in case.providers:
+            return f"--profile: {case.name} has no provider {arguments.profile!r}; expected one of {'; '.join(case.providers)}"
+        if case.providers[arguments.profile].compiled and not arguments.compile:
+            return f"--profile {arguments.profile!r}: expected --compile beside it"
+    return None
 
 
 def check(case: Case, setting: Setting, providers: dict, results=measure.in_this_process) -> dict[str, float]:

@@ -133,6 +133,15 @@ def test_rows_have_the_schema_and_tables_come_from_them(bench, quick, capsys, tm
     assert "## lora_step (step)" in printed and "| micro | 54 | peftdebias |" in printed
 
 
+def test_profile_shows_where_the_time_of_one_provider_goes(bench, capsys):
+    assert bench.run.main(["native_gelu", "--size", "micro", "--profile", "torch", "--repeats", "2"]) == 0
+    tables = capsys.readouterr().out.strip().split("\n\nnative_gelu, micro, ")
+    assert len(tables) == 2  # one for each number of rows
+    for table in tables:
+        ops = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+        assert ": torch: " in table and any("aten::gelu" in op[1] for op in ops) and sum(float(op[4]) for op in ops) == pytest.approx(100, abs=1)
+
+
 def test_ratio_is_of_the_baseline_on_the_same_line(bench):
     def row(provider, x, y, size="a"):
         return bench.rows.Row("k", provider, "full", "time", "ms", "n", x, y, y, y, {"size": size, "baseline": "old"}, "d", "t", None, "c", "2026")
@@ -175,6 +184,9 @@ def test_peak_memory_sees_what_a_pass_takes(bench, tmp_path):
     ("run", ["--repeats", "0"], "expected at least 1, got 0"),
     ("run", ["--repeats", "x"], "invalid int value: 'x'"),
     ("run", ["--out", "rows.csv"], "rows.csv: expected a file name that ends in .json"),
+    ("run", ["lora_step", "--profile", "peft"], "--profile: lora_step has no provider 'peft'; expected one of transformers+peft; "),
+    ("run", ["lora_step", "--profile", "peftdebias", "--memory"], "--profile and --memory: expected one of them"),
+    ("run", ["lora_step", "--profile", "transformers+peft, compiled"], "--profile 'transformers+peft, compiled': expected --compile beside it"),
     ("gpu", ["--device", "cpu"], "expected --dry-run beside it"),
     ("gpu", ["--size", "huge"], "invalid choice: 'huge'"),
     ("gpu", ["--only", "adapter,nope"], "--only: no case 'nope'; expected some of gemm, copy"),

@@ -61,6 +61,13 @@ def test_every_batch_with_every_prefix(name, prefix, rate):
     compare(*both(spans, seeded(rate=rate) if rate else None), tensors(spans, 37, prefix), dtype=torch.float32, gradients=OWN if prefix is None else OWN + PREFIX, **draws)
 
 
+@pytest.mark.parametrize("width", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_one_token_each_at_the_widths_of_real_heads(width):
+    """One query a text hides no rounding of its products; theirs are summed alike on both sides."""
+    spans = spans_of("one token each")
+    compare(*both(spans, seeded()), tensors(spans, width, 30), dtype=torch.float32, gradients=OWN + PREFIX, in_order=True)
+
+
 @pytest.mark.parametrize("width,dtype", [pytest.param(width, dtype, marks=() if (i + j) % 2 else pytest.mark.slow) for i, width in enumerate((1, 13, 16, 32, 64, 128))
                                          for j, dtype in enumerate(DTYPES)])
 def test_head_widths_in_each_dtype(width, dtype):

@@ -17,8 +17,10 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable
 
+import numpy
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,6 +42,25 @@ def poisoned():
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
+
+def product_in_order(left: numpy.ndarray, right: numpy.ndarray) -> numpy.ndarray:
+    """left [..., m, k] @ right [..., k, n], float32, as a GPU's plain units make it: one fused multiply-add after the other along k."""
+    wide, other = left.astype(numpy.float64), right.astype(numpy.float64)  # in float64 the product of two float32 is exact
+    total = numpy.zeros((*left.shape[:-1], right.shape[-1]), left.dtype)
+    for k in range(left.shape[-1]):
+        total = (total + wide[..., k, None] * other[..., k, None, :]).astype(left.dtype)
+    return total
+
+
+class ProductsInOrder(TorchDispatchMode):
+    """Inside the `with` block torch's float32 products on a CPU are product_in_order. By itself a CPU sums small products in lanes, of which each errs less: the
+    measure of a kernel whose products are made as a GPU makes them is plain torch whose products are made so too."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default) and args[0].dtype == torch.float32 and args[0].device.type == "cpu":
+            return torch.from_numpy(product_in_order(*(x.detach().numpy() for x in args)))
+        return function(*args, **(kwargs or {}))
 
 
 class Guarded:
@@ -107,12 +128,12 @@ def redrawn(inputs: dict[str, Tensor], draw: int) -> dict[str, Tensor]:
 
 def compare(fused: Callable, twin: Callable, inputs: dict[str, Tensor], *, dtype: torch.dtype, gradients: Iterable[str] = (), plain: Callable | None = None,
             float32: Iterable[str] = (), seed: int = 0, layout: Callable[[Tensor], Tensor] = lambda t: t, factor: float = 2.0,
-            values: int = VALUES) -> dict[str, float]:
+            values: int = VALUES, in_order: bool = False) -> dict[str, float]:
     """Hold fused(**inputs) and its gradients against twin(**inputs).
 
     inputs: float64 tensors by name, rounded to `dtype` (those named in `float32`: to float32; whole numbers stay) before anybody sees them. The truth is the
     twin in float64; the measure is `plain` (default: the twin) in that dtype. Inputs are drawn again (`redrawn`) until each tensor has been seen with
-    `values` elements; one that has them at once is drawn once. Over a tensor's elements and draws the root mean square of the errors is at most `factor`
+    `values` elements; one that has them at once is drawn once. in_order: on a CPU the measure's products are summed as a GPU's (ProductsInOrder). Over a tensor's elements and draws the root mean square of the errors is at most `factor`
     times the measure's own, and the largest error at most 2 * `factor` times. Returns {tensor: the larger of these two as a share of what is allowed}.
     """
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -121,7 +142,8 @@ def compare(fused: Callable, twin: Callable, inputs: dict[str, Tensor], *, dtype
         given = {name: t.to(torch.float32 if name in float32 else dtype) if t.is_floating_point() else t for name, t in redrawn(inputs, draw).items()}
         pull = seed + 1000 * draw
         truth = run(twin, {name: t.double() if t.is_floating_point() else t for name, t in given.items()}, gradients, pull)
-        measure = run(plain or twin, given, gradients, pull)
+        with ProductsInOrder() if in_order else contextlib.nullcontext():
+            measure = run(plain or twin, given, gradients, pull)
         with poisoned():
             got = run(fused, given, gradients, pull, layout)
         assert set(got) == set(truth), f"expected {sorted(truth)}, got {sorted(got)}"
