@@ -1,4 +1,4 @@
-"""Where Triton's interpreter rounds unlike any GPU, and what mends that.
+"""Where Triton's interpreter rounds unlike any GPU or takes its time, and what mends that.
 
 It cuts float32 down to bfloat16 where a GPU rounds to nearest even, so its errors would be twice those of any device: here it rounds. And it multiplies tiles by
 BLAS, which sums a product's terms in an order that depends on the tile's shape: `products_in_order` is for kernels that take the same product of tiles of other
@@ -27,8 +27,24 @@ def round_to_bfloat16() -> None:
     interpreter._convert_float = convert
 
 
+def patch_once() -> None:
+    """The interpreter looks through all of triton.language in every call of a device function, a quarter of its time, though the launch around it, or an earlier call,
+    has put its own there already."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_what_is_left(function):
+        seen = [module for module in function.__globals__.values() if module is tl or module is tl.core]
+        return patch(function) if any(tl.core.is_builtin(module.load) for module in seen) else interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_what_is_left
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     round_to_bfloat16()
+    patch_once()
 
 
 @pytest.fixture
