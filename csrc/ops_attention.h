@@ -10,14 +10,15 @@
 
 // ---------------------------------------------------------------- products
 
-// c [R, LANES * C] (+)= a b over `depth`; a is [R, depth], or [depth, R] where TURNED; b [depth, LANES * C].
+// c [R, LANES * C] (+)= a b over `depth`; a is [R, depth], or [depth, R] where TURNED; b [depth, LANES * C]. What is there is added last: a sum of sums errs less than
+// one long sum.
 template <int R, int C, bool TURNED, bool ADD>
 INLINE void tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth) {
     vf total[R][C];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int j = 0; j < C; ++j) total[r][j] = ADD ? load(c + r * ldc + LANES * j) : vf{};
+        for (int j = 0; j < C; ++j) total[r][j] = vf{};
     for (int64_t k = 0; k < depth; ++k) {
         vf right[C];
 #pragma GCC unroll 8
@@ -32,7 +33,7 @@ INLINE void tile(const float* a, int64_t lda, const float* b, int64_t ldb, float
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int j = 0; j < C; ++j) store(c + r * ldc + LANES * j, total[r][j]);
+        for (int j = 0; j < C; ++j) store(c + r * ldc + LANES * j, ADD ? load(c + r * ldc + LANES * j) + total[r][j] : total[r][j]);
 }
 
 template <int C, bool TURNED, bool ADD>
@@ -47,9 +48,15 @@ static void strip(int64_t rows, int64_t depth, const float* a, int64_t lda, cons
     }
 }
 
+constexpr int64_t DEPTH = 128;  // terms of one sum, at most
+
 // columns: a multiple of LANES.
 template <bool TURNED, bool ADD>
 static void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc) {
+    if (depth > DEPTH) {
+        product<TURNED, ADD>(rows, columns, DEPTH, a, lda, b, ldb, c, ldc);
+        return product<TURNED, true>(rows, columns, depth - DEPTH, a + (TURNED ? DEPTH * lda : DEPTH), lda, b + DEPTH * ldb, ldb, c, ldc);
+    }
     int64_t j = 0;
     for (; j + 2 * LANES <= columns; j += 2 * LANES) strip<2, TURNED, ADD>(rows, depth, a, lda, b + j, ldb, c + j, ldc);
     if (j < columns) strip<1, TURNED, ADD>(rows, depth, a, lda, b + j, ldb, c + j, ldc);
