@@ -17,6 +17,7 @@ from .kernels import dispatch
 from .kernels.dropout_ref import dropout_ref
 from .ops.attention import has_varlen
 from .ops.linear import form as linear_form
+from .ops.scores import form as scores_form
 from .training import pick_device
 
 CALLERS = ("encoder", "training", "tasks", "methods.lora", "methods.adapter", "methods.sparse")
@@ -82,8 +83,9 @@ def _tried(device: torch.device) -> str:
 
 
 def _forms(device: torch.device) -> list[str]:
-    """By which library a CPU multiplies; which forms of lora_linear and attention are picked at the size of BERT-base, where a kernel is."""
-    lines = ["linear        form {}: {}".format(*linear_form())] if device.type == "cpu" else []
+    """By which library a CPU multiplies, and how it computes a vocabulary's scores; which forms of lora_linear and attention are picked at the size of BERT-base, where
+    a kernel is."""
+    lines = ["linear        form {}: {}".format(*linear_form()), "scores        form {}: {}".format(*scores_form())] if device.type == "cpu" else []
     if kernels.decide("lora_linear", device)[0] != "triton":
         return lines
     how = {"device": device, "dtype": torch.bfloat16}

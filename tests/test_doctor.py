@@ -1,5 +1,6 @@
 """What `peftdebias doctor` says is what `kernels.choose` does."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import torch
 from peftdebias import doctor, kernels
 
 from .small import cli, done
+
+linear, scores = (importlib.import_module(f"peftdebias.ops.{name}") for name in ("linear", "scores"))
 
 
 def test_every_op_is_listed_with_what_choose_would_take(monkeypatch):
@@ -56,6 +59,18 @@ def test_the_command():
     assert f"torch {torch.__version__}" in said and said.splitlines()[-1] == "result: above"
     row = next(line for line in said.splitlines() if line.startswith("lora_linear "))
     assert row.split()[1] == "torch"
+
+
+@pytest.mark.parametrize("kind,product,first", [("auto", "blas", "turned: in blocks of 4096 tokens, as MKL on "), ("torch", "blas", "linear: kernels are torch"),
+                                                ("auto", "onednn", "linear: its form is onednn")])
+def test_a_cpu_says_how_it_multiplies(kind, product, first, monkeypatch):
+    if product == "onednn" and not linear._there():
+        pytest.skip("this torch carries no oneDNN")
+    monkeypatch.setattr(scores, "_mkl_on_amd", lambda: True)
+    monkeypatch.setenv("PEFTDEBIAS_LINEAR", product)
+    with kernels.use(kind):
+        said = cli("doctor", "--device", "cpu").out
+    assert f"\nlinear        form {product}: asked for by name\nscores        form {first}" in said
 
 
 @pytest.mark.parametrize("device,environment,words", [

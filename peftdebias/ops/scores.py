@@ -63,9 +63,20 @@ class _Scores(torch.autograd.Function):
 
 # ---------------------------------------------------------------- by MKL, on a processor of AMD
 
+def form() -> tuple[str, str]:
+    """("turned" or "linear", why): how a CPU computes the scores of TALL tokens or more."""
+    if (setting := kernels.setting()) in ("torch", "triton"):
+        return "linear", f"kernels are {setting}"
+    if (product := linear_form()[0]) != "blas":
+        return "linear", f"its form is {product}"
+    if not _mkl_on_amd():
+        return "linear", "no MKL on a processor of AMD"
+    return "turned", f"in blocks of {BLOCK} tokens, as MKL on {vendor()} multiplies few rows by many at half the rate of the product turned round"
+
+
 def _turns(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     return (compiled.takes(x, weight, bias) and x.dim() == 2 and len(x) >= LEAST and len(weight) >= TALL and weight.shape[1] >= WIDE
-            and kernels.setting() not in ("torch", "triton") and not torch.is_autocast_enabled("cpu") and _mkl_on_amd() and linear_form()[0] == "blas")
+            and not torch.is_autocast_enabled("cpu") and form()[0] == "turned")
 
 
 @functools.cache
