@@ -6,11 +6,11 @@ Gender: upstream on BUG, downstream on bug_professions. Group: upstream on GHC's
 commands (printed as they run), skips what is already there, and prints a table.
 """
 
-import argparse
 import json
 import random
 from pathlib import Path
 
+from arguments import Parser, existing_folder
 from commands import final, measures, peftdebias
 
 METHODS = ("full", "adapter", "prefix", "prompt", "lora", "sparse", "ia3", "bias")
@@ -35,8 +35,8 @@ def losses(run: Path) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shared", type=Path)
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("shared", type=existing_folder)
     parser.add_argument("out", type=Path)
     parser.add_argument("--axes", nargs="+", default=("gender", "group"), choices=("gender", "group"))
     parser.add_argument("--methods", nargs="+", default=("none", *METHODS), choices=("none", *METHODS))

@@ -5,10 +5,10 @@
 Runs the public commands (printed as they run), skips what is already there, and prints one table with mean, spread and every seed's value.
 """
 
-import argparse
 import statistics
 from pathlib import Path
 
+from arguments import Parser, existing_folder
 from commands import final, measures, peftdebias
 
 UPSTREAM = "--axis gender --method lora --budget 0.01 --steps 1000 --valid-every 250 --lr 1e-3"
@@ -21,8 +21,8 @@ def row(name: str, values: list[float], digits: int = 2) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shared", type=Path)
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("shared", type=existing_folder)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     a = parser.parse_args()

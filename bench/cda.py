@@ -10,10 +10,8 @@ input a second:
 Prints one JSON object a line, with machine, load and commit.
 """
 
-import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -21,12 +19,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from peftdebias import native
-from peftdebias.axes import load_axis
-from peftdebias.cda import PAPER
-from peftdebias.cda_engine import BLOCK, NativeEngine, PythonEngine
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.arguments import Parser, existing_file, positive  # noqa: E402
+from bench.rows import machine  # noqa: E402
+from peftdebias import native  # noqa: E402
+from peftdebias.axes import load_axis  # noqa: E402
+from peftdebias.cda import PAPER  # noqa: E402
+from peftdebias.cda_engine import BLOCK, NativeEngine, PythonEngine  # noqa: E402
 
 
 def blocks(data: bytes, size: int = BLOCK) -> list[bytes]:
@@ -51,19 +51,15 @@ def rates(function, size: int, repeats: int) -> list[float]:
 
 def show(what: str, found: list[float], **more) -> float:
     median = statistics.median(found)
-    processor = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    print(json.dumps({"what": what, "MB/s": round(median, 1), "lowest": round(found[0], 1), "highest": round(found[-1], 1), **more,
-                      "cpu": processor[1] if processor else "unknown", "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1),
-                      "commit": git.stdout.strip()}), flush=True)
+    print(json.dumps({"what": what, "MB/s": round(median, 1), "lowest": round(found[0], 1), "highest": round(found[-1], 1), **more, **machine()}), flush=True)
     return median
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--megabytes", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=existing_file)
+    parser.add_argument("--megabytes", type=positive, default=200)
+    parser.add_argument("--repeats", type=positive, default=7)
     a = parser.parse_args()
     library, axis = native.library(), load_axis("gender")
     if library is None:

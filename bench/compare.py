@@ -25,10 +25,11 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 
 from bench import bars, install, lanes, measure, plots, rows  # noqa: E402
+from bench.arguments import Parser, complain, say  # noqa: E402
 from bench.case import SIZES, Case, Provider, Setting  # noqa: E402
 from bench.cases_steps import needed_flops  # noqa: E402
 from bench.process import Process  # noqa: E402
-from bench.run import Parser, check, complain, say, title  # noqa: E402
+from bench.run import check, title  # noqa: E402
 from peftdebias.kernels import dispatch  # noqa: E402
 from peftdebias.ops import linear  # noqa: E402
 

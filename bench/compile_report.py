@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bench  # noqa: E402, F401
+from bench.arguments import Parser  # noqa: E402
 from peftdebias import kernels  # noqa: E402
 
 ARCHES = (80, 90, 100)
@@ -103,7 +104,7 @@ def table(found: list[Compiled]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    top = argparse.ArgumentParser(prog="bench/compile_report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = Parser(prog="bench/compile_report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--arch", type=int, choices=ARCHES, action="append", help="compute capability without its point (default: 80, 90, and 100 where triton can)")
     top.add_argument("--only", choices=files(), action="append", help="a kernel file (default: all)")
     arguments = top.parse_args(argv)

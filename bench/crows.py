@@ -13,7 +13,6 @@ Medians over --repeats; `cpu` is by the processor's time of this process, `wall`
 Prints one JSON object a line, with machine, load and commit.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -27,6 +26,7 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 
 from bench import rows  # noqa: E402
+from bench.arguments import Parser, existing_file, existing_folder, positive  # noqa: E402
 from peftdebias import questions, weights  # noqa: E402
 from peftdebias.encoder import EncoderConfig, Model  # noqa: E402
 from peftdebias.kernels import dispatch  # noqa: E402
@@ -107,12 +107,12 @@ def compare(name: str, model: Model, tokenizer, pairs, a) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--pairs", type=int, default=50)
-    parser.add_argument("--slow", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=existing_file)
+    parser.add_argument("model", type=existing_folder)
+    parser.add_argument("--pairs", type=positive, default=50)
+    parser.add_argument("--slow", type=positive, default=200)
+    parser.add_argument("--repeats", type=positive, default=5)
     a = parser.parse_args()
     torch.set_num_threads(1)
     loaded = weights.load(a.model, mlm=True, labels=())

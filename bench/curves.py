@@ -22,6 +22,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import bench  # noqa: E402, F401
+from bench.arguments import Parser, positive  # noqa: E402
 from bench.case import Setting, output_bound  # noqa: E402
 from bench.cases_steps import OPTIONS, labelled, model_folder, module_values  # noqa: E402
 from bench.texts import texts  # noqa: E402
@@ -134,9 +135,9 @@ def _warm(setting: Setting, phase: str):
 
 
 def main(argv: list[str] | None = None) -> int:
-    top = argparse.ArgumentParser(prog="bench/curves.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = Parser(prog="bench/curves.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    top.add_argument("--steps", type=int, default=200)
+    top.add_argument("--steps", type=positive, default=200)
     top.add_argument("--size", default="tiny", choices=("micro", "tiny"))
     top.add_argument("--kernels", default="auto", choices=kernels.KINDS, help="of the device's side (default auto)")
     top.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES)

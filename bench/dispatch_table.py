@@ -14,10 +14,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import rows  # noqa: E402
+from bench.arguments import Parser, complain, say  # noqa: E402
 from bench.case import RANK, SIZES  # noqa: E402
 from bench.cases_attention import ATTENTION_CASES  # noqa: E402
 from bench.cases_attention import FORMS as ATTENTION_FORMS  # noqa: E402
-from bench.run import Parser, complain, say  # noqa: E402
 from peftdebias.kernels import dispatch  # noqa: E402
 
 CASES = {"lora_linear": ("hidden", False), "lora_linear_wide": ("feed_forward", False), "lora_dropout": ("hidden", True)}

@@ -29,10 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from bench import ROOT, curves, measure, roofline, rows  # noqa: E402
+from bench.arguments import Parser, complain, say  # noqa: E402
 from bench.case import SIZES, Case, Provider, Setting  # noqa: E402
 from bench.cases import CASES  # noqa: E402
 from bench.cases_steps import STEP_CASES  # noqa: E402
-from bench.run import Parser, check, complain, say, title  # noqa: E402
+from bench.run import check, title  # noqa: E402
 
 Plan = list[tuple[Case, Setting]]
 

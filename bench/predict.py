@@ -24,11 +24,11 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 
 from bench import measure, rows  # noqa: E402
+from bench.arguments import Parser, complain, say  # noqa: E402
 from bench.case import SIZES, output_bound  # noqa: E402
 from bench.cases_predict import ONE_CALL, PREDICTORS, THEIRS, WHOLE_FILE, Predictor, Task, forward_flops  # noqa: E402
 from bench.compare import gemm_rates  # noqa: E402
 from bench.process import Process, serve  # noqa: E402
-from bench.run import Parser, complain, say  # noqa: E402
 from peftdebias.errors import PeftDebiasError  # noqa: E402
 from peftdebias.tokens import load_tokenizer  # noqa: E402
 

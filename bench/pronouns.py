@@ -6,10 +6,10 @@ line of bug_upstream.txt (and on other corpora); the figures quoted are those of
 also counts a his that became hers (a friend of his), as if it had become her.
 """
 
-import argparse
 from collections import Counter
 from pathlib import Path
 
+from arguments import Parser, existing_file
 from peftdebias.axes import Axis, load_axis
 from peftdebias.cda import counterfactuals, deciding_rule
 
@@ -42,8 +42,8 @@ def share(counts: Counter, pronoun: str) -> tuple[int, int]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path)
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=existing_file)
     parser.add_argument("--half", choices=HALVES, default="quoted", help="quoted: every second line from the second on (default)")
     arguments = parser.parse_args()
     lines = arguments.file.read_text(encoding="utf-8").split("\n")[HALVES[arguments.half]]

@@ -8,6 +8,7 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -54,8 +55,14 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's as Linux gives it with the vector width that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"CPU {processor()}"
+
+
+@functools.cache
+def processor() -> str:
+    """As Linux names it; `unknown` elsewhere."""
     found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M) if Path("/proc/cpuinfo").exists() else None
-    return f"CPU {found[1].strip() if found else 'unknown'}"
+    return found[1].strip() if found else "unknown"
 
 
 def slug(device: torch.device) -> str:
@@ -85,6 +92,11 @@ def commit() -> str:
     head = git("rev-parse", "--short=12", "HEAD")
     # What was measured is the code; results written beside it do not count as a change of it.
     return "unknown" if head is None else head + ("+changes" if git("status", "--porcelain", "--", ".", ":!bench/results") else "")
+
+
+def machine() -> dict[str, object]:
+    """Where and on which code a script without rows measured: cpu, cores that it may use, load average, commit."""
+    return {"cpu": processor(), "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1), "commit": commit()}
 
 
 def now() -> str:

@@ -14,14 +14,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import measure, rows  # noqa: E402
+from bench.arguments import Parser, complain, say  # noqa: E402
 from bench.case import SIZES, Case, Setting  # noqa: E402
 from bench.cases import CASES  # noqa: E402
 from bench.profiled import ops_table  # noqa: E402
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"bench: {message}\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -143,15 +139,6 @@ def listing() -> str:
         values = ", ".join(f"{x:g}" for x in case.x_values)
         lines += [f"{case.name:<12} {case.mode:<8} {case.what}", f"{'':<22}{case.x_name} {values}; providers: {'; '.join(case.providers)}"]
     return "\n".join(lines)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def complain(line: str) -> int:
-    say(f"bench: {line}")
-    return 2
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 
 from bench import measure, rows  # noqa: E402
+from bench.arguments import Parser, complain, say  # noqa: E402
 from bench.case import Provider, Setting, Work  # noqa: E402
 from bench.cases_scale import GROWTHS, SAVING, SMALL, Shape, build  # noqa: E402
-from bench.run import Parser, complain, say  # noqa: E402
 
 METRICS = ("time", "peak memory", "saved for backward")
 

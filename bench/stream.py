@@ -26,6 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from arguments import Parser, existing_file, existing_folder, positive  # noqa: E402
+
 
 def shared() -> Path:
     return Path(os.environ.get("PEFTDEBIAS_SHARED") or ROOT.parent / "shared")
@@ -41,10 +43,9 @@ def recipe(arguments, file: str | Path, **changes):
 
 
 def show(**line) -> None:
-    processor = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    where = {"cpu": processor[1] if processor else "unknown", "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1), "commit": git.stdout.strip()}
-    print(json.dumps(line | where), flush=True)
+    from bench.rows import machine
+
+    print(json.dumps(line | machine()), flush=True)
 
 
 # ---------------------------------------------------------------- speed
@@ -68,7 +69,7 @@ def speed(arguments) -> None:
         return {"seconds": time.perf_counter() - began, "cpu": time.process_time() - used}
 
     def pipeline(masked: bool = False) -> dict:
-        buckets.mask_flat = original if masked else lambda ids, lengths, tokenizer, generator: (ids, lengths, lengths, lengths)
+        buckets.mask_flat = original if masked else lambda ids, lengths, *others, **more: (ids, lengths, lengths, lengths)
         began, used = time.perf_counter(), time.process_time()
         events = Stream(ready).run()
         while not isinstance(next(events), Ended):
@@ -182,25 +183,25 @@ def waiting(arguments) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run in (("speed", speed), ("memory", memory), ("waiting", waiting), ("take", take)):
         one = commands.add_parser(name)
         one.set_defaults(run=run)
-        one.add_argument("--threads", type=int, default=2)
-        one.add_argument("--corpus", default=str(shared() / "data" / "corpus" / "bug_upstream.txt"))
-        one.add_argument("--model", default=str(shared() / "models" / "bert-tiny-mlm"))
+        one.add_argument("--threads", type=positive, default=2)
+        one.add_argument("--corpus", type=existing_file, default=str(shared() / "data" / "corpus" / "bug_upstream.txt"))
+        one.add_argument("--model", type=existing_folder, default=str(shared() / "models" / "bert-tiny-mlm"))
         if name == "speed":
-            one.add_argument("--repeats", type=int, default=9)
-            one.add_argument("--buffer", type=int, default=131072)
+            one.add_argument("--repeats", type=positive, default=9)
+            one.add_argument("--buffer", type=positive, default=131072)
         if name == "memory":
             one.add_argument("--gigabytes", type=float, nargs="+", default=[1, 3])
             one.add_argument("--what", nargs="+", choices=("batches", "swapped"), default=["batches", "swapped"])
-            one.add_argument("--folder", default=None)
+            one.add_argument("--folder", type=existing_folder)
         if name in ("memory", "take"):
             one.add_argument("--seconds", type=float, default=120)
         if name == "waiting":
-            one.add_argument("--steps", type=int, default=1500)
+            one.add_argument("--steps", type=positive, default=1500)
         if name == "take":
             one.add_argument("what")
             one.add_argument("file")

@@ -1,0 +1,38 @@
+"""What the scripts ask of their arguments: one line to standard error for a bad one, `bench: ...`, and exit code 2."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"bench: {message}\n")
+
+
+def existing_file(word: str) -> Path:
+    """A `type` of add_argument: a file that is there."""
+    if not Path(word).is_file():
+        raise argparse.ArgumentTypeError(f"{word}: no such file")
+    return Path(word)
+
+
+def existing_folder(word: str) -> Path:
+    if not Path(word).is_dir():
+        raise argparse.ArgumentTypeError(f"{word}: no such folder")
+    return Path(word)
+
+
+def positive(word: str) -> int:
+    if not word.isascii() or not word.isdigit() or not int(word):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {word!r}")
+    return int(word)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def complain(line: str) -> int:
+    say(f"bench: {line}")
+    return 2

@@ -1,0 +1,77 @@
+"""The scripts of bench/ that print what they measure: each runs on little, and bad input gets one line. No figure is looked at."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LINES = ["He told his mother that she should call him.", "The nurse said that her shift had ended.", "A king and a queen sat there."]
+
+
+def script(*words) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT / "bench", capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    file.write_text("\n".join(LINES * 200) + "\n")
+    return file
+
+
+def printed(ran: subprocess.CompletedProcess) -> list[dict]:
+    """The JSON lines, every one of which names machine and commit."""
+    assert ran.returncode == 0, ran.stderr
+    found = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    assert found and all({"cores", "load", "commit"} <= set(line) for line in found)
+    return found
+
+
+def test_pronouns_that_come_back(corpus):
+    ran = script("pronouns.py", corpus, "--half", "all")
+    assert ran.returncode == 0 and [line.split()[:3] for line in ran.stdout.splitlines() if line.startswith(("his", "him", "her "))] == [["his", "200", "200"], ["him", "200", "200"], ["her", "200", "200"]]
+
+
+def test_speed_of_the_stream(shared, corpus):
+    (line,) = printed(script("stream.py", "speed", "--corpus", corpus, "--model", shared / "models/bert-tiny-mlm", "--repeats", "1"))
+    assert line["texts"] == 1200 and set(line["median"]) == {"encode_batch_fast", "pipeline"} and line["with_masks"] >= 0
+
+
+@pytest.mark.slow
+def test_waiting_and_memory_of_the_stream(shared, corpus, tmp_path):
+    model = shared / "models/bert-tiny-mlm"
+    lines = printed(script("stream.py", "waiting", "--corpus", corpus, "--model", model, "--steps", "3"))
+    assert [line["steps"] for line in lines] == [3, 3]
+    lines = printed(script("stream.py", "memory", "--corpus", corpus, "--model", model, "--gigabytes", "0.001", "--seconds", "2", "--folder", tmp_path))
+    assert [line["what"] for line in lines] == ["batches", "swapped"] and all(line["peak_mb"] > 1 for line in lines)
+
+
+@pytest.mark.slow
+def test_counterfactuals(corpus):
+    lines = printed(script("cda.py", corpus, "--megabytes", "1", "--repeats", "1"))
+    assert [line["what"] for line in lines] == ["engine", "engine", "augment, whole process", "augment, whole process", "twin", "copy of memory"]
+
+
+@pytest.mark.slow
+def test_crows_pairs(shared):
+    lines = printed(script("crows.py", shared / "data/crows_pairs/crows_pairs_anonymized.csv", shared / "models/bert-tiny-mlm", "--pairs", "4", "--slow", "4", "--repeats", "1"))
+    assert [line["what"].split(",")[0] for line in lines] == ["equality", "crows-pairs", "equality", "crows-pairs", "the whole file"]
+
+
+@pytest.mark.parametrize("words,said", [
+    (("pronouns.py", "/nowhere"), "argument file: /nowhere: no such file"),
+    (("names.py", "/nowhere"), "argument folder: /nowhere: no such folder"),
+    (("stream.py", "memory", "--folder", "/nowhere"), "argument --folder: /nowhere: no such folder"),
+    (("stream.py", "speed", "--repeats", "0"), "argument --repeats: expected a whole number of at least 1, got '0'"),
+    (("all_methods.py", "/nowhere", "out"), "argument shared: /nowhere: no such folder"),
+    (("bug_gender.py", "/nowhere", "out"), "argument shared: /nowhere: no such folder"),
+    pytest.param(("cda.py", "/nowhere"), "argument file: /nowhere: no such file", marks=pytest.mark.slow),
+    pytest.param(("crows.py", "/nowhere", "/nowhere"), "argument file: /nowhere: no such file", marks=pytest.mark.slow),
+    pytest.param(("curves.py", "--steps", "0"), "argument --steps: expected a whole number of at least 1, got '0'", marks=pytest.mark.slow),
+])
+def test_bad_arguments_get_one_line_and_exit_code_2(words, said, shared):
+    ran = script(*words)
+    assert ran.returncode == 2 and ran.stdout == "" and ran.stderr == f"bench: {said}\n"
