@@ -7,7 +7,7 @@ from pathlib import Path
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"bench: {message}\n")
+        self.exit(2, f"bench: {message.removeprefix('argument ')}\n")
 
 
 def existing_file(word: str) -> Path:
@@ -24,9 +24,14 @@ def existing_folder(word: str) -> Path:
 
 
 def positive(word: str) -> int:
-    if not word.isascii() or not word.isdigit() or not int(word):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {word!r}")
-    return int(word)
+    """A `type` of add_argument: a whole number, at least 1."""
+    try:
+        number = int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {word!r}") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
 
 
 def say(line: str) -> None:

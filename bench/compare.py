@@ -25,7 +25,7 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 
 from bench import bars, install, lanes, measure, plots, rows  # noqa: E402
-from bench.arguments import Parser, complain, say  # noqa: E402
+from bench.arguments import Parser, complain, positive, say  # noqa: E402
 from bench.case import SIZES, Case, Provider, Setting  # noqa: E402
 from bench.cases_steps import needed_flops  # noqa: E402
 from bench.process import Process  # noqa: E402
@@ -122,9 +122,9 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="bench/compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("names", nargs="*", metavar="NAME", help=f"some of {_known()} (default all)")
     top.add_argument("--size", default="small", metavar="S[,S...]", help=f"{', '.join(SIZES)} (default small)")
-    top.add_argument("--repeats", type=int, default=REPEATS, metavar="N", help=f"passes of every provider (default {REPEATS})")
-    top.add_argument("--pairs", type=int, default=PAIRS, metavar="N", help=f"more passes, in turns, of two providers whose ratio is near 1 (default {PAIRS})")
-    top.add_argument("--batches", type=int, metavar="N", help="batches in one pass (default: by size)")
+    top.add_argument("--repeats", type=positive, default=REPEATS, metavar="N", help=f"passes of every provider (default {REPEATS})")
+    top.add_argument("--pairs", type=positive, default=PAIRS, metavar="N", help=f"more passes, in turns, of two providers whose ratio is near 1 (default {PAIRS})")
+    top.add_argument("--batches", type=positive, metavar="N", help="batches in one pass (default: by size)")
     top.add_argument("--compile", action="store_true", help="with the compiled dress (slow to start)")
     top.add_argument("--adapters-venv", type=Path, metavar="DIR", help="a virtual environment with AdapterHub's `adapters`; without it the adapters are put into transformers by hand")
     top.add_argument("--out", type=Path, metavar="FILE.json", help="write the rows there, FILE.md and FILE.svg beside it")
@@ -144,9 +144,6 @@ def main(argv: list[str] | None = None) -> int:
     for size in arguments.size.split(","):
         if size not in SIZES:
             return complain(f"no size {size!r}; expected one of {', '.join(SIZES)}")
-    for flag, value in (("--repeats", arguments.repeats), ("--pairs", arguments.pairs), ("--batches", arguments.batches)):
-        if value is not None and value < 1:
-            return complain(f"{flag}: expected at least 1, got {value}")
     if arguments.out and (arguments.out.suffix != ".json" or arguments.out.is_dir()):
         return complain(f"--out {arguments.out}: expected a file name that ends in .json")
     hub = arguments.adapters_venv and interpreter(arguments.adapters_venv)

@@ -14,7 +14,6 @@ Prints one JSON object a line, with machine, load and commit.
 """
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -79,8 +78,7 @@ def check(model: Model, asked) -> None:
 
 
 def show(what: str, **more) -> None:
-    print(json.dumps({"what": what, **more, "threads": torch.get_num_threads(), "device": rows.device_name(torch.device("cpu")), "torch": torch.__version__,
-                      "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1), "commit": rows.commit()}), flush=True)
+    print(json.dumps({"what": what, **more, "threads": torch.get_num_threads(), "torch": torch.__version__, **rows.machine()}), flush=True)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from bench import ROOT, curves, measure, roofline, rows  # noqa: E402
-from bench.arguments import Parser, complain, say  # noqa: E402
+from bench.arguments import Parser, complain, positive, say  # noqa: E402
 from bench.case import SIZES, Case, Provider, Setting  # noqa: E402
 from bench.cases import CASES  # noqa: E402
 from bench.cases_steps import STEP_CASES  # noqa: E402
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--shapes", metavar="BxS[,BxS...]", help=f"with --steps: some of {','.join(SHAPES)} (default all)")
     top.add_argument("--check", action="store_true", help="equality alone; nothing is timed and no file is written")
     top.add_argument("--size", default="base", choices=SIZES, help="the base model (default base)")
-    top.add_argument("--repeats", type=int, default=15, metavar="N", help="times that every provider is timed (default 15)")
+    top.add_argument("--repeats", type=positive, default=15, metavar="N", help="times that every provider is timed (default 15)")
     top.add_argument("--minutes", type=float, default=8.0, metavar="M", help="budget of the whole run (default 8); compiled baselines are left out first")
     top.add_argument("--compile", action=argparse.BooleanOptionalAction, help="with torch.compile as a further baseline (default: on a GPU)")
     top.add_argument("--out", type=Path, metavar="FILE.json", help="default bench/results/DEVICE.json")
@@ -228,8 +228,6 @@ def main(argv: list[str] | None = None) -> int:
     for name in arguments.only.split(",") if arguments.only else ():
         if name not in known:
             return complain(f"--only: no case {name!r}; expected some of {', '.join(CASES)}")
-    if arguments.repeats < 1:
-        return complain(f"--repeats: expected at least 1, got {arguments.repeats}")
     if not arguments.minutes > 0:
         return complain(f"--minutes: expected more than 0, got {arguments.minutes:g}")
     if arguments.out and (arguments.out.suffix != ".json" or arguments.out.is_dir()):

@@ -12,7 +12,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from arguments import Parser, existing_folder, positive
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.arguments import Parser, existing_folder, positive  # noqa: E402
 
 SHARE = 0.95  # of a name's bearers have the gender that it stands for
 YEARS = (1916, 2015)

@@ -24,7 +24,7 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 
 from bench import measure, rows  # noqa: E402
-from bench.arguments import Parser, complain, say  # noqa: E402
+from bench.arguments import Parser, complain, positive, say  # noqa: E402
 from bench.case import SIZES, output_bound  # noqa: E402
 from bench.cases_predict import ONE_CALL, PREDICTORS, THEIRS, WHOLE_FILE, Predictor, Task, forward_flops  # noqa: E402
 from bench.compare import gemm_rates  # noqa: E402
@@ -202,14 +202,11 @@ def main(argv: list[str] | None = None) -> int:
     top.add_argument("--only", nargs="+", choices=PARTS, help="default: both")
     for flag, value, what in (("--texts", 10000, "of the whole file"), ("--singles", 200, "texts in a pass of single calls"), ("--large", 1024, f"texts in a pass of calls of {LARGE}"),
                               ("--repeats", 5, "passes of calls"), ("--file-repeats", 3, "passes of the whole file")):
-        top.add_argument(flag, type=int, default=value, metavar="N", help=f"{what} (default {value})")
+        top.add_argument(flag, type=positive, default=value, metavar="N", help=f"{what} (default {value})")
     top.add_argument("--out", type=Path, metavar="FILE.json")
     arguments = top.parse_args(argv)
-    for flag in ("texts", "singles", "large", "repeats", "file_repeats", "longest"):
-        if getattr(arguments, flag) < (8 if flag == "longest" else 1):
-            return complain(f"--{flag.replace('_', '-')}: expected at least {8 if flag == 'longest' else 1}, got {getattr(arguments, flag)}")
-    if arguments.longest > SIZES[arguments.size].positions:
-        return complain(f"--longest: expected at most {SIZES[arguments.size].positions} for the size {arguments.size}, got {arguments.longest}")
+    if not 8 <= arguments.longest <= SIZES[arguments.size].positions:
+        return complain(f"--longest: expected 8 to {SIZES[arguments.size].positions} for the size {arguments.size}, got {arguments.longest}")
     if arguments.out and arguments.out.suffix != ".json":
         return complain(f"--out {arguments.out}: expected a file name that ends in .json")
     with tempfile.TemporaryDirectory(prefix="peftdebias-bench-") as folder:

@@ -6,12 +6,15 @@ line of bug_upstream.txt (and on other corpora); the figures quoted are those of
 also counts a his that became hers (a friend of his), as if it had become her.
 """
 
+import sys
 from collections import Counter
 from pathlib import Path
 
-from arguments import Parser, existing_file
-from peftdebias.axes import Axis, load_axis
-from peftdebias.cda import counterfactuals, deciding_rule
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.arguments import Parser, existing_file  # noqa: E402
+from peftdebias.axes import Axis, load_axis  # noqa: E402
+from peftdebias.cda import counterfactuals, deciding_rule  # noqa: E402
 
 PRONOUNS = ("his", "him", "her", "hers")
 HALVES = {"quoted": slice(1, None, 2), "built": slice(0, None, 2), "all": slice(None)}

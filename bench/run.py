@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import measure, rows  # noqa: E402
-from bench.arguments import Parser, complain, say  # noqa: E402
+from bench.arguments import Parser, complain, positive, say  # noqa: E402
 from bench.case import SIZES, Case, Setting  # noqa: E402
 from bench.cases import CASES  # noqa: E402
 from bench.profiled import ops_table  # noqa: E402
@@ -24,9 +24,9 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="bench/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("names", nargs="*", metavar="NAME", help="cases to run, or the stem of some: lora (default: all); --list shows them")
     top.add_argument("--size", default="tiny", metavar="S[,S...]", help=f"sizes of the base model: {', '.join(SIZES)} (default tiny)")
-    top.add_argument("--repeats", type=int, metavar="N", help="times that every provider is timed (default: by size, " +
+    top.add_argument("--repeats", type=positive, metavar="N", help="times that every provider is timed (default: by size, " +
                      ", ".join(f"{name} {size.repeats}" for name, size in SIZES.items()) + ")")
-    top.add_argument("--batches", type=int, metavar="N", help="batches in one pass of a step (default: by size)")
+    top.add_argument("--batches", type=positive, metavar="N", help="batches in one pass of a step (default: by size)")
     top.add_argument("--out", type=Path, metavar="FILE.json", help="write the rows there, and FILE.md beside it")
     top.add_argument("--compile", action="store_true", help="with torch.compile as a further baseline (slow to start on a CPU)")
     top.add_argument("--memory", action="store_true", help="with peak memory, every provider of a step in a fresh process")
@@ -45,9 +45,6 @@ def main(argv: list[str] | None = None) -> int:
         for name in given:
             if name not in known:
                 return complain(f"no {kind} {name!r}; expected one of {', '.join(CASES if kind == 'case' else SIZES)}")
-    for flag, value in (("--repeats", arguments.repeats), ("--batches", arguments.batches)):
-        if value is not None and value < 1:
-            return complain(f"{flag}: expected at least 1, got {value}")
     if arguments.out and (arguments.out.suffix != ".json" or arguments.out.is_dir()):
         return complain(f"--out {arguments.out}: expected a file name that ends in .json")
     if arguments.profile and (wrong := not_to_profile(arguments, [CASES[name] for name in chosen])):

@@ -182,7 +182,7 @@ def test_peak_memory_sees_what_a_pass_takes(bench, tmp_path):
     ("run", ["nope"], "no case 'nope'; expected one of gemm, copy, lora_step, adapter_step, prefix_step, full_step, sparse_step, attention, attention_even, attention_dropout, attention_prefix, lora_linear"),
     ("run", ["--size", "tiny,huge"], "no size 'huge'; expected one of micro, tiny, small, base"),
     ("run", ["--repeats", "0"], "expected at least 1, got 0"),
-    ("run", ["--repeats", "x"], "invalid int value: 'x'"),
+    ("run", ["--repeats", "x"], "--repeats: expected a whole number, got 'x'"),
     ("run", ["--out", "rows.csv"], "rows.csv: expected a file name that ends in .json"),
     ("run", ["lora_step", "--profile", "peft"], "--profile: lora_step has no provider 'peft'; expected one of transformers+peft; "),
     ("run", ["lora_step", "--profile", "peftdebias", "--memory"], "--profile and --memory: expected one of them"),

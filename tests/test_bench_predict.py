@@ -133,7 +133,7 @@ def test_the_floor_counts_the_products_that_run(bench, small, monkeypatch):  # n
     ("predict", ["none.txt", "--tokenizer", "."], "bench: .: expected tokenizer.json"),
     ("predict", ["none.txt"], "required: --tokenizer"),
     ("predict", ["none.txt", "--tokenizer", ".", "--texts", "0"], "--texts: expected at least 1, got 0"),
-    ("predict", ["none.txt", "--tokenizer", ".", "--longest", "600"], "--longest: expected at most 512 for the size minilm, got 600"),
+    ("predict", ["none.txt", "--tokenizer", ".", "--longest", "600"], "--longest: expected 8 to 512 for the size minilm, got 600"),
     ("predict", ["none.txt", "--tokenizer", ".", "--out", "x.csv"], "expected a file name that ends in .json"),
     ("scale", ["nope"], "no curve 'nope'; expected some of tokens, length"),
     ("scale", ["--repeats", "0"], "--repeats: expected at least 1, got 0"),

@@ -62,15 +62,15 @@ def test_crows_pairs(shared):
 
 
 @pytest.mark.parametrize("words,said", [
-    (("pronouns.py", "/nowhere"), "argument file: /nowhere: no such file"),
-    (("names.py", "/nowhere"), "argument folder: /nowhere: no such folder"),
-    (("stream.py", "memory", "--folder", "/nowhere"), "argument --folder: /nowhere: no such folder"),
-    (("stream.py", "speed", "--repeats", "0"), "argument --repeats: expected a whole number of at least 1, got '0'"),
-    (("all_methods.py", "/nowhere", "out"), "argument shared: /nowhere: no such folder"),
-    (("bug_gender.py", "/nowhere", "out"), "argument shared: /nowhere: no such folder"),
-    pytest.param(("cda.py", "/nowhere"), "argument file: /nowhere: no such file", marks=pytest.mark.slow),
-    pytest.param(("crows.py", "/nowhere", "/nowhere"), "argument file: /nowhere: no such file", marks=pytest.mark.slow),
-    pytest.param(("curves.py", "--steps", "0"), "argument --steps: expected a whole number of at least 1, got '0'", marks=pytest.mark.slow),
+    (("pronouns.py", "/nowhere"), "file: /nowhere: no such file"),
+    (("names.py", "/nowhere"), "folder: /nowhere: no such folder"),
+    (("stream.py", "memory", "--folder", "/nowhere"), "--folder: /nowhere: no such folder"),
+    (("stream.py", "speed", "--repeats", "0"), "--repeats: expected at least 1, got 0"),
+    (("all_methods.py", "/nowhere", "out"), "shared: /nowhere: no such folder"),
+    (("bug_gender.py", "/nowhere", "out"), "shared: /nowhere: no such folder"),
+    pytest.param(("cda.py", "/nowhere"), "file: /nowhere: no such file", marks=pytest.mark.slow),
+    pytest.param(("crows.py", "/nowhere", "/nowhere"), "file: /nowhere: no such file", marks=pytest.mark.slow),
+    pytest.param(("curves.py", "--steps", "0"), "--steps: expected at least 1, got 0", marks=pytest.mark.slow),
 ])
 def test_bad_arguments_get_one_line_and_exit_code_2(words, said, shared):
     ran = script(*words)

@@ -61,6 +61,7 @@ def _faster() -> tuple[str, str]:
     return "onednn", f"{level} on {maker}, which MKL leaves unused there"
 
 
+@functools.cache
 def vendor() -> str:
     """The processor's maker as Linux names it (GenuineIntel, AuthenticAMD), or nothing."""
     try:
