@@ -6,6 +6,7 @@ that bf16 holds, so float32, bf16 and the float64 truth start from the same numb
 Letters: T rows, D hidden, F feed-forward, K bottleneck, R rank, M rows asked for, V vocabulary, I and O widths of a linear, k values kept.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -42,8 +43,14 @@ def fused(op: str, twin: Callable, setting: Setting) -> Callable:
 def drawn(setting: Setting, parameter: bool = False, scale: float = 1.0, seed: int = 0, *, shape: tuple[int, ...]) -> Tensor:
     """Normal values that bf16 holds, of the activations' dtype, or of the parameters'."""
     dtype = torch.float32 if parameter and setting.precision == "bf16" else ACTIVATION[setting.precision]
-    generator = torch.Generator().manual_seed(1000 * setting.seed + seed)
-    return (torch.randn(shape, generator=generator) * scale).bfloat16().to(setting.device, dtype)
+    return (_kept if setting.device.type == "cuda" else _normal)(1000 * setting.seed + seed, shape, scale, setting.device).to(dtype, copy=True)
+
+
+def _normal(seed: int, shape: tuple[int, ...], scale: float, device: torch.device) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16().to(device)
+
+
+_kept = functools.lru_cache(maxsize=8)(_normal)  # a GPU's host takes longer to draw than the case to run; all providers get the same values
 
 
 def bytes_of(setting: Setting) -> int:

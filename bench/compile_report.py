@@ -76,7 +76,7 @@ def compile_one(file: str, spec, arch: int) -> Compiled:
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     constants = {(names.index(name),): value for name, value in spec.constants.items()}
     source = ASTSource(spec.kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True} | ({"maxnreg": spec.maxnreg} if spec.maxnreg else {})
     try:
         made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         registers, local = resources(made.asm["cubin"])

@@ -32,8 +32,9 @@ from .tiles import DTYPES, Spec, arch_of, ceil_div, dot, expect, on, power, sum_
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_new")
 WIDEST = 256  # K of one launch
 STRETCH = 512  # rows of T that one program sums for the gradients of the parameters, at least
-MOST_STRETCHES = 32
+MOST_STRETCHES = 22
 FILLED = 128  # programs that there should be at the least
+BLOCK = 1024  # values that one program rounds
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -77,6 +78,17 @@ def _descend(x, down, c, t, tokens, width, inner, PRODUCT: tl.constexpr, ROWS: t
         weight = tl.load(down + k[:, None] * width + d[None, :], mask=(k[:, None] < inner) & (d[None, :] < width), other=0.0).to(PRODUCT)
         z = dot(rows, tl.trans(weight), z)
     return z + tl.load(c + k, mask=k < inner, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _round(down, c, up, e, rounded, size, inner, width, BLOCK: tl.constexpr):
+    """rounded [2 size + inner + width] of the products' dtype: down [size], c [inner], up [size] and e [width] end to end. All programs of the kernels below read them, so
+    they are rounded once, and not there."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    second = at - size - inner
+    value = tl.load(down + at, mask=at < size, other=0.0) + tl.load(c + at - size, mask=(at >= size) & (second < 0), other=0.0)
+    value += tl.load(up + second, mask=(second >= 0) & (second < size), other=0.0) + tl.load(e + second - size, mask=(second >= size) & (second < size + width), other=0.0)
+    tl.store(rounded + at, value, mask=second < size + width)
 
 
 # ---------------------------------------------------------------- forward
@@ -148,14 +160,17 @@ def _backward(dy, x, kept, down, c, up, dx, z_out, dz_out, tokens, width, inner,
 
 
 @triton.jit
-def _backward_parameters(dy, x, z, dz, partial, tokens, width, inner, scale, stretch, NAME: tl.constexpr, PRODUCT: tl.constexpr, ROWS: tl.constexpr,
-                         COLUMNS: tl.constexpr, INNER: tl.constexpr):
+def _backward_parameters(dy, x, z, dz, partial, tokens, width, inner, scale, stretch, NAME: tl.constexpr, PRODUCT: tl.constexpr, BY_PRODUCT: tl.constexpr,
+                         ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr):
     """dy, x [T, D], z, dz [T, K] -> partial [stretches, N] fp32, N = K D + K + D K + D: ddown, dc, dup, de of the rows [i stretch, (i + 1) stretch) of T.
-    Program (j, i) sums columns j COLUMNS .. of D over stretch i."""
+    Program (j, i) sums columns j COLUMNS .. of D over stretch i. BY_PRODUCT: dc and de as products with ones, where no thread waits for another's part of a sum."""
     k, d = tl.arange(0, INNER), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1).to(tl.int64) * stretch
     ddown, dup = tl.zeros([INNER, COLUMNS], tl.float32), tl.zeros([COLUMNS, INNER], tl.float32)
-    dc, de = tl.zeros([INNER], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    if BY_PRODUCT:
+        dc, de, ones = tl.zeros([INNER, 16], tl.float32), tl.zeros([COLUMNS, 16], tl.float32), tl.full([ROWS, 16], 1.0, PRODUCT)
+    else:
+        dc, de = tl.zeros([INNER], tl.float32), tl.zeros([COLUMNS], tl.float32)
     for start in range(0, stretch, ROWS):
         t = first + start + tl.arange(0, ROWS)
         inside_k = (t[:, None] < tokens) & (k[None, :] < inner)
@@ -164,10 +179,17 @@ def _backward_parameters(dy, x, z, dz, partial, tokens, width, inner, scale, str
         active = _activate(tl.load(z + t[:, None] * inner + k[None, :], mask=inside_k, other=0.0).to(tl.float32), NAME).to(PRODUCT)
         rows = tl.load(x + t[:, None] * width + d[None, :], mask=inside_d, other=0.0).to(PRODUCT)
         pull = tl.load(dy + t[:, None] * width + d[None, :], mask=inside_d, other=0.0)
+        pull = pull.to(PRODUCT)
         ddown = dot(tl.trans(fallen), rows, ddown)
-        dup = dot(tl.trans(pull.to(PRODUCT)), active, dup)
-        dc += tl.sum(fallen.to(tl.float32), 0)
-        de += tl.sum(pull.to(tl.float32), 0)
+        dup = dot(tl.trans(pull), active, dup)
+        if BY_PRODUCT:
+            dc = dot(tl.trans(fallen), ones, dc)
+            de = dot(tl.trans(pull), ones, de)
+        else:
+            dc += tl.sum(fallen.to(tl.float32), 0)
+            de += tl.sum(pull.to(tl.float32), 0)
+    if BY_PRODUCT:  # 16 times the same sum
+        dc, de = tl.max(dc, 1), tl.max(de, 1)
     size = inner * width
     partial += tl.program_id(1).to(tl.int64) * (2 * size + inner + width)
     tl.store(partial + k[:, None] * width + d[None, :], ddown, mask=(k[:, None] < inner) & (d[None, :] < width))
@@ -186,7 +208,8 @@ def tiles(inner: int, product: torch.dtype, arch: int, tokens: int | None = None
     if product == torch.float32:
         rows, columns, stages = 16, 32 if inner <= 128 else 16, 2
     elif parts == 1:
-        rows, columns, stages = min(128, 8192 // inner), min(64 if arch < 100 else 32, max(16, 4096 // inner)), 3
+        tall, wide = (64, 128) if 90 <= arch < 100 else (128, 64 if arch < 90 else 32)
+        rows, columns, stages = max(16, min(tall, 64 * tall // inner)), max(16, min(wide, 64 * wide // inner)), 3
     else:
         rows, columns, stages = min(64, 4096 // inner), min(64, max(16, 4096 // inner)), 3
     if product == torch.float32 or arch < 90:
@@ -194,7 +217,8 @@ def tiles(inner: int, product: torch.dtype, arch: int, tokens: int | None = None
     if tokens is not None:
         rows = min(rows, max(16, triton.next_power_of_2(tokens // FILLED + 1) // 2))
     warps = 8 if inner > 64 or parts == 1 and rows * inner > 4096 else 4
-    return {"ROWS": rows, "COLUMNS": columns, "INNER": inner, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    of_parameters = {"BY_PRODUCT": product != torch.float32 and arch >= 90 and inner <= 64} if parts == 2 else {}  # elsewhere the further sums would spill
+    return {"ROWS": rows, "COLUMNS": columns, "INNER": inner, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True} | of_parameters
 
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -227,7 +251,19 @@ def specs(arch: int) -> list[Spec]:
             pointers = {"dy": inside, "x": given, "kept": kept, **parameters, "dx": given, "z_out": inside, "dz_out": inside}
             found.append(spec(f"backward, {name}, kept {keep}{few}", _backward, pointers, tokens=tokens, NAME=name, KEEP=keep, TRAINED=trained, WANTED=True, SAME=trained))
         found.append(spec("backward, parameters", _backward_parameters, {"dy": inside, "x": given, "z": inside, "dz": inside, "partial": "*fp32"}, 2, NAME="gelu"))
-    return found + [sum_spec()]
+    names = dict.fromkeys(("down", "c", "up", "e"), "*fp32") | {"rounded": "*bf16"} | dict.fromkeys(("size", "width", "inner"), "i32")
+    return found + [Spec("parameters rounded", _round, names, {"BLOCK": BLOCK}, aligned=("size", "width", "inner")), sum_spec()]
+
+
+def _rounded(product: torch.dtype, down: Tensor, c: Tensor, up: Tensor, e: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The parameters in the products' dtype; themselves where they are of it. For a launcher, inside `on`."""
+    if down.dtype == product:
+        return down, c, up, e
+    (inner, size), width = (down.shape[0], down.numel()), 0 if e is None else e.numel()
+    flat = down.new_empty(2 * size + inner + width, dtype=product)
+    _round[(ceil_div(flat.numel(), BLOCK),)](down, c, up, c if e is None else e, flat, size, inner, width, BLOCK=BLOCK)
+    first, second, third, fourth = flat.split((size, inner, size, width))
+    return first.view_as(down), second, third.view_as(up), fourth
 
 
 @op("adapter_forward", fake=lambda x, h, down, c, up, e, activation, scale, product, keep, trained, same: _outputs(x, h, down, product, keep))
@@ -240,6 +276,7 @@ def _adapter_forward(x: Tensor, h: Tensor, down: Tensor, c: Tensor, up: Tensor, 
     if tokens:
         tile = tiles(power(inner), product, arch_of(x), tokens)
         with on(x):
+            down, c, up, e = _rounded(product, down, c, up, e)
             _forward[ceil_div(tokens, tile["ROWS"]),](x, h, down, c, up, e, y, kept, tokens, width, inner, scale, NAME=activation, KEEP=keep,
                                                       PRODUCT=TRITON_DTYPES[product], **tile)
     return y, kept
@@ -268,6 +305,7 @@ def _adapter_backward(dy: Tensor, x: Tensor | None, kept: Tensor, down: Tensor, 
         dz = dy.new_empty(tokens, inner, dtype=product)
         z = torch.empty_like(dz) if keep == "inputs" else kept
     with on(dy):
+        down, c, up, _ = _rounded(product, down, c, up)
         _backward[ceil_div(tokens, tile["ROWS"]),](dy, dy if x is None else x, kept, down, c, up, dx, z, dz, tokens, width, inner, scale, KEEP=keep, TRAINED=trained,
                                                    WANTED=dx_dtype is not None, SAME=same, **options, **tile)
         if trained:

@@ -11,9 +11,14 @@ peftdebias/ops/attention.py:
     inside. Rows of q, k and v may lie apart, as slices of one [T, 3 D] product do; any other layout is copied.
     The host's lists of lengths give the grid alone, by their number and their largest; which rows belong together is read on the device from cu_queries and cu_keys.
 
-Saved for the backward: q, k, v and the prefix as they came, y, the seed, and l as two float32 of [H, Mq]: the largest q_i . k_j and the inverse of the sum
-relative to it, 0 where there is no key (in one number a large score would take the sum's last bits; and the difference is scaled, not the product, so that the
-largest shares have the least error). No saved tensor is overwritten, no mask and no matrix [Mq, T] is ever stored, and the prefix is never copied for a sequence.
+Saved for the backward: q, k, v and the prefix as they came, y, l, and with dropout m as one bit a probability, uint8 [H, Mq, line], a line as long as the prefix and the
+longest sequence, in 64s of keys: a few per cent of q, k, v and y. l is one float32 of [H, Mq] in units of log 2, infinite where there is no key. In float32 it is two, the
+largest q_i . k_j and the inverse of the sum relative to it, 0 where there is no key: in one number a large score would take the sum's last bits; and there the difference
+is scaled, not the product, so that the largest shares have the least error. No saved tensor is overwritten, no matrix [Mq, T] of numbers is ever stored, and the prefix is
+never copied for a sequence.
+
+The mask is drawn by a kernel of its own, once. The threads that hold a tile's scores are not those that could draw its bits without doing so four times over, and what
+threads exchange inside a loop all of them wait for; as words of 32 keys the bits come with the keys, ahead of their turn.
 
 How: one pass over blocks of keys with the softmax carried along (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135), the prefix's
 blocks first, then the own; so l is over both, and the backward is exact. With g the gradient of y:
@@ -26,8 +31,9 @@ dq, dk, dv written once. Else dq and d come from one kernel, dk and dv from anot
 two tiles of keys, were no faster than the two kernels at 256 keys, and slower with a prefix or without dropout. The prefix's dk and dv are sums over all
 of Mq: every program sums a stretch, a second kernel the stretches, in float32 and in one order; frozen, nothing is computed for it. No atomics: gradients repeat
 bit for bit. What nobody asks for is left out. In float32 d is its sum over the keys, one pass more: where one key has nearly all of a, da - d is the difference of
-two near equals, and g . y, summed in another order, would cost the last bits of ds; 16-bit gradients are rounded more than that.
-What limits it: at lengths of BERT's texts memory; with dropout, the ten rounds of Philox for eight probabilities.
+two near equals, and g . y, summed in another order, would cost the last bits of ds; 16-bit gradients are rounded more than that. There ds is computed as m a da - a c d,
+which is c ds, and c leaves with the last scale: fewer operations a probability, and those are what it waits for.
+What limits it: the plain units, which do ten operations a probability and kernel while the tensor cores wait; in the mask ten rounds of Philox for eight probabilities.
 
 The room: peftdebias/ops/attention.py (specification, the other forms), dropout_ref.py (the bits), this file (kernels), tests/kernel_checks/check_attention.py (proof).
 Letters: T keys, Mq query rows, B sequences, H heads, W head width, P prefix length; BM, BN, BP, BW rows, own keys, prefix keys and width of a tile.
@@ -41,118 +47,207 @@ import triton.language as tl
 from torch import Tensor
 
 from . import register
-from .dropout import keep_at
+from .dropout import kept_bits
 from .dropout_ref import Drop, threshold_of
 from .op import op
-from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power, product_dtype, sum_spec, sum_stretches
+from .tiles import DTYPES, Spec, arch_of, ceil_div, dot, expect, on, power, product_dtype, sum_spec, sum_stretches
 
 WIDEST = 128  # W
 STRETCH = 256  # query rows that one program sums for the gradients of the prefix, at least
 MOST_STRETCHES = 16
+TILED = 64  # a multiple of the keys of every tile
+MASK = {"BM": 64, "BLOCKS": 8}
 
 
 # ---------------------------------------------------------------- arithmetic
 
 @triton.jit
-def _load(x, rows, inside, stride, W: tl.constexpr, BW: tl.constexpr):
-    """[n, BW]: one head's W values of these rows; 0 beyond W and where not inside. x points at the head in row 0."""
-    w = tl.arange(0, BW)
-    mask = inside[:, None] if W == BW else inside[:, None] & (w < W)[None, :]
-    return tl.load(x + rows[:, None] * stride + w[None, :], mask=mask, other=0.0)
+def _place(H, tiles):
+    """(sequence, head, tile) of this program. The tiles of one sequence and head come one after the other: they read the same rows, which are in L2 then."""
+    pair = tl.program_id(0) // tiles
+    return pair // H, pair % H, tl.program_id(0) % tiles
 
 
 @triton.jit
-def _store(x, tile, rows, inside, stride, W: tl.constexpr, BW: tl.constexpr):
-    w = tl.arange(0, BW)
-    mask = inside[:, None] if W == BW else inside[:, None] & (w < W)[None, :]
-    tl.store(x + rows[:, None] * stride + w[None, :], tile.to(x.dtype.element_ty), mask=mask)
+def _load(x, begin, left, stride, N: tl.constexpr, W: tl.constexpr, BW: tl.constexpr):
+    """[N, BW]: one head's W values of the rows from `begin` on, of which there are `left`; 0 beyond them and beyond W. x points at the head in row 0."""
+    r, w = tl.arange(0, N), tl.arange(0, BW)
+    mask = (r < left)[:, None] if W == BW else (r < left)[:, None] & (w < W)[None, :]
+    return tl.load(x + tl.cast(begin, tl.int64) * stride + (r[:, None] * stride + w[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
-def _sums(sums, rows, inside, head, Mq, H):
-    """l of these rows as it is saved: the largest q . k and the inverse of the sum. Rows that are not inside have the share 0: nothing comes of them."""
-    sums += head.to(tl.int64) * Mq
-    return tl.load(sums + rows, mask=inside, other=0.0), tl.load(sums + tl.cast(H, tl.int64) * Mq + rows, mask=inside, other=0.0)
+def _store(x, tile, begin, left, stride, W: tl.constexpr, BW: tl.constexpr):
+    r, w = tl.arange(0, tile.shape[0]), tl.arange(0, BW)
+    mask = (r < left)[:, None] if W == BW else (r < left)[:, None] & (w < W)[None, :]
+    tl.store(x + tl.cast(begin, tl.int64) * stride + (r[:, None] * stride + w[None, :]), tile.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _kept(rows, first, fourth, seed, site, threshold, KEYS: tl.constexpr):
-    """bool [n, KEYS]: attention_keep of these query rows and of the keys from place `first` on, a multiple of 8. fourth: 1 + 2 head, one more for a prefix."""
-    place = first // 8 + tl.arange(0, KEYS // 8)
-    return keep_at(place.to(tl.uint32)[None, :], rows.to(tl.uint32)[:, None], fourth.to(tl.uint32), seed, site, threshold)
+def _sums(sums, begin, left, Mq, H, N: tl.constexpr, EXACT: tl.constexpr):
+    """l of N rows as it is saved: the largest q . k and the inverse of the sum, or one number twice. Rows that are not there have the share 0: nothing comes of them.
+    sums points at the head."""
+    r = tl.arange(0, N)
+    if EXACT:
+        top = tl.load(sums + begin + r, mask=r < left, other=0.0)
+        share = tl.load(sums + tl.cast(H, tl.int64) * Mq + begin + r, mask=r < left, other=0.0)
+    else:
+        top = tl.load(sums + begin + r, mask=r < left, other=0.0)
+        share = top
+    return top, share
 
 
 @triton.jit
-def _fold(q, k, v, inside, kept, top, total, y, scale, DROPS: tl.constexpr):
+def _sums_and_d(sums, delta, begin, left, Mq, H, N: tl.constexpr, EXACT: tl.constexpr):
+    """l as in _sums, and d. Not EXACT: delta holds both in one number of 64 bits, so that a thread fetches them at once."""
+    r = tl.arange(0, N)
+    if EXACT:
+        top, share = _sums(sums, begin, left, Mq, H, N, True)
+        d = tl.load(delta + begin + r, mask=r < left, other=0.0)
+    else:
+        both = tl.load(delta + begin + r, mask=r < left, other=0)
+        top, d = both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        share = top
+    return top, share, d
+
+
+@triton.jit
+def _words(bits, line, begin, left, own, first, BY_KEYS: tl.constexpr, N: tl.constexpr, KEYS: tl.constexpr):
+    """int32 [N, words], BY_KEYS [words, N]: the mask of N rows and of the keys from place `first` on, which begin at word `own` of a line. bits int32 [Mq, line], a word
+    for 32 keys; tiles of fewer keys are a whole part of a word. bits points at the head."""
+    r, place, bits = tl.arange(0, N), tl.arange(0, max(1, KEYS // 32)), bits + (tl.cast(begin, tl.int64) * line + (own + first // 32))
+    if BY_KEYS:
+        words = tl.load(bits + (r[None, :] * line + place[:, None]), mask=(r < left)[None, :], other=0)
+    else:
+        words = tl.load(bits + (r[:, None] * line + place[None, :]), mask=(r < left)[:, None], other=0)
+    return words
+
+
+@triton.jit
+def _kept(words, first, BY_KEYS: tl.constexpr, KEYS: tl.constexpr):
+    """bool [n, KEYS], BY_KEYS [KEYS, n], out of _words. To be called where the answer is used: a thread has few registers for truths."""
+    bit = tl.full([1], 1, tl.int32) << (tl.arange(0, 32) if KEYS >= 32 else first % 32 + tl.arange(0, KEYS))
+    if BY_KEYS:
+        kept = tl.reshape(words[:, None, :] & bit[None, :, None], (KEYS, words.shape[1])) != 0
+    else:
+        kept = tl.reshape(words[:, :, None] & bit[None, None, :], (words.shape[0], KEYS)) != 0
+    return kept
+
+
+@triton.jit
+def _fold(q, k, v, inside, words, first, top, total, y, scale, DROPS: tl.constexpr, EXACT: tl.constexpr):
     """One block of keys into the softmax carried along: top and total [BM], the largest q . k and the sum relative to it; y [BM, BW], not yet divided by it."""
     s = tl.where(inside[None, :], dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32)), float("-inf"))
     higher = tl.maximum(top, tl.max(s, 1))
     shrink = tl.exp2((top - higher) * scale)
-    a = tl.exp2((s - higher[:, None]) * scale)
+    if EXACT:
+        a = tl.exp2((s - higher[:, None]) * scale)
+    else:
+        a = tl.exp2(s * scale - (higher * scale)[:, None])
     total = total * shrink + tl.sum(a, 1)
     if DROPS:
-        a = tl.where(kept, a, 0.0)
+        a *= tl.where(_kept(words, first, False, k.shape[0]), 1.0, 0.0)  # a select would be moved behind the rounding to 16 bits, where it takes more instructions
     return higher, total, dot(a.to(v.dtype), v, y * shrink[:, None])
 
 
 @triton.jit
-def _pull(left, right, pull_left, pull_right, inside, top, share, d, kept, scale, inverse, DROPS: tl.constexpr):
-    """(m a, ds sqrt(W)) of one tile, [left, right]: with left = q, right = k, pull_left = g and pull_right = v rows by keys; with each pair swapped keys by rows.
-    top, share: l, as it is saved; with inside, d and kept they broadcast to that."""
+def _pull(left, right, pull_left, pull_right, inside, top, share, d, words, first, scale, inverse, BY_KEYS: tl.constexpr, DROPS: tl.constexpr, EXACT: tl.constexpr):
+    """(m a, ds sqrt(W)) of one tile, [left, right]: with left = q, right = k, pull_left = g and pull_right = v rows by keys; with each pair swapped, BY_KEYS, keys by rows.
+    top, share: l, as it is saved; with inside and d they broadcast to that. Not EXACT: ds and d are c times themselves."""
     nothing = tl.zeros([left.shape[0], right.shape[0]], tl.float32)
-    a = tl.exp2((tl.where(inside, dot(left, tl.trans(right), nothing), float("-inf")) - top) * scale) * share
-    da = dot(pull_left, tl.trans(pull_right), nothing)
+    s, da = dot(left, tl.trans(right), nothing), dot(pull_left, tl.trans(pull_right), nothing)
+    if inside is not None:
+        s = tl.where(inside, s, float("-inf"))
+    a = tl.exp2((s - top) * scale) * share if EXACT else tl.exp2(s * scale - top)
+    m = a
     if DROPS:
-        return tl.where(kept, a, 0.0), a * (tl.where(kept, da * inverse, 0.0) - d)
-    return a, a * (da - d)
+        kept = _kept(words, first, BY_KEYS, left.shape[0] if BY_KEYS else right.shape[0])
+        m = tl.where(kept, a, 0.0)
+        ds = a * (tl.where(kept, da * inverse, 0.0) - d) if EXACT else m * da - a * d
+    else:
+        ds = a * (da - d)
+    return m, ds
+
+
+# ---------------------------------------------------------------- the mask
+
+@triton.jit
+def _draw(bits, rows, inside, line, first, keys, fourth, seed, site, threshold, BLOCKS: tl.constexpr):
+    """The bits of these rows and of `keys` keys, from byte `first` of a line on: attention_keep. fourth: 1 + 2 head, one more for a prefix."""
+    for block in range(0, (keys + 7) // 8, BLOCKS):
+        place = block + tl.arange(0, BLOCKS)
+        eight = kept_bits(place.to(tl.uint32)[None, :], rows.to(tl.uint32)[:, None], fourth.to(tl.uint32), seed, site, threshold)
+        tl.store(bits + rows.to(tl.int64)[:, None] * line + (first + place)[None, :], eight.to(tl.uint8), mask=inside[:, None] & (place * 8 < keys)[None, :])
+
+
+@triton.jit(do_not_specialize=["site"])
+def mask_kernel(cu_queries, cu_keys, seed, bits, Mq, P, H, tiles, line, own, site, threshold, BM: tl.constexpr, BLOCKS: tl.constexpr):
+    """bits uint8 [H, Mq, line]: bit j of byte n is set where the probability of key 8 n + j is kept, so bit j of word n where key 32 n + j is; the prefix's bytes come first,
+    a sequence's own from byte `own` on. Bytes without a key stay as they are. Programs (sequence, head, tile of its queries)."""
+    sequence, head, tile = _place(H, tiles)
+    q0, q1 = tl.load(cu_queries + sequence), tl.load(cu_queries + sequence + 1)
+    k0, k1 = tl.load(cu_keys + sequence), tl.load(cu_keys + sequence + 1)
+    if q0 + tile * BM >= q1:
+        return
+    rows, start = q0 + tile * BM + tl.arange(0, BM), tl.load(seed)
+    bits += head.to(tl.int64) * Mq * line
+    _draw(bits, rows, rows < q1, line, 0, P, 2 + 2 * head, start, site, threshold, BLOCKS)
+    _draw(bits, rows, rows < q1, line, own, k1 - k0, 1 + 2 * head, start, site, threshold, BLOCKS)
 
 
 # ---------------------------------------------------------------- forward
 
-@triton.jit(do_not_specialize=["site"])
-def forward_kernel(q, k, v, prefix_k, prefix_v, cu_queries, cu_keys, seed, y, sums, Mq, P, H, q_row, k_row, v_row, site, threshold, scale, inverse,
+@triton.jit
+def forward_kernel(q, k, v, prefix_k, prefix_v, cu_queries, cu_keys, bits, y, sums, Mq, P, H, tiles, q_row, k_row, v_row, line, own, scale, inverse, EXACT: tl.constexpr,
                    DROPS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr):
-    """y [Mq, H, W] and sums fp32 [2, H, Mq] = l of q [Mq, H, W], k and v [T, H, W], prefix_k and prefix_v [P, H, W] or None, cu_queries and cu_keys int32 [B + 1], seed int64 [1]
-    or None. scale: 1 / sqrt(W) in units of log 2; inverse: 1 / c. Program (sequence and head, tile of its queries)."""
-    sequence, head = tl.program_id(0) // H, tl.program_id(0) % H
+    """y [Mq, H, W] and sums fp32 [1 or 2, H, Mq] = l of q [Mq, H, W], k and v [T, H, W], prefix_k and prefix_v [P, H, W] or None, cu_queries and cu_keys int32 [B + 1], bits
+    int32 [H, Mq, line] as mask_kernel made them or None. scale: 1 / sqrt(W) in units of log 2; inverse: 1 / c. Programs (sequence, head, tile of its queries)."""
+    sequence, head, tile = _place(H, tiles)
     q0, q1 = tl.load(cu_queries + sequence), tl.load(cu_queries + sequence + 1)
     k0, k1 = tl.load(cu_keys + sequence), tl.load(cu_keys + sequence + 1)
-    if q0 + tl.program_id(1) * BM >= q1:
+    if q0 + tile * BM >= q1:
         return
-    rows = q0.to(tl.int64) + tl.program_id(1) * BM + tl.arange(0, BM)
-    start = 0 if seed is None else tl.load(seed)
-    query = _load(q + head * W, rows, rows < q1, q_row, W, BW)
+    begin = q0 + tile * BM
+    left, r = q1 - begin, tl.arange(0, BM)
+    if DROPS:
+        bits += head.to(tl.int64) * Mq * line
+    query = _load(q + head * W, begin, left, q_row, BM, W, BW)
     top, total, found = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM, BW], tl.float32)
     if prefix_k is not None:
         for first in range(0, P, BP):
-            place = first + tl.arange(0, BP)
-            key = _load(prefix_k + head * W, place, place < P, H * W, W, BW).to(query.dtype)
-            value = _load(prefix_v + head * W, place, place < P, H * W, W, BW).to(query.dtype)
-            kept = _kept(rows, first, 2 + 2 * head, start, site, threshold, BP) if DROPS else place < P
-            top, total, found = _fold(query, key, value, place < P, kept, top, total, found, scale, DROPS)
+            inside = tl.arange(0, BP) < P - first
+            words = _words(bits, line, begin, left, 0, first, False, BM, BP) if DROPS else inside
+            key = _load(prefix_k + head * W, first, P - first, H * W, BP, W, BW).to(query.dtype)
+            value = _load(prefix_v + head * W, first, P - first, H * W, BP, W, BW).to(query.dtype)
+            top, total, found = _fold(query, key, value, inside, words, first, top, total, found, scale, DROPS, EXACT)
     for first in range(0, k1 - k0, BN):
-        place = k0.to(tl.int64) + first + tl.arange(0, BN)
-        key, value = _load(k + head * W, place, place < k1, k_row, W, BW), _load(v + head * W, place, place < k1, v_row, W, BW)
-        kept = _kept(rows, first, 1 + 2 * head, start, site, threshold, BN) if DROPS else place < k1
-        top, total, found = _fold(query, key, value, place < k1, kept, top, total, found, scale, DROPS)
+        there = k1 - k0 - first
+        inside = tl.arange(0, BN) < there
+        words = _words(bits, line, begin, left, own, first, False, BM, BN) if DROPS else inside
+        key, value = _load(k + head * W, k0 + first, there, k_row, BN, W, BW), _load(v + head * W, k0 + first, there, v_row, BN, W, BW)
+        top, total, found = _fold(query, key, value, inside, words, first, top, total, found, scale, DROPS, EXACT)
     share = tl.where(total == 0.0, 0.0, 1.0 / total)
-    _store(y + head * W, found * (inverse * share)[:, None], rows, rows < q1, H * W, W, BW)
-    sums += head.to(tl.int64) * Mq
-    tl.store(sums + rows, tl.where(total == 0.0, 0.0, top), mask=rows < q1)
-    tl.store(sums + tl.cast(H, tl.int64) * Mq + rows, share, mask=rows < q1)
+    _store(y + head * W, found * (inverse * share)[:, None], begin, left, H * W, W, BW)
+    sums += head.to(tl.int64) * Mq + begin
+    if EXACT:
+        tl.store(sums + r, tl.where(total == 0.0, 0.0, top), mask=r < left)
+        tl.store(sums + tl.cast(H, tl.int64) * Mq + r, share, mask=r < left)
+    else:
+        tl.store(sums + r, tl.where(total == 0.0, float("inf"), top * scale + tl.log2(total)), mask=r < left)
 
 
 # ---------------------------------------------------------------- backward
 
 @triton.jit
-def _over_keys(query, pull, top, share, d, found, rows, k, v, k0, k1, k_row, v_row, fourth, start, site, threshold, scale, inverse, SUMS: tl.constexpr,
+def _over_keys(query, pull, top, share, d, found, begin, left, k, v, k0, k1, k_row, v_row, bits, line, own, scale, inverse, SUMS: tl.constexpr, EXACT: tl.constexpr,
                DROPS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr):
-    """found [BM, BW] and what the keys k0 .. k1 add to dq, times sqrt(W); with SUMS found [BM] and what they add to d, where d itself is 0."""
+    """found [BM, BW] and what the keys k0 .. k1 add to dq, times sqrt(W), not EXACT also c; with SUMS found [BM] and what they add to d, where d itself is 0."""
     for first in range(0, k1 - k0, BN):
-        place = k0 + first + tl.arange(0, BN)
-        kept = _kept(rows, first, fourth, start, site, threshold, BN) if DROPS else place < k1
-        key, value = _load(k, place, place < k1, k_row, W, BW).to(query.dtype), _load(v, place, place < k1, v_row, W, BW).to(query.dtype)
-        _, ds = _pull(query, key, pull, value, (place < k1)[None, :], top[:, None], share[:, None], d[:, None], kept, scale, inverse, DROPS)
+        there = k1 - k0 - first
+        inside = tl.arange(0, BN) < there
+        words = _words(bits, line, begin, left, own, first, False, query.shape[0], BN) if DROPS else inside
+        key, value = _load(k, k0 + first, there, k_row, BN, W, BW).to(query.dtype), _load(v, k0 + first, there, v_row, BN, W, BW).to(query.dtype)
+        _, ds = _pull(query, key, pull, value, inside[None, :], top[:, None], share[:, None], d[:, None], words, first, scale, inverse, False, DROPS, EXACT)
         if SUMS:
             found += tl.sum(ds, 1)
         else:
@@ -160,128 +255,148 @@ def _over_keys(query, pull, top, share, d, found, rows, k, v, k0, k1, k_row, v_r
     return found
 
 
-@triton.jit(do_not_specialize=["site"])
-def backward_queries_kernel(q, k, v, prefix_k, prefix_v, g, y, sums, cu_queries, cu_keys, seed, delta, dq, Mq, P, H, q_row, k_row, v_row, dq_row, site, threshold,
+@triton.jit
+def backward_queries_kernel(q, k, v, prefix_k, prefix_v, g, y, sums, cu_queries, cu_keys, bits, delta, dq, Mq, P, H, tiles, q_row, k_row, v_row, dq_row, line, own,
                             scale, inverse, WANTED: tl.constexpr, EXACT: tl.constexpr, DROPS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr,
                             BN: tl.constexpr, BP: tl.constexpr):
-    """delta [H, Mq] fp32 = d, and where WANTED dq [Mq, H, W], of g and y [Mq, H, W], sums [2, H, Mq]; the others as in forward_kernel. EXACT: d by its sum over the
-    keys. Program (sequence and head, tile of its queries)."""
-    sequence, head = tl.program_id(0) // H, tl.program_id(0) % H
+    """delta [H, Mq] = d in fp32, not EXACT int64: c d above l; and where WANTED dq [Mq, H, W], of g and y [Mq, H, W] and sums; the others as in forward_kernel. EXACT: d by
+    its sum over the keys. Programs (sequence, head, tile of its queries)."""
+    sequence, head, tile = _place(H, tiles)
     q0, q1 = tl.load(cu_queries + sequence), tl.load(cu_queries + sequence + 1)
-    k0, k1 = tl.load(cu_keys + sequence).to(tl.int64), tl.load(cu_keys + sequence + 1).to(tl.int64)
-    if q0 + tl.program_id(1) * BM >= q1:
+    k0, k1 = tl.load(cu_keys + sequence), tl.load(cu_keys + sequence + 1)
+    if q0 + tile * BM >= q1:
         return
-    rows = q0.to(tl.int64) + tl.program_id(1) * BM + tl.arange(0, BM)
-    pull = _load(g + head * W, rows, rows < q1, H * W, W, BW)
-    k, v, own, shared = k + head * W, v + head * W, 1 + 2 * head, 2 + 2 * head
+    begin = q0 + tile * BM
+    left, r = q1 - begin, tl.arange(0, BM)
+    pull = _load(g + head * W, begin, left, H * W, BM, W, BW)
+    k, v, sums, delta = k + head * W, v + head * W, sums + head.to(tl.int64) * Mq, delta + head.to(tl.int64) * Mq + begin
+    if DROPS:
+        bits += head.to(tl.int64) * Mq * line
     if WANTED or EXACT:
-        start = 0 if seed is None else tl.load(seed)
-        query = _load(q + head * W, rows, rows < q1, q_row, W, BW)
-        top, share = _sums(sums, rows, rows < q1, head, Mq, H)
+        query = _load(q + head * W, begin, left, q_row, BM, W, BW)
+    top, share = _sums(sums, begin, left, Mq, H, BM, EXACT)
     if EXACT:
         nothing = tl.zeros([BM], tl.float32)
         d = nothing
         if prefix_k is not None:
-            d = _over_keys(query, pull, top, share, nothing, d, rows, prefix_k + head * W, prefix_v + head * W, 0, P, H * W, H * W, shared, start, site, threshold, scale,
-                           inverse, True, DROPS, W, BW, BP)
-        d = _over_keys(query, pull, top, share, nothing, d, rows, k, v, k0, k1, k_row, v_row, own, start, site, threshold, scale, inverse, True, DROPS, W, BW, BN)
+            d = _over_keys(query, pull, top, share, nothing, d, begin, left, prefix_k + head * W, prefix_v + head * W, 0, P, H * W, H * W, bits, line, 0, scale, inverse,
+                           True, True, DROPS, W, BW, BP)
+        d = _over_keys(query, pull, top, share, nothing, d, begin, left, k, v, k0, k1, k_row, v_row, bits, line, own, scale, inverse, True, True, DROPS, W, BW, BN)
+        tl.store(delta + r, d, mask=r < left)
     else:
-        d = tl.sum(pull.to(tl.float32) * _load(y + head * W, rows, rows < q1, H * W, W, BW).to(tl.float32), 1)
-    tl.store(delta + head.to(tl.int64) * Mq + rows, d, mask=rows < q1)
+        d = tl.sum(pull.to(tl.float32) * _load(y + head * W, begin, left, H * W, BM, W, BW).to(tl.float32), 1) / inverse
+        tl.store(delta + r, (d.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (top.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF), mask=r < left)
     if WANTED:
         found = tl.zeros([BM, BW], tl.float32)
         if prefix_k is not None:
-            found = _over_keys(query, pull, top, share, d, found, rows, prefix_k + head * W, prefix_v + head * W, 0, P, H * W, H * W, shared, start, site, threshold, scale,
-                               inverse, False, DROPS, W, BW, BP)
-        found = _over_keys(query, pull, top, share, d, found, rows, k, v, k0, k1, k_row, v_row, own, start, site, threshold, scale, inverse, False, DROPS, W, BW, BN)
-        _store(dq + head * W, found * W ** -0.5, rows, rows < q1, dq_row, W, BW)
+            found = _over_keys(query, pull, top, share, d, found, begin, left, prefix_k + head * W, prefix_v + head * W, 0, P, H * W, H * W, bits, line, 0, scale, inverse,
+                               False, EXACT, DROPS, W, BW, BP)
+        found = _over_keys(query, pull, top, share, d, found, begin, left, k, v, k0, k1, k_row, v_row, bits, line, own, scale, inverse, False, EXACT, DROPS, W, BW, BN)
+        _store(dq + head * W, found * (W ** -0.5 if EXACT else W ** -0.5 * inverse), begin, left, dq_row, W, BW)
 
 
-@triton.jit(do_not_specialize=["site"])
-def backward_keys_kernel(q, k, v, g, y, sums, cu_queries, cu_keys, seed, delta, dq, dk, dv, Mq, H, q_row, k_row, v_row, dq_row, d_row, site, threshold, scale,
-                         inverse, WHOLE: tl.constexpr, DROPS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """dk, dv [T, H, W]. Program (sequence and head, tile of its keys). WHOLE: no sequence has more keys than a tile, and delta and dq are written too; else delta is
-    read, and y is not there."""
-    sequence, head = tl.program_id(0) // H, tl.program_id(0) % H
+@triton.jit
+def backward_keys_kernel(q, k, v, g, y, sums, cu_queries, cu_keys, bits, delta, dq, dk, dv, Mq, H, tiles, q_row, k_row, v_row, dq_row, d_row, line, own, scale,
+                         inverse, WHOLE: tl.constexpr, EXACT: tl.constexpr, DROPS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """dk, dv [T, H, W]. Programs (sequence, head, tile of its keys). WHOLE, not EXACT: no sequence has more keys than a tile, and dq is written too; else delta is read,
+    and y is not there."""
+    sequence, head, tile = _place(H, tiles)
     q0, q1 = tl.load(cu_queries + sequence), tl.load(cu_queries + sequence + 1)
     k0, k1 = tl.load(cu_keys + sequence), tl.load(cu_keys + sequence + 1)
-    first = tl.program_id(1) * BN
+    first = tile * BN
     if not WHOLE:
         if k0 + first >= k1:
             return
-    start = 0 if seed is None else tl.load(seed)
-    place = k0.to(tl.int64) + first + tl.arange(0, BN)
-    key, value = _load(k + head * W, place, place < k1, k_row, W, BW), _load(v + head * W, place, place < k1, v_row, W, BW)
+    if DROPS:
+        bits += head.to(tl.int64) * Mq * line
+    sums, delta = sums + head.to(tl.int64) * Mq, delta + head.to(tl.int64) * Mq
+    there = k1 - k0 - first
+    inside = tl.arange(0, BN) < there
+    key, value = _load(k + head * W, k0 + first, there, k_row, BN, W, BW), _load(v + head * W, k0 + first, there, v_row, BN, W, BW)
     sum_k, sum_v = tl.zeros([BN, BW], tl.float32), tl.zeros([BN, BW], tl.float32)
     for more in range(0, q1 - q0, BM):
-        rows = q0.to(tl.int64) + more + tl.arange(0, BM)
-        kept = tl.trans(_kept(rows, first, 1 + 2 * head, start, site, threshold, BN)) if DROPS else place < k1
-        query, pull = _load(q + head * W, rows, rows < q1, q_row, W, BW), _load(g + head * W, rows, rows < q1, H * W, W, BW)
-        top, share = _sums(sums, rows, rows < q1, head, Mq, H)
+        begin, left = q0 + more, q1 - q0 - more
+        words = _words(bits, line, begin, left, own, first, True, BM, BN) if DROPS else inside
+        query, pull = _load(q + head * W, begin, left, q_row, BM, W, BW), _load(g + head * W, begin, left, H * W, BM, W, BW)
         if WHOLE:
-            d = tl.sum(pull.to(tl.float32) * _load(y + head * W, rows, rows < q1, H * W, W, BW).to(tl.float32), 1)
-            tl.store(delta + head.to(tl.int64) * Mq + rows, d, mask=rows < q1)
+            top, share = _sums(sums, begin, left, Mq, H, BM, EXACT)
+            d = tl.sum(pull.to(tl.float32) * _load(y + head * W, begin, left, H * W, BM, W, BW).to(tl.float32), 1) / inverse
         else:
-            d = tl.load(delta + head.to(tl.int64) * Mq + rows, mask=rows < q1, other=0.0)
-        a, ds = _pull(key, query, value, pull, (place < k1)[:, None], top[None, :], share[None, :], d[None, :], kept, scale, inverse, DROPS)
+            top, share, d = _sums_and_d(sums, delta, begin, left, Mq, H, BM, EXACT)
+        a, ds = _pull(key, query, value, pull, inside[:, None] if WHOLE else None, top[None, :], share[None, :], d[None, :], words, first, scale, inverse, True, DROPS, EXACT)
         ds = ds.to(key.dtype)
         sum_v = dot(a.to(key.dtype), pull, sum_v)
         sum_k = dot(ds, query, sum_k)
         if WHOLE:
             found = dot(tl.trans(ds), key, tl.zeros([BM, BW], tl.float32))
-            _store(dq + head * W, found * W ** -0.5, rows, rows < q1, dq_row, W, BW)
-    _store(dk + head * W, sum_k * W ** -0.5, place, place < k1, d_row, W, BW)
-    _store(dv + head * W, sum_v * inverse, place, place < k1, d_row, W, BW)
+            _store(dq + head * W, found * (W ** -0.5 * inverse), begin, left, dq_row, W, BW)
+    _store(dk + head * W, sum_k * (W ** -0.5 if EXACT else W ** -0.5 * inverse), k0 + first, there, d_row, W, BW)
+    _store(dv + head * W, sum_v * inverse, k0 + first, there, d_row, W, BW)
 
 
-@triton.jit(do_not_specialize=["site"])
-def backward_prefix_kernel(q, prefix_k, prefix_v, g, sums, delta, seed, partial, Mq, P, H, q_row, stretch, site, threshold, scale, inverse, DROPS: tl.constexpr,
+@triton.jit
+def backward_prefix_kernel(q, prefix_k, prefix_v, g, sums, delta, bits, partial, Mq, P, H, q_row, stretch, line, scale, inverse, EXACT: tl.constexpr, DROPS: tl.constexpr,
                            W: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr):
     """partial [stretches, 2, P, H, W] fp32: dk and dv of the prefix, from the query rows [i stretch, (i + 1) stretch) whatever sequence they are of. Program (tile of
     the prefix and head, stretch i)."""
     tile, head = tl.program_id(0) // H, tl.program_id(0) % H
-    begin = tl.program_id(1).to(tl.int64) * stretch
-    start = 0 if seed is None else tl.load(seed)
-    place = tile * BP + tl.arange(0, BP)
-    key = _load(prefix_k + head * W, place, place < P, H * W, W, BW).to(q.dtype.element_ty)
-    value = _load(prefix_v + head * W, place, place < P, H * W, W, BW).to(q.dtype.element_ty)
+    start = tl.program_id(1) * stretch
+    if DROPS:
+        bits += head.to(tl.int64) * Mq * line
+    sums, delta = sums + head.to(tl.int64) * Mq, delta + head.to(tl.int64) * Mq
+    first = tile * BP
+    there = P - first
+    inside = tl.arange(0, BP) < there
+    key = _load(prefix_k + head * W, first, there, H * W, BP, W, BW).to(q.dtype.element_ty)
+    value = _load(prefix_v + head * W, first, there, H * W, BP, W, BW).to(q.dtype.element_ty)
     sum_k, sum_v = tl.zeros([BP, BW], tl.float32), tl.zeros([BP, BW], tl.float32)
     for more in range(0, stretch, BM):
-        rows = begin + more + tl.arange(0, BM)
-        kept = tl.trans(_kept(rows, tile * BP, 2 + 2 * head, start, site, threshold, BP)) if DROPS else place < P
-        query, pull = _load(q + head * W, rows, rows < Mq, q_row, W, BW), _load(g + head * W, rows, rows < Mq, H * W, W, BW)
-        top, share = _sums(sums, rows, rows < Mq, head, Mq, H)
-        d = tl.load(delta + head.to(tl.int64) * Mq + rows, mask=rows < Mq, other=0.0)
-        a, ds = _pull(key, query, value, pull, (place < P)[:, None], top[None, :], share[None, :], d[None, :], kept, scale, inverse, DROPS)
+        begin, left = start + more, Mq - start - more
+        words = _words(bits, line, begin, left, 0, first, True, BM, BP) if DROPS else inside
+        query, pull = _load(q + head * W, begin, left, q_row, BM, W, BW), _load(g + head * W, begin, left, H * W, BM, W, BW)
+        top, share, d = _sums_and_d(sums, delta, begin, left, Mq, H, BM, EXACT)
+        a, ds = _pull(key, query, value, pull, None, top[None, :], share[None, :], d[None, :], words, first, scale, inverse, True, DROPS, EXACT)
         sum_v = dot(a.to(key.dtype), pull, sum_v)
         sum_k = dot(ds.to(key.dtype), query, sum_k)
     partial += tl.program_id(1).to(tl.int64) * 2 * P * H * W + head * W
-    _store(partial, sum_k * W ** -0.5, place, place < P, H * W, W, BW)
-    _store(partial + P * H * W, sum_v * inverse, place, place < P, H * W, W, BW)
+    _store(partial, sum_k * (W ** -0.5 if EXACT else W ** -0.5 * inverse), first, there, H * W, W, BW)
+    _store(partial + P * H * W, sum_v * inverse, first, there, H * W, W, BW)
 
 
 # ---------------------------------------------------------------- sizes, specs
 
 CAPS = {  # (16-bit, BW <= 64) -> kernel -> most rows, most keys, warps, stages
-    (True, True): {"forward": (64, 32, 4, 3), "queries": (64, 32, 4, 3), "keys": (32, 64, 4, 2), "whole": (32, 64, 4, 3), "prefix": (64, 32, 4, 2)},
+    (True, True): {"forward": (64, 32, 4, 3), "queries": (64, 32, 4, 3), "keys": (32, 64, 4, 3), "whole": (32, 64, 4, 3), "prefix": (64, 32, 4, 2)},
     (True, False): {"forward": (64, 64, 8, 2), "queries": (64, 32, 8, 2), "keys": (16, 64, 8, 2), "prefix": (32, 32, 8, 2)},
     (False, True): {"forward": (32, 16, 8, 1), "queries": (16, 32, 8, 1), "keys": (16, 32, 4, 1), "prefix": (32, 32, 8, 1)},
     (False, False): {"forward": (16, 16, 4, 1), "queries": (16, 16, 8, 1), "keys": (16, 16, 8, 1), "prefix": (16, 16, 8, 1)},
 }
 """Measured on an H200, and without a spill on sm_80, sm_90 and sm_100 by triton 3.6 and 3.9 (bench/compile_report.py). Keys of "prefix" are the prefix's. float32 loads
 no tile ahead of its turn: it is the plain units that it waits for."""
+REGISTERS = {"queries": 128, "keys": 168}
+"""kernel -> registers of a thread at most, from sm_90 on and up to W 64: with a few more, which dropout takes, one program fewer fits on a multiprocessor."""
 
 
-def tiles_for(kernel: str, dtype: torch.dtype, width: int, queries: int, keys: int, shared: int) -> dict[str, int]:
+def tiles_for(kernel: str, dtype: torch.dtype, width: int, queries: int, keys: int, shared: int, arch: int = 90) -> dict[str, int]:
     """Sizes of a tile and launch options. queries, keys: of the longest sequence; shared: P. A tile is no larger than what there is for it."""
     caps = CAPS[dtype != torch.float32, power(width) <= 64]
     most_rows, most_keys, warps, stages = caps[kernel]
     sizes = {"W": width, "BW": power(width), "BM": min(most_rows, power(queries))} | ({} if kernel == "prefix" else {"BN": min(most_keys, power(keys))})
     if kernel not in ("keys", "whole"):
         sizes["BP"] = min(caps["prefix"][1], power(shared))
+    hopper = 90 <= arch < 100
     if kernel == "queries" and shared and dtype != torch.float32:
-        sizes["BP"], stages = 16, 1  # more would spill somewhere
+        sizes["BP"], stages = 16, stages if hopper and power(width) <= 64 else 1  # more would spill
+    if kernel in REGISTERS and power(width) <= 64 and arch >= 90 and (kernel == "keys" or dtype != torch.float32 and (hopper or not shared)):
+        sizes["maxnreg"] = REGISTERS[kernel]
+    elif kernel == "queries" and dtype != torch.float32 and arch >= 100:
+        sizes["maxnreg"] = 168  # without a bound the compilers take fewer there, and spill
     return sizes | {"num_warps": warps, "num_stages": stages}
+
+
+def exact(dtype: torch.dtype) -> bool:
+    """Whether the softmax is computed as the file's first lines say for float32, or by fewer operations."""
+    return dtype == torch.float32
 
 
 def in_one(dtype: torch.dtype, width: int, keys: int, shared: int) -> bool:
@@ -299,28 +414,29 @@ def specs(arch: int) -> list[Spec]:
             usual = (dtype, width) == (torch.bfloat16, 64)
             for drops, shared in each if usual else both[:1] if dtype == torch.float16 else both:
                 for queries, keys in ((512, 512), (19, 28)) if usual and (drops, shared) in both else ((512, 512),):
-                    found += _specs_of(dtype, DTYPES[dtype], width, drops, shared, queries, keys)
+                    found += _specs_of(arch, dtype, DTYPES[dtype], width, drops, shared, queries, keys)
                 if in_one(dtype, width, 64, 0) and not shared:
-                    found += _specs_of(dtype, DTYPES[dtype], width, drops, 0, 64, 64, ("whole",))
-    return found + [sum_spec()]
+                    found += _specs_of(arch, dtype, DTYPES[dtype], width, drops, 0, 64, 64, ("whole",))
+    mask = dict.fromkeys(("cu_queries", "cu_keys"), "*i32") | {"seed": "*i64", "bits": "*u8"} | dict.fromkeys(("Mq", "P", "H", "tiles", "line", "own", "site", "threshold"), "i32")
+    return found + [Spec("mask", mask_kernel, mask, MASK), sum_spec()]
 
 
-def _specs_of(dtype: torch.dtype, kind: str, width: int, drops: bool, shared: int, queries: int, keys: int, names: tuple[str, ...] = ("forward", "queries", "keys", "prefix")) -> list[Spec]:
-    pointers = {name: f"*{kind}" for name in ("q", "k", "v", "g", "y", "dq", "dk", "dv")} | {"prefix_k": "*fp32", "prefix_v": "*fp32", "sums": "*fp32", "delta": "*fp32",
+def _specs_of(arch: int, dtype: torch.dtype, kind: str, width: int, drops: bool, shared: int, queries: int, keys: int, names: tuple[str, ...] = ("forward", "queries", "keys", "prefix")) -> list[Spec]:
+    pointers = {name: f"*{kind}" for name in ("q", "k", "v", "g", "y", "dq", "dk", "dv")} | {"prefix_k": "*fp32", "prefix_v": "*fp32", "sums": "*fp32", "delta": "*fp32" if exact(dtype) else "*i64", "bits": "*i32",
                                                                                            "partial": "*fp32", "cu_queries": "*i32", "cu_keys": "*i32", "seed": "*i64"}
-    numbers = {name: "i32" for name in ("Mq", "P", "H", "q_row", "k_row", "v_row", "dq_row", "d_row", "stretch", "site", "threshold")} | {"scale": "fp32", "inverse": "fp32"}
+    numbers = {name: "i32" for name in ("Mq", "P", "H", "tiles", "q_row", "k_row", "v_row", "dq_row", "d_row", "stretch", "line", "own", "site", "threshold")} | {"scale": "fp32", "inverse": "fp32"}
     words = f"{kind}, W {width}{', dropout' if drops else ''}{', prefix' if shared else ''}, {queries} by {keys}"
-    kernels = {"forward": (forward_kernel, {}), "queries": (backward_queries_kernel, {"WANTED": True, "EXACT": dtype == torch.float32}),
+    kernels = {"forward": (forward_kernel, {}), "queries": (backward_queries_kernel, {"WANTED": True}),
                "keys": (backward_keys_kernel, {"WHOLE": False}), "whole": (backward_keys_kernel, {"WHOLE": True}), "prefix": (backward_prefix_kernel, {})}
     found = []
     for name in names:
         kernel, chosen = kernels[name]
         if name == "prefix" and not shared:
             continue
-        sizes = tiles_for(name, dtype, width, queries, keys, shared)
-        options = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}
-        absent = ([] if drops else ["seed"]) + ([] if shared else ["prefix_k", "prefix_v"])
-        constants = chosen | {"DROPS": drops} | sizes | {key: None for key in absent if key in kernel.arg_names}
+        sizes = tiles_for(name, dtype, width, queries, keys, shared, arch)
+        options = {key: sizes.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in sizes}
+        absent = ([] if drops else ["bits"]) + ([] if shared else ["prefix_k", "prefix_v"])
+        constants = chosen | {"EXACT": exact(dtype), "DROPS": drops} | sizes | {key: None for key in absent if key in kernel.arg_names}
         signature = {key: value for key, value in (pointers | numbers).items() if key in kernel.arg_names and key not in constants}
         title = f"{'' if name == 'forward' else 'backward, '}{name}{' and all else' if name == 'whole' else ''}, {words}"
         found.append(Spec(title, kernel, signature, constants, aligned=tuple(n for n in ("q_row", "k_row", "v_row", "dq_row", "d_row") if n in kernel.arg_names), **options))
@@ -335,61 +451,74 @@ def _rows_apart(tensor: Tensor) -> Tensor:
 
 
 def _numbers(width: int, rate: float) -> tuple[int, float, float]:
-    """threshold, scale, inverse."""
-    threshold = threshold_of(rate)
-    return threshold, 1 / (math.sqrt(width) * math.log(2)), 65536 / threshold
+    """scale, inverse."""
+    return 1 / (math.sqrt(width) * math.log(2)), 65536 / threshold_of(rate)
 
 
-@op("attention_forward", fake=lambda q, *others: _outputs(q))
+def _line(keys: int, shared: int) -> tuple[int, int]:
+    """Bytes of a line of the mask, and where in it a sequence's own keys begin: whole tiles of keys, on both sides."""
+    own = ceil_div(shared, TILED) * TILED // 8
+    return own + ceil_div(keys, TILED) * TILED // 8, own
+
+
+@op("attention_forward", fake=lambda q, k, v, prefix_k, prefix_v, cu_queries, cu_keys, queries, keys, rate, *drop: _outputs(q, prefix_k, keys, rate))
 def _attention_forward(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, cu_queries: Tensor, cu_keys: Tensor, queries: int, keys: int,
-                       rate: float, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:
-    """y [Mq, H, W] and sums fp32 [2, H, Mq]; see the head of this file. queries, keys: of the longest sequence."""
-    y, sums = _outputs(q)
+                       rate: float, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor, Tensor]:
+    """y [Mq, H, W], sums fp32 [1 or 2, H, Mq] and bits uint8 [H, Mq, line], empty without dropout; see the head of this file. queries, keys: of the longest sequence."""
+    y, sums, bits = _outputs(q, prefix_k, keys, rate)
     (rows, heads, width), shared = q.shape, 0 if prefix_k is None else prefix_k.shape[0]
+    line, pairs = _line(keys, shared), (cu_queries.shape[0] - 1) * heads
     if rows:
         q, k, v = _rows_apart(q), _rows_apart(k), _rows_apart(v)
-        sizes = tiles_for("forward", q.dtype, width, queries, keys, shared)
+        sizes = tiles_for("forward", q.dtype, width, queries, keys, shared, arch_of(q))
         with on(q):
-            forward_kernel[(cu_queries.shape[0] - 1) * heads, ceil_div(queries, sizes["BM"])](
-                q, k, v, prefix_k if shared else None, prefix_v if shared else None, cu_queries, cu_keys, seed, y, sums, rows, shared, heads, q.stride(0), k.stride(0),
-                v.stride(0), site, *_numbers(width, rate), DROPS=rate > 0, enable_fp_fusion=True, **sizes)
-    return y, sums
+            if rate:
+                tiles = ceil_div(queries, MASK["BM"])
+                mask_kernel[pairs * tiles,](cu_queries, cu_keys, seed, bits, rows, shared, heads, tiles, *line, site, threshold_of(rate), enable_fp_fusion=True, **MASK)
+            tiles = ceil_div(queries, sizes["BM"])
+            forward_kernel[pairs * tiles,](
+                q, k, v, prefix_k if shared else None, prefix_v if shared else None, cu_queries, cu_keys, bits.view(torch.int32) if rate else None, y, sums, rows, shared, heads,
+                tiles, q.stride(0), k.stride(0), v.stride(0), *(n // 4 for n in line), *_numbers(width, rate), EXACT=exact(q.dtype), DROPS=rate > 0, enable_fp_fusion=True, **sizes)
+    return y, sums, bits
 
 
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(2, q.shape[1], q.shape[0], dtype=torch.float32)
+def _outputs(q: Tensor, prefix_k: Tensor | None, keys: int, rate: float) -> tuple[Tensor, Tensor, Tensor]:
+    (rows, heads, _), line = q.shape, _line(keys, 0 if prefix_k is None else prefix_k.shape[0])[0]
+    return q.new_empty(q.shape), q.new_empty(1 + exact(q.dtype), heads, rows, dtype=torch.float32), q.new_empty((heads, rows, line) if rate else 0, dtype=torch.uint8)
 
 
 @op("attention_backward", fake=lambda g, q, k, v, prefix_k, *others: _room(q, k, prefix_k, *others[-3:]))
-def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, y: Tensor, sums: Tensor, cu_queries: Tensor,
-                        cu_keys: Tensor, queries: int, keys: int, rate: float, seed: Tensor | None, site: int, of_query: bool, of_keys: bool,
-                        of_prefix: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, y: Tensor, sums: Tensor, bits: Tensor,
+                        cu_queries: Tensor, cu_keys: Tensor, queries: int, keys: int, rate: float, of_query: bool, of_keys: bool, of_prefix: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What `gradients` takes apart: dq, dk and dv, and [2, P, H, W] of the prefix's dtype, its dk and dv; those that are not asked for are empty."""
     found = _room(q, k, prefix_k, of_query, of_keys, of_prefix)
-    (dq, dk, dv), total = gradients(*found[:2]), found[2]
+    (dq, dk, dv), total, bits = gradients(*found[:2]), found[2], bits.view(torch.int32) if rate else None
     (rows, heads, width), shared = q.shape, 0 if prefix_k is None else prefix_k.shape[0]
     if not rows:
         return found[0], found[1].zero_(), total.zero_()
     q, k, v, g = _rows_apart(q), _rows_apart(k), _rows_apart(v), g.contiguous()
-    delta, pairs = torch.empty_like(sums[0]), (cu_queries.shape[0] - 1) * heads
-    prefix, strides, more = (prefix_k, prefix_v) if shared else (None, None), (q.stride(0), k.stride(0), v.stride(0), dq.stride(0)), (site, *_numbers(width, rate))
-    options = {"DROPS": rate > 0, "enable_fp_fusion": True}
-    whole = of_query and of_keys and in_one(q.dtype, width, keys, shared)
+    delta, pairs = torch.empty_like(sums[0], dtype=torch.float32 if exact(q.dtype) else torch.int64), (cu_queries.shape[0] - 1) * heads
+    prefix, strides, more = (prefix_k, prefix_v) if shared else (None, None), (q.stride(0), k.stride(0), v.stride(0), dq.stride(0)), (*(n // 4 for n in _line(keys, shared)), *_numbers(width, rate))
+    line, _, *scales = more
+    options = {"EXACT": exact(q.dtype), "DROPS": rate > 0, "enable_fp_fusion": True}
+    whole, arch = of_query and of_keys and in_one(q.dtype, width, keys, shared), arch_of(q)
     with on(q):
         if not whole:
-            tile = tiles_for("queries", q.dtype, width, queries, keys, shared)
-            backward_queries_kernel[pairs, ceil_div(queries, tile["BM"])](q, k, v, *prefix, g, y, sums, cu_queries, cu_keys, seed, delta, dq, rows, shared, heads, *strides,
-                                                                          *more, WANTED=of_query, EXACT=q.dtype == torch.float32, **options, **tile)
+            tile = tiles_for("queries", q.dtype, width, queries, keys, shared, arch)
+            tiles = ceil_div(queries, tile["BM"])
+            backward_queries_kernel[pairs * tiles,](q, k, v, *prefix, g, y, sums, cu_queries, cu_keys, bits, delta, dq, rows, shared, heads, tiles, *strides, *more,
+                                                    WANTED=of_query, **options, **tile)
         if of_keys and k.shape[0] or whole:
-            tile = tiles_for("whole" if whole else "keys", q.dtype, width, queries, keys, shared)
-            backward_keys_kernel[pairs, ceil_div(max(keys, 1), tile["BN"])](q, k, v, g, y, sums, cu_queries, cu_keys, seed, delta, dq, dk, dv, rows, heads, *strides,
-                                                                           dk.stride(0), *more, WHOLE=whole, **options, **tile)
+            tile = tiles_for("whole" if whole else "keys", q.dtype, width, queries, keys, shared, arch)
+            tiles = ceil_div(max(keys, 1), tile["BN"])
+            backward_keys_kernel[pairs * tiles,](q, k, v, g, y, sums, cu_queries, cu_keys, bits, delta, dq, dk, dv, rows, heads, tiles, *strides, dk.stride(0), *more,
+                                                 WHOLE=whole, **options, **tile)
         if of_prefix and shared:
-            tile = tiles_for("prefix", q.dtype, width, rows, keys, shared)
+            tile = tiles_for("prefix", q.dtype, width, rows, keys, shared, arch)
             stretch = ceil_div(max(STRETCH, ceil_div(rows, MOST_STRETCHES)), tile["BM"]) * tile["BM"]
             stretches = ceil_div(rows, stretch)
             partial = q.new_empty(stretches, *total.shape, dtype=torch.float32)
-            backward_prefix_kernel[ceil_div(shared, tile["BP"]) * heads, stretches](q, *prefix, g, sums, delta, seed, partial, rows, shared, heads, strides[0], stretch, *more,
+            backward_prefix_kernel[ceil_div(shared, tile["BP"]) * heads, stretches](q, *prefix, g, sums, delta, bits, partial, rows, shared, heads, strides[0], stretch, line, *scales,
                                                                                    **options, **tile)
             sum_stretches(partial.view(stretches, -1), total.view(-1))
     return found
@@ -412,16 +541,16 @@ def gradients(dq: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.queries, ctx.keys, ctx.rate, seed, ctx.site = inputs
-    ctx.save_for_backward(*tensors, seed, *output)
-    ctx.mark_non_differentiable(output[1])
+    *tensors, ctx.queries, ctx.keys, ctx.rate, _, _ = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward_formula(ctx, g, _):
-    *tensors, cu_queries, cu_keys, seed, y, sums = ctx.saved_tensors
+def _backward_formula(ctx, g, *_):
+    *tensors, cu_queries, cu_keys, y, sums, bits = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     of_query, of_keys, of_prefix = wanted[0], wanted[1] or wanted[2], wanted[3] or wanted[4]
-    dq, own, total = _attention_backward(g, *tensors, y, sums, cu_queries, cu_keys, ctx.queries, ctx.keys, ctx.rate, seed, ctx.site, of_query, of_keys, of_prefix)
+    dq, own, total = _attention_backward(g, *tensors, y, sums, bits, cu_queries, cu_keys, ctx.queries, ctx.keys, ctx.rate, of_query, of_keys, of_prefix)
     found = (*gradients(dq, own), *(total if of_prefix else (None, None)))
     return *(x if want else None for x, want in zip(found, wanted)), *(None,) * 7
 

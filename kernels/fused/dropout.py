@@ -68,6 +68,21 @@ def keep_at(first, second, fourth, seed, site, threshold):
 
 
 @triton.jit
+def kept_bits(first, second, fourth, seed, site, threshold):
+    """uint32 of the counters' common shape: bit i is 1 where element i of the eight is kept. See keep_at; whoever needs another order of the elements, or more of them a
+    thread, spreads the bits out itself (attention.py)."""
+    w0, w1, w2, w3 = philox(first, second, (seed >> 32).to(tl.uint32), fourth, seed.to(tl.uint32), site.to(tl.uint32))
+    most = threshold.to(tl.uint32) << 16  # a half of a word is less than the threshold where the half before 16 zeros is less than this
+    low = _bit(w0 << 16, most, 1) | _bit(w1 << 16, most, 2) | _bit(w2 << 16, most, 4) | _bit(w3 << 16, most, 8)
+    return low | _bit(w0, most, 16) | _bit(w1, most, 32) | _bit(w2, most, 64) | _bit(w3, most, 128)
+
+
+@triton.jit
+def _bit(word, most, BIT: tl.constexpr):
+    return tl.where(word < most, BIT, 0)
+
+
+@triton.jit
 def _halves(word, threshold):
     """[..., 2]: whether the low and the high 16 bits of a word are below the threshold, as int8."""
     return tl.join(((word & 0xFFFF).to(tl.int32) < threshold).to(tl.int8), ((word >> 16).to(tl.int32) < threshold).to(tl.int8))

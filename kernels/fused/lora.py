@@ -174,7 +174,7 @@ def _backward(ctx, dy: Tensor):
     x, weight, a, b, seed = ctx.saved_tensors
     needs, how = ctx.needs_input_grad, (ctx.scale, ctx.rate, seed, ctx.site)
     dx = _dx(dy, weight, a, b, *how, ctx.form) if needs[0] else None
-    da, db = lora_grads_op(x, dy, a, b, *how) if needs[3] or needs[4] else (None, None)
+    da, db = lora_grads_op(x, dy, [a], [b], ctx.scale, 0, *how[1:]) if needs[3] or needs[4] else (None, None)
     return (dx, dy.t() @ x if needs[1] else None, dy.sum(0) if needs[2] else None, da if needs[3] else None, db if needs[4] else None, None, None, None, None, None)
 
 
@@ -197,9 +197,27 @@ def _save_written(ctx, inputs, output):
 def _backward_written(ctx, dy: Tensor):
     x, written, *thin = ctx.saved_tensors
     a, b = thin[:ctx.pieces], thin[ctx.pieces:]
-    found = [lora_grads_op(x, dy[:, first:first + up.shape[0]], low, up, scale, 0.0, None, 0) for low, up, scale, first in zip(a, b, ctx.scales, ctx.firsts)]
-    return (dy @ written if ctx.needs_input_grad[0] else None, None, dy.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None,
-            [da for da, _ in found], [db for _, db in found], None, None)
+    to_a, to_b = [], []
+    for i, n in _alike(a, b, ctx.scales, ctx.firsts):
+        apart = ctx.firsts[i + 1] - ctx.firsts[i] if n > 1 else 0
+        da, db = lora_grads_op(x, dy[:, ctx.firsts[i]:], a[i:i + n], b[i:i + n], ctx.scales[i], apart, 0.0, None, 0)
+        to_a += da.split(len(a[i]))
+        to_b += db.split(len(b[i]))
+    return dy @ written if ctx.needs_input_grad[0] else None, None, dy.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None, to_a, to_b, None, None
+
+
+def _alike(a: list[Tensor], b: list[Tensor], scales: list[float], firsts: list[int]) -> list[tuple[int, int]]:
+    """[(first piece, how many)]: neighbours of one shape and scale, equally far apart, that lora_grads_op takes together."""
+    runs = []
+    for i in range(len(a)):
+        start, n = runs[-1] if runs else (0, 0)
+        same = n and (a[i].shape, b[i].shape, a[i].dtype, scales[i]) == (a[start].shape, b[start].shape, a[start].dtype, scales[start])
+        even = n < 2 or n and firsts[i] - firsts[i - 1] == firsts[start + 1] - firsts[start]
+        if same and even and (n + 1) * len(a[i]) <= MAX_RANK and firsts[i] > firsts[i - 1]:
+            runs[-1] = start, n + 1
+        else:
+            runs.append((i, 1))
+    return runs
 
 
 _written.differentiate(_save_written, _backward_written)

@@ -99,7 +99,8 @@ class Spec:
     """What of a kernel file is compiled without a device (bench/compile_report.py): one kernel at its default tiles. `specs(arch)` of a file lists them.
 
     signature: name of every run-time argument -> Triton's type ("*bf16", "i32", "fp32"), in the kernel's order. constants: name -> value of every tl.constexpr
-    argument; an optional pointer that is None is one of them. aligned: whole-number arguments that are multiples of 16 where it matters; pointers always are.
+    argument; an optional pointer that is None is one of them. aligned: whole-number arguments that are multiples of 16 where it matters; pointers always are. maxnreg:
+    registers of a thread at most, None for the compiler's own limit.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Spec:
     num_warps: int = 4
     num_stages: int = 3
     aligned: tuple[str, ...] = ()
+    maxnreg: int | None = None
 
 
 SUMMED = {"CHUNKS": 64, "BN": 32}  # few columns have few programs, so a program takes many stretches at a time

@@ -301,7 +301,7 @@ def test_registration():
     flat = (1.5, 0.25, SEED, 2)
     torch.library.opcheck(torch.ops.peftdebias.lora_linear.default, (x, w, bias, a, b, *flat, ""))
     torch.library.opcheck(torch.ops.peftdebias.lora_dx.default, (torch.randn(13, 37, device=DEVICE), w, a.detach(), b.detach(), *flat, ""))
-    torch.library.opcheck(torch.ops.peftdebias.lora_grads.default, (x.detach(), torch.randn(13, 37, device=DEVICE), a.detach(), b.detach(), *flat))
+    torch.library.opcheck(torch.ops.peftdebias.lora_grads.default, (x.detach(), torch.randn(13, 37, device=DEVICE), [a.detach()], [b.detach()], flat[0], 0, *flat[1:]))
     torch.library.opcheck(torch.ops.peftdebias.lora_write.default, ([w], [a.detach()], [b.detach()], [1.5], [0, 0], torch.bfloat16))
     torch.library.opcheck(torch.ops.peftdebias.lora_written.default, (x, w, bias, [a], [b], [1.5], [0]))
 
