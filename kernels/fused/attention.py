@@ -389,7 +389,7 @@ def tiles_for(kernel: str, dtype: torch.dtype, width: int, queries: int, keys: i
         sizes["BP"], stages = 16, stages if hopper and power(width) <= 64 else 1  # more would spill
     if kernel in REGISTERS and power(width) <= 64 and arch >= 90 and (kernel == "keys" or dtype != torch.float32 and (hopper or not shared)):
         sizes["maxnreg"] = REGISTERS[kernel]
-    elif kernel == "queries" and dtype != torch.float32 and arch >= 100:
+    elif kernel in ("queries", "whole") and dtype != torch.float32 and arch >= 100:
         sizes["maxnreg"] = 168  # without a bound the compilers take fewer there, and spill
     return sizes | {"num_warps": warps, "num_stages": stages}
 
