@@ -178,8 +178,7 @@ def _backward_parameters(dy, x, z, dz, partial, tokens, width, inner, scale, str
         fallen = tl.load(dz + t[:, None] * inner + k[None, :], mask=inside_k, other=0.0)
         active = _activate(tl.load(z + t[:, None] * inner + k[None, :], mask=inside_k, other=0.0).to(tl.float32), NAME).to(PRODUCT)
         rows = tl.load(x + t[:, None] * width + d[None, :], mask=inside_d, other=0.0).to(PRODUCT)
-        pull = tl.load(dy + t[:, None] * width + d[None, :], mask=inside_d, other=0.0)
-        pull = pull.to(PRODUCT)
+        pull = tl.load(dy + t[:, None] * width + d[None, :], mask=inside_d, other=0.0).to(PRODUCT)
         ddown = dot(tl.trans(fallen), rows, ddown)
         dup = dot(tl.trans(pull), active, dup)
         if BY_PRODUCT:

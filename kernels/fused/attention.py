@@ -85,8 +85,8 @@ def _store(x, tile, begin, left, stride, W: tl.constexpr, BW: tl.constexpr):
 
 @triton.jit
 def _sums(sums, begin, left, Mq, H, N: tl.constexpr, EXACT: tl.constexpr):
-    """l of N rows as it is saved: the largest q . k and the inverse of the sum, or one number twice. Rows that are not there have the share 0: nothing comes of them.
-    sums points at the head."""
+    """l of N rows as it is saved: the largest q . k and the inverse of the sum, or one number twice. What is given for rows that are not
+    there matters to nobody: their q and g are 0. sums points at the head."""
     r = tl.arange(0, N)
     if EXACT:
         top = tl.load(sums + begin + r, mask=r < left, other=0.0)
@@ -153,7 +153,8 @@ def _fold(q, k, v, inside, words, first, top, total, y, scale, DROPS: tl.constex
 @triton.jit
 def _pull(left, right, pull_left, pull_right, inside, top, share, d, words, first, scale, inverse, BY_KEYS: tl.constexpr, DROPS: tl.constexpr, EXACT: tl.constexpr):
     """(m a, ds sqrt(W)) of one tile, [left, right]: with left = q, right = k, pull_left = g and pull_right = v rows by keys; with each pair swapped, BY_KEYS, keys by rows.
-    top, share: l, as it is saved; with inside and d they broadcast to that. Not EXACT: ds and d are c times themselves."""
+    top, share: l, as it is saved; with inside and d they broadcast to that. inside: None where the rows of keys that are not there are not used. Not EXACT: ds and d are c
+    times themselves."""
     nothing = tl.zeros([left.shape[0], right.shape[0]], tl.float32)
     s, da = dot(left, tl.trans(right), nothing), dot(pull_left, tl.trans(pull_right), nothing)
     if inside is not None:
@@ -421,10 +422,11 @@ def specs(arch: int) -> list[Spec]:
     return found + [Spec("mask", mask_kernel, mask, MASK), sum_spec()]
 
 
-def _specs_of(arch: int, dtype: torch.dtype, kind: str, width: int, drops: bool, shared: int, queries: int, keys: int, names: tuple[str, ...] = ("forward", "queries", "keys", "prefix")) -> list[Spec]:
-    pointers = {name: f"*{kind}" for name in ("q", "k", "v", "g", "y", "dq", "dk", "dv")} | {"prefix_k": "*fp32", "prefix_v": "*fp32", "sums": "*fp32", "delta": "*fp32" if exact(dtype) else "*i64", "bits": "*i32",
-                                                                                           "partial": "*fp32", "cu_queries": "*i32", "cu_keys": "*i32", "seed": "*i64"}
-    numbers = {name: "i32" for name in ("Mq", "P", "H", "tiles", "q_row", "k_row", "v_row", "dq_row", "d_row", "stretch", "line", "own", "site", "threshold")} | {"scale": "fp32", "inverse": "fp32"}
+def _specs_of(arch: int, dtype: torch.dtype, kind: str, width: int, drops: bool, shared: int, queries: int, keys: int,
+              names: tuple[str, ...] = ("forward", "queries", "keys", "prefix")) -> list[Spec]:
+    pointers = dict.fromkeys(("q", "k", "v", "g", "y", "dq", "dk", "dv"), f"*{kind}") | dict.fromkeys(("prefix_k", "prefix_v", "sums", "partial"), "*fp32")
+    pointers |= {"delta": "*fp32" if exact(dtype) else "*i64"} | dict.fromkeys(("bits", "cu_queries", "cu_keys"), "*i32")
+    numbers = dict.fromkeys(("Mq", "P", "H", "tiles", "q_row", "k_row", "v_row", "dq_row", "d_row", "stretch", "line", "own"), "i32") | {"scale": "fp32", "inverse": "fp32"}
     words = f"{kind}, W {width}{', dropout' if drops else ''}{', prefix' if shared else ''}, {queries} by {keys}"
     kernels = {"forward": (forward_kernel, {}), "queries": (backward_queries_kernel, {"WANTED": True}),
                "keys": (backward_keys_kernel, {"WHOLE": False}), "whole": (backward_keys_kernel, {"WHOLE": True}), "prefix": (backward_prefix_kernel, {})}
@@ -478,7 +480,8 @@ def _attention_forward(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None,
             tiles = ceil_div(queries, sizes["BM"])
             forward_kernel[pairs * tiles,](
                 q, k, v, prefix_k if shared else None, prefix_v if shared else None, cu_queries, cu_keys, bits.view(torch.int32) if rate else None, y, sums, rows, shared, heads,
-                tiles, q.stride(0), k.stride(0), v.stride(0), *(n // 4 for n in line), *_numbers(width, rate), EXACT=exact(q.dtype), DROPS=rate > 0, enable_fp_fusion=True, **sizes)
+                tiles, q.stride(0), k.stride(0), v.stride(0), *(n // 4 for n in line), *_numbers(width, rate), EXACT=exact(q.dtype), DROPS=rate > 0,
+                enable_fp_fusion=True, **sizes)
     return y, sums, bits
 
 
@@ -498,28 +501,28 @@ def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Te
         return found[0], found[1].zero_(), total.zero_()
     q, k, v, g = _rows_apart(q), _rows_apart(k), _rows_apart(v), g.contiguous()
     delta, pairs = torch.empty_like(sums[0], dtype=torch.float32 if exact(q.dtype) else torch.int64), (cu_queries.shape[0] - 1) * heads
-    prefix, strides, more = (prefix_k, prefix_v) if shared else (None, None), (q.stride(0), k.stride(0), v.stride(0), dq.stride(0)), (*(n // 4 for n in _line(keys, shared)), *_numbers(width, rate))
-    line, _, *scales = more
+    prefix, strides = (prefix_k, prefix_v) if shared else (None, None), (q.stride(0), k.stride(0), v.stride(0), dq.stride(0))
+    (line, own), scales = (n // 4 for n in _line(keys, shared)), _numbers(width, rate)  # in words
     options = {"EXACT": exact(q.dtype), "DROPS": rate > 0, "enable_fp_fusion": True}
     whole, arch = of_query and of_keys and in_one(q.dtype, width, keys, shared), arch_of(q)
     with on(q):
         if not whole:
             tile = tiles_for("queries", q.dtype, width, queries, keys, shared, arch)
             tiles = ceil_div(queries, tile["BM"])
-            backward_queries_kernel[pairs * tiles,](q, k, v, *prefix, g, y, sums, cu_queries, cu_keys, bits, delta, dq, rows, shared, heads, tiles, *strides, *more,
-                                                    WANTED=of_query, **options, **tile)
+            backward_queries_kernel[pairs * tiles,](q, k, v, *prefix, g, y, sums, cu_queries, cu_keys, bits, delta, dq, rows, shared, heads, tiles, *strides, line, own,
+                                                    *scales, WANTED=of_query, **options, **tile)
         if of_keys and k.shape[0] or whole:
             tile = tiles_for("whole" if whole else "keys", q.dtype, width, queries, keys, shared, arch)
             tiles = ceil_div(max(keys, 1), tile["BN"])
-            backward_keys_kernel[pairs * tiles,](q, k, v, g, y, sums, cu_queries, cu_keys, bits, delta, dq, dk, dv, rows, heads, tiles, *strides, dk.stride(0), *more,
-                                                 WHOLE=whole, **options, **tile)
+            backward_keys_kernel[pairs * tiles,](q, k, v, g, y, sums, cu_queries, cu_keys, bits, delta, dq, dk, dv, rows, heads, tiles, *strides, dk.stride(0), line, own,
+                                                 *scales, WHOLE=whole, **options, **tile)
         if of_prefix and shared:
             tile = tiles_for("prefix", q.dtype, width, rows, keys, shared, arch)
             stretch = ceil_div(max(STRETCH, ceil_div(rows, MOST_STRETCHES)), tile["BM"]) * tile["BM"]
             stretches = ceil_div(rows, stretch)
             partial = q.new_empty(stretches, *total.shape, dtype=torch.float32)
-            backward_prefix_kernel[ceil_div(shared, tile["BP"]) * heads, stretches](q, *prefix, g, sums, delta, bits, partial, rows, shared, heads, strides[0], stretch, line, *scales,
-                                                                                   **options, **tile)
+            backward_prefix_kernel[ceil_div(shared, tile["BP"]) * heads, stretches](q, *prefix, g, sums, delta, bits, partial, rows, shared, heads, strides[0], stretch, line,
+                                                                                   *scales, **options, **tile)
             sum_stretches(partial.view(stretches, -1), total.view(-1))
     return found
 

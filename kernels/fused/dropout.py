@@ -50,18 +50,10 @@ def keep(rows, first_block, blocks, seed, site, threshold, BLOCKS: tl.constexpr)
     """bool [rows, 8 * BLOCKS]: keep_mask of these rows and of the columns from 8 * first_block on.
 
     rows int64 [BT]; blocks: ceil(D / 8) of the whole tensor; seed int64 and site int32 scalars (kernels take site unspecialised); threshold a whole number.
-    """
-    n = rows[:, None] * blocks + (first_block + tl.arange(0, BLOCKS))[None, :]  # [BT, BLOCKS]
-    return keep_at(n.to(tl.uint32), (n >> 32).to(tl.uint32), n.to(tl.uint32) * 0, seed, site, threshold)
-
-
-@triton.jit
-def keep_at(first, second, fourth, seed, site, threshold):
-    """bool [BT, 8 * BLOCKS]: what is kept of the counters (first, second, the seed's high half, fourth), uint32 that broadcast to [BT, BLOCKS].
-
     The lanes come in the order (half, word // 2, word % 2), each `join` a new fastest axis.
     """
-    w0, w1, w2, w3 = philox(first, second, (seed >> 32).to(tl.uint32), fourth, seed.to(tl.uint32), site.to(tl.uint32))
+    n = rows[:, None] * blocks + (first_block + tl.arange(0, BLOCKS))[None, :]  # [BT, BLOCKS]
+    w0, w1, w2, w3 = philox(n.to(tl.uint32), (n >> 32).to(tl.uint32), (seed >> 32).to(tl.uint32), n.to(tl.uint32) * 0, seed.to(tl.uint32), site.to(tl.uint32))
     even = tl.join(_halves(w0, threshold), _halves(w2, threshold))  # [BT, BLOCKS, 2, 2]
     odd = tl.join(_halves(w1, threshold), _halves(w3, threshold))
     return tl.reshape(tl.join(even, odd), (w0.shape[0], w0.shape[1] * 8)) != 0
@@ -69,8 +61,7 @@ def keep_at(first, second, fourth, seed, site, threshold):
 
 @triton.jit
 def kept_bits(first, second, fourth, seed, site, threshold):
-    """uint32 of the counters' common shape: bit i is 1 where element i of the eight is kept. See keep_at; whoever needs another order of the elements, or more of them a
-    thread, spreads the bits out itself (attention.py)."""
+    """int32 of the shape that the counters (first, second, the seed's high half, fourth), uint32, broadcast to: bit i is 1 where element i of their eight is kept."""
     w0, w1, w2, w3 = philox(first, second, (seed >> 32).to(tl.uint32), fourth, seed.to(tl.uint32), site.to(tl.uint32))
     most = threshold.to(tl.uint32) << 16  # a half of a word is less than the threshold where the half before 16 zeros is less than this
     low = _bit(w0 << 16, most, 1) | _bit(w1 << 16, most, 2) | _bit(w2 << 16, most, 4) | _bit(w3 << 16, most, 8)

@@ -212,7 +212,7 @@ def _alike(a: list[Tensor], b: list[Tensor], scales: list[float], firsts: list[i
     for i in range(len(a)):
         start, n = runs[-1] if runs else (0, 0)
         same = n and (a[i].shape, b[i].shape, a[i].dtype, scales[i]) == (a[start].shape, b[start].shape, a[start].dtype, scales[start])
-        even = n < 2 or n and firsts[i] - firsts[i - 1] == firsts[start + 1] - firsts[start]
+        even = n < 2 or firsts[i] - firsts[i - 1] == firsts[start + 1] - firsts[start]
         if same and even and (n + 1) * len(a[i]) <= MAX_RANK and firsts[i] > firsts[i - 1]:
             runs[-1] = start, n + 1
         else:

@@ -151,18 +151,15 @@ def specs(arch: int) -> list[Spec]:
 
 # ---------------------------------------------------------------- launcher
 
-@op("lora_grads", fake=lambda x, dy, a, b, *others: (x.new_empty((len(a) * a[0].shape[0], x.shape[1]), dtype=a[0].dtype), x.new_empty((len(b) * b[0].shape[0], b[0].shape[1]), dtype=b[0].dtype)))
+@op("lora_grads", fake=lambda x, dy, a, b, *others: tuple(x.new_empty((len(t) * t[0].shape[0], t[0].shape[1]), dtype=t[0].dtype) for t in (a, b)))
 def lora_grads_op(x: Tensor, dy: Tensor, a: list[Tensor], b: list[Tensor], scale: float, apart: int, rate: float, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:
-    """dA [G r, in] and dB [G out, r] of G pieces, one below the other. dy [T, ..]: the first piece's columns come first, the next one's `apart` further on."""
+    """dA [G r, in] and dB [G out, r] of G pieces, one below the other; G r at most MAX_RANK, or G is 1. dy [T, ..]: the first piece's columns come first, the next one's
+    `apart` further on."""
     pieces, (rank, width), out = len(a), a[0].shape, b[0].shape[0]
     a, b = (t[0].contiguous() if pieces == 1 else torch.cat(t) for t in (a, b))
-    if rank * pieces > MAX_RANK:
-        z, found = dropout(x, rate, seed, site) if rate else x, ([], [])
-        for i, (low, up) in enumerate(zip(a.split(rank), b.split(out))):
-            mine = dy[:, i * apart:i * apart + out]
-            found[0].append((((mine @ up.to(dy.dtype)).t() @ z) * scale).to(a.dtype))
-            found[1].append((mine.t() @ F.linear(z, low.to(z.dtype)) * scale).to(b.dtype))
-        return torch.cat(found[0]), torch.cat(found[1])
+    if rank > MAX_RANK:
+        z, v = dropout(x, rate, seed, site) if rate else x, dy[:, :out] @ b.to(dy.dtype)
+        return (v.t() @ z * scale).to(a.dtype), (dy[:, :out].t() @ F.linear(z, a.to(z.dtype)) * scale).to(b.dtype)
     x, dy = rows_together(x), rows_together(dy)
     rows, ranks = x.shape[0], pieces * rank
     da, db = torch.empty_like(a), torch.empty_like(b)

@@ -266,6 +266,23 @@ def test_the_product_with_written_weights(dtype):
             gradients=("x", "bias", "qa", "qb", "va", "vb"))
 
 
+def test_pieces_of_one_product_go_together_where_they_are_alike():
+    """Each piece's gradients are those it has alone; what differs in shape, scale or distance, or has too many ranks together, goes by itself."""
+    x, dy = drawn(37, 13, seed=1).float(), drawn(37, 29, seed=2).float()
+    a, b = ([drawn(*shape, seed=3 + i).float() for i in range(3)] for shape in ((5, 13), (7, 5)))
+    together = lora_grads.lora_grads_op(x, dy[:, 1:], a, b, SCALE, 9, 0.0, None, 0)
+    alone = [lora_grads.lora_grads(x, dy[:, 1 + 9 * i:8 + 9 * i], a[i], b[i], SCALE) for i in range(3)]
+    for have, want in zip(together, (torch.cat(parts) for parts in zip(*alone))):
+        torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-5)
+
+    def runs(firsts, ranks=(5, 5, 5), scales=(1.0, 1.0, 1.0)):
+        return lora._alike([torch.zeros(r, 13) for r in ranks], [torch.zeros(7, r) for r in ranks], list(scales), firsts)
+
+    assert runs([0, 7, 14]) == [(0, 3)] and runs([0, 7, 20]) == [(0, 2), (2, 1)] and runs([14, 0, 7]) == [(0, 1), (1, 2)]
+    assert runs([0, 7, 14], ranks=(5, 4, 4)) == [(0, 1), (1, 2)] and runs([0, 7, 14], scales=(1.0, 2.0, 2.0)) == [(0, 1), (1, 2)]
+    assert runs([0, 7, 14], ranks=(30, 30, 30)) == [(0, 2), (2, 1)]
+
+
 # ---------------------------------------------------------------- dispatch
 
 def test_forms_are_picked_by_what_was_measured_nearest(monkeypatch):
