@@ -88,8 +88,8 @@ def _sum_rows(w, right, right_stride, N, first, partial, partial_stride, T, lowe
 
 
 @triton.jit(do_not_specialize=["site"])
-def partial_kernel(x, dy, u, v, seed, partial_a, partial_b, T, I, O, x_stride, dy_stride, apart, pieces, rank, groups_a, groups_b, tiles, site, threshold, DROPS: tl.constexpr, BT: tl.constexpr,
-                   BK: tl.constexpr, R: tl.constexpr):
+def partial_kernel(x, dy, u, v, seed, partial_a, partial_b, T, I, O, x_stride, dy_stride, apart, pieces, rank, groups_a, groups_b, tiles, site, threshold,
+                   DROPS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr):
     """partial_a fp32 [chunks, G rank, I], partial_b fp32 [chunks, rank, G O], not scaled. u, v [T, R]; the others as in thin_kernel.
 
     Programs (group, chunk): the first groups_a groups own BK columns of dA each, groups_b each those of a piece's dB; a chunk is `tiles` tiles of BT rows.
