@@ -14,7 +14,7 @@ the sum is divided by. With g the gradient of the loss:
 
 The backward writes dl over l: no second [M, V] is ever made. This is the one saved tensor that a kernel here overwrites, and autograd is told so: whoever else
 holds on to the logits for a backward of their own, or runs this backward twice, gets torch's error ("modified by an inplace operation"), not a wrong gradient.
-The loss is a sum over M in float64, in one order: it repeats bit for bit.
+The sums over M are taken in float64, in one order: the loss repeats bit for bit.
 """
 
 import torch
@@ -112,7 +112,7 @@ def _loss_forward(logits: Tensor, targets: Tensor, weights: Tensor | None) -> tu
     if weights is None:
         share = counted.sum().clamp(min=1).float()
     else:
-        share = (weights.gather(0, targets.clamp(0, vocabulary - 1)) * counted).sum()
+        share = (weights.gather(0, targets.clamp(0, vocabulary - 1)) * counted).sum(dtype=torch.float64).float()
     return (losses.sum(dtype=torch.float64) / share).float(), tops, sums, share
 
 

@@ -57,6 +57,6 @@ def test_an_upstream_step(options, monkeypatch):
     plain, truth = (lambda draw, dtype=dtype: step(options, "torch", dtype, draw, monkeypatch)[0] for dtype in (torch.float32, torch.float64))
     steps = 8 if "dropout" in options else STEPS  # slow in the interpreter, and without query and key, whose ratios are spread the most
     compare_steps(fused, plain, truth, steps=steps)
-    assert len(found) == steps
+    assert len(found) >= steps
     for called in found:
         assert set(called) == ({"lora_write", "lora_linear"} if "dropout" in options else {"lora_write", "lora_written"}) and called.count("lora_write") == 1
