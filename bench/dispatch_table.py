@@ -2,7 +2,7 @@
 (kernels/fused/dispatch.json).
 
 A line of the table is one device, dtype, size and dropout or none, with the median milliseconds of forward and backward, the device's own, by every form that was timed
-there. Lines of a device that is in the given files are replaced, those of others stay; rows of a dry run, of a CPU, and providers that are no form of ours are passed over.
+there; of one that is in several of the files the last one's. Lines of a device that is in the given files are replaced, those of others stay; rows of a dry run, of a CPU, and providers that are no form of ours are passed over.
 Exit code 0; 2 where a file cannot be read or holds nothing of the kind, and then nothing is written.
 """
 
@@ -26,8 +26,8 @@ PREFIX = "peftdebias, "
 DTYPES = {"bf16": "bfloat16", "float32": "float32"}
 
 
-def lines(found: list[rows.Row]) -> dict[str, list[dict]]:
-    """op -> the lines of the table that these rows give, in the order of first appearance."""
+def lines(found: list[rows.Row]) -> dict[str, dict[tuple, dict]]:
+    """op -> {what a line is about: the line of the table that these rows give}, in the order of first appearance."""
     made: dict[str, dict[tuple, dict]] = {}
     for row in found:
         op, form, sizes = _measured(row)
@@ -36,7 +36,7 @@ def lines(found: list[rows.Row]) -> dict[str, list[dict]]:
         dropout = CASES[row.kernel_name][1] if op == "lora_linear" else row.extra_config["dropout"] > 0
         line = {"device": row.device_name, "dtype": DTYPES[row.extra_config["precision"]], "dropout": dropout} | sizes
         made.setdefault(op, {}).setdefault(tuple(line.values()), line | {"ms": {}})["ms"][form] = round(row.y_50, 5)
-    return {op: list(of.values()) for op, of in made.items()}
+    return made
 
 
 def _measured(row: rows.Row) -> tuple[str, str, dict[str, int]]:
@@ -54,13 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     top.add_argument("files", nargs="+", type=Path, metavar="FILE.json", help="rows that bench/gpu.py wrote")
     top.add_argument("--out", type=Path, default=dispatch.TABLE, metavar="FILE.json", help="the table (default: the one that peftdebias reads)")
     arguments = top.parse_args(argv)
-    found: dict[str, list[dict]] = {}
+    made: dict[str, dict[tuple, dict]] = {}
     for path in arguments.files:
         try:
             for op, new in lines(rows.read(path)).items():
-                found[op] = found.get(op, []) + new
+                made.setdefault(op, {}).update(new)
         except (OSError, ValueError, TypeError, KeyError) as error:
             return complain(f"{path}: expected rows of bench/gpu.py, got {type(error).__name__}: {error}")
+    found = {op: list(of.values()) for op, of in made.items()}
     if not found:
         return complain(f"{', '.join(map(str, arguments.files))}: expected measured times of {', '.join([*CASES, *ATTENTION_CASES])} on a GPU, found none")
     try:

@@ -83,6 +83,14 @@ def test_the_forms_of_attention_are_measured_by_rows_sequences_and_lengths(tmp_p
     assert picked(16000)[0] == "varlen" and picked(16000, ("fused", "padded"))[0] == "padded" and picked(16000, dropout=True)[0] == "fused"
 
 
+def test_of_two_files_the_later_measurement_counts(tmp_path):
+    for name, ms in (("old", 3.0), ("new", 1.0)):
+        rows.write(tmp_path / f"{name}.json", [row("lora_linear", "written", 4096, ms), row("lora_linear", "written", {"old": 1, "new": 65536}[name], 2.0)], "x")
+    out = tmp_path / "dispatch.json"
+    assert dispatch_table.main([str(tmp_path / "old.json"), str(tmp_path / "new.json"), "--out", str(out)]) == 0
+    assert {line["rows"]: line["ms"]["written"] for line in json.loads(out.read_text())["lora_linear"]} == {4096: 1.0, 1: 2.0, 65536: 2.0}
+
+
 def test_the_committed_table_can_be_read(fresh):
     sizes = {"lora_linear": {"rows", "inside", "outside", "rank"}, "attention": {"rows", "sequences", "longest", "prefix", "width"}}
     for op, lines in dispatch.table().items():
