@@ -14,6 +14,7 @@ Papers: Devlin et al. 2019 (BERT), Liu et al. 2019 (RoBERTa).
 """
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Iterator
 
 import torch
@@ -21,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import kernels
 from .batches import Batch, Spans
 from .errors import AdapterError, ModelError
 from .ops import Drop, attention, dropout, gelu, heads_of, linear, norm, scores
@@ -150,13 +150,12 @@ class Encoder(nn.Module):
             for name in ("query_places", "key_places", "key_mask"):  # made here: what it recomputes may leave nothing behind
                 getattr(spans, name)
             return checkpoint(self._layer, i, hidden, prefix, spans, rows, use_reentrant=False)
-        kept, kind = (self.seed, self.written), kernels.setting()  # a GPU's backward has a thread of its own, which knows of no `kernels.use`
+        kept, asked = (self.seed, self.written), contextvars.copy_context()  # a GPU's backward has a thread of its own, which knows of no `kernels.use` or `dispatch.use`
 
         def layer(*inputs) -> Tensor:
             before, (self.seed, self.written) = (self.seed, self.written), kept
             try:
-                with kernels.use(kind):
-                    return self._layer(i, *inputs)
+                return asked.run(self._layer, i, *inputs)
             finally:
                 self.seed, self.written = before
 

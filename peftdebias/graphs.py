@@ -36,10 +36,12 @@ class Graphed(Step):
         super().__init__(*arguments, **settings)
         self.seen: set[Shape] = set()
         self.captured: dict[Shape, Captured] = {}
-        self.pool = None
+        self.pool, self.stream = None, None
         self.off: str | None = None
         if self.model.device.type != "cuda":
             self._fall_back(f"expected a CUDA device, the model is on {self.model.device}")
+        else:
+            self.stream = torch.cuda.Stream(self.model.device)  # of the model's device, which need not be the current one
 
     def __call__(self, batch: Batch, rate: float) -> Tensor:
         if self.off is not None:
@@ -62,12 +64,12 @@ class Graphed(Step):
         return known.loss.clone()  # the next replay writes over it
 
     def _eagerly(self, batch: Batch, rate: float) -> Tensor:
-        """In the fixed shape, on a side stream, as a capture needs its kernels warmed up."""
-        side = torch.cuda.Stream(self.model.device)
-        side.wait_stream(torch.cuda.current_stream(self.model.device))
-        with torch.cuda.stream(side):
+        """In the fixed shape, on the stream that captures, as a capture needs its kernels warmed up."""
+        main = torch.cuda.current_stream(self.model.device)
+        self.stream.wait_stream(main)
+        with torch.cuda.stream(self.stream):
             loss = super().__call__(self.shaped(batch), rate)
-        torch.cuda.current_stream(self.model.device).wait_stream(side)
+        main.wait_stream(self.stream)
         return loss
 
     def _capture(self, host) -> Captured | None:
@@ -78,7 +80,7 @@ class Graphed(Step):
         batch, graph = host.on(inputs), torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.model.device)
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            with torch.cuda.device(self.model.device), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 loss = self.gradients(batch)
                 self.optimizer.apply()
         except RuntimeError as error:

@@ -27,9 +27,14 @@ def may_be_lowered(model: Model) -> list[Parameter]:
     return [p for p in dict.fromkeys(found) if not p.requires_grad and p.dtype == torch.float32 and id(p) not in taken]
 
 
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """The context of a pass in "bf16" (torch's autocast, without which bf16 matrices and float32 biases do not go together) or in "float32" (none)."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def lowered(model: Model) -> Iterator[None]:
-    """Inside the `with` block those parameters hold bf16; behind it the very tensors that they held, kept on the host meanwhile where the model is on a GPU."""
+    """Inside the `with` block those parameters hold bf16, for passes under `autocast`; behind it the very tensors that they held, kept on the host meanwhile where the model is on a GPU."""
     kept = [(p, p.data.cpu()) for p in may_be_lowered(model)]
     for p, _ in kept:
         p.data = p.data.to(torch.bfloat16)

@@ -88,6 +88,7 @@ class FlatAdamW(torch.optim.Optimizer):
         for group, (values, first, second, gradient), rates in zip(self.param_groups, self.flat, self.rates):
             torch.cat([p.grad.reshape(-1) for p in group["params"]], out=gradient)
             self.update(values, gradient, first, second, rates, betas=group["betas"], epsilon=group["eps"])
+            torch.autograd.graph.increment_version(group["params"])  # views by `data`: who saved one for a backward hears of it, as with torch's own
 
     @torch.no_grad()
     def step(self) -> None:
@@ -103,6 +104,7 @@ class FlatAdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 self.update(p.data.view(-1), p.grad.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), self._rates(group, state["step"], like),
                             betas=group["betas"], epsilon=group["eps"])
+                torch.autograd.graph.increment_version(p)
 
     @staticmethod
     def _rates(group: dict, step: int, like: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ What it adds over training.py, which decides how many steps there are and at whi
 its backward to torch.compile, each as one graph; graphs.Graphed replays the whole step as a CUDA graph. The last two bring batches to a few shapes first (shapes.py).
 """
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn import Parameter
 
 from .batches import Batch
 from .encoder import Model
+from .lowered import autocast
 from .optimizer import FlatAdamW, LargeAdamW
 from .shapes import fill, shape_of
 
@@ -38,7 +38,7 @@ class Step:
 
     def gradients(self, batch: Batch) -> Tensor:
         """Leaves clipped gradients in the parameters; batch on the device."""
-        with torch.autocast(self.model.device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext():
+        with autocast(self.model.device, self.precision):
             loss = self.loss(self.model, batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

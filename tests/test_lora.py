@@ -147,6 +147,8 @@ def test_state_survives_save_and_load_bit_for_bit():
         p.data = p.data.double()
     other.load(copy.deepcopy(state))
     assert all(torch.equal(state[name], tensor) for name, tensor in other.state().items())
+    other.load({name: tensor.t().contiguous().t() for name, tensor in state.items()})  # of whatever strides they come
+    assert all(torch.equal(state[name], tensor) and tensor.is_contiguous() for name, tensor in other.state().items())
 
 
 def test_same_seed_same_module():

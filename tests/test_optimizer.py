@@ -96,3 +96,15 @@ def test_the_reference_is_one_step_written_out():
     wanted = w * (1 - 0.5 * 0.1) - 0.5 / (1 - 0.9 ** 3) * m1 / ((q1 / (1 - 0.99 ** 3)).sqrt() + 1e-3)
     adamw_ref(w, g, m, q, torch.tensor(rates_at(3, 0.5, (0.9, 0.99), 0.1), dtype=w.dtype), betas=(0.9, 0.99), epsilon=1e-3)
     torch.testing.assert_close((w, m, q), (wanted, m1, q1), rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_who_saved_a_parameter_for_a_backward_hears_of_the_update(together):
+    """As with torch's own: a gradient from values before and after an update would be wrong and say nothing."""
+    for ps, optimizer in (both()[:2], both()[2:]):
+        loss = (ps[0] * ps[0]).sum()
+        for p in ps[:None if together else 2]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()

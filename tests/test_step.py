@@ -9,11 +9,12 @@ from peftdebias import kernels, methods, patch
 from peftdebias.batches import IGNORED
 from peftdebias.encoder import Encoder, Model
 from peftdebias.graphs import Graphed
+from peftdebias.kernels import dispatch
 from peftdebias.lowered import lowered, may_be_lowered
 from peftdebias.shapes import FINE, fill, rounded, shape_of
 from peftdebias.step import Compiled, Step
 from peftdebias.tasks import mlm_loss
-from peftdebias.training import Schedule, make_optimizer, pick_step
+from peftdebias.training import Schedule, make_optimizer, pick_step, train
 
 from .outside import FEED_FORWARD, HIDDEN, LAYERS, assert_close, one_thread, ragged  # noqa: F401
 from .plain import model_of
@@ -180,6 +181,16 @@ def test_saving_memory_remembers_each_pass():
     assert all(torch.equal(a, b) for a, b in zip(*found)) and not step.model.encoder.recompute
 
 
+def test_saving_memory_computes_again_as_was_asked_for_whoever_runs_the_backward(monkeypatch):
+    """A GPU's backward runs in a thread of its own, which has entered none of the `with` blocks around the forward pass."""
+    step, found, original = made("lora"), [], Encoder._layer
+    monkeypatch.setattr(Encoder, "_layer", lambda self, i, *inputs: (found.append((kernels.setting(), dispatch.asked("attention"), dispatch.asked("linear"))), original(self, i, *inputs))[1])
+    with kernels.use("torch"), dispatch.use("attention", "padded"), step.model.recomputing(True):
+        loss = step.loss(step.model, batch_for("lora"))
+    loss.backward()
+    assert found == 2 * LAYERS * [("torch", "padded", None)]
+
+
 # ---------------------------------------------------------------- torch.compile
 
 @pytest.mark.parametrize("name,save", [pytest.param(name, save, marks=() if name == "lora" and not save else pytest.mark.slow)
@@ -307,6 +318,35 @@ def test_a_bf16_step_is_the_float32_step_rounded(name):
         assert found[-1][1].dtype == torch.float32
     assert found[1][0] == pytest.approx(found[0][0], rel=2e-2) and found[1][0] != found[0][0]
     assert torch.nn.functional.cosine_similarity(found[0][1], found[1][1], 0) > 0.98
+
+
+class Scored(Masked):
+    """Batches and a validation beside the loss, as train takes them."""
+
+    metric, higher_is_better = "loss", False
+
+    def __init__(self, name: str):
+        self.batch = batch_for(name)
+
+    def epoch(self, number):
+        return [self.batch] * 2
+
+    def validate(self, model):
+        before = model.training
+        with torch.no_grad():
+            loss = self.loss(model.eval(), self.batch)
+        model.train(before)
+        return {"loss": float(loss)}
+
+
+@pytest.mark.parametrize("name", [*MODULES, "sparse"])
+def test_a_bf16_training_validates(name):
+    """Frozen matrices are bf16 and other parameters float32 while it lasts; a validation has to go through with that, before the first step too."""
+    step = made(name, options={"k": 40} if name == "sparse" else None)
+    parameters = step.model.methods["gender"].parameters()
+    losses = [train(step.model, Scored(name), parameters, Schedule(steps=3, lr=lr, validate_every=2, precision=precision)).before["loss"]
+              for lr, precision in ((0.0, "float32"), (1e-2, "bf16"))]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2) and losses[1] != losses[0]
 
 
 def test_base_parameters_that_are_trained_stay_float32():

@@ -181,7 +181,7 @@ def _draw(bits, rows, inside, line, first, keys, fourth, seed, site, threshold, 
         tl.store(bits + rows.to(tl.int64)[:, None] * line + (first + place)[None, :], eight.to(tl.uint8), mask=inside[:, None] & (place * 8 < keys)[None, :])
 
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=["site", "threshold"])  # a 1 would arrive as a Python number, which has no type to change
 def mask_kernel(cu_queries, cu_keys, seed, bits, Mq, P, H, tiles, line, own, site, threshold, BM: tl.constexpr, BLOCKS: tl.constexpr):
     """bits uint8 [H, Mq, line]: bit j of byte n is set where the probability of key 8 n + j is kept, so bit j of word n where key 32 n + j is; the prefix's bytes come first,
     a sequence's own from byte `own` on. Bytes without a key stay as they are. Programs (sequence, head, tile of its queries)."""
@@ -584,9 +584,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, spans, prefix: tuple[Te
         expect("attention", "prefix key", prefix[0], (-1, heads, width), device=query.device)
         expect("attention", "prefix value", prefix[1], tuple(prefix[0].shape), (prefix[0].dtype,), query.device)
         prefix = tuple(x.contiguous() for x in prefix)
-    drop = drop if drop is not None and drop.rate else None
+    drop = drop if drop is not None and threshold_of(drop.rate) < 65536 else None  # a rate that 16 bits cannot tell from 0 drops nothing
     if drop is not None:
-        threshold_of(drop.rate)
         expect("attention", "seed", drop.seed, (1,), (torch.int64,), query.device)
     return _attention_forward(query, key, value, *(prefix or (None, None)), spans.cu_queries, spans.cu_keys, spans.most_queries, spans.most_keys,
                               drop.rate if drop else 0.0, drop.seed if drop else None, drop.site if drop else 0)[0]

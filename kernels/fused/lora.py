@@ -151,7 +151,7 @@ def form_for(first: Tensor, weight: Tensor, rank: int, rate: float, asked: str) 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, rate: float, seed: Tensor | None, site: int,
              form: str) -> Tensor:
     if form_for(x, weight, a.shape[0], rate, form) == "epilogue":
-        return _launch(forward_kernel, x, weight.shape[0], weight, (bias,), a, b, scale, rate, seed, site)
+        return _launch(forward_kernel, x, weight.shape[0], weight, (None if bias is None else bias.contiguous(),), a, b, scale, rate, seed, site)
     z = dropout(x, rate, seed, site) if rate else x
     return F.linear(x, weight, bias).addmm_(F.linear(z, a.to(x.dtype)), b.to(x.dtype).t(), alpha=scale)
 

@@ -64,13 +64,14 @@ def _thin(left, left_stride, L, factor, factor_column, factor_rank, w, rows, T, 
 @triton.jit(do_not_specialize=["site"])
 def thin_kernel(x, dy, a, b, seed, u, v, T, I, O, x_stride, dy_stride, apart, pieces, rank, site, threshold, DROPS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr):
     """u = z A^T without z's scale and v = dY B, [T, R] of x's dtype. x [T, I], dy [T, O] of the first piece, the next one's `apart` columns further, a [G rank, I],
-    b [G O, rank], seed int64 [1]. Programs (u or v of which piece, row tile)."""
-    rows = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64)
+    b [G O, rank], seed int64 [1]. Programs: u and then v of every piece of a row tile, row tile after row tile; one axis, as the others end at 65 535."""
+    side, tile = tl.program_id(0) % (1 + pieces), tl.program_id(0) // (1 + pieces)
+    rows = (tile * BT + tl.arange(0, BT)).to(tl.int64)
     start = 0 if seed is None else tl.load(seed)
-    if tl.program_id(0) == 0:
+    if side == 0:
         _thin(x, x_stride, I, a, 1, I, u, rows, T, 0, pieces * rank, start, site, threshold, DROPS, BT, BK, R)
     else:
-        piece = tl.program_id(0) - 1
+        piece = side - 1
         _thin(dy + piece * apart, dy_stride, O, b + piece * O * rank, rank, 1, v, rows, T, piece * rank, rank, start, site, threshold, False, BT, BK, R)
 
 
@@ -173,7 +174,7 @@ def lora_grads_op(x: Tensor, dy: Tensor, a: list[Tensor], b: list[Tensor], scale
     options = {"DROPS": rate > 0, "enable_fp_fusion": True}
     with on(x):
         if chunks:
-            thin_kernel[1 + pieces, ceil_div(rows, thin["BT"])](x, dy, a, b, seed if rate else None, u, v, *shape, site, threshold, **options, **thin)
+            thin_kernel[(1 + pieces) * ceil_div(rows, thin["BT"]),](x, dy, a, b, seed if rate else None, u, v, *shape, site, threshold, **options, **thin)
             groups = ceil_div(width, sizes["BK"]), ceil_div(out, sizes["BK"])
             partial_kernel[groups[0] + pieces * groups[1], chunks](x, dy, u, v, seed if rate else None, partial_a, partial_b, *shape, *groups, tiles, site, threshold, **options,
                                                                    **sizes)

@@ -156,4 +156,5 @@ def mlm_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> 
     if weights is not None:
         expect("mlm_loss", "weights", weights, (vocabulary,), device=logits.device)
         weights = weights.detach().to(torch.float32).contiguous()
-    return _loss_forward(rows_together(logits), targets.contiguous(), weights)[0]
+    apart = rows < 2 or logits.stride(0) >= vocabulary  # rows of an expanded tensor share their memory, and so would their gradients
+    return _loss_forward(rows_together(logits) if apart else logits.contiguous(), targets.contiguous(), weights)[0]

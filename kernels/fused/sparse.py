@@ -6,7 +6,8 @@ sparse_add computes sparse_add_ref of peftdebias/sites.py:
 
     W of any shape, i indices int64 [k] into the flat weight, ascending and each once, v values [k]; float32, bfloat16 or float16, W' like W, the sum in float32.
     Gradients: dv_j = dW'[i_j], in v's dtype; dW = dW'. Saved: the indices. Nothing is overwritten. One launch: W is read and W' written once, and the program that
-    copies a stretch of W finds the indices that fall into it by bisection. Indices in another order, or twice, would be passed over: whoever makes them, sorts them.
+    copies a stretch of W finds the indices that fall into it by bisection. Indices in another order, or twice, would be passed over, and so would those outside W, of
+    which torch's gather then refuses the gradient: whoever makes them, sorts them.
 
 adamw computes adamw_ref of peftdebias/optimizer.py, which is torch.optim.AdamW's formula (Loshchilov and Hutter 2019, arXiv 1711.05101), for step t = 1, 2, ...:
 
@@ -120,7 +121,7 @@ _sparse_add.differentiate(_setup, _backward_formula, again=True)
 def sparse_add(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     """weight of any shape, indices int64 [k] into it flat, ascending and each once, values [k] -> the weight with the values added; see the head of this file.
 
-    Raises ValueError that names what it cannot take. Indices outside the weight are never followed: nothing is added for them.
+    Raises ValueError that names what it cannot take.
     """
     expect("sparse_add", "weight", weight, (-1,) * weight.dim())
     expect("sparse_add", "indices", indices, (-1,), (torch.int64,), weight.device)

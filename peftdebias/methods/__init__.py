@@ -102,7 +102,7 @@ class Method:
         for name, parameter in own.items():
             if parameter.shape != state[name].shape:
                 raise AdapterError(f"{self.name} adapter, {name}: expected shape {list(parameter.shape)}, got {list(state[name].shape)}")
-            parameter.data = state[name].to(parameter.device, parameter.dtype).clone()
+            parameter.data = state[name].to(parameter.device, parameter.dtype).clone(memory_format=torch.contiguous_format)
 
     # ---- hooks
 

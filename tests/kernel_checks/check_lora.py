@@ -103,6 +103,11 @@ def test_without_bias_and_not_contiguous():
     compare(form("epilogue", 0.25), twin(0.25), tensors(13, 24, 7, 3, bias=False), dtype=torch.float32, gradients=("x", "a", "b"), layout=strided)
 
 
+@pytest.mark.parametrize("name", ["epilogue", "library"])
+def test_a_bias_that_is_not_contiguous(name):
+    compare(form(name, 0.25), twin(0.25), tensors(13, 24, 7, 3), dtype=torch.float32, gradients=("x", "bias", "a", "b"), layout=strided)
+
+
 def test_only_what_is_asked_for_has_a_gradient():
     inputs = {k: v.float() for k, v in tensors(13, 7, 37, 3).items()}
     inputs["a"].requires_grad_()

@@ -54,6 +54,15 @@ def test_not_contiguous():
     compare(lambda logits, targets: fused.mlm_loss(logits, targets)[None], twin, given(13, 37), plain=plain, dtype=torch.float32, gradients=("logits",), layout=strided)
 
 
+def test_rows_that_share_their_memory():
+    """One row for all: each writes its gradient to a place of its own."""
+    row, targets = drawn(37, seed=3).float().requires_grad_(), torch.tensor([3, 36, 3, 0], device=DEVICE)
+    compared = row.detach().double().requires_grad_()
+    (found,) = torch.autograd.grad(fused.mlm_loss(row.expand(4, -1), targets), row)
+    (wanted,) = torch.autograd.grad(mlm_loss_ref(compared.expand(4, -1), targets), compared)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 40.0, 1e4])
 def test_flat_and_steep_rows(scale):
     """Differences of 1e4 between logits: without subtracting the largest, exp would be infinite."""
