@@ -1,5 +1,6 @@
 """python bench/curves.py: both phases on a device against the plain twins on the CPU, from the same weights and texts, dropout 0: loss curves, and every gradient of the
-first step. A model of bert-tiny's size with drawn weights; upstream LoRA, adapter and prefix on masked texts, downstream the whole base; lr 2e-5.
+first step; then the loop that the commands run, with its validations, as the device has it by default (bf16 and a CUDA graph on a GPU). A model of bert-tiny's size with
+drawn weights; upstream LoRA, adapter and prefix on masked texts, downstream the whole base; lr 2e-5.
 
     python bench/curves.py --device cuda                     200 steps, float32 and bf16, eager and as a CUDA graph
     python bench/curves.py --device cpu --steps 20           the CPU's own kernels against the twins
@@ -14,12 +15,15 @@ import dataclasses
 import sys
 import tempfile
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.nn import Parameter  # noqa: E402
 
 import bench  # noqa: E402, F401
 from bench.arguments import Parser, positive  # noqa: E402
@@ -27,14 +31,30 @@ from bench.case import Setting, output_bound  # noqa: E402
 from bench.cases_steps import OPTIONS, labelled, model_folder, module_values  # noqa: E402
 from bench.texts import texts  # noqa: E402
 from peftdebias import kernels, methods, patch, training  # noqa: E402
-from peftdebias.batches import pack  # noqa: E402
+from peftdebias.batches import Batch, Sample, pack  # noqa: E402
+from peftdebias.encoder import Model  # noqa: E402
 from peftdebias.lowered import lowered  # noqa: E402
-from peftdebias.tasks import MaskedLM, mlm_loss  # noqa: E402
+from peftdebias.tasks import MaskedLM, class_probabilities, masked_lm_nll, mlm_loss  # noqa: E402
 from peftdebias.weights import load_model  # noqa: E402
 
 LR = 2e-5
 EARLY, FLOAT32, BF16, COSINE = 50, (1e-5, 1e-4), 1e-2, 0.99
 PHASES = ("lora", "adapter", "prefix", "full")
+
+
+def begun(setting: Setting, phase: str) -> tuple[Model, dict[str, Parameter], list[list[Sample]], Callable[[Model, Batch], Tensor]]:
+    """(model in train mode on the setting's device, what is trained, batches of samples, the loss) of one of PHASES."""
+    full = phase == "full"
+    model, _ = load_model(model_folder(setting, full))
+    if not full:
+        method = methods.create(phase, model.config, options=OPTIONS[phase])
+        method.load(module_values(phase, model.config))
+        patch.attach(model, "bench", method)
+    model.to(setting.device).train()
+    parameters = dict(model.named_parameters()) if full else method.parameters()
+    patch.train_only(model, parameters.values())
+    loss = (lambda model, batch: mlm_loss(model.class_logits(batch), batch.targets)) if full else (lambda model, batch: MaskedLM.loss(None, model, batch))
+    return model, parameters, labelled(texts(setting)) if full else texts(setting), loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +67,8 @@ class Curve:
 
 def curve(setting: Setting, phase: str, steps: int, implementation: str = "auto", kind: str = "eager", say=print) -> Curve:
     """Train that long. phase: one of PHASES; implementation: of the ops, as kernels.use takes it; kind: one of training.STEPS."""
-    full = phase == "full"
-    model, _ = load_model(model_folder(setting, full))
-    if not full:
-        method = methods.create(phase, model.config, options=OPTIONS[phase])
-        method.load(module_values(phase, model.config))
-        patch.attach(model, "bench", method)
-    model.to(setting.device).train()
-    parameters = dict(model.named_parameters()) if full else method.parameters()
-    patch.train_only(model, parameters.values())
-    batches = [pack(batch) for batch in (labelled(texts(setting)) if full else texts(setting))]
-    loss = (lambda model, batch: mlm_loss(model.class_logits(batch), batch.targets)) if full else (lambda model, batch: MaskedLM.loss(None, model, batch))
+    model, parameters, samples, loss = begun(setting, phase)
+    batches = [pack(batch) for batch in samples]
     with kernels.use(implementation), lowered(model) if setting.precision == "bf16" else contextlib.nullcontext():
         optimizer = training.make_optimizer(parameters, training.Schedule(steps=steps, lr=LR))
         step = training.STEPS[kind](model, types.SimpleNamespace(loss=loss), optimizer, parameters, clip=1e9, precision=setting.precision, say=say)
@@ -65,6 +76,42 @@ def curve(setting: Setting, phase: str, steps: int, implementation: str = "auto"
         gradients = {name: p.grad.double().cpu() for name, p in parameters.items() if p.grad is not None and not name.endswith(".key.bias")}
         losses = [step(batches[i % len(batches)], LR) for i in range(steps)]
         return Curve(torch.stack(losses).tolist(), gradients)
+
+
+class Trained:
+    """A phase as training.train takes it, its validation by the functions that the real tasks have theirs from."""
+
+    metric, higher_is_better = "loss", False
+
+    def __init__(self, samples: list[list[Sample]], loss: Callable[[Model, Batch], Tensor], full: bool):
+        self.samples, self.loss, self.full = samples, loss, full
+
+    def epoch(self, number: int) -> list[Batch]:
+        return [pack(batch) for batch in self.samples]
+
+    def validate(self, model: Model) -> dict[str, float]:
+        held_out = self.samples[0]
+        if not self.full:
+            sums, counts = masked_lm_nll(model, held_out)
+            return {"loss": float(sums.sum() / counts.sum())}
+        found = class_probabilities(model, held_out)
+        return {"loss": float(-numpy.log([row[int(s.targets[0])] for row, s in zip(found, held_out)]).mean())}
+
+
+def whole(setting: Setting, phase: str, steps: int, kind: str, implementation: str = "auto", say=print) -> list[str]:
+    """Trains a phase in the loop that the commands run, validations before the first step and among the others. What failed, in a line; nothing where it went through and its
+    best validation is not above the first by more than bf16's own 1 %."""
+    words = f"{phase}, {setting.precision}, {kind}, the loop of training.py"
+    try:
+        model, parameters, samples, loss = begun(setting, phase)
+        with kernels.use(implementation):
+            plan = training.Schedule(steps=steps, lr=1e-3, validate_every=max(1, steps // 2), precision=setting.precision, step=kind)
+            found = training.train(model, Trained(samples, loss, phase == "full"), parameters, plan)
+    except Exception as error:  # whatever it is, it is what a user would meet
+        return [f"{words}: {type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"]
+    say(f"{words}: validation {found.before['loss']:.4f} to {found.best['loss']:.4f} in {steps} steps")
+    risen = found.best["loss"] > found.before["loss"] * (1 + BF16)
+    return [f"{words}: validation {found.before['loss']:.4f} before, {found.best['loss']:.4f} at best in {steps} steps"] if risen else []
 
 
 def trouble(found: Curve, wanted: Curve, precision: str) -> tuple[list[str], str]:
@@ -103,6 +150,8 @@ def check(device: torch.device, folder: Path, steps: int = 200, size: str = "tin
                 bad, words = trouble(found, wanted, precision)
                 say(f"{phase}, {precision}, {kind}, {steps} steps on {device.type} against the twins on the CPU: {words}")
                 red += [f"{phase}, {precision}, {kind}: {line}" for line in bad]
+        setting = Setting(size, 40, folder, device, "bf16" if cuda else "float32", **common)
+        red += whole(setting, phase, max(2, steps // 5), "graph" if cuda else "eager", implementation, say)
     return red
 
 

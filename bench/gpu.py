@@ -2,11 +2,11 @@
 torch.compile and peft's own op, and our upstream step beside transformers + peft (32 texts of at most 128 tokens), bf16 autocast. Rows and tables go to
 bench/results/, named after the device: times, shares of the roofline, what limits whom, which targets are met.
 
-With --steps, in place of the single ops: both phases for 200 steps against the CPU's twins (bench/curves.py) and steps under torch's sync-debug mode, then whole steps of
-LoRA, adapter, prefix and full training at 128 x 128, 128 x 256 and 32 x 128, 40 % of the tokens valid and all, beside transformers + peft eager, compiled and
-length-bucketed. What matters most comes first, for the run ends when its minutes are over: LoRA at every shape, then the other methods at the first, then these at the
-others. torch.compile takes a minute to start, so theirs is compiled for LoRA at every shape and for the other methods at the first one, ours for LoRA at the first one;
-nothing is length-bucketed where all texts are of one length. Equality is asked of every method at its smallest shape, of what is compiled in LoRA's alone.
+With --steps, in place of the single ops: both phases for 200 steps against the CPU's twins, the training loop with its validations (bench/curves.py) and steps under torch's
+sync-debug mode, then whole steps of LoRA, adapter, prefix and full training at 128 x 128, 128 x 256 and 32 x 128, 40 % of the tokens valid and all, beside transformers + peft
+eager, compiled and length-bucketed. What matters most comes first, for the run ends when its minutes are over: LoRA at every shape, then the other methods at the first, then
+these at the others. torch.compile takes a minute to start, so theirs is compiled for LoRA at every shape and for the other methods at the first one, ours for LoRA at the first
+one; nothing is length-bucketed where all texts are of one length. Equality is asked of every method at its smallest shape, of what is compiled in LoRA's alone.
 
 With --check, equality alone, in seconds a case: several processes with --only of their own share a device well.
 

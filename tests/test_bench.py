@@ -1,5 +1,6 @@
 """bench/: a sound registry, equality before time, rows with their schema, and the GPU script's whole path on a CPU. No figure is looked at."""
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -442,6 +443,17 @@ def test_a_method_that_is_not_equal_is_timed_at_no_shape(bench, quick, monkeypat
     assert {row["kernel_name"] for row in rows} == {"gemm", "copy", "lora_step 4x48"}
     providers = {x: {row["provider"] for row in rows if row["kernel_name"] == "lora_step 4x48" and row["x_value"] == x} for x in (19, 48)}
     assert providers[19] - providers[48] == {"transformers+peft, length-bucketed"} and "peftdebias, CUDA graph" in providers[48]
+
+
+def test_both_phases_against_the_twins_and_in_the_loop_with_its_validations(bench, tmp_path, monkeypatch):
+    curves, said = bench.gpu.curves, []
+    assert curves.check(torch.device("cpu"), tmp_path, 3, "micro", phases=("lora", "full"), say=said.append) == []
+    assert [line.split(":")[0] for line in said[1::2]] == ["lora, float32, eager, the loop of training.py", "full, float32, eager, the loop of training.py"]
+    setting = bench.case.Setting("micro", 40, tmp_path, torch.device("cpu"), "bf16", dropout=0.0, sequences=4, longest=64, batches=2)
+    assert curves.whole(setting, "adapter", 2, "eager", say=said.append) == []
+    monkeypatch.setattr(curves.training, "autocast", lambda *_: contextlib.nullcontext())
+    (red,) = curves.whole(setting, "adapter", 2, "eager", say=said.append)
+    assert red.startswith("adapter, bf16, eager, the loop of training.py: RuntimeError: ")
 
 
 @pytest.mark.skipif(not HAVE_BOTH, reason="compares with transformers and peft, which are not installed")
