@@ -142,7 +142,7 @@ def test_slices_of_one_product_are_read_where_they_lie(dtype, monkeypatch):
     assert torch.equal(gradient, torch.cat([g.flatten(1) for g in torch.autograd.grad(expected, apart, pull)], 1))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES if dtype != torch.float32)])
 def test_other_layouts_are_copied(dtype):
     spans = spans_of("fewer queries")
     compare(*both(spans, seeded()), tensors(spans, 13, 5), dtype=dtype, gradients=OWN + PREFIX, layout=strided)
