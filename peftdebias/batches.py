@@ -270,15 +270,16 @@ def from_packed(packed: Packed) -> Batch:
 def with_inserted(batch: Batch, count: int, first_row: bool = False) -> tuple[Tensor, Batch]:
     """(order int64 [T + B * count], the batch that fits) for `count` vectors put before every text.
 
-    order: rows of [vectors; hidden] end to end, to gather with. The rows asked for move with the text; with `first_row` the first vector before a text
+    order: rows of [the vectors, once for every text; hidden] end to end, to gather with. It names no row twice, so the backward of the gather adds nothing up: on a GPU
+    that would be a sum in another order every time. The rows asked for move with the text; with `first_row` the first vector before a text
     is asked for where the text's first token was. ids, positions and segments keep describing the text.
     """
     owner, of_row = sequence_of(batch.cu_seqlens, total := batch.spans.keys), sequence_of(batch.row_spans.cu_queries, batch.rows.shape[0])
     device, sequences = batch.ids.device, batch.cu_seqlens.shape[0] - 1
     before, inserted = torch.arange(sequences, device=device), torch.arange(count, device=device)
     order = torch.empty(total + sequences * count, dtype=torch.int64, device=device)
-    order.index_copy_(0, torch.arange(total, device=device) + (owner + 1) * count, torch.arange(total, device=device) + count)
-    order.index_copy_(0, ((batch.cu_seqlens[:-1] + before * count)[:, None] + inserted).flatten(), inserted.repeat(sequences))
+    order.index_copy_(0, torch.arange(total, device=device) + (owner + 1) * count, torch.arange(total, device=device) + sequences * count)
+    order.index_copy_(0, ((batch.cu_seqlens[:-1] + before * count)[:, None] + inserted).flatten(), torch.arange(sequences * count, device=device))
     rows = batch.rows + (of_row + 1) * count
     if first_row:
         place = batch.rows - batch.cu_seqlens[:-1].long().index_select(0, of_row)

@@ -173,10 +173,11 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def writing_run(out: str | Path, command: str, values: dict, overwrite: bool = False) -> Iterator[RunFolder]:
+def writing_run(out: str | Path, command: str, values: dict, overwrite: bool = False, device: torch.device | None = None, **chosen: str) -> Iterator[RunFolder]:
     """A RunFolder that becomes `out` when the block ends well and vanishes when it does not.
 
-    values: the resolved configuration, for config.toml. Raises ConfigError where `out` exists and is not to be replaced, or cannot be written.
+    values: the configuration, for config.toml. device and chosen (what `auto` came to, precision="bf16", say) go into versions.json.
+    Raises ConfigError where `out` exists and is not to be replaced, or cannot be written.
     """
     out = Path(out)
     if os.path.exists(out) and not overwrite:  # not Path.exists: in a folder that may not be read it raises
@@ -191,7 +192,7 @@ def writing_run(out: str | Path, command: str, values: dict, overwrite: bool = F
         except OSError as error:
             raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
         (partial / "config.toml").write_text(tomli_w.dumps({"command": command} | values), encoding="utf-8")
-        (partial / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+        (partial / "versions.json").write_text(json.dumps(versions(device) | chosen, indent=2) + "\n", encoding="utf-8")
         yield RunFolder(partial)
         if out.exists():
             shutil.rmtree(out)
@@ -250,15 +251,16 @@ def load_run(path: str | Path, adapters: tuple[str, ...] = (), device: str | tor
     return Run(loaded.model.to(device, dtype).eval(), loaded.tokenizer, config, loaded.report)
 
 
-def versions() -> dict:
-    """What a result depends on besides its configuration: packages, this project's commit where it runs from a checkout, the device."""
+def versions(device: torch.device | None = None) -> dict:
+    """What a result depends on besides its configuration: packages, this project's commit where it runs from a checkout, the device (None: that which `auto` is here)."""
     found = {"peftdebias": __version__, "python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
-    return found | {"commit": _commit(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(), "threads": torch.get_num_threads()}
+    cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
+    return found | {"commit": _commit(), "device": torch.cuda.get_device_name(device) if cuda else _processor(), "threads": torch.get_num_threads()}
 
 
 def _commit() -> str | None:

@@ -106,7 +106,7 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
     axis, intervention = prepared(settings)
     cls = methods.method_class(settings.method)
     options = checked(cls.Config, settings.set or {}, f"--set, {cls.name}: ")
-    with checkpoint.writing_run(settings.out, "upstream", _saved(settings), settings.overwrite) as run, contextlib.ExitStack() as stack:
+    with checkpoint.writing_run(settings.out, "upstream", _saved(settings), settings.overwrite, device, precision=precision, step=step) as run, contextlib.ExitStack() as stack:
         loaded = _load_base(settings, mlm=None if settings.fresh_head else True, labels=())
         model, tokenizer = loaded.model, loaded.tokenizer
         if settings.fresh_head:
@@ -204,7 +204,7 @@ def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: N
     """
     device = pick_device(settings.device)
     precision, step = pick_precision(settings.precision, device), pick_step(settings.step, device)
-    with checkpoint.writing_run(settings.out, "downstream", _saved(settings), settings.overwrite) as run:
+    with checkpoint.writing_run(settings.out, "downstream", _saved(settings), settings.overwrite, device, precision=precision, step=step) as run:
         paths = {name: path for name, path in (("train", settings.train), ("dev", settings.dev), ("test", settings.test)) if path}
         splits = {name: _read(settings, path) for name, path in paths.items()}
         labels = tuple(sorted({e.label for e in splits["train"]}, key=_natural))

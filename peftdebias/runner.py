@@ -23,6 +23,7 @@ from .errors import ConfigError
 from .metrics.compare import over_seeds, seed_difference
 from .metrics.tally import Difference
 from .recipe import Recipe, System, Task
+from .training import pick_device
 
 Say = Callable[[str], None]
 
@@ -291,8 +292,8 @@ class _Runner:
         columns = [dataclasses.asdict(c) | {"unit": of.get(c.measure, {}).get("unit"), "ideal": of.get(c.measure, {}).get("ideal")} for c in self.recipe.columns]
         table = {"format": 1, "kind": "recipe", "recipe": self.recipe.name, "title": self.recipe.title, "axis": self.recipe.axis, "model": self.settings.model,
                  "data": self.settings.data, "scale": self.settings.scale, "settings": self.overrides, "seeds": sorted({unit.seed for unit in units}),
-                 "units": len(units), "seconds": round(sum(row["seconds"] for row in rows), 1), "versions": checkpoint.versions(), "systems": names, "base": self.recipe.base,
-                 "baseline": next((system.name for system in self.systems if system.method is None), None), "columns": columns,
+                 "units": len(units), "seconds": round(sum(row["seconds"] for row in rows), 1), "versions": checkpoint.versions(pick_device(self.settings.device)),
+                 "systems": names, "base": self.recipe.base, "baseline": next((system.name for system in self.systems if system.method is None), None), "columns": columns,
                  "paper": [{"system": name, "stage": c.stage, "task": c.task, "title": c.title, "value": value} for c in self.recipe.columns for name, value in (c.paper or {}).items()],
                  "rows": rows}
         for name, text in (("results.json", json.dumps(table, indent=1) + "\n"), ("results.md", markdown(table))):

@@ -14,7 +14,8 @@ from .batches import IGNORED, Batch, Bounds
 
 TOKENS, ROWS, SEQUENCES, LENGTHS = 64, 16, 8, 32  # the least that sizes are multiples of
 FINE, COARSE = 16, 8
-"""What is added is at most one part in so many: FINE for tokens, which every layer pays for, COARSE for rows and sequences."""
+"""What is added beyond the least is at most one part in so many: FINE for tokens, which every layer pays for, COARSE for rows and sequences. A prompt's vectors go before
+every sequence, those that fill up among them, so beside a long prompt these cost tokens too (32 texts become 40 sequences)."""
 
 
 class Shape(NamedTuple):

@@ -187,6 +187,7 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
                 validated += time.perf_counter() - asked
             epoch += 1
         seconds = time.perf_counter() - started
+    optimizer.zero_grad(set_to_none=True)  # or a training after this one would have them beside its own
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(kept[name])

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from peftdebias import checkpoint, methods, patch, weights
-from peftdebias.checkpoint import load_adapter, load_run, save_adapter, writing_run
+from peftdebias.checkpoint import load_adapter, load_run, save_adapter, versions, writing_run
 from peftdebias.encoder import EncoderConfig, Model
 from peftdebias.errors import AdapterError, ConfigError, ModelError
 
@@ -174,7 +174,7 @@ def test_a_run_of_several_modules_gives_all_of_them(tmp_path):
 
 def test_a_run_takes_its_name_when_all_is_there(tmp_path):
     out = tmp_path / "deep" / "er" / "run"
-    with writing_run(out, "upstream", {"steps": 3, "set": {"rank": 2}}) as run:
+    with writing_run(out, "upstream", {"steps": 3, "set": {"rank": 2}}, device=torch.device("cpu"), precision="float32") as run:
         assert not out.exists() and run.path.parent == out.parent
         run.event(event="step", step=1, loss=0.5)
         run.event(event="final", step=1)
@@ -182,8 +182,15 @@ def test_a_run_takes_its_name_when_all_is_there(tmp_path):
     assert tomllib.loads((out / "config.toml").read_text()) == {"command": "upstream", "steps": 3, "set": {"rank": 2}}
     assert lines(out / "metrics.jsonl") == [{"event": "step", "step": 1, "loss": 0.5}, {"event": "final", "step": 1}]
     versions = json.loads((out / "versions.json").read_text())
-    assert {"peftdebias", "python", "platform", "torch", "tokenizers", "safetensors", "numpy", "triton", "commit", "device", "threads"} == set(versions)
-    assert versions["torch"] == torch.__version__ and versions["device"]
+    assert {"peftdebias", "python", "platform", "torch", "tokenizers", "safetensors", "numpy", "triton", "commit", "device", "threads", "precision"} == set(versions)
+    assert versions["torch"] == torch.__version__ and versions["device"] and versions["precision"] == "float32"
+
+
+def test_the_device_on_record_is_the_one_that_ran(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU of {device}")
+    assert not versions(torch.device("cpu"))["device"].startswith("GPU")
+    assert versions(torch.device("cuda:1"))["device"] == "GPU of cuda:1" and versions()["device"] == "GPU of None"
 
 
 @pytest.mark.parametrize("error", [ConfigError("x"), RuntimeError("x"), KeyboardInterrupt()])

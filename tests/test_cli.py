@@ -50,7 +50,7 @@ def test_a_run_folder_is_what_contracts_say(name, files, chain):
     kept = best((e for e in events if e["event"] == "validation" and e["step"]), key=lambda e: e[key])
     assert events[-1]["step"] == kept["step"] and kept["kept"]
     versions = json.loads((out / "versions.json").read_text())
-    assert versions["torch"] and versions["device"] and versions["peftdebias"]
+    assert versions["torch"] and versions["device"] and versions["peftdebias"] and (versions["precision"], versions["step"]) == ("float32", "eager")
 
 
 @pytest.mark.parametrize("name", ["gender", "full", "plain", "debiased"])

@@ -65,7 +65,7 @@ def test_where_a_classifier_reads_behind_two_prompts(outer, inner, place):
 def test_vectors_are_gathered_before_each_text():
     batch = ragged((2, 3), rows="first")
     order, after = with_inserted(batch, 2)
-    assert order.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6]  # of [v0 v1 | t0 t1 | u0 u1 u2]
+    assert order.tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8]  # of [v0 v1 | v0 v1 | t0 t1 | u0 u1 u2]
     assert after.rows.tolist() == [2, 6] and after.cu_seqlens.tolist() == [0, 4, 9] and after.row_lengths == batch.row_lengths
 
 
@@ -109,3 +109,9 @@ def test_equals_peft(kind):
     wrapped = with_peft(model, "class", "PromptTuningConfig", num_virtual_tokens=5, task_type="SEQ_CLS")
     pairs = {"vectors": (wrapped.prompt_encoder["default"].embedding.weight, lambda own: own, (method.values["vectors"],))}
     assert_equals_peft(model, wrapped, pairs, "class", batch_for(model, "class"))
+
+
+def test_no_row_is_gathered_twice():
+    """The backward of a gather adds up what a row was given for each of its places: on a GPU by atomics, in an order that no seed decides."""
+    order, _ = with_inserted(ragged(), 3)
+    assert sorted(order.tolist()) == list(range(len(order)))

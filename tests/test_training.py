@@ -75,6 +75,7 @@ def test_the_best_state_is_kept_not_the_last_nor_the_untrained(higher, values, a
     model, outcome, _ = run(task)
     assert outcome.before["score"] == values[0] and outcome.best["score"] == values[at] and outcome.best_step == 5 * at  # of equals, the first
     assert equal(model, task.seen[at]) and not equal(model, task.seen[at - 1]) and not model.training
+    assert all(p.grad is None for p in model.parameters())  # memory that the next training would have beside its own
     assert at == 4 or not equal(model, task.seen[4])
 
 

@@ -71,4 +71,5 @@ class Prompt(Method):
         if self.config.positioned:
             vectors = positioned(vectors, torch.arange(len(vectors), device=vectors.device))
         order, batch = with_inserted(batch, len(vectors), first_row=self.first_row == "prompt")
-        return torch.cat([vectors.to(hidden.dtype), hidden]).index_select(0, order), batch  # [P + T, D] -> [T + B P, D]
+        texts = batch.cu_seqlens.shape[0] - 1
+        return torch.cat([vectors.repeat(texts, 1).to(hidden.dtype), hidden]).index_select(0, order), batch  # [B P + T, D] -> [T + B P, D]
