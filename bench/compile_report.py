@@ -2,9 +2,9 @@
 
     python bench/compile_report.py --arch 90 --only lora
 
-What is compiled is what the kernel files list in `specs(arch)`: their default tiles, in bf16 and float32. The numbers come from the machine code itself, read
+What is compiled is what the kernel files list in `specs(arch)`: their default tiles, in float32 and bf16, most in fp16 too. The numbers come from the machine code itself, read
 by the cuobjdump that triton carries. They are facts about the code, not about its speed.
-Exit code 0; 1 where a kernel uses local memory or does not compile; 2 on bad arguments, or where there is no triton.
+Exit code 0; 1 where a kernel uses local memory, asks for more shared memory than there is or does not compile; 2 on bad arguments, or where there is no triton.
 """
 
 import argparse

@@ -1,12 +1,13 @@
 """python bench/curves.py: both phases on a device against the plain twins on the CPU, from the same weights and texts, dropout 0: loss curves, and every gradient of the
 first step; then the loop that the commands run, with its validations, as the device has it by default (bf16 and a CUDA graph on a GPU). A model of bert-tiny's size with
-drawn weights; upstream LoRA, adapter and prefix on masked texts, downstream the whole base; lr 2e-5.
+drawn weights; upstream LoRA, adapter and prefix on masked texts, downstream the whole base; lr 2e-5, in the loop 1e-3.
 
     python bench/curves.py --device cuda                     200 steps, float32 and bf16, eager and as a CUDA graph
     python bench/curves.py --device cpu --steps 20           the CPU's own kernels against the twins
 
 Bounds: losses within 1e-5 over the first 50 steps and 1e-4 over 200 in float32, within 1 % in bf16; gradients as bench/run.py bounds them, in bf16 by the angle (cosine at
-least 0.99). bench/gpu.py runs this before it times anything. Exit code 0; 1 where a bound is passed.
+least 0.99). bench/gpu.py --steps runs this before it times anything. Exit code 0; 1 where a bound is passed, the loop fails or its validation rises by more than 1 %, or a
+step makes the host wait.
 """
 
 import argparse

@@ -90,7 +90,7 @@ STEP_TARGETS = {True: (0.6, 0.9), False: (0.3, 0.5)}
 """Whether all tokens of a padded batch are valid -> the share of eager's and of compiled transformers' time that our step may take."""
 
 RATES = {"128x256": 55.0}
-"""Texts x tokens of a step, as bench/gpu.py names its cases -> per cent of the best matrix product's rate that is asked for there (PERF.md)."""
+"""Texts x tokens of a step, as bench/gpu.py names its cases -> per cent of the best matrix product's rate that is asked for there."""
 
 
 def _steps(found: Sequence[Row]) -> list[str]:

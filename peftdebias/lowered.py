@@ -34,7 +34,8 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 @contextlib.contextmanager
 def lowered(model: Model) -> Iterator[None]:
-    """Inside the `with` block those parameters hold bf16, for passes under `autocast`; behind it the very tensors that they held, kept on the host meanwhile where the model is on a GPU."""
+    """Inside the `with` block those parameters hold bf16, for passes under `autocast`; behind it the very tensors that they held, kept on the host meanwhile where the
+    model is on a GPU."""
     kept = [(p, p.data.cpu()) for p in may_be_lowered(model)]
     for p, _ in kept:
         p.data = p.data.to(torch.bfloat16)

@@ -186,7 +186,7 @@ class Folded:
 
 
 def fold(model: Model) -> Folded:
-    """Fold every attached method that is foldable; the others keep acting through their hooks. See Folded and PERF figures in bench/."""
+    """Fold every attached method that is foldable; the others keep acting through their hooks. See Folded; what it saves: `bench/compare.py full`."""
     hooks = model.encoder.hooks
     names = tuple(name for name, method in hooks.methods.items() if method.foldable and name not in hooks.off)
     anchors: list[tuple[Parameter, slice, Tensor]] = []

@@ -2,7 +2,7 @@
 
 Contract. dropout(x, rate, seed, site) is x with every element kept with probability q and multiplied by 1 / q, or set to 0; dropout_ref.py is the
 specification. x [T, D] fp32, bf16 or fp16, rows of any stride, neighbours in a row next to each other. seed int64 [1] on x's device: a captured CUDA graph
-draws anew when somebody writes it. site: which of the places that drop in one model, 0 .. 2^32 - 1. Saves the seed alone; overwrites nothing.
+draws anew when somebody writes it. site: which of the places that drop in one model, 0 .. 2^31 - 1. Saves the seed alone; overwrites nothing.
 
 The bits. Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns a key of two 32-bit words and a counter of four into four
 words. Key: the seed's low half, the site. Counter: (low half of n, high half of n, the seed's high half, 0), where n = element index // 8: one call serves eight

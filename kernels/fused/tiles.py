@@ -117,7 +117,7 @@ SUMMED = {"CHUNKS": 64, "BN": 32}  # few columns have few programs, so a program
 
 
 def sum_stretches(partial: Tensor, result: Tensor) -> None:
-    """result fp32 [N] = the sum over the stretches of partial fp32 [stretches, N], in one order. For a launcher, inside `on`."""
+    """result [N], of any dtype, = the sum over the stretches of partial fp32 [stretches, N], in one order. For a launcher, inside `on`."""
     stretches, columns = partial.shape
     sum_kernel[(ceil_div(columns, SUMMED["BN"]),)](partial, result, stretches, columns, enable_fp_fusion=True, **SUMMED)
 
