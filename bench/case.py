@@ -3,7 +3,6 @@
 What it adds over measure.py: the vocabulary. It leaves out the work itself (cases.py: ceilings; cases_steps.py, cases_hub.py, cases_sparse.py: steps; cases_kernels.py, cases_attention.py, cases_native.py: one op each).
 """
 
-import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from peftdebias import lowered
 from peftdebias.encoder import EncoderConfig
 
 RANK = 8
@@ -151,7 +151,7 @@ def output_bound(name: str, expected: Tensor) -> float:
 
 
 def autocast(setting: Setting):
-    return torch.autocast(setting.device.type, torch.bfloat16) if setting.precision == "bf16" else contextlib.nullcontext()
+    return lowered.autocast(setting.device, setting.precision)
 
 
 def quiet() -> None:

@@ -35,7 +35,7 @@ from peftdebias import kernels, methods, patch, training  # noqa: E402
 from peftdebias.batches import Batch, Sample, pack  # noqa: E402
 from peftdebias.encoder import Model  # noqa: E402
 from peftdebias.lowered import lowered  # noqa: E402
-from peftdebias.tasks import MaskedLM, class_probabilities, masked_lm_nll, mlm_loss  # noqa: E402
+from peftdebias.tasks import MaskedLM, class_probabilities, mlm_loss  # noqa: E402
 from peftdebias.weights import load_model  # noqa: E402
 
 LR = 2e-5
@@ -80,23 +80,21 @@ def curve(setting: Setting, phase: str, steps: int, implementation: str = "auto"
 
 
 class Trained:
-    """A phase as training.train takes it, its validation by the functions that the real tasks have theirs from."""
+    """A phase as training.train takes it: upstream with MaskedLM's own validation, downstream with the loss in place of a measure."""
 
     metric, higher_is_better = "loss", False
 
     def __init__(self, samples: list[list[Sample]], loss: Callable[[Model, Batch], Tensor], full: bool):
-        self.samples, self.loss, self.full = samples, loss, full
+        self.samples, self.held_out, self.loss, self.full = samples, samples[0], loss, full
 
     def epoch(self, number: int) -> list[Batch]:
         return [pack(batch) for batch in self.samples]
 
     def validate(self, model: Model) -> dict[str, float]:
-        held_out = self.samples[0]
         if not self.full:
-            sums, counts = masked_lm_nll(model, held_out)
-            return {"loss": float(sums.sum() / counts.sum())}
-        found = class_probabilities(model, held_out)
-        return {"loss": float(-numpy.log([row[int(s.targets[0])] for row, s in zip(found, held_out)]).mean())}
+            return MaskedLM.validate(self, model)
+        found = class_probabilities(model, self.held_out)
+        return {"loss": float(-numpy.log([row[int(s.targets[0])] for row, s in zip(found, self.held_out)]).mean())}
 
 
 def whole(setting: Setting, phase: str, steps: int, kind: str, implementation: str = "auto", say=print) -> list[str]:

@@ -1,7 +1,8 @@
 """Adapter files, run folders, and writing them whole or not at all.
 
-    RUN/config.toml     as resolved                 RUN/metrics.jsonl   one line an event
-    RUN/versions.json   packages, commit, device    RUN/adapter/        adapter.json, adapter.safetensors; further modules in adapter-2, adapter-3, ...
+    RUN/config.toml     every setting as asked for  RUN/metrics.jsonl   one line an event
+    RUN/versions.json   packages, commit, device;   RUN/adapter/        adapter.json, adapter.safetensors; further modules in adapter-2, adapter-3, ...
+                        precision and step taken
     RUN/model/          Hugging Face layout; only where the base or a head was trained
 
 What it adds over weights.py (models) and methods (modules): which file belongs to which base, and how both come back together. Everything is

@@ -133,8 +133,7 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), half, model.recomputing(schedule.save_memory), \
             _bar(schedule.steps, label) as bar:
         torch.manual_seed(schedule.seed)
-        with autocast(device, schedule.precision):
-            before = task.validate(model)
+        before = _scores(model, task, schedule)
         log(event="validation", step=0, **before)
         best, best_step, kept = None, 0, {}
         model.train()
@@ -175,7 +174,7 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
                     losses = []
                 if (schedule.validate_every and step % schedule.validate_every == 0) or step == schedule.steps:
                     asked = time.perf_counter()
-                    best, best_step, kept = _validate(model, task, parameters, schedule.precision, log, step, best, best_step, kept)
+                    best, best_step, kept = _keep_best(_scores(model, task, schedule), task, parameters, log, step, best, best_step, kept)
                     validated += time.perf_counter() - asked
                 if step == schedule.steps:
                     break
@@ -183,7 +182,7 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
                 raise PeftDebiasError("training: expected at least one batch an epoch, got none")
             if schedule.validate_every is None and step < schedule.steps:
                 asked = time.perf_counter()
-                best, best_step, kept = _validate(model, task, parameters, schedule.precision, log, step, best, best_step, kept)
+                best, best_step, kept = _keep_best(_scores(model, task, schedule), task, parameters, log, step, best, best_step, kept)
                 validated += time.perf_counter() - asked
             epoch += 1
         seconds = time.perf_counter() - started
@@ -200,10 +199,13 @@ def _bar(steps: int, label: str) -> tqdm:
     return tqdm(total=steps, desc=label, unit="step", disable=None, dynamic_ncols=True)
 
 
-def _validate(model: Model, task, parameters: dict[str, Parameter], precision: str, log, step: int, best: dict | None, best_step: int,
-              kept: dict) -> tuple[dict, int, dict]:
-    with autocast(model.device, precision):
-        found = task.validate(model)
+def _scores(model: Model, task, schedule: Schedule) -> dict[str, float]:
+    """The task's validation, in the precision of the steps."""
+    with autocast(model.device, schedule.precision):
+        return task.validate(model)
+
+
+def _keep_best(found: dict[str, float], task, parameters: dict[str, Parameter], log, step: int, best: dict | None, best_step: int, kept: dict) -> tuple[dict, int, dict]:
     if not math.isfinite(found[task.metric]):
         raise PeftDebiasError(f"step {step}: {task.metric} in validation is {found[task.metric]}; expected a finite one (a lower --lr may help)")
     for name, parameter in parameters.items():
