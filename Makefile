@@ -27,11 +27,14 @@ help:
 demo: $(VENV)/.package
 	$(VENV)/bin/peftdebias demo --out runs/demo $(ARGS)
 
+# A process a processor, each with tests of its own.
+SIDE_BY_SIDE := -n logical --maxprocesses 8 --dist worksteal
+
 test: $(VENV)/.test
-	$(PY) -m pytest -q -m "not slow" $(ARGS)
+	$(PY) -m pytest -q $(SIDE_BY_SIDE) -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.test
-	$(PY) -m pytest -q -m slow $(ARGS)
+	$(PY) -m pytest -q $(SIDE_BY_SIDE) -m slow $(ARGS)
 
 # The package, what it needs at run time, and what draws the report. A stamp file is touched last, so an interrupted install is taken up again.
 $(VENV)/.package: pyproject.toml constraints.txt $(wildcard csrc/*)

@@ -108,7 +108,8 @@ class Work:
 @dataclasses.dataclass(frozen=True)
 class Provider:
     """needs: libraries it imports, kernels: Triton ops it calls, native: ops of csrc; without them it is not measured. compiled: only with --compile. compared: whether it computes what
-    the others do (a library's dropout draws another mask). python: the interpreter of its process, where that is not this one (compare.py)."""
+    the others do (a library's dropout draws another mask). python: the interpreter of its process, where that is not this one (compare.py). precisions: where it is
+    measured and compared; nothing is any."""
 
     build: Callable[[Setting], Work]
     needs: tuple[str, ...] = ()
@@ -117,6 +118,10 @@ class Provider:
     compiled: bool = False
     compared: bool = True
     python: str | None = None
+    precisions: tuple[str, ...] = ()
+
+    def takes(self, precision: str) -> bool:
+        return precision in (self.precisions or (precision,))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,12 +95,13 @@ def linear_roof(setting: Setting, wide: bool) -> tuple:
 
 
 def linear(form: str, wide: bool = False, rate: float = 0.0) -> Callable[[Setting], Work]:
-    """form: plain, compiled, peft, or a form of ours: written, epilogue, library (kernels/fused/lora.py)."""
+    """form: plain, compiled, peft, or a form of ours: written, epilogue, library (kernels/fused/lora.py); once: written, with dA and dB in one pass (lora_grads.py)."""
     def build(setting: Setting) -> Work:
         given, roof = linear_tensors(setting, wide), linear_roof(setting, wide)
         (i, o), seed = widths(setting, wide), torch.tensor([5], device=setting.device)
         words = f"x [T, {i}], W [{o}, {i}] frozen, r={RANK}, dropout {rate:g}; forward, and backward to x, A, B"
-        limits = {"written": "two library GEMMs; dA and dB take x and dY twice more", "epilogue": "its own GEMM, which a library's is hard to match",
+        limits = {"written": "two library GEMMs; dA and dB take x and dY twice more", "once": "two library GEMMs; dA and dB take x and dY once more",
+                  "epilogue": "its own GEMM, which a library's is hard to match",
                   "library": "eight launches forward, with results of their own in between"}
         more = {"tokens": int(setting.x), "roof": roof, "limit": limits.get(form, "")}
 
@@ -109,10 +110,15 @@ def linear(form: str, wide: bool = False, rate: float = 0.0) -> Callable[[Settin
 
         if form == "peft":
             return full(setting, peft_layer(setting, given, rate), given, ("x", "A", "B"), words, **more)
-        if form == "written":
+        if form in ("written", "once"):
             whole = fused("lora_write", lora_write_ref, setting)([given["weight"]], [(0, 0, given["A"], given["B"], 2.0)], given["x"].dtype)[0]
             op = fused("lora_written", lora_written_ref, setting)
-            return full(setting, lambda x, weight, bias, A, B: op(x, whole, bias, [(0, A, B, 2.0)]), given, ("x", "A", "B"), words, **more)
+
+            def merged(x, weight, bias, A, B):
+                with dispatch.use("lora_grads", "once" if form == "once" else "twice"):
+                    return op(x, whole, bias, [(0, A, B, 2.0)])
+
+            return full(setting, merged, given, ("x", "A", "B"), words, **more)
         if form in ("epilogue", "library"):
             op = fused("lora_linear", lora_linear_ref, setting)
 
@@ -174,19 +180,32 @@ def write(form: str) -> Callable[[Setting], Work]:
     return build
 
 
-def grads(form: str) -> Callable[[Setting], Work]:
+def grads(form: str, pieces: int = 1) -> Callable[[Setting], Work]:
+    """form: plain, compiled, or a form of ours: twice, once (kernels/fused/lora_grads.py). pieces: one, or two, which are the first and the last third of dY, as query and
+    value are in a layer."""
     def build(setting: Setting) -> Work:
-        given = linear_tensors(setting, False)
-        dy = drawn(setting, seed=6, shape=(int(setting.x), setting.size.hidden))
-        op = fused("lora_grads", lora_grads_ref, setting) if form == "fused" else lora_grads_ref
-        a, b = (given[name].to(given["x"].dtype) if op is lora_grads_ref else given[name] for name in "AB")
-        op = torch.compile(op) if form == "compiled" else op
+        (d, t, e), given = (setting.size.hidden, int(setting.x), bytes_of(setting)), linear_tensors(setting, False)
+        dy = drawn(setting, seed=6, shape=(t, d if pieces == 1 else 3 * d))
+        a, b = ([given[name], drawn(setting, True, scale, seed, shape=tuple(given[name].shape))][:pieces] for name, scale, seed in (("A", d ** -0.5, 7), ("B", 0.1, 8)))
 
-        def run():
-            return op(given["x"], dy, a, b, 2.0)
+        def plain(x, dy, a, b):
+            each = [lora_grads_ref(x, dy[:, 2 * i * d:(2 * i + 1) * d], *pair, 2.0) for i, pair in enumerate(zip(a, b))]
+            return tuple(torch.cat(parts) for parts in zip(*each))
 
-        return Work(run, lambda: dict(zip(("gradient of A", "gradient of B"), run())), tokens=int(setting.x), roof=linear_roof(setting, False)[2:],
-                    limit="thin products: at r = 8 half of every tensor-core tile is padding", extra={"setting": f"x, dY [T, {setting.size.hidden}], r={RANK}; {setting.precision}"})
+        if form in ("twice", "once") and fused("lora_grads", lora_grads_ref, setting) is not lora_grads_ref:
+            from peftdebias.kernels.lora_grads import lora_grads_op
+
+            def run():
+                return lora_grads_op(given["x"], dy, a, b, 2.0, 2 * d if pieces > 1 else 0, 0.0, None, 0, form)
+        else:
+            op, low = torch.compile(plain) if form == "compiled" else plain, [[p.to(given["x"].dtype) for p in side] for side in (a, b)]
+
+            def run():
+                return op(given["x"], dy, *low)
+
+        limits = {"once": "a tile of 16 rows: its second products wait for its first", "twice": "x and dY come from memory twice"}
+        return Work(run, lambda: dict(zip(("gradient of A", "gradient of B"), run())), tokens=t, roof=((4.0 * t * RANK * pieces * 2 * d, float(e * t * d * (1 + pieces))),),
+                    limit=limits.get(form, ""), extra={"setting": f"x [T, {d}], {pieces} of dY [T, {d}], r={RANK}; {setting.precision}"})
 
     return build
 
@@ -348,7 +367,14 @@ def _linear(wide: bool) -> dict[str, Provider]:
             "plain torch, compiled": Provider(linear("compiled", wide), compiled=True),
             "peftdebias, written": Provider(linear("written", wide), kernels=("lora_write", "lora_written")),
             "peftdebias, epilogue": Provider(linear("epilogue", wide), kernels=("lora_linear",)),
-            "peftdebias, library": Provider(linear("library", wide), kernels=("lora_linear",))}
+            "peftdebias, library": Provider(linear("library", wide), kernels=("lora_linear",))} | (
+                {} if wide else {"peftdebias, written, one pass": Provider(linear("once"), kernels=("lora_write", "lora_written"), precisions=("bf16",))})
+
+
+def _grads(pieces: int) -> dict[str, Provider]:
+    return {"plain torch": Provider(grads("plain", pieces)), "plain torch, compiled": Provider(grads("compiled", pieces), compiled=True),
+            "peftdebias, twice": Provider(grads("twice", pieces), kernels=("lora_grads",)),
+            "peftdebias, once": Provider(grads("once", pieces), kernels=("lora_grads",), precisions=("bf16",))}
 
 
 def _adapter(frozen: bool) -> dict[str, Provider]:
@@ -367,7 +393,8 @@ KERNEL_CASES = {case.name: case for case in (
         "peftdebias, epilogue": Provider(linear("epilogue", rate=RATE), kernels=("lora_linear",)),
         "peftdebias, library": Provider(linear("library", rate=RATE), kernels=("lora_linear",))}),
     _case("lora_write", "W' = W + s B A of all layers' Q, K, V", "layers", (4,), _three(write, "lora_write"), "forward"),
-    _case("lora_grads", "dA and dB from x and dY", "rows", (256, 2048), _three(grads, "lora_grads"), "backward"),
+    _case("lora_grads", "dA and dB from x and dY", "rows", (256, 2048), _grads(1), "backward"),
+    _case("lora_grads_two", "the same of query and value together", "rows", (256, 2048), _grads(2), "backward"),
     _case("adapter", "bottleneck adapter and its residual, trained", "rows", (256, 2048), _adapter(False)),
     _case("adapter_frozen", "the same with frozen parameters", "rows", (256, 2048), _adapter(True)),
     _case("mlm_loss", "cross-entropy of the rows asked for", "rows", (64, 256), _three(loss, "mlm_loss")),

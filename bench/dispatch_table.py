@@ -1,4 +1,4 @@
-"""python bench/dispatch_table.py bench/results/DEVICE.json ...: what bench/gpu.py measured of LoRA's and attention's forms, as the table that picks one
+"""python bench/dispatch_table.py bench/results/DEVICE.json ...: what bench/gpu.py measured of the forms of LoRA, of its gradients and of attention, as the table that picks one
 (kernels/fused/dispatch.json).
 
 A line of the table is one device, dtype, size and dropout or none, with the median milliseconds of forward and backward, the device's own, by every form that was timed
@@ -21,8 +21,11 @@ from bench.cases_attention import ATTENTION_CASES  # noqa: E402
 from bench.cases_attention import FORMS as ATTENTION_FORMS  # noqa: E402
 from peftdebias.kernels import dispatch  # noqa: E402
 
-CASES = {"lora_linear": ("hidden", False), "lora_linear_wide": ("feed_forward", False), "lora_dropout": ("hidden", True)}
-"""case -> (which width of the base model is the output's, whether it drops)."""
+CASES = {"lora_linear": ("lora_linear", "hidden", False), "lora_linear_wide": ("lora_linear", "feed_forward", False), "lora_dropout": ("lora_linear", "hidden", True),
+         "lora_grads": ("lora_grads", "hidden", False), "lora_grads_two": ("lora_grads", "hidden", False)}
+"""case -> (op, which width of the base model is the output's, whether it drops)."""
+PIECES = {"lora_grads_two": 2}
+"""How many pieces of one product a case has, where more than one."""
 PREFIX = "peftdebias, "
 DTYPES = {"bf16": "bfloat16", "float32": "float32"}
 
@@ -34,7 +37,7 @@ def lines(found: list[rows.Row]) -> dict[str, dict[tuple, dict]]:
         op, form, sizes = _measured(row)
         if row.metric_name != "time" or form not in dispatch.FORMS.get(op, ()) or row.extra_config.get("dry_run") or row.device_name.startswith("CPU"):
             continue
-        dropout = CASES[row.kernel_name][1] if op == "lora_linear" else row.extra_config["dropout"] > 0
+        dropout = CASES[row.kernel_name][2] if row.kernel_name in CASES else row.extra_config["dropout"] > 0
         line = {"device": row.device_name, "dtype": DTYPES[row.extra_config["precision"]], "dropout": dropout} | sizes
         made.setdefault(op, {}).setdefault(tuple(line.values()), line | {"ms": {}})["ms"][form] = round(row.y_50, 5)
     return made
@@ -46,8 +49,8 @@ def _measured(row: rows.Row) -> tuple[str, str, dict[str, int]]:
         return "attention", ATTENTION_FORMS.get(row.provider, ""), row.extra_config["sizes"]
     if row.kernel_name not in CASES or not row.provider.startswith(PREFIX):
         return "", "", {}
-    size = SIZES[row.extra_config["size"]]
-    return "lora_linear", row.provider.removeprefix(PREFIX), {"rows": int(row.x_value), "inside": size.hidden, "outside": getattr(size, CASES[row.kernel_name][0]), "rank": RANK}
+    (op, side, _), size, pieces = CASES[row.kernel_name], SIZES[row.extra_config["size"]], PIECES.get(row.kernel_name, 1)
+    return op, row.provider.removeprefix(PREFIX), {"rows": int(row.x_value), "inside": size.hidden, "outside": pieces * getattr(size, side), "rank": pieces * RANK}
 
 
 def main(argv: list[str] | None = None) -> int:

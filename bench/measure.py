@@ -99,7 +99,7 @@ def check(case: Case, setting: Setting, providers: dict[str, Provider], say: Cal
     expected, baseline, shares = None, None, {}
     _forget_compiled(providers)
     for name, provider in list(providers.items()):
-        if not provider.compared:
+        if not provider.compared or not provider.takes(setting.precision):
             continue
         with _compiler_may_fail(case, name, providers, say):
             got = results(name, provider, setting)
@@ -289,6 +289,9 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
     cuda, step = device.type == "cuda", case.mode == "step"
     _forget_compiled(providers)
     for name, provider in list(providers.items()):
+        if not provider.takes(setting.precision):
+            say(f"{case.name}: {name} is not measured: it takes {' and '.join(provider.precisions)}, not {setting.precision}")
+            continue
         with _compiler_may_fail(case, name, providers, say):
             empty = _settled(device) if cuda and step else 0
             work = provider.build(setting)

@@ -83,8 +83,8 @@ def _tried(device: torch.device) -> str:
 
 
 def _forms(device: torch.device) -> list[str]:
-    """By which library a CPU multiplies, and how it computes a vocabulary's scores; which forms of lora_linear and attention are picked at the size of BERT-base, where
-    a kernel is."""
+    """By which library a CPU multiplies, and how it computes a vocabulary's scores; which forms of lora_linear, lora_grads and attention are picked at the size
+    of BERT-base, where a kernel is."""
     lines = ["linear        form {}: {}".format(*linear_form()), "scores        form {}: {}".format(*scores_form())] if device.type == "cpu" else []
     if kernels.decide("lora_linear", device)[0] != "triton":
         return lines
@@ -92,6 +92,8 @@ def _forms(device: torch.device) -> list[str]:
     for dropout, candidates in ((False, dispatch.FORMS["lora_linear"]), (True, ("epilogue", "library"))):
         form, why = dispatch.decide("lora_linear", candidates, dropout=dropout, rows=4096, inside=768, outside=768, rank=8, **how)
         lines.append(f"lora_linear   form {form} with{'' if dropout else 'out'} dropout: {why}")
+    form, why = dispatch.decide("lora_grads", dispatch.FORMS["lora_grads"], dropout=False, rows=4096, inside=768, outside=1536, rank=16, **how)  # query's and value's
+    lines.append(f"lora_grads    form {form} without dropout: {why}")
     for dropout in (False, True):
         candidates = ("fused", "padded") if dropout or not has_varlen() else dispatch.FORMS["attention"]
         form, why = dispatch.decide("attention", candidates, dropout=dropout, rows=4096, sequences=32, longest=128, prefix=0, width=768, **how)

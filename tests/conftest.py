@@ -24,8 +24,8 @@ def shared() -> Path:
 
 
 def pytest_collection_modifyitems(items):
-    """Skips tests marked `gpu` where torch sees no CUDA device. Who waits for the kernels' checks comes last: till then they run beside the others."""
-    items.sort(key=lambda item: item.path.name == "test_kernels.py")
+    """Skips tests marked `gpu` where torch sees no CUDA device. The kernels' checks, the longest of all, come first: processes that run side by side then end together."""
+    items.sort(key=lambda item: item.path.name != "test_kernels.py")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch
@@ -33,25 +33,3 @@ def pytest_collection_modifyitems(items):
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-CHECKS = pytest.StashKey()
-
-
-def pytest_collection_finish(session):
-    """Begins the kernels' checks, where some were chosen."""
-    items = [item for item in session.items if item.path.name == "test_kernels.py" and item.originalname == "test_equal_to_the_twin"]
-    items = [item for item in items if not any(mark.args[0] for mark in item.iter_markers("skipif"))]
-    if items and not session.config.option.collectonly:
-        session.config.stash[CHECKS] = items[0].module.Checks([(item.callspec.params["path"], item.callspec.params["mark"]) for item in items])
-
-
-def pytest_sessionfinish(session):
-    if CHECKS in session.config.stash:
-        session.config.stash[CHECKS].end()
-
-
-@pytest.fixture(scope="session")
-def checks(request):
-    """test_kernels.Checks, begun."""
-    return request.config.stash[CHECKS]

@@ -171,6 +171,21 @@ def test_a_compiler_that_fails_leaves_only_its_provider_out(bench, tmp_path):
         bench.measure.check(case, setting, {**providers, "ours": bench.case.Provider(broken)})
 
 
+def test_a_provider_of_one_precision_takes_no_part_in_another(bench, tmp_path):
+    def built(setting):
+        assert setting.precision == "bf16"
+        return bench.case.Work(run=int, results=lambda: {"y": torch.ones(1)})
+
+    made, said = bench.case.Provider(built, kernels=("gelu",), precisions=("bf16",)), []
+    case = dataclasses.replace(bench.cases.CASES["gemm"], providers={"torch": bench.cases.CASES["gemm"].providers["torch"], "half": made})
+    setting = bench.case.Setting("micro", 8, tmp_path)
+    assert bench.measure.check(case, setting, dict(case.providers)) == {}
+    rows = bench.measure.time_case(case, setting, dict(case.providers), 1, say=said.append)
+    assert {row.provider for row in rows} == {"torch"} and said == ["gemm: half is not measured: it takes bf16, not float32"]
+    with pytest.raises(bench.measure.Unequal, match="half"):  # there it is held against the others
+        bench.measure.check_rounded(case, setting, dict(case.providers))
+
+
 def test_peak_memory_sees_what_a_pass_takes(bench, tmp_path):
     work = bench.case.Work(run=lambda: torch.ones(40 * 2 ** 18).sum(), results=dict)  # 40 MiB
     peak = bench.measure.cpu_peak(bench.case.Provider(lambda setting: work), bench.case.Setting("micro", 1, tmp_path))

@@ -77,7 +77,7 @@ def test_the_background_process_writes_and_reads_it_too(made):
     {"column": "x"}, {"unit": "sentence"}, {"on_error": "skip"}, {"max_length": 9}, {"shard": (0, 2)}, {"held_out": HeldOut(0.2)}, {"held_out": HeldOut(0.1, "he")},
     {"intervention": Intervention(keep="originals")}, {"axis": axes.load_axis("race")}, {"axis": dataclasses.replace(axes.load_axis("gender"), keep_untouched=True)},
     {"tokenizer": wordpiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "he"])},
-], ids=str)  # fmt: skip
+], ids=lambda change: "-".join(f"{k}={v}" if isinstance(v, (str, int, float)) else k for k, v in change.items()))  # fmt: skip
 def test_the_key_sees_what_decides_the_families(made, change):
     assert cache.key(dataclasses.replace(made, **change)) != cache.key(made)
 

@@ -60,6 +60,21 @@ def test_what_was_measured_is_what_is_picked(tmp_path, monkeypatch, fresh):
     assert picked(rows=4096, dtype=torch.float16) == "written"  # nothing measured: the default
 
 
+def test_dA_and_dB_go_by_rows_and_pieces(tmp_path, monkeypatch, fresh):
+    measured = [row("lora_grads", "twice", 4096, 1.0), row("lora_grads", "once", 4096, 2.0), row("lora_grads", "twice", 65536, 2.0), row("lora_grads", "once", 65536, 1.0),
+                row("lora_grads_two", "twice", 4096, 2.0), row("lora_grads_two", "once", 4096, 1.0)]
+    rows.write(tmp_path / "x.json", measured, "x")
+    assert dispatch_table.main([str(tmp_path / "x.json"), "--out", str(tmp_path / "dispatch.json")]) == 0
+    monkeypatch.setattr(dispatch, "TABLE", tmp_path / "dispatch.json")
+    monkeypatch.setattr(dispatch, "_name", lambda device: "NVIDIA X")
+
+    def picked(**sizes):
+        return dispatch.pick("lora_grads", dispatch.FORMS["lora_grads"], device=torch.device("cuda"), dropout=False, **HOW | sizes)
+
+    assert [picked(rows=4096), picked(rows=65536), picked(rows=4096, outside=1536, rank=16)] == ["twice", "once", "once"]
+
+
+
 def test_the_forms_of_attention_are_measured_by_rows_sequences_and_lengths(tmp_path, monkeypatch, fresh):
     def attention(provider: str, ms: float, dropout: float = 0.0, case: str = "attention", **sizes) -> rows.Row:
         sizes = {"rows": 6912, "sequences": 128, "longest": 128, "prefix": 0, "width": 768} | sizes

@@ -92,6 +92,7 @@ def test_a_kernel_is_run_where_triton_can():
     assert ran.returncode == 0, ran.stderr
     assert "Triton runs on cpu by its interpreter, and a kernel gives the bits of its plain twin" in ran.stdout
     assert "lora_linear   form written without dropout: the default: not measured on cpu" in ran.stdout
+    assert "lora_grads    form twice without dropout: the default: not measured on cpu" in ran.stdout
     assert "attention     form fused with dropout: the default: not measured on cpu" in ran.stdout
 
 

@@ -149,7 +149,8 @@ def form_for(first: Tensor, weight: Tensor, rank: int, rate: float, asked: str) 
 
 @op("lora_linear", fake=lambda x, weight, *others: x.new_empty(x.shape[0], weight.shape[0]))
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, rate: float, seed: Tensor | None, site: int,
-             form: str) -> Tensor:
+             form: str, grads: str) -> Tensor:
+    """form and grads: those of lora_linear and lora_grads that are asked for by name, or nothing; a backward has what its forward had."""
     if form_for(x, weight, a.shape[0], rate, form) == "epilogue":
         return _launch(forward_kernel, x, weight.shape[0], weight, (None if bias is None else bias.contiguous(),), a, b, scale, rate, seed, site)
     z = dropout(x, rate, seed, site) if rate else x
@@ -165,7 +166,7 @@ def _dx(dy: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, rate: fl
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias, a, b, ctx.scale, ctx.rate, seed, ctx.site, ctx.form = inputs
+    x, weight, bias, a, b, ctx.scale, ctx.rate, seed, ctx.site, ctx.form, ctx.grads = inputs
     needs = ctx.needs_input_grad
     ctx.save_for_backward(x if needs[1] or needs[3] or needs[4] else None, weight if needs[0] else None, a, b, seed)
 
@@ -174,8 +175,8 @@ def _backward(ctx, dy: Tensor):
     x, weight, a, b, seed = ctx.saved_tensors
     needs, how = ctx.needs_input_grad, (ctx.scale, ctx.rate, seed, ctx.site)
     dx = _dx(dy, weight, a, b, *how, ctx.form) if needs[0] else None
-    da, db = lora_grads_op(x, dy, [a], [b], ctx.scale, 0, *how[1:]) if needs[3] or needs[4] else (None, None)
-    return (dx, dy.t() @ x if needs[1] else None, dy.sum(0) if needs[2] else None, da if needs[3] else None, db if needs[4] else None, None, None, None, None, None)
+    da, db = lora_grads_op(x, dy, [a], [b], ctx.scale, 0, *how[1:], ctx.grads) if needs[3] or needs[4] else (None, None)
+    return (dx, dy.t() @ x if needs[1] else None, dy.sum(0) if needs[2] else None, da if needs[3] else None, db if needs[4] else None, None, None, None, None, None, None)
 
 
 _forward.differentiate(_save, _backward)
@@ -184,12 +185,13 @@ _forward.differentiate(_save, _backward)
 # ---------------------------------------------------------------- the written form
 
 @op("lora_written", fake=lambda x, written, *others: x.new_empty(x.shape[0], written.shape[0]))
-def _written(x: Tensor, written: Tensor, bias: Tensor | None, a: list[Tensor], b: list[Tensor], scales: list[float], firsts: list[int]) -> Tensor:
+def _written(x: Tensor, written: Tensor, bias: Tensor | None, a: list[Tensor], b: list[Tensor], scales: list[float], firsts: list[int],
+             grads: str) -> Tensor:
     return F.linear(x, written, bias)
 
 
 def _save_written(ctx, inputs, output):
-    x, written, bias, a, b, ctx.scales, ctx.firsts = inputs
+    x, written, bias, a, b, ctx.scales, ctx.firsts, ctx.grads = inputs
     ctx.pieces, ctx.has_bias = len(a), bias is not None
     ctx.save_for_backward(x, written, *a, *b)
 
@@ -200,10 +202,10 @@ def _backward_written(ctx, dy: Tensor):
     to_a, to_b = [], []
     for i, n in _alike(a, b, ctx.scales, ctx.firsts):
         apart = ctx.firsts[i + 1] - ctx.firsts[i] if n > 1 else 0
-        da, db = lora_grads_op(x, dy[:, ctx.firsts[i]:], a[i:i + n], b[i:i + n], ctx.scales[i], apart, 0.0, None, 0)
+        da, db = lora_grads_op(x, dy[:, ctx.firsts[i]:], a[i:i + n], b[i:i + n], ctx.scales[i], apart, 0.0, None, 0, ctx.grads)
         to_a += da.split(len(a[i]))
         to_b += db.split(len(b[i]))
-    return dy @ written if ctx.needs_input_grad[0] else None, None, dy.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None, to_a, to_b, None, None
+    return dy @ written if ctx.needs_input_grad[0] else None, None, dy.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None, to_a, to_b, None, None, None
 
 
 def _alike(a: list[Tensor], b: list[Tensor], scales: list[float], firsts: list[int]) -> list[tuple[int, int]]:
@@ -236,7 +238,8 @@ def lora_written(x: Tensor, written: Tensor, bias: Tensor | None, pieces: list[t
         expect("lora_written", "W'", written, (-1, x.shape[1]), (x.dtype,), x.device)
         if first + b.shape[0] > written.shape[0]:
             raise ValueError(f"lora_written, piece: expected rows within {written.shape[0]}, got {first} to {first + b.shape[0]}")
-    return _written(x, written, bias, [p[1] for p in pieces], [p[2] for p in pieces], [float(p[3]) for p in pieces], [p[0] for p in pieces])
+    return _written(x, written, bias, [p[1] for p in pieces], [p[2] for p in pieces], [float(p[3]) for p in pieces], [p[0] for p in pieces],
+                    dispatch.asked("lora_grads") or "")
 
 
 # ---------------------------------------------------------------- the public function
@@ -251,4 +254,4 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
     expect("lora_linear", "W", weight, (b.shape[0], x.shape[1]), (x.dtype,), x.device)
     if bias is not None:
         expect("lora_linear", "bias", bias, (b.shape[0],), (x.dtype,), x.device)
-    return _forward(x, weight, bias, a, b, float(scale), float(rate), seed, site, dispatch.asked("lora_linear") or "")
+    return _forward(x, weight, bias, a, b, float(scale), float(rate), seed, site, dispatch.asked("lora_linear") or "", dispatch.asked("lora_grads") or "")

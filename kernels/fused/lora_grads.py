@@ -13,12 +13,15 @@ some of dY: the same work with the roles exchanged. One calls the tensor that is
     left [T, L] F [L, r] -> w [T, r];    w^T right [T, N] -> [r, N].
 Of the ranks of all pieces a piece's own begin at `lowest`; the others' are 0 in F and are not stored.
 
-How. Three launches, each a stream of tiles with several on their way. `thin_kernel`: w = left F for both sides, a program a tile of rows. `partial_kernel`: w^T right,
-a program a tile of columns and a chunk of rows. `sum_kernel` adds the chunks' sums in their order. x and dY are read twice; where the two fit in the L2 cache, once from
-memory. One kernel that keeps a row tile for both products would read them once, and wait for its first product before every second.
-What limits it: memory, and at a few thousand rows the launches.
+Forms, picked by dispatch.py. `sum_kernel`, the last launch of both, adds the sums of chunks of rows in their order.
+"twice": x and dY are read twice, in two streams of tiles with several on their way. `thin_kernel`: w = left F for both sides, a program a tile of rows.
+`partial_kernel`: w^T right, a program a tile of columns and a chunk of rows. Where x and dY fit in the L2 cache, the second time comes from there. What limits it: memory,
+and at a few thousand rows the launches.
+"once": x and dY are read once. `once_kernel`: a program, one a multiprocessor, walks over its chunk of rows with all of dA and dB in its registers and the next tiles of
+rows on their way to shared memory. It takes what they hold (`once_serves`): bf16 and fp16, I and O of up to 768 columns, up to 16 ranks of all pieces, up to two of
+these. What limits it: a program's second products wait for the sum of its first.
 
-Letters: T rows, G pieces, I = in, O = out of a piece, R ranks of all pieces (padded to a power of two), BT rows and BK columns of a tile.
+Letters: T rows, G pieces, I = in, O = out of a piece, R ranks of all pieces (padded to a power of two), BT rows and BK columns of a tile, W tiles side by side.
 """
 
 import torch
@@ -27,11 +30,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import register
+from . import dispatch, register
 from .dropout import dropout, keep
 from .dropout_ref import threshold_of
 from .op import op
-from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power, reduce, rows_together
+from .tiles import DTYPES, Spec, arch_of, ceil_div, dot, expect, on, power, processors, reduce, rows_together
 
 CHUNKS = 32  # at most that many partial sums
 MAX_RANK = 64
@@ -108,6 +111,74 @@ def partial_kernel(x, dy, u, v, seed, partial_a, partial_b, T, I, O, x_stride, d
 
 
 @triton.jit
+def _zeros(N: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
+    """N sums [W, R, BK] that begin."""
+    found = ()
+    for _ in tl.static_range(N):
+        found = found + (tl.zeros((W, R, BK), tl.float32),)
+    return found
+
+
+@triton.jit
+def _side(base, rows, stride, first, width, T, seed, site, threshold, DROPS: tl.constexpr, BT: tl.constexpr, W: tl.constexpr, BK: tl.constexpr):
+    """As _tile, W tiles side by side: [W, BT, BK] from column `first` on."""
+    columns = first + (tl.arange(0, W) * BK)[:, None] + tl.arange(0, BK)[None, :]
+    value = tl.load(base + rows[None, :, None] * stride + columns[:, None, :], mask=(rows < T)[None, :, None] & (columns < width)[:, None, :], other=0.0)
+    if DROPS:
+        kept = keep(rows, first // 8, (width + 7) // 8, seed, site, threshold, W * BK // 8)
+        value = tl.where(tl.permute(tl.reshape(kept, (BT, W, BK)), (1, 0, 2)), value, 0.0)
+    return value
+
+
+@triton.jit
+def _everywhere(low, W: tl.constexpr):
+    """[W, R, BT] of x's dtype: low [BT, R] turned, for each of the W tiles side by side."""
+    return tl.broadcast_to(tl.trans(low)[None, :, :], (W, low.shape[1], low.shape[0]))
+
+
+@triton.jit(do_not_specialize=["site"])
+def once_kernel(x, dy, a, b, seed, partial_a, partial_b, T, I, O, x_stride, dy_stride, apart, rank, tiles, site, threshold, DROPS: tl.constexpr, BT: tl.constexpr,
+                W: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, XS: tl.constexpr, DYS: tl.constexpr):
+    """partial_a and partial_b as of partial_kernel, from x and dy themselves; the others as in thin_kernel. x is XS times W BK columns wide, a piece of dy DYS times. W
+    tiles side by side are one product of W batches, which the warps share among them: as one wide product each warp would read all of it. The pieces share the sums of
+    dB, as each has ranks of its own. Programs: a chunk of `tiles` tiles of BT rows each."""
+    chunk, ranks, own_columns = tl.program_id(0).to(tl.int64), tl.arange(0, R), (tl.arange(0, W) * BK)[:, None] + tl.arange(0, BK)[None, :]
+    start = 0 if seed is None else tl.load(seed)
+    da, db = _zeros(XS, W, R, BK), _zeros(DYS, W, R, BK)
+    for t in range(0, tiles):
+        rows = ((chunk * tiles + t) * BT + tl.arange(0, BT)).to(tl.int64)
+        xs, u, v = (), tl.zeros((W, BT, R), tl.float32), tl.zeros((W, BT, R), tl.float32)
+        for i in tl.static_range(XS):
+            columns = (i * W * BK + own_columns)[:, :, None]
+            value = _side(x, rows, x_stride, i * W * BK, I, T, start, site, threshold, DROPS, BT, W, BK)
+            thin = tl.load(a + columns + ranks[None, None, :] * I, mask=(columns < I) & (ranks < PIECES * rank)[None, None, :], other=0.0)
+            u = dot(value, thin.to(value.dtype), u)
+            xs = xs + (value,)
+        low, grown = tl.sum(u, 0).to(x.dtype.element_ty), ()
+        for j in tl.static_range(DYS):
+            columns, total = (j * W * BK + own_columns)[:, :, None], db[j]
+            for piece in tl.static_range(PIECES):
+                own = ((ranks >= piece * rank) & (ranks < (piece + 1) * rank))[None, :]
+                value = _side(dy + piece * apart, rows, dy_stride, j * W * BK, O, T, start, site, threshold, False, BT, W, BK)
+                thin = tl.load(b + (piece * O + columns) * rank + (ranks - piece * rank)[None, None, :], mask=(columns < O) & own[None, :, :], other=0.0)
+                v = dot(value, thin.to(value.dtype), v)
+                total = dot(_everywhere(low if PIECES == 1 else tl.where(own, low, 0.0), W), value, total)
+            grown = grown + (total,)
+        db = grown
+        low, grown = _everywhere(tl.sum(v, 0).to(x.dtype.element_ty), W), ()
+        for i in tl.static_range(XS):
+            grown = grown + (dot(low, xs[i], da[i]),)
+        da = grown
+    for i in tl.static_range(XS):
+        columns = (i * W * BK + own_columns)[:, None, :]
+        tl.store(partial_a + (chunk * PIECES * rank + ranks[None, :, None]) * I + columns, da[i], mask=(ranks < PIECES * rank)[None, :, None] & (columns < I))
+    for j in tl.static_range(DYS):
+        columns = (j * W * BK + own_columns)[:, None, :]
+        places = (chunk * rank + (ranks % rank)[None, :, None]) * (PIECES * O) + (ranks // rank * O)[None, :, None] + columns
+        tl.store(partial_b + places, db[j], mask=(ranks < PIECES * rank)[None, :, None] & (columns < O))
+
+
+@triton.jit
 def sum_kernel(partial_a, partial_b, da, db, chunks, ranks, rank, I, O, groups_a, scale, CHUNKS: tl.constexpr, BN: tl.constexpr):
     """da [ranks, I] and db [O, rank] = scale times the sums over the chunks; here `ranks` are all pieces' and O is all pieces'. Programs (group of BN columns, k), the first
     groups_a groups of dA."""
@@ -133,6 +204,17 @@ def tiles_for(dtype: torch.dtype, rank: int, kernel: str) -> dict[str, int]:
 SUMMED = {"CHUNKS": 32, "BN": 64}
 
 
+def once_tiles(arch: int) -> dict[str, int]:
+    """As tiles_for, of once_kernel; arch: 80, 90, 100. Before 90 there is shared memory for one tile of rows on its way, from 90 on for two."""
+    return {"BT": 16, "W": 8, "BK": 32, "R": 16, "num_warps": 8, "num_stages": 2 if arch < 90 else 3}
+
+
+def once_serves(arch: int, dtype: torch.dtype, width: int, out: int, pieces: int, ranks: int, drops: bool) -> bool:
+    """Whether "once" takes x of `width` and pieces of dY of `out` columns with `ranks` ranks together. Its sums must fit in registers, and tiles of rows in shared memory: of
+    that a data centre's GPUs have 160 KB and more, others 100."""
+    return arch in (80, 90, 100, 103) and dtype != torch.float32 and ranks <= 16 and pieces <= (1 if drops else 2) and max(width, out) <= 768
+
+
 def specs(arch: int) -> list[Spec]:
     found = []
     whole = {name: "i32" for name in ("T", "I", "O", "x_stride", "dy_stride", "apart", "pieces", "rank", "groups_a", "groups_b", "tiles", "site", "threshold")}
@@ -146,42 +228,77 @@ def specs(arch: int) -> list[Spec]:
                     signature = {key: value for key, value in (pointers | whole).items() if key in kernel.arg_names}
                     found.append(Spec(f"{name}, {kind}, r {rank}{', dropout' if drops else ''}", kernel, signature, {"DROPS": drops} | sizes | ({} if drops else {"seed": None}),
                                       warps, stages, aligned=("I", "O", "x_stride", "dy_stride", "apart")))
+    for kind in ("bf16", "fp16"):
+        for pieces, drops in ((1, False), (2, False), (1, True)):
+            pointers = dict.fromkeys(("x", "dy"), f"*{kind}") | dict.fromkeys(("a", "b", "partial_a", "partial_b"), "*fp32") | ({"seed": "*i64"} if drops else {})
+            sizes = once_tiles(arch) | {"PIECES": pieces, "XS": 3, "DYS": 3, "DROPS": drops}
+            warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
+            signature = {key: value for key, value in (pointers | whole).items() if key in once_kernel.arg_names}
+            found.append(Spec(f"once, {kind}, {pieces} of 768{', dropout' if drops else ''}", once_kernel, signature, sizes | ({} if drops else {"seed": None}), warps, stages,
+                              aligned=("I", "O", "x_stride", "dy_stride", "apart")))
     signature = dict.fromkeys(("partial_a", "partial_b", "da", "db"), "*fp32") | dict.fromkeys(("chunks", "ranks", "rank", "I", "O", "groups_a"), "i32") | {"scale": "fp32"}
     return [*found, Spec("sum", sum_kernel, signature, SUMMED, aligned=("I", "O"))]
 
 
 # ---------------------------------------------------------------- launcher
 
+def form_for(x: Tensor, out: int, pieces: int, ranks: int, rate: float, asked: str) -> str:
+    """"twice" or "once". Looked up when the op runs, so a compiled graph holds no choice but the one `asked` for by name."""
+    if not once_serves(arch_of(x), x.dtype, x.shape[1], out, pieces, ranks, rate > 0):
+        return "twice"
+    return asked or dispatch.pick("lora_grads", dispatch.FORMS["lora_grads"], device=x.device, dtype=x.dtype, dropout=rate > 0, rows=x.shape[0], inside=x.shape[1],
+                                  outside=pieces * out, rank=ranks)
+
+
 @op("lora_grads", fake=lambda x, dy, a, b, *others: tuple(x.new_empty((len(t) * t[0].shape[0], t[0].shape[1]), dtype=t[0].dtype) for t in (a, b)))
-def lora_grads_op(x: Tensor, dy: Tensor, a: list[Tensor], b: list[Tensor], scale: float, apart: int, rate: float, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:
+def lora_grads_op(x: Tensor, dy: Tensor, a: list[Tensor], b: list[Tensor], scale: float, apart: int, rate: float, seed: Tensor | None, site: int,
+                  form: str) -> tuple[Tensor, Tensor]:
     """dA [G r, in] and dB [G out, r] of G pieces, one below the other; G r at most MAX_RANK, or G is 1. dy [T, ..]: the first piece's columns come first, the next one's
-    `apart` further on."""
+    `apart` further on. form: the one that is asked for, or nothing."""
     pieces, (rank, width), out = len(a), a[0].shape, b[0].shape[0]
     a, b = (t[0].contiguous() if pieces == 1 else torch.cat(t) for t in (a, b))
     if rank > MAX_RANK:
         z, v = dropout(x, rate, seed, site) if rate else x, dy[:, :out] @ b.to(dy.dtype)
         return (v.t() @ z * scale).to(a.dtype), (dy[:, :out].t() @ F.linear(z, a.to(z.dtype)) * scale).to(b.dtype)
     x, dy = rows_together(x), rows_together(dy)
-    rows, ranks = x.shape[0], pieces * rank
-    da, db = torch.empty_like(a), torch.empty_like(b)
-    u, v = (torch.empty((rows, power(ranks)), dtype=x.dtype, device=x.device) for _ in range(2))
-    thin, sizes, threshold = tiles_for(x.dtype, ranks, "thin"), tiles_for(x.dtype, ranks, "partial"), threshold_of(rate)
-    tiles = max(1, ceil_div(ceil_div(rows, sizes["BT"]), CHUNKS))  # of BT rows, in a chunk
-    chunks = ceil_div(rows, tiles * sizes["BT"])
-    partial_a = torch.empty((chunks, ranks, width), dtype=torch.float32, device=x.device)
-    partial_b = torch.empty((chunks, rank, pieces * out), dtype=torch.float32, device=x.device)
-    shape = rows, width, out, x.stride(0), dy.stride(0), apart, pieces, rank
-    options = {"DROPS": rate > 0, "enable_fp_fusion": True}
+    ranks, da, db = pieces * rank, torch.empty_like(a), torch.empty_like(b)
+    launch = _once if form_for(x, out, pieces, ranks, rate, form) == "once" else _twice
     with on(x):
-        if chunks:
-            thin_kernel[(1 + pieces) * ceil_div(rows, thin["BT"]),](x, dy, a, b, seed if rate else None, u, v, *shape, site, threshold, **options, **thin)
-            groups = ceil_div(width, sizes["BK"]), ceil_div(out, sizes["BK"])
-            partial_kernel[groups[0] + pieces * groups[1], chunks](x, dy, u, v, seed if rate else None, partial_a, partial_b, *shape, *groups, tiles, site, threshold, **options,
-                                                                   **sizes)
+        partial_a, partial_b = launch(x, dy, a, b, apart, pieces, rate, seed if rate else None, site)
         groups = ceil_div(width, SUMMED["BN"]), ceil_div(pieces * out, SUMMED["BN"])
-        sum_kernel[sum(groups), ranks](partial_a, partial_b, da, db, chunks, ranks, rank, width, pieces * out, groups[0], scale * 65536 / threshold, enable_fp_fusion=True,
-                                       **SUMMED)
+        sum_kernel[sum(groups), ranks](partial_a, partial_b, da, db, len(partial_a), ranks, rank, width, pieces * out, groups[0], scale * 65536 / threshold_of(rate),
+                                       enable_fp_fusion=True, **SUMMED)
     return da, db
+
+
+def _partial(x: Tensor, b: Tensor, ranks: int, pieces: int, tile: int, most: int) -> tuple[int, Tensor, Tensor]:
+    """(tiles of `tile` rows in a chunk, partial_a, partial_b) for at most `most` chunks."""
+    tiles = max(1, ceil_div(ceil_div(x.shape[0], tile), most))
+    chunks = ceil_div(x.shape[0], tiles * tile)
+    return tiles, *(torch.empty((chunks, *shape), dtype=torch.float32, device=x.device) for shape in ((ranks, x.shape[1]), (b.shape[1], b.shape[0])))
+
+
+def _twice(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, apart: int, pieces: int, rate: float, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:
+    rows, ranks, out, rank = x.shape[0], a.shape[0], b.shape[0] // pieces, b.shape[1]
+    thin, sizes = tiles_for(x.dtype, ranks, "thin"), tiles_for(x.dtype, ranks, "partial")
+    tiles, *partial = _partial(x, b, ranks, pieces, sizes["BT"], CHUNKS)
+    if rows:
+        u, v = (torch.empty((rows, power(ranks)), dtype=x.dtype, device=x.device) for _ in range(2))
+        shape, options = (rows, x.shape[1], out, x.stride(0), dy.stride(0), apart, pieces, rank), {"DROPS": rate > 0, "enable_fp_fusion": True}
+        thin_kernel[(1 + pieces) * ceil_div(rows, thin["BT"]),](x, dy, a, b, seed, u, v, *shape, site, threshold_of(rate), **options, **thin)
+        groups = ceil_div(x.shape[1], sizes["BK"]), ceil_div(out, sizes["BK"])
+        partial_kernel[groups[0] + pieces * groups[1], len(partial[0])](x, dy, u, v, seed, *partial, *shape, *groups, tiles, site, threshold_of(rate), **options, **sizes)
+    return tuple(partial)
+
+
+def _once(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, apart: int, pieces: int, rate: float, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:
+    sizes, out = once_tiles(arch_of(x)), b.shape[0] // pieces
+    tiles, *partial = _partial(x, b, a.shape[0], pieces, sizes["BT"], processors(x))
+    if x.shape[0]:
+        shape, side = (*x.shape, out, x.stride(0), dy.stride(0), apart, b.shape[1], tiles), sizes["W"] * sizes["BK"]
+        once_kernel[len(partial[0]),](x, dy, a, b, seed, *partial, *shape, site, threshold_of(rate), DROPS=rate > 0, PIECES=pieces, XS=ceil_div(x.shape[1], side),
+                                      DYS=ceil_div(out, side), enable_fp_fusion=True, **sizes)
+    return tuple(partial)
 
 
 @register("lora_grads", "triton")
@@ -189,7 +306,7 @@ def lora_grads(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, scale: float, rate: 
     """(dA, dB) as the file's first lines say. Raises ValueError on what does not fit, naming the tensor."""
     check("lora_grads", x, a, b, rate, seed)
     expect("lora_grads", "dy", dy, (x.shape[0], b.shape[0]), (x.dtype,), x.device)
-    return lora_grads_op(x, dy, [a], [b], scale, 0, rate, seed, site)
+    return lora_grads_op(x, dy, [a], [b], scale, 0, rate, seed, site, dispatch.asked("lora_grads") or "")
 
 
 def check(op: str, x: Tensor, a: Tensor, b: Tensor, rate: float, seed: Tensor | None) -> None:

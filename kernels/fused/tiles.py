@@ -85,6 +85,16 @@ def _arch(index: int) -> int:
     return 10 * major + minor
 
 
+def processors(tensor: Tensor) -> int:
+    """How many multiprocessors the tensor's device has, for a launcher that gives each a program; 3 for a CPU (interpreter)."""
+    return _processors(tensor.device.index) if tensor.is_cuda else 3
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 def on(tensor: Tensor):
     """A context in which launches go to the tensor's own CUDA device, and to its current stream; nothing where that is the current device, or a CPU (interpreter)."""
     device = tensor.get_device()

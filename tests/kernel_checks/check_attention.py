@@ -142,11 +142,16 @@ def test_slices_of_one_product_are_read_where_they_lie(dtype, monkeypatch):
     assert torch.equal(gradient, torch.cat([g.flatten(1) for g in torch.autograd.grad(expected, apart, pull)], 1))
 
 
+@pytest.mark.parametrize("layout", [strided, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)], ids=["every second element", "heads before rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES if dtype != torch.float32)])
-def test_other_layouts_are_copied(dtype):
+def test_other_layouts_are_copied(dtype, layout):
+    """To the same bits, of the outputs and of every gradient, as contiguous tensors have."""
     spans = spans_of("fewer queries")
-    compare(*both(spans, seeded()), tensors(spans, 13, 5), dtype=dtype, gradients=OWN + PREFIX, layout=strided)
-    compare(*both(spans, seeded()), tensors(spans, 13, 5), dtype=dtype, gradients=OWN + PREFIX, layout=lambda x: x.transpose(0, 1).contiguous().transpose(0, 1))
+    fused, _ = both(spans, seeded())
+    given = {name: x.to(dtype) for name, x in tensors(spans, 13, 5).items()}
+    with poisoned():
+        found, expected = (run(fused, given, OWN + PREFIX, 0, *other) for other in ((layout,), ()))
+    assert set(found) == {"output", *(f"gradient of {name}" for name in OWN + PREFIX)} and all(torch.equal(t, expected[name]) for name, t in found.items())
 
 
 def test_an_expanded_gradient():

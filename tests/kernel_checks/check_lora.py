@@ -20,6 +20,7 @@ WIDTHS = [(768, 768), (768, 3072), (3072, 768)]
 REAL = [(65, *widths, rank, dtype, 0.25 if (i + j + k) % 4 == 0 else 0.0)  # a quarter of them drops: each rank, each pair of widths and each dtype is among it
         for i, rank in enumerate((1, 8, 13, 64)) for j, widths in enumerate(WIDTHS) for k, dtype in enumerate(DTYPES)]
 RATES = (0.0, 0.25)
+HALVES = DTYPES[1:]  # what dA and dB come in one pass for
 
 
 def tensors(rows: int, width: int, out: int, rank: int, bias: bool = True) -> dict[str, torch.Tensor]:
@@ -150,39 +151,63 @@ def test_no_rows():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", RAGGED, ids=str)
 def test_grads(sizes, dtype, rate):
-    check_grads(sizes, dtype, rate)
+    check_grads(sizes, dtype, rate, "twice")
 
 
-def check_grads(sizes, dtype, rate, layout=lambda t: t):
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("sizes", [*(sizes for sizes in RAGGED if sizes[3] <= 16), (300, 261, 7, 16), (97, 13, 517, 8)], ids=str)
+def test_grads_in_one_pass(sizes, dtype, rate):
+    """Also widths of several tiles, and more tiles of rows than programs."""
+    check_grads(sizes, dtype, rate, "once")
+
+
+def test_what_one_pass_cannot_hold_takes_two(monkeypatch):
+    """float32, many ranks, wide sides, a GPU with less shared memory: asked for by name or not."""
+    held = {"arch": 90, "dtype": torch.bfloat16, "width": 768, "out": 768, "pieces": 2, "ranks": 16, "drops": False}
+    assert lora_grads.once_serves(**held) and lora_grads.once_serves(**held | {"dtype": torch.float16, "pieces": 1, "drops": True})
+    assert not any(lora_grads.once_serves(**held | more) for more in ({"arch": 89}, {"dtype": torch.float32}, {"ranks": 17}, {"width": 769}, {"out": 769}, {"pieces": 3}, {"drops": True}))
+    monkeypatch.setattr(lora_grads, "once_kernel", None)
+    check_grads((13, 7, 37, 3), torch.float32, 0.0, "once")
+    with pytest.raises(TypeError):
+        check_grads((13, 7, 37, 3), torch.bfloat16, 0.0, "once")
+
+
+def check_grads(sizes, dtype, rate, form, layout=lambda t: t):
     rows, width, out, rank = sizes
     inputs = {"x": drawn(rows, width, seed=1), "dy": drawn(rows, out, seed=2), "a": drawn(rank, width, seed=3), "b": drawn(out, rank, seed=4)}
 
     def both(function):
-        return lambda **given: dict(zip(("dA", "dB"), function(**given, scale=SCALE, rate=rate, seed=SEED, site=6)))
+        def run(**given):
+            with dispatch.use("lora_grads", form):
+                return dict(zip(("dA", "dB"), function(**given, scale=SCALE, rate=rate, seed=SEED, site=6)))
+        return run
 
     compare(both(lora_grads.lora_grads), both(lora_grads_ref), inputs, dtype=dtype, layout=layout)
 
 
 def test_grads_of_a_slice_of_columns():
     """dY of query is a third of that of query, key and value: rows far apart, nothing copied."""
-    check_grads((37, 13, 7, 5), torch.float32, 0.25, layout=lambda t: torch.cat([t * 0, t, t * 0], -1)[:, t.shape[1]:2 * t.shape[1]])
+    for form, dtype in (("twice", torch.float32), ("once", torch.bfloat16)):
+        check_grads((37, 13, 7, 5), dtype, 0.25, form, layout=lambda t: torch.cat([t * 0, t, t * 0], -1)[:, t.shape[1]:2 * t.shape[1]])
 
 
-@pytest.mark.parametrize("rows", [1, 64, 129, 64 * 128 + 1])
-def test_chunks_of_rows_are_added_once_each(rows, monkeypatch):
+@pytest.mark.parametrize("form", ["twice", "once"])
+@pytest.mark.parametrize("rows", [1, 64, 129, 64 * 7 + 1])
+def test_chunks_of_rows_are_added_once_each(rows, form, monkeypatch):
     """With ones everywhere dB counts rows. More than CHUNKS tiles make a program walk over several."""
     monkeypatch.setattr(lora_grads, "CHUNKS", 3)
-    if rows > 1000:
-        rows = 64 * 7 + 1
     ones = [torch.ones(s, dtype=torch.bfloat16, device=DEVICE) for s in ((rows, 5), (rows, 7), (2, 5), (7, 2))]
-    with poisoned():
+    with poisoned(), dispatch.use("lora_grads", form):
         da, db = lora_grads.lora_grads(ones[0], ones[1], ones[2].float(), ones[3].float(), 1.0)
     assert torch.equal(da, torch.full((2, 5), 7.0 * rows)) and torch.equal(db, torch.full((7, 2), 5.0 * rows))
 
 
-def test_grads_repeat_bit_for_bit():
-    x, dy, a, b = (drawn(*s, seed=7).float() for s in ((300, 13), (300, 7), (5, 13), (7, 5)))
-    first, second = (lora_grads.lora_grads(x, dy, a, b, 1.0) for _ in range(2))
+@pytest.mark.parametrize("form", ["twice", "once"])
+def test_grads_repeat_bit_for_bit(form):
+    x, dy, a, b = (drawn(*s, seed=7).bfloat16() for s in ((300, 13), (300, 7), (5, 13), (7, 5)))
+    with dispatch.use("lora_grads", form):
+        first, second = (lora_grads.lora_grads(x, dy, a, b, 1.0) for _ in range(2))
     assert all(torch.equal(p, q) for p, q in zip(first, second))
 
 
@@ -254,15 +279,16 @@ def test_tables_that_a_captured_graph_reads_outlive_the_others(monkeypatch):
     assert not forgotten()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_product_with_written_weights(dtype):
-    """Query and value of a weight of three: outputs are those of W', gradients of A and B those of the unmerged product."""
+@pytest.mark.parametrize("grads,dtype", [*(("twice", dtype) for dtype in DTYPES), *(("once", dtype) for dtype in HALVES)])
+def test_the_product_with_written_weights(grads, dtype):
+    """Query and value of a weight of three: outputs are those of W', gradients of A and B those of the unmerged product; the backward has the form that its forward had."""
     def prepared(function, write):
         def run(x, weight, bias, qa, qb, va, vb):
             pieces = [(0, qa, qb, SCALE), (14, va, vb, SCALE)]
             low = [p.detach() for p in (qa, qb, va, vb)]
             written = write([weight], [(0, 0, *low[:2], SCALE), (0, 14, *low[2:], SCALE)], x.dtype)[0]
-            return function(x, written, bias, pieces)
+            with dispatch.use("lora_grads", grads):
+                return function(x, written, bias, pieces)
         return run
 
     inputs = {"x": drawn(37, 13, seed=1), "weight": drawn(21, 13, seed=2), "bias": drawn(21, seed=3), "qa": drawn(5, 13, seed=4), "qb": drawn(7, 5, seed=5),
@@ -271,15 +297,20 @@ def test_the_product_with_written_weights(dtype):
             gradients=("x", "bias", "qa", "qb", "va", "vb"))
 
 
-def test_pieces_of_one_product_go_together_where_they_are_alike():
-    """Each piece's gradients are those it has alone; what differs in shape, scale or distance, or has too many ranks together, goes by itself."""
-    x, dy = drawn(37, 13, seed=1).float(), drawn(37, 29, seed=2).float()
-    a, b = ([drawn(*shape, seed=3 + i).float() for i in range(3)] for shape in ((5, 13), (7, 5)))
-    together = lora_grads.lora_grads_op(x, dy[:, 1:], a, b, SCALE, 9, 0.0, None, 0)
-    alone = [lora_grads.lora_grads(x, dy[:, 1 + 9 * i:8 + 9 * i], a[i], b[i], SCALE) for i in range(3)]
+@pytest.mark.parametrize("grads,pieces", [("twice", 3), ("once", 2)])
+def test_pieces_of_one_product_go_together(grads, pieces):
+    """Each piece's gradients are those it has alone."""
+    x, dy = drawn(97, 13, seed=1).bfloat16(), drawn(97, 29, seed=2).bfloat16()
+    a, b = ([drawn(*shape, seed=3 + i).float() for i in range(pieces)] for shape in ((5, 13), (7, 5)))
+    with dispatch.use("lora_grads", grads), poisoned():
+        together = lora_grads.lora_grads_op(x, dy[:, 1:], a, b, SCALE, 9, 0.0, None, 0, "")
+        alone = [lora_grads.lora_grads(x, dy[:, 1 + 9 * i:8 + 9 * i], a[i], b[i], SCALE) for i in range(pieces)]
     for have, want in zip(together, (torch.cat(parts) for parts in zip(*alone))):
         torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-5)
 
+
+def test_which_pieces_of_one_product_go_together():
+    """Those alike: what differs in shape, scale or distance, or has too many ranks together, goes by itself."""
     def runs(firsts, ranks=(5, 5, 5), scales=(1.0, 1.0, 1.0)):
         return lora._alike([torch.zeros(r, 13) for r in ranks], [torch.zeros(7, r) for r in ranks], list(scales), firsts)
 
@@ -321,11 +352,11 @@ def test_registration():
     """torch's own checks of every op, and torch.compile takes them without a break."""
     x, w, bias, a, b = (t.float().requires_grad_(k != "weight") for k, t in tensors(13, 7, 37, 3).items())
     flat = (1.5, 0.25, SEED, 2)
-    torch.library.opcheck(torch.ops.peftdebias.lora_linear.default, (x, w, bias, a, b, *flat, ""))
+    torch.library.opcheck(torch.ops.peftdebias.lora_linear.default, (x, w, bias, a, b, *flat, "", ""))
     torch.library.opcheck(torch.ops.peftdebias.lora_dx.default, (torch.randn(13, 37, device=DEVICE), w, a.detach(), b.detach(), *flat, ""))
-    torch.library.opcheck(torch.ops.peftdebias.lora_grads.default, (x.detach(), torch.randn(13, 37, device=DEVICE), [a.detach()], [b.detach()], flat[0], 0, *flat[1:]))
+    torch.library.opcheck(torch.ops.peftdebias.lora_grads.default, (x.detach(), torch.randn(13, 37, device=DEVICE), [a.detach()], [b.detach()], flat[0], 0, *flat[1:], ""))
     torch.library.opcheck(torch.ops.peftdebias.lora_write.default, ([w], [a.detach()], [b.detach()], [1.5], [0, 0], torch.bfloat16))
-    torch.library.opcheck(torch.ops.peftdebias.lora_written.default, (x, w, bias, [a], [b], [1.5], [0]))
+    torch.library.opcheck(torch.ops.peftdebias.lora_written.default, (x, w, bias, [a], [b], [1.5], [0], ""))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
