@@ -12,8 +12,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 VENV := .venv
 PY := $(VENV)/bin/python
-# -qq: errors only. pip would otherwise print a line for every index it asks.
-PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -qq -c constraints.txt
+# -qq: errors only. pip would otherwise print a line for every index it asks. --no-compile: Python compiles what it imports, not all of torch.
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -qq --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow clean

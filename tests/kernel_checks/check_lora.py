@@ -162,6 +162,29 @@ def test_grads_in_one_pass(sizes, dtype, rate):
     check_grads(sizes, dtype, rate, "once")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rank,rate", [(1, 0.0), (8, 0.0), (8, 0.25), (13, 0.0)])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_grads_in_one_pass_at_real_sizes(rank, rate, dtype):
+    check_grads((131, 768, 768, rank), dtype, rate, "once")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", HALVES)
+def test_query_and_value_in_one_pass_at_real_sizes(dtype):
+    """As a layer has them: the first and the last third of dY."""
+    def fused(x, dy, qa, qb, va, vb):
+        return dict(zip(("dA", "dB"), lora_grads.lora_grads_op(x, dy, [qa, va], [qb, vb], SCALE, 2 * 768, 0.0, None, 0, "once")))
+
+    def twin(x, dy, qa, qb, va, vb):
+        pairs = [lora_grads_ref(x, dy[:, first:first + 768], a, b, SCALE) for first, a, b in ((0, qa, qb), (2 * 768, va, vb))]
+        return {name: torch.cat(parts) for name, parts in zip(("dA", "dB"), zip(*pairs))}
+
+    inputs = {"x": drawn(131, 768, seed=1), "dy": drawn(131, 3 * 768, seed=2), "qa": drawn(8, 768, seed=3), "qb": drawn(768, 8, seed=4), "va": drawn(8, 768, seed=5),
+              "vb": drawn(768, 8, seed=6)}
+    compare(fused, twin, inputs, dtype=dtype)
+
+
 def test_what_one_pass_cannot_hold_takes_two(monkeypatch):
     """float32, many ranks, wide sides, a GPU with less shared memory: asked for by name or not."""
     held = {"arch": 90, "dtype": torch.bfloat16, "width": 768, "out": 768, "pieces": 2, "ranks": 16, "drops": False}
