@@ -109,7 +109,7 @@ class Work:
 class Provider:
     """needs: libraries it imports, kernels: Triton ops it calls, native: ops of csrc; without them it is not measured. compiled: only with --compile. compared: whether it computes what
     the others do (a library's dropout draws another mask). python: the interpreter of its process, where that is not this one (compare.py). precisions: where it is
-    measured and compared; nothing is any."""
+    measured and compared; nothing is any. refuses: device -> why it cannot be measured there, or nothing."""
 
     build: Callable[[Setting], Work]
     needs: tuple[str, ...] = ()
@@ -119,6 +119,7 @@ class Provider:
     compared: bool = True
     python: str | None = None
     precisions: tuple[str, ...] = ()
+    refuses: Callable[[str], str] = lambda device: ""
 
     def takes(self, precision: str) -> bool:
         return precision in (self.precisions or (precision,))

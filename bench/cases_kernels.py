@@ -180,31 +180,45 @@ def write(form: str) -> Callable[[Setting], Work]:
     return build
 
 
+def no_single_pass(device: str) -> str:
+    """Why the form `once` of lora_grads.py does not serve the base model's size on a device, or nothing."""
+    from peftdebias.kernels.lora_grads import once_serves
+    from peftdebias.kernels.tiles import arch_of
+
+    arch = arch_of(torch.empty(0, device=device))
+    return "" if once_serves(arch, torch.bfloat16, 768, 768, 2, 2 * RANK, False) else f"sm_{arch} has too little shared memory for one pass over x and dY"
+
+
 def grads(form: str, pieces: int = 1) -> Callable[[Setting], Work]:
     """form: plain, compiled, or a form of ours: twice, once (kernels/fused/lora_grads.py). pieces: one, or two, which are the first and the last third of dY, as query and
     value are in a layer."""
     def build(setting: Setting) -> Work:
         (d, t, e), given = (setting.size.hidden, int(setting.x), bytes_of(setting)), linear_tensors(setting, False)
         dy = drawn(setting, seed=6, shape=(t, d if pieces == 1 else 3 * d))
-        a, b = ([given[name], drawn(setting, True, scale, seed, shape=tuple(given[name].shape))][:pieces] for name, scale, seed in (("A", d ** -0.5, 7), ("B", 0.1, 8)))
+        a, b = [given["A"]], [given["B"]]
+        if pieces == 2:
+            a.append(drawn(setting, True, d ** -0.5, 7, shape=(RANK, d))), b.append(drawn(setting, True, 0.1, 8, shape=(d, RANK)))
 
         def plain(x, dy, a, b):
-            each = [lora_grads_ref(x, dy[:, 2 * i * d:(2 * i + 1) * d], *pair, 2.0) for i, pair in enumerate(zip(a, b))]
-            return tuple(torch.cat(parts) for parts in zip(*each))
+            """(dA, dB) of each piece."""
+            return [lora_grads_ref(x, dy[:, 2 * i * d:(2 * i + 1) * d], *pair, 2.0) for i, pair in enumerate(zip(a, b))]
 
         if form in ("twice", "once") and fused("lora_grads", lora_grads_ref, setting) is not lora_grads_ref:
             from peftdebias.kernels.lora_grads import lora_grads_op
 
             def run():
-                return lora_grads_op(given["x"], dy, a, b, 2.0, 2 * d if pieces > 1 else 0, 0.0, None, 0, form)
+                return [lora_grads_op(given["x"], dy, a, b, 2.0, 2 * d if pieces > 1 else 0, 0.0, None, 0, form)]
         else:
             op, low = torch.compile(plain) if form == "compiled" else plain, [[p.to(given["x"].dtype) for p in side] for side in (a, b)]
 
             def run():
                 return op(given["x"], dy, *low)
 
+        def results():
+            return dict(zip(("gradient of A", "gradient of B"), map(torch.cat, zip(*run()))))
+
         limits = {"once": "a tile of 16 rows: its second products wait for its first", "twice": "x and dY come from memory twice"}
-        return Work(run, lambda: dict(zip(("gradient of A", "gradient of B"), run())), tokens=t, roof=((4.0 * t * RANK * pieces * 2 * d, float(e * t * d * (1 + pieces))),),
+        return Work(run, results, tokens=t, roof=((4.0 * t * RANK * pieces * 2 * d, float(e * t * d * (1 + pieces))),),
                     limit=limits.get(form, ""), extra={"setting": f"x [T, {d}], {pieces} of dY [T, {d}], r={RANK}; {setting.precision}"})
 
     return build
@@ -368,13 +382,13 @@ def _linear(wide: bool) -> dict[str, Provider]:
             "peftdebias, written": Provider(linear("written", wide), kernels=("lora_write", "lora_written")),
             "peftdebias, epilogue": Provider(linear("epilogue", wide), kernels=("lora_linear",)),
             "peftdebias, library": Provider(linear("library", wide), kernels=("lora_linear",))} | (
-                {} if wide else {"peftdebias, written, one pass": Provider(linear("once"), kernels=("lora_write", "lora_written"), precisions=("bf16",))})
+                {} if wide else {"peftdebias, written, one pass": Provider(linear("once"), kernels=("lora_write", "lora_written"), precisions=("bf16",), refuses=no_single_pass)})
 
 
 def _grads(pieces: int) -> dict[str, Provider]:
     return {"plain torch": Provider(grads("plain", pieces)), "plain torch, compiled": Provider(grads("compiled", pieces), compiled=True),
             "peftdebias, twice": Provider(grads("twice", pieces), kernels=("lora_grads",)),
-            "peftdebias, once": Provider(grads("once", pieces), kernels=("lora_grads",), precisions=("bf16",))}
+            "peftdebias, once": Provider(grads("once", pieces), kernels=("lora_grads",), precisions=("bf16",), refuses=no_single_pass)}
 
 
 def _adapter(frozen: bool) -> dict[str, Provider]:

@@ -1,7 +1,7 @@
 """python bench/dispatch_table.py bench/results/DEVICE.json ...: what bench/gpu.py measured of the forms of LoRA, of its gradients and of attention, as the table that picks one
 (kernels/fused/dispatch.json).
 
-A line of the table is one device, dtype, size and dropout or none, with the median milliseconds of forward and backward, the device's own, by every form that was timed
+A line of the table is one device, dtype, size and dropout or none, with the median milliseconds of forward and backward (of LoRA's gradients: their own), by the device's clock, by every form that was timed
 there; of one that is in several of the files the last one's. Lines of a device that is in the given files are replaced, those of others stay; rows of a dry run, of a CPU,
 and providers that are no form of ours are passed over.
 Exit code 0; 2 where a file cannot be read or holds nothing of the kind, and then nothing is written.

@@ -57,6 +57,7 @@ def taking_part(case: Case, compiled: bool, say: Callable[[str], None], device: 
         missing = [library for library in provider.needs if importlib.util.find_spec(library) is None]
         trouble = [why for op in provider.kernels if (why := kernels.missing(op, "triton", device))]
         lacking = [why for op in provider.native if (why := kernels.missing(op, "native") or (device != "cpu" and f"csrc does not run on {device}"))]
+        lacking += [why for why in (not missing and not trouble and provider.refuses(device),) if why]
         if lacking:
             say(f"{case.name}: {name} is not measured: {lacking[0]}")
             continue
@@ -125,7 +126,7 @@ def check_rounded(case: Case, setting: Setting, providers: dict[str, Provider]) 
     plain = providers[first].build(setting).results()
     allowed = {name: 2 * max(float((plain[name].double() - t.double()).abs().max()), _rounding(plain[name].dtype) * float(t.abs().max())) for name, t in truth.items()}
     for name, provider in providers.items():
-        if provider.kernels and provider.compared:
+        if provider.kernels and provider.compared and provider.takes("bf16"):
             found = [dataclasses.replace(d, allowed=allowed.get(d.tensor, 0.0)) for d in differences(truth, provider.build(setting).results(), lambda *_: 0.0)]
             if any(d.red for d in found):
                 raise _unequal(case, setting, f"{name} in bf16 errs more than twice what {first} does", found)

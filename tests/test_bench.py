@@ -171,6 +171,13 @@ def test_a_compiler_that_fails_leaves_only_its_provider_out(bench, tmp_path):
         bench.measure.check(case, setting, {**providers, "ours": bench.case.Provider(broken)})
 
 
+def test_a_provider_that_a_device_refuses_is_left_out(bench):
+    made, said = bench.case.Provider(int, refuses=lambda device: f"no {device}" if device == "cpu" else ""), []
+    case = dataclasses.replace(bench.cases.CASES["gemm"], providers={"torch": bench.case.Provider(int), "ours": made})
+    assert list(bench.measure.taking_part(case, False, said.append)) == ["torch"] and said == ["gemm: ours is not measured: no cpu"]
+    assert list(bench.measure.taking_part(case, False, said.append, "cuda")) == ["torch", "ours"]
+
+
 def test_a_provider_of_one_precision_takes_no_part_in_another(bench, tmp_path):
     def built(setting):
         assert setting.precision == "bf16"

@@ -74,7 +74,6 @@ def test_dA_and_dB_go_by_rows_and_pieces(tmp_path, monkeypatch, fresh):
     assert [picked(rows=4096), picked(rows=65536), picked(rows=4096, outside=1536, rank=16)] == ["twice", "once", "once"]
 
 
-
 def test_the_forms_of_attention_are_measured_by_rows_sequences_and_lengths(tmp_path, monkeypatch, fresh):
     def attention(provider: str, ms: float, dropout: float = 0.0, case: str = "attention", **sizes) -> rows.Row:
         sizes = {"rows": 6912, "sequences": 128, "longest": 128, "prefix": 0, "width": 768} | sizes

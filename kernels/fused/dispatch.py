@@ -26,7 +26,7 @@ _forced: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("peftde
 
 @contextlib.contextmanager
 def use(op: str, form: str):
-    """Force one form of `op` inside the `with` block (per thread and task), wherever it can serve; a backward keeps what its forward had."""
+    """Force one form of `op` inside the `with` block (per thread and task), wherever it can serve; a backward keeps what its forward was asked for."""
     _known(op, form, "dispatch.use")
     token = _forced.set({**_forced.get(), op: form})
     try:
@@ -79,7 +79,8 @@ def asked(op: str) -> str | None:
 
 @functools.cache
 def table() -> dict[str, list[dict]]:
-    """op -> measured rows: device, dtype, dropout, the op's sizes, ms {form: median milliseconds of forward + backward}."""
+    """op -> measured rows: device, dtype, dropout, the op's sizes, ms {form: median milliseconds of forward + backward; of lora_grads, which is
+    a backward, its own}."""
     return json.loads(TABLE.read_text()) if TABLE.exists() else {}
 
 

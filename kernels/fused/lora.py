@@ -150,7 +150,7 @@ def form_for(first: Tensor, weight: Tensor, rank: int, rate: float, asked: str) 
 @op("lora_linear", fake=lambda x, weight, *others: x.new_empty(x.shape[0], weight.shape[0]))
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, rate: float, seed: Tensor | None, site: int,
              form: str, grads: str) -> Tensor:
-    """form and grads: those of lora_linear and lora_grads that are asked for by name, or nothing; a backward has what its forward had."""
+    """form and grads: those of lora_linear and lora_grads that are asked for by name, or nothing; a backward has what its forward was asked for."""
     if form_for(x, weight, a.shape[0], rate, form) == "epilogue":
         return _launch(forward_kernel, x, weight.shape[0], weight, (None if bias is None else bias.contiguous(),), a, b, scale, rate, seed, site)
     z = dropout(x, rate, seed, site) if rate else x

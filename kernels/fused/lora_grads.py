@@ -19,7 +19,8 @@ Forms, picked by dispatch.py. `sum_kernel`, the last launch of both, adds the su
 and at a few thousand rows the launches.
 "once": x and dY are read once. `once_kernel`: a program, one a multiprocessor, walks over its chunk of rows with all of dA and dB in its registers and the next tiles of
 rows on their way to shared memory. It takes what they hold (`once_serves`): bf16 and fp16, I and O of up to 768 columns, up to 16 ranks of all pieces, up to two of
-these. What limits it: a program's second products wait for the sum of its first.
+these, one with dropout. What limits it: a program's second products wait for the sum of its first; at a few thousand rows the sums of as many chunks as there are
+multiprocessors. Its pieces share tiles: where a piece's dY is not finite, the others' gradients are not either.
 
 Letters: T rows, G pieces, I = in, O = out of a piece, R ranks of all pieces (padded to a power of two), BT rows and BK columns of a tile, W tiles side by side.
 """
@@ -36,7 +37,7 @@ from .dropout_ref import threshold_of
 from .op import op
 from .tiles import DTYPES, Spec, arch_of, ceil_div, dot, expect, on, power, processors, reduce, rows_together
 
-CHUNKS = 32  # at most that many partial sums
+CHUNKS = 32  # of "twice", at most that many partial sums; of "once" one a multiprocessor
 MAX_RANK = 64
 
 
@@ -271,17 +272,17 @@ def lora_grads_op(x: Tensor, dy: Tensor, a: list[Tensor], b: list[Tensor], scale
     return da, db
 
 
-def _partial(x: Tensor, b: Tensor, ranks: int, pieces: int, tile: int, most: int) -> tuple[int, Tensor, Tensor]:
+def _partial(x: Tensor, a: Tensor, b: Tensor, tile: int, most: int) -> tuple[int, Tensor, Tensor]:
     """(tiles of `tile` rows in a chunk, partial_a, partial_b) for at most `most` chunks."""
     tiles = max(1, ceil_div(ceil_div(x.shape[0], tile), most))
     chunks = ceil_div(x.shape[0], tiles * tile)
-    return tiles, *(torch.empty((chunks, *shape), dtype=torch.float32, device=x.device) for shape in ((ranks, x.shape[1]), (b.shape[1], b.shape[0])))
+    return tiles, *(torch.empty((chunks, *shape), dtype=torch.float32, device=x.device) for shape in (a.shape, b.t().shape))
 
 
 def _twice(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, apart: int, pieces: int, rate: float, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:
     rows, ranks, out, rank = x.shape[0], a.shape[0], b.shape[0] // pieces, b.shape[1]
     thin, sizes = tiles_for(x.dtype, ranks, "thin"), tiles_for(x.dtype, ranks, "partial")
-    tiles, *partial = _partial(x, b, ranks, pieces, sizes["BT"], CHUNKS)
+    tiles, *partial = _partial(x, a, b, sizes["BT"], CHUNKS)
     if rows:
         u, v = (torch.empty((rows, power(ranks)), dtype=x.dtype, device=x.device) for _ in range(2))
         shape, options = (rows, x.shape[1], out, x.stride(0), dy.stride(0), apart, pieces, rank), {"DROPS": rate > 0, "enable_fp_fusion": True}
@@ -293,7 +294,7 @@ def _twice(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, apart: int, pieces: int,
 
 def _once(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, apart: int, pieces: int, rate: float, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:
     sizes, out = once_tiles(arch_of(x)), b.shape[0] // pieces
-    tiles, *partial = _partial(x, b, a.shape[0], pieces, sizes["BT"], processors(x))
+    tiles, *partial = _partial(x, a, b, sizes["BT"], processors(x))
     if x.shape[0]:
         shape, side = (*x.shape, out, x.stride(0), dy.stride(0), apart, b.shape[1], tiles), sizes["W"] * sizes["BK"]
         once_kernel[len(partial[0]),](x, dy, a, b, seed, *partial, *shape, site, threshold_of(rate), DROPS=rate > 0, PIECES=pieces, XS=ceil_div(x.shape[1], side),

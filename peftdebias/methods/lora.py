@@ -36,7 +36,7 @@ def lora_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b
 def lora_grads_ref(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, scale: float, rate: float = 0.0, seed: Tensor | None = None, site: int = 0) -> tuple[Tensor, Tensor]:
     """(dA [r, in], dB [out, r]) of lora_linear_ref for its output's gradient dy [T, out]."""
     z = dropout_ref(x, rate, seed, site) if rate else x
-    return scale * (dy @ b).t() @ z, scale * dy.t() @ F.linear(z, a)
+    return scale * ((dy @ b).t() @ z), scale * (dy.t() @ F.linear(z, a))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -157,15 +157,17 @@ def test_grads(sizes, dtype, rate):
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("sizes", [*(sizes for sizes in RAGGED if sizes[3] <= 16), (300, 261, 7, 16), (97, 13, 517, 8)], ids=str)
-def test_grads_in_one_pass(sizes, dtype, rate):
+def test_grads_in_one_pass(sizes, dtype, rate, monkeypatch):
     """Also widths of several tiles, and more tiles of rows than programs."""
+    monkeypatch.setattr(lora_grads, "processors", lambda tensor: 3)
     check_grads(sizes, dtype, rate, "once")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank,rate", [(1, 0.0), (8, 0.0), (8, 0.25), (13, 0.0)])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_grads_in_one_pass_at_real_sizes(rank, rate, dtype):
+def test_grads_in_one_pass_at_real_sizes(rank, rate, dtype, monkeypatch):
+    monkeypatch.setattr(lora_grads, "processors", lambda tensor: 3)
     check_grads((131, 768, 768, rank), dtype, rate, "once")
 
 
@@ -218,8 +220,9 @@ def test_grads_of_a_slice_of_columns():
 @pytest.mark.parametrize("form", ["twice", "once"])
 @pytest.mark.parametrize("rows", [1, 64, 129, 64 * 7 + 1])
 def test_chunks_of_rows_are_added_once_each(rows, form, monkeypatch):
-    """With ones everywhere dB counts rows. More than CHUNKS tiles make a program walk over several."""
+    """With ones everywhere dB counts rows. More tiles than chunks make a program walk over several."""
     monkeypatch.setattr(lora_grads, "CHUNKS", 3)
+    monkeypatch.setattr(lora_grads, "processors", lambda tensor: 3)
     ones = [torch.ones(s, dtype=torch.bfloat16, device=DEVICE) for s in ((rows, 5), (rows, 7), (2, 5), (7, 2))]
     with poisoned(), dispatch.use("lora_grads", form):
         da, db = lora_grads.lora_grads(ones[0], ones[1], ones[2].float(), ones[3].float(), 1.0)
