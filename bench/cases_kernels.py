@@ -182,11 +182,10 @@ def write(form: str) -> Callable[[Setting], Work]:
 
 def no_single_pass(device: str) -> str:
     """Why the form `once` of lora_grads.py does not serve the base model's size on a device, or nothing."""
-    from peftdebias.kernels.lora_grads import once_serves
-    from peftdebias.kernels.tiles import arch_of
+    from peftdebias.kernels.lora_grads import forms
 
-    arch = arch_of(torch.empty(0, device=device))
-    return "" if once_serves(arch, torch.bfloat16, 768, 768, 2, 2 * RANK, False) else f"sm_{arch} has too little shared memory for one pass over x and dY"
+    served = "once" in forms(torch.empty(0, 768, dtype=torch.bfloat16, device=device), 768, 2, 2 * RANK, False)
+    return "" if served else "it has too little shared memory for one pass over x and dY"
 
 
 def grads(form: str, pieces: int = 1) -> Callable[[Setting], Work]:

@@ -92,21 +92,16 @@ def _forms(device: torch.device) -> list[str]:
     for dropout, candidates in ((False, dispatch.FORMS["lora_linear"]), (True, ("epilogue", "library"))):
         form, why = dispatch.decide("lora_linear", candidates, dropout=dropout, rows=4096, inside=768, outside=768, rank=8, **how)
         lines.append(f"lora_linear   form {form} with{'' if dropout else 'out'} dropout: {why}")
-    form, why = dispatch.decide("lora_grads", _lora_grads_forms(device), dropout=False, rows=4096, inside=768, outside=1536, rank=16, **how)  # query's and value's
+    from .kernels.lora_grads import forms  # Triton is there
+
+    candidates = forms(torch.empty(0, 768, dtype=torch.bfloat16, device=device), 768, 2, 16, False)  # query's and value's together
+    form, why = dispatch.decide("lora_grads", candidates, dropout=False, rows=4096, inside=768, outside=1536, rank=16, **how)
     lines.append(f"lora_grads    form {form} without dropout: {why}")
     for dropout in (False, True):
         candidates = ("fused", "padded") if dropout or not has_varlen() else dispatch.FORMS["attention"]
         form, why = dispatch.decide("attention", candidates, dropout=dropout, rows=4096, sequences=32, longest=128, prefix=0, width=768, **how)
         lines.append(f"attention     form {form} with{'' if dropout else 'out'} dropout: {why}")
     return lines
-
-
-def _lora_grads_forms(device: torch.device) -> tuple[str, ...]:
-    """Those that serve a device at that size."""
-    from .kernels.lora_grads import once_serves
-    from .kernels.tiles import arch_of
-
-    return dispatch.FORMS["lora_grads"] if once_serves(arch_of(torch.empty(0, device=device)), torch.bfloat16, 768, 768, 2, 16, False) else ("twice",)
 
 
 def _engine() -> tuple[str, str, str]:

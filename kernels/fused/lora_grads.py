@@ -219,36 +219,38 @@ def once_serves(arch: int, dtype: torch.dtype, width: int, out: int, pieces: int
 def specs(arch: int) -> list[Spec]:
     found = []
     whole = {name: "i32" for name in ("T", "I", "O", "x_stride", "dy_stride", "apart", "pieces", "rank", "groups_a", "groups_b", "tiles", "site", "threshold")}
+
+    def add(name: str, kernel, kind: str, drops: bool, sizes: dict[str, int]) -> None:
+        pointers = dict.fromkeys(("x", "dy", "u", "v"), f"*{kind}") | dict.fromkeys(("a", "b", "partial_a", "partial_b"), "*fp32") | ({"seed": "*i64"} if drops else {})
+        warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
+        signature = {key: value for key, value in (pointers | whole).items() if key in kernel.arg_names}
+        found.append(Spec(name + (", dropout" if drops else ""), kernel, signature, {"DROPS": drops} | sizes | ({} if drops else {"seed": None}), warps, stages,
+                          aligned=("I", "O", "x_stride", "dy_stride", "apart")))
+
     for dtype, kind in DTYPES.items():
         for rank in (8, 64):
             for drops in (False, True):
-                pointers = dict.fromkeys(("x", "dy", "u", "v"), f"*{kind}") | dict.fromkeys(("a", "b", "partial_a", "partial_b"), "*fp32") | ({"seed": "*i64"} if drops else {})
                 for name, kernel in (("thin", thin_kernel), ("partial", partial_kernel)):
-                    sizes = tiles_for(dtype, rank, name)
-                    warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
-                    signature = {key: value for key, value in (pointers | whole).items() if key in kernel.arg_names}
-                    found.append(Spec(f"{name}, {kind}, r {rank}{', dropout' if drops else ''}", kernel, signature, {"DROPS": drops} | sizes | ({} if drops else {"seed": None}),
-                                      warps, stages, aligned=("I", "O", "x_stride", "dy_stride", "apart")))
+                    add(f"{name}, {kind}, r {rank}", kernel, kind, drops, tiles_for(dtype, rank, name))
     for kind in ("bf16", "fp16"):
         for pieces, drops in ((1, False), (2, False), (1, True)):
-            pointers = dict.fromkeys(("x", "dy"), f"*{kind}") | dict.fromkeys(("a", "b", "partial_a", "partial_b"), "*fp32") | ({"seed": "*i64"} if drops else {})
-            sizes = once_tiles(arch) | {"PIECES": pieces, "XS": 3, "DYS": 3, "DROPS": drops}
-            warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
-            signature = {key: value for key, value in (pointers | whole).items() if key in once_kernel.arg_names}
-            found.append(Spec(f"once, {kind}, {pieces} of 768{', dropout' if drops else ''}", once_kernel, signature, sizes | ({} if drops else {"seed": None}), warps, stages,
-                              aligned=("I", "O", "x_stride", "dy_stride", "apart")))
+            add(f"once, {kind}, {pieces} of 768", once_kernel, kind, drops, once_tiles(arch) | {"PIECES": pieces, "XS": 3, "DYS": 3})
     signature = dict.fromkeys(("partial_a", "partial_b", "da", "db"), "*fp32") | dict.fromkeys(("chunks", "ranks", "rank", "I", "O", "groups_a"), "i32") | {"scale": "fp32"}
     return [*found, Spec("sum", sum_kernel, signature, SUMMED, aligned=("I", "O"))]
 
 
 # ---------------------------------------------------------------- launcher
 
+def forms(x: Tensor, out: int, pieces: int, ranks: int, drops: bool) -> tuple[str, ...]:
+    """Those that serve x [T, in] and pieces of dY of `out` columns with `ranks` ranks together, on x's device; the default first."""
+    return dispatch.FORMS["lora_grads"] if once_serves(arch_of(x), x.dtype, x.shape[1], out, pieces, ranks, drops) else ("twice",)
+
+
 def form_for(x: Tensor, out: int, pieces: int, ranks: int, rate: float, asked: str) -> str:
     """"twice" or "once". Looked up when the op runs, so a compiled graph holds no choice but the one `asked` for by name."""
-    if not once_serves(arch_of(x), x.dtype, x.shape[1], out, pieces, ranks, rate > 0):
-        return "twice"
-    return asked or dispatch.pick("lora_grads", dispatch.FORMS["lora_grads"], device=x.device, dtype=x.dtype, dropout=rate > 0, rows=x.shape[0], inside=x.shape[1],
-                                  outside=pieces * out, rank=ranks)
+    candidates = forms(x, out, pieces, ranks, rate > 0)
+    return asked if asked in candidates else dispatch.pick("lora_grads", candidates, device=x.device, dtype=x.dtype, dropout=rate > 0, rows=x.shape[0], inside=x.shape[1],
+                                                           outside=pieces * out, rank=ranks)
 
 
 @op("lora_grads", fake=lambda x, dy, a, b, *others: tuple(x.new_empty((len(t) * t[0].shape[0], t[0].shape[1]), dtype=t[0].dtype) for t in (a, b)))
