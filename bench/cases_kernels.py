@@ -19,7 +19,7 @@ from peftdebias.kernels import dispatch
 from peftdebias.kernels.dropout_ref import Drop, dropout_ref
 from peftdebias.methods.adapter import adapter_ref
 from peftdebias.methods.lora import lora_grads_ref, lora_linear_ref
-from peftdebias.ops import gelu_ref, norm_ref
+from peftdebias.ops import gelu_linear_ref, gelu_ref, norm_ref
 from peftdebias.optimizer import FlatAdamW, adamw_ref
 from peftdebias.sites import sparse_add_ref
 from peftdebias.tasks import mlm_loss_ref
@@ -364,6 +364,26 @@ def gelu(form: str) -> Callable[[Setting], Work]:
     return build
 
 
+# ---------------------------------------------------------------- linears with trained weights
+
+def trained(form: str, behind_gelu: bool = False) -> Callable[[Setting], Work]:
+    """A linear of a base that is trained: hidden to hidden, or the feed-forward's second with GELU before it."""
+    def build(setting: Setting) -> Work:
+        t, o, e = int(setting.x), setting.size.hidden, bytes_of(setting)
+        i = setting.size.feed_forward if behind_gelu else o
+        given = {"x": drawn(setting, seed=1, shape=(t, i))} | ({"shift": drawn(setting, True, seed=2, shape=(i,))} if behind_gelu else {}) | {
+            "weight": drawn(setting, True, i ** -0.5, 3, shape=(o, i)), "bias": drawn(setting, True, seed=4, shape=(o,))}
+        op, twin = ("gelu_linear", gelu_linear_ref) if behind_gelu else ("linear_trained", F.linear)
+        forward = fused(op, twin, setting) if form == "fused" else torch.compile(twin) if form == "compiled" else twin
+        product, x, y, w = 2.0 * t * i * o, float(e * t * i), float(e * t * o), 4.0 * i * o
+        elementwise = ((0.0, 2 * x), (0.0, 3 * x)) if behind_gelu else ()
+        words = f"x [T, {i}], {'GELU, ' if behind_gelu else ''}W [{o}, {i}] and bias in float32; forward, and backward to all"
+        return full(setting, forward, given, tuple(given), words, tokens=t, roof=((product, x + y + w), (product, x + y + w), (product, x + y + w), *elementwise),
+                    limit="library GEMMs, of which dW sums over T")
+
+    return build
+
+
 # ---------------------------------------------------------------- the registry
 
 def _case(name: str, what: str, x_name: str, x_values: tuple[float, ...], providers: dict[str, Provider], mode: str = "full") -> Case:
@@ -421,4 +441,6 @@ KERNEL_CASES = {case.name: case for case in (
         "plain torch": Provider(norm("plain", RATE), compared=False), "plain torch, compiled": Provider(norm("compiled", RATE), compiled=True, compared=False),
         "plain torch, our mask": Provider(norm("twin", RATE)), "peftdebias": Provider(norm("fused", RATE), kernels=("norm",))}),
     _case("gelu", "bias and GELU", "rows", (256, 2048), _three(gelu, "gelu")),
+    _case("trained_linear", "a linear whose W and bias are trained", "rows", (256, 2048), _three(trained, "linear_trained")),
+    _case("trained_gelu_linear", "the same behind bias and GELU", "rows", (256, 2048), _three(lambda form: trained(form, True), "gelu_linear")),
 )}

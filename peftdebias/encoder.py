@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .batches import Batch, Spans
 from .errors import AdapterError, ModelError
-from .ops import Drop, attention, dropout, gelu, heads_of, linear, norm, scores
+from .ops import Drop, attention, dropout, gelu, gelu_linear, heads_of, linear, norm, scores
 from .sites import ACTIVATIONS, EMBED_SITE, EncoderConfig, Hooks
 from .written import Written, write
 
@@ -107,11 +107,12 @@ class Encoder(nn.Module):
         """
         self.seed = torch.randint(2 ** 62, (1,), device=batch.ids.device) if self.training else None
         hidden, batch = self._embed(batch)
+        residual = hidden
         self.written = write(self.hooks, self._linears, hidden)
         layer = self._recomputed if self.recompute and torch.is_grad_enabled() else self._layer
         for i in range(self.config.layers):
             last = i == self.config.layers - 1 and not all_rows
-            hidden = layer(i, hidden, self.hooks.key_value(i), batch.row_spans if last else batch.spans, batch.rows if last else None)
+            hidden, residual = layer(i, hidden, residual, self.hooks.key_value(i), batch.row_spans if last else batch.spans, batch.rows if last else None)
         self.written = {}
         return hidden
 
@@ -132,8 +133,12 @@ class Encoder(nn.Module):
         positions = hooks.value("embeddings.position", table.position.weight)
         segments = hooks.value("embeddings.segment", table.segment.weight)
 
-        hidden = F.embedding(batch.ids, hooks.value("embeddings.word", table.word.weight))
-        hidden = hidden + F.embedding(batch.positions + (config.position_offset + hooks.position_shift), positions) + F.embedding(batch.segments, segments)
+        # Every segment's every position has a row of its own, so that a token looks up two rows and not three.
+        start, longest = config.position_offset + hooks.position_shift, batch.max_length
+        places = (segments[:, None] + positions[start:start + longest]).flatten(0, 1)
+        hidden, placed = F.embedding(batch.ids, hooks.value("embeddings.word", table.word.weight)), F.embedding(batch.segments * longest + batch.positions, places)
+        if hooks.at(EMBED_SITE):
+            hidden, placed = hidden + placed, None
         # From the last to the first, each put before every text: they stand in the order in which they were attached.
         for method in reversed(hooks.at(EMBED_SITE)):
             start = config.position_offset + hooks.shift_before(method)
@@ -142,17 +147,17 @@ class Encoder(nn.Module):
                 return vectors + F.embedding(places + start, positions) + segments[0]
 
             hidden, batch = method.embed(hidden, batch, positioned)
-        return dropout(self._norm("embeddings.norm", table.norm)(hidden), self.drop(0, config.dropout)), batch
+        return dropout(self._norm("embeddings.norm", table.norm)(hidden, placed), self.drop(0, config.dropout)), batch
 
-    def _recomputed(self, i: int, hidden: Tensor, prefix: tuple[Tensor, Tensor] | None, spans: Spans, rows: Tensor | None) -> Tensor:
+    def _recomputed(self, i: int, hidden: Tensor, residual: Tensor, prefix: tuple[Tensor, Tensor] | None, spans: Spans, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """_layer, of which nothing but its inputs is kept: the backward runs it again with the same seed, written weights and implementations, and so to the same bits."""
         if torch.compiler.is_compiling():  # the compiler has both passes before it
             for name in ("query_places", "key_places", "key_mask"):  # made here: what it recomputes may leave nothing behind
                 getattr(spans, name)
-            return checkpoint(self._layer, i, hidden, prefix, spans, rows, use_reentrant=False)
+            return checkpoint(self._layer, i, hidden, residual, prefix, spans, rows, use_reentrant=False)
         kept, asked = (self.seed, self.written), contextvars.copy_context()  # a GPU's backward has a thread of its own, which knows of no `kernels.use` or `dispatch.use`
 
-        def layer(*inputs) -> Tensor:
+        def layer(*inputs) -> tuple[Tensor, Tensor]:
             before, (self.seed, self.written) = (self.seed, self.written), kept
             try:
                 return asked.run(self._layer, i, *inputs)
@@ -161,29 +166,34 @@ class Encoder(nn.Module):
 
         # Masks come from the seed; a method that drops may draw from torch's generator, which a CUDA graph's capture cannot set back.
         draws = any(method.drops for method in self.hooks.methods.values())
-        return checkpoint(layer, hidden, prefix, spans, rows, use_reentrant=False, preserve_rng_state=draws)
+        return checkpoint(layer, hidden, residual, prefix, spans, rows, use_reentrant=False, preserve_rng_state=draws)
 
-    def _layer(self, i: int, hidden: Tensor, prefix: tuple[Tensor, Tensor] | None, spans: Spans, rows: Tensor | None) -> Tensor:
-        """hidden [T, D] -> [T, D], or [M, D] where rows int64 [M] are asked for. prefix: keys and values [P, H, W] that every text's queries see."""
+    def _layer(self, i: int, hidden: Tensor, residual: Tensor, prefix: tuple[Tensor, Tensor] | None, spans: Spans, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """hidden and residual, [T, D] and of one value, -> [T, D] twice, or [M, D] where rows int64 [M] are asked for: one for the products, one for the residual.
+        prefix: keys and values [P, H, W] that every text's queries see."""
         layer, config, site = self.layers[i], self.config, f"layers.{i}"
-        residual = hidden if rows is None else hidden.index_select(0, rows)
-        query, key, value = self._query_key_value(i, residual, hidden)
+        residual = residual if rows is None else residual.index_select(0, rows)
+        query, key, value = self._query_key_value(i, hidden if rows is None else residual, hidden)
         context = attention(query, key, value, spans, prefix, self.drop(3 * i + 1, config.attention_dropout))
         hidden = self._linear(f"{site}.attention.output", context.flatten(1), layer.attention.output)
-        hidden = self.hooks.block(f"{site}.attention", hidden, residual, self._norm(f"{site}.attention.norm", layer.attention.norm), self.drop(3 * i + 2, config.dropout))
-        residual = hidden
-        hidden = self._linear(f"{site}.feed_forward.down", self._feed_forward_up(i, hidden), layer.feed_forward.down)
+        hidden, residual = self.hooks.block(f"{site}.attention", hidden, residual, self._norm(f"{site}.attention.norm", layer.attention.norm),
+                                            self.drop(3 * i + 2, config.dropout))
+        hidden = self._feed_forward(i, hidden)
         return self.hooks.block(f"{site}.feed_forward", hidden, residual, self._norm(f"{site}.feed_forward.norm", layer.feed_forward.norm),
                                 self.drop(3 * i + 3, config.dropout))
 
-    def _feed_forward_up(self, i: int, hidden: Tensor) -> Tensor:
-        """hidden [M, D] -> [M, F], behind the activation. A bare linear leaves its bias to GELU."""
-        site, up = f"layers.{i}.feed_forward.up", self.layers[i].feed_forward.up
+    def _feed_forward(self, i: int, hidden: Tensor) -> Tensor:
+        """hidden [M, D] -> [M, D]. A bare linear leaves its bias to GELU, and a bare one behind that takes GELU into its own op."""
+        part, up_site, down_site = self.layers[i].feed_forward, f"layers.{i}.feed_forward.up", f"layers.{i}.feed_forward.down"
+        up, down = part.up, part.down
         if self.config.activation != "gelu":
-            return ACTIVATIONS[self.config.activation](self._linear(site, hidden, up))
-        if site in self.written or self.hooks.at(site) or self.hooks.at(site + ".bias"):
-            return gelu(self._linear(site, hidden, up))
-        return gelu(linear(hidden, up.weight), up.bias)
+            return self._linear(down_site, ACTIVATIONS[self.config.activation](self._linear(up_site, hidden, up)), down)
+        x, shift = (linear(hidden, up.weight), up.bias) if self._bare(up_site) else (self._linear(up_site, hidden, up), None)
+        return gelu_linear(x, shift, down.weight, down.bias) if self._bare(down_site) else self._linear(down_site, gelu(x, shift), down)
+
+    def _bare(self, site: str) -> bool:
+        """Whether no method touches the linear there."""
+        return not (site in self.written or self.hooks.at(site) or self.hooks.at(site + ".bias"))
 
     def _query_key_value(self, i: int, asked: Tensor, hidden: Tensor) -> list[Tensor]:
         """asked [M, D], hidden [T, D] -> query [M, H, W], key and value [T, H, W]; as few products as the methods there allow."""
@@ -206,9 +216,9 @@ class Encoder(nn.Module):
     def _linear(self, site: str, x: Tensor, part: nn.Linear) -> Tensor:
         return self.written[site](x) if site in self.written else self.hooks.linear(site, x, part.weight, part.bias)
 
-    def _norm(self, site: str, layer_norm: nn.LayerNorm) -> Callable[..., Tensor]:
-        def apply(x: Tensor, residual: Tensor | None = None, drop: Drop | None = None) -> Tensor:
-            return norm(x, residual, self.hooks.value(site, layer_norm.weight), self.hooks.value(site + ".bias", layer_norm.bias), layer_norm.eps, drop)
+    def _norm(self, site: str, layer_norm: nn.LayerNorm) -> Callable:
+        def apply(x: Tensor, residual: Tensor | None = None, drop: Drop | None = None, fork: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+            return norm(x, residual, self.hooks.value(site, layer_norm.weight), self.hooks.value(site + ".bias", layer_norm.bias), layer_norm.eps, drop, fork)
         return apply
 
     def drop(self, place: int, rate: float) -> Drop | None:

@@ -192,17 +192,18 @@ class Hooks:
             x = x if scale is None else (x * scale).to(x.dtype)
         return x
 
-    def block(self, site: str, hidden: Tensor, residual: Tensor, norm: Callable[..., Tensor], drop: Drop | None = None) -> Tensor:
-        """hidden, residual [T, D] -> norm(dropout(hidden) + residual), what is dropped first handed through the methods at `site`, one after the other.
+    def block(self, site: str, hidden: Tensor, residual: Tensor, norm: Callable, drop: Drop | None = None) -> tuple[Tensor, Tensor]:
+        """hidden, residual [T, D] -> norm(dropout(hidden) + residual) twice, for a product and for the next residual; what is dropped first is handed through the methods
+        at `site`, one after the other.
 
-        norm(x, residual=None, drop=None), as ops.norm without its parameters.
+        norm(x, residual=None, drop=None, fork=False), as ops.norm without its parameters.
         """
         methods = self.at(site)
         if methods:
             hidden, drop = dropout(hidden, drop), None
         for method in methods:
             hidden = method.block(site, hidden, residual, norm)
-        return norm(hidden, residual, drop)
+        return norm(hidden, residual, drop, True)
 
     def key_value(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """([P, H, W], [P, H, W]), the prefixes of all methods end to end, or None."""

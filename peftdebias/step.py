@@ -38,9 +38,9 @@ class Step:
 
     def gradients(self, batch: Batch) -> Tensor:
         """Leaves clipped gradients in the parameters; batch on the device."""
+        self.optimizer.zero_grad(set_to_none=True)  # before the forward pass, beside whose activations they need not be
         with autocast(self.model.device, self.precision):
             loss = self.loss(self.model, batch)
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.pull is not None:
             self.pull()

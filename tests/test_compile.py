@@ -28,9 +28,10 @@ def test_the_first_kernel_of_every_file_compiles_and_a_spill_is_seen(tmp_path):
 import dataclasses, importlib
 from bench.compile_report import compile_one, files
 for file in files():
-    made = compile_one(file, importlib.import_module(f"peftdebias.kernels.{file}").specs(90)[0], 90)
-    assert not made.red and made.registers and not made.local, made
-    print(file)
+    for spec in importlib.import_module(f"peftdebias.kernels.{file}").specs(90)[:1]:
+        made = compile_one(file, spec, 90)
+        assert not made.red and made.registers and not made.local, made
+        print(file)
 once = next(s for s in importlib.import_module("peftdebias.kernels.lora_grads").specs(90) if s.name == "once, bf16, 2 of 768")
 assert not compile_one("lora_grads", once, 90).red
 spec = next(s for s in importlib.import_module("peftdebias.kernels.lora_grads").specs(90) if s.name == "partial, bf16, r 8")

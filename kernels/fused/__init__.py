@@ -27,6 +27,8 @@ TRITON: dict[str, str] = {
     "attention": "attention",
     "dropout": "dropout",
     "gelu": "gelu",
+    "gelu_linear": "linear_trained",
+    "linear_trained": "linear_trained",
     "lora_grads": "lora_grads",
     "lora_linear": "lora",
     "lora_write": "lora_write",

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from . import register
 from .op import op
-from .tiles import DTYPES, Spec, ceil_div, expect, on, power, rows_together, sum_spec, sum_stretches
+from .tiles import DTYPES, Spec, ceil_div, expect, on, power, reciprocal, rows_together, sum_spec, sum_stretches
 
-STRETCHES = 64  # at most that many partial sums of a column
+STRETCHES = 128  # at most that many partial sums of a column
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -45,10 +45,10 @@ def erf_gelu_slope(z):
 
 @triton.jit
 def _normal(z):
-    """(Phi(z), exp(-z^2 / 2)) fp32, Phi within 7.5e-8 by Abramowitz and Stegun 7.1.26: less than a 16-bit value can show, and one exponential and a division where
-    erf takes some forty instructions."""
-    fall, t = tl.exp(-0.5 * z * z), 1.0 / (1.0 + 0.23164188 * tl.abs(z))  # 0.3275911 / sqrt 2
-    tail = 0.5 * fall * t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    """(Phi(z), exp(-z^2 / 2)) fp32, Phi within 7.5e-8 by Abramowitz and Stegun 7.1.26: less than a 16-bit value can show, by 14 operations where erf takes some
+    forty: with twice as many the kernel would wait for them, not for memory."""
+    fall, t = tl.exp2(z * z * -0.7213475204444817), reciprocal(1.0 + 0.23164188 * tl.abs(z))  # 1 / (2 log 2); 0.3275911 / sqrt 2
+    tail = fall * (t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))))
     return tl.where(z < 0.0, tail, 1.0 - tail), fall
 
 
@@ -61,11 +61,12 @@ def _gelu(z, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _gelu_slope(z, EXACT: tl.constexpr):
+def _gelu_and_slope(z, EXACT: tl.constexpr):
+    """What nobody uses of the two is not computed: the compiler leaves it out."""
     if EXACT:
-        return erf_gelu_slope(z)
+        return erf_gelu(z), erf_gelu_slope(z)
     below, fall = _normal(z)
-    return below + z * 0.3989422804014327 * fall
+    return z * below, below + z * 0.3989422804014327 * fall
 
 
 # ---------------------------------------------------------------- kernels, forward beside backward
@@ -89,9 +90,9 @@ def forward_kernel(x, bias, y, T, F, x_stride, BT: tl.constexpr, BF: tl.constexp
 
 
 @triton.jit
-def backward_kernel(dy, x, bias, dx, partial, T, F, dy_stride, x_stride, tiles, BT: tl.constexpr, BF: tl.constexpr):
-    """dy, x [T, F], bias [F] or None -> dx [T, F] and partial fp32 [stretches, F], the sums of dx: each unless None. Programs (stretch of `tiles` tiles of BT
-    rows, column tile)."""
+def backward_kernel(dy, x, bias, dx, y, partial, T, F, dy_stride, x_stride, tiles, BT: tl.constexpr, BF: tl.constexpr):
+    """dy, x [T, F], bias [F] or None -> dx [T, F], which may be dy, y [T, F] once more, and partial fp32 [stretches, F], the sums of dx: each unless None. Programs
+    (stretch of `tiles` tiles of BT rows, column tile)."""
     columns = tl.program_id(1) * BF + tl.arange(0, BF)
     first = tl.program_id(0).to(tl.int64) * tiles * BT
     shift, sums = _shift(bias, columns, F, BF), tl.zeros((BT, BF), tl.float32)
@@ -100,11 +101,14 @@ def backward_kernel(dy, x, bias, dx, partial, T, F, dy_stride, x_stride, tiles, 
         inside = (rows < T)[:, None] & (columns < F)[None, :]
         pull = tl.load(dy + rows[:, None] * dy_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         z = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32) + shift
-        fall = pull * _gelu_slope(z, x.dtype.element_ty == tl.float32)
+        found, slope = _gelu_and_slope(z, x.dtype.element_ty == tl.float32)
+        fall = pull * slope
         if partial is not None:
             sums += fall
         if dx is not None:
             tl.store(dx + rows[:, None] * F + columns[None, :], fall, mask=inside)
+        if y is not None:
+            tl.store(y + rows[:, None] * F + columns[None, :], found, mask=inside)
     if partial is not None:
         tl.store(partial + tl.program_id(0).to(tl.int64) * F + columns, tl.sum(sums, 0), mask=columns < F)
 
@@ -112,11 +116,13 @@ def backward_kernel(dy, x, bias, dx, partial, T, F, dy_stride, x_stride, tiles, 
 # ---------------------------------------------------------------- sizes, specs
 
 TILE = 2048  # elements of a program's tile
+WIDE = {"": 1024, "sums": 512, "output": 256}
 
 
-def tiles_for(width: int) -> dict[str, int]:
-    """BT, BF and how many warps: 16 elements a thread where columns are many."""
-    block = min(256, power(width))
+def tiles_for(width: int, also: str = "") -> dict[str, int]:
+    """BT, BF and how many warps: 16 elements a thread where columns are many. also: "sums" of dx, or these and the "output" again; each wants narrower tiles (measured on
+    an H200, of widths from 256 to 1024)."""
+    block = min(WIDE[also], power(width))
     rows = min(16, TILE // block)
     return {"BT": rows, "BF": block, "num_warps": max(1, rows * block // 512)}
 
@@ -125,12 +131,13 @@ def specs(arch: int) -> list[Spec]:
     """What is compiled ahead: BERT's feed-forward widths have one tile."""
     whole = dict.fromkeys(("T", "F", "x_stride", "dy_stride", "tiles"), "i32")
     found, strides = [], ("x_stride", "dy_stride")
-    variants = (("forward", forward_kernel, ()), ("forward, no bias", forward_kernel, ("bias",)), ("backward", backward_kernel, ("partial",)),
-                ("backward, bias trained", backward_kernel, ()), ("backward, no bias", backward_kernel, ("bias", "partial")))
+    variants = (("forward", "", forward_kernel, ()), ("forward, no bias", "", forward_kernel, ("bias",)), ("backward", "", backward_kernel, ("partial", "y")),
+                ("backward, bias trained", "sums", backward_kernel, ("y",)), ("backward, bias trained, y again", "output", backward_kernel, ()),
+                ("backward, no bias", "", backward_kernel, ("bias", "partial", "y")))
     for kind in DTYPES.values():
         given = dict.fromkeys(("x", "y", "dy", "dx"), "*" + kind) | {"bias": "*fp32", "partial": "*fp32"}
-        for words, kernel, absent in variants:
-            sizes = tiles_for(3072)
+        for words, also, kernel, absent in variants:
+            sizes = tiles_for(3072, also)
             warps = sizes.pop("num_warps")
             fixed = dict.fromkeys(absent) | ({"tiles": 1} if "partial" in absent else {}) | sizes  # a launch with 1 is compiled for it
             signature = {n: t for n, t in (given | whole).items() if n in kernel.arg_names and n not in fixed}
@@ -156,20 +163,33 @@ def _gelu_forward(x: Tensor, bias: Tensor | None) -> Tensor:
 def _gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, of_x: bool, of_bias: bool) -> tuple[Tensor, Tensor]:
     """dx [T, F] in x's dtype and dbias fp32 [F], each where wanted, else empty."""
     dx, dbias = _gradients(x, of_x, of_bias)
+    _launch_backward(dy, x, bias, dx if of_x else None, None, dbias)
+    return dx, dbias
+
+
+def _launch_backward(dy: Tensor, x: Tensor, bias: Tensor | None, dx: Tensor | None, y: Tensor | None, dbias: Tensor) -> None:
+    """Writes dx [T, F], y [T, F] and dbias fp32 [F], where they are there; dbias is empty where nobody wants it."""
     rows, width = x.shape
     if not x.numel():
-        return dx, dbias.zero_()
-    dy, x, sizes = rows_together(dy), rows_together(x), tiles_for(width)
+        dbias.zero_()
+        return
+    of_bias = dbias.numel() > 0
+    dy, x, sizes = rows_together(dy), rows_together(x), tiles_for(width, "output" if y is not None else "sums" if of_bias else "")
     tiles = ceil_div(ceil_div(rows, sizes["BT"]), STRETCHES) if of_bias else 1
     stretches = ceil_div(rows, tiles * sizes["BT"])
     partial = torch.empty((stretches, width), dtype=torch.float32, device=x.device) if of_bias else None
     with on(x):
         backward_kernel[(stretches, ceil_div(width, sizes["BF"]))](
-            dy, x, None if bias is None else bias.contiguous(), dx if of_x else None, partial, rows, width, dy.stride(0), x.stride(0), tiles,
-            enable_fp_fusion=True, **sizes)
+            dy, x, None if bias is None else bias.contiguous(), dx, y, partial, rows, width, dy.stride(0), x.stride(0), tiles, enable_fp_fusion=True, **sizes)
         if of_bias:
             sum_stretches(partial, dbias)
-    return dx, dbias
+
+
+def backward_with_output(dy: Tensor, x: Tensor, bias: Tensor | None, of_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx [T, F], dbias fp32 [F] or empty, y [T, F]) for whoever saved x and no y. dy [T, F], contiguous: dx is written over it."""
+    y, (_, dbias) = torch.empty(x.shape, dtype=x.dtype, device=x.device), _gradients(x, False, of_bias)
+    _launch_backward(dy, x, bias, dy, y, dbias)
+    return dy, dbias, y
 
 
 def _gradients(x: Tensor, of_x: bool, of_bias: bool) -> tuple[Tensor, Tensor]:

@@ -32,21 +32,33 @@ IGNORED = tl.constexpr(-100)  # torch's own ignore_index
 
 # ---------------------------------------------------------------- forward
 
-# A row_stride known to be a multiple of 16 would give each thread eight neighbours, which the mask then takes one by one: it stays unspecialised.
-@triton.jit(do_not_specialize=["row_stride"])
+@triton.jit
+def _exp(x):
+    """exp x fp32; 0 below 2^-126, which spares the four instructions that tl.exp has for smaller values."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def _more(block, largest, total):
+    """The largest so far and the sum relative to it, with a block [BLOCK] fp32 of the row added."""
+    higher = tl.maximum(largest, tl.max(block, 0))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # only -inf so far: every term is exp(-inf) = 0
+    return higher, total * _exp(largest - base) + tl.sum(_exp(block - base), 0)
+
+
+@triton.jit
 def _row_sums(logits, targets, weights, losses, tops, sums, vocabulary, row_stride, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
     """logits [M, V], targets [M], weights [V] where WEIGHTED -> losses [M] = w (log z - (l[y] - a)), tops [M] = a, sums [M] = z. A program a row, which it reads
-    once: the largest so far and the sum relative to it are carried along (Milakov and Gimelshein 2018, arXiv 1805.02867)."""
+    once: the largest so far and the sum relative to it are carried along (Milakov and Gimelshein 2018, arXiv 1805.02867). Whole blocks have no mask: V is rarely a
+    multiple of 8, and under one that ends between two neighbours of a thread it would fetch them one by one."""
     m = tl.program_id(0).to(tl.int64)
     logits += m * row_stride
-    largest, total = float("-inf"), 0.0
-    for start in range(0, vocabulary, BLOCK):
-        v = start + tl.arange(0, BLOCK)
-        block = tl.load(logits + v, mask=v < vocabulary, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(largest, tl.max(block, 0))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # only -inf so far: every term is exp(-inf) = 0
-        total = total * tl.exp(largest - base) + tl.sum(tl.exp(block - base), 0)
-        largest = higher
+    largest, total, whole = float("-inf"), 0.0, vocabulary // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        largest, total = _more(tl.load(logits + start + tl.arange(0, BLOCK)).to(tl.float32), largest, total)
+    if whole < vocabulary:
+        v = whole + tl.arange(0, BLOCK)
+        largest, total = _more(tl.load(logits + v, mask=v < vocabulary, other=float("-inf")).to(tl.float32), largest, total)
     y = tl.load(targets + m)
     inside = (y >= 0) & (y < vocabulary)
     loss = tl.log(total) - (tl.load(logits + y, mask=inside, other=float("nan")).to(tl.float32) - largest)
@@ -59,28 +71,40 @@ def _row_sums(logits, targets, weights, losses, tops, sums, vocabulary, row_stri
 
 # ---------------------------------------------------------------- backward
 
-@triton.jit(do_not_specialize=["row_stride"])
+@triton.jit
+def _slope(block, v, y, top, share, factor):
+    """The gradient of logits [BLOCK] at the places v, fp32: share exp(l - a), less `factor` at y."""
+    return _exp(block.to(tl.float32) - top) * share - tl.where(v == y, factor, 0.0)
+
+
+@triton.jit
 def _gradient_over_logits(logits, targets, weights, tops, sums, pull, share, vocabulary, row_stride, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
     """logits [M, V] become their gradient. targets, tops, sums [M], weights [V] where WEIGHTED, pull [] the loss's gradient, share [] = sum w. Program (m, b):
-    block b of row m."""
+    block b of row m; whole blocks have no mask, as in _row_sums."""
     m = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     logits += m * row_stride
     y = tl.load(targets + m)
+    inside = (y >= 0) & (y < vocabulary)
     factor = tl.load(pull).to(tl.float32) / tl.load(share)
     if WEIGHTED:
-        factor *= tl.load(weights + y, mask=(y >= 0) & (y < vocabulary), other=1.0)
-    block = tl.load(logits + v, mask=v < vocabulary, other=0.0).to(tl.float32)
-    gradient = (tl.exp(block - tl.load(tops + m)) / tl.load(sums + m) - tl.where(v == y, 1.0, 0.0)) * factor
-    tl.store(logits + v, tl.where(y == IGNORED, 0.0, gradient), mask=v < vocabulary)
+        factor *= tl.load(weights + y, mask=inside, other=1.0)
+    top, own, place = tl.load(tops + m), factor / tl.load(sums + m), tl.where(inside, y, -1).to(tl.int32)
+    whole = (tl.program_id(1) + 1) * BLOCK <= vocabulary
+    if y == IGNORED:
+        tl.store(logits + v, tl.zeros([BLOCK], tl.float32), mask=v < vocabulary)
+    elif whole:
+        tl.store(logits + v, _slope(tl.load(logits + v), v, place, top, own, factor))
+    else:
+        tl.store(logits + v, _slope(tl.load(logits + v, mask=v < vocabulary, other=0.0), v, place, top, own, factor), mask=v < vocabulary)
 
 
 # ---------------------------------------------------------------- launchers
 
-def tile(vocabulary: int) -> dict:
-    """BLOCK and launch options."""
+def tile(vocabulary: int, forward: bool) -> dict:
+    """BLOCK and launch options: the forward's sums pass between fewer warps."""
     block = min(WIDEST, power(vocabulary))
-    return {"BLOCK": block, "num_warps": max(1, min(8, block // 512)), "num_stages": 2, "enable_fp_fusion": True}
+    return {"BLOCK": block, "num_warps": max(1, min(4 if forward else 8, block // 512)), "num_stages": 2, "enable_fp_fusion": True}
 
 
 def specs(arch: int) -> list[Spec]:
@@ -88,15 +112,15 @@ def specs(arch: int) -> list[Spec]:
     found = []
     for dtype in DTYPES.values():
         for words, vocabulary, weighted in (("vocabulary", 30522, False), ("labels, weighted", 28, True)):
-            options = tile(vocabulary)
-            constants = {"WEIGHTED": weighted, "BLOCK": options["BLOCK"]}
+            forward, backward = ({name: tile(vocabulary, first)[name] for name in ("num_warps", "num_stages")} | {"aligned": () if weighted else ("row_stride",)}
+                                 for first in (True, False))  # scores.py pads a vocabulary's rows
+            constants = {"WEIGHTED": weighted, "BLOCK": tile(vocabulary, True)["BLOCK"]}
             if not weighted:
                 constants["weights"] = None
             pointers = {"logits": "*" + dtype, "targets": "*i64", "weights": "*fp32"}
-            more = {name: options[name] for name in ("num_warps", "num_stages")}
-            found.append(Spec(f"forward, {words}, {dtype}", _row_sums, pointers | {"losses": "*fp32", "tops": "*fp32", "sums": "*fp32", "vocabulary": "i32", "row_stride": "i32"}, constants, **more))
+            found.append(Spec(f"forward, {words}, {dtype}", _row_sums, pointers | {"losses": "*fp32", "tops": "*fp32", "sums": "*fp32", "vocabulary": "i32", "row_stride": "i32"}, constants, **forward))
             found.append(Spec(f"backward, {words}, {dtype}", _gradient_over_logits,
-                              pointers | {"tops": "*fp32", "sums": "*fp32", "pull": "*fp32", "share": "*fp32", "vocabulary": "i32", "row_stride": "i32"}, constants, **more))
+                              pointers | {"tops": "*fp32", "sums": "*fp32", "pull": "*fp32", "share": "*fp32", "vocabulary": "i32", "row_stride": "i32"}, constants, **backward))
     return found
 
 
@@ -107,7 +131,7 @@ def _loss_forward(logits: Tensor, targets: Tensor, weights: Tensor | None) -> tu
     losses, tops, sums = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3))
     if rows:
         with on(logits):
-            _row_sums[rows,](logits, targets, weights, losses, tops, sums, vocabulary, logits.stride(0), WEIGHTED=weights is not None, **tile(vocabulary))
+            _row_sums[rows,](logits, targets, weights, losses, tops, sums, vocabulary, logits.stride(0), WEIGHTED=weights is not None, **tile(vocabulary, True))
     counted = targets != IGNORED.value
     if weights is None:
         share = counted.sum().clamp(min=1).float()
@@ -121,7 +145,7 @@ def _loss_backward(logits: Tensor, targets: Tensor, weights: Tensor | None, tops
     """Writes the gradient over `logits`."""
     rows, vocabulary = logits.shape
     if rows:
-        options = tile(vocabulary)
+        options = tile(vocabulary, False)
         grid = rows, ceil_div(vocabulary, options["BLOCK"])
         with on(logits):
             _gradient_over_logits[grid](logits, targets, weights, tops, sums, pull, share, vocabulary, logits.stride(0), WEIGHTED=weights is not None, **options)

@@ -31,6 +31,11 @@ def op(name: str, fake: Callable, overwrites: Sequence[str] = ()) -> Callable[[C
     return lambda launch: Op(name, launch, fake, overwrites)
 
 
+def watched() -> bool:
+    """Whether somebody watches every op that torch runs, or transforms functions."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+
+
 class Op:
     """A launcher and its registration. Arguments by place alone."""
 
@@ -43,7 +48,7 @@ class Op:
         self.lists = [parameter.annotation == list[Tensor] for parameter in parameters.values()]
 
     def __call__(self, *args):
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        if watched():
             return self.registered(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             # Without a formula: whoever differentiates what comes out gets torch's error.

@@ -27,6 +27,14 @@ def dot(a, b, total):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x fp32 within one unit of the last place, by one instruction where a division takes eight; 0 for |x| above 2^126."""
+    if INTERPRETED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def reduce(partial, result, chunks, rank, N, scale, rank_stride, column_stride, tile, k, CHUNKS: tl.constexpr, BN: tl.constexpr):
     """BN columns of row k of result [rank, N] = scale * sum over the chunks of partial fp32 [chunks, rank, N], in one order: the last stage of a sum over T, whose first
     sums chunks of rows. CHUNKS chunks at a time."""

@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import kernels
 from . import compiled
+from .linear import linear, linear_ref, trained_in_16_bits
 
 
 def gelu_ref(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -18,6 +19,18 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """gelu_ref by the implementation that `kernels` chooses for the tensors' device; no kernel takes float64."""
     plain = x.dtype == torch.float64
     return (gelu_ref if plain else kernels.choose("gelu", reference=gelu_ref, device=x.device))(x, bias)
+
+
+def gelu_linear_ref(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, in], shift [in] or None, weight [out, in], bias [out] or None -> [T, out]; the specification."""
+    return linear_ref(gelu_ref(x, shift), weight, bias)
+
+
+def gelu_linear(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """gelu_linear_ref by `gelu` and `linear`; where these would keep gelu's output for a trained weight, by what keeps x alone, if `kernels` has it."""
+    if trained_in_16_bits(x, weight) and kernels.decide("gelu_linear", x.device)[0] == "triton":
+        return kernels.choose("gelu_linear", reference=gelu_linear_ref, device=x.device)(x, shift, weight, bias)
+    return linear(gelu(x, shift), weight, bias)
 
 
 @compiled.register("gelu")

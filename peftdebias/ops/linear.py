@@ -4,7 +4,8 @@ torch's float32 products go to its BLAS, which is MKL in the usual builds, and M
 all. bench/run.py linear measures both. oneDNN makes code for every shape that it meets and keeps it (0.3 ms and about as many MiB each), so the rows of a batch, never
 as many twice, go in pieces of few sizes.
 
-What it adds over torch.nn.functional.linear: that choice, for plain float32 on a CPU; for all else it is that function. Two forms, "blas" and "onednn": by the
+What it adds over torch.nn.functional.linear: that choice, for plain float32 on a CPU; and on a GPU, where products of 16 bits have trained parameters, gradients that
+are not rounded (kernels/fused/linear_trained.py). For all else it is that function. Two forms, "blas" and "onednn": by the
 processor, or by PEFTDEBIAS_LINEAR, or `with dispatch.use("linear", "onednn"):`.
 
 Letters: T rows, in and out widths.
@@ -31,9 +32,17 @@ linear_ref = F.linear
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """linear_ref by the library that is faster here."""
+    if trained_in_16_bits(x, weight, bias) and kernels.decide("linear_trained", x.device)[0] == "triton":
+        return kernels.choose("linear_trained", reference=linear_ref, device=x.device)(x, weight, bias)
     if not _taken(x, weight, bias):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if compiled.recorded(x, weight, bias) else product(x, weight, bias)
+
+
+def trained_in_16_bits(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether parameters want gradients of a product in 16 bits, which kernels/fused/linear_trained.py keeps from rounding."""
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    return dtype.itemsize == 2 and x.dim() == 2 and x.dtype != torch.float64 and compiled.recorded(*parameters) and compiled.plain(x, *parameters)
 
 
 def form() -> tuple[str, str]:

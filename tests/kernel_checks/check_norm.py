@@ -45,6 +45,46 @@ def test_any_set_of_gradients(gradients, drop):
     compare(*both(drop), tensors(13, 37), dtype=torch.float32, gradients=gradients)
 
 
+@DROPS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_readers(dtype, drop):
+    """Both get y; the gradients are those of one reader who asks for the sum, which the kernel rounds to no 16 bits before it uses it."""
+    def forked(f):
+        def both_of(residual=None, **t):
+            first, second = f(t["hidden"], residual, t["gain"], t["bias"], 1e-5, drop, fork=True)
+            assert torch.equal(first, second)
+            return torch.cat([first, 2 * second])  # one pull for both, as the harness has it: its halves differ
+        return both_of
+
+    compare(forked(fused.norm), forked(norm_ref), tensors(13, 37), dtype=dtype, gradients=NAMES)
+
+
+@pytest.mark.parametrize("read", [(0,), (1,), (0, 1), ()], ids=str)
+def test_a_reader_that_gives_no_gradient(read):
+    def gradients(f):
+        t = {n: x.float().requires_grad_() for n, x in tensors(13, 37).items()}
+        found = f(t["hidden"], t["residual"], t["gain"], t["bias"], 1e-5, DROP, fork=True)
+        pulls = [(1 + i) * drawn(13, 37, seed=50 + i).float() for i in range(2)]
+        return torch.autograd.grad(sum([(found[i] * pulls[i]).sum() for i in read], 0.0 * t["gain"].sum()), list(t.values()), allow_unused=True)
+
+    for mine, twin in zip(gradients(fused.norm), gradients(norm_ref)):
+        if mine is None or twin is None:
+            assert not any(g is not None and g.any() for g in (mine, twin))
+        else:
+            torch.testing.assert_close(mine, twin, rtol=1e-5, atol=1e-5)
+
+
+def test_two_readers_cost_no_sum_of_their_own():
+    """A layer's y is read by a product and by the residual: no add between the backward kernels."""
+    h, r, gain, bias = (x.to(torch.bfloat16).requires_grad_() for x in tensors(13, 37).values())
+    first, second = fused.norm(h, r, gain, bias, 1e-5, None, fork=True)
+    assert first.data_ptr() == second.data_ptr() and first.grad_fn is second.grad_fn
+    assert [n[0] for n in (first * second).grad_fn.next_functions] == [first.grad_fn] * 2
+    with torch.no_grad():
+        one, other = fused.norm(h, r, gain, bias, 1e-5, None, fork=True)
+    assert one is other
+
+
 def test_one_column_is_the_bias():
     """s is its own mean. torch's rstd of 1e6 makes noise of what rounding leaves, so nothing is compared with it."""
     given = {n: x.float() for n, x in tensors(13, 1).items()}
@@ -183,8 +223,8 @@ def test_frozen_parameters_have_no_sums(monkeypatch, trained):
     monkeypatch.setattr(fused, "sum_stretches", lambda partial, result, add=fused.sum_stretches: launched.append(1) or add(partial, result))
     given = {n: x.float().requires_grad_(n in (*trained, "hidden")) for n, x in tensors(13, 37).items()}
     both()[0](**given).sum().backward()
-    (_, dresidual, dgain, dbias), = made
-    assert (dgain.numel(), dbias.numel()) == (37 * ("gain" in trained), 37 * ("bias" in trained)) and len(launched) == len(trained) and not dresidual.numel()
+    (_, dresidual, parameters), = made
+    assert parameters.shape == (len(trained), 37) and len(launched) == bool(trained) and not dresidual.numel()
     assert [n for n, x in given.items() if x.grad is not None] == [n for n in NAMES if n in (*trained, "hidden")]
 
 
@@ -254,7 +294,8 @@ def test_torch_compile_does_not_break_on_it(drop):
     plain = {n: x.detach() for n, x in given.items()}
     _, normal, inverse = torch.ops.peftdebias.norm_forward(*plain.values(), 1e-5, rate, seed, site, torch.bfloat16, True)
     for dtypes, sums in (((torch.float32, torch.bfloat16), (True, True)), ((None, torch.float32), (False, True)), ((torch.float32, None), (True, False))):
-        arguments = (plain["hidden"].bfloat16(), normal, inverse, plain["gain"], rate, seed, site, *dtypes, *sums)
+        again = plain["residual"].bfloat16() if all(sums) else None
+        arguments = (plain["hidden"].bfloat16(), again, normal, inverse, plain["gain"], rate, seed, site, *dtypes, *sums)
         torch.library.opcheck(torch.ops.peftdebias.norm_backward.default, arguments)
     compiled = torch.compile(lambda t: both(drop)[0](**t) * 2, backend="aot_eager", fullgraph=True)
     out, wanted = compiled(given), both(drop)[0](**given) * 2
