@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .batches import Batch, Spans
 from .errors import AdapterError, ModelError
-from .ops import Drop, attention, dropout, gelu, gelu_linear, heads_of, linear, norm, scores
+from .ops import Drop, attention, dropout, gelu, gelu_linear, heads_of, linear, norm, rounded_once, scores
 from .sites import ACTIVATIONS, EMBED_SITE, EncoderConfig, Hooks
 from .written import Written, write
 
@@ -110,9 +110,10 @@ class Encoder(nn.Module):
         residual = hidden
         self.written = write(self.hooks, self._linears, hidden)
         layer = self._recomputed if self.recompute and torch.is_grad_enabled() else self._layer
-        for i in range(self.config.layers):
-            last = i == self.config.layers - 1 and not all_rows
-            hidden, residual = layer(i, hidden, residual, self.hooks.key_value(i), batch.row_spans if last else batch.spans, batch.rows if last else None)
+        with rounded_once(hidden, [p for part, _ in self._linears.values() for p in (part.weight, part.bias)]):
+            for i in range(self.config.layers):
+                last = i == self.config.layers - 1 and not all_rows
+                hidden, residual = layer(i, hidden, residual, self.hooks.key_value(i), batch.row_spans if last else batch.spans, batch.rows if last else None)
         self.written = {}
         return hidden
 

@@ -61,21 +61,16 @@ def keep(rows, first_block, blocks, seed, site, threshold, BLOCKS: tl.constexpr)
 
 @triton.jit
 def kept_bits(first, second, fourth, seed, site, threshold):
-    """int32 of the shape that the counters (first, second, the seed's high half, fourth), uint32, broadcast to: bit i is 1 where element i of their eight is kept. threshold:
-    below 65536."""
+    """int32 of the shape that the counters (first, second, the seed's high half, fourth), uint32, broadcast to: bit i is 1 where element i of their eight is kept."""
     w0, w1, w2, w3 = philox(first, second, (seed >> 32).to(tl.uint32), fourth, seed.to(tl.uint32), site.to(tl.uint32))
-    both = threshold.to(tl.uint32) * 0x10001
-    # Bits 15 and 31 of each word say it of its halves; the words' bits come to stand beside each other.
-    found = (_below(w0, both) >> 3) | (_below(w1, both) >> 2) | (_below(w2, both) >> 1) | _below(w3, both)
-    return (((found >> 12) & 0xF) | ((found >> 24) & 0xF0)).to(tl.int32)
+    most = threshold.to(tl.uint32) << 16  # a half of a word is less than the threshold where the half before 16 zeros is less than this
+    low = _bit(w0 << 16, most, 1) | _bit(w1 << 16, most, 2) | _bit(w2 << 16, most, 4) | _bit(w3 << 16, most, 8)
+    return low | _bit(w0, most, 16) | _bit(w1, most, 32) | _bit(w2, most, 64) | _bit(w3, most, 128)
 
 
 @triton.jit
-def _below(word, both):
-    """uint32: bits 15 and 31 are 1 where the low and the high half of the word are less than those of `both`, by one subtraction: with a 1 put before each half's other
-    15 bits neither borrows from its neighbour."""
-    apart = (word | 0x80008000) - (both & 0x7FFF7FFF)  # at these bits: whether the lower 15 bits are at least as large
-    return ((~word & both) | (~(word ^ both) & ~apart)) & 0x80008000
+def _bit(word, most, BIT: tl.constexpr):
+    return tl.where(word < most, BIT, 0)
 
 
 @triton.jit

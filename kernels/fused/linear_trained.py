@@ -8,11 +8,15 @@
 
 What autograd makes of such a product under autocast rounds dW and db to 16 bits and widens them again, one pass more over each; and sums db by a kernel that takes longer
 than a product. Here both leave their products in float32: db is a product with a row of ones. Saved: x where W is trained, W in x's dtype where x wants a gradient.
-gelu_linear saves x and shift and no a, two fifths of what the layer would keep: the kernel that computes dx has z in its registers and writes a once more. It writes dx over
+Inside `rounded_once` the roundings of many W and b are one launch. gelu_linear saves x and shift and no a, two fifths of what the layer would keep: the kernel that computes dx has z in its registers and writes a once more. It writes dx over
 da, which is its own. No saved tensor is overwritten.
 
 The room: peftdebias/ops/linear.py and ops/gelu.py (specifications), this file, tests/kernel_checks/check_linear_trained.py (proof). Letters: T rows, in and out widths.
 """
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +31,30 @@ from .tiles import Spec, expect, product_dtype
 def specs(arch: int) -> list[Spec]:
     """Nothing is compiled ahead: the products are a library's, and the one kernel is gelu.py's."""
     return []
+
+
+_once: contextvars.ContextVar[dict[int, Tensor]] = contextvars.ContextVar("peftdebias_rounded", default={})
+
+
+@contextlib.contextmanager
+def rounded_once(parameters: list[Tensor], dtype: torch.dtype) -> Iterator[None]:
+    """Inside the `with` block these, which must not change in it, are rounded to `dtype` already, by one launch where each would have its own."""
+    copies = [torch.empty_like(p, dtype=dtype, memory_format=torch.contiguous_format) for p in parameters]
+    with torch.no_grad():
+        if copies:
+            torch._foreach_copy_(copies, parameters)
+    token = _once.set({id(p): copy for p, copy in zip(parameters, copies)})
+    try:
+        yield
+    finally:
+        _once.reset(token)
+
+
+def _rounded(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    copy = None if parameter is None else _once.get().get(id(parameter))
+    if copy is not None and copy.dtype == dtype:
+        return copy
+    return None if parameter is None else parameter.to(dtype)
 
 
 def _wide(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,10 +80,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         to_x, to_weight, _ = ctx.needs_input_grad
-        rounded = weight.to(x.dtype)
+        rounded = _rounded(weight, x.dtype)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(x if to_weight else None, rounded if to_x else None)
-        return F.linear(x, rounded, None if bias is None else bias.to(x.dtype))
+        return F.linear(x, rounded, _rounded(bias, x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -67,10 +95,10 @@ class _Linear(torch.autograd.Function):
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shift, weight, bias):
-        rounded = weight.to(x.dtype)
+        rounded = _rounded(weight, x.dtype)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(x, shift, rounded)
-        return F.linear(gelu(x, shift), rounded, None if bias is None else bias.to(x.dtype))
+        return F.linear(gelu(x, shift), rounded, _rounded(bias, x.dtype))
 
     @staticmethod
     @once_differentiable

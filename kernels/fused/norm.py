@@ -201,7 +201,7 @@ def specs(arch: int) -> list[Spec]:
                 spec(f"backward, gain and bias trained, {kind}", backward_kernel, width, given, one, drops)
         spec(f"forward alone, {kind}", forward_kernel, 768, given, ("normal", "inverse"), False)
         spec(f"backward, bias alone, {kind}", backward_kernel, 768, given, ("again", "normal", "inverse", "dhidden", "dresidual", "partial_gain"), False)
-    return [*found, sum_spec()]
+    return [*found, sum_spec(), sum_spec(STRETCHES)]
 
 
 # ---------------------------------------------------------------- launchers

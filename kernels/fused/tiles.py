@@ -131,15 +131,19 @@ class Spec:
     maxnreg: int | None = None
 
 
-SUMMED = {"CHUNKS": 64, "BN": 32}  # few columns have few programs, so a program takes many stretches at a time
+def summed(stretches: int) -> dict[str, int]:
+    """CHUNKS, BN and warps: few columns have few programs, so a program takes many stretches at a time."""
+    return {"CHUNKS": 64, "BN": 32, "num_warps": 4} if stretches <= 256 else {"CHUNKS": 256, "BN": 16, "num_warps": 8}
 
 
 def sum_stretches(partial: Tensor, result: Tensor) -> None:
     """result [N], of any dtype, = the sum over the stretches of partial fp32 [stretches, N], in one order. For a launcher, inside `on`."""
-    stretches, columns = partial.shape
-    sum_kernel[(ceil_div(columns, SUMMED["BN"]),)](partial, result, stretches, columns, enable_fp_fusion=True, **SUMMED)
+    (stretches, columns), sizes = partial.shape, summed(partial.shape[0])
+    sum_kernel[(ceil_div(columns, sizes["BN"]),)](partial, result, stretches, columns, enable_fp_fusion=True, **sizes)
 
 
-def sum_spec() -> Spec:
+def sum_spec(stretches: int = 1) -> Spec:
     """sum_stretches as a line of a file's `specs`."""
-    return Spec("sum of stretches", sum_kernel, {"partial": "*fp32", "result": "*fp32", "stretches": "i32", "N": "i32"}, SUMMED, aligned=("N",))
+    sizes = summed(stretches)
+    warps, signature = sizes.pop("num_warps"), {"partial": "*fp32", "result": "*fp32", "stretches": "i32", "N": "i32"}
+    return Spec(f"sum of {'many ' if stretches > 256 else ''}stretches", sum_kernel, signature, sizes, warps, aligned=("N",))

@@ -17,8 +17,8 @@ from .attention import attention, attention_padded, attention_ref
 from .attention_compiled import heads_of
 from .dropout import Drop, dropout
 from .gelu import gelu, gelu_linear, gelu_linear_ref, gelu_ref
-from .linear import linear
+from .linear import linear, rounded_once
 from .norm import norm, norm_ref
 from .scores import scores
 
-__all__ = ["Drop", "attention", "attention_padded", "attention_ref", "dropout", "gelu", "gelu_linear", "gelu_linear_ref", "gelu_ref", "heads_of", "linear", "norm", "norm_ref", "scores"]
+__all__ = ["Drop", "attention", "attention_padded", "attention_ref", "dropout", "gelu", "gelu_linear", "gelu_linear_ref", "gelu_ref", "heads_of", "linear", "norm", "norm_ref", "rounded_once", "scores"]

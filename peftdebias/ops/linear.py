@@ -11,6 +11,7 @@ processor, or by PEFTDEBIAS_LINEAR, or `with dispatch.use("linear", "onednn"):`.
 Letters: T rows, in and out widths.
 """
 
+import contextlib
 import functools
 
 import torch
@@ -43,6 +44,16 @@ def trained_in_16_bits(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether parameters want gradients of a product in 16 bits, which kernels/fused/linear_trained.py keeps from rounding."""
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     return dtype.itemsize == 2 and x.dim() == 2 and x.dtype != torch.float64 and compiled.recorded(*parameters) and compiled.plain(x, *parameters)
+
+
+def rounded_once(x: Tensor, parameters: list[Tensor]) -> contextlib.AbstractContextManager:
+    """Inside the `with` block the parameters among these that such products of x would each round are rounded already, all in one launch."""
+    wanted = [p for p in parameters if p.dtype == torch.float32 and p.requires_grad]
+    if not wanted or not trained_in_16_bits(x, *wanted) or kernels.decide("linear_trained", x.device)[0] != "triton":
+        return contextlib.nullcontext()
+    from ..kernels.linear_trained import rounded_once  # Triton is there
+
+    return rounded_once(wanted, torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype)
 
 
 def form() -> tuple[str, str]:

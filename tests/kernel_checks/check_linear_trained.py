@@ -1,5 +1,7 @@
 """Linears with trained float32 weights beside 16-bit activations, against their twins: output and every named gradient, and what they keep."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -120,3 +122,22 @@ def test_what_cannot_be_taken_is_refused_by_name(op):
     if op == "gelu":
         with pytest.raises(ValueError, match=r"gelu_linear, shift: expected shape \[5\], got \[7\]"):
             kernel(x, weight[:, 0], weight, None)
+
+
+@BOTH
+def test_rounded_once_changes_no_bit(op, monkeypatch):
+    """The copies are what the op would make, of its own dtype alone, and it makes none."""
+    given = {n: x.to(torch.bfloat16 if n == "x" else torch.float32).requires_grad_() for n, x in tensors(op, 13, 37, 7, torch.float32).items()}
+    pull, found, made = drawn(13, 7, seed=9).bfloat16(), [], []
+    for context in (contextlib.nullcontext(), fused.rounded_once([given["weight"], given["bias"]], torch.bfloat16), fused.rounded_once([given["weight"]], torch.float16)):
+        with context:
+            y = OPS[op][0](**given)
+        found.append((y, *torch.autograd.grad(y, list(given.values()), pull)))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+    original = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *how, **more: (made.append(t) if t is given["weight"] or t is given["bias"] else None, original(t, *how, **more))[1])
+    with fused.rounded_once([given["weight"], given["bias"]], torch.bfloat16):
+        OPS[op][0](**given)
+    assert not made
+    OPS[op][0](**given)
+    assert len(made) == 2

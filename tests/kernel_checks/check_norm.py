@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from peftdebias.kernels import norm as fused
+from peftdebias.kernels.tiles import sum_stretches
 from peftdebias.ops import Drop, norm_ref
 
 from .harness import DEVICE, DTYPES, compare, drawn, poisoned, run, strided
@@ -164,6 +165,14 @@ def test_small_spread_beside_epsilon():
     given = tensors(13, 37)
     given["hidden"], given["residual"] = 1e-4 * given["hidden"], 1e-4 * given["residual"]
     compare(*both(epsilon=1e-5), given, dtype=torch.float32, gradients=NAMES)
+
+
+@pytest.mark.parametrize("stretches,columns", [(256, 37), (257, 37), (601, 5), (601, 48)])
+def test_few_stretches_and_many(stretches, columns):
+    """The sums' own kernel, at both its tiles."""
+    partial, result = drawn(stretches, columns).float(), torch.full((columns,), float("nan"), device=DEVICE)
+    sum_stretches(partial, result)
+    torch.testing.assert_close(result.double(), partial.double().sum(0), rtol=1e-5, atol=1e-4)
 
 
 @DROPS
