@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from . import kernels
 from .batches import Batch
 from .encoder import Model
 from .lowered import autocast
@@ -58,6 +59,7 @@ class Compiled(Step):
 
     def __init__(self, *arguments, backend: str = "inductor", **settings):
         super().__init__(*arguments, **settings)
+        kernels.load(self.model.device)
         # Inductor has a generator of its own; the seed of a pass shall be the one that eager draws.
         options = {"fallback_random": True} if backend == "inductor" else None
         self.loss = torch.compile(self.loss, fullgraph=True, backend=backend, options=options)

@@ -58,7 +58,7 @@ def lora_apart_ref(x: Tensor, weight: Tensor, bias: Tensor | None, pieces: list[
     return y
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False, repr=False)  # torch.compile makes one without its values, which comparing or printing would ask for
 class Written:
     """weight: W' [out, in] in the dtype of the products, or W itself where the pieces stay `apart`; bias [out]; pieces: what of it has gradients."""
 

@@ -104,6 +104,12 @@ def decide(op: str, device=None) -> tuple[str | None, str]:
     return kind, "asked for by name"
 
 
+def load(device=None) -> None:
+    """Read the files of all kernels that would run on `device` now. For torch.compile: what is registered while it traces it does not see."""
+    for op in TRITON:
+        decide(op, device)
+
+
 def missing(op: str, kind: str, where: str = "cuda") -> str:
     """Why `op` has no `kind` implementation that runs on a device of type `where`; empty where it has one."""
     if kind == "triton" and op in TRITON:

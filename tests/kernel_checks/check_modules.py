@@ -135,3 +135,26 @@ def test_one_step_with_dropout_is_the_same(placed, trained):
     assert set(gradients) == set(others) and len(gradients) >= 4
     for key, gradient in gradients.items():
         assert (others[key] - gradient).abs().max() <= 2e-5 * max(gradient.abs().max(), 1e-3), key
+
+
+def test_a_compiled_step_writes_weights_by_kernels_that_nobody_has_asked_for_yet(monkeypatch):
+    """LoRA's W' is made while torch.compile traces, and what is registered meanwhile it would not see."""
+    from peftdebias.step import Compiled, Step
+    from peftdebias.training import Schedule, make_optimizer
+
+    kernels.load(torch.device("cuda"))
+    there = {key: f for key, f in kernels._registry.items() if key[1] == "triton"}
+    monkeypatch.setattr(kernels, "_registry", {key: f for key, f in kernels._registry.items() if key not in there})
+    monkeypatch.setattr(kernels, "_load", lambda file: kernels._registry.update({key: f for key, f in there.items() if kernels.TRITON[key[0]] == file}))
+    found = []
+    with kernels.use("triton"):
+        for kind in (Compiled, Step):
+            model, parameters = made(methods.create("lora", CONFIG, options={"rank": 2}))
+            patch.train_only(model, parameters.values())
+            model.train()
+            more = {"backend": "aot_eager"} if kind is Compiled else {}
+            step = kind(model, type("Task", (), {"loss": lambda self, model, batch: MaskedLM.loss(None, model, batch)})(), make_optimizer(parameters, Schedule(steps=1, lr=0.1)), parameters, clip=1e9, **more)
+            found.append((step.gradients(batch()), *(p.grad for p in parameters.values())))
+    assert len(found[0]) == 1 + 4 * CONFIG.layers and all(g.any() for g in found[0])
+    for mine, eager in zip(*found):
+        torch.testing.assert_close(mine, eager, rtol=1e-5, atol=1e-6)
