@@ -36,6 +36,15 @@ def test_ragged_sizes_in_each_dtype(op, t, width, out, dtype):
 
 
 @BOTH
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("t,width,out", [(197, 768, 768), (67, 3072, 768), (131, 768, 3072)])
+def test_sizes_of_bert(op, t, width, out, dtype):
+    kernel, twin, names = OPS[op]
+    compare(kernel, twin, tensors(op, t, width, out, dtype), plain=plain(op, dtype), dtype=dtype, gradients=names, float32=[n for n in names if n in PARAMETERS])
+
+
+@BOTH
 @pytest.mark.parametrize("wanted", [("x",), ("weight",), ("bias",), ("weight", "bias"), ("x", "bias")], ids="+".join)
 def test_any_set_of_gradients(op, wanted):
     kernel, twin, names = OPS[op]
