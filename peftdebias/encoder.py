@@ -103,14 +103,14 @@ class Encoder(nn.Module):
     def forward(self, batch: Batch, all_rows: bool = False) -> Tensor:
         """Hidden states of the rows asked for, [M, D]; with `all_rows` of every token, [T, D].
 
-        batch: ids and positions int64 [T], ids in [0, V), positions in [0, max_positions); see batches.Batch. Raises ModelError on a longer text.
+        batch: ids and positions int64 [T], ids in [0, V), positions in [0, batch.max_length); see batches.Batch. Raises ModelError on a longer text.
         """
         self.seed = torch.randint(2 ** 62, (1,), device=batch.ids.device) if self.training else None
         hidden, batch = self._embed(batch)
         residual = hidden
         self.written = write(self.hooks, self._linears, hidden)
         layer = self._recomputed if self.recompute and torch.is_grad_enabled() else self._layer
-        with rounded_once(hidden, [p for part, _ in self._linears.values() for p in (part.weight, part.bias)]):
+        with rounded_once(hidden, [] if self.recompute else self._rounded_whole(all_rows)):
             for i in range(self.config.layers):
                 last = i == self.config.layers - 1 and not all_rows
                 hidden, residual = layer(i, hidden, residual, self.hooks.key_value(i), batch.row_spans if last else batch.spans, batch.rows if last else None)
@@ -125,6 +125,15 @@ class Encoder(nn.Module):
             found[f"layers.{i}.attention.qkv"] = layer.attention.qkv, tuple(f"layers.{i}.attention.{kind}" for kind in ("query", "key", "value"))
             for site, linear in (("attention.output", layer.attention.output), ("feed_forward.up", layer.feed_forward.up), ("feed_forward.down", layer.feed_forward.down)):
                 found[f"layers.{i}.{site}"] = linear, (f"layers.{i}.{site}",)
+        return found
+
+    def _rounded_whole(self, all_rows: bool) -> list[Tensor]:
+        """The weights and biases that a forward pass in 16 bits rounds as they are: no method adds to them, no slice of them is taken, and GELU takes no bias of them."""
+        found = []
+        for name, (part, sites) in self._linears.items():
+            sliced = name == f"layers.{self.config.layers - 1}.attention.qkv" and not all_rows
+            if not sliced and all(map(self._bare, sites)):
+                found += [part.weight] if name.endswith("feed_forward.up") and self.config.activation == "gelu" else [part.weight, part.bias]
         return found
 
     def _embed(self, batch: Batch) -> tuple[Tensor, Batch]:

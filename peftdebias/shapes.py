@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .batches import IGNORED, Batch, Bounds
+from .errors import ModelError
 
 TOKENS, ROWS, SEQUENCES, LENGTHS = 64, 16, 8, 32  # the least that sizes are multiples of
 FINE, COARSE = 16, 8
@@ -40,7 +41,9 @@ def rounded(size: int, least: int, share: int = COARSE) -> int:
 
 def shape_of(batch: Batch, limit: int) -> Shape:
     """The shape that a host batch is brought to. limit: the longest sequence that the model takes. Lengths cost a launch few idle programs, so they come in powers of
-    two: fewer shapes."""
+    two: fewer shapes. Raises ModelError on a longer text."""
+    if batch.max_length > limit:
+        raise ModelError(f"text of {batch.max_length} tokens: expected at most {limit}")
     tokens, rows = rounded(len(batch.ids), TOKENS, FINE), rounded(len(batch.rows), ROWS)
     longest = min(max(LENGTHS, 1 << (batch.max_length - 1).bit_length()), limit)
     dummies = -(-grain(len(batch.ids), TOKENS, FINE) // longest)

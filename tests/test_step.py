@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peftdebias import kernels, methods, patch
 from peftdebias.batches import IGNORED
 from peftdebias.encoder import Encoder, Model
+from peftdebias.errors import ModelError
 from peftdebias.graphs import Graphed
 from peftdebias.kernels import dispatch
 from peftdebias.lowered import lowered, may_be_lowered
@@ -104,6 +105,11 @@ def test_a_filled_batch_has_the_loss_and_the_gradients_of_the_batch(name, length
     for parameter, gradient in found[0][1].items():
         assert_close(found[1][1][parameter], gradient, parameter)
         assert name is None or gradient.abs().max() > 0, parameter
+
+
+def test_a_text_that_the_model_does_not_take_has_no_shape():
+    with pytest.raises(ModelError, match="text of 20 tokens: expected at most 19"):
+        shape_of(ragged((5, 20)), 19)
 
 
 def test_texts_of_like_sizes_share_a_shape():

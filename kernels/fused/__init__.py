@@ -104,6 +104,11 @@ def decide(op: str, device=None) -> tuple[str | None, str]:
     return kind, "asked for by name"
 
 
+def watched() -> bool:
+    """Whether somebody traces, watches every op that torch runs, or transforms functions: then what is called must be an op that torch knows."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+
+
 def load(device=None) -> None:
     """Read the files of all kernels that would run on `device` now. For torch.compile: what is registered while it traces it does not see."""
     for op in TRITON:

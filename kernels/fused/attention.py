@@ -495,10 +495,11 @@ def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Te
                         cu_queries: Tensor, cu_keys: Tensor, queries: int, keys: int, rate: float, of_query: bool, of_keys: bool, of_prefix: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What `gradients` takes apart: dq, dk and dv, and [2, P, H, W] of the prefix's dtype, its dk and dv; those that are not asked for are empty."""
     found = _room(q, k, prefix_k, of_query, of_keys, of_prefix)
-    (dq, dk, dv), total, bits = gradients(*found[:2]), found[2], bits.view(torch.int32) if rate else None
+    (dq, dk, dv), total = gradients(*found[:2]), found[2]
     (rows, heads, width), shared = q.shape, 0 if prefix_k is None else prefix_k.shape[0]
     if not rows:
         return found[0], found[1].zero_(), total.zero_()
+    bits = bits.view(torch.int32) if rate else None
     q, k, v, g = _rows_apart(q), _rows_apart(k), _rows_apart(v), g.contiguous()
     delta, pairs = torch.empty_like(sums[0], dtype=torch.float32 if exact(q.dtype) else torch.int64), (cu_queries.shape[0] - 1) * heads
     prefix, strides = (prefix_k, prefix_v) if shared else (None, None), (q.stride(0), k.stride(0), v.stride(0), dq.stride(0))

@@ -8,7 +8,8 @@
 
 What autograd makes of such a product under autocast rounds dW and db to 16 bits and widens them again, one pass more over each; and sums db by a kernel that takes longer
 than a product. Here both leave their products in float32: db is a product with a row of ones. Saved: x where W is trained, W in x's dtype where x wants a gradient.
-Inside `rounded_once` the roundings of many W and b are one launch. gelu_linear saves x and shift and no a, two fifths of what the layer would keep: the kernel that computes dx has z in its registers and writes a once more. It writes dx over
+Inside `rounded_once` the roundings of many W and b are one launch.
+gelu_linear saves x and shift and no a, two fifths of what the layer would keep: the kernel that computes dx has z in its registers and writes a once more. It writes dx over
 da, which is its own. No saved tensor is overwritten.
 
 The room: peftdebias/ops/linear.py and ops/gelu.py (specifications), this file, tests/kernel_checks/check_linear_trained.py (proof). Letters: T rows, in and out widths.
@@ -21,10 +22,10 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import register
 from .gelu import backward_with_output, gelu
+from .op import first_order
 from .tiles import Spec, expect, product_dtype
 
 
@@ -86,8 +87,8 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, rounded, _rounded(bias, x.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        first_order("linear_trained")
         x, rounded = ctx.saved_tensors
         return (None if rounded is None else dy @ rounded), *_gradients(dy, x, *_wanted(ctx, 1, 2))
 
@@ -101,8 +102,8 @@ class _GeluLinear(torch.autograd.Function):
         return F.linear(gelu(x, shift), rounded, _rounded(bias, x.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        first_order("gelu_linear")
         x, shift, rounded = ctx.saved_tensors
         to_x, to_shift, *_ = ctx.needs_input_grad
         dx, dshift, a = backward_with_output(dy @ rounded, x, shift, to_shift)

@@ -29,12 +29,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import register
+from . import register, watched
 from .dropout import keep
 from .dropout_ref import Drop, threshold_of
-from .op import op, watched
+from .op import first_order, op
 from .tiles import DTYPES, Spec, ceil_div, expect, on, power, product_dtype, rows_together, sum_spec, sum_stretches
 
 WIDEST = 4096  # D of a row, and elements that a program holds at a time
@@ -158,7 +157,7 @@ def backward_kernel(dy, again, normal, inverse, gain, seed, dhidden, dresidual, 
 
 def tiles_for(width: int, sums: bool = False) -> dict[str, int]:
     """ROWS, PARTS, BD, WHOLE and how many warps. A row that three quarters of the next power of two hold is three parts, one vector of 8 elements a thread and part, up to
-    2048 elements a program; another is one part, 32 elements a thread, half as many where `sums` of columns stay in registers beside them, and half of that above 1024."""
+    2048 elements a program or one row; another is one part, 32 elements a thread, half as many where `sums` of columns stay in registers beside them, and half of that above 1024."""
     block = power(width)
     if block >= 64 and 3 * block // 4 >= width:
         rows, block = max(1, min(16, WIDEST // 2 // block)), block // 4
@@ -294,8 +293,8 @@ class _Forked(torch.autograd.Function):
         return y, y.view_as(y)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, again):
+        first_order("norm")
         if dy is None:
             dy, again = again, None
         return _backward_formula(ctx, dy, again=again) if dy is not None else (None,) * 10

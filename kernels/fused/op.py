@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from . import watched
+
 Lengths = tuple[int | None, ...]
 """Of every argument: how many tensors, where it is a list of them, else None."""
 
@@ -31,9 +33,11 @@ def op(name: str, fake: Callable, overwrites: Sequence[str] = ()) -> Callable[[C
     return lambda launch: Op(name, launch, fake, overwrites)
 
 
-def watched() -> bool:
-    """Whether somebody watches every op that torch runs, or transforms functions."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+def first_order(name: str) -> None:
+    """To begin a backward with that cannot be differentiated itself: what it reads of the forward's outputs has no gradient, so autograd alone would leave a term out
+    and say nothing. Raises RuntimeError under create_graph."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name}: expected a backward without create_graph, as its gradient has none of its own; the plain twin's has one")
 
 
 class Op:
@@ -61,8 +65,7 @@ class Op:
         """setup(ctx, inputs, output) keeps what formula(ctx, *gradients of the outputs) needs for every input's gradient, or None; a list of tensors has a list of them.
 
         Only the first output has a gradient: setup marks the others, and nobody fills zeros for theirs. The formula calls ops, as both ways of calling share it.
-        again: autograd can differentiate the formula too. Else create_graph is an error at once: what the formula reads of the forward's outputs has no gradient,
-        so autograd alone would leave a term out and say nothing.
+        again: autograd can differentiate the formula too. Else create_graph is an error at once (first_order).
         """
         def keep(ctx, inputs, output):
             ctx.set_materialize_grads(False)
@@ -72,8 +75,8 @@ class Op:
         def gradients(ctx, *pulls):
             if pulls[0] is None:
                 return _nested(itertools.repeat(None), ctx.lengths)
-            if torch.is_grad_enabled() and not again:
-                raise RuntimeError(f"{self.name}: expected a backward without create_graph, as its gradient has none of its own; the plain twin's has one")
+            if not again:
+                first_order(self.name)
             return formula(ctx, *pulls)
 
         def forward(ctx, *args):  # and keeps: a Function with a setup_context has its signature read at every call

@@ -42,8 +42,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def trained_in_16_bits(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether parameters want gradients of a product in 16 bits, which kernels/fused/linear_trained.py keeps from rounding."""
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    return dtype.itemsize == 2 and x.dim() == 2 and x.dtype != torch.float64 and compiled.recorded(*parameters) and compiled.plain(x, *parameters)
+    casts = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+    if dtype.itemsize != 2 or x.dim() != 2 or x.dtype == torch.float64 or not compiled.recorded(*parameters):
+        return False
+    return (casts or all(p is None or p.dtype == dtype for p in parameters)) and compiled.plain(x, *parameters) and not kernels.watched()
 
 
 def rounded_once(x: Tensor, parameters: list[Tensor]) -> contextlib.AbstractContextManager:

@@ -242,11 +242,12 @@ def test_dropout_at_a_rate_that_16_bits_take_for_0_is_none(rate):
 
 @pytest.mark.parametrize("lengths", [((), ()), ((0, 0), (13, 7)), ((0,), (0,))], ids=["no sequences", "no queries", "nothing"])
 @pytest.mark.parametrize("prefix", [None, 5])
-def test_nothing_to_compute(lengths, prefix):
+@pytest.mark.parametrize("drop", [None, seeded()], ids=["no dropout", "dropout"])
+def test_nothing_to_compute(lengths, prefix, drop):
     spans = Spans.of(*lengths, DEVICE)
     given = {name: x.float() for name, x in tensors(spans, 7, prefix).items()}
     with poisoned():
-        found = run(both(spans)[0], given, given, 0)
+        found = run(both(spans, drop)[0], given, given, 0)
     assert all(x.shape == given[name.removeprefix("gradient of ")].shape and (x == 0).all() for name, x in found.items() if name != "output") and not found["output"].numel()
 
 

@@ -5,6 +5,9 @@ import contextlib
 import pytest
 import torch
 
+from peftdebias import kernels, ops
+from peftdebias.batches import Sample, pack
+from peftdebias.encoder import EncoderConfig, Model
 from peftdebias.kernels import linear_trained as fused
 from peftdebias.ops import gelu_linear_ref
 from peftdebias.ops.linear import linear_ref
@@ -150,3 +153,72 @@ def test_rounded_once_changes_no_bit(op, monkeypatch):
     assert not made
     OPS[op][0](**given)
     assert len(made) == 2
+
+
+@BOTH
+def test_a_gradient_of_the_gradient_is_refused(op):
+    """By itself autograd would pass the backward over, and leave its term out."""
+    given = {n: x.to(torch.bfloat16 if n == "x" else torch.float32).requires_grad_() for n, x in tensors(op, 13, 37, 7, torch.bfloat16).items()}
+    with pytest.raises(RuntimeError, match="expected a backward without create_graph"):
+        torch.autograd.grad((OPS[op][0](**given) ** 3).sum(), given["x"], create_graph=True)
+
+
+@BOTH
+@pytest.mark.parametrize("autocast", [True, False])
+def test_who_takes_it(op, autocast, monkeypatch):
+    """Trained parameters beside products of 16 bits: under autocast any, else of x's own dtype. Not what is frozen, not float32, not functions that torch.func transforms."""
+    taken = []
+    for name in ("_Linear", "_GeluLinear"):
+        kind = getattr(fused, name)
+        monkeypatch.setattr(kind, "apply", staticmethod(lambda *a, apply=kind.apply, name=name: (taken.append(name), apply(*a))[1]))
+    call = (lambda x, weight, bias: ops.linear(x, weight, bias)) if op == "linear" else (lambda x, weight, bias: ops.gelu_linear(x, None, weight, bias))
+    wide = torch.float32 if autocast else torch.bfloat16
+    x, weight, bias = drawn(5, 13).bfloat16(), drawn(7, 13).to(wide).requires_grad_(), drawn(7).to(wide).requires_grad_()
+    with kernels.use("triton"), torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+        y = call(x, weight, bias)
+        assert taken == [{"linear": "_Linear", "gelu": "_GeluLinear"}[op]] and y.dtype == torch.bfloat16
+        call(x, weight.detach(), bias.detach())
+        torch.func.grad(lambda w: call(x, w, bias.detach()).float().sum())(weight.detach())
+        with torch.no_grad():
+            call(x, weight, bias)
+        assert len(taken) == 1
+    with kernels.use("triton"):
+        call(x.float(), weight.float(), bias.float())
+        assert len(taken) == 1
+        if autocast:
+            with pytest.raises(RuntimeError, match="dtype"):
+                ops.linear(x, weight, bias)
+
+
+@pytest.mark.parametrize("all_rows", [False, True])
+@pytest.mark.parametrize("save", [False, True])
+def test_an_encoder_that_is_trained_in_16_bits(save, all_rows, monkeypatch):
+    """Every linear of its layers goes through it, the feed-forward's second with GELU; the weights are rounded in one launch, what is sliced and the head's by itself, and
+    with --save-memory each."""
+    config = EncoderConfig(kind="bert", layers=2, hidden=16, heads=2, feed_forward=37, vocab=61, max_positions=19)
+    model, made = Model(config, mlm=True).to(DEVICE), []
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+    monkeypatch.setattr(fused, "_rounded", lambda p, dtype, own=fused._rounded: (made.append(p is None or id(p) not in fused._once.get()), own(p, dtype))[1])
+    batch = pack([Sample(torch.arange(5, 5 + n).numpy(), torch.arange(2).numpy(), torch.arange(5, 7).numpy()) for n in (13, 2, 7)]).to(DEVICE)
+    with kernels.use("triton"), torch.autocast(DEVICE.type, torch.bfloat16), model.recomputing(save):
+        model.encoder(batch, all_rows=all_rows).float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for n, p in model.encoder.named_parameters())
+    alone = sum(made)
+    # qkv, output and the two of the feed-forward, weight and bias each, of which the up's has no bias; the last layer's query and key with value are two slices of both
+    whole, slices = 2 * 4 * 2, 0 if all_rows else 2
+    if save:
+        assert alone == len(made) == 2 * (whole + slices)
+    else:
+        assert len(made) == whole + slices and alone == 2 + (0 if all_rows else 4)  # the ups' biases that are not there, and the slices
+
+
+def test_two_copies_of_a_linear_are_told_apart():
+    """Copies belong to tensors, not to values or places."""
+    first, second = torch.ones(3, 4, device=DEVICE), torch.zeros(3, 4, device=DEVICE)
+    with fused.rounded_once([first, second], torch.bfloat16):
+        assert fused._rounded(first, torch.bfloat16).sum() == 12 and not fused._rounded(second, torch.bfloat16).any()
+        assert fused._rounded(first[:2], torch.bfloat16).shape == (2, 4) and fused._rounded(None, torch.bfloat16) is None
+    assert not fused._once.get()

@@ -75,6 +75,15 @@ def test_a_reader_that_gives_no_gradient(read):
             torch.testing.assert_close(mine, twin, rtol=1e-5, atol=1e-5)
 
 
+def test_two_readers_and_a_gradient_of_the_gradient():
+    """By itself autograd would pass the backward over, and leave its term out."""
+    given = {n: x.float().requires_grad_() for n, x in tensors(13, 37).items()}
+    for fork in (False, True):
+        y = fused.norm(*given.values(), 1e-5, None, fork)
+        with pytest.raises(RuntimeError, match="expected a backward without create_graph"):
+            torch.autograd.grad(((y[0] if fork else y) ** 3).sum(), given["hidden"], create_graph=True)
+
+
 def test_two_readers_cost_no_sum_of_their_own():
     """A layer's y is read by a product and by the residual: no add between the backward kernels."""
     h, r, gain, bias = (x.to(torch.bfloat16).requires_grad_() for x in tensors(13, 37).values())
