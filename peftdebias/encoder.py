@@ -107,10 +107,10 @@ class Encoder(nn.Module):
         """
         self.seed = torch.randint(2 ** 62, (1,), device=batch.ids.device) if self.training else None
         hidden, batch = self._embed(batch)
-        residual = hidden
-        self.written = write(self.hooks, self._linears, hidden)
+        residual, linears = hidden, self._linears
+        self.written = write(self.hooks, linears, hidden)
         layer = self._recomputed if self.recompute and torch.is_grad_enabled() else self._layer
-        with rounded_once(hidden, [] if self.recompute else self._rounded_whole(all_rows)):
+        with rounded_once(hidden, self._rounded_whole(linears, all_rows) if torch.is_grad_enabled() and not self.recompute else []):
             for i in range(self.config.layers):
                 last = i == self.config.layers - 1 and not all_rows
                 hidden, residual = layer(i, hidden, residual, self.hooks.key_value(i), batch.row_spans if last else batch.spans, batch.rows if last else None)
@@ -127,10 +127,10 @@ class Encoder(nn.Module):
                 found[f"layers.{i}.{site}"] = linear, (f"layers.{i}.{site}",)
         return found
 
-    def _rounded_whole(self, all_rows: bool) -> list[Tensor]:
+    def _rounded_whole(self, linears: dict[str, tuple[nn.Linear, tuple[str, ...]]], all_rows: bool) -> list[Tensor]:
         """The weights and biases that a forward pass in 16 bits rounds as they are: no method adds to them, no slice of them is taken, and GELU takes no bias of them."""
         found = []
-        for name, (part, sites) in self._linears.items():
+        for name, (part, sites) in linears.items():
             sliced = name == f"layers.{self.config.layers - 1}.attention.qkv" and not all_rows
             if not sliced and all(map(self._bare, sites)):
                 found += [part.weight] if name.endswith("feed_forward.up") and self.config.activation == "gelu" else [part.weight, part.bias]

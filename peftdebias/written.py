@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from . import kernels
 from .kernels import dispatch
 from .ops import compiled, linear
-from .ops.linear import product
+from .ops.linear import product, product_dtype
 from .sites import Hooks
 
 UNWRITTEN = (torch.float64,)  # no kernel takes it
@@ -91,7 +91,7 @@ def write(hooks: Hooks, linears: dict[str, tuple[nn.Linear, tuple[str, ...]]], x
         if kernels.decide("lora_apart", x.device)[0] != "native" or torch.is_autocast_enabled(x.device.type):
             return {}
         return {name: Written(linear.weight, linear.bias, pieces, apart=True) for name, (linear, sites) in linears.items() if (pieces := pieces_of(hooks, linear, sites))}
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dtype = product_dtype(x)
     found = {name: pieces for name, (linear, sites) in linears.items() if (pieces := pieces_of(hooks, linear, sites)) and _pays(linear, pieces, dtype, x)}
     if not found:
         return {}

@@ -51,9 +51,7 @@ def _columns(part, rows, T, D, BD: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def _vector(x, part, D, BD: tl.constexpr, WHOLE: tl.constexpr):
-    """A part of x [D], fp32 [1, BD]; 0 where x is None."""
-    if x is None:
-        return tl.zeros([1, BD], tl.float32)
+    """A part of x [D], fp32 [1, BD]."""
     d = part * BD + tl.arange(0, BD)
     return (tl.load(x + d) if WHOLE else tl.load(x + d, mask=d < D, other=0.0)).to(tl.float32)[None, :]
 

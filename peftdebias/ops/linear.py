@@ -40,10 +40,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Linear.apply(x, weight, bias) if compiled.recorded(x, weight, bias) else product(x, weight, bias)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a product of x is computed in: autocast's dtype where it is on, else x's."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
 def trained_in_16_bits(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether parameters want gradients of a product in 16 bits, which kernels/fused/linear_trained.py keeps from rounding."""
-    casts = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+    casts, dtype = torch.is_autocast_enabled(x.device.type), product_dtype(x)
     if dtype.itemsize != 2 or x.dim() != 2 or x.dtype == torch.float64 or not compiled.recorded(*parameters):
         return False
     return (casts or all(p is None or p.dtype == dtype for p in parameters)) and compiled.plain(x, *parameters) and not kernels.watched()
@@ -56,7 +60,7 @@ def rounded_once(x: Tensor, parameters: list[Tensor]) -> contextlib.AbstractCont
         return contextlib.nullcontext()
     from ..kernels.linear_trained import rounded_once  # Triton is there
 
-    return rounded_once(wanted, torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype)
+    return rounded_once(wanted, product_dtype(x))
 
 
 def form() -> tuple[str, str]:

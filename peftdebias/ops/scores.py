@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from .. import kernels
 from . import compiled
 from .linear import form as linear_form
-from .linear import linear, vendor
+from .linear import linear, product_dtype, vendor
 
 ROUND = 64
 FEW = 256  # rows: up to which putting W into a wider tensor costs more than it saves
@@ -31,7 +31,7 @@ BLOCK, ROWS, EVEN = 4096, 160, 16  # of a block: rows of W, rows of x at most, a
 
 def scores(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x [M, D], weight [V, D], bias [V] -> [M, V], of autocast's dtype where that is on; linear_ref's values. Its rows may lie further apart than V."""
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dtype = product_dtype(x)
     trained = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
     if x.is_cuda and dtype.itemsize == 2 and len(weight) % 8 and len(x) > FEW and not trained and compiled.plain(x, weight, bias):
         return _Scores.apply(x.to(dtype), weight, bias)
