@@ -10,6 +10,7 @@ Letters: P prefix length, L layers, D hidden, H heads, W head width, K bottlenec
 import contextlib
 import copy
 import dataclasses
+import tempfile
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -37,12 +38,16 @@ BY_HAND = "transformers, adapters by hand"
 
 
 def model_folder(setting: Setting, labelled: bool = False) -> Path:
-    """A random BERT with a masked-LM head, or a classifier, as a Hugging Face folder, made once; every provider loads it."""
+    """A random BERT with a masked-LM head, or a classifier, as a Hugging Face folder, made once; every provider loads it, in whatever process."""
     folder = setting.folder / f"{setting.size_name}-{setting.dropout}-{setting.seed}{'-labelled' if labelled else ''}"
-    if not (folder / "config.json").exists():
+    if not folder.exists():
         model = Model(setting.config, mlm=not labelled, labels=LABELS if labelled else ())
         model.initialize(model, torch.Generator().manual_seed(setting.seed))
-        save_model(model, folder)
+        with tempfile.TemporaryDirectory(dir=setting.folder) as beside:
+            made = Path(beside) / folder.name
+            save_model(model, made)
+            with contextlib.suppress(OSError):  # another process was faster, and made the same
+                made.rename(folder)
     return folder
 
 

@@ -5,10 +5,12 @@ bench/results/, named after the device: times, shares of the roofline, what limi
 With --steps, in place of the single ops: both phases for 200 steps against the CPU's twins, the training loop with its validations (bench/curves.py) and steps under torch's
 sync-debug mode, then whole steps of LoRA, adapter, prefix and full training at 128 x 128, 128 x 256 and 32 x 128, 40 % of the tokens valid and all, beside transformers + peft
 eager, compiled and length-bucketed. What matters most comes first, for the run ends when its minutes are over: LoRA at every shape, then the other methods at the first, then
-these at the others. torch.compile takes a minute to start, so theirs is compiled for LoRA at every shape and for the other methods at the first one, ours for LoRA at the first
-one; nothing is length-bucketed where all texts are of one length. Equality is asked of every method at its smallest shape, of what is compiled in LoRA's alone.
+these at the others. Ours is compiled for LoRA at the first shape; nothing is length-bucketed where all texts are of one length. Equality is asked of every method at its
+smallest shape, of what is compiled in LoRA's alone.
 
-With --check, equality alone, in seconds a case: several processes with --only of their own share a device well.
+What nothing is timed by comes before all that is, on a GPU in processes side by side (aside.py): equality, and torch.compile, which leaves what it made in its cache on disk.
+
+With --check, equality alone.
 
 Needs torch, triton, numpy, tokenizers, safetensors, tqdm; transformers and peft for the comparison; no install of peftdebias, no network.
 Exit code 0; 1 where providers disagree or one fails: that case is not timed, the others are; 2 without a CUDA device or on bad arguments.
@@ -17,11 +19,12 @@ Exit code 0; 1 where providers disagree or one fails: that case is not timed, th
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,6 +33,7 @@ import torch  # noqa: E402
 
 from bench import ROOT, curves, measure, roofline, rows  # noqa: E402
 from bench.arguments import Parser, complain, positive, say  # noqa: E402
+from bench.aside import together  # noqa: E402
 from bench.case import SIZES, Case, Provider, Setting  # noqa: E402
 from bench.cases import CASES  # noqa: E402
 from bench.cases_steps import STEP_CASES  # noqa: E402
@@ -51,15 +55,19 @@ DRY = {"lora_linear": 37, "lora_frozen": 37, "lora_linear_wide": 13, "lora_froze
 
 
 class Clock:
-    """The budget of a whole run. Past `early` of it nothing is compiled any more, past `late` no case is begun: what is left out is said."""
+    """The budget of a whole run. Past `early` of it nothing more is compiled, past `late` no case is begun: what is left out is said."""
 
     late = 0.9
 
-    def __init__(self, minutes: float, early: float = 0.55):
-        self.started, self.seconds, self.early = time.monotonic(), 60 * minutes, early
+    def __init__(self, minutes: float, steps: bool):
+        self.started, self.seconds, self.early = time.monotonic(), 60 * minutes, 0.5 if steps else 0.4
 
     def before(self, share: float) -> bool:
         return time.monotonic() - self.started < share * self.seconds
+
+    def reason(self) -> str:
+        """Why nothing is compiled any more; empty where it is."""
+        return "" if self.before(self.early) else f"the run has used {self.early:.0%} of its time"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,9 +109,6 @@ SHAPES = {"128x128": (128, 128), "128x256": (128, 256), "32x128": (32, 128)}
 """name -> (texts a batch, tokens a text at most); what matters most first."""
 
 
-STEPS_EARLY = 0.75  # Clock's: with --steps what is compiled matters, and comes early
-
-
 UNEVEN = 8
 """Batches of a step whose texts differ in length: of two, the shortest and the longest of a pass, 52 % of the padded tokens are valid, of eight 41, of the whole pass 40."""
 
@@ -117,7 +122,7 @@ def step_plan(device: torch.device, size: str, dry: bool, folder: Path, shapes: 
     def of(name: str, shape: tuple[int, int], share: float = 0.4) -> tuple[Case, Setting]:
         sequences, longest = shape
         case, x = CASES[name], longest if share == 1 else round(share * longest)
-        taking = {p: case.providers[p] for p in step_providers(case, foremost=name == foremost, first=shape == sizes[0], even=x >= longest)}
+        taking = {p: case.providers[p] for p in step_providers(case, foremost=name == foremost and shape == sizes[0], even=x >= longest)}
         return (dataclasses.replace(case, name=f"{name} {sequences}x{longest}", providers=taking),
                 Setting(size, x, folder, device, sequences=sequences, longest=longest, batches=2 if dry or share == 1 else UNEVEN, **common))
 
@@ -133,11 +138,11 @@ def step_plan(device: torch.device, size: str, dry: bool, folder: Path, shapes: 
     return to_check, ceilings + timed
 
 
-def step_providers(case: Case, foremost: bool, first: bool, even: bool) -> list[str]:
-    """The names of those that are timed. foremost: it is the method that matters most. first: it is the first shape. even: all texts are of one length."""
+def step_providers(case: Case, foremost: bool, even: bool) -> list[str]:
+    """The names of those that are timed. foremost: this is what matters most, and ours is compiled as well. even: all texts are of one length."""
     def wanted(name: str) -> bool:
         ours = name.startswith(roofline.OURS)
-        return ((not case.providers[name].compiled or (foremost and first if ours else foremost or first)) and not (even and name.endswith("length-bucketed")))
+        return not (ours and case.providers[name].compiled and not foremost) and not (even and name.endswith("length-bucketed"))
 
     return [name for name in case.providers if wanted(name)]
 
@@ -152,13 +157,13 @@ def chosen(entries: Plan, only: str | None) -> Plan:
     return [(case, setting) for case, setting in entries if not names or case.name in ("gemm", "copy") or any(stem(case) == n or case.name.startswith(n + "_") for n in names)]
 
 
-def affordable(case: Case, providers: dict[str, Provider], clock: Clock, first: bool = True) -> dict[str, Provider]:
-    """Without the compiled ones where the clock is past `early`, or where this is not the size that they are meant for."""
-    left = {name: p for name, p in providers.items() if not p.compiled or (first and clock.before(clock.early))}
-    for name in providers:
-        if first and name not in left:
-            say(f"{case.name}: {name} is left out here: the run has used {clock.early:.0%} of its time")
-    return left
+def affordable(case: Case, providers: dict[str, Provider], trouble: Callable[[str], str | None]) -> dict[str, Provider]:
+    """Without the compiled ones that cannot be had here. trouble: name -> why, which is said; None: it was not meant to be here; empty: it can."""
+    against = {name: trouble(name) for name, p in providers.items() if p.compiled}
+    for name, why in against.items():
+        if why:
+            say(f"{case.name}: {name} is left out here: {why}")
+    return {name: p for name, p in providers.items() if against.get(name, "") == ""}
 
 
 def of_case(case: Case, providers: dict[str, dict[str, Provider]]) -> dict[str, Provider]:
@@ -172,7 +177,7 @@ def checked(entries: Plan, providers: dict[str, dict[str, Provider]], clock: Clo
     for case, setting in entries:
         if stem(case) in red:
             continue
-        taking = affordable(case, of_case(case, providers), clock)
+        taking = affordable(case, of_case(case, providers), lambda name: clock.reason())
         with _noting(case, setting, red, stem(case)):
             shares[stem(case), setting.x] = check(case, setting, taking)
             if case.rounded:
@@ -208,10 +213,17 @@ def unlike_the_cpu(device: torch.device, dry: bool, folder: Path, stems: Iterabl
     return red
 
 
-def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict, repeats: int, clock: Clock, red: dict[str, str]) -> list[rows.Row]:
-    """Rows of every case that is not red; one that fails becomes red, at that shape alone."""
-    found = []
+def compiled_at(entries: Plan, providers: dict[str, dict[str, Provider]]) -> list[tuple[str, float, str]]:
+    """(case, x, provider) of all that is timed compiled: a step at every x, a single op at its last."""
     last = {case.name: setting.x for case, setting in entries}
+    return [(case.name, setting.x, name) for case, setting in entries if case.mode == "step" or setting.x == last[case.name]
+            for name, provider in of_case(case, providers).items() if provider.compiled]
+
+
+def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict, repeats: int, clock: Clock, red: dict[str, str],
+          trouble: Callable[[tuple[str, float, str]], str | None]) -> list[rows.Row]:
+    """Rows of every case that is not red; one that fails becomes red, at that shape alone. trouble: of what is compiled, as `affordable` asks."""
+    found = []
     for case, setting in entries:
         if red.keys() & {stem(case), case.name}:
             continue
@@ -219,11 +231,72 @@ def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict
             say(f"{title(case, setting)}: not measured: the run has used {clock.late:.0%} of its time")
             continue
         say(f"{title(case, setting)}: timing")
-        taking = affordable(case, of_case(case, providers), clock, first=case.mode == "step" or setting.x == last[case.name])
+        taking = affordable(case, of_case(case, providers), lambda name: trouble((case.name, setting.x, name)))
         share = shares.get((stem(case), setting.x)) or next((s for (name, _), s in shares.items() if name == stem(case)), None)
         with _noting(case, setting, red, case.name):
             found += measure.time_case(case, setting, taking, repeats, shares=share, say=say)
     return found
+
+
+# ---------------------------------------------------------------- before anything is timed
+
+class Run:
+    """What one call of this script checks and times; a process of its own makes it anew from the same arguments. say: hears which providers take no part."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path, say: Callable[[str], None] = say):
+        self.arguments, self.folder, self.device = arguments, folder, torch.device(arguments.device)
+        torch.set_float32_matmul_precision("highest")  # equality is asked in float32, not in TF32; bf16 products are not touched by it
+        common = self.device, "micro" if arguments.dry_run else arguments.size, arguments.dry_run, folder
+        planned = step_plan(*common, tuple(shapes_of(arguments))) if arguments.steps else plan(*common)
+        self.to_check, self.to_time = (chosen(entries, arguments.only) for entries in planned)
+        self.compiled = self.device.type == "cuda" if arguments.compile is None else arguments.compile
+        cases = {stem(case): CASES[stem(case)] for case, _ in self.to_check + self.to_time}
+        self.providers = {name: measure.taking_part(case, self.compiled, say, self.device.type, arguments.dry_run) for name, case in cases.items()}
+
+    def equality(self, clock: Clock, stems: Iterable[str] | None = None) -> tuple[dict[str, str], dict[tuple[str, float], dict[str, float]]]:
+        """(stem -> what is wrong with it, shares as `checked` gives them) of these stems, or all."""
+        stems = dict.fromkeys(stem(case) for case, _ in self.to_check) if stems is None else stems
+        red = unlike_the_cpu(self.device, self.arguments.dry_run, self.folder, stems) if self.arguments.steps else {}
+        return red, checked([entry for entry in self.to_check if stem(entry[0]) in stems], self.providers, clock, red)
+
+
+def check_job(arguments: argparse.Namespace, folder: Path, name: str, threads: int) -> tuple:
+    """Run.equality of one stem, with so many of the processor's threads."""
+    torch.set_num_threads(threads)
+    return Run(arguments, folder, lambda line: None).equality(Clock(arguments.minutes, arguments.steps), [name])
+
+
+def compile_job(arguments: argparse.Namespace, folder: Path, key: tuple[str, float, str]) -> str:
+    """Runs a compiled provider, so that torch.compile finds all of it in its cache on disk from then on; what went wrong, or nothing. It has as many threads as
+    the process that times: their number is part of what the cache goes by."""
+    run, (name, x, provider) = Run(arguments, folder, lambda line: None), key
+    (case, setting), = [(case, setting) for case, setting in run.to_time if (case.name, setting.x) == (name, x)]
+    try:
+        measure.warmed_up(case, run.providers[stem(case)][provider].build(setting), setting.device)
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"
+    return ""
+
+
+def beforehand(run: Run, clock: Clock) -> tuple[dict[str, str], dict, dict[tuple[str, float, str], str]]:
+    """(red, shares) of all checks and, by what `compiled_at` names, what became of it: each in a process of its own, as many at a time as the device's memory has 16 GiB."""
+    memory = torch.cuda.get_device_properties(run.device).total_memory if run.device.type == "cuda" else 0
+    workers = max(1, min(8, (os.cpu_count() or 1) // 2, memory // 2 ** 34))
+    stems = [*dict.fromkeys(stem(case) for case, _ in run.to_check)]
+    keys = [] if run.arguments.check else compiled_at(run.to_time, run.providers)
+    given, threads = (run.arguments, run.folder), max(1, torch.get_num_threads() // workers)
+    say(f"{len(stems)} checks and {len(keys)} times torch.compile, {workers} at a time")
+    found = together([("bench.gpu:check_job", (*given, name, threads)) for name in stems] + [("bench.gpu:compile_job", (*given, key)) for key in keys], workers, clock.early * clock.seconds)
+    red, shares, unready = {}, {}, clock.reason() or "it had no time"
+    for name, answer in zip(stems, found):
+        wrong, of_stem = answer if isinstance(answer, tuple) else ({name: f"{name}: not checked: {answer or unready}"}, {})
+        red |= wrong
+        shares |= of_stem
+    return red, shares, {key: unready if answer is None else str(answer) for key, answer in zip(keys, found[len(stems):])}
+
+
+def shapes_of(arguments: argparse.Namespace) -> list[str]:
+    return arguments.shapes.split(",") if arguments.shapes else [*SHAPES]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -236,8 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         return complain(f"--minutes: expected more than 0, got {arguments.minutes:g}")
     if arguments.out and (arguments.out.suffix != ".json" or arguments.out.is_dir()):
         return complain(f"--out {arguments.out}: expected a file name that ends in .json")
-    shapes = arguments.shapes.split(",") if arguments.shapes else SHAPES
-    for name in shapes:
+    for name in shapes_of(arguments):
         if name not in SHAPES:
             return complain(f"--shapes: no shape {name!r}; expected some of {', '.join(SHAPES)}")
     if arguments.shapes and not arguments.steps:
@@ -247,23 +319,20 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         say("no CUDA device here: not measured")
         return 2
-    device, clock = torch.device(arguments.device), Clock(arguments.minutes, STEPS_EARLY if arguments.steps else 0.55)
-    torch.set_float32_matmul_precision("highest")  # equality is asked in float32, not in TF32; bf16 products are not touched by it
+    clock = Clock(arguments.minutes, arguments.steps)
     with tempfile.TemporaryDirectory(prefix="peftdebias-bench-") as folder:
-        common = device, "micro" if arguments.dry_run else arguments.size, arguments.dry_run, Path(folder)
-        planned = step_plan(*common, tuple(shapes)) if arguments.steps else plan(*common)
-        to_check, to_time = (chosen(entries, arguments.only) for entries in planned)
-        compiled = device.type == "cuda" if arguments.compile is None else arguments.compile
-        cases = {stem(case): CASES[stem(case)] for case, _ in to_check + to_time}
-        providers = {name: measure.taking_part(case, compiled, say, device.type, arguments.dry_run) for name, case in cases.items()}
-        if arguments.steps and compiled:
-            say("torch.compile: theirs for lora_step at every shape and for the others at the first one, ours for lora_step at the first one; checked for lora_step alone")
-        red = unlike_the_cpu(device, arguments.dry_run, Path(folder), dict.fromkeys(stem(case) for case, _ in to_check)) if arguments.steps else {}
-        shares = checked(to_check, providers, clock, red)
-        found = [] if arguments.check else roofline.with_shares(timed(to_time, providers, shares, arguments.repeats, clock, red))
+        run = Run(arguments, Path(folder))
+        if run.device.type == "cuda":
+            red, shares, ahead = beforehand(run, clock)
+            trouble = ahead.get
+        else:
+            red, shares = run.equality(clock)
+            wanted = compiled_at(run.to_time, run.providers)
+            trouble = lambda key: clock.reason() if key in wanted else None  # noqa: E731
+        found = [] if arguments.check else roofline.with_shares(timed(run.to_time, run.providers, shares, arguments.repeats, clock, red, trouble))
     wrong = [*red.values()]
     if arguments.check:
-        print("\n".join(wrong) or f"{len(to_check)} checks, all equal")
+        print("\n".join(wrong) or f"{len(run.to_check)} checks, all equal")
         return 1 if wrong else 0
     if not found and not wrong:
         return complain(f"--minutes {arguments.minutes:g}: too little for any figure")
@@ -275,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
     heading = "Dry run of bench/gpu.py: the figures mean nothing" if arguments.dry_run else f"Measured by bench/gpu.py on {found[0].device_name}"
     notes = {"Targets": roofline.targets(found), f"Below {roofline.GOOD:.0f} % of the roofline": roofline.limits(found), "Red: not equal, or failed": wrong}
     print(f"# {heading}\n\n{rows.table(found, notes)}")
-    out = arguments.out or (None if arguments.dry_run else ROOT / "bench" / "results" / f"{rows.slug(device)}{'-steps' if arguments.steps else ''}.json")
+    out = arguments.out or (None if arguments.dry_run else ROOT / "bench" / "results" / f"{rows.slug(run.device)}{'-steps' if arguments.steps else ''}.json")
     if out:
         rows.write(out, found, heading, notes)
         say(f"result: {out} and {out.with_suffix('.md')}")

@@ -176,6 +176,13 @@ def seconds(work: Work, passes: int, device: torch.device) -> float:
     return (time.perf_counter() - started) / passes
 
 
+def warmed_up(case: Case, work: Work, device: torch.device) -> float:
+    """Runs the first passes, which compile, capture or load something; seconds of the last of them."""
+    for _ in range(WARM_UP_STEPS if device.type == "cuda" and case.mode == "step" else WARM_UP):
+        once = seconds(work, 1, device)
+    return once
+
+
 FLUSH, FLUSHES = 2 ** 30, 3
 """Bytes written before every timed pass of one op, and how often: more than any L2 cache holds, and for longer than the host needs to hand over what comes behind."""
 
@@ -297,8 +304,7 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
             empty = _settled(device) if cuda and step else 0
             work = provider.build(setting)
             built = _settled(device) if cuda and step else 0
-            for _ in range(WARM_UP_STEPS if cuda and step else WARM_UP):
-                once = seconds(work, 1, device)
+            once = warmed_up(case, work, device)
             if cuda and step:  # before the next provider is built
                 peaks[name] = (torch.cuda.max_memory_allocated(device) - built + work.state) / 2 ** 20
                 work.extra["built_mib"] = round((built - empty) / 2 ** 20, 2)

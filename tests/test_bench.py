@@ -443,7 +443,6 @@ def test_steps_begin_with_what_matters_most(bench, tmp_path):
         known, first = bench.cases.CASES[method].providers, shape == "128x128"
         left = {f"{case.baseline}, length-bucketed"} if setting.x == setting.longest else set()
         left |= {"peftdebias, compiled"} if method != "lora_step" or not first else set()
-        left |= {f"{case.baseline}, compiled"} if method != "lora_step" and not first else set()
         assert list(case.providers) == [name for name in known if name not in left] and f"{setting.sequences}x{setting.longest}" == shape
     assert names(to_check) == [(f"{method}_step 32x128", 51) for method in ("lora", "adapter", "prefix", "full")]  # the smallest
     assert [any(p.compiled for p in case.providers.values()) for case, _ in to_check] == [True, False, False, False]
@@ -451,7 +450,13 @@ def test_steps_begin_with_what_matters_most(bench, tmp_path):
     assert [name for name, _ in names(timed[3:])][:6:2] == ["lora_step 128x256", "lora_step 32x128", "adapter_step 128x256"]
     only = bench.gpu.chosen(timed, "full_step")
     assert names(only[3:]) == [("full_step 128x256", 102), ("full_step 128x256", 256), ("full_step 32x128", 51), ("full_step 32x128", 128)]
-    assert "transformers, compiled" in only[3][0].providers and "transformers, compiled" not in only[5][0].providers
+    providers = {case.name: case.providers for case, _ in timed}
+    assert bench.gpu.compiled_at(timed, {name: case.providers for name, case in bench.cases.CASES.items()})[:5] == [
+        ("lora_step 128x256", 102, "transformers+peft, compiled"), ("lora_step 128x256", 102, "peftdebias, compiled"), ("lora_step 128x256", 256, "transformers+peft, compiled"),
+        ("lora_step 128x256", 256, "peftdebias, compiled"), ("lora_step 32x128", 51, "transformers+peft, compiled")] and "peftdebias, compiled" not in providers["lora_step 32x128"]
+    to_check, timed = bench.gpu.plan(torch.device("cpu"), "base", False, tmp_path)  # a single op at its last size
+    keys = bench.gpu.compiled_at(timed, {name: case.providers for name, case in bench.cases.CASES.items()})
+    assert [key for key in keys if key[0] == "gelu"] == [("gelu", 65536, "plain torch, compiled")] and len([key for key in keys if key[0] == "lora_step"]) == 4
 
 
 @pytest.mark.skipif(not HAVE_BOTH, reason="compares with transformers and peft, which are not installed")
@@ -485,6 +490,45 @@ def test_a_method_whose_losses_leave_those_of_the_cpu_is_not_timed(bench, quick,
     assert bench.gpu.main(["--device", "cpu", "--dry-run", "--steps", "--repeats", "1", "--only", "lora_step,prefix_step", "--out", str(out)]) == 1
     assert "- lora, float32, eager: loss over all steps: off by 1" in capsys.readouterr().out
     assert {row["kernel_name"] for row in json.loads(out.read_text())} == {"gemm", "copy", "prefix_step 4x48"}
+
+
+def test_jobs_side_by_side_answer_in_their_order(bench, tmp_path):
+    """Each in a process of its own: one that dies or prints takes nothing from the others; what has not begun in time has no answer."""
+    from bench.aside import together
+
+    (tmp_path / "jobs.py").write_text("import os\ndef double(x):\n    print('noise')\n    return 2 * x\ndef end(code):\n    os._exit(code)\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        first, second, third = together([("jobs:double", ([1],)), ("jobs:end", (3,)), ("jobs:double", (1.5,))], 2, 60)
+    assert first == [1, 1] and third == 3.0 and isinstance(second, RuntimeError) and str(second) == "its process ended with code 3"
+    assert together([("jobs:double", (1,))], 1, 0) == [None]
+
+
+def test_checks_beside_each_other_find_what_one_process_finds(bench, tmp_path, capsys):
+    arguments = bench.gpu.parser().parse_args(["--device", "cpu", "--dry-run", "--only", "sparse_add,mlm_loss", "--check"])
+    run = bench.gpu.Run(arguments, tmp_path)
+    alone = run.equality(bench.gpu.Clock(8, False))
+    assert bench.gpu.beforehand(run, bench.gpu.Clock(8, False)) == (*alone, {}) and set(alone[1]) == {("sparse_add", 7), ("mlm_loss", 13)} and not alone[0]
+    assert "2 checks and 0 times torch.compile, 1 at a time" in capsys.readouterr().err
+    red, shares, _ = bench.gpu.beforehand(run, bench.gpu.Clock(1e-9, False))
+    assert shares == {} and red == {name: f"{name}: not checked: the run has used 40% of its time" for name in ("sparse_add", "mlm_loss")}
+
+
+@pytest.mark.slow
+def test_what_is_compiled_ahead_is_found_again(bench, tmp_path, monkeypatch):
+    """By another process than the one that compiled it, the one that times: nothing is compiled there."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    given = ["--device", "cpu", "--dry-run", "--only", "gelu", "--compile"]
+    code = ("import sys, pathlib; sys.path.insert(0, {root!r}); import torch; from bench import gpu\n"
+            "run = gpu.Run(gpu.parser().parse_args({given}), pathlib.Path({folder!r})); key, = gpu.compiled_at(run.to_time, run.providers)\n"
+            "{do}\nfrom torch._dynamo.utils import counters; print('misses', counters['inductor']['fxgraph_cache_miss'], 'hits', counters['inductor']['fxgraph_cache_hit'])")
+    said = []
+    for do in ("print(gpu.beforehand(run, gpu.Clock(80, False))[2])", "print(repr(gpu.compile_job(run.arguments, run.folder, key)))"):
+        done = subprocess.run([sys.executable, "-c", code.format(root=str(ROOT), given=given, folder=str(tmp_path), do=do)], text=True, capture_output=True)
+        said.append(done.stdout)
+        assert done.returncode == 0, done.stderr
+    assert said[0] == "{('gelu', 13, 'plain torch, compiled'): ''}\nmisses 0 hits 0\n"
+    assert said[1].startswith("''\nmisses 0 hits ") and not said[1].endswith("hits 0\n")
 
 
 def test_a_bare_checkout_is_enough(tmp_path):
