@@ -19,7 +19,7 @@ from peftdebias.kernels import dispatch
 from peftdebias.kernels.dropout_ref import Drop, dropout_ref
 from peftdebias.methods.adapter import adapter_ref
 from peftdebias.methods.lora import lora_grads_ref, lora_linear_ref
-from peftdebias.ops import gelu_linear_ref, gelu_ref, norm_ref
+from peftdebias.ops import feed_forward_ref, gelu_ref, norm_ref
 from peftdebias.optimizer import FlatAdamW, adamw_ref
 from peftdebias.sites import sparse_add_ref
 from peftdebias.tasks import mlm_loss_ref
@@ -366,19 +366,21 @@ def gelu(form: str) -> Callable[[Setting], Work]:
 
 # ---------------------------------------------------------------- linears with trained weights
 
-def trained(form: str, behind_gelu: bool = False) -> Callable[[Setting], Work]:
-    """A linear of a base that is trained: hidden to hidden, or the feed-forward's second with GELU before it."""
+def trained(form: str, block: bool = False) -> Callable[[Setting], Work]:
+    """A linear of a base that is trained, hidden to hidden; or the whole feed-forward block, two linears and GELU between them."""
     def build(setting: Setting) -> Work:
-        t, o, e = int(setting.x), setting.size.hidden, bytes_of(setting)
-        i = setting.size.feed_forward if behind_gelu else o
-        given = {"x": drawn(setting, seed=1, shape=(t, i))} | ({"shift": drawn(setting, True, seed=2, shape=(i,))} if behind_gelu else {}) | {
-            "weight": drawn(setting, True, i ** -0.5, 3, shape=(o, i)), "bias": drawn(setting, True, seed=4, shape=(o,))}
-        op, twin = ("gelu_linear", gelu_linear_ref) if behind_gelu else ("linear_trained", F.linear)
+        t, d, e = int(setting.x), setting.size.hidden, bytes_of(setting)
+        inner = setting.size.feed_forward if block else d
+        linears = (("up", inner, d), ("down", d, inner)) if block else (("weight", d, d),)
+        given, biases = {"x": drawn(setting, seed=1, shape=(t, d))}, ("up_bias", "down_bias") if block else ("bias",)
+        for n, ((name, o, i), bias) in enumerate(zip(linears, biases)):
+            given |= {name: drawn(setting, True, i ** -0.5, 3 + n, shape=(o, i)), bias: drawn(setting, True, seed=5 + n, shape=(o,))}
+        op, twin = ("feed_forward", feed_forward_ref) if block else ("linear_trained", F.linear)
         forward = fused(op, twin, setting) if form == "fused" else torch.compile(twin) if form == "compiled" else twin
-        product, x, y, w = 2.0 * t * i * o, float(e * t * i), float(e * t * o), 4.0 * i * o
-        elementwise = ((0.0, 2 * x), (0.0, 3 * x)) if behind_gelu else ()
-        words = f"x [T, {i}], {'GELU, ' if behind_gelu else ''}W [{o}, {i}] and bias in float32; forward, and backward to all"
-        return full(setting, forward, given, tuple(given), words, tokens=t, roof=((product, x + y + w), (product, x + y + w), (product, x + y + w), *elementwise),
+        product = 2.0 * t * d * inner, float(e * t * (d + inner)) + 4.0 * d * inner
+        wide = float(e * t * inner)
+        words = f"x [T, {d}], {', '.join(f'W [{o}, {i}]' for _, o, i in linears)} and biases in float32{', GELU between them' if block else ''}; forward, and backward to all"
+        return full(setting, forward, given, tuple(given), words, tokens=t, roof=(product,) * (3 * len(linears)) + (((0.0, 2 * wide), (0.0, 3 * wide)) if block else ()),
                     limit="library GEMMs, of which dW sums over T")
 
     return build
@@ -442,5 +444,5 @@ KERNEL_CASES = {case.name: case for case in (
         "plain torch, our mask": Provider(norm("twin", RATE)), "peftdebias": Provider(norm("fused", RATE), kernels=("norm",))}),
     _case("gelu", "bias and GELU", "rows", (256, 2048), _three(gelu, "gelu")),
     _case("trained_linear", "a linear whose W and bias are trained", "rows", (256, 2048), _three(trained, "linear_trained")),
-    _case("trained_gelu_linear", "the same behind bias and GELU", "rows", (256, 2048), _three(lambda form: trained(form, True), "gelu_linear")),
+    _case("trained_feed_forward", "a feed-forward block that is trained", "rows", (256, 2048), _three(lambda form: trained(form, True), "feed_forward")),
 )}

@@ -43,14 +43,14 @@ Plan = list[tuple[Case, Setting]]
 
 CHECKED = {"lora_linear": 5003, "lora_linear_wide": 331, "lora_dropout": 331, "lora_write": 2, "lora_grads": 5003, "lora_grads_two": 5003, "adapter": 997, "adapter_frozen": 331, "mlm_loss": 197,
            "sparse_add": 331, "sparse_adamw": 10007, "dropout": 331, "attention": 13, "attention_even": 7, "attention_dropout": 13, "attention_prefix": 13,
-           "norm": 997, "norm_dropout": 331, "gelu": 331, "trained_linear": 331, "trained_gelu_linear": 331}
+           "norm": 997, "norm_dropout": 331, "gelu": 331, "trained_linear": 331, "trained_feed_forward": 331}
 TIMED = {"lora_linear": (4096, 16384, 65536), "lora_frozen": (4096, 16384, 65536), "lora_linear_wide": (4096, 16384, 65536), "lora_frozen_wide": (4096, 16384, 65536),
          "lora_dropout": (16384,), "lora_write": (12,), "lora_grads": (4096, 16384, 65536), "lora_grads_two": (4096, 16384, 32768), "adapter": (4096, 65536), "adapter_frozen": (4096, 65536), "mlm_loss": (614, 9830),
          "sparse_add": (768, 30522), "sparse_adamw": (1_090_000,), "dropout": (16384,), "norm": (4096, 65536), "norm_dropout": (4096, 65536),
-         "gelu": (4096, 65536), "trained_linear": (4096, 65536), "trained_gelu_linear": (4096, 65536), "attention": (32, 128), "attention_even": (32, 128), "attention_dropout": (128,), "attention_prefix": (128,)}
+         "gelu": (4096, 65536), "trained_linear": (4096, 65536), "trained_feed_forward": (4096, 65536), "attention": (32, 128), "attention_even": (32, 128), "attention_dropout": (128,), "attention_prefix": (128,)}
 """case -> x. Checked at ragged sizes, dA and dB at so many rows that a program walks over several tiles; sequences of attention are of at most 128 tokens; 614 and 9830 are 15 % of 4096 and 65536 tokens, 1 090 000 is 1 % of BERT-base."""
 DRY = {"lora_linear": 37, "lora_frozen": 37, "lora_linear_wide": 13, "lora_frozen_wide": 13, "lora_dropout": 13, "lora_write": 1, "lora_grads": 13, "lora_grads_two": 13, "adapter": 37,
-       "adapter_frozen": 13, "mlm_loss": 13, "sparse_add": 7, "sparse_adamw": 301, "dropout": 13, "norm": 37, "norm_dropout": 13, "gelu": 13, "trained_linear": 13, "trained_gelu_linear": 13, "attention": 3, "attention_even": 2,
+       "adapter_frozen": 13, "mlm_loss": 13, "sparse_add": 7, "sparse_adamw": 301, "dropout": 13, "norm": 37, "norm_dropout": 13, "gelu": 13, "trained_linear": 13, "trained_feed_forward": 13, "attention": 3, "attention_even": 2,
        "attention_dropout": 3, "attention_prefix": 3}
 
 
@@ -240,6 +240,10 @@ def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict
 
 # ---------------------------------------------------------------- before anything is timed
 
+STEP_NEEDS, OP_NEEDS = 16 * 2 ** 30, 8 * 2 ** 30
+"""Bytes on the device that a process is given room for: a step of transformers at 128 x 256 takes 14 GiB at its peak, an op with its gradients a few."""
+
+
 class Run:
     """What one call of this script checks and times; a process of its own makes it anew from the same arguments. say: hears which providers take no part."""
 
@@ -279,9 +283,9 @@ def compile_job(arguments: argparse.Namespace, folder: Path, key: tuple[str, flo
 
 
 def beforehand(run: Run, clock: Clock) -> tuple[dict[str, str], dict, dict[tuple[str, float, str], str]]:
-    """(red, shares) of all checks and, by what `compiled_at` names, what became of it: each in a process of its own, as many at a time as the device's memory has 16 GiB."""
+    """(red, shares) of all checks and, by what `compiled_at` names, what became of it: each in a process of its own, as many at a time as the device's memory has room for."""
     memory = torch.cuda.get_device_properties(run.device).total_memory if run.device.type == "cuda" else 0
-    workers = max(1, min(8, (os.cpu_count() or 1) // 2, memory // 2 ** 34))
+    workers = max(1, min(8, (os.cpu_count() or 1) // 2, memory // (STEP_NEEDS if run.arguments.steps else OP_NEEDS)))
     stems = [*dict.fromkeys(stem(case) for case, _ in run.to_check)]
     keys = [] if run.arguments.check else compiled_at(run.to_time, run.providers)
     given, threads = (run.arguments, run.folder), max(1, torch.get_num_threads() // workers)

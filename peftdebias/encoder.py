@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .batches import Batch, Spans
 from .errors import AdapterError, ModelError
-from .ops import Drop, attention, dropout, gelu, gelu_linear, heads_of, linear, norm, rounded_once, scores
+from .ops import Drop, Forked, Normal, attention, dropout, feed_forward, gelu, heads_of, linear, norm, rounded_once, scores
 from .sites import ACTIVATIONS, EMBED_SITE, EncoderConfig, Hooks
 from .written import Written, write
 
@@ -107,15 +107,15 @@ class Encoder(nn.Module):
         """
         self.seed = torch.randint(2 ** 62, (1,), device=batch.ids.device) if self.training else None
         hidden, batch = self._embed(batch)
-        residual, linears = hidden, self._linears
+        given, linears = (hidden, hidden, None), self._linears
         self.written = write(self.hooks, linears, hidden)
         layer = self._recomputed if self.recompute and torch.is_grad_enabled() else self._layer
         with rounded_once(hidden, self._rounded_whole(linears, all_rows) if torch.is_grad_enabled() and not self.recompute else []):
             for i in range(self.config.layers):
                 last = i == self.config.layers - 1 and not all_rows
-                hidden, residual = layer(i, hidden, residual, self.hooks.key_value(i), batch.row_spans if last else batch.spans, batch.rows if last else None)
+                given = layer(i, given, self.hooks.key_value(i), batch.row_spans if last else batch.spans, batch.rows if last else None)
         self.written = {}
-        return hidden
+        return given[0]
 
     @property
     def _linears(self) -> dict[str, tuple[nn.Linear, tuple[str, ...]]]:
@@ -159,54 +159,57 @@ class Encoder(nn.Module):
             hidden, batch = method.embed(hidden, batch, positioned)
         return dropout(self._norm("embeddings.norm", table.norm)(hidden, placed), self.drop(0, config.dropout)), batch
 
-    def _recomputed(self, i: int, hidden: Tensor, residual: Tensor, prefix: tuple[Tensor, Tensor] | None, spans: Spans, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _recomputed(self, i: int, given: Forked, prefix: tuple[Tensor, Tensor] | None, spans: Spans, rows: Tensor | None) -> Forked:
         """_layer, of which nothing but its inputs is kept: the backward runs it again with the same seed, written weights and implementations, and so to the same bits."""
+        hidden, residual, _ = given  # what the norm behind them keeps is no input of a layer
         if torch.compiler.is_compiling():  # the compiler has both passes before it
             for name in ("query_places", "key_places", "key_mask"):  # made here: what it recomputes may leave nothing behind
                 getattr(spans, name)
-            return checkpoint(self._layer, i, hidden, residual, prefix, spans, rows, use_reentrant=False)
+            return checkpoint(lambda *states: self._layer(i, (*states, None), prefix, spans, rows), hidden, residual, use_reentrant=False)
         kept, asked = (self.seed, self.written), contextvars.copy_context()  # a GPU's backward has a thread of its own, which knows of no `kernels.use` or `dispatch.use`
 
-        def layer(*inputs) -> tuple[Tensor, Tensor]:
+        def layer(*states: Tensor) -> Forked:
             before, (self.seed, self.written) = (self.seed, self.written), kept
             try:
-                return asked.run(self._layer, i, *inputs)
+                return asked.run(self._layer, i, (*states, None), prefix, spans, rows)
             finally:
                 self.seed, self.written = before
 
         # Masks come from the seed; a method that drops may draw from torch's generator, which a CUDA graph's capture cannot set back.
         draws = any(method.drops for method in self.hooks.methods.values())
-        return checkpoint(layer, hidden, residual, prefix, spans, rows, use_reentrant=False, preserve_rng_state=draws)
+        return checkpoint(layer, hidden, residual, use_reentrant=False, preserve_rng_state=draws)
 
-    def _layer(self, i: int, hidden: Tensor, residual: Tensor, prefix: tuple[Tensor, Tensor] | None, spans: Spans, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """hidden and residual, [T, D] and of one value, -> [T, D] twice, or [M, D] where rows int64 [M] are asked for: one for the products, one for the residual.
-        prefix: keys and values [P, H, W] that every text's queries see."""
-        layer, config, site = self.layers[i], self.config, f"layers.{i}"
+    def _layer(self, i: int, given: Forked, prefix: tuple[Tensor, Tensor] | None, spans: Spans, rows: Tensor | None) -> Forked:
+        """given: hidden states [T, D] for the products, the same for the residual, and what the norm behind them keeps; returned are such, of [M, D] where rows int64 [M] are
+        asked for. prefix: keys and values [P, H, W] that every text's queries see."""
+        layer, config, site, (hidden, residual, normal) = self.layers[i], self.config, f"layers.{i}", given
         residual = residual if rows is None else residual.index_select(0, rows)
-        query, key, value = self._query_key_value(i, hidden if rows is None else residual, hidden)
+        query, key, value = self._query_key_value(i, hidden if rows is None else residual, hidden, normal)
         context = attention(query, key, value, spans, prefix, self.drop(3 * i + 1, config.attention_dropout))
         hidden = self._linear(f"{site}.attention.output", context.flatten(1), layer.attention.output)
-        hidden, residual = self.hooks.block(f"{site}.attention", hidden, residual, self._norm(f"{site}.attention.norm", layer.attention.norm),
-                                            self.drop(3 * i + 2, config.dropout))
-        hidden = self._feed_forward(i, hidden)
+        hidden, residual, normal = self.hooks.block(f"{site}.attention", hidden, residual, self._norm(f"{site}.attention.norm", layer.attention.norm),
+                                                    self.drop(3 * i + 2, config.dropout))
+        hidden = self._feed_forward(i, hidden, normal)
         return self.hooks.block(f"{site}.feed_forward", hidden, residual, self._norm(f"{site}.feed_forward.norm", layer.feed_forward.norm),
                                 self.drop(3 * i + 3, config.dropout))
 
-    def _feed_forward(self, i: int, hidden: Tensor) -> Tensor:
-        """hidden [M, D] -> [M, D]. A bare linear leaves its bias to GELU, and a bare one behind that takes GELU into its own op."""
+    def _feed_forward(self, i: int, hidden: Tensor, normal: Normal | None) -> Tensor:
+        """hidden [M, D], of which a norm keeps `normal`, -> [M, D]. A bare linear leaves its bias to GELU; two of them are one op with it."""
         part, up_site, down_site = self.layers[i].feed_forward, f"layers.{i}.feed_forward.up", f"layers.{i}.feed_forward.down"
         up, down = part.up, part.down
         if self.config.activation != "gelu":
             return self._linear(down_site, ACTIVATIONS[self.config.activation](self._linear(up_site, hidden, up)), down)
+        if self._bare(up_site) and self._bare(down_site):
+            return feed_forward(hidden, up.weight, up.bias, down.weight, down.bias, normal)
         x, shift = (linear(hidden, up.weight), up.bias) if self._bare(up_site) else (self._linear(up_site, hidden, up), None)
-        return gelu_linear(x, shift, down.weight, down.bias) if self._bare(down_site) else self._linear(down_site, gelu(x, shift), down)
+        return self._linear(down_site, gelu(x, shift), down)
 
     def _bare(self, site: str) -> bool:
         """Whether no method touches the linear there."""
         return not (site in self.written or self.hooks.at(site) or self.hooks.at(site + ".bias"))
 
-    def _query_key_value(self, i: int, asked: Tensor, hidden: Tensor) -> list[Tensor]:
-        """asked [M, D], hidden [T, D] -> query [M, H, W], key and value [T, H, W]; as few products as the methods there allow."""
+    def _query_key_value(self, i: int, asked: Tensor, hidden: Tensor, normal: Normal | None) -> list[Tensor]:
+        """asked [M, D], hidden [T, D], of which a norm keeps `normal`, -> query [M, H, W], key and value [T, H, W]; as few products as the methods there allow."""
         qkv, width = self.layers[i].attention.qkv, self.config.hidden
         sites = [f"layers.{i}.attention.{kind}" for kind in ("query", "key", "value")]
         split = (-1, self.config.heads, self.config.head_width)
@@ -219,15 +222,15 @@ class Encoder(nn.Module):
             parts = zip(sites, (asked, hidden, hidden), qkv.weight.split(width), qkv.bias.split(width))
             return [self.hooks.linear(s, x, w, b).view(split) for s, x, w, b in parts]
         if asked is hidden:
-            return heads_of(linear(hidden, qkv.weight, qkv.bias), 3, self.config.heads)
+            return heads_of(linear(hidden, qkv.weight, qkv.bias, normal), 3, self.config.heads)
         query = linear(asked, qkv.weight[:width], qkv.bias[:width])
-        return [query.reshape(split), *heads_of(linear(hidden, qkv.weight[width:], qkv.bias[width:]), 2, self.config.heads)]
+        return [query.reshape(split), *heads_of(linear(hidden, qkv.weight[width:], qkv.bias[width:], normal), 2, self.config.heads)]
 
     def _linear(self, site: str, x: Tensor, part: nn.Linear) -> Tensor:
         return self.written[site](x) if site in self.written else self.hooks.linear(site, x, part.weight, part.bias)
 
     def _norm(self, site: str, layer_norm: nn.LayerNorm) -> Callable:
-        def apply(x: Tensor, residual: Tensor | None = None, drop: Drop | None = None, fork: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        def apply(x: Tensor, residual: Tensor | None = None, drop: Drop | None = None, fork: bool = False) -> Tensor | tuple:
             return norm(x, residual, self.hooks.value(site, layer_norm.weight), self.hooks.value(site + ".bias", layer_norm.bias), layer_norm.eps, drop, fork)
         return apply
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .errors import AdapterError, ModelError
-from .ops import Drop, dropout, linear
+from .ops import Drop, Forked, dropout, linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -192,9 +192,9 @@ class Hooks:
             x = x if scale is None else (x * scale).to(x.dtype)
         return x
 
-    def block(self, site: str, hidden: Tensor, residual: Tensor, norm: Callable, drop: Drop | None = None) -> tuple[Tensor, Tensor]:
-        """hidden, residual [T, D] -> norm(dropout(hidden) + residual) twice, for a product and for the next residual; what is dropped first is handed through the methods
-        at `site`, one after the other.
+    def block(self, site: str, hidden: Tensor, residual: Tensor, norm: Callable, drop: Drop | None = None) -> Forked:
+        """hidden, residual [T, D] -> norm(dropout(hidden) + residual) for a product and for the next residual; what is dropped first is handed through the methods at `site`,
+        one after the other.
 
         norm(x, residual=None, drop=None, fork=False), as ops.norm without its parameters.
         """

@@ -271,7 +271,7 @@ def test_nothing_runs_backward_below_the_lowest_trained_layer(monkeypatch):
     model, batch = model_of(), some("bert")
     seen = []
     run = Encoder._layer
-    monkeypatch.setattr(Encoder, "_layer", lambda self, i, hidden, *rest: seen.append((i, hidden.requires_grad)) or run(self, i, hidden, *rest))
+    monkeypatch.setattr(Encoder, "_layer", lambda self, i, given, *rest: seen.append((i, given[0].requires_grad)) or run(self, i, given, *rest))
     train_only(model, model.encoder.layers[1].parameters())
     loss = F.cross_entropy(model.mlm_logits(batch), batch.targets)
     assert seen == [(0, False), (1, False), (2, True)]

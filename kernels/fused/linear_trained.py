@@ -1,15 +1,21 @@
-"""Linears whose W is trained in float32 beside activations of 16 bits. Computes linear_ref of peftdebias/ops/linear.py, and gelu_linear_ref of peftdebias/ops/gelu.py:
+"""Linears whose W is trained in float32 beside activations of 16 bits. Computes linear_ref of peftdebias/ops/linear.py, and feed_forward_ref of peftdebias/ops/gelu.py:
 
-    y = x W^T + b                      dx = dy W        dW = dy^T x        db = sum_t dy
-    y = gelu(x + shift) W^T + b        the same with a = gelu(x + shift) for x, and dx from da
+    y = x W^T + b                                dx = dy W        dW = dy^T x        db = sum_t dy
+    y = a W2^T + b2,  a = gelu(x W1^T + b1)      the same for x, W1, b1 and for a, W2, b2, with the gradient of GELU between them
 
-    x [T, in] float32, bfloat16 or float16, W [out, in], b [out] or None, shift [in] or None -> y [T, out] of autocast's dtype where that is on, else of x's; the products
-    are the library's, in that dtype, with W and b rounded to it. Every gradient is of its own tensor's dtype.
+    x [T, in] float32, bfloat16 or float16, W [out, in], b [out] or None -> y [T, out] of autocast's dtype where that is on, else of x's; the products are the library's, in
+    that dtype, with W and b rounded to it. Every gradient is of its own tensor's dtype.
 
 What autograd makes of such a product under autocast rounds dW and db to 16 bits and widens them again, one pass more over each; and sums db by a kernel that takes longer
-than a product. Here both leave their products in float32: db is a product with a row of ones. Saved: x where W is trained, W in x's dtype where x wants a gradient.
-Inside `rounded_once` the roundings of many W and b are one launch.
-gelu_linear saves x and shift and no a, two fifths of what the layer would keep: the kernel that computes dx has z in its registers and writes a once more. It writes dx over
+than a product. Here both leave their products in float32: db is a product with a row of ones.
+
+What is kept for the backward is the memory of a step, so it is as little as there is:
+W itself, which is there anyway, and not its rounding, which the backward makes again; in the forward the roundings of many W and b are one launch (`rounded_once`).
+x where W is trained; but where x = n gain + bias comes out of a norm, which keeps n, that n (`normal`):
+
+    dW = dy^T x = (dy^T n) gain + db bias^T        gain along the columns
+
+Of GELU, x W1^T and no a: the kernel that computes the gradient before GELU has all that a is made of in its registers, and writes a once more. It writes that gradient over
 da, which is its own. No saved tensor is overwritten.
 
 The room: peftdebias/ops/linear.py and ops/gelu.py (specifications), this file, tests/kernel_checks/check_linear_trained.py (proof). Letters: T rows, in and out widths.
@@ -21,17 +27,38 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from . import register
 from .gelu import backward_with_output, gelu
 from .op import first_order
-from .tiles import Spec, expect, product_dtype
+from .tiles import Spec, ceil_div, expect, on, product_dtype
+
+Normal = tuple[Tensor, Tensor, Tensor]
+"""(n [T, in], gain [in], bias [in]) of a norm: x = n gain + bias."""
+
+TILE = (8, 256)  # rows and columns of a program of unnormal_kernel
+
+
+@triton.jit
+def unnormal_kernel(dweight, sums, gain, bias, out, width, BO: tl.constexpr, BI: tl.constexpr):
+    """dweight fp32 [out, width], in place: dy^T n -> dy^T x = dweight gain + sums bias^T. sums fp32 [out] = sum_t dy; gain, bias [width]."""
+    rows = tl.program_id(0) * BO + tl.arange(0, BO)
+    columns = tl.program_id(1) * BI + tl.arange(0, BI)
+    inside = (rows < out)[:, None] & (columns < width)[None, :]
+    places = dweight + rows.to(tl.int64)[:, None] * width + columns[None, :]
+    along = tl.load(gain + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+    shift = tl.load(bias + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+    total = tl.load(sums + rows, mask=rows < out, other=0.0)[:, None]
+    tl.store(places, tl.load(places, mask=inside, other=0.0) * along + total * shift, mask=inside)
 
 
 def specs(arch: int) -> list[Spec]:
-    """Nothing is compiled ahead: the products are a library's, and the one kernel is gelu.py's."""
-    return []
+    """All else is a library's or gelu.py's."""
+    signature = {"dweight": "*fp32", "sums": "*fp32", "gain": "*fp32", "bias": "*fp32", "out": "i32", "width": "i32"}
+    return [Spec("dW from the norm's n", unnormal_kernel, signature, {"BO": TILE[0], "BI": TILE[1]}, aligned=("width",))]
 
 
 _once: contextvars.ContextVar[dict[int, Tensor]] = contextvars.ContextVar("peftdebias_rounded", default={})
@@ -65,69 +92,96 @@ def _wide(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left, right, out_dtype=torch.float32).to(dtype)
 
 
-def _gradients(dy: Tensor, x: Tensor | None, weight: torch.dtype | None, bias: torch.dtype | None) -> tuple[Tensor | None, Tensor | None]:
-    """(dW, db) of these dtypes; None where nobody wants it. A sum in float32 is left to torch, which adds in pairs."""
-    dweight = None if weight is None else _wide(dy.t(), x, weight)
-    if bias is None:
-        return dweight, None
-    return dweight, dy.sum(0).to(bias) if dy.dtype == torch.float32 else _wide(dy.new_ones(1, len(dy)), dy, bias)[0]
+def _sums(dy: Tensor) -> Tensor:
+    """fp32 [out] = sum_t dy. A sum of float32 is left to torch, which adds in pairs."""
+    return dy.sum(0) if dy.dtype == torch.float32 else _wide(dy.new_ones(1, len(dy)), dy, torch.float32)[0]
 
 
-def _wanted(ctx, weight: int, bias: int) -> tuple[torch.dtype | None, torch.dtype | None]:
-    return tuple(dtype if ctx.needs_input_grad[i] else None for i, dtype in zip((weight, bias), ctx.dtypes))
+def _dweight(dy: Tensor, x: Tensor, dtype: torch.dtype, scales: tuple[Tensor, Tensor] | None, sums: Tensor | None) -> Tensor:
+    """dW [out, in]. scales: gain and bias [in] where x is n; then with the sums of dy, fp32 [out]."""
+    if scales is None:
+        return _wide(dy.t(), x, dtype)
+    dweight = _wide(dy.t(), x, torch.float32)
+    if dweight.numel():
+        (out, width), (rows, columns), (gain, bias) = dweight.shape, TILE, scales
+        with on(dweight):
+            unnormal_kernel[(ceil_div(out, rows), ceil_div(width, columns))](dweight, sums, gain.contiguous(), bias.contiguous(), out, width, BO=rows, BI=columns,
+                                                                             enable_fp_fusion=True)
+    return dweight.to(dtype)
+
+
+def _kept(x: Tensor, normal: Normal | None, wanted: bool) -> tuple[Tensor | None, ...]:
+    """What dW needs of x, in three places: n, gain and bias, or x."""
+    return (None, None, None) if not wanted else normal or (x, None, None)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        to_x, to_weight, _ = ctx.needs_input_grad
-        rounded = _rounded(weight, x.dtype)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(x if to_weight else None, rounded if to_x else None)
-        return F.linear(x, rounded, _rounded(bias, x.dtype))
+    def forward(ctx, x, weight, bias, normal):
+        to_x, to_weight, *_ = ctx.needs_input_grad
+        ctx.of_bias = None if bias is None else bias.dtype
+        ctx.save_for_backward(weight if to_x or to_weight else None, *_kept(x, normal, to_weight))
+        return F.linear(x, _rounded(weight, x.dtype), _rounded(bias, x.dtype))
 
     @staticmethod
     def backward(ctx, dy):
         first_order("linear_trained")
-        x, rounded = ctx.saved_tensors
-        return (None if rounded is None else dy @ rounded), *_gradients(dy, x, *_wanted(ctx, 1, 2))
+        to_x, to_weight, to_bias, _ = ctx.needs_input_grad
+        weight, x, *scales = ctx.saved_tensors
+        scales = None if scales[0] is None else scales
+        sums = _sums(dy) if to_bias or to_weight and scales else None
+        return (dy @ weight.to(dy.dtype) if to_x else None, _dweight(dy, x, weight.dtype, scales, sums) if to_weight else None,
+                sums.to(ctx.of_bias) if to_bias else None, None)
 
 
-class _GeluLinear(torch.autograd.Function):
+class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shift, weight, bias):
-        rounded = _rounded(weight, x.dtype)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(x, shift, rounded)
-        return F.linear(gelu(x, shift), rounded, _rounded(bias, x.dtype))
+    def forward(ctx, x, up, up_bias, down, down_bias, normal):
+        to_x, to_up, to_up_bias, *_ = ctx.needs_input_grad
+        inner = F.linear(x, _rounded(up, x.dtype))
+        ctx.of_biases = tuple(None if b is None else b.dtype for b in (up_bias, down_bias))
+        ctx.save_for_backward(inner, up_bias, up, down, *_kept(x, normal, to_up))
+        return F.linear(gelu(inner, up_bias), _rounded(down, x.dtype), _rounded(down_bias, x.dtype))
 
     @staticmethod
     def backward(ctx, dy):
-        first_order("gelu_linear")
-        x, shift, rounded = ctx.saved_tensors
-        to_x, to_shift, *_ = ctx.needs_input_grad
-        dx, dshift, a = backward_with_output(dy @ rounded, x, shift, to_shift)
-        return dx if to_x else None, dshift.to(shift.dtype) if to_shift else None, *_gradients(dy, a, *_wanted(ctx, 2, 3))
+        first_order("feed_forward")
+        to_x, to_up, to_up_bias, to_down, to_down_bias, _ = ctx.needs_input_grad
+        inner, shift, up, down, x, *scales = ctx.saved_tensors
+        scales = None if scales[0] is None else scales
+        summed = to_up_bias or to_up and bool(scales)
+        dinner, sums, a = backward_with_output(dy @ down.to(dy.dtype), inner, shift, summed)
+        ddown, ddown_bias = _dweight(dy, a, down.dtype, None, None) if to_down else None, _sums(dy).to(ctx.of_biases[1]) if to_down_bias else None
+        del a  # before the products below
+        return (dinner @ up.to(dy.dtype) if to_x else None, _dweight(dinner, x, up.dtype, scales, sums) if to_up else None,
+                sums.to(ctx.of_biases[0]) if to_up_bias else None, ddown, ddown_bias, None)
 
 
 @register("linear_trained", "triton")
-def linear_trained(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, in], weight [out, in], bias [out] or None -> [T, out]; see the head of this file. Raises ValueError that names what it cannot take."""
-    return _Linear.apply(_checked("linear_trained", x, weight, bias), weight, bias)
+def linear_trained(x: Tensor, weight: Tensor, bias: Tensor | None = None, normal: Normal | None = None) -> Tensor:
+    """x [T, in], weight [out, in], bias [out] or None -> [T, out]; normal: where x comes from, see the head of this file. Raises ValueError that names what it cannot take."""
+    return _Linear.apply(_checked("linear_trained", x, weight, bias, normal), weight, bias, normal)
 
 
-@register("gelu_linear", "triton")
-def gelu_linear(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, in], shift [in] or None, weight [out, in], bias [out] or None -> [T, out]; see the head of this file. Raises ValueError that names what it cannot take."""
-    if shift is not None:
-        expect("gelu_linear", "shift", shift, (weight.shape[1],), device=x.device)
-    return _GeluLinear.apply(_checked("gelu_linear", x, weight, bias), shift, weight, bias)
+@register("feed_forward", "triton")
+def feed_forward(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, normal: Normal | None = None) -> Tensor:
+    """x [T, in], up [inner, in], up_bias [inner] or None, down [out, inner], down_bias [out] or None -> [T, out]; normal: where x comes from, see the head of this file.
+    Raises ValueError that names what it cannot take."""
+    expect("feed_forward", "down", down, (-1, up.shape[0]), device=x.device)
+    if down_bias is not None:
+        expect("feed_forward", "down's bias", down_bias, (down.shape[0],), device=x.device)
+    return _FeedForward.apply(_checked("feed_forward", x, up, up_bias, normal), up, up_bias, down, down_bias, normal)
 
 
-def _checked(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _checked(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, normal: Normal | None) -> Tensor:
     """x in the dtype of the products."""
     expect(op, "W", weight, (-1, -1), device=x.device)
     expect(op, "x", x, (-1, weight.shape[1]))
     if bias is not None:
         expect(op, "bias", bias, (weight.shape[0],), device=x.device)
-    return x.to(product_dtype(x))
+    x = x.to(product_dtype(x))
+    if normal is not None:
+        expect(op, "n", normal[0], tuple(x.shape), (x.dtype,), x.device)
+        for name, scale in zip(("gain", "the norm's bias"), normal[1:]):
+            expect(op, name, scale, x.shape[1:], device=x.device)
+    return x

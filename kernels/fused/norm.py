@@ -15,7 +15,8 @@ Saved for the backward: n [T, D] in y's dtype and i [T] in float32, the seed and
 alone neither n nor i. h and r could be saved instead: reading them again moves as many bytes as writing and reading n, but both would have to stay, where n is
 one tensor. s in y's dtype would be as small, and worse: where a row's mean is large its digits go to the mean.
 No saved tensor is overwritten. Every gradient is computed only where it is asked for. Without dropout dh and dr are one tensor, if h and r are of one dtype.
-In an encoder y has two readers, a product and the residual: with `fork` each has a y, and the backward two dy, which it adds as it reads them.
+In an encoder y has two readers, a product and the residual: with `fork` each has a y, and the backward two dy, which it adds as it reads them; and (n, gain, bias), of which
+y is made, for whoever would keep y beside them.
 
 How. A program holds whole rows, up to 4096 elements at a time: 2 rows of 768, as three parts of 256 each, or 1 of 3072; one part, padded to a power of two, where
 three would not be shorter. In the backward with a trained gain or bias it walks over a stretch of T and keeps their sums, float32 in registers; tiles.sum_stretches
@@ -288,10 +289,11 @@ class _Forked(torch.autograd.Function):
         y, normal, inverse = _norm_forward.launch(*inputs)
         ctx.set_materialize_grads(False)
         _keep(ctx, inputs, normal, inverse)
-        return y, y.view_as(y)
+        ctx.mark_non_differentiable(normal)
+        return y, y.view_as(y), normal
 
     @staticmethod
-    def backward(ctx, dy, again):
+    def backward(ctx, dy, again, _):
         first_order("norm")
         if dy is None:
             dy, again = again, None
@@ -301,9 +303,9 @@ class _Forked(torch.autograd.Function):
 # ---------------------------------------------------------------- the op
 
 @register("norm", "triton")
-def norm(hidden: Tensor, residual: Tensor | None, gain: Tensor, bias: Tensor, epsilon: float, drop: Drop | None = None, fork: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-    """hidden [T, D], residual [T, D] or None, gain and bias [D] -> [T, D], with `fork` twice, for two readers; see the head of this file. Raises ValueError that names
-    what it cannot take."""
+def norm(hidden: Tensor, residual: Tensor | None, gain: Tensor, bias: Tensor, epsilon: float, drop: Drop | None = None, fork: bool = False) -> Tensor | tuple:
+    """hidden [T, D], residual [T, D] or None, gain and bias [D] -> [T, D], with `fork` twice, for two readers, and (n [T, D], gain, bias) or None where no n is kept; see the
+    head of this file. Raises ValueError that names what it cannot take."""
     expect("norm", "hidden", hidden, (-1, -1))
     width = hidden.shape[1]
     if not 1 <= width <= WIDEST:
@@ -319,6 +321,7 @@ def norm(hidden: Tensor, residual: Tensor | None, gain: Tensor, bias: Tensor, ep
     keeps = torch.is_grad_enabled() and (hidden.requires_grad or gain.requires_grad or (residual is not None and residual.requires_grad))
     given = hidden, residual, gain, bias, epsilon, rate, seed if rate else None, site, product_dtype(hidden), keeps
     if fork and keeps and not watched():
-        return _Forked.apply(*given)
+        *both, normal = _Forked.apply(*given)
+        return *both, (normal, gain.detach(), bias.detach())
     y = _norm_forward(*given)[0]
-    return (y, y) if fork else y
+    return (y, y, None) if fork else y

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from .. import kernels
 from . import compiled
 from .linear import linear, linear_ref, trained_in_16_bits
+from .norm import Normal
 
 
 def gelu_ref(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -21,16 +22,17 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return (gelu_ref if plain else kernels.choose("gelu", reference=gelu_ref, device=x.device))(x, bias)
 
 
-def gelu_linear_ref(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, in], shift [in] or None, weight [out, in], bias [out] or None -> [T, out]; the specification."""
-    return linear_ref(gelu_ref(x, shift), weight, bias)
+def feed_forward_ref(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None) -> Tensor:
+    """x [T, D], up [F, D], up_bias [F] or None, down [D, F], down_bias [D] or None -> [T, D]; the specification."""
+    return linear_ref(gelu_ref(linear_ref(x, up), up_bias), down, down_bias)
 
 
-def gelu_linear(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """gelu_linear_ref by `gelu` and `linear`; where these would keep gelu's output for a trained weight, by what keeps x alone, if `kernels` has it."""
-    if trained_in_16_bits(x, weight) and kernels.decide("gelu_linear", x.device)[0] == "triton":
-        return kernels.choose("gelu_linear", reference=gelu_linear_ref, device=x.device)(x, shift, weight, bias)
-    return linear(gelu(x, shift), weight, bias)
+def feed_forward(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, normal: Normal | None = None) -> Tensor:
+    """feed_forward_ref by `linear` and `gelu`; where these would keep both results and x for trained weights, by what keeps less, if `kernels` has it. normal: as `linear`
+    takes it."""
+    if trained_in_16_bits(x, up, down) and kernels.decide("feed_forward", x.device)[0] == "triton":
+        return kernels.choose("feed_forward", reference=feed_forward_ref, device=x.device)(x, up, up_bias, down, down_bias, normal)
+    return linear(gelu(linear(x, up), up_bias), down, down_bias)
 
 
 @compiled.register("gelu")

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from .. import kernels
 from ..kernels import dispatch
 from . import compiled
+from .norm import Normal
 
 LEAST = 1e7  # FLOPs: below it a call costs more than it saves
 PIECE, FEW, STEP, ROUND = 512, 256, 64, 16  # rows: of a piece at most; up to which a product is not cut; multiples of which a piece and an uncut product have
@@ -31,10 +32,10 @@ linear_ref = F.linear
 """x [..., in], weight [out, in], bias [out] or None -> [..., out]; the specification."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """linear_ref by the library that is faster here."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, normal: Normal | None = None) -> Tensor:
+    """linear_ref by the library that is faster here. normal: what a norm keeps that x is made of; then a product that would keep x for its backward keeps that."""
     if trained_in_16_bits(x, weight, bias) and kernels.decide("linear_trained", x.device)[0] == "triton":
-        return kernels.choose("linear_trained", reference=linear_ref, device=x.device)(x, weight, bias)
+        return kernels.choose("linear_trained", reference=linear_ref, device=x.device)(x, weight, bias, normal)
     if not _taken(x, weight, bias):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if compiled.recorded(x, weight, bias) else product(x, weight, bias)

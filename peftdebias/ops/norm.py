@@ -10,28 +10,31 @@ from ..kernels.dropout_ref import Drop, dropout_ref
 from . import compiled
 
 
-Normed = Tensor | tuple[Tensor, Tensor]
+Normal = tuple[Tensor, Tensor, Tensor]
+"""(n [T, D], gain [D], bias [D]): the norm's result is n gain + bias."""
+Forked = tuple[Tensor, Tensor, Normal | None]
+"""The result for a product, for the residual, and what the product may keep in place of it."""
 
 
-def norm_ref(hidden: Tensor, residual: Tensor | None, gain: Tensor, bias: Tensor, epsilon: float, drop: Drop | None = None, fork: bool = False) -> Normed:
+def norm_ref(hidden: Tensor, residual: Tensor | None, gain: Tensor, bias: Tensor, epsilon: float, drop: Drop | None = None, fork: bool = False) -> Tensor | Forked:
     """hidden [T, D], residual [T, D] or None, gain and bias [D] -> [T, D]; the specification. epsilon is added to the variance (of D values, not D - 1).
 
-    fork: the result twice, for two readers; an implementation may take their gradients one by one and add them itself.
+    fork: the result twice, for two readers, whose gradients an implementation may take one by one and add itself; and what it keeps that the result is made of, or None.
     """
     hidden = hidden if drop is None else dropout_ref(hidden, *drop)
     hidden = hidden if residual is None else hidden + residual
     y = F.layer_norm(hidden, gain.shape, gain, bias, epsilon)
-    return (y, y) if fork else y
+    return (y, y, None) if fork else y
 
 
-def norm(hidden: Tensor, residual: Tensor | None, gain: Tensor, bias: Tensor, epsilon: float, drop: Drop | None = None, fork: bool = False) -> Normed:
+def norm(hidden: Tensor, residual: Tensor | None, gain: Tensor, bias: Tensor, epsilon: float, drop: Drop | None = None, fork: bool = False) -> Tensor | Forked:
     """norm_ref by the implementation that `kernels` chooses for the tensors' device; no kernel takes float64."""
     plain = hidden.dtype == torch.float64
     return (norm_ref if plain else kernels.choose("norm", reference=norm_ref, device=hidden.device))(hidden, residual, gain, bias, epsilon, drop, fork)
 
 
 @compiled.register("norm")
-def norm_compiled(hidden: Tensor, residual: Tensor | None, gain: Tensor, bias: Tensor, epsilon: float, drop: Drop | None = None, fork: bool = False) -> Normed:
+def norm_compiled(hidden: Tensor, residual: Tensor | None, gain: Tensor, bias: Tensor, epsilon: float, drop: Drop | None = None, fork: bool = False) -> Tensor | Forked:
     """norm_ref by csrc/ops.cpp. Saves the sum dropout(hidden) + residual, two numbers a row and the seed; the mask is computed again."""
     fits = hidden.dim() == 2 and gain.shape == bias.shape == hidden.shape[1:] and (residual is None or residual.shape == hidden.shape)
     if not fits or not compiled.takes(hidden, residual, gain, bias):
@@ -40,7 +43,7 @@ def norm_compiled(hidden: Tensor, residual: Tensor | None, gain: Tensor, bias: T
         y = _Norm.apply(hidden, residual, gain, bias, epsilon, drop)
     else:
         y = _forward(hidden, residual, gain, bias, epsilon, drop, None, None)
-    return (y, y) if fork else y
+    return (y, y, None) if fork else y
 
 
 class _Norm(torch.autograd.Function):

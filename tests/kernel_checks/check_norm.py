@@ -52,8 +52,12 @@ def test_two_readers(dtype, drop):
     """Both get y; the gradients are those of one reader who asks for the sum, which the kernel rounds to no 16 bits before it uses it."""
     def forked(f):
         def both_of(residual=None, **t):
-            first, second = f(t["hidden"], residual, t["gain"], t["bias"], 1e-5, drop, fork=True)
+            first, second, normal = f(t["hidden"], residual, t["gain"], t["bias"], 1e-5, drop, fork=True)
             assert torch.equal(first, second)
+            if f is fused.norm:  # what it says y is made of, is what y is made of
+                n, gain, bias = normal
+                assert not any(x.requires_grad for x in normal) and n.dtype == first.dtype
+                torch.testing.assert_close((n.float() * gain + bias).to(first.dtype), first.detach(), rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
             return torch.cat([first, 2 * second])  # one pull for both, as the harness has it: its halves differ
         return both_of
 
@@ -87,12 +91,12 @@ def test_two_readers_and_a_gradient_of_the_gradient():
 def test_two_readers_cost_no_sum_of_their_own():
     """A layer's y is read by a product and by the residual: no add between the backward kernels."""
     h, r, gain, bias = (x.to(torch.bfloat16).requires_grad_() for x in tensors(13, 37).values())
-    first, second = fused.norm(h, r, gain, bias, 1e-5, None, fork=True)
+    first, second, _ = fused.norm(h, r, gain, bias, 1e-5, None, fork=True)
     assert first.data_ptr() == second.data_ptr() and first.grad_fn is second.grad_fn
     assert [n[0] for n in (first * second).grad_fn.next_functions] == [first.grad_fn] * 2
     with torch.no_grad():
-        one, other = fused.norm(h, r, gain, bias, 1e-5, None, fork=True)
-    assert one is other
+        one, other, normal = fused.norm(h, r, gain, bias, 1e-5, None, fork=True)
+    assert one is other and normal is None
 
 
 def test_one_column_is_the_bias():
