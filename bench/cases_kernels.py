@@ -6,6 +6,7 @@ that bf16 holds, so float32, bf16 and the float64 truth start from the same numb
 Letters: T rows, D hidden, F feed-forward, K bottleneck, R rank, M rows asked for, V vocabulary, I and O widths of a linear, k values kept.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from peftdebias import kernels
+from peftdebias.encoder import Model
 from peftdebias.kernels import dispatch
 from peftdebias.kernels.dropout_ref import Drop, dropout_ref
 from peftdebias.methods.adapter import adapter_ref
 from peftdebias.methods.lora import lora_grads_ref, lora_linear_ref
 from peftdebias.ops import feed_forward_ref, gelu_ref, norm_ref
-from peftdebias.optimizer import FlatAdamW, adamw_ref
+from peftdebias.optimizer import AdamWOfManyRef, FlatAdamW, WholeAdamW, adamw_ref
 from peftdebias.sites import sparse_add_ref
 from peftdebias.tasks import mlm_loss_ref
 from peftdebias.written import lora_write_ref, lora_written_ref
@@ -315,6 +317,41 @@ def adamw(form: str) -> Callable[[Setting], Work]:
     return build
 
 
+def whole_adamw(form: str) -> Callable[[Setting], Work]:
+    """x: layers of a base, whose gradients are clipped and whose weights are updated. form: torch, plain (AdamWOfManyRef) or fused."""
+    def build(setting: Setting) -> Work:
+        with torch.device("meta"):
+            shapes = [p.shape for p in Model(dataclasses.replace(setting.config, layers=int(setting.x))).parameters()]
+
+        def made():
+            parameters = [Parameter(drawn(setting, True, seed=i, shape=shape)) for i, shape in enumerate(shapes)]
+            for i, p in enumerate(parameters):
+                p.grad = drawn(setting, True, 0.01, 1000 + i, shape=p.shape)
+            groups = [{"params": [p for p in parameters if (p.dim() > 1) == matrices], "weight_decay": 0.1 * matrices} for matrices in (True, False)]
+            if form == "torch":
+                one_kernel = setting.precision != "float64"
+                optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=one_kernel, capturable=one_kernel and setting.device.type == "cuda")
+                return parameters, lambda: torch.nn.utils.clip_grad_norm_(parameters, 1.0), optimizer.step, optimizer
+            optimizer = WholeAdamW(groups, 1e-3, AdamWOfManyRef if form == "plain" else fused("adamw_of_many", AdamWOfManyRef, setting))
+            return parameters, lambda: optimizer.clip(parameters, 1.0), optimizer.step, optimizer
+
+        _, clip, step, optimizer = made()
+
+        def results() -> dict[str, Tensor]:
+            parameters, clip, step, _ = made()
+            for _ in range(3):
+                clip()
+                step()
+            return {"values": torch.cat([p.detach().flatten() for p in parameters])}
+
+        values = sum(shape.numel() for shape in shapes)
+        return Work(lambda: (clip(), step()), results, roof=((0.0, 4.0 * values), (0.0, 28.0 * values)), limit="the norm of all gradients is there before the first is used", held=optimizer,
+                    capture=None if form == "torch" else lambda: (clip(), optimizer.apply()),  # the rest of the step sends the rates from the host
+                    extra={"setting": f"{values} values in {len(shapes)} tensors, float32, their gradients' norm at most 1"})
+
+    return build
+
+
 def dropout(form: str) -> Callable[[Setting], Work]:
     def build(setting: Setting) -> Work:
         t, d, seed = int(setting.x), setting.size.hidden, torch.tensor([5], device=setting.device)
@@ -436,6 +473,9 @@ KERNEL_CASES = {case.name: case for case in (
     _case("sparse_add", "values of a sparse module put into a weight", "weight_rows", (768,), _three(add, "sparse_add")),
     _case("sparse_adamw", "AdamW of a sparse module's values", "values", (100_000,), {
         "torch.optim.AdamW, fused": Provider(adamw("torch")), "flat, plain torch": Provider(adamw("flat")), "peftdebias": Provider(adamw("fused"), kernels=("adamw",))}, "forward"),
+    _case("whole_adamw", "clipping and AdamW of a whole base", "layers", (2,), {
+        "torch, fused": Provider(whole_adamw("torch")), "plain torch": Provider(whole_adamw("plain")), "peftdebias": Provider(whole_adamw("fused"), kernels=("adamw_of_many",))},
+        "forward"),
     _case("dropout", "dropout from a counter", "rows", (256, 2048), {
         "plain torch": Provider(dropout("reference")), "F.dropout": Provider(dropout("library"), compared=False), "peftdebias": Provider(dropout("fused"), kernels=("dropout",))}),
     _case("norm", "residual and LayerNorm, trained", "rows", (256, 2048), _three(norm, "norm")),

@@ -138,7 +138,8 @@ def ours(name: str, kind: str = "eager", folded: bool = False) -> Callable[[Sett
         packed = [pack(batch) for batch in (labelled(batches) if full else batches)]
         loss = (lambda model, batch: mlm_loss(model.class_logits(batch), batch.targets)) if full else (lambda model, batch: MaskedLM.loss(None, model, batch))
         task, optimizer = types.SimpleNamespace(loss=loss), training.make_optimizer(parameters, plan)
-        moments = [t for flat in getattr(optimizer, "flat", ()) for t in flat[1:]]  # FlatAdamW has them from the start, torch's classes from the first step on
+        # Ours has it from the start, torch's classes from the first step on; FlatAdamW's gradients lie in one tensor too.
+        state = [t for flat in getattr(optimizer, "flat", ()) for t in flat[1:]] or [t for of_one in optimizer.state.values() for t in of_one.values() if torch.is_tensor(t)]
         decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         step = training.STEPS[kind](model, task, optimizer, parameters, clip=plan.clip, precision=plan.precision)
         count = sum(len(batch.targets) for batch in packed)
@@ -155,7 +156,7 @@ def ours(name: str, kind: str = "eager", folded: bool = False) -> Callable[[Sett
                     compensation.after_step({key: plan.lr * decay for key, decay in decays.items()})
 
         work = Work(run, results, steps=len(packed), tokens=sum(len(b.ids) for b in packed), flops=needed_flops(setting, name), extra=facts(setting, batches, name),
-                    state=sum(t.numel() * t.element_size() for t in moments), save=None if full else (lambda folder: save_adapter(folder, model, method)))
+                    state=sum(t.numel() * t.element_size() for t in state), save=None if full else (lambda folder: save_adapter(folder, model, method)))
         if setting.precision == "bf16":
             work.held = contextlib.ExitStack()
             work.held.enter_context(lowered(model))

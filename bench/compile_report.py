@@ -2,6 +2,8 @@
 
     python bench/compile_report.py --arch 90 --only lora
 
+Beside these: how many of its instructions that read memory read 16 bytes a thread, which is what a GPU wants; where a kernel knows nothing of an address or a width there are none.
+
 What is compiled is what the kernel files list in `specs(arch)`: their default tiles, in float32 and bf16, most in fp16 too. The numbers come from the machine code itself, read
 by the cuobjdump that triton carries. They are facts about the code, not about its speed.
 Exit code 0; 1 where a kernel uses local memory, asks for more shared memory than there is or does not compile; 2 on bad arguments, or where there is no triton.
@@ -31,7 +33,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """registers a thread; local: bytes of local memory a thread (spills); shared: bytes a program; failure: why it did not compile."""
+    """registers a thread; local: bytes of local memory a thread (spills); shared: bytes a program; wide: instructions that load 16 bytes a thread; failure: why it did not
+    compile."""
 
     file: str
     name: str
@@ -40,6 +43,7 @@ class Compiled:
     local: int = 0
     shared: int = 0
     threads: int = 0
+    wide: int = 0
     failure: str = ""
 
     @property
@@ -82,7 +86,12 @@ def compile_one(file: str, spec, arch: int) -> Compiled:
         registers, local = resources(made.asm["cubin"])
     except Exception as error:  # whatever the compiler throws is a finding of this report
         return Compiled(file, spec.name, arch, failure=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}")
-    return Compiled(file, spec.name, arch, registers, local, made.metadata.shared, 32 * spec.num_warps)
+    return Compiled(file, spec.name, arch, registers, local, made.metadata.shared, 32 * spec.num_warps, wide_loads(made.asm["ptx"]))
+
+
+def wide_loads(code: str) -> int:
+    """Of PTX: loads of four times 32 or twice 64 bits, and asynchronous copies of 16 bytes to shared memory."""
+    return len(re.findall(r"ld\.global\S*\.v(?:4\.\w32|2\.\w64)\b|cp\.async\.c[ag]\.shared\S*\.global[^;]*, (?:0x10|16)\b", code))
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -97,10 +106,10 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def table(found: list[Compiled]) -> str:
-    rows = [("kernel", "sm", "registers", "local, B", "shared, B", "threads", "")]
-    rows += [(f"{c.file}: {c.name}", str(c.arch), *((str(n) for n in (c.registers, c.local, c.shared, c.threads)) if not c.failure else ("-",) * 4), c.red) for c in found]
+    rows = [("kernel", "sm", "registers", "local, B", "shared, B", "threads", "16-byte loads", "")]
+    rows += [(f"{c.file}: {c.name}", str(c.arch), *((str(n) for n in (c.registers, c.local, c.shared, c.threads, c.wide)) if not c.failure else ("-",) * 5), c.red) for c in found]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(w) if i in (0, 6) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
+    return "\n".join("  ".join(cell.ljust(w) if i in (0, 7) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,11 +22,12 @@ MOST = 96
 
 @dataclasses.dataclass
 class Captured:
-    """inputs: the buffer that the graph reads; loss: what it writes."""
+    """inputs: the buffer that the graph reads; loss: what it writes; tables: what of the optimizer's it reads."""
 
     graph: torch.cuda.CUDAGraph
     inputs: Tensor
     loss: Tensor
+    tables: list[Tensor]
 
 
 class Graphed(Step):
@@ -87,7 +88,7 @@ class Graphed(Step):
             torch.cuda.synchronize(self.model.device)
             return self._fall_back(str(error).strip().splitlines()[0])
         self.pool = graph.pool()
-        return Captured(graph, inputs, loss)
+        return Captured(graph, inputs, loss, self.optimizer.captured())
 
     def _fall_back(self, why: str) -> None:
         self.off = why

@@ -1,11 +1,12 @@
 """AdamW whose step can be captured in a CUDA graph. Loshchilov and Hutter 2019, arXiv 1711.05101.
 
-What it adds over torch.optim.AdamW: FlatAdamW, in which the parameters of a group are views of one tensor, so that a step is one launch however many they are (a
-sparse module has one vector a site, 146 on BERT-base); and the two halves of a step, `advance` (the host's: which step, which rate) and `apply` (the device's), the
-same for both classes. It leaves out what the loop here does not use: amsgrad, maximize, closures. The kernels:
-kernels/fused/sparse.py, csrc/ops.cpp.
+What it adds over torch.optim.AdamW: a step of one launch a group. FlatAdamW, for a module: the parameters of a group are views of one tensor (a sparse module has one
+vector a site, 146 on BERT-base). WholeAdamW, for a base on a GPU: they stay where they are, and the gradients are clipped as they are read. And the two halves of a step,
+`advance` (the host's: which step, which rate) and `apply` (the device's), the same for all classes here. It leaves out what the loop here does not use: amsgrad, maximize,
+closures. The kernels: kernels/fused/adamw.py, csrc/ops.cpp.
 """
 
+import collections
 from collections.abc import Callable, Iterable
 
 import torch
@@ -41,32 +42,41 @@ def adamw_compiled(values: Tensor, gradient: Tensor, first: Tensor, second: Tens
         torch.autograd.graph.increment_version(tensor)
 
 
-class FlatAdamW(torch.optim.Optimizer):
-    """groups: as torch.optim takes them, the parameters of a group on one device and of one dtype. update: adamw_ref, or what computes it.
+class AdamWOfManyRef:
+    """adamw_ref on tensors of any shapes, of gradients times a factor [] or None; the specification. values, first, second: as many tensors of each, alike."""
 
-    Each parameter's data becomes a view of its group's flat tensor and must stay it. A parameter without a gradient is passed over, as torch does it. The state
-    is torch.optim.AdamW's (step, exp_avg, exp_avg_sq by parameter) and can be loaded from it.
-    """
+    def __init__(self, values: list[Tensor], first: list[Tensor], second: list[Tensor]):
+        self.tensors = values, first, second
 
-    def __init__(self, groups: Iterable[dict], lr: float, update: Callable[..., None] = adamw_ref, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
+    def __call__(self, gradients: list[Tensor], rates: Tensor, factor: Tensor | None, *, betas: tuple[float, float], epsilon: float) -> None:
+        for value, gradient, first, second in zip(self.tensors[0], gradients, *self.tensors[1:]):
+            adamw_ref(value, gradient if factor is None else gradient * factor, first, second, rates, betas=betas, epsilon=epsilon)
+
+    def captured(self) -> list[Tensor]:
+        """What a CUDA graph reads that holds these steps, beside the tensors: nothing."""
+        return []
+
+
+class _AdamW(torch.optim.Optimizer):
+    """What FlatAdamW and WholeAdamW share: steps and rates. A parameter without a gradient is passed over, as torch does it. The state is torch.optim.AdamW's (step,
+    exp_avg, exp_avg_sq by parameter) and can be loaded from it."""
+
+    def __init__(self, groups: Iterable[dict], lr: float, betas: tuple[float, float], eps: float):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self.update, self.flat, self.rates = update, [], []
-        for group in self.param_groups:
-            values = torch.cat([p.detach().reshape(-1) for p in group["params"]])
-            self.flat.append((values, torch.zeros_like(values), torch.zeros_like(values), torch.empty_like(values)))
-            self.rates.append(values.new_zeros(3))
-            for p, view, first, second in zip(group["params"], *(self._views(group, t) for t in self.flat[-1][:3])):
-                p.data = view
-                self.state[p] = {"step": 0, "exp_avg": first, "exp_avg_sq": second}
-
-    @staticmethod
-    def _views(group: dict, flat: Tensor) -> list[Tensor]:
-        return [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in group["params"]]), group["params"])]
+        self.rates = [group["params"][0].new_zeros(3, requires_grad=False) for group in self.param_groups]
 
     def set_rate(self, lr: float) -> None:
         """The learning rate of the steps to come."""
         for group in self.param_groups:
             group["lr"] = lr
+
+    def clip(self, parameters: list[Tensor], most: float) -> None:
+        """Before a step: the gradients' norm is `most` at most. Theirs may stay as they are, and the step take them so."""
+        torch.nn.utils.clip_grad_norm_(parameters, most)
+
+    def captured(self) -> list[Tensor]:
+        """To be called when the capture of a step is over: makes its replays ready, and gives what they read, for whoever keeps the graph to keep."""
+        return []
 
     @property
     def together(self) -> bool:
@@ -81,6 +91,31 @@ class FlatAdamW(torch.optim.Optimizer):
                 self.state[p]["step"] += 1
             if group["params"]:
                 rates.copy_(self._rates(group, self.state[group["params"][0]]["step"], rates))
+
+    @staticmethod
+    def _rates(group: dict, step: int, like: Tensor) -> Tensor:
+        return send(torch.tensor(rates_at(step, group["lr"], group["betas"], group["weight_decay"]), dtype=like.dtype), like.device)
+
+
+class FlatAdamW(_AdamW):
+    """groups: as torch.optim takes them, the parameters of a group on one device and of one dtype. update: adamw_ref, or what computes it.
+
+    Each parameter's data becomes a view of its group's flat tensor and must stay it.
+    """
+
+    def __init__(self, groups: Iterable[dict], lr: float, update: Callable[..., None] = adamw_ref, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
+        super().__init__(groups, lr, betas, eps)
+        self.update, self.flat = update, []
+        for group in self.param_groups:
+            values = torch.cat([p.detach().reshape(-1) for p in group["params"]])
+            self.flat.append((values, torch.zeros_like(values), torch.zeros_like(values), torch.empty_like(values)))
+            for p, view, first, second in zip(group["params"], *(self._views(group, t) for t in self.flat[-1][:3])):
+                p.data = view
+                self.state[p] = {"step": 0, "exp_avg": first, "exp_avg_sq": second}
+
+    @staticmethod
+    def _views(group: dict, flat: Tensor) -> list[Tensor]:
+        return [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in group["params"]]), group["params"])]
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -106,12 +141,8 @@ class FlatAdamW(torch.optim.Optimizer):
                             betas=group["betas"], epsilon=group["eps"])
                 torch.autograd.graph.increment_version(p)
 
-    @staticmethod
-    def _rates(group: dict, step: int, like: Tensor) -> Tensor:
-        return send(torch.tensor(rates_at(step, group["lr"], group["betas"], group["weight_decay"]), dtype=like.dtype), like.device)
-
     def load_state_dict(self, state: dict) -> None:
-        """Takes a state of this class or of torch.optim.AdamW; the moments are copied into the flat tensors."""
+        """Takes a state of these classes or of torch.optim.AdamW; the moments are copied into the flat tensors."""
         super().load_state_dict(state)
         for group, (_, first, second, _) in zip(self.param_groups, self.flat):
             for p, *views in zip(group["params"], self._views(group, first), self._views(group, second)):
@@ -121,8 +152,67 @@ class FlatAdamW(torch.optim.Optimizer):
                 self.state[p] = {"step": int(loaded["step"]), "exp_avg": views[0], "exp_avg_sq": views[1]}
 
 
+class WholeAdamW(_AdamW):
+    """groups: as torch.optim takes them, contiguous parameters of one dtype, all on one device, which must keep their memory. many: AdamWOfManyRef, or what computes it."""
+
+    def __init__(self, groups: Iterable[dict], lr: float, many: Callable = AdamWOfManyRef, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
+        super().__init__(groups, lr, betas, eps)
+        self.many, self.factor = many, None
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        self.updates = [self._update_of(group["params"]) for group in self.param_groups]
+
+    def _update_of(self, parameters: list[Tensor]) -> Callable:
+        return self.many([p.data for p in parameters], *([self.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq")))
+
+    @torch.no_grad()
+    def clip(self, parameters: list[Tensor], most: float) -> None:
+        """As torch.nn.utils.clip_grad_norm_, but the next step scales the gradients as it reads them."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.factor = (most / (norm + 1e-6)).clamp(max=1.0)
+
+    def captured(self) -> list[Tensor]:
+        return [table for update in self.updates for table in update.captured()]
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """The device's half."""
+        factor, self.factor = self.factor, None
+        for group, update, rates in zip(self.param_groups, self.updates, self.rates):
+            update([p.grad for p in group["params"]], rates, factor, betas=group["betas"], epsilon=group["eps"])
+            torch.autograd.graph.increment_version(group["params"])  # written through their addresses: who saved one for a backward hears of it, as with torch's own
+
+    @torch.no_grad()
+    def step(self) -> None:
+        if self.together:
+            self.advance()
+            self.apply()
+            return
+        factor, self.factor = self.factor, None
+        for group, like in zip(self.param_groups, self.rates):
+            alike = collections.defaultdict(list)  # those that have a gradient now, by how many steps they have had
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["step"] += 1
+                    alike[self.state[p]["step"]].append(p)
+            for count, some in alike.items():
+                self._update_of(some)([p.grad for p in some], self._rates(group, count, like), factor, betas=group["betas"], epsilon=group["eps"])
+                torch.autograd.graph.increment_version(some)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes a state of these classes or of torch.optim.AdamW; the moments are copied."""
+        super().load_state_dict(state)
+        for group in self.param_groups:
+            for p in group["params"]:
+                loaded = self.state.get(p) or {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                moments = {name: torch.empty_like(p, requires_grad=False).copy_(loaded[name]) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[p] = {"step": int(loaded["step"])} | moments
+        self.updates = [self._update_of(group["params"]) for group in self.param_groups]
+
+
 class LargeAdamW(torch.optim.AdamW):
-    """torch's fused AdamW behind the same calls, for a whole base: its tensors are large, so few launches update them anyway. On a GPU step and rate live there."""
+    """torch's fused AdamW behind the same calls, where no kernel of ours is for it. On a GPU step and rate live there."""
 
     def __init__(self, groups: Iterable[dict], lr: float):
         groups = list(groups)
@@ -137,6 +227,14 @@ class LargeAdamW(torch.optim.AdamW):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
+
+    def clip(self, parameters: list[Tensor], most: float) -> None:
+        """As _AdamW's."""
+        torch.nn.utils.clip_grad_norm_(parameters, most)
+
+    def captured(self) -> list[Tensor]:
+        """As _AdamW's."""
+        return []
 
     @property
     def together(self) -> bool:

@@ -17,7 +17,7 @@ from . import kernels
 from .batches import Batch
 from .encoder import Model
 from .lowered import autocast
-from .optimizer import FlatAdamW, LargeAdamW
+from .optimizer import FlatAdamW, LargeAdamW, WholeAdamW
 from .shapes import fill, shape_of
 
 
@@ -25,7 +25,7 @@ class Step:
     """One update of `parameters`. task: see tasks.MaskedLM. precision: "float32", or "bf16" for autocast. pull: called after the backward, adds a gradient of its own to
     the parameters'. say: hears lines that a user should read, each once."""
 
-    def __init__(self, model: Model, task, optimizer: FlatAdamW | LargeAdamW, parameters: dict[str, Parameter], *, clip: float = 1.0, precision: str = "float32",
+    def __init__(self, model: Model, task, optimizer: FlatAdamW | WholeAdamW | LargeAdamW, parameters: dict[str, Parameter], *, clip: float = 1.0, precision: str = "float32",
                  pull: Callable[[], None] | None = None, say: Callable[[str], None] = lambda line: None):
         self.model, self.loss, self.optimizer, self.parameters = model, task.loss, optimizer, list(parameters.values())
         self.clip, self.precision, self.pull, self.say = clip, precision, pull, say
@@ -38,14 +38,14 @@ class Step:
         return loss
 
     def gradients(self, batch: Batch) -> Tensor:
-        """Leaves clipped gradients in the parameters; batch on the device."""
+        """Leaves gradients in the parameters, clipped, or as the optimizer will clip them; batch on the device."""
         self.optimizer.zero_grad(set_to_none=True)  # before the forward pass, beside whose activations they need not be
         with autocast(self.model.device, self.precision):
             loss = self.loss(self.model, batch)
         loss.backward()
         if self.pull is not None:
             self.pull()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.clip(self.parameters, self.clip)
         return loss.detach()
 
     def shaped(self, batch: Batch) -> Batch:

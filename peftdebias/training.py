@@ -21,13 +21,14 @@ from .errors import ConfigError, PeftDebiasError
 from .graphs import Graphed
 from .kernels import dispatch
 from .lowered import autocast, lowered
-from .optimizer import FlatAdamW, LargeAdamW, adamw_ref
+from .optimizer import AdamWOfManyRef, FlatAdamW, LargeAdamW, WholeAdamW, adamw_ref
 from .patch import Folded
 from .step import Compiled, Step
 
 LOG_EVERY = 10
 STEPS = {"eager": Step, "graph": Graphed, "compiled": Compiled}
-FLAT = 2 ** 24  # values of a module; a whole base has large tensors, of which a library's update needs few launches anyway
+FLAT = {"native": 2 ** 24, "triton": 2 ** 22}
+"""Kind of kernel -> values of a module at most, gathered into one tensor; a whole base has large tensors, which are better left where they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,15 +108,20 @@ def pick_step(name: str, device: torch.device) -> str:
     return name
 
 
-def make_optimizer(parameters: dict[str, Parameter], schedule: Schedule) -> FlatAdamW | LargeAdamW:
-    """Fused AdamW; matrices decay, biases, norms and other vectors do not. Up to FLAT float32 values are updated in one launch where there is a kernel for it."""
+def make_optimizer(parameters: dict[str, Parameter], schedule: Schedule) -> FlatAdamW | WholeAdamW | LargeAdamW:
+    """Fused AdamW; matrices decay, biases, norms and other vectors do not. Float32 values are updated in one launch where there is a kernel for it: up to FLAT of them in one
+    flat tensor."""
     matrices = [p for p in parameters.values() if p.dim() > 1]
     vectors = [p for p in parameters.values() if p.dim() <= 1]
     groups = [{"params": ps, "weight_decay": decay} for ps, decay in ((matrices, schedule.weight_decay), (vectors, 0.0)) if ps]
-    update = kernels.choose("adamw", reference=adamw_ref, device=next((p.device for p in parameters.values()), None))
-    if update is adamw_ref or sum(p.numel() for p in parameters.values()) > FLAT or any(p.dtype != torch.float32 for p in parameters.values()):
-        return LargeAdamW(groups, schedule.lr)
-    return FlatAdamW(groups, schedule.lr, update)
+    device, values = next((p.device for p in parameters.values()), None), sum(p.numel() for p in parameters.values())
+    if groups and all(p.dtype == torch.float32 and p.device == device for p in parameters.values()):
+        update, kind = kernels.choose("adamw", reference=adamw_ref, device=device), kernels.decide("adamw", device)[0]
+        if values <= FLAT.get(kind, 0):
+            return FlatAdamW(groups, schedule.lr, update)
+        if kind == "triton" and all(p.is_contiguous() for p in parameters.values()):
+            return WholeAdamW(groups, schedule.lr, kernels.choose("adamw_of_many", reference=AdamWOfManyRef, device=device))
+    return LargeAdamW(groups, schedule.lr)
 
 
 def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedule, log: Callable[..., None] = lambda **event: None,

@@ -31,7 +31,9 @@ for file in files():
     for spec in importlib.import_module(f"peftdebias.kernels.{file}").specs(90)[:1]:
         made = compile_one(file, spec, 90)
         assert not made.red and made.registers and not made.local, made
-        print(file)
+        print(file, made.wide)
+many = next(s for s in importlib.import_module("peftdebias.kernels.adamw").specs(90) if s.name == "adamw of many")
+print("many", compile_one("adamw", many, 90).wide)
 once = next(s for s in importlib.import_module("peftdebias.kernels.lora_grads").specs(90) if s.name == "once, bf16, 2 of 768")
 assert not compile_one("lora_grads", once, 90).red
 spec = next(s for s in importlib.import_module("peftdebias.kernels.lora_grads").specs(90) if s.name == "partial, bf16, r 8")
@@ -42,7 +44,10 @@ assert compile_one("lora_grads", broken, 90).red == "does not compile"
 """
     ran = python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
     assert ran.returncode == 0, ran.stderr
-    assert {"adapter", "dropout", "gelu", "lora", "lora_grads", "lora_write", "mlm_loss", "norm", "sparse"} <= set(ran.stdout.split())
+    wide = {name: int(count) for name, count in map(str.split, ran.stdout.splitlines())}
+    assert {"adamw", "adapter", "attention", "dropout", "gelu", "linear_trained", "lora", "lora_grads", "lora_write", "mlm_loss", "norm", "sparse", "many"} == set(wide)
+    # What comes out of a table of addresses is read in 16 bytes at a time as well: 4 of 8 values a thread in `many`, each of two; lora_write's W is 16 values a thread.
+    assert wide["adamw"] == wide["many"] == 8 and wide["lora_write"] >= 4 and min(wide.values()) > 0
 
 
 @pytest.mark.slow

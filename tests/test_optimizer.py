@@ -1,12 +1,13 @@
-"""FlatAdamW against torch.optim.AdamW, in float64: the formula, groups, parameters without gradients, and states that go over."""
+"""FlatAdamW and WholeAdamW against torch.optim.AdamW, in float64: the formula, groups, parameters without gradients, clipping, and states that go over."""
 
 import pytest
 import torch
 from torch.nn import Parameter
 
-from peftdebias.optimizer import FlatAdamW, adamw_ref, rates_at
+from peftdebias.optimizer import AdamWOfManyRef, FlatAdamW, WholeAdamW, adamw_ref, rates_at
 
 SHAPES = ((3, 7), (5,), (2, 1, 2), (1,))
+OURS = pytest.mark.parametrize("kind", [FlatAdamW, WholeAdamW])
 
 
 def drawn(*shape, seed=0):
@@ -21,17 +22,19 @@ def groups(ps: list[Parameter]) -> list[dict]:
     return [{"params": ps[:2], "weight_decay": 0.1}, {"params": ps[2:], "weight_decay": 0.0}]
 
 
-def both():
+def both(kind=FlatAdamW):
     ours, theirs = parameters(), parameters()
-    return ours, FlatAdamW(groups(ours), lr=1e-2), theirs, torch.optim.AdamW(groups(theirs), lr=1e-2)
+    return ours, kind(groups(ours), lr=1e-2), theirs, torch.optim.AdamW(groups(theirs), lr=1e-2)
 
 
-def run(ps, optimizer, count, start=0, without=()):
+def run(ps, optimizer, count, start=0, without=(), clip=None):
     for t in range(start, start + count):
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 / (t + 1)
         for i, p in enumerate(ps):
             p.grad = None if (t, i) in without else drawn(*p.shape, seed=100 * t + i)
+        if clip is not None and t != 2:
+            optimizer.clip(ps, clip) if isinstance(optimizer, FlatAdamW | WholeAdamW) else torch.nn.utils.clip_grad_norm_(ps, clip)
         optimizer.step()
 
 
@@ -40,11 +43,26 @@ def close(ours, theirs):
         torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-12, atol=1e-14)
 
 
-def test_it_is_adamw():
-    ours, optimizer, theirs, other = both()
-    run(ours, optimizer, 20)
-    run(theirs, other, 20)
+@OURS
+@pytest.mark.parametrize("clip", [None, 0.7, 1e3])
+def test_it_is_adamw(kind, clip):
+    """Clipped but in the third step, which no factor of the second's may touch."""
+    ours, optimizer, theirs, other = both(kind)
+    run(ours, optimizer, 20, clip=clip)
+    run(theirs, other, 20, clip=clip)
     close(ours, theirs)
+
+
+def test_a_base_is_clipped_as_it_is_updated():
+    """Its gradients stay as they are, its parameters and their memory too."""
+    ours, optimizer, *_ = both(WholeAdamW)
+    places = [p.data_ptr() for p in ours]
+    for p in ours:
+        p.grad = torch.ones_like(p)
+    optimizer.clip(ours, 0.1)
+    optimizer.step()
+    assert all((p.grad == 1).all() for p in ours) and places == [p.data_ptr() for p in ours] and optimizer.captured() == []
+    assert all(torch.allclose(optimizer.state[p]["exp_avg"], torch.full_like(p, 0.1 * 0.1 / 31 ** 0.5), rtol=1e-5) for p in ours)
 
 
 def test_the_parameters_are_views_of_one_tensor_a_group_and_keep_their_values():
@@ -62,25 +80,28 @@ def test_one_update_a_group():
     assert calls == [26, 5] * 3
 
 
+@OURS
+@pytest.mark.parametrize("clip", [None, 0.7])
 @pytest.mark.parametrize("without", [{(1, 0)}, {(0, 2), (1, 2), (4, 1)}, {(t, i) for t in range(6) for i in (2, 3)}])
-def test_a_parameter_without_a_gradient_is_passed_over(without):
-    ours, optimizer, theirs, other = both()
-    run(ours, optimizer, 6, without=without)
-    run(theirs, other, 6, without=without)
+def test_a_parameter_without_a_gradient_is_passed_over(without, clip, kind):
+    ours, optimizer, theirs, other = both(kind)
+    run(ours, optimizer, 6, without=without, clip=clip)
+    run(theirs, other, 6, without=without, clip=clip)
     close(ours, theirs)
 
 
+@OURS
 @pytest.mark.parametrize("source", [0, 1], ids=["from its own", "from torch's"])
-def test_a_state_goes_over(source):
+def test_a_state_goes_over(source, kind):
     """Three steps, state and values into a new optimizer, three more: the same as six."""
-    ours, optimizer, theirs, other = both()
+    ours, optimizer, theirs, other = both(kind)
     run(ours, optimizer, 3)
     run(theirs, other, 3)
     fresh = parameters()
     with torch.no_grad():
         for p, q in zip(fresh, ours):
             p.copy_(q)
-    again = FlatAdamW(groups(fresh), lr=1e-2)
+    again = kind(groups(fresh), lr=1e-2)
     again.load_state_dict((optimizer, other)[source].state_dict())
     run(fresh, again, 3, start=3)
     run(theirs, other, 3, start=3)
@@ -98,13 +119,24 @@ def test_the_reference_is_one_step_written_out():
     torch.testing.assert_close((w, m, q), (wanted, m1, q1), rtol=1e-13, atol=1e-15)
 
 
+@OURS
 @pytest.mark.parametrize("together", [True, False])
-def test_who_saved_a_parameter_for_a_backward_hears_of_the_update(together):
+def test_who_saved_a_parameter_for_a_backward_hears_of_the_update(together, kind):
     """As with torch's own: a gradient from values before and after an update would be wrong and say nothing."""
-    for ps, optimizer in (both()[:2], both()[2:]):
+    for ps, optimizer in (both(kind)[:2], both(kind)[2:]):
         loss = (ps[0] * ps[0]).sum()
         for p in ps[:None if together else 2]:
             p.grad = torch.ones_like(p)
         optimizer.step()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+def test_many_are_updated_one_by_one():
+    values, first, second, gradients = ([drawn(*shape, seed=10 * k + i).abs() for i, shape in enumerate(SHAPES)] for k in range(4))
+    alone = [[t.clone() for t in ts] for ts in (values, first, second)]
+    rates, settings = torch.tensor(rates_at(3, 0.5, (0.9, 0.99), 0.1), dtype=torch.float64), {"betas": (0.9, 0.99), "epsilon": 1e-3}
+    AdamWOfManyRef(values, first, second)(gradients, rates, torch.tensor(0.5), **settings)
+    for value, one, two, gradient in zip(*alone, gradients):
+        adamw_ref(value, gradient / 2, one, two, rates, **settings)
+    assert all(torch.equal(a, b) for mine, theirs in zip((values, first, second), alone) for a, b in zip(mine, theirs))

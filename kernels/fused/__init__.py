@@ -23,7 +23,8 @@ KINDS = ("auto", "torch", "native", "triton")
 
 TRITON: dict[str, str] = {
     "adapter": "adapter",
-    "adamw": "sparse",
+    "adamw": "adamw",
+    "adamw_of_many": "adamw",
     "attention": "attention",
     "dropout": "dropout",
     "feed_forward": "linear_trained",

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import register
 from .op import op
-from .tiles import DTYPES, Spec, ceil_div, expect, on
+from .tiles import DTYPES, Spec, capturing, ceil_div, expect, on
 
 TILE = (8, 256)  # BO, BI
 TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -34,8 +34,8 @@ COPIED = -1  # in `places`: no piece
 @triton.jit
 def _address(place, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """An address out of a table as a pointer to TYPE."""
-    address = tl.load(place)
-    return (tl.multiple_of(address, 16) if ALIGNED else address).to(tl.pointer_type(TYPE))
+    address = tl.load(place).to(tl.pointer_type(TYPE))
+    return tl.multiple_of(address, 16) if ALIGNED else address  # said of the pointer: of the number it would be forgotten
 
 
 @triton.jit
@@ -114,10 +114,6 @@ def tables(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor,
 
 _CAPTURED: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 """address of the segments' table -> the tables."""
-
-
-def capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 # ---------------------------------------------------------------- launcher and the public function

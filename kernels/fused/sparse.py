@@ -1,4 +1,4 @@
-"""Sparse deltas: the k values of a module put into a weight, and AdamW for values that lie in one flat tensor.
+"""Sparse deltas: the k values of a module put into a weight. The AdamW of these values: adamw.py.
 
 sparse_add computes sparse_add_ref of peftdebias/sites.py:
 
@@ -8,14 +8,6 @@ sparse_add computes sparse_add_ref of peftdebias/sites.py:
     Gradients: dv_j = dW'[i_j], in v's dtype; dW = dW'. Saved: the indices. Nothing is overwritten. One launch: W is read and W' written once, and the program that
     copies a stretch of W finds the indices that fall into it by bisection. Indices in another order, or twice, would be passed over, and so would those outside W, of
     which torch's gather then refuses the gradient: whoever makes them, sorts them.
-
-adamw computes adamw_ref of peftdebias/optimizer.py, which is torch.optim.AdamW's formula (Loshchilov and Hutter 2019, arXiv 1711.05101), for step t = 1, 2, ...:
-
-    m <- m + (1 - b1) (g - m)        q <- b2 q + (1 - b2) g^2
-    w <- (1 - lr decay) w - lr / (1 - b1^t) * m / (sqrt(q) / sqrt(1 - b2^t) + epsilon)
-
-    w, g, m, q [n], contiguous float32, no two of them the same memory; w, m and q are overwritten, g is read. One launch for all of a module's values. What changes
-    from step to step, (1 - lr decay, lr / (1 - b1^t), sqrt(1 - b2^t)), lies in device memory, so that a captured CUDA graph can be replayed.
 """
 
 import torch
@@ -29,7 +21,6 @@ from .tiles import DTYPES, Spec, ceil_div, expect, on
 
 STRETCH = 4096  # of the flat weight, that one program copies
 TOGETHER = 256  # indices that a program places at a time
-BLOCK = 1024  # values that one program of adamw updates
 
 
 # ---------------------------------------------------------------- kernels
@@ -63,32 +54,11 @@ def _add(weight, indices, values, result, size, k, STEPS, COPIED: tl.constexpr, 
         tl.store(result + place, value, mask=inside)
 
 
-@triton.jit
-def _moments(g, m, q, b2, new1, new2):
-    """The moments after gradient g; new1 = 1 - b1, new2 = 1 - b2, taken in float64 (in float32 1 - 0.999 is off by 1e-5)."""
-    return m + new1 * (g - m), b2 * q + new2 * g * g
-
-
-@triton.jit
-def _adamw(w, g, m, q, rates, size, b2, new1, new2, epsilon, COUNT: tl.constexpr):
-    """w, g, m, q [size]. rates [3]: kept = 1 - lr decay, rate = lr / (1 - b1^t), root = sqrt(1 - b2^t). new1, new2: see _moments."""
-    kept, rate, root = tl.load(rates), tl.load(rates + 1), tl.load(rates + 2)
-    n = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
-    inside = n < size
-    first, second = _moments(tl.load(g + n, mask=inside), tl.load(m + n, mask=inside), tl.load(q + n, mask=inside), b2, new1, new2)
-    value = kept * tl.load(w + n, mask=inside) - rate * first / (tl.sqrt_rn(second) / root + epsilon)
-    tl.store(m + n, first, mask=inside)
-    tl.store(q + n, second, mask=inside)
-    tl.store(w + n, value, mask=inside)
-
-
 def specs(arch: int) -> list[Spec]:
     """What is compiled ahead."""
     whole = {"size": "i32", "k": "i32", "STEPS": "i32"}
     tile = {"COPIED": STRETCH, "PLACED": TOGETHER}
-    found = [Spec(f"add, {d}", _add, {"weight": "*" + d, "indices": "*i64", "values": "*fp32", "result": "*" + d} | whole, tile, num_warps=8) for d in DTYPES.values()]
-    numbers = {name: "fp32" for name in ("b2", "new1", "new2", "epsilon")}
-    return found + [Spec("adamw", _adamw, {name: "*fp32" for name in (*"wgmq", "rates")} | {"size": "i32"} | numbers, {"COUNT": BLOCK})]
+    return [Spec(f"add, {d}", _add, {"weight": "*" + d, "indices": "*i64", "values": "*fp32", "result": "*" + d} | whole, tile, num_warps=8, aligned=("size",)) for d in DTYPES.values()]
 
 
 # ---------------------------------------------------------------- sparse_add
@@ -127,24 +97,3 @@ def sparse_add(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     expect("sparse_add", "indices", indices, (-1,), (torch.int64,), weight.device)
     expect("sparse_add", "values", values, (len(indices),), device=weight.device)
     return _sparse_add(weight.contiguous(), indices.contiguous(), values.contiguous())
-
-
-# ---------------------------------------------------------------- adamw
-
-@op("adamw", fake=lambda *given: None, overwrites=("values", "first", "second"))
-def _adamw_op(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, b1: float, b2: float, epsilon: float) -> None:
-    if values.numel():
-        with on(values):
-            _adamw[ceil_div(values.numel(), BLOCK),](values, gradient, first, second, rates, values.numel(), b2, 1 - b1, 1 - b2, epsilon, COUNT=BLOCK, num_warps=4,
-                                                     enable_fp_fusion=True)
-
-
-@register("adamw", "triton")
-def adamw(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, *, betas: tuple[float, float], epsilon: float) -> None:
-    """One step, in place; rates [3]; see the head of this file. Raises ValueError that names what it cannot take."""
-    for name, tensor, size in (("values", values, values.numel()), ("gradient", gradient, values.numel()), ("first", first, values.numel()),
-                               ("second", second, values.numel()), ("rates", rates, 3)):
-        expect("adamw", name, tensor, (size,), (torch.float32,), values.device)
-        if not tensor.is_contiguous():
-            raise ValueError(f"adamw, {name}: expected a contiguous tensor, got stride {tensor.stride(0)}")
-    _adamw_op(values, gradient, first, second, rates, *betas, epsilon)

@@ -112,6 +112,11 @@ def on(tensor: Tensor):
 _HERE = contextlib.nullcontext()
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched there now is recorded in a CUDA graph and runs later."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """What of a kernel file is compiled without a device (bench/compile_report.py): one kernel at its default tiles. `specs(arch)` of a file lists them.

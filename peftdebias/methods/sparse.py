@@ -8,7 +8,7 @@
 N counts the encoder's parameters. A base moves at rates at which k values hardly do: `first_rate` lowers the first stage's alone (the paper has one rate). While all weights train, a tied masked-LM decoder is a frozen copy; later the embedding's delta acts on the input side
 only. In its second stage the optimizer holds k values, not the base. Additive: it merges and folds.
 
-The room: this file, sites.py (sparse_add_ref), optimizer.py, kernels/fused/sparse.py, tests/test_sparse.py, tests/kernel_checks/check_sparse.py, bench/cases_sparse.py. Left out: training the
+The room: this file, sites.py (sparse_add_ref), optimizer.py, kernels/fused/sparse.py and adamw.py, tests/test_sparse.py, tests/kernel_checks/check_sparse.py, bench/cases_sparse.py. Left out: training the
 heads, dynamic choice of the weights.
 """
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from peftdebias.kernels import adapter, attention, dropout, gelu, lora, mlm_loss, norm, sparse
+from peftdebias.kernels import adamw, adapter, attention, dropout, gelu, lora, mlm_loss, norm, sparse
 from peftdebias.kernels.dropout_ref import Drop
 from peftdebias.ops.attention import Spans
 
@@ -130,7 +130,7 @@ def test_a_gradients_gradient_is_right_or_refused(name):
 def test_what_is_overwritten_counts_as_a_new_version():
     state = [torch.zeros(5, device=DEVICE) for _ in range(4)]
     before = [t._version for t in state]
-    sparse.adamw(*state, torch.ones(3, device=DEVICE), betas=(0.9, 0.999), epsilon=1e-8)
+    adamw.adamw(*state, torch.ones(3, device=DEVICE), betas=(0.9, 0.999), epsilon=1e-8)
     assert [t._version - n for t, n in zip(state, before)] == [1, 0, 1, 1]  # values, gradient, moments
 
 
