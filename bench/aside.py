@@ -17,17 +17,31 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
-def together(calls: Sequence[tuple[str, tuple]], workers: int, seconds: float) -> list:
-    """What each ("module:function", arguments) returns, in their order, at most `workers` at a time; arguments and answers go through pickle. None for a call that had not
-    begun after `seconds`; one that has begun is waited for. A RuntimeError for one whose process ended without an answer."""
+def together(calls: Sequence[tuple[str, tuple, float]], workers: int, most: float) -> list:
+    """What each ("module:function", arguments, seconds) returns, in their order, at most `workers` at a time; arguments and answers go through pickle. None for a call that
+    had not begun after its seconds. One that has begun is waited for, until `most` seconds have passed. A RuntimeError for one whose process ended without an answer, or did
+    not end."""
     started = time.monotonic()
+
+    def one(call: tuple[str, tuple, float]):
+        job, arguments, seconds = call
+        spent = time.monotonic() - started
+        return _alone((job, arguments), max(1, (os.cpu_count() or 1) // workers), most - spent) if spent < min(seconds, most) else None
+
     with ThreadPoolExecutor(workers) as threads:
-        return list(threads.map(lambda call: _alone(call) if time.monotonic() - started < seconds else None, calls))
+        return list(threads.map(one, calls))
 
 
-def _alone(call: tuple[str, tuple]):
-    done = subprocess.run([sys.executable, __file__], input=pickle.dumps(call), stdout=subprocess.PIPE)
-    return pickle.loads(done.stdout) if done.returncode == 0 else RuntimeError(f"its process ended with code {done.returncode}")
+def _alone(call: tuple[str, tuple], compilers: int, seconds: float):
+    """compilers: processes that torch.compile may start for it."""
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(compilers)}
+    try:
+        done = subprocess.run([sys.executable, __file__], input=pickle.dumps(call), stdout=subprocess.PIPE, env=environment, timeout=seconds)
+        return pickle.loads(done.stdout) if done.returncode == 0 else RuntimeError(f"its process ended with code {done.returncode}")
+    except subprocess.TimeoutExpired:
+        return RuntimeError("its process did not end in time")
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        return RuntimeError(f"its process gave no answer: {error}")
 
 
 def main() -> None:

@@ -62,8 +62,12 @@ class Clock:
     def __init__(self, minutes: float, steps: bool):
         self.started, self.seconds, self.early = time.monotonic(), 60 * minutes, 0.5 if steps else 0.4
 
+    def left(self, share: float) -> float:
+        """Seconds until so much of it is over."""
+        return share * self.seconds - (time.monotonic() - self.started)
+
     def before(self, share: float) -> bool:
-        return time.monotonic() - self.started < share * self.seconds
+        return self.left(share) > 0
 
     def reason(self) -> str:
         """Why nothing is compiled any more; empty where it is."""
@@ -264,15 +268,18 @@ class Run:
         return red, checked([entry for entry in self.to_check if stem(entry[0]) in stems], self.providers, clock, red)
 
 
-def check_job(arguments: argparse.Namespace, folder: Path, name: str, threads: int) -> tuple:
+def check_job(arguments: argparse.Namespace, folder: Path, name: str, clock: Clock, threads: int) -> tuple:
     """Run.equality of one stem, with so many of the processor's threads."""
     torch.set_num_threads(threads)
-    return Run(arguments, folder, lambda line: None).equality(Clock(arguments.minutes, arguments.steps), [name])
+    return Run(arguments, folder, lambda line: None).equality(clock, [name])
 
 
 def compile_job(arguments: argparse.Namespace, folder: Path, key: tuple[str, float, str]) -> str:
     """Runs a compiled provider, so that torch.compile finds all of it in its cache on disk from then on; what went wrong, or nothing. It has as many threads as
-    the process that times: their number is part of what the cache goes by."""
+    the process that times: their number is part of what the cache goes by. Which of several ways is the fastest it leaves to that one, as here others use the device too."""
+    from torch._inductor import config
+
+    config.autotune_local_cache = False
     run, (name, x, provider) = Run(arguments, folder, lambda line: None), key
     (case, setting), = [(case, setting) for case, setting in run.to_time if (case.name, setting.x) == (name, x)]
     try:
@@ -290,7 +297,9 @@ def beforehand(run: Run, clock: Clock) -> tuple[dict[str, str], dict, dict[tuple
     keys = [] if run.arguments.check else compiled_at(run.to_time, run.providers)
     given, threads = (run.arguments, run.folder), max(1, torch.get_num_threads() // workers)
     say(f"{len(stems)} checks and {len(keys)} times torch.compile, {workers} at a time")
-    found = together([("bench.gpu:check_job", (*given, name, threads)) for name in stems] + [("bench.gpu:compile_job", (*given, key)) for key in keys], workers, clock.early * clock.seconds)
+    checks, left = clock.late if run.arguments.check or workers == 1 else clock.early, clock.left
+    found = together([("bench.gpu:check_job", (*given, name, clock, threads), left(checks)) for name in stems]
+                     + [("bench.gpu:compile_job", (*given, key), left(clock.early)) for key in keys], workers, left(clock.late))
     red, shares, unready = {}, {}, clock.reason() or "it had no time"
     for name, answer in zip(stems, found):
         wrong, of_stem = answer if isinstance(answer, tuple) else ({name: f"{name}: not checked: {answer or unready}"}, {})

@@ -107,10 +107,12 @@ class Encoder(nn.Module):
         """
         self.seed = torch.randint(2 ** 62, (1,), device=batch.ids.device) if self.training else None
         hidden, batch = self._embed(batch)
-        given, linears = (hidden, hidden, None), self._linears
+        linears = self._linears
         self.written = write(self.hooks, linears, hidden)
         layer = self._recomputed if self.recompute and torch.is_grad_enabled() else self._layer
         with rounded_once(hidden, self._rounded_whole(linears, all_rows) if torch.is_grad_enabled() and not self.recompute else []):
+            given = hidden, hidden, None
+            del hidden  # a layer's input goes when its output is there
             for i in range(self.config.layers):
                 last = i == self.config.layers - 1 and not all_rows
                 given = layer(i, given, self.hooks.key_value(i), batch.row_spans if last else batch.spans, batch.rows if last else None)
@@ -161,23 +163,23 @@ class Encoder(nn.Module):
 
     def _recomputed(self, i: int, given: Forked, prefix: tuple[Tensor, Tensor] | None, spans: Spans, rows: Tensor | None) -> Forked:
         """_layer, of which nothing but its inputs is kept: the backward runs it again with the same seed, written weights and implementations, and so to the same bits."""
-        hidden, residual, _ = given  # what the norm behind them keeps is no input of a layer
+        hidden, residual, _ = given  # what the norm behind them keeps is computed again with its layer
         if torch.compiler.is_compiling():  # the compiler has both passes before it
             for name in ("query_places", "key_places", "key_mask"):  # made here: what it recomputes may leave nothing behind
                 getattr(spans, name)
-            return checkpoint(lambda *states: self._layer(i, (*states, None), prefix, spans, rows), hidden, residual, use_reentrant=False)
+            return *checkpoint(lambda *states: self._layer(i, (*states, None), prefix, spans, rows)[:2], hidden, residual, use_reentrant=False), None
         kept, asked = (self.seed, self.written), contextvars.copy_context()  # a GPU's backward has a thread of its own, which knows of no `kernels.use` or `dispatch.use`
 
-        def layer(*states: Tensor) -> Forked:
+        def layer(*states: Tensor) -> tuple[Tensor, Tensor]:
             before, (self.seed, self.written) = (self.seed, self.written), kept
             try:
-                return asked.run(self._layer, i, (*states, None), prefix, spans, rows)
+                return asked.run(self._layer, i, (*states, None), prefix, spans, rows)[:2]
             finally:
                 self.seed, self.written = before
 
         # Masks come from the seed; a method that drops may draw from torch's generator, which a CUDA graph's capture cannot set back.
         draws = any(method.drops for method in self.hooks.methods.values())
-        return checkpoint(layer, hidden, residual, use_reentrant=False, preserve_rng_state=draws)
+        return *checkpoint(layer, hidden, residual, use_reentrant=False, preserve_rng_state=draws), None
 
     def _layer(self, i: int, given: Forked, prefix: tuple[Tensor, Tensor] | None, spans: Spans, rows: Tensor | None) -> Forked:
         """given: hidden states [T, D] for the products, the same for the residual, and what the norm behind them keeps; returned are such, of [M, D] where rows int64 [M] are

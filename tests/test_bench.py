@@ -499,9 +499,11 @@ def test_jobs_side_by_side_answer_in_their_order(bench, tmp_path):
     (tmp_path / "jobs.py").write_text("import os\ndef double(x):\n    print('noise')\n    return 2 * x\ndef end(code):\n    os._exit(code)\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path))
-        first, second, third = together([("jobs:double", ([1],)), ("jobs:end", (3,)), ("jobs:double", (1.5,))], 2, 60)
+        first, second, third, fourth = together([("jobs:double", ([1],), 60), ("jobs:end", (3,), 60), ("jobs:double", (1.5,), 60), ("jobs:end", (0,), 60)], 2, 60)
+        assert str(together([("time:sleep", (60,), 60)], 1, 3)) == "[RuntimeError('its process did not end in time')]"
     assert first == [1, 1] and third == 3.0 and isinstance(second, RuntimeError) and str(second) == "its process ended with code 3"
-    assert together([("jobs:double", (1,))], 1, 0) == [None]
+    assert isinstance(fourth, RuntimeError) and str(fourth) == "its process gave no answer: Ran out of input"
+    assert together([("jobs:double", (1,), 0), ("jobs:double", (1,), 60)], 1, 0) == [None, None]
 
 
 def test_checks_beside_each_other_find_what_one_process_finds(bench, tmp_path, capsys):
@@ -523,12 +525,12 @@ def test_what_is_compiled_ahead_is_found_again(bench, tmp_path, monkeypatch):
             "run = gpu.Run(gpu.parser().parse_args({given}), pathlib.Path({folder!r})); key, = gpu.compiled_at(run.to_time, run.providers)\n"
             "{do}\nfrom torch._dynamo.utils import counters; print('misses', counters['inductor']['fxgraph_cache_miss'], 'hits', counters['inductor']['fxgraph_cache_hit'])")
     said = []
-    for do in ("print(gpu.beforehand(run, gpu.Clock(80, False))[2])", "print(repr(gpu.compile_job(run.arguments, run.folder, key)))"):
+    for do in ("print(gpu.beforehand(run, gpu.Clock(80, False))[2])", "case, setting = run.to_time[-1]; print(gpu.measure.warmed_up(case, run.providers['gelu'][key[2]].build(setting), setting.device) > 0)"):
         done = subprocess.run([sys.executable, "-c", code.format(root=str(ROOT), given=given, folder=str(tmp_path), do=do)], text=True, capture_output=True)
         said.append(done.stdout)
         assert done.returncode == 0, done.stderr
     assert said[0] == "{('gelu', 13, 'plain torch, compiled'): ''}\nmisses 0 hits 0\n"
-    assert said[1].startswith("''\nmisses 0 hits ") and not said[1].endswith("hits 0\n")
+    assert said[1].startswith("True\nmisses 0 hits ") and not said[1].endswith("hits 0\n")
 
 
 def test_a_bare_checkout_is_enough(tmp_path):

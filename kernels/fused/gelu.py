@@ -185,9 +185,9 @@ def _launch_backward(dy: Tensor, x: Tensor, bias: Tensor | None, dx: Tensor | No
             sum_stretches(partial, dbias)
 
 
-def backward_with_output(dy: Tensor, x: Tensor, bias: Tensor | None, of_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx [T, F], dbias fp32 [F] or empty, y [T, F]) for whoever saved x and no y. dy [T, F], contiguous: dx is written over it."""
-    y, (_, dbias) = torch.empty(x.shape, dtype=x.dtype, device=x.device), _gradients(x, False, of_bias)
+def backward_with_output(dy: Tensor, x: Tensor, bias: Tensor | None, of_bias: bool, of_output: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dx [T, F], dbias fp32 [F] or empty, y [T, F] or None) for whoever saved x and no y. dy [T, F], contiguous: dx is written over it."""
+    y, (_, dbias) = torch.empty(x.shape, dtype=x.dtype, device=x.device) if of_output else None, _gradients(x, False, of_bias)
     _launch_backward(dy, x, bias, dy, y, dbias)
     return dy, dbias, y
 

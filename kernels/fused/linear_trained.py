@@ -10,10 +10,13 @@ What autograd makes of such a product under autocast rounds dW and db to 16 bits
 than a product. Here both leave their products in float32: db is a product with a row of ones.
 
 What is kept for the backward is the memory of a step, so it is as little as there is:
-W itself, which is there anyway, and not its rounding, which the backward makes again; in the forward the roundings of many W and b are one launch (`rounded_once`).
+A parameter W itself, which is there anyway and must not change before the backward, and not its rounding, which the backward makes again; of a W that was computed, the
+rounding, so that W itself can go. In the forward the roundings of many W and b are one launch (`rounded_once`).
 x where W is trained; but where x = n gain + bias comes out of a norm, which keeps n, that n (`normal`):
 
     dW = dy^T x = (dy^T n) gain + db bias^T        gain along the columns
+
+There dW errs by the rounding of n, 2^-9 of |n gain| in bf16, as the norm's own dgain does; from x by that of x: in a column where bias is nearly -n gain, the former is more.
 
 Of GELU, x W1^T and no a: the kernel that computes the gradient before GELU has all that a is made of in its registers, and writes a once more. It writes that gradient over
 da, which is its own. No saved tensor is overwritten.
@@ -110,6 +113,11 @@ def _dweight(dy: Tensor, x: Tensor, dtype: torch.dtype, scales: tuple[Tensor, Te
     return dweight.to(dtype)
 
 
+def _lasting(weight: Tensor, rounded: Tensor) -> Tensor:
+    """Of both, the one that costs no memory, or less: a parameter, or a part of one, is there anyway."""
+    return weight if weight.is_leaf or weight._is_view() and weight._base.is_leaf else rounded
+
+
 def _kept(x: Tensor, normal: Normal | None, wanted: bool) -> tuple[Tensor | None, ...]:
     """What dW needs of x, in three places: n, gain and bias, or x."""
     return (None, None, None) if not wanted else normal or (x, None, None)
@@ -119,9 +127,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, normal):
         to_x, to_weight, *_ = ctx.needs_input_grad
-        ctx.of_bias = None if bias is None else bias.dtype
-        ctx.save_for_backward(weight if to_x or to_weight else None, *_kept(x, normal, to_weight))
-        return F.linear(x, _rounded(weight, x.dtype), _rounded(bias, x.dtype))
+        rounded = _rounded(weight, x.dtype)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(_lasting(weight, rounded) if to_x else None, *_kept(x, normal, to_weight))
+        return F.linear(x, rounded, _rounded(bias, x.dtype))
 
     @staticmethod
     def backward(ctx, dy):
@@ -130,31 +139,36 @@ class _Linear(torch.autograd.Function):
         weight, x, *scales = ctx.saved_tensors
         scales = None if scales[0] is None else scales
         sums = _sums(dy) if to_bias or to_weight and scales else None
-        return (dy @ weight.to(dy.dtype) if to_x else None, _dweight(dy, x, weight.dtype, scales, sums) if to_weight else None,
-                sums.to(ctx.of_bias) if to_bias else None, None)
+        return (dy @ weight.to(dy.dtype) if to_x else None, _dweight(dy, x, ctx.dtypes[0], scales, sums) if to_weight else None,
+                sums.to(ctx.dtypes[1]) if to_bias else None, None)
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, up, up_bias, down, down_bias, normal):
-        to_x, to_up, to_up_bias, *_ = ctx.needs_input_grad
-        inner = F.linear(x, _rounded(up, x.dtype))
-        ctx.of_biases = tuple(None if b is None else b.dtype for b in (up_bias, down_bias))
-        ctx.save_for_backward(inner, up_bias, up, down, *_kept(x, normal, to_up))
-        return F.linear(gelu(inner, up_bias), _rounded(down, x.dtype), _rounded(down_bias, x.dtype))
+        to_x, to_up, to_up_bias, to_down, *_ = ctx.needs_input_grad
+        to_inner, up_rounded, down_rounded = to_x or to_up or to_up_bias, _rounded(up, x.dtype), _rounded(down, x.dtype)
+        inner = F.linear(x, up_rounded)
+        ctx.dtypes = tuple(None if p is None else p.dtype for p in (up, up_bias, down, down_bias))
+        ctx.save_for_backward(*((inner, up_bias) if to_inner or to_down else (None, None)), _lasting(up, up_rounded) if to_x else None,
+                              _lasting(down, down_rounded) if to_inner else None, *_kept(x, normal, to_up))
+        return F.linear(gelu(inner, up_bias), down_rounded, _rounded(down_bias, x.dtype))
 
     @staticmethod
     def backward(ctx, dy):
         first_order("feed_forward")
         to_x, to_up, to_up_bias, to_down, to_down_bias, _ = ctx.needs_input_grad
         inner, shift, up, down, x, *scales = ctx.saved_tensors
-        scales = None if scales[0] is None else scales
-        summed = to_up_bias or to_up and bool(scales)
-        dinner, sums, a = backward_with_output(dy @ down.to(dy.dtype), inner, shift, summed)
-        ddown, ddown_bias = _dweight(dy, a, down.dtype, None, None) if to_down else None, _sums(dy).to(ctx.of_biases[1]) if to_down_bias else None
+        scales, dtypes = None if scales[0] is None else scales, ctx.dtypes
+        dinner = sums = a = None
+        if down is not None:
+            dinner, sums, a = backward_with_output(dy @ down.to(dy.dtype), inner, shift, to_up_bias or to_up and scales is not None, to_down)
+        elif to_down:
+            a = gelu(inner, shift)
+        ddown, ddown_bias = _dweight(dy, a, dtypes[2], None, None) if to_down else None, _sums(dy).to(dtypes[3]) if to_down_bias else None
         del a  # before the products below
-        return (dinner @ up.to(dy.dtype) if to_x else None, _dweight(dinner, x, up.dtype, scales, sums) if to_up else None,
-                sums.to(ctx.of_biases[0]) if to_up_bias else None, ddown, ddown_bias, None)
+        return (dinner @ up.to(dy.dtype) if to_x else None, _dweight(dinner, x, dtypes[0], scales, sums) if to_up else None,
+                sums.to(dtypes[1]) if to_up_bias else None, ddown, ddown_bias, None)
 
 
 @register("linear_trained", "triton")
@@ -167,18 +181,20 @@ def linear_trained(x: Tensor, weight: Tensor, bias: Tensor | None = None, normal
 def feed_forward(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, normal: Normal | None = None) -> Tensor:
     """x [T, in], up [inner, in], up_bias [inner] or None, down [out, inner], down_bias [out] or None -> [T, out]; normal: where x comes from, see the head of this file.
     Raises ValueError that names what it cannot take."""
+    x = _checked("feed_forward", x, up, up_bias, normal, "up", "up's bias")
     expect("feed_forward", "down", down, (-1, up.shape[0]), device=x.device)
     if down_bias is not None:
         expect("feed_forward", "down's bias", down_bias, (down.shape[0],), device=x.device)
-    return _FeedForward.apply(_checked("feed_forward", x, up, up_bias, normal), up, up_bias, down, down_bias, normal)
+    return _FeedForward.apply(x, up, up_bias, down, down_bias, normal)
 
 
-def _checked(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, normal: Normal | None) -> Tensor:
-    """x in the dtype of the products."""
-    expect(op, "W", weight, (-1, -1), device=x.device)
+def _checked(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, normal: Normal | None, *names: str) -> Tensor:
+    """x in the dtype of the products. names: what errors call W and its bias."""
+    name, bias_name = names or ("W", "bias")
+    expect(op, name, weight, (-1, -1), device=x.device)
     expect(op, "x", x, (-1, weight.shape[1]))
     if bias is not None:
-        expect(op, "bias", bias, (weight.shape[0],), device=x.device)
+        expect(op, bias_name, bias, (weight.shape[0],), device=x.device)
     x = x.to(product_dtype(x))
     if normal is not None:
         expect(op, "n", normal[0], tuple(x.shape), (x.dtype,), x.device)
