@@ -14,8 +14,8 @@ gradients does that: of a base of 109 M weights it would read and write 870 MB b
 How. A program owns COUNT values; only those at a tensor's end are asked one by one whether they are there, which forbids loads of several at once. Of many tensors, which ones
 it owns says a table on the device: `tiles` int32 [N, 2] (tensor, which COUNT values of it) and `sizes` int64 [S], made once, and `places` int64 [S, 4], the addresses of w, g, m
 and q. Autograd may put a gradient elsewhere in every step; then they are sent anew, from pinned memory. While a CUDA graph is captured nothing can be sent, and nothing runs:
-the graph gets a table of its own, which `captured` fills once the capture is over. The optimizer calls all this outside of what torch.compile sees, so that it is no op of
-torch.library.
+the graph gets a table of its own, which `captured` fills once the capture is over. Its memory is there before the capture: what is allocated in one may have been another
+tensor's a few kernels before, which every replay writes again. The optimizer calls all this outside of what torch.compile sees, so that it is no op of torch.library.
 What limits it: memory, 28 bytes a value.
 """
 
@@ -135,6 +135,7 @@ class AdamWOfMany:
         tiles = [(i, part) for i, tensor in enumerate(values) for part in range(ceil_div(tensor.numel(), COUNT))]
         self.tiles = torch.tensor(tiles, dtype=torch.int32).view(-1, 2).to(self.device)
         self.sizes = torch.tensor([tensor.numel() for tensor in values]).to(self.device)
+        self.spare: Tensor | None = self._table()  # for the next capture
 
     def __call__(self, gradients: list[Tensor], rates: Tensor, factor: Tensor | None, *, betas: tuple[float, float], epsilon: float) -> None:
         """One step, in place. gradients: alike, of any strides. rates [3], factor []: float32, on the device."""
@@ -156,14 +157,20 @@ class AdamWOfMany:
     def captured(self) -> list[Tensor]:
         """To be called once a capture is over, before its first replay: fills the tables of its launches, and hands them over, for whoever keeps the graph to keep."""
         tables = [table if addresses is None else table.copy_(torch.tensor(addresses)) for table, addresses in self.waiting]
-        self.waiting = []
+        self.waiting, self.spare = [], self._table() if self.spare is None else self.spare
         return tables
+
+    def _table(self) -> Tensor:
+        return torch.empty(len(self.sizes), 4, dtype=torch.int64, device=self.device)
 
     def _places(self, addresses: list[list[int]]) -> Tensor:
         """The table on the device; while a graph is captured, one that is in `waiting` as well."""
         new = addresses != self.known[0]
         if capturing(self.device):
-            table = torch.empty(len(addresses), 4, dtype=torch.int64, device=self.device) if new else self.known[1]
+            if new and self.spare is None:
+                raise RuntimeError("adamw_of_many: expected one step a capture, and `captured` behind it")
+            table = self.spare if new else self.known[1]
+            self.spare = None if new else self.spare
             self.waiting.append((table, addresses if new else None))
             return table
         if new:
