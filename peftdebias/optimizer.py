@@ -92,6 +92,14 @@ class _AdamW(torch.optim.Optimizer):
             if group["params"]:
                 rates.copy_(self._rates(group, self.state[group["params"][0]]["step"], rates))
 
+    @torch.no_grad()
+    def step(self) -> None:
+        if self.together:
+            self.advance()
+            self.apply()
+        else:
+            self.apart()
+
     @staticmethod
     def _rates(group: dict, step: int, like: Tensor) -> Tensor:
         return send(torch.tensor(rates_at(step, group["lr"], group["betas"], group["weight_decay"]), dtype=like.dtype), like.device)
@@ -125,14 +133,10 @@ class FlatAdamW(_AdamW):
             self.update(values, gradient, first, second, rates, betas=group["betas"], epsilon=group["eps"])
             torch.autograd.graph.increment_version(group["params"])  # views by `data`: who saved one for a backward hears of it, as with torch's own
 
-    @torch.no_grad()
-    def step(self) -> None:
-        if self.together:
-            self.advance()
-            self.apply()
-            return
+    def apart(self) -> None:
+        """A step in which some have no gradient, or have had fewer steps than others."""
         for group, like in zip(self.param_groups, self.rates):
-            for p in group["params"]:  # some have had fewer steps, or have no gradient now
+            for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state[p]
@@ -157,14 +161,18 @@ class WholeAdamW(_AdamW):
 
     def __init__(self, groups: Iterable[dict], lr: float, many: Callable = AdamWOfManyRef, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
         super().__init__(groups, lr, betas, eps)
-        self.many, self.factor = many, None
+        self.many, self.factor, self.made = many, None, {}
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p] = {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         self.updates = [self._update_of(group["params"]) for group in self.param_groups]
 
     def _update_of(self, parameters: list[Tensor]) -> Callable:
-        return self.many([p.data for p in parameters], *([self.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq")))
+        """Made once for the same parameters: its tables are sent to the device then."""
+        key = tuple(map(id, parameters))
+        if key not in self.made:
+            self.made[key] = self.many([p.data for p in parameters], *([self.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq")))
+        return self.made[key]
 
     @torch.no_grad()
     def clip(self, parameters: list[Tensor], most: float) -> None:
@@ -183,12 +191,8 @@ class WholeAdamW(_AdamW):
             update([p.grad for p in group["params"]], rates, factor, betas=group["betas"], epsilon=group["eps"])
             torch.autograd.graph.increment_version(group["params"])  # written through their addresses: who saved one for a backward hears of it, as with torch's own
 
-    @torch.no_grad()
-    def step(self) -> None:
-        if self.together:
-            self.advance()
-            self.apply()
-            return
+    def apart(self) -> None:
+        """As FlatAdamW's."""
         factor, self.factor = self.factor, None
         for group, like in zip(self.param_groups, self.rates):
             alike = collections.defaultdict(list)  # those that have a gradient now, by how many steps they have had
@@ -208,6 +212,7 @@ class WholeAdamW(_AdamW):
                 loaded = self.state.get(p) or {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
                 moments = {name: torch.empty_like(p, requires_grad=False).copy_(loaded[name]) for name in ("exp_avg", "exp_avg_sq")}
                 self.state[p] = {"step": int(loaded["step"])} | moments
+        self.made.clear()
         self.updates = [self._update_of(group["params"]) for group in self.param_groups]
 
 

@@ -132,6 +132,14 @@ def test_who_saved_a_parameter_for_a_backward_hears_of_the_update(together, kind
             loss.backward()
 
 
+def test_what_updates_the_same_parameters_is_made_once():
+    """Its tables are sent to the device, which a step waits for."""
+    ours, made = parameters(), []
+    optimizer = WholeAdamW(groups(ours), lr=1e-2, many=lambda *state: made.append(len(state[0])) or AdamWOfManyRef(*state))
+    run(ours, optimizer, 6, without={(t, 1) for t in range(2, 6)})
+    assert made == [2, 2, 1]  # both groups, and the one of the first that has a gradient
+
+
 def test_many_are_updated_one_by_one():
     values, first, second, gradients = ([drawn(*shape, seed=10 * k + i).abs() for i, shape in enumerate(SHAPES)] for k in range(4))
     alone = [[t.clone() for t in ts] for ts in (values, first, second)]

@@ -132,9 +132,11 @@ class AdamWOfMany:
         for name, tensors in zip(("values", "first", "second"), self.tensors):
             for i, tensor in enumerate(tensors):
                 self._check(f"{name} {i}", tensor, i)
-        tiles = [(i, part) for i, tensor in enumerate(values) for part in range(ceil_div(tensor.numel(), COUNT))]
-        self.tiles = torch.tensor(tiles, dtype=torch.int32).view(-1, 2).to(self.device)
-        self.sizes = torch.tensor([tensor.numel() for tensor in values]).to(self.device)
+        sizes = torch.tensor([tensor.numel() for tensor in values])
+        parts = (sizes + COUNT - 1) // COUNT
+        owner = torch.repeat_interleave(torch.arange(len(sizes)), parts)
+        self.tiles = torch.stack([owner, torch.arange(len(owner)) - (parts.cumsum(0) - parts)[owner]], 1).int().to(self.device)
+        self.sizes = sizes.to(self.device)
         self.spare: Tensor | None = self._table()  # for the next capture
 
     def __call__(self, gradients: list[Tensor], rates: Tensor, factor: Tensor | None, *, betas: tuple[float, float], epsilon: float) -> None:
