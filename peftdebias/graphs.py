@@ -86,6 +86,7 @@ class Graphed(Step):
                 self.optimizer.apply()
         except RuntimeError as error:
             torch.cuda.synchronize(self.model.device)
+            self.optimizer.captured()  # of a launch that nobody will replay
             return self._fall_back(str(error).strip().splitlines()[0])
         self.pool = graph.pool()
         return Captured(graph, inputs, loss, self.optimizer.captured())

@@ -42,6 +42,9 @@ def adamw_compiled(values: Tensor, gradient: Tensor, first: Tensor, second: Tens
         torch.autograd.graph.increment_version(tensor)
 
 
+MADE = 8  # sets of parameters whose tables WholeAdamW keeps
+
+
 class AdamWOfManyRef:
     """adamw_ref on tensors of any shapes, of gradients times a factor [] or None; the specification. values, first, second: as many tensors of each, alike."""
 
@@ -162,6 +165,7 @@ class WholeAdamW(_AdamW):
     def __init__(self, groups: Iterable[dict], lr: float, many: Callable = AdamWOfManyRef, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
         super().__init__(groups, lr, betas, eps)
         self.many, self.factor, self.made = many, None, {}
+        self.places = {id(p): p.data_ptr() for group in self.param_groups for p in group["params"]}
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p] = {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -171,8 +175,16 @@ class WholeAdamW(_AdamW):
         """Made once for the same parameters: its tables are sent to the device then."""
         key = tuple(map(id, parameters))
         if key not in self.made:
+            if len(self.made) >= MADE:
+                self.made.clear()
             self.made[key] = self.many([p.data for p in parameters], *([self.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq")))
         return self.made[key]
+
+    def _gradients(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Raises RuntimeError where a parameter has other memory than it had at the start: it would not be trained, and nobody would know."""
+        if any(p.data_ptr() != self.places[id(p)] for p in parameters):
+            raise RuntimeError("AdamW of a whole base: expected parameters that keep their memory, got one whose `data` was replaced")
+        return [p.grad for p in parameters]
 
     @torch.no_grad()
     def clip(self, parameters: list[Tensor], most: float) -> None:
@@ -188,7 +200,7 @@ class WholeAdamW(_AdamW):
         """The device's half."""
         factor, self.factor = self.factor, None
         for group, update, rates in zip(self.param_groups, self.updates, self.rates):
-            update([p.grad for p in group["params"]], rates, factor, betas=group["betas"], epsilon=group["eps"])
+            update(self._gradients(group["params"]), rates, factor, betas=group["betas"], epsilon=group["eps"])
             torch.autograd.graph.increment_version(group["params"])  # written through their addresses: who saved one for a backward hears of it, as with torch's own
 
     def apart(self) -> None:
@@ -201,19 +213,18 @@ class WholeAdamW(_AdamW):
                     self.state[p]["step"] += 1
                     alike[self.state[p]["step"]].append(p)
             for count, some in alike.items():
-                self._update_of(some)([p.grad for p in some], self._rates(group, count, like), factor, betas=group["betas"], epsilon=group["eps"])
+                self._update_of(some)(self._gradients(some), self._rates(group, count, like), factor, betas=group["betas"], epsilon=group["eps"])
                 torch.autograd.graph.increment_version(some)
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes a state of these classes or of torch.optim.AdamW; the moments are copied."""
+        """Takes a state of these classes or of torch.optim.AdamW; the moments are copied into those that are here."""
+        own = {p: {name: moments[name] for name in ("exp_avg", "exp_avg_sq")} for p, moments in self.state.items()}
         super().load_state_dict(state)
-        for group in self.param_groups:
-            for p in group["params"]:
-                loaded = self.state.get(p) or {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                moments = {name: torch.empty_like(p, requires_grad=False).copy_(loaded[name]) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[p] = {"step": int(loaded["step"])} | moments
-        self.made.clear()
-        self.updates = [self._update_of(group["params"]) for group in self.param_groups]
+        for p, moments in own.items():
+            loaded = self.state.get(p) or {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            for name, moment in moments.items():
+                moment.copy_(loaded[name])
+            self.state[p] = {"step": int(loaded["step"])} | moments
 
 
 class LargeAdamW(torch.optim.AdamW):

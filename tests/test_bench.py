@@ -483,6 +483,13 @@ def test_both_phases_against_the_twins_and_in_the_loop_with_its_validations(benc
     assert red.startswith("adapter, bf16, eager, the loop of training.py: RuntimeError: ")
 
 
+def test_the_base_of_the_curves_is_updated_as_a_whole_base_is(bench):
+    """On a device the 200 steps of `full` are what shows WholeAdamW in captured steps: its model must be larger than what is gathered into one tensor."""
+    with torch.device("meta"):
+        model = bench.gpu.curves.Model(bench.case.SIZES["tiny"].encoder_config(0.0), labels=("a", "b"))
+    assert sum(p.numel() for p in model.parameters()) > bench.gpu.curves.training.FLAT["triton"]
+
+
 @pytest.mark.skipif(not HAVE_BOTH, reason="compares with transformers and peft, which are not installed")
 def test_a_method_whose_losses_leave_those_of_the_cpu_is_not_timed(bench, quick, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench.gpu.curves, "check", lambda *_, phases, **__: ["lora, float32, eager: loss over all steps: off by 1"] if phases == ("lora",) else [])

@@ -132,6 +132,23 @@ def test_who_saved_a_parameter_for_a_backward_hears_of_the_update(together, kind
             loss.backward()
 
 
+def test_a_parameter_whose_memory_was_replaced_is_not_passed_over_in_silence():
+    ours, optimizer, *_ = both(WholeAdamW)
+    ours[1].data = ours[1].data.clone()
+    with pytest.raises(RuntimeError, match="expected parameters that keep their memory"):
+        run(ours, optimizer, 1)
+
+
+@OURS
+def test_moments_keep_their_memory_when_a_state_is_loaded(kind):
+    """A captured step reads them there."""
+    ours, optimizer, *_ = both(kind)
+    run(ours, optimizer, 2)
+    places = [optimizer.state[p][name].data_ptr() for p in ours for name in ("exp_avg", "exp_avg_sq")]
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert places == [optimizer.state[p][name].data_ptr() for p in ours for name in ("exp_avg", "exp_avg_sq")]
+
+
 def test_what_updates_the_same_parameters_is_made_once():
     """Its tables are sent to the device, which a step waits for."""
     ours, made = parameters(), []

@@ -37,15 +37,17 @@ def library(w, **gradients):
     return {"w": w, "m": optimizer.state[w]["exp_avg"], "q": optimizer.state[w]["exp_avg_sq"]}
 
 
-@pytest.mark.parametrize("n", [1, 13, 1024, 3001])
+@pytest.mark.parametrize("n", [1, 13, fused.COUNT - 1, fused.COUNT, 3001])
 def test_adamw_errs_no_more_than_twice_torchs(n):
     """Gradients over five orders of magnitude."""
     given = {"w": drawn(n, seed=1)} | {f"g{t}": drawn(n, seed=10 + t, scale=10.0 ** -t) for t in range(1, 6)}
     compare(steps(fused.adamw), library, given, dtype=torch.float32)
 
 
-def test_adamw_writes_inside_its_tensors_and_leaves_the_gradient():
-    guards = [Guarded(drawn(13, seed=i).abs().float()) for i in range(4)]
+@pytest.mark.parametrize("n", [13, fused.COUNT - 1])
+def test_adamw_writes_inside_its_tensors_and_leaves_the_gradient(n):
+    """Around them lie numbers, of which an update beyond the ends would make others; NaN would stay NaN."""
+    guards = [Guarded(drawn(n, seed=i).abs().float(), around=7.0 + i) for i in range(4)]
     fused.adamw(*(g.view for g in guards), rates(1), **SETTINGS)
     for name, guard in zip(("values", "gradient", "first", "second"), guards):
         guard.check(name, unchanged=name == "gradient")
@@ -91,7 +93,7 @@ def test_it_is_registered_soundly():
 
 # ---------------------------------------------------------------- many tensors
 
-SHAPES = ((13, 37), (1,), (3, 7, 5), (2 * fused.COUNT + 1,), (0,), (fused.COUNT,))
+SHAPES = ((13, 37), (1,), (3, 7, 5), (2 * fused.COUNT + 1,), (0,), (fused.COUNT,), (fused.COUNT - 1,))
 
 
 def many_steps(of_many, factor: float | None):
@@ -116,22 +118,30 @@ def test_many_err_no_more_than_twice_what_torch_does(factor, layout):
     compare(many_steps(of_many, factor), many_steps(AdamWOfManyRef, factor), given, dtype=torch.float32)
 
 
-def test_addresses_that_no_vector_load_takes():
+def test_addresses_that_no_vector_load_takes(monkeypatch):
     """A gradient one element into its memory: the kernel must not read it in vectors of four."""
     values, gradients = ([drawn(41, seed=10 * n + i).float() for i in range(3)] for n in (0, 1))
     gradients[1] = torch.cat([gradients[1].new_zeros(1), gradients[1]])[1:]
     assert gradients[1].data_ptr() % 16 and gradients[1].is_contiguous()
-    found = []
+    found, told, run = [], [], fused.many_kernel
+
+    class Recorder:  # the interpreter has no vectors: what the kernel is told is looked at
+        def __getitem__(self, grid):
+            return lambda *given, **more: told.append(more["ALIGNED"]) or run[grid](*given, **more)
+
+    monkeypatch.setattr(fused, "many_kernel", Recorder())
     for of_many in (fused.AdamWOfMany, AdamWOfManyRef):
         state = [v.clone() for v in values], [torch.zeros_like(v) for v in values], [torch.zeros_like(v) for v in values]
         of_many(*state)(gradients, rates(1), None, **SETTINGS)
         found.append(state)
     for mine, theirs in zip(*found):
         torch.testing.assert_close(mine, theirs)
+    fused.AdamWOfMany(*state)([g.clone() for g in gradients], rates(1), None, **SETTINGS)
+    assert told == [False, True]
 
 
 def test_many_write_inside_their_tensors_and_leave_the_gradients():
-    guards = [[Guarded(drawn(*shape, seed=10 * k + i).abs().float()) for i, shape in enumerate(SHAPES)] for k in range(4)]
+    guards = [[Guarded(drawn(*shape, seed=10 * k + i).abs().float(), around=7.0 + k) for i, shape in enumerate(SHAPES)] for k in range(4)]
     values, gradients, first, second = ([g.view for g in kind] for kind in guards)
     fused.AdamWOfMany(values, first, second)(gradients, rates(1), torch.tensor(0.5, device=DEVICE), **SETTINGS)
     for name, kind in zip(("values", "gradient", "first", "second"), guards):
@@ -152,7 +162,7 @@ def test_the_table_is_sent_when_an_address_has_changed():
 
 def test_a_captured_step_reads_a_table_of_its_own_that_is_filled_when_the_capture_is_over(monkeypatch):
     """Nothing is sent while a capture goes on, and what eager steps do between replays leaves the graph's table alone."""
-    values, first, second, eager, graphs = ([torch.zeros(5, device=DEVICE) for _ in range(2)] for _ in range(5))
+    values, first, second, eager, graphs, more = ([torch.zeros(5, device=DEVICE) for _ in range(2)] for _ in range(6))
     update, launched, run = fused.AdamWOfMany(values, first, second), [], fused.many_kernel
 
     class Recorder:
@@ -177,6 +187,8 @@ def test_a_captured_step_reads_a_table_of_its_own_that_is_filled_when_the_captur
     ready = update.spare  # memory that is allocated in a capture is written by the graph's other kernels too
     own, = captured(graphs)
     assert same is launched[0] is update.known[1] and own is launched[1] is ready is not update.spare and update.captured() == []
+    other, = captured(more)  # of another shape
+    assert other is not own and [row[1] for row in other.tolist()] == [g.data_ptr() for g in more]
     assert own.tolist() == [[t.data_ptr() for t in four] for four in zip(values, graphs, first, second)]
     update(graphs[::-1], rates_before, None, **SETTINGS)
     assert own.tolist()[0][1] == graphs[0].data_ptr() and same.tolist()[0][1] == eager[0].data_ptr() and fused.many_kernel is run

@@ -67,10 +67,11 @@ class ProductsInOrder(TorchDispatchMode):
 
 
 class Guarded:
-    """A contiguous copy of a tensor between two stretches of NaN: a read beyond its ends spoils the result, a write beyond them is found by `check`."""
+    """A contiguous copy of a tensor between two stretches of NaN: a read beyond its ends spoils the result, a write beyond them is found by `check`. around: another number,
+    where what is read beyond would be written there again."""
 
-    def __init__(self, tensor: Tensor):
-        around = math.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max if tensor.dtype != torch.bool else True
+    def __init__(self, tensor: Tensor, around: float = math.nan):
+        around = around if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max if tensor.dtype != torch.bool else True
         self.buffer = torch.full((tensor.numel() + 2 * GUARD,), around, dtype=tensor.dtype, device=tensor.device)
         self.inside = slice(GUARD, GUARD + tensor.numel())
         self.view = self.buffer[self.inside].view(tensor.shape).copy_(tensor)
