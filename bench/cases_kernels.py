@@ -6,7 +6,6 @@ that bf16 holds, so float32, bf16 and the float64 truth start from the same numb
 Letters: T rows, D hidden, F feed-forward, K bottleneck, R rank, M rows asked for, V vocabulary, I and O widths of a linear, k values kept.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -16,13 +15,11 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from peftdebias import kernels
-from peftdebias.encoder import Model
 from peftdebias.kernels import dispatch
 from peftdebias.kernels.dropout_ref import Drop, dropout_ref
 from peftdebias.methods.adapter import adapter_ref
 from peftdebias.methods.lora import lora_grads_ref, lora_linear_ref
 from peftdebias.ops import feed_forward_ref, gelu_ref, norm_ref
-from peftdebias.optimizer import AdamWOfManyRef, FlatAdamW, WholeAdamW, adamw_ref
 from peftdebias.sites import sparse_add_ref
 from peftdebias.tasks import mlm_loss_ref
 from peftdebias.written import lora_write_ref, lora_written_ref
@@ -288,70 +285,6 @@ def add(form: str) -> Callable[[Setting], Work]:
     return build
 
 
-def adamw(form: str) -> Callable[[Setting], Work]:
-    """x: values in all, in 146 vectors as BERT-base's sparse module has them."""
-    def build(setting: Setting) -> Work:
-        sizes = [len(part) for part in torch.arange(int(setting.x)).tensor_split(146)]
-
-        def made():
-            parameters = [Parameter(drawn(setting, True, seed=i, shape=(n,))) for i, n in enumerate(sizes)]
-            for i, p in enumerate(parameters):
-                p.grad = drawn(setting, True, 0.01, 1000 + i, shape=p.shape)
-            if form == "torch":
-                one_kernel = setting.precision != "float64"
-                return parameters, torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=one_kernel, capturable=one_kernel and setting.device.type == "cuda")
-            return parameters, FlatAdamW([{"params": parameters}], 1e-3, adamw_ref if form == "flat" else fused("adamw", adamw_ref, setting))
-
-        _, optimizer = made()
-
-        def results() -> dict[str, Tensor]:
-            parameters, fresh = made()
-            for _ in range(3):
-                fresh.step()
-            return {"values": torch.cat([p.detach() for p in parameters])}
-
-        return Work(optimizer.step, results, roof=((0.0, 9.0 * 4 * setting.x),), limit="the gradients are gathered into one tensor first",
-                    capture=None if form == "torch" else optimizer.apply,  # the rest of the step sends the rates from the host
-                    extra={"setting": f"{int(setting.x)} values in {len(sizes)} vectors, float32"})
-
-    return build
-
-
-def whole_adamw(form: str) -> Callable[[Setting], Work]:
-    """x: layers of a base, whose gradients are clipped and whose weights are updated. form: torch, plain (AdamWOfManyRef) or fused."""
-    def build(setting: Setting) -> Work:
-        with torch.device("meta"):
-            shapes = [p.shape for p in Model(dataclasses.replace(setting.config, layers=int(setting.x))).parameters()]
-
-        def made():
-            parameters = [Parameter(drawn(setting, True, seed=i, shape=shape)) for i, shape in enumerate(shapes)]
-            for i, p in enumerate(parameters):
-                p.grad = drawn(setting, True, 0.01, 1000 + i, shape=p.shape)
-            groups = [{"params": [p for p in parameters if (p.dim() > 1) == matrices], "weight_decay": 0.1 * matrices} for matrices in (True, False)]
-            if form == "torch":
-                one_kernel = setting.precision != "float64"
-                optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=one_kernel, capturable=one_kernel and setting.device.type == "cuda")
-                return parameters, lambda: torch.nn.utils.clip_grad_norm_(parameters, 1.0), optimizer.step, optimizer
-            optimizer = WholeAdamW(groups, 1e-3, AdamWOfManyRef if form == "plain" else fused("adamw_of_many", AdamWOfManyRef, setting))
-            return parameters, lambda: optimizer.clip(parameters, 1.0), optimizer.step, optimizer
-
-        _, clip, step, optimizer = made()
-
-        def results() -> dict[str, Tensor]:
-            parameters, clip, step, _ = made()
-            for _ in range(3):
-                clip()
-                step()
-            return {"values": torch.cat([p.detach().flatten() for p in parameters])}
-
-        values = sum(shape.numel() for shape in shapes)
-        return Work(lambda: (clip(), step()), results, roof=((0.0, 4.0 * values), (0.0, 28.0 * values)), limit="the norm of all gradients is there before the first is used", held=optimizer,
-                    capture=None if form == "torch" else lambda: (clip(), optimizer.apply()),  # the rest of the step sends the rates from the host
-                    extra={"setting": f"{values} values in {len(shapes)} tensors, float32, their gradients' norm at most 1"})
-
-    return build
-
-
 def dropout(form: str) -> Callable[[Setting], Work]:
     def build(setting: Setting) -> Work:
         t, d, seed = int(setting.x), setting.size.hidden, torch.tensor([5], device=setting.device)
@@ -425,7 +358,7 @@ def trained(form: str, block: bool = False) -> Callable[[Setting], Work]:
 
 # ---------------------------------------------------------------- the registry
 
-def _case(name: str, what: str, x_name: str, x_values: tuple[float, ...], providers: dict[str, Provider], mode: str = "full") -> Case:
+def op_case(name: str, what: str, x_name: str, x_values: tuple[float, ...], providers: dict[str, Provider], mode: str = "full") -> Case:
     return Case(name, mode, what, providers, x_name, x_values, output_bound, rounded=True)
 
 
@@ -456,33 +389,28 @@ def _adapter(frozen: bool) -> dict[str, Provider]:
 
 
 KERNEL_CASES = {case.name: case for case in (
-    _case("lora_linear", "one linear with LoRA: forward, and backward to x, A and B", "rows", (256, 2048), _linear(False)),
-    _case("lora_linear_wide", "the same, hidden to feed-forward", "rows", (256, 2048), _linear(True)),
+    op_case("lora_linear", "one linear with LoRA: forward, and backward to x, A and B", "rows", (256, 2048), _linear(False)),
+    op_case("lora_linear_wide", "the same, hidden to feed-forward", "rows", (256, 2048), _linear(True)),
     Case("lora_frozen", "full", "yardstick: that linear alone, forward and dX", {"torch": Provider(frozen_linear(False))}, "rows", (256, 2048), output_bound),
     Case("lora_frozen_wide", "full", "yardstick: that linear alone, forward and dX", {"torch": Provider(frozen_linear(True))}, "rows", (256, 2048), output_bound),
-    _case("lora_dropout", f"one linear with LoRA and lora_dropout {RATE:g}", "rows", (256, 2048), {
+    op_case("lora_dropout", f"one linear with LoRA and lora_dropout {RATE:g}", "rows", (256, 2048), {
         "plain torch": Provider(linear("plain", rate=RATE)), "peft": Provider(linear("peft", rate=RATE), ("peft",), compared=False),
         "peftdebias, epilogue": Provider(linear("epilogue", rate=RATE), kernels=("lora_linear",)),
         "peftdebias, library": Provider(linear("library", rate=RATE), kernels=("lora_linear",))}),
-    _case("lora_write", "W' = W + s B A of all layers' Q, K, V", "layers", (4,), _three(write, "lora_write"), "forward"),
-    _case("lora_grads", "dA and dB from x and dY", "rows", (256, 2048), _grads(1), "backward"),
-    _case("lora_grads_two", "the same of query and value together", "rows", (256, 2048), _grads(2), "backward"),
-    _case("adapter", "bottleneck adapter and its residual, trained", "rows", (256, 2048), _adapter(False)),
-    _case("adapter_frozen", "the same with frozen parameters", "rows", (256, 2048), _adapter(True)),
-    _case("mlm_loss", "cross-entropy of the rows asked for", "rows", (64, 256), _three(loss, "mlm_loss")),
-    _case("sparse_add", "values of a sparse module put into a weight", "weight_rows", (768,), _three(add, "sparse_add")),
-    _case("sparse_adamw", "AdamW of a sparse module's values", "values", (100_000,), {
-        "torch.optim.AdamW, fused": Provider(adamw("torch")), "flat, plain torch": Provider(adamw("flat")), "peftdebias": Provider(adamw("fused"), kernels=("adamw",))}, "forward"),
-    _case("whole_adamw", "clipping and AdamW of a whole base", "layers", (2,), {
-        "torch, fused": Provider(whole_adamw("torch")), "plain torch": Provider(whole_adamw("plain")), "peftdebias": Provider(whole_adamw("fused"), kernels=("adamw_of_many",))},
-        "forward"),
-    _case("dropout", "dropout from a counter", "rows", (256, 2048), {
+    op_case("lora_write", "W' = W + s B A of all layers' Q, K, V", "layers", (4,), _three(write, "lora_write"), "forward"),
+    op_case("lora_grads", "dA and dB from x and dY", "rows", (256, 2048), _grads(1), "backward"),
+    op_case("lora_grads_two", "the same of query and value together", "rows", (256, 2048), _grads(2), "backward"),
+    op_case("adapter", "bottleneck adapter and its residual, trained", "rows", (256, 2048), _adapter(False)),
+    op_case("adapter_frozen", "the same with frozen parameters", "rows", (256, 2048), _adapter(True)),
+    op_case("mlm_loss", "cross-entropy of the rows asked for", "rows", (64, 256), _three(loss, "mlm_loss")),
+    op_case("sparse_add", "values of a sparse module put into a weight", "weight_rows", (768,), _three(add, "sparse_add")),
+    op_case("dropout", "dropout from a counter", "rows", (256, 2048), {
         "plain torch": Provider(dropout("reference")), "F.dropout": Provider(dropout("library"), compared=False), "peftdebias": Provider(dropout("fused"), kernels=("dropout",))}),
-    _case("norm", "residual and LayerNorm, trained", "rows", (256, 2048), _three(norm, "norm")),
-    _case("norm_dropout", f"dropout {RATE:g}, residual and LayerNorm, frozen", "rows", (256, 2048), {
+    op_case("norm", "residual and LayerNorm, trained", "rows", (256, 2048), _three(norm, "norm")),
+    op_case("norm_dropout", f"dropout {RATE:g}, residual and LayerNorm, frozen", "rows", (256, 2048), {
         "plain torch": Provider(norm("plain", RATE), compared=False), "plain torch, compiled": Provider(norm("compiled", RATE), compiled=True, compared=False),
         "plain torch, our mask": Provider(norm("twin", RATE)), "peftdebias": Provider(norm("fused", RATE), kernels=("norm",))}),
-    _case("gelu", "bias and GELU", "rows", (256, 2048), _three(gelu, "gelu")),
-    _case("trained_linear", "a linear whose W and bias are trained", "rows", (256, 2048), _three(trained, "linear_trained")),
-    _case("trained_feed_forward", "a feed-forward block that is trained", "rows", (256, 2048), _three(lambda form: trained(form, True), "feed_forward")),
+    op_case("gelu", "bias and GELU", "rows", (256, 2048), _three(gelu, "gelu")),
+    op_case("trained_linear", "a linear whose W and bias are trained", "rows", (256, 2048), _three(trained, "linear_trained")),
+    op_case("trained_feed_forward", "a feed-forward block that is trained", "rows", (256, 2048), _three(lambda form: trained(form, True), "feed_forward")),
 )}

@@ -42,7 +42,7 @@ def adamw_compiled(values: Tensor, gradient: Tensor, first: Tensor, second: Tens
         torch.autograd.graph.increment_version(tensor)
 
 
-MADE = 8  # sets of parameters whose tables WholeAdamW keeps
+MADE = 8  # sets of parameters whose tables WholeAdamW keeps beside those of its groups
 
 
 class AdamWOfManyRef:
@@ -172,11 +172,11 @@ class WholeAdamW(_AdamW):
         self.updates = [self._update_of(group["params"]) for group in self.param_groups]
 
     def _update_of(self, parameters: list[Tensor]) -> Callable:
-        """Made once for the same parameters: its tables are sent to the device then."""
-        key = tuple(map(id, parameters))
+        """Made once for the same parameters, as its tables are sent to the device then, which waits for it. The groups' own, made first, stay; of others the oldest goes."""
+        key, groups = tuple(map(id, parameters)), len(self.param_groups)
         if key not in self.made:
-            if len(self.made) >= MADE:
-                self.made.clear()
+            if len(self.made) >= groups + MADE:
+                del self.made[list(self.made)[groups]]
             self.made[key] = self.many([p.data for p in parameters], *([self.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq")))
         return self.made[key]
 
@@ -191,6 +191,11 @@ class WholeAdamW(_AdamW):
         """As torch.nn.utils.clip_grad_norm_, but the next step scales the gradients as it reads them."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.factor = (most / (norm + 1e-6)).clamp(max=1.0)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what was to be clipped is gone."""
+        self.factor = None
+        super().zero_grad(set_to_none)
 
     def captured(self) -> list[Tensor]:
         return [table for update in self.updates for table in update.captured()]

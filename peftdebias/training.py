@@ -109,8 +109,8 @@ def pick_step(name: str, device: torch.device) -> str:
 
 
 def make_optimizer(parameters: dict[str, Parameter], schedule: Schedule) -> FlatAdamW | WholeAdamW | LargeAdamW:
-    """Fused AdamW; matrices decay, biases, norms and other vectors do not. Float32 values are updated in one launch where there is a kernel for it: up to FLAT of them in one
-    flat tensor."""
+    """Fused AdamW; matrices decay, biases, norms and other vectors do not. Float32 values are updated in one launch a group where there is a kernel for it: up to FLAT of them
+    in one flat tensor."""
     matrices = [p for p in parameters.values() if p.dim() > 1]
     vectors = [p for p in parameters.values() if p.dim() <= 1]
     groups = [{"params": ps, "weight_decay": decay} for ps, decay in ((matrices, schedule.weight_decay), (vectors, 0.0)) if ps]

@@ -40,7 +40,7 @@ def test_a_cuda_device_would_get_triton(monkeypatch):
     try:
         for op in kernels.TRITON:
             assert kernels.decide(op, cuda) == ("triton", "the fastest on cuda") and kernels.choose(op, reference=len, device=cuda) is print
-        assert kernels.decide("another op", cuda) == ("torch", "no triton kernel for this op; the plain twin does its work")
+        assert kernels.decide("another op", cuda) == ("torch", "no triton kernel for this op; plain torch does its work")
     finally:
         kernels._registry.clear()
         kernels._registry.update(before)
@@ -48,7 +48,7 @@ def test_a_cuda_device_would_get_triton(monkeypatch):
 
 def test_without_triton_the_twins_do_the_work(monkeypatch):
     monkeypatch.setattr(kernels, "no_triton", lambda: "triton is not installed")
-    assert kernels.decide("lora_linear", torch.device("cuda")) == ("torch", "triton is not installed; the plain twin does its work")
+    assert kernels.decide("lora_linear", torch.device("cuda")) == ("torch", "triton is not installed; plain torch does its work")
     assert kernels.choose("lora_linear", reference=len, device=torch.device("cuda")) is len
     with kernels.use("triton"), pytest.raises(LookupError, match="lora_linear: triton is not installed; no triton implementation here"):
         kernels.choose("lora_linear", reference=len, device=torch.device("cuda"))

@@ -446,7 +446,7 @@ with warnings.catch_warnings(record=True) as caught:
     import torch
     from peftdebias import kernels, ops, tasks, training, cda_engine
     from peftdebias.axes import load_axis
-    assert kernels.decide("dropout", torch.device("cpu")) == ("torch", "no native kernel for this op; the plain twin does its work")
+    assert kernels.decide("dropout", torch.device("cpu")) == ("torch", "no native kernel for this op; plain torch does its work")
     drop = ops.Drop(0.5, torch.tensor([5]), 1)
     assert torch.equal(ops.dropout(torch.ones(3, 7), drop), ops.dropout.__globals__["dropout_ref"](torch.ones(3, 7), *drop))
     cda_engine.engine(load_axis("gender"))

@@ -155,6 +155,19 @@ def test_what_updates_the_same_parameters_is_made_once():
     optimizer = WholeAdamW(groups(ours), lr=1e-2, many=lambda *state: made.append(len(state[0])) or AdamWOfManyRef(*state))
     run(ours, optimizer, 6, without={(t, 1) for t in range(2, 6)})
     assert made == [2, 2, 1]  # both groups, and the one of the first that has a gradient
+    run(ours, optimizer, 12, start=6, without={(t, t % 4) for t in range(6, 18)})
+    assert made == [2, 2, 1, 1, 1, 1]  # each of the others alone
+
+
+def test_a_clip_that_no_step_followed_is_forgotten_with_its_gradients():
+    ours, optimizer, theirs, other = both(WholeAdamW)
+    for p in ours:
+        p.grad = torch.full_like(p, 1e3)
+    optimizer.clip(ours, 0.1)
+    optimizer.zero_grad()
+    run(ours, optimizer, 1)
+    run(theirs, other, 1)
+    close(ours, theirs)
 
 
 def test_many_are_updated_one_by_one():

@@ -1,5 +1,7 @@
 """A step in its other forms is the same step: batches in fixed shapes, under torch.compile as one graph, and with nothing in it that asks the device."""
 
+import contextlib
+
 import numpy
 import pytest
 import torch
@@ -284,6 +286,35 @@ def test_without_a_gpu_the_graph_falls_back_and_says_so_once():
         torch.manual_seed(3)
         found.append([float(step(batch_for("lora", seed), 1e-2)) for seed in range(2)])
     assert found[0] == found[1] and said == ["CUDA graphs: off, every step runs eagerly: expected a CUDA device, the model is on cpu"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_capture_hands_over_what_the_optimizer_s_launches_read(fails, monkeypatch):
+    """And one that fails leaves none of it behind. The device is pretended: what is captured here runs at once."""
+    step = made("lora", cls=Graphed)
+    batch, calls, table = batch_for("lora"), [], torch.zeros(3)
+    step(batch, 1e-2)
+
+    class Graph:
+        def pool(self):
+            return "pool"
+
+    @contextlib.contextmanager
+    def graph(made, pool, stream):
+        calls.append("begins")
+        yield
+        if fails:
+            raise RuntimeError("operation not permitted\nwhen capturing")
+        calls.append("ends")
+
+    for name, instead in (("CUDAGraph", Graph), ("graph", graph), ("synchronize", lambda device: None), ("device", lambda device: contextlib.nullcontext())):
+        monkeypatch.setattr(torch.cuda, name, instead)
+    monkeypatch.setattr(step.optimizer, "captured", lambda: calls.append("handed over") or [table], raising=False)
+    found = step._capture(step.shaped(batch).staged(pinned=False))
+    if fails:
+        assert found is None and calls == ["begins", "handed over"] and step.off == "operation not permitted"
+    else:
+        assert [t is table for t in found.tables] == [True] and calls == ["begins", "ends", "handed over"] and step.pool == "pool"
 
 
 def test_which_step_is_taken():

@@ -98,7 +98,7 @@ def decide(op: str, device=None) -> tuple[str | None, str]:
         trouble = missing(op, kind, where)
         if not trouble:
             return kind, f"the fastest on {where}"
-        return "torch", f"{trouble}; the plain twin does its work"
+        return "torch", f"{trouble}; plain torch does its work"
     trouble = missing(op, kind, where)
     if trouble:
         return None, f"{op}: {trouble}; no {kind} implementation here, expected one of {available(op)}"

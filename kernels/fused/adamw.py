@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import register
 from .op import op
-from .tiles import Spec, capturing, ceil_div, expect, on
+from .tiles import Spec, address, capturing, ceil_div, expect, on
 
 COUNT = 1024  # values that one program updates
 
@@ -71,19 +71,14 @@ def flat_kernel(w, g, m, q, rates, size, b2, new1, new2, epsilon, COUNT: tl.cons
 
 
 @triton.jit
-def _address(place, ALIGNED: tl.constexpr):
-    address = tl.load(place).to(tl.pointer_type(tl.float32))
-    return tl.multiple_of(address, 16) if ALIGNED else address  # said of the pointer: of the number it would be forgotten
-
-
-@triton.jit
 def many_kernel(tiles, sizes, places, rates, factor, b2, new1, new2, epsilon, ALIGNED: tl.constexpr, COUNT: tl.constexpr):
     """tiles int32 [N, 2], sizes int64 [S], places int64 [S, 4], factor fp32 [] or None; see the file's first lines. ALIGNED: all addresses are multiples of 16."""
     tile = tiles + 2 * tl.program_id(0)
     tensor = tl.load(tile).to(tl.int64)
     place = places + 4 * tensor
-    _update(_address(place, ALIGNED), _address(place + 1, ALIGNED), _address(place + 2, ALIGNED), _address(place + 3, ALIGNED), rates, factor,
-            tl.load(tile + 1).to(tl.int64) * COUNT, tl.load(sizes + tensor), b2, new1, new2, epsilon, COUNT)
+    w, g, m, q = (address(place, tl.float32, ALIGNED), address(place + 1, tl.float32, ALIGNED), address(place + 2, tl.float32, ALIGNED),
+                  address(place + 3, tl.float32, ALIGNED))
+    _update(w, g, m, q, rates, factor, tl.load(tile + 1).to(tl.int64) * COUNT, tl.load(sizes + tensor), b2, new1, new2, epsilon, COUNT)
 
 
 def specs(arch: int) -> list[Spec]:

@@ -24,18 +24,11 @@ from torch import Tensor
 
 from . import register
 from .op import op
-from .tiles import DTYPES, Spec, capturing, ceil_div, expect, on
+from .tiles import DTYPES, Spec, address, capturing, ceil_div, expect, on
 
 TILE = (8, 256)  # BO, BI
 TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 COPIED = -1  # in `places`: no piece
-
-
-@triton.jit
-def _address(place, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """An address out of a table as a pointer to TYPE."""
-    address = tl.load(place).to(tl.pointer_type(TYPE))
-    return tl.multiple_of(address, 16) if ALIGNED else address  # said of the pointer: of the number it would be forgotten
 
 
 @triton.jit
@@ -47,7 +40,7 @@ def write_kernel(tiles, segments, scales, written, W_TYPE: tl.constexpr, A_TYPE:
     tile = tiles + 3 * tl.program_id(0)
     segment = tl.load(tile)
     record = segments + 7 * segment.to(tl.int64)
-    source, a, b = _address(record, W_TYPE, ALIGNED), _address(record + 1, A_TYPE, ALIGNED), _address(record + 2, A_TYPE, False)
+    source, a, b = address(record, W_TYPE, ALIGNED), address(record + 1, A_TYPE, ALIGNED), address(record + 2, A_TYPE, False)
     offset, height, width, rank = tl.load(record + 3), tl.load(record + 4), tl.load(record + 5), tl.load(record + 6)
     if ALIGNED:
         offset, width = tl.multiple_of(offset, 16), tl.multiple_of(width, 16)

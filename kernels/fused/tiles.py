@@ -35,6 +35,13 @@ def reciprocal(x):
 
 
 @triton.jit
+def address(place, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """An address out of a table, int64, as a pointer to TYPE. ALIGNED: it is a multiple of 16."""
+    found = tl.load(place).to(tl.pointer_type(TYPE))
+    return tl.multiple_of(found, 16) if ALIGNED else found  # said of the pointer: of the number it would be forgotten
+
+
+@triton.jit
 def reduce(partial, result, chunks, rank, N, scale, rank_stride, column_stride, tile, k, CHUNKS: tl.constexpr, BN: tl.constexpr):
     """BN columns of row k of result [rank, N] = scale * sum over the chunks of partial fp32 [chunks, rank, N], in one order: the last stage of a sum over T, whose first
     sums chunks of rows. CHUNKS chunks at a time."""
