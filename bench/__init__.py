@@ -1,7 +1,7 @@
 """Benchmarks of this checkout; no part of the installed package.
 
 Importing `bench` makes the `peftdebias` of this checkout importable, installed or not: a GPU machine may have torch and transformers, but no network and no
-setuptools. Packaging maps `peftdebias.kernels` to kernels/fused (pyproject.toml); where nothing is installed, the same is done here.
+setuptools. Packaging maps `peftdebias.kernels` to kernels/fused (pyproject.toml); where nothing is installed, or another checkout is, the same is done here.
 """
 
 import importlib.util
@@ -16,13 +16,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def use_checkout() -> None:
-    """Put this checkout first on the path, and its kernels/fused under the name peftdebias.kernels unless an editable install does that already."""
+    """Put this checkout first on the path, and its kernels/fused under the name peftdebias.kernels unless an editable install of it does that already."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    if importlib.util.find_spec("peftdebias.kernels") is None:
+    folder, found = ROOT / "kernels" / "fused", importlib.util.find_spec("peftdebias.kernels")
+    if found is None or Path(found.origin).resolve().parent != folder:
         import peftdebias
 
-        folder = ROOT / "kernels" / "fused"
         spec = importlib.util.spec_from_file_location("peftdebias.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)])
         module = sys.modules["peftdebias.kernels"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

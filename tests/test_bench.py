@@ -540,10 +540,22 @@ def test_what_is_compiled_ahead_is_found_again(bench, tmp_path, monkeypatch):
     assert said[1].startswith("True\nmisses 0 hits ") and not said[1].endswith("hits 0\n")
 
 
-def test_a_bare_checkout_is_enough(tmp_path):
+ANOTHER = """
+import importlib.util, pathlib, sys
+class Finder:  # what an editable install of another checkout leaves behind
+    def find_spec(name, path=None, target=None):
+        file = pathlib.Path("another.py")
+        file.write_text("")
+        return importlib.util.spec_from_file_location(name, file) if name == "peftdebias.kernels" else None
+sys.meta_path.append(Finder)
+"""
+
+
+@pytest.mark.parametrize("before", ["", ANOTHER], ids=["nothing installed", "another checkout"])
+def test_a_bare_checkout_is_enough(tmp_path, before):
     """`-S` reads no .pth file, and so sees no editable install: peftdebias and its kernels are found through bench alone, beside an installed torch."""
     installed = str(Path(torch.__file__).parent.parent)
-    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {installed!r}]; import bench, peftdebias; from peftdebias import kernels; print(peftdebias.__file__, kernels.__file__)"
+    code = before + f"import sys; sys.path[:0] = [{str(ROOT)!r}, {installed!r}]; import bench, peftdebias; from peftdebias import kernels; print(peftdebias.__file__, kernels.__file__)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
