@@ -100,7 +100,7 @@ def linear(form: str, wide: bool = False, rate: float = 0.0) -> Callable[[Settin
         (i, o), seed = widths(setting, wide), torch.tensor([5], device=setting.device)
         words = f"x [T, {i}], W [{o}, {i}] frozen, r={RANK}, dropout {rate:g}; forward, and backward to x, A, B"
         limits = {"written": "two library GEMMs; dA and dB take x and dY twice more", "once": "two library GEMMs; dA and dB take x and dY once more",
-                  "epilogue": "its own GEMM, which a library's is hard to match",
+                  "epilogue": "its own GEMM, which a library's is hard to match; x and dY come once more for the thin products",
                   "library": "eight launches forward, with results of their own in between"}
         more = {"tokens": int(setting.x), "roof": roof, "limit": limits.get(form, "")}
 

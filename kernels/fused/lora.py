@@ -1,22 +1,24 @@
-"""LoRA, part two of three: the product with the low-rank product as its epilogue, dropout inside; and which of three forms runs.
+"""LoRA, part three of four: the product whose sums begin with the low-rank product, dropout inside; and which of three forms runs.
 
 Contract. lora_linear(x, weight, bias, a, b, scale, rate, seed, site) computes lora_linear_ref of peftdebias/methods/lora.py:
     y = x W^T + bias + s (z A^T) B^T,    z = x dropped with `rate` (dropout.py: bits from seed int64 [1] and site), or x itself at rate 0.
 x [T, in] of fp32, bf16 or fp16, rows of any stride; W [out, in], bias [out] or None, A [r, in], B [out, r] of any of these dtypes (W is rounded to x's first, A and B
 inside; under autocast all to its dtype); r >= 1, above 64 by the library alone. Returns y [T, out] in x's dtype. fp32 accumulation; u = z A^T is rounded to x's dtype
-before it meets B, as a library's would be. Saves x, W, A, B and the seed, no mask and no u; overwrites none of them. Gradients of A and B come in their own dtype; W
-and bias have gradients where they are asked for.
+before it meets B, as a library's would be. Saves x, W, A, B and the seed, no mask; and of x's dtype u [T, r], and A and B as the kernels read them (lora_thin.py). Overwrites
+none of them. Gradients of A and B come in their own dtype; W and bias have gradients where they are asked for.
 
 Derivation. With v = dY B [T, r] and u = z A^T:
     dx = dY W + (s / q) m * (v A)        m the mask, q the share kept; m / q is what dropout multiplies by
-    dA = s v^T z,  dB = s dY^T u         (lora_grads.py)         dW = dY^T x,  dbias = column sums of dY
+    dA = s v^T z,  dB = s dY^T u         (lora_grads.py, which takes u and v from here)         dW = dY^T x,  dbias = column sums of dY
 
 Forms. "written": W' = W + s B A was written once a step (lora_write.py), so forward and dx are library GEMMs; without dropout, for who wrote it: `lora_written`.
-"epilogue": the two kernels below. "library": torch's own products, dropout from dropout.py. dispatch.py picks one by shape,
-dtype and dropout.
-What limits the epilogue form: it is as good as its GEMM, and a library's is hard to match; with dropout each of the out / BN programs of a row tile draws the mask.
+"epilogue": u and v by lora_thin.py, which draws the mask of x once, and the kernel below for both directions. "library": torch's own products, dropout from dropout.py.
+dispatch.py picks one by shape, dtype and dropout; a backward has what its forward had.
+The low-rank product is no epilogue in time: it comes first, and the wide one is added to it. So scale and mask meet float32 sums, and no second tile of sums is held
+beside those of the wide product; that leaves room for two programs a multiprocessor, one of which multiplies while the other begins or ends.
+What limits it: it is as good as its GEMM, and a library's is hard to match.
 
-Letters: T rows, I = in, O = out, R rank (padded to a power of two), BM, BN, BK rows, columns and depth of a tile.
+Letters: T rows, I = in, O = out, R ranks (padded to a power of two), K columns of the left factor, N of the result, BM, BN, BK rows, columns and depth of a tile.
 """
 
 import torch
@@ -28,9 +30,10 @@ from torch import Tensor
 from . import dispatch, register
 from .dropout import dropout, keep
 from .dropout_ref import threshold_of
-from .lora_grads import MAX_RANK, check, lora_grads_op
+from .lora_grads import check, lora_grads_op
+from .lora_thin import MAX_RANK, pack, ranks_of, thin
 from .op import op
-from .tiles import DTYPES, Spec, ceil_div, dot, expect, on, power, product_dtype, rows_together
+from .tiles import DTYPES, Spec, arch_of, ceil_div, dot, expect, on, power, product_dtype, rows_together
 
 # ---------------------------------------------------------------- kernels, forward beside backward
 
@@ -46,92 +49,85 @@ def _place(rows, columns, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexp
 
 
 @triton.jit(do_not_specialize=["site"])
-def forward_kernel(x, weight, bias, a, b, seed, y, T, I, O, x_stride, rank, site, threshold, low_scale, DROPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                   BK: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr):
-    """y [T, O] of x [T, I], weight [O, I], bias [O] or None, a [rank, I], b [O, rank], seed int64 [1] or None; low_scale = s / q."""
-    row_tile, column_tile = _place(T, O, BM, BN, GROUP)
-    rows, columns, ranks = (row_tile * BM + tl.arange(0, BM)).to(tl.int64), column_tile * BN + tl.arange(0, BN), tl.arange(0, R)
-    total, u = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, R), tl.float32)
-    start = 0 if seed is None else tl.load(seed)
-    for k in range(0, I, BK):
-        depth = k + tl.arange(0, BK)
-        value = tl.load(x + rows[:, None] * x_stride + depth[None, :], mask=(rows < T)[:, None] & (depth < I)[None, :], other=0.0)
-        w = tl.load(weight + columns[None, :].to(tl.int64) * I + depth[:, None], mask=(columns < O)[None, :] & (depth < I)[:, None], other=0.0)  # [BK, BN]
-        low = tl.load(a + ranks[None, :] * I + depth[:, None], mask=(ranks < rank)[None, :] & (depth < I)[:, None], other=0.0)  # [BK, R]
-        total = dot(value, w, total)
-        if DROPS:
-            value = tl.where(keep(rows, k // 8, (I + 7) // 8, start, site, threshold, BK // 8), value, 0.0)
-        u = dot(value, low.to(value.dtype), u)
-    up = tl.load(b + columns[None, :] * rank + ranks[:, None], mask=(columns < O)[None, :] & (ranks < rank)[:, None], other=0.0)  # [R, BN]
-    total = dot((u * low_scale).to(x.dtype.element_ty), up.to(x.dtype.element_ty), total)
-    if bias is not None:
-        total += tl.load(bias + columns, mask=columns < O, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + rows[:, None] * O + columns[None, :], total.to(y.dtype.element_ty), mask=(rows < T)[:, None] & (columns < O)[None, :])
-
-
-@triton.jit(do_not_specialize=["site"])
-def dx_kernel(dy, weight, a, b, seed, dx, T, I, O, dy_stride, rank, site, threshold, low_scale, DROPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-              BK: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr):
-    """dx [T, I] of dy [T, O]; the others as in forward_kernel. The mask meets one tile of the result, once."""
-    row_tile, column_tile = _place(T, I, BM, BN, GROUP)
-    rows, columns, ranks = (row_tile * BM + tl.arange(0, BM)).to(tl.int64), column_tile * BN + tl.arange(0, BN), tl.arange(0, R)
-    total, v = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, R), tl.float32)
-    for k in range(0, O, BK):
-        depth = k + tl.arange(0, BK)
-        value = tl.load(dy + rows[:, None] * dy_stride + depth[None, :], mask=(rows < T)[:, None] & (depth < O)[None, :], other=0.0)
-        w = tl.load(weight + depth[:, None].to(tl.int64) * I + columns[None, :], mask=(depth < O)[:, None] & (columns < I)[None, :], other=0.0)  # [BK, BN]
-        up = tl.load(b + depth[:, None] * rank + ranks[None, :], mask=(depth < O)[:, None] & (ranks < rank)[None, :], other=0.0)  # [BK, R]
-        total = dot(value, w, total)
-        v = dot(value, up.to(value.dtype), v)
-    low = tl.load(a + ranks[:, None] * I + columns[None, :], mask=(ranks < rank)[:, None] & (columns < I)[None, :], other=0.0)  # [R, BN]
-    v = (v * low_scale).to(dy.dtype.element_ty)
-    if DROPS:
-        through = dot(v, low.to(dy.dtype.element_ty), tl.zeros((BM, BN), tl.float32))
-        total += tl.where(keep(rows, column_tile * (BN // 8), (I + 7) // 8, tl.load(seed), site, threshold, BN // 8), through, 0.0)
+def product_kernel(left, weight, bias, low, factor, seed, result, T, K, N, left_stride, site, threshold, scale, FORWARD: tl.constexpr, DROPS: tl.constexpr, EVEN: tl.constexpr,
+                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr):
+    """FORWARD: result [T, N] = left [T, K] weight^T + bias + scale low factor^T, with weight [N, K], bias [N] or None, low = u [T, R], factor = B [N, R]. Else
+    left weight + scale * m * (low factor), with left dY, weight [K, N], low = v, factor = A [R, N]; m the mask of [T, N] with DROPS, seed int64 [1] or None, scale s / q then.
+    EVEN: K is a multiple of BK."""
+    row_tile, column_tile = _place(T, N, BM, BN, GROUP)
+    first, r, n, ranks = row_tile.to(tl.int64) * BM, tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, R)
+    rows, columns = r < T - first, n < N - column_tile * BN  # which are there
+    left, low, result = left + first * left_stride, low + first * R, result + first * N + column_tile * BN
+    if FORWARD:
+        weight += column_tile.to(tl.int64) * BN * K
+        right = tl.load(factor + column_tile * BN * R + (n[None, :] * R + ranks[:, None]), mask=columns[None, :], other=0.0)  # [R, BN]
     else:
-        total = dot(v, low.to(dy.dtype.element_ty), total)
-    tl.store(dx + rows[:, None] * I + columns[None, :], total.to(dx.dtype.element_ty), mask=(rows < T)[:, None] & (columns < I)[None, :])
+        weight += column_tile * BN
+        right = tl.load(factor + column_tile * BN + (ranks[:, None] * N + n[None, :]), mask=columns[None, :], other=0.0)
+    total = dot(tl.load(low + (r[:, None] * R + ranks[None, :]), mask=rows[:, None], other=0.0), right, tl.zeros((BM, BN), tl.float32)) * scale
+    if DROPS:
+        total = tl.where(keep(first + r, column_tile * (BN // 8), (N + 7) // 8, tl.load(seed), site, threshold, BN // 8), total, 0.0)
+    if bias is not None:
+        total += tl.load(bias + column_tile * BN + n, mask=columns, other=0.0).to(tl.float32)[None, :]
+    for k in range(0, K, BK):
+        depth, there, down = k + tl.arange(0, BK), rows[:, None], columns[None, :]
+        if not EVEN:
+            there, down = there & (depth < K)[None, :], down & (depth < K)[:, None]
+        value = tl.load(left + (r[:, None] * left_stride + depth[None, :]), mask=there, other=0.0)
+        if FORWARD:
+            w = tl.load(weight + (n[None, :] * K + depth[:, None]), mask=down, other=0.0)  # [BK, BN]
+        else:
+            w = tl.load(weight + (depth[:, None] * N + n[None, :]), mask=down, other=0.0)
+        total = dot(value, w, total)
+    tl.store(result + (r[:, None] * N + n[None, :]), total.to(result.dtype.element_ty), mask=rows[:, None] & columns[None, :])
 
 
 # ---------------------------------------------------------------- sizes, specs, launchers
 
-def tiles_for(dtype: torch.dtype, rank: int, drops: bool, forward: bool) -> dict[str, int]:
-    """BM, BN, BK, R, GROUP and how the compiler schedules. A wide rank and a mask take registers: beside one of them the depth of a tile is halved, and the
-    width of the forward's beside both."""
+def tiles_for(dtype: torch.dtype, ranks: int, regular: bool, drops: bool, arch: int = 90) -> dict[str, int]:
+    """BM, BN, BK, R, GROUP and how the compiler schedules; ranks: R. regular: see `is_regular`; what is not is read one by one, by addresses that take registers. With 128 of
+    them a thread two programs fit a multiprocessor; beside a mask triton 3.6 takes no more, and 3.9 would spill under that bound."""
     if dtype == torch.float32:
-        return {"BM": 32, "BN": 64, "BK": 32, "R": power(rank), "GROUP": 8, "num_warps": 8, "num_stages": 2}
-    return {"BM": 128, "BN": 64 if drops and rank > 32 and forward else 128, "BK": 32 if drops or rank > 32 else 64, "R": power(rank), "GROUP": 8, "num_warps": 8, "num_stages": 3}
+        return {"BM": 32, "BN": 64 if regular else 32, "BK": 32, "R": ranks, "GROUP": 8, "num_warps": 8, "num_stages": 2}
+    if not regular:
+        return {"BM": 64, "BN": 64, "BK": 32, "R": ranks, "GROUP": 8, "num_warps": 8, "num_stages": 2}
+    return {"BM": 128, "BN": 128, "BK": 64, "R": ranks, "GROUP": 8, "num_warps": 8, "num_stages": 3} | ({"maxnreg": 128} if 90 <= arch < 100 and not drops else {})
+
+
+def is_regular(depth: int, columns: int, stride: int) -> bool:
+    """Whether the left factor [T, depth], `stride` from row to row, W and the result [T, columns] can be read in whole vectors and tiles."""
+    return depth % 64 == 0 and columns % 16 == 0 and stride % 16 == 0
 
 
 def specs(arch: int) -> list[Spec]:
     found = []
+    numbers = dict.fromkeys(("T", "K", "N", "left_stride", "site", "threshold"), "i32") | {"scale": "fp32"}
     for dtype, kind in DTYPES.items():
         for rank in (8, 64):
-            for drops in (False, True):
-                numbers = {"T": "i32", "I": "i32", "O": "i32", "rank": "i32", "site": "i32", "threshold": "i32", "low_scale": "fp32"}
-                same = {name: f"*{kind}" for name in ("x", "weight", "bias", "y", "dy", "dx")} | {"a": "*fp32", "b": "*fp32", "x_stride": "i32", "dy_stride": "i32"}
-                signature = same | numbers | ({"seed": "*i64"} if drops else {})
-                for name, kernel in (("forward", forward_kernel), ("dx", dx_kernel)):
-                    sizes = tiles_for(dtype, rank, drops, kernel is forward_kernel)
-                    warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
-                    constants = {"DROPS": drops} | sizes | ({} if drops else {"seed": None})
-                    own = {key: value for key, value in signature.items() if key in kernel.arg_names}
-                    stride = "x_stride" if kernel is forward_kernel else "dy_stride"
-                    found.append(Spec(f"{name}, {kind}, r {rank}{', dropout' if drops else ''}", kernel, own, constants, warps, stages, aligned=("I", "O", stride)))
+            for name, forward, drops, regular in (("forward", True, False, True), ("dx", False, False, True), ("dx, dropout", False, True, True), ("dx, dropout, ragged", False, True, False)):
+                sizes = tiles_for(dtype, power(rank), regular, drops, arch)
+                options = {key: sizes.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in sizes}
+                absent = ([] if drops else ["seed"]) + ([] if forward else ["bias"])
+                pointers = dict.fromkeys(("left", "weight", "bias", "low", "factor", "result"), f"*{kind}") | {"seed": "*i64"}
+                signature = {n: (pointers | numbers)[n] for n in product_kernel.arg_names if n in pointers | numbers and n not in absent}
+                found.append(Spec(f"{name}, {kind}, r {rank}", product_kernel, signature, {"FORWARD": forward, "DROPS": drops, "EVEN": regular} | dict.fromkeys(absent) | sizes,
+                                  aligned=("K", "N", "left_stride") if regular else (), **options))
     return found
 
 
-def _launch(kernel, first: Tensor, columns: int, weight: Tensor, more: tuple, a: Tensor, b: Tensor, scale: float, rate: float, seed: Tensor | None, site: int) -> Tensor:
-    """[T, columns]: `kernel` on `first`, x or dy. more: bias, for the forward."""
-    first, a, b = rows_together(first), a.contiguous(), b.contiguous()
-    rows, result = first.shape[0], torch.empty((first.shape[0], columns), dtype=first.dtype, device=first.device)
-    if not result.numel():
-        return result
-    sizes, threshold = tiles_for(first.dtype, a.shape[0], rate > 0, kernel is forward_kernel), threshold_of(rate)
-    with on(first):
-        kernel[(ceil_div(rows, sizes["BM"]) * ceil_div(columns, sizes["BN"]),)](
-            first, weight.contiguous(), *more, a, b, seed if rate else None, result, rows, weight.shape[1], weight.shape[0], first.stride(0), a.shape[0], site, threshold,
-            scale * 65536 / threshold, DROPS=rate > 0, enable_fp_fusion=True, **sizes)
+def _product(left: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, factor: Tensor, forward: bool, scale: float, rate: float, seed: Tensor | None, site: int) -> Tensor:
+    """[T, N] by product_kernel."""
+    left, weight = rows_together(left), weight.contiguous()
+    (rows, depth), columns = left.shape, weight.shape[0] if forward else weight.shape[1]
+    result = left.new_empty(rows, columns)
+    if result.numel():
+        drops, threshold = rate > 0 and not forward, threshold_of(rate)
+        sizes = tiles_for(left.dtype, low.shape[1], is_regular(depth, columns, left.stride(0)), drops, arch_of(left))
+        with on(left):
+            product_kernel[(ceil_div(rows, sizes["BM"]) * ceil_div(columns, sizes["BN"]),)](
+                left, weight, None if bias is None else bias.contiguous(), low, factor, seed if drops else None, result, rows, depth, columns, left.stride(0), site,
+                threshold, scale if forward else scale * 65536 / threshold, FORWARD=forward, DROPS=drops, EVEN=depth % sizes["BK"] == 0,
+                enable_fp_fusion=True, **sizes)
     return result
 
 
@@ -145,37 +141,60 @@ def form_for(first: Tensor, weight: Tensor, rank: int, rate: float, asked: str) 
                          outside=weight.shape[0], rank=rank)
 
 
-# ---------------------------------------------------------------- the product, by the epilogue or by the library
+# ---------------------------------------------------------------- the product, by its kernel or by the library
 
-@op("lora_linear", fake=lambda x, weight, *others: x.new_empty(x.shape[0], weight.shape[0]))
+def _halves(packed: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A [R, in] and B [out, R] as they lie in `packed`."""
+    (out, width), ranks = weight.shape, ranks_of(rank)
+    return packed[:ranks * width].view(ranks, width), packed[ranks * width:].view(out, ranks)
+
+
+def _made(x: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    (out, width), ranks = weight.shape, ranks_of(rank)
+    return x.new_empty(x.shape[0], out), x.new_empty(x.shape[0], ranks), x.new_empty(ranks * (width + out))
+
+
+@op("lora_linear", fake=lambda x, weight, bias, a, *others: _made(x, weight, a.shape[0]))
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, rate: float, seed: Tensor | None, site: int,
-             form: str, grads: str) -> Tensor:
-    """form and grads: those of lora_linear and lora_grads that are asked for by name, or nothing; a backward has what its forward was asked for."""
+             form: str, grads: str) -> tuple[Tensor, Tensor, Tensor]:
+    """y [T, out], u [T, R] and `packed`. form and grads: those of lora_linear and lora_grads that are asked for by name, or nothing; a backward has what its forward was
+    asked for."""
+    packed = pack([a], [b], x.dtype)
+    low, up = _halves(packed, weight, a.shape[0])
     if form_for(x, weight, a.shape[0], rate, form) == "epilogue":
-        return _launch(forward_kernel, x, weight.shape[0], weight, (None if bias is None else bias.contiguous(),), a, b, scale, rate, seed, site)
-    z = dropout(x, rate, seed, site) if rate else x
-    return F.linear(x, weight, bias).addmm_(F.linear(z, a.to(x.dtype)), b.to(x.dtype).t(), alpha=scale)
+        x = rows_together(x)
+        u, _ = thin(x, None, packed, *reversed(weight.shape), 0, 1, a.shape[0], rate, seed, site)
+        return _product(x, weight, bias, u, up, True, scale, rate, seed, site), u, packed
+    u = F.linear(dropout(x, rate, seed, site) if rate else x, low)
+    return F.linear(x, weight, bias).addmm_(u, up.t(), alpha=scale), u, packed
 
 
-@op("lora_dx", fake=lambda dy, weight, *others: dy.new_empty(dy.shape[0], weight.shape[1]))
-def _dx(dy: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, rate: float, seed: Tensor | None, site: int, form: str) -> Tensor:
-    if form_for(dy, weight, a.shape[0], rate, form) == "epilogue":
-        return _launch(dx_kernel, dy, weight.shape[1], weight, (), a, b, scale, rate, seed, site)
-    through = (dy @ b.to(dy.dtype)) @ a.to(dy.dtype)
-    return (dy @ weight).add_(dropout(through, rate, seed, site) if rate else through, alpha=scale)
+@op("lora_dx", fake=lambda dy, weight, packed, rank, *others: (dy.new_empty(dy.shape[0], weight.shape[1]), dy.new_empty(dy.shape[0], ranks_of(rank))))
+def _dx(dy: Tensor, weight: Tensor, packed: Tensor, rank: int, scale: float, rate: float, seed: Tensor | None, site: int, form: str) -> tuple[Tensor, Tensor]:
+    """dx [T, in] and v [T, R]."""
+    low, up = _halves(packed, weight, rank)
+    if form_for(dy, weight, rank, rate, form) == "epilogue":
+        dy = rows_together(dy)
+        _, v = thin(None, dy, packed, *reversed(weight.shape), 0, 1, rank, 0.0, None, 0)
+        return _product(dy, weight, None, v, low, False, scale, rate, seed, site), v
+    v = dy @ up
+    through = v @ low
+    return (dy @ weight).add_(dropout(through, rate, seed, site) if rate else through, alpha=scale), v
 
 
 def _save(ctx, inputs, output):
     x, weight, bias, a, b, ctx.scale, ctx.rate, seed, ctx.site, ctx.form, ctx.grads = inputs
-    needs = ctx.needs_input_grad
-    ctx.save_for_backward(x if needs[1] or needs[3] or needs[4] else None, weight if needs[0] else None, a, b, seed)
+    needs, (_, u, packed) = ctx.needs_input_grad, output
+    thin_trained = needs[3] or needs[4]
+    ctx.save_for_backward(x if needs[1] or thin_trained else None, weight if needs[0] else None, a, b, seed, u if thin_trained else None, packed)
+    ctx.mark_non_differentiable(u, packed)
 
 
-def _backward(ctx, dy: Tensor):
-    x, weight, a, b, seed = ctx.saved_tensors
-    needs, how = ctx.needs_input_grad, (ctx.scale, ctx.rate, seed, ctx.site)
-    dx = _dx(dy, weight, a, b, *how, ctx.form) if needs[0] else None
-    da, db = lora_grads_op(x, dy, [a], [b], ctx.scale, 0, *how[1:], ctx.grads) if needs[3] or needs[4] else (None, None)
+def _backward(ctx, dy: Tensor, *_):
+    x, weight, a, b, seed, u, packed = ctx.saved_tensors
+    needs, how = ctx.needs_input_grad, (ctx.rate, seed, ctx.site)
+    dx, v = _dx(dy, weight, packed, a.shape[0], ctx.scale, *how, ctx.form) if needs[0] else (None, None)
+    da, db = lora_grads_op(x, dy, [a], [b], ctx.scale, 0, *how, ctx.grads, packed, u, v) if needs[3] or needs[4] else (None, None)
     return (dx, dy.t() @ x if needs[1] else None, dy.sum(0) if needs[2] else None, da if needs[3] else None, db if needs[4] else None, None, None, None, None, None, None)
 
 
@@ -254,4 +273,4 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
     expect("lora_linear", "W", weight, (b.shape[0], x.shape[1]), (x.dtype,), x.device)
     if bias is not None:
         expect("lora_linear", "bias", bias, (b.shape[0],), (x.dtype,), x.device)
-    return _forward(x, weight, bias, a, b, float(scale), float(rate), seed, site, dispatch.asked("lora_linear") or "", dispatch.asked("lora_grads") or "")
+    return _forward(x, weight, bias, a, b, float(scale), float(rate), seed, site, dispatch.asked("lora_linear") or "", dispatch.asked("lora_grads") or "")[0]

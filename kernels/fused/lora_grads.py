@@ -1,4 +1,4 @@
-"""LoRA, part three of three: dA and dB from x and dY.
+"""LoRA, part four of four: dA and dB from x and dY.
 
 Contract. lora_grads(x, dy, a, b, scale, rate, seed, site) computes lora_grads_ref of peftdebias/methods/lora.py: the gradients of
     y = x W^T + bias + s (z A^T) B^T,    z = x dropped with `rate`, or x itself at rate 0,
@@ -6,17 +6,16 @@ with respect to A and B. x [T, in] and dy [T, out] of one dtype (fp32, bf16, fp1
 of one dtype, r >= 1 (above 64 torch's own products do it). seed int64 [1] and site: see dropout.py. Returns dA [r, in], dB [out, r] in A's dtype. fp32 accumulation;
 u and v are rounded to x's dtype before the second product, as a library's would be. Deterministic: no atomics, every sum in one order on one kind of device. Overwrites nothing.
 lora_grads_op takes several pieces of one product, query's and value's, say: their A and B stand in lists, their columns of dY equally far apart. Their ranks lie side by side
-in one tile, so x, which they share, is read as often as for one of them.
+in one tile, so x, which they share, is read as often as for one of them. It takes A and B packed, u and v, where somebody has them (lora_thin.py).
 
 Derivation. With u = z A^T [T, r] and v = dY B [T, r]:  dB = s dY^T u  and  dA = s v^T z.  dA needs all columns of dY for v and some of x, dB all of x for u and
-some of dY: the same work with the roles exchanged. One calls the tensor that is multiplied by the thin matrix `left`, and the one whose columns the result has `right`:
-    left [T, L] F [L, r] -> w [T, r];    w^T right [T, N] -> [r, N].
-Of the ranks of all pieces a piece's own begin at `lowest`; the others' are 0 in F and are not stored.
+some of dY: the same work with the roles exchanged. One calls the thin one of u and v `w`, and the tensor whose columns the result has `right`:  w^T right [T, N] -> [r, N].
+Of the ranks of all pieces a piece's own begin at `lowest`; the others' are not stored.
 
 Forms, picked by dispatch.py. `sum_kernel`, the last launch of both, adds the sums of chunks of rows in their order.
-"twice": x and dY are read twice, in two streams of tiles with several on their way. `thin_kernel`: w = left F for both sides, a program a tile of rows.
-`partial_kernel`: w^T right, a program a tile of columns and a chunk of rows. Where x and dY fit in the L2 cache, the second time comes from there. What limits it: memory,
-and at a few thousand rows the launches.
+"twice": x and dY are read twice, in two streams of tiles with several on their way: for u and v (lora_thin.py), then `partial_kernel`: w^T right, a program a tile of
+columns and a chunk of rows. Where u and v are there already, as behind the unwritten product, x and dY are read once. Where x and dY fit in the L2 cache, the second
+time comes from there. What limits it: memory, and at a few thousand rows the launches.
 "once": x and dY are read once. `once_kernel`: a program, one a multiprocessor, walks over its chunk of rows with all of dA and dB in its registers and the next tiles of
 rows on their way to shared memory. It takes what they hold (`once_serves`): bf16 and fp16, I and O of up to 768 columns, up to 16 ranks of all pieces, up to two of
 these, one with dropout. What limits it: a program's second products wait for the sum of its first; at a few thousand rows the sums of as many chunks as there are
@@ -31,52 +30,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import dispatch, register
+from . import dispatch, lora_thin, register
 from .dropout import dropout, keep
 from .dropout_ref import threshold_of
+from .lora_thin import MAX_RANK, pack, ranks_of, thin, tile_of
 from .op import op
 from .tiles import DTYPES, Spec, arch_of, ceil_div, dot, expect, on, power, processors, reduce, rows_together
 
 CHUNKS = 32  # of "twice", at most that many partial sums; of "once" one a multiprocessor
-MAX_RANK = 64
-
-
-@triton.jit
-def _tile(base, rows, stride, first, width, T, seed, site, threshold, DROPS: tl.constexpr, BK: tl.constexpr):
-    """[BT, BK] of a tensor [T, width] from column `first` on, 0 outside; with DROPS what the mask drops is 0 too (the scale comes at the end)."""
-    columns = first + tl.arange(0, BK)
-    value = tl.load(base + rows[:, None] * stride + columns[None, :], mask=(rows < T)[:, None] & (columns < width)[None, :], other=0.0)
-    if DROPS:
-        value = tl.where(keep(rows, first // 8, (width + 7) // 8, seed, site, threshold, BK // 8), value, 0.0)
-    return value
-
-
-@triton.jit
-def _thin(left, left_stride, L, factor, factor_column, factor_rank, w, rows, T, lowest, rank, seed, site, threshold, DROPS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-          R: tl.constexpr):
-    """w [T, R] at these rows = left [T, L] times the thin matrix, whose `rank` ranks are those from `lowest` on."""
-    ranks, total = tl.arange(0, R) - lowest, tl.zeros((BT, R), tl.float32)
-    own = (ranks >= 0) & (ranks < rank)
-    for k in range(0, L, BK):
-        columns = k + tl.arange(0, BK)
-        thin = tl.load(factor + columns[:, None] * factor_column + ranks[None, :] * factor_rank, mask=(columns < L)[:, None] & own[None, :], other=0.0)
-        value = _tile(left, rows, left_stride, k, L, T, seed, site, threshold, DROPS, BK)
-        total = dot(value, thin.to(value.dtype), total)
-    tl.store(w + rows[:, None] * R + (lowest + ranks)[None, :], total.to(w.dtype.element_ty), mask=(rows < T)[:, None] & own[None, :])
-
-
-@triton.jit(do_not_specialize=["site"])
-def thin_kernel(x, dy, a, b, seed, u, v, T, I, O, x_stride, dy_stride, apart, pieces, rank, site, threshold, DROPS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr):
-    """u = z A^T without z's scale and v = dY B, [T, R] of x's dtype. x [T, I], dy [T, O] of the first piece, the next one's `apart` columns further, a [G rank, I],
-    b [G O, rank], seed int64 [1]. Programs: u and then v of every piece of a row tile, row tile after row tile; one axis, as the others end at 65 535."""
-    side, tile = tl.program_id(0) % (1 + pieces), tl.program_id(0) // (1 + pieces)
-    rows = (tile * BT + tl.arange(0, BT)).to(tl.int64)
-    start = 0 if seed is None else tl.load(seed)
-    if side == 0:
-        _thin(x, x_stride, I, a, 1, I, u, rows, T, 0, pieces * rank, start, site, threshold, DROPS, BT, BK, R)
-    else:
-        piece = side - 1
-        _thin(dy + piece * apart, dy_stride, O, b + piece * O * rank, rank, 1, v, rows, T, piece * rank, rank, start, site, threshold, False, BT, BK, R)
 
 
 @triton.jit
@@ -87,7 +48,7 @@ def _sum_rows(w, right, right_stride, N, first, partial, partial_stride, T, lowe
     for t in range(0, tiles):
         rows = (row0 + t * BT + tl.arange(0, BT)).to(tl.int64)
         thin = tl.load(w + rows[:, None] * R + ranks[None, :], mask=(rows < T)[:, None], other=0.0)  # all ranks, in whole vectors; what nobody asked for is not stored
-        total = dot(tl.trans(thin), _tile(right, rows, right_stride, first, N, T, seed, site, threshold, DROPS, BK), total)
+        total = dot(tl.trans(thin), tile_of(right, rows, right_stride, first, N, T, seed, site, threshold, DROPS, BK), total)
     ranks -= lowest
     tl.store(partial + ranks[:, None] * partial_stride + columns[None, :], total, mask=((ranks >= 0) & (ranks < rank))[:, None] & (columns < N)[None, :])
 
@@ -95,7 +56,7 @@ def _sum_rows(w, right, right_stride, N, first, partial, partial_stride, T, lowe
 @triton.jit(do_not_specialize=["site"])
 def partial_kernel(x, dy, u, v, seed, partial_a, partial_b, T, I, O, x_stride, dy_stride, apart, pieces, rank, groups_a, groups_b, tiles, site, threshold,
                    DROPS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr):
-    """partial_a fp32 [chunks, G rank, I], partial_b fp32 [chunks, rank, G O], not scaled. u, v [T, R]; the others as in thin_kernel.
+    """partial_a fp32 [chunks, G rank, I], partial_b fp32 [chunks, rank, G O], not scaled. u, v [T, R]; the others as in thin_kernel of lora_thin.py.
 
     Programs (group, chunk): the first groups_a groups own BK columns of dA each, groups_b each those of a piece's dB; a chunk is `tiles` tiles of BT rows.
     """
@@ -138,7 +99,7 @@ def _everywhere(low, W: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["site"])
-def once_kernel(x, dy, a, b, seed, partial_a, partial_b, T, I, O, x_stride, dy_stride, apart, rank, tiles, site, threshold, DROPS: tl.constexpr, BT: tl.constexpr,
+def once_kernel(x, dy, packed, seed, partial_a, partial_b, T, I, O, x_stride, dy_stride, apart, rank, tiles, site, threshold, DROPS: tl.constexpr, BT: tl.constexpr,
                 W: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, XS: tl.constexpr, DYS: tl.constexpr):
     """partial_a and partial_b as of partial_kernel, from x and dy themselves; the others as in thin_kernel. x is XS times W BK columns wide, a piece of dy DYS times. W
     tiles side by side are one product of W batches, which the warps share among them: as one wide product each warp would read all of it. The pieces share the sums of
@@ -152,8 +113,7 @@ def once_kernel(x, dy, a, b, seed, partial_a, partial_b, T, I, O, x_stride, dy_s
         for i in tl.static_range(XS):
             columns = (i * W * BK + own_columns)[:, :, None]
             value = _side(x, rows, x_stride, i * W * BK, I, T, start, site, threshold, DROPS, BT, W, BK)
-            thin = tl.load(a + columns + ranks[None, None, :] * I, mask=(columns < I) & (ranks < PIECES * rank)[None, None, :], other=0.0)
-            u = dot(value, thin.to(value.dtype), u)
+            u = dot(value, tl.load(packed + columns + ranks[None, None, :] * I, mask=columns < I, other=0.0), u)
             xs = xs + (value,)
         low, grown = tl.sum(u, 0).to(x.dtype.element_ty), ()
         for j in tl.static_range(DYS):
@@ -161,8 +121,7 @@ def once_kernel(x, dy, a, b, seed, partial_a, partial_b, T, I, O, x_stride, dy_s
             for piece in tl.static_range(PIECES):
                 own = ((ranks >= piece * rank) & (ranks < (piece + 1) * rank))[None, :]
                 value = _side(dy + piece * apart, rows, dy_stride, j * W * BK, O, T, start, site, threshold, False, BT, W, BK)
-                thin = tl.load(b + (piece * O + columns) * rank + (ranks - piece * rank)[None, None, :], mask=(columns < O) & own[None, :, :], other=0.0)
-                v = dot(value, thin.to(value.dtype), v)
+                v = dot(value, tl.load(packed + R * I + (piece * O + columns) * R + ranks[None, None, :], mask=columns < O, other=0.0), v)
                 total = dot(_everywhere(low if PIECES == 1 else tl.where(own, low, 0.0), W), value, total)
             grown = grown + (total,)
         db = grown
@@ -180,26 +139,23 @@ def once_kernel(x, dy, a, b, seed, partial_a, partial_b, T, I, O, x_stride, dy_s
 
 
 @triton.jit
-def sum_kernel(partial_a, partial_b, da, db, chunks, ranks, rank, I, O, groups_a, scale, CHUNKS: tl.constexpr, BN: tl.constexpr):
-    """da [ranks, I] and db [O, rank] = scale times the sums over the chunks; here `ranks` are all pieces' and O is all pieces'. Programs (group of BN columns, k), the first
+def sum_kernel(partial_a, partial_b, da, db, chunks, ranks, rank, I, O, groups_a, scale_a, scale_b, CHUNKS: tl.constexpr, BN: tl.constexpr):
+    """da [ranks, I] and db [O, rank] = scale_a and scale_b times the sums over the chunks; here `ranks` are all pieces' and O is all pieces'. Programs (group of BN columns, k), the first
     groups_a groups of dA."""
     group, k = tl.program_id(0), tl.program_id(1)
     if group < groups_a:
-        reduce(partial_a, da, chunks, ranks, I, scale, I, 1, group, k, CHUNKS, BN)
+        reduce(partial_a, da, chunks, ranks, I, scale_a, I, 1, group, k, CHUNKS, BN)
     elif k < rank:
-        reduce(partial_b, db, chunks, rank, O, scale, 1, rank, group - groups_a, k, CHUNKS, BN)
+        reduce(partial_b, db, chunks, rank, O, scale_b, 1, rank, group - groups_a, k, CHUNKS, BN)
 
 
 # ---------------------------------------------------------------- sizes, specs
 
-def tiles_for(dtype: torch.dtype, rank: int, kernel: str) -> dict[str, int]:
-    """BT, BK, R and how the compiler schedules. kernel: "thin", which has a tile of rows for itself and walks over columns, or "partial", the other way round."""
-    r = power(rank)
+def tiles_for(dtype: torch.dtype, ranks: int) -> dict[str, int]:
+    """BT, BK, R of partial_kernel and how the compiler schedules; ranks: R."""
     if dtype == torch.float32:
-        return {"BT": 32 if r <= 32 else 16, "BK": 64 if r <= 32 else 32, "R": r, "num_warps": 8, "num_stages": 2 if r <= 32 or kernel == "partial" else 1}
-    if kernel == "thin":
-        return {"BT": 128, "BK": 128 if r <= 32 else 64, "R": r, "num_warps": 8, "num_stages": 3}
-    return {"BT": 32, "BK": 128 if r <= 32 else 64, "R": r, "num_warps": 4, "num_stages": 4}
+        return {"BT": 32 if ranks <= 32 else 16, "BK": 64 if ranks <= 32 else 32, "R": ranks, "num_warps": 8, "num_stages": 2}
+    return {"BT": 32, "BK": 128 if ranks <= 32 else 64, "R": ranks, "num_warps": 4, "num_stages": 4}
 
 
 SUMMED = {"CHUNKS": 32, "BN": 64}
@@ -221,22 +177,21 @@ def specs(arch: int) -> list[Spec]:
     whole = {name: "i32" for name in ("T", "I", "O", "x_stride", "dy_stride", "apart", "pieces", "rank", "groups_a", "groups_b", "tiles", "site", "threshold")}
 
     def add(name: str, kernel, kind: str, drops: bool, sizes: dict[str, int]) -> None:
-        pointers = dict.fromkeys(("x", "dy", "u", "v"), f"*{kind}") | dict.fromkeys(("a", "b", "partial_a", "partial_b"), "*fp32") | ({"seed": "*i64"} if drops else {})
+        pointers = dict.fromkeys(("x", "dy", "packed", "u", "v"), f"*{kind}") | dict.fromkeys(("partial_a", "partial_b"), "*fp32") | ({"seed": "*i64"} if drops else {})
         warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
         signature = {key: value for key, value in (pointers | whole).items() if key in kernel.arg_names}
         found.append(Spec(name + (", dropout" if drops else ""), kernel, signature, {"DROPS": drops} | sizes | ({} if drops else {"seed": None}), warps, stages,
-                          aligned=("I", "O", "x_stride", "dy_stride", "apart")))
+                          aligned=tuple(n for n in ("I", "O", "x_stride", "dy_stride", "apart") if n in kernel.arg_names)))
 
     for dtype, kind in DTYPES.items():
         for rank in (8, 64):
             for drops in (False, True):
-                for name, kernel in (("thin", thin_kernel), ("partial", partial_kernel)):
-                    add(f"{name}, {kind}, r {rank}", kernel, kind, drops, tiles_for(dtype, rank, name))
+                add(f"partial, {kind}, r {rank}", partial_kernel, kind, drops, tiles_for(dtype, power(rank)))
     for kind in ("bf16", "fp16"):
         for pieces, drops in ((1, False), (2, False), (1, True)):
             add(f"once, {kind}, {pieces} of 768", once_kernel, kind, drops, once_tiles(arch) | {"PIECES": pieces, "XS": 3, "DYS": 3})
-    signature = dict.fromkeys(("partial_a", "partial_b", "da", "db"), "*fp32") | dict.fromkeys(("chunks", "ranks", "rank", "I", "O", "groups_a"), "i32") | {"scale": "fp32"}
-    return [*found, Spec("sum", sum_kernel, signature, SUMMED, aligned=("I", "O"))]
+    signature = dict.fromkeys(("partial_a", "partial_b", "da", "db"), "*fp32") | dict.fromkeys(("chunks", "ranks", "rank", "I", "O", "groups_a"), "i32") | dict.fromkeys(("scale_a", "scale_b"), "fp32")
+    return [*lora_thin.specs(arch), *found, Spec("sum", sum_kernel, signature, SUMMED, aligned=("I", "O"))]
 
 
 # ---------------------------------------------------------------- launcher
@@ -254,53 +209,59 @@ def form_for(x: Tensor, out: int, pieces: int, ranks: int, rate: float, asked: s
 
 
 @op("lora_grads", fake=lambda x, dy, a, b, *others: tuple(x.new_empty((len(t) * t[0].shape[0], t[0].shape[1]), dtype=t[0].dtype) for t in (a, b)))
-def lora_grads_op(x: Tensor, dy: Tensor, a: list[Tensor], b: list[Tensor], scale: float, apart: int, rate: float, seed: Tensor | None, site: int,
-                  form: str) -> tuple[Tensor, Tensor]:
+def lora_grads_op(x: Tensor, dy: Tensor, a: list[Tensor], b: list[Tensor], scale: float, apart: int, rate: float, seed: Tensor | None, site: int, form: str,
+                  packed: Tensor | None = None, u: Tensor | None = None, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """dA [G r, in] and dB [G out, r] of G pieces, one below the other; G r at most MAX_RANK, or G is 1. dy [T, ..]: the first piece's columns come first, the next one's
-    `apart` further on. form: the one that is asked for, or nothing."""
+    `apart` further on. form: the one that is asked for, or nothing. packed, u, v: of lora_thin.py, by who has them."""
     pieces, (rank, width), out = len(a), a[0].shape, b[0].shape[0]
-    a, b = (t[0].contiguous() if pieces == 1 else torch.cat(t) for t in (a, b))
     if rank > MAX_RANK:
-        z, v = dropout(x, rate, seed, site) if rate else x, dy[:, :out] @ b.to(dy.dtype)
-        return (v.t() @ z * scale).to(a.dtype), (dy[:, :out].t() @ F.linear(z, a.to(z.dtype)) * scale).to(b.dtype)
+        z, dy = dropout(x, rate, seed, site) if rate else x, dy[:, :out]
+        u, v = F.linear(z, a[0].to(x.dtype)) if u is None else u, dy @ b[0].to(dy.dtype) if v is None else v
+        return (v.t() @ z * scale).to(a[0].dtype), (dy.t() @ u * scale).to(b[0].dtype)
     x, dy = rows_together(x), rows_together(dy)
-    ranks, da, db = pieces * rank, torch.empty_like(a), torch.empty_like(b)
-    launch = _once if form_for(x, out, pieces, ranks, rate, form) == "once" else _twice
+    ranks, da, db = pieces * rank, a[0].new_empty(pieces * rank, width), b[0].new_empty(pieces * out, rank)
+    shape, lacks = (width, out, apart, pieces, rank, rate, seed if rate else None, site), u is None or v is None
+    once = (lacks or form) and form_for(x, out, pieces, ranks, rate, form) == "once"
+    packed = pack(a, b, x.dtype) if packed is None and (once or lacks) else packed
     with on(x):
-        partial_a, partial_b = launch(x, dy, a, b, apart, pieces, rate, seed if rate else None, site)
+        if once:
+            partial_a, partial_b = _once(x, dy, packed, *shape)
+        else:
+            made = thin(x if u is None else None, dy if v is None else None, packed, *shape) if lacks else (u, v)
+            partial_a, partial_b = _twice(x, dy, *(mine if given is None else given for given, mine in zip((u, v), made)), *shape)
+        whole = scale * 65536 / threshold_of(rate)  # with what the mask's scale is; u of `thin` has it
         groups = ceil_div(width, SUMMED["BN"]), ceil_div(pieces * out, SUMMED["BN"])
-        sum_kernel[sum(groups), ranks](partial_a, partial_b, da, db, len(partial_a), ranks, rank, width, pieces * out, groups[0], scale * 65536 / threshold_of(rate),
+        sum_kernel[sum(groups), ranks](partial_a, partial_b, da, db, len(partial_a), ranks, rank, width, pieces * out, groups[0], whole, whole if once else scale,
                                        enable_fp_fusion=True, **SUMMED)
     return da, db
 
 
-def _partial(x: Tensor, a: Tensor, b: Tensor, tile: int, most: int) -> tuple[int, Tensor, Tensor]:
+def _partial(x: Tensor, width: int, out: int, pieces: int, rank: int, tile: int, most: int) -> tuple[int, Tensor, Tensor]:
     """(tiles of `tile` rows in a chunk, partial_a, partial_b) for at most `most` chunks."""
     tiles = max(1, ceil_div(ceil_div(x.shape[0], tile), most))
     chunks = ceil_div(x.shape[0], tiles * tile)
-    return tiles, *(torch.empty((chunks, *shape), dtype=torch.float32, device=x.device) for shape in (a.shape, b.t().shape))
+    return tiles, *(x.new_empty((chunks, *shape), dtype=torch.float32) for shape in ((pieces * rank, width), (rank, pieces * out)))
 
 
-def _twice(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, apart: int, pieces: int, rate: float, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:
-    rows, ranks, out, rank = x.shape[0], a.shape[0], b.shape[0] // pieces, b.shape[1]
-    thin, sizes = tiles_for(x.dtype, ranks, "thin"), tiles_for(x.dtype, ranks, "partial")
-    tiles, *partial = _partial(x, a, b, sizes["BT"], CHUNKS)
-    if rows:
-        u, v = (torch.empty((rows, power(ranks)), dtype=x.dtype, device=x.device) for _ in range(2))
-        shape, options = (rows, x.shape[1], out, x.stride(0), dy.stride(0), apart, pieces, rank), {"DROPS": rate > 0, "enable_fp_fusion": True}
-        thin_kernel[(1 + pieces) * ceil_div(rows, thin["BT"]),](x, dy, a, b, seed, u, v, *shape, site, threshold_of(rate), **options, **thin)
-        groups = ceil_div(x.shape[1], sizes["BK"]), ceil_div(out, sizes["BK"])
-        partial_kernel[groups[0] + pieces * groups[1], len(partial[0])](x, dy, u, v, seed, *partial, *shape, *groups, tiles, site, threshold_of(rate), **options, **sizes)
+def _twice(x: Tensor, dy: Tensor, u: Tensor, v: Tensor, width: int, out: int, apart: int, pieces: int, rank: int, rate: float, seed: Tensor | None,
+           site: int) -> tuple[Tensor, Tensor]:
+    sizes = tiles_for(x.dtype, ranks_of(rank, pieces))
+    tiles, *partial = _partial(x, width, out, pieces, rank, sizes["BT"], CHUNKS)
+    if x.shape[0]:
+        groups = ceil_div(width, sizes["BK"]), ceil_div(out, sizes["BK"])
+        partial_kernel[groups[0] + pieces * groups[1], len(partial[0])](x, dy, u, v, seed, *partial, *x.shape, out, x.stride(0), dy.stride(0), apart, pieces, rank, *groups, tiles,
+                                                                        site, threshold_of(rate), DROPS=rate > 0, enable_fp_fusion=True, **sizes)
     return tuple(partial)
 
 
-def _once(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, apart: int, pieces: int, rate: float, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:
-    sizes, out = once_tiles(arch_of(x)), b.shape[0] // pieces
-    tiles, *partial = _partial(x, a, b, sizes["BT"], processors(x))
+def _once(x: Tensor, dy: Tensor, packed: Tensor, width: int, out: int, apart: int, pieces: int, rank: int, rate: float, seed: Tensor | None,
+          site: int) -> tuple[Tensor, Tensor]:
+    sizes = once_tiles(arch_of(x))
+    tiles, *partial = _partial(x, width, out, pieces, rank, sizes["BT"], processors(x))
     if x.shape[0]:
-        shape, side = (*x.shape, out, x.stride(0), dy.stride(0), apart, b.shape[1], tiles), sizes["W"] * sizes["BK"]
-        once_kernel[len(partial[0]),](x, dy, a, b, seed, *partial, *shape, site, threshold_of(rate), DROPS=rate > 0, PIECES=pieces, XS=ceil_div(x.shape[1], side),
-                                      DYS=ceil_div(out, side), enable_fp_fusion=True, **sizes)
+        side = sizes["W"] * sizes["BK"]
+        once_kernel[len(partial[0]),](x, dy, packed, seed, *partial, *x.shape, out, x.stride(0), dy.stride(0), apart, rank, tiles, site, threshold_of(rate), DROPS=rate > 0,
+                                      PIECES=pieces, XS=ceil_div(width, side), DYS=ceil_div(out, side), enable_fp_fusion=True, **sizes)
     return tuple(partial)
 
 

@@ -1,4 +1,4 @@
-"""LoRA, part one of three: W' = W + s B A for all wrapped matrices in one launch, so that every product afterwards is a plain library GEMM.
+"""LoRA, part one of four: W' = W + s B A for all wrapped matrices in one launch, so that every product afterwards is a plain library GEMM.
 
 Contract. lora_write(weights, pieces, dtype) computes lora_write_ref of peftdebias/written.py. weights: matrices W [out, in], contiguous, one dtype (fp32, bf16
 or fp16). pieces: (matrix, first row, A [r, in], B [p, r], s): rows first .. first + p of that matrix get s B A added; A and B contiguous, one dtype; the pieces of a

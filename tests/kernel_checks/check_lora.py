@@ -1,4 +1,4 @@
-"""LoRA's three kernel files against the plain twins of methods/lora.py: every output, every named gradient, every form."""
+"""LoRA's four kernel files against the plain twins of methods/lora.py: every output, every named gradient, every form."""
 
 import gc
 import weakref
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from peftdebias import kernels
-from peftdebias.kernels import dispatch, lora, lora_grads, lora_write
+from peftdebias.kernels import dispatch, lora, lora_grads, lora_thin, lora_write
+from peftdebias.kernels.dropout_ref import dropout_ref
 from peftdebias.methods.lora import lora_grads_ref, lora_linear_ref
 from peftdebias.written import lora_write_ref, lora_written_ref
 
@@ -54,8 +55,8 @@ def test_epilogue(sizes, dtype, rate):
 @pytest.mark.parametrize("rows,width,out,rank,dtype,rate", REAL, ids=str)
 def test_real_sizes(name, rows, width, out, rank, dtype, rate, monkeypatch):
     """Also dA and dB, which the three forms take from lora_grads.py. float32 in the tiles of bf16: fewer steps of the interpreter, the same kernels."""
-    monkeypatch.setattr(lora, "tiles_for", lambda dtype, *rest, of=lora.tiles_for: of(torch.bfloat16, *rest))
-    monkeypatch.setattr(lora_grads, "tiles_for", lambda dtype, *rest, of=lora_grads.tiles_for: of(torch.bfloat16, *rest))
+    for file in (lora, lora_thin, lora_grads):
+        monkeypatch.setattr(file, "tiles_for", lambda dtype, *rest, of=file.tiles_for: of(torch.bfloat16, *rest))
     given = tensors(rows, width, out, rank)
     if name == "written":  # knows no dropout
         compare(written(lora.lora_written, lora_write.lora_write), written(lora_written_ref, lora_write_ref), given, dtype=dtype, gradients=("x", "a", "b"))
@@ -84,13 +85,13 @@ def test_library(sizes, rate):
 
 def test_a_backward_keeps_the_form_of_its_forward(monkeypatch):
     """Autograd runs it later, in a thread that knows nothing of the `with` block."""
-    launched, launch = [], lora._launch
-    monkeypatch.setattr(lora, "_launch", lambda kernel, *rest: launched.append(kernel) or launch(kernel, *rest))
-    for name, kernels_ in (("library", []), ("epilogue", [lora.forward_kernel, lora.dx_kernel])):
+    launched, launch = [], lora._product
+    monkeypatch.setattr(lora, "_product", lambda *given: launched.append(given[5]) or launch(*given))
+    for name, directions in (("library", []), ("epilogue", [True, False])):
         launched.clear()
         inputs = tensors_float(x=True)
         form(name, 0.25)(**inputs).sum().backward()
-        assert launched == kernels_
+        assert launched == directions
 
 
 @pytest.mark.parametrize("rate", RATES)
@@ -116,7 +117,8 @@ def test_only_what_is_asked_for_has_a_gradient():
     y.sum().backward()
     assert inputs["a"].grad is not None and all(inputs[k].grad is None for k in ("x", "weight", "bias", "b"))
     frozen = form("epilogue", 0.0)(**tensors_float(x=True))
-    assert {t.shape for t in saved(frozen)} == {(37, 7), (3, 7), (37, 3), (1,)}  # W, A, B, the seed; no x where W, A and B are frozen
+    # W, A, B, the seed, A and B packed; neither x nor u where W, A and B are frozen.
+    assert {t.shape for t in saved(frozen)} == {(37, 7), (3, 7), (37, 3), (1,), (16 * (7 + 37),)}
 
 
 def tensors_float(**grads: bool) -> dict[str, torch.Tensor]:
@@ -143,6 +145,62 @@ def test_no_rows():
         y = form("epilogue", 0.0)(**{k: v[:0].float() if k == "x" else v.float() for k, v in tensors(3, 7, 5, 2).items()})
         da, db = lora_grads.lora_grads(torch.zeros(0, 7), torch.zeros(0, 5), torch.ones(2, 7), torch.ones(5, 2), 1.0)
     assert y.shape == (0, 5) and not da.any() and not db.any()
+
+
+# ---------------------------------------------------------------- A and B packed, u and v
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pieces,rank", [(1, 1), (1, 64), (2, 8), (3, 5), (3, 21), (4, 5), (1, 65)])
+def test_packed(pieces, rank, dtype):
+    """To the bit, zeros too; four pieces and more ranks than a kernel takes are packed by torch."""
+    a, b = ([drawn(*shape, seed=i).float() for i in range(pieces)] for shape in ((rank, 131), (37, rank)))
+    a[0] = strided(a[0])
+    with poisoned():
+        found = lora_thin.pack(a, b, dtype)
+    ranks = lora_thin.ranks_of(rank, pieces)
+    rows, columns = found[:ranks * 131].view(ranks, 131), found[ranks * 131:].view(pieces, 37, ranks)
+    assert found.dtype == dtype and torch.equal(found, lora_thin.pack_ref(a, b, dtype))
+    assert torch.equal(rows[:pieces * rank], torch.cat(a).to(dtype)) and not rows[pieces * rank:].any()
+    for i in range(pieces):
+        own = slice(i * rank, (i + 1) * rank)
+        assert torch.equal(columns[i, :, own], b[i].to(dtype)) and torch.count_nonzero(columns[i]) == torch.count_nonzero(columns[i, :, own])
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_thin_products(dtype, rate):
+    """u and v of two pieces, together and each alone; nothing but zeros where no piece has ranks. u has the scale of its mask."""
+    (rows, width, out, rank), pieces, apart = (137, 131, 37, 5), 2, 50
+    inputs = {"x": drawn(rows, width, seed=1), "dy": drawn(rows, apart + out, seed=2)} | {name: drawn(*shape, seed=3 + i) for i, (name, shape) in enumerate(
+        {"qa": (rank, width), "va": (rank, width), "qb": (out, rank), "vb": (out, rank)}.items())}
+
+    def fused(x, dy, qa, va, qb, vb):
+        packed, how = lora_thin.pack([qa, va], [qb, vb], x.dtype), (width, out, apart, pieces, rank, rate, SEED, 6)
+        with poisoned():
+            u, v = lora_thin.thin(x, dy, packed, *how)
+            alone = lora_thin.thin(x, None, packed, *how)[0], lora_thin.thin(None, dy, packed, *how)[1]
+        assert all(torch.equal(t[:, :10], other[:, :10]) and not t[:, 10:].any() for t, other in zip((u, v), alone))
+        return {"u": u[:, :10], "v": v[:, :10]}
+
+    def plain(x, dy, qa, va, qb, vb):
+        z = dropout_ref(x, rate, SEED, 6) if rate else x
+        return {"u": z @ torch.cat((qa, va)).t(), "v": torch.cat((dy[:, :out] @ qb, dy[:, apart:] @ vb), 1)}
+
+    compare(fused, plain, inputs, dtype=dtype)
+
+
+@pytest.mark.parametrize("form", ["twice", "once", ""])
+def test_gradients_take_the_thin_products_that_are_there(form, monkeypatch):
+    """As behind the unwritten product; by a form asked for by name as well. Then x and dY are read once."""
+    x, dy, a, b = (drawn(*s, seed=i).bfloat16() for i, s in enumerate(((37, 13), (37, 7), (5, 13), (7, 5))))
+    packed, how = lora_thin.pack([a], [b], x.dtype), (SCALE, 0, 0.25, SEED, 6, form)
+    u, v = lora_thin.thin(x, dy, packed, 13, 7, 0, 1, 5, 0.25, SEED, 6)
+    expected = lora_grads.lora_grads_op(x, dy, [a], [b], *how)
+    for given in ((packed, u, v), (None, u, v), (packed, u, None), (None, None, v), (packed, None, None)):
+        assert all(map(torch.equal, lora_grads.lora_grads_op(x, dy, [a], [b], *how, *given), expected))
+    monkeypatch.setattr(lora_grads, "thin", None)
+    monkeypatch.setattr(lora_grads, "pack", None)
+    assert all(map(torch.equal, lora_grads.lora_grads_op(x, dy, [a], [b], *how, packed, u, v), expected))
 
 
 # ---------------------------------------------------------------- dA and dB
@@ -379,7 +437,8 @@ def test_registration():
     x, w, bias, a, b = (t.float().requires_grad_(k != "weight") for k, t in tensors(13, 7, 37, 3).items())
     flat = (1.5, 0.25, SEED, 2)
     torch.library.opcheck(torch.ops.peftdebias.lora_linear.default, (x, w, bias, a, b, *flat, "", ""))
-    torch.library.opcheck(torch.ops.peftdebias.lora_dx.default, (torch.randn(13, 37, device=DEVICE), w, a.detach(), b.detach(), *flat, ""))
+    packed = lora_thin.pack([a.detach()], [b.detach()], torch.float32)
+    torch.library.opcheck(torch.ops.peftdebias.lora_dx.default, (torch.randn(13, 37, device=DEVICE), w, packed, 3, *flat, ""))
     torch.library.opcheck(torch.ops.peftdebias.lora_grads.default, (x.detach(), torch.randn(13, 37, device=DEVICE), [a.detach()], [b.detach()], flat[0], 0, *flat[1:], ""))
     torch.library.opcheck(torch.ops.peftdebias.lora_write.default, ([w], [a.detach()], [b.detach()], [1.5], [0, 0], torch.bfloat16))
     torch.library.opcheck(torch.ops.peftdebias.lora_written.default, (x, w, bias, [a], [b], [1.5], [0], ""))
