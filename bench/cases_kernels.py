@@ -334,10 +334,11 @@ def gelu(form: str) -> Callable[[Setting], Work]:
     return build
 
 
-# ---------------------------------------------------------------- linears with trained weights
+# ---------------------------------------------------------------- linears with trained weights, the feed-forward block
 
 def trained(form: str, block: bool = False) -> Callable[[Setting], Work]:
-    """A linear of a base that is trained, hidden to hidden; or the whole feed-forward block, two linears and GELU between them."""
+    """A linear of a base that is trained, hidden to hidden; or the whole feed-forward block, two linears and GELU between them. form: plain, compiled, fused; of the block library
+    or fused (kernels/fused/feed_forward.py)."""
     def build(setting: Setting) -> Work:
         t, d, e = int(setting.x), setting.size.hidden, bytes_of(setting)
         inner = setting.size.feed_forward if block else d
@@ -346,12 +347,35 @@ def trained(form: str, block: bool = False) -> Callable[[Setting], Work]:
         for n, ((name, o, i), bias) in enumerate(zip(linears, biases)):
             given |= {name: drawn(setting, True, i ** -0.5, 3 + n, shape=(o, i)), bias: drawn(setting, True, seed=5 + n, shape=(o,))}
         op, twin = ("feed_forward", feed_forward_ref) if block else ("linear_trained", F.linear)
-        forward = fused(op, twin, setting) if form == "fused" else torch.compile(twin) if form == "compiled" else twin
+        forward = torch.compile(twin) if form == "compiled" else twin if form == "plain" else in_form(form, fused(op, twin, setting)) if block else fused(op, twin, setting)
         product = 2.0 * t * d * inner, float(e * t * (d + inner)) + 4.0 * d * inner
         wide = float(e * t * inner)
         words = f"x [T, {d}], {', '.join(f'W [{o}, {i}]' for _, o, i in linears)} and biases in float32{', GELU between them' if block else ''}; forward, and backward to all"
         return full(setting, forward, given, tuple(given), words, tokens=t, roof=(product,) * (3 * len(linears)) + (((0.0, 2 * wide), (0.0, 3 * wide)) if block else ()),
                     limit="library GEMMs, of which dW sums over T")
+
+    return build
+
+
+def in_form(form: str, block: Callable) -> Callable:
+    """feed_forward in a form by name."""
+    def run(**given):
+        with dispatch.use("feed_forward", form):
+            return block(**given)
+    return run
+
+
+def feed_forward(form: str) -> Callable[[Setting], Work]:
+    """The feed-forward block of a frozen base. form: plain, compiled, or one of ours: library, fused (kernels/fused/feed_forward.py)."""
+    def build(setting: Setting) -> Work:
+        t, d, inner, e = int(setting.x), setting.size.hidden, setting.size.feed_forward, bytes_of(setting)
+        given = {"x": drawn(setting, seed=1, shape=(t, d)), "up": drawn(setting, scale=d ** -0.5, seed=3, shape=(inner, d)), "up_bias": drawn(setting, seed=5, shape=(inner,)),
+                 "down": drawn(setting, scale=inner ** -0.5, seed=4, shape=(d, inner)), "down_bias": drawn(setting, seed=6, shape=(d,))}
+        forward = {"plain": lambda: feed_forward_ref, "compiled": lambda: torch.compile(feed_forward_ref)}.get(form, lambda: in_form(form, fused("feed_forward", feed_forward_ref, setting)))()
+        product, wide = (2.0 * t * d * inner, float(e * (t * (d + inner) + d * inner))), float(e * t * inner)
+        words = f"x [T, {d}], W [{inner}, {d}] and W [{d}, {inner}] with biases, frozen, GELU between them; forward, and backward to x"
+        return full(setting, forward, given, ("x",), words, tokens=t, roof=(product,) * 4 + (() if form == "fused" else ((0.0, 2 * wide), (0.0, 3 * wide))),
+                    limit="two GEMMs of its own, which a library's is hard to match" if form == "fused" else "library GEMMs, and GELU's passes over [T, inner]")
 
     return build
 
@@ -365,6 +389,12 @@ def op_case(name: str, what: str, x_name: str, x_values: tuple[float, ...], prov
 def _three(builder: Callable[[str], Callable[[Setting], Work]], *ops: str) -> dict[str, Provider]:
     return {"plain torch": Provider(builder("plain")), "plain torch, compiled": Provider(builder("compiled"), compiled=True),
             "peftdebias": Provider(builder("fused"), kernels=ops)}
+
+
+def _block(builder: Callable[[str], Callable[[Setting], Work]]) -> dict[str, Provider]:
+    """Both forms of kernels/fused/feed_forward.py."""
+    own = {f"peftdebias, {form}": Provider(builder(form), kernels=("feed_forward",)) for form in dispatch.FORMS["feed_forward"]}
+    return {"plain torch": Provider(builder("plain")), "plain torch, compiled": Provider(builder("compiled"), compiled=True), **own}
 
 
 def _linear(wide: bool) -> dict[str, Provider]:
@@ -412,5 +442,6 @@ KERNEL_CASES = {case.name: case for case in (
         "plain torch, our mask": Provider(norm("twin", RATE)), "peftdebias": Provider(norm("fused", RATE), kernels=("norm",))}),
     op_case("gelu", "bias and GELU", "rows", (256, 2048), _three(gelu, "gelu")),
     op_case("trained_linear", "a linear whose W and bias are trained", "rows", (256, 2048), _three(trained, "linear_trained")),
-    op_case("trained_feed_forward", "a feed-forward block that is trained", "rows", (256, 2048), _three(lambda form: trained(form, True), "feed_forward")),
+    op_case("feed_forward", "a feed-forward block that is frozen", "rows", (256, 2048), _block(feed_forward)),
+    op_case("trained_feed_forward", "a feed-forward block that is trained", "rows", (256, 2048), _block(lambda form: trained(form, True))),
 )}

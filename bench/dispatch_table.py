@@ -22,7 +22,8 @@ from bench.cases_attention import FORMS as ATTENTION_FORMS  # noqa: E402
 from peftdebias.kernels import dispatch  # noqa: E402
 
 CASES = {"lora_linear": ("lora_linear", "hidden", False), "lora_linear_wide": ("lora_linear", "feed_forward", False), "lora_dropout": ("lora_linear", "hidden", True),
-         "lora_grads": ("lora_grads", "hidden", False), "lora_grads_two": ("lora_grads", "hidden", False)}
+         "lora_grads": ("lora_grads", "hidden", False), "lora_grads_two": ("lora_grads", "hidden", False),
+         "feed_forward": ("feed_forward", "feed_forward", False)}
 """case -> (op, which width of the base model is the output's, whether it drops)."""
 PIECES = {"lora_grads_two": 2}
 """How many pieces of one product a case has, where more than one."""
@@ -50,7 +51,8 @@ def _measured(row: rows.Row) -> tuple[str, str, dict[str, int]]:
     if row.kernel_name not in CASES or not row.provider.startswith(PREFIX):
         return "", "", {}
     (op, side, _), size, pieces = CASES[row.kernel_name], SIZES[row.extra_config["size"]], PIECES.get(row.kernel_name, 1)
-    return op, row.provider.removeprefix(PREFIX), {"rows": int(row.x_value), "inside": size.hidden, "outside": pieces * getattr(size, side), "rank": pieces * RANK}
+    sizes = {"rows": int(row.x_value), "inside": size.hidden, "outside": pieces * getattr(size, side)} | ({} if op == "feed_forward" else {"rank": pieces * RANK})
+    return op, row.provider.removeprefix(PREFIX), sizes
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -83,7 +83,7 @@ def _tried(device: torch.device) -> str:
 
 
 def _forms(device: torch.device) -> list[str]:
-    """By which library a CPU multiplies, and how it computes a vocabulary's scores; which forms of lora_linear, lora_grads and attention are picked at the size
+    """By which library a CPU multiplies, and how it computes a vocabulary's scores; which forms of lora_linear, lora_grads, attention and feed_forward are picked at the size
     of BERT-base, where a kernel is."""
     lines = ["linear        form {}: {}".format(*linear_form()), "scores        form {}: {}".format(*scores_form())] if device.type == "cpu" else []
     if kernels.decide("lora_linear", device)[0] != "triton":
@@ -101,6 +101,8 @@ def _forms(device: torch.device) -> list[str]:
         candidates = ("fused", "padded") if dropout or not has_varlen() else dispatch.FORMS["attention"]
         form, why = dispatch.decide("attention", candidates, dropout=dropout, rows=4096, sequences=32, longest=128, prefix=0, width=768, **how)
         lines.append(f"attention     form {form} with{'' if dropout else 'out'} dropout: {why}")
+    form, why = dispatch.decide("feed_forward", dispatch.FORMS["feed_forward"], dropout=False, rows=4096, inside=768, outside=3072, **how)
+    lines.append(f"feed_forward  form {form}: {why}")
     return lines
 
 

@@ -70,7 +70,7 @@ class Outcome:
 
 def pick_device(name: str) -> torch.device:
     """auto is a GPU where there is one. Raises ConfigError on a name torch does not know or a GPU that is not there, and on PEFTDEBIAS_KERNELS or PEFTDEBIAS_LINEAR
-    (ATTENTION, LORA_LINEAR, LORA_GRADS) that say nothing: they pick what runs on the device."""
+    (ATTENTION, FEED_FORWARD, LORA_LINEAR, LORA_GRADS) that say nothing: they pick what runs on the device."""
     try:
         kernels.setting()
         for op in dispatch.FORMS:

@@ -107,7 +107,7 @@ def test_of_two_files_the_later_measurement_counts(tmp_path):
 
 def test_the_committed_table_can_be_read(fresh):
     linear = {"rows", "inside", "outside", "rank"}
-    sizes = {"lora_linear": linear, "lora_grads": linear, "attention": {"rows", "sequences", "longest", "prefix", "width"}}
+    sizes = {"lora_linear": linear, "lora_grads": linear, "attention": {"rows", "sequences", "longest", "prefix", "width"}, "feed_forward": linear - {"rank"}}
     for op, lines in dispatch.table().items():
         for line in lines:
             assert set(line) == {"device", "dtype", "dropout", "ms"} | sizes[op] and set(line["ms"]) <= set(dispatch.FORMS[op])

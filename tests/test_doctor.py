@@ -94,6 +94,7 @@ def test_a_kernel_is_run_where_triton_can():
     assert "lora_linear   form written without dropout: the default: not measured on cpu" in ran.stdout
     assert "lora_grads    form twice without dropout: the default: not measured on cpu" in ran.stdout
     assert "attention     form fused with dropout: the default: not measured on cpu" in ran.stdout
+    assert "feed_forward  form library: the default: not measured on cpu" in ran.stdout
 
 
 def test_importing_the_kernels_does_not_import_triton():

@@ -419,7 +419,7 @@ def test_a_labelled_sample_asks_for_the_first_token():
     assert samples[0].segments.tolist() == [0, 0, 0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("variable", ["PEFTDEBIAS_KERNELS", "PEFTDEBIAS_LINEAR", "PEFTDEBIAS_ATTENTION", "PEFTDEBIAS_LORA_LINEAR", "PEFTDEBIAS_LORA_GRADS"])
+@pytest.mark.parametrize("variable", ["PEFTDEBIAS_KERNELS", "PEFTDEBIAS_LINEAR", "PEFTDEBIAS_ATTENTION", "PEFTDEBIAS_LORA_LINEAR", "PEFTDEBIAS_LORA_GRADS", "PEFTDEBIAS_FEED_FORWARD"])
 def test_a_word_in_the_environment_that_says_nothing_is_named_before_anything_runs(variable, monkeypatch):
     monkeypatch.setenv(variable, "quick")
     with pytest.raises(ConfigError, match=f"{variable}: expected one of .*, got 'quick'"):

@@ -27,7 +27,7 @@ TRITON: dict[str, str] = {
     "adamw_of_many": "adamw",
     "attention": "attention",
     "dropout": "dropout",
-    "feed_forward": "linear_trained",
+    "feed_forward": "feed_forward",
     "gelu": "gelu",
     "linear_trained": "linear_trained",
     "lora_grads": "lora_grads",

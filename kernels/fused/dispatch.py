@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 TABLE = Path(__file__).with_name("dispatch.json")
-FORMS = {"linear": ("blas", "onednn"), "lora_linear": ("written", "epilogue", "library"), "lora_grads": ("twice", "once"), "attention": ("fused", "padded", "varlen")}
-"""op -> its forms (lora.py, lora_grads.py and, in peftdebias/ops, attention.py and linear.py say what they are); the first that can serve is the default."""
+FORMS = {"linear": ("blas", "onednn"), "lora_linear": ("written", "epilogue", "library"), "lora_grads": ("twice", "once"), "attention": ("fused", "padded", "varlen"),
+         "feed_forward": ("library", "fused")}
+"""op -> its forms (lora.py, lora_grads.py, feed_forward.py and, in peftdebias/ops, attention.py and linear.py say what they are); the first that can serve is the default."""
 
 _forced: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("peftdebias_forms", default={})
 
@@ -43,7 +44,7 @@ def pick(op: str, candidates: Sequence[str], *, device: torch.device, dtype: tor
 def decide(op: str, candidates: Sequence[str], *, device: torch.device, dtype: torch.dtype, dropout: bool, **sizes: int) -> tuple[str, str]:
     """(form, why). sizes: what the op's measured rows name. lora_linear: rows T, inside and outside the widths of the linear, rank.
     lora_grads: the same, outside and rank of all pieces together. attention: rows T, sequences B,
-    longest S, prefix P, width H W. Of the measured rows with this device, dtype and dropout the nearest in size decides (sum of |log2| of the ratios), by the least
+    longest S, prefix P, width H W. feed_forward: rows T, inside and outside the widths of its first linear, as measured in a frozen base. Of the measured rows with this device, dtype and dropout the nearest in size decides (sum of |log2| of the ratios), by the least
     time among the candidates; while torch.compile traces, the default."""
     if form := asked(op):
         if form in candidates:

@@ -53,7 +53,7 @@ def _normal(z):
 
 
 @triton.jit
-def _gelu(z, EXACT: tl.constexpr):
+def gelu_of(z, EXACT: tl.constexpr):
     if EXACT:
         return erf_gelu(z)
     below, _ = _normal(z)
@@ -61,7 +61,7 @@ def _gelu(z, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _gelu_and_slope(z, EXACT: tl.constexpr):
+def gelu_and_slope(z, EXACT: tl.constexpr):
     """What nobody uses of the two is not computed: the compiler leaves it out."""
     if EXACT:
         return erf_gelu(z), erf_gelu_slope(z)
@@ -86,7 +86,7 @@ def forward_kernel(x, bias, y, T, F, x_stride, BT: tl.constexpr, BF: tl.constexp
     rows, columns = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64), tl.program_id(1) * BF + tl.arange(0, BF)
     inside = (rows < T)[:, None] & (columns < F)[None, :]
     z = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32) + _shift(bias, columns, F, BF)
-    tl.store(y + rows[:, None] * F + columns[None, :], _gelu(z, x.dtype.element_ty == tl.float32), mask=inside)
+    tl.store(y + rows[:, None] * F + columns[None, :], gelu_of(z, x.dtype.element_ty == tl.float32), mask=inside)
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def backward_kernel(dy, x, bias, dx, y, partial, T, F, dy_stride, x_stride, tile
         inside = (rows < T)[:, None] & (columns < F)[None, :]
         pull = tl.load(dy + rows[:, None] * dy_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         z = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32) + shift
-        found, slope = _gelu_and_slope(z, x.dtype.element_ty == tl.float32)
+        found, slope = gelu_and_slope(z, x.dtype.element_ty == tl.float32)
         fall = pull * slope
         if partial is not None:
             sums += fall

@@ -1,7 +1,6 @@
-"""Linears whose W is trained in float32 beside activations of 16 bits. Computes linear_ref of peftdebias/ops/linear.py, and feed_forward_ref of peftdebias/ops/gelu.py:
+"""Linears whose W is trained in float32 beside activations of 16 bits. Computes linear_ref of peftdebias/ops/linear.py:
 
-    y = x W^T + b                                dx = dy W        dW = dy^T x        db = sum_t dy
-    y = a W2^T + b2,  a = gelu(x W1^T + b1)      the same for x, W1, b1 and for a, W2, b2, with the gradient of GELU between them
+    y = x W^T + b        dx = dy W        dW = dy^T x        db = sum_t dy
 
     x [T, in] float32, bfloat16 or float16, W [out, in], b [out] or None -> y [T, out] of autocast's dtype where that is on, else of x's; the products are the library's, in
     that dtype, with W and b rounded to it. Every gradient is of its own tensor's dtype.
@@ -18,10 +17,10 @@ x where W is trained; but where x = n gain + bias comes out of a norm, which kee
 
 There dW errs by the rounding of n, 2^-9 of |n gain| in bf16, as the norm's own dgain does; from x by that of x: in a column where bias is nearly -n gain, the former is more.
 
-Of GELU, x W1^T and no a: the kernel that computes the gradient before GELU has all that a is made of in its registers, and writes a once more. It writes that gradient over
-da, which is its own. No saved tensor is overwritten.
+No saved tensor is overwritten.
 
-The room: peftdebias/ops/linear.py and ops/gelu.py (specifications), this file, tests/kernel_checks/check_linear_trained.py (proof). Letters: T rows, in and out widths.
+The room: peftdebias/ops/linear.py (specification), this file, feed_forward.py (two of them and GELU between), tests/kernel_checks/check_linear_trained.py (proof). Letters: T rows,
+in and out widths.
 """
 
 import contextlib
@@ -35,7 +34,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import register
-from .gelu import backward_with_output, gelu
 from .op import first_order
 from .tiles import Spec, ceil_div, expect, on, product_dtype
 
@@ -81,7 +79,7 @@ def rounded_once(parameters: list[Tensor], dtype: torch.dtype) -> Iterator[None]
         _once.reset(token)
 
 
-def _rounded(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def rounding_of(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     copy = None if parameter is None else _once.get().get(id(parameter))
     if copy is not None and copy.dtype == dtype:
         return copy
@@ -95,12 +93,12 @@ def _wide(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left, right, out_dtype=torch.float32).to(dtype)
 
 
-def _sums(dy: Tensor) -> Tensor:
+def sum_of(dy: Tensor) -> Tensor:
     """fp32 [out] = sum_t dy. A sum of float32 is left to torch, which adds in pairs."""
     return dy.sum(0) if dy.dtype == torch.float32 else _wide(dy.new_ones(1, len(dy)), dy, torch.float32)[0]
 
 
-def _dweight(dy: Tensor, x: Tensor, dtype: torch.dtype, scales: tuple[Tensor, Tensor] | None, sums: Tensor | None) -> Tensor:
+def dweight_of(dy: Tensor, x: Tensor, dtype: torch.dtype, scales: tuple[Tensor, Tensor] | None, sums: Tensor | None) -> Tensor:
     """dW [out, in]. scales: gain and bias [in] where x is n; then with the sums of dy, fp32 [out]."""
     if scales is None:
         return _wide(dy.t(), x, dtype)
@@ -113,12 +111,12 @@ def _dweight(dy: Tensor, x: Tensor, dtype: torch.dtype, scales: tuple[Tensor, Te
     return dweight.to(dtype)
 
 
-def _lasting(weight: Tensor, rounded: Tensor) -> Tensor:
+def lasting(weight: Tensor, rounded: Tensor) -> Tensor:
     """Of both, the one that costs no memory, or less: a parameter, or a part of one, is there anyway."""
     return weight if weight.is_leaf or weight._is_view() and weight._base.is_leaf else rounded
 
 
-def _kept(x: Tensor, normal: Normal | None, wanted: bool) -> tuple[Tensor | None, ...]:
+def kept_of(x: Tensor, normal: Normal | None, wanted: bool) -> tuple[Tensor | None, ...]:
     """What dW needs of x, in three places: n, gain and bias, or x."""
     return (None, None, None) if not wanted else normal or (x, None, None)
 
@@ -127,10 +125,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, normal):
         to_x, to_weight, *_ = ctx.needs_input_grad
-        rounded = _rounded(weight, x.dtype)
+        rounded = rounding_of(weight, x.dtype)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(_lasting(weight, rounded) if to_x else None, *_kept(x, normal, to_weight))
-        return F.linear(x, rounded, _rounded(bias, x.dtype))
+        ctx.save_for_backward(lasting(weight, rounded) if to_x else None, *kept_of(x, normal, to_weight))
+        return F.linear(x, rounded, rounding_of(bias, x.dtype))
 
     @staticmethod
     def backward(ctx, dy):
@@ -138,57 +136,18 @@ class _Linear(torch.autograd.Function):
         to_x, to_weight, to_bias, _ = ctx.needs_input_grad
         weight, x, *scales = ctx.saved_tensors
         scales = None if scales[0] is None else scales
-        sums = _sums(dy) if to_bias or to_weight and scales else None
-        return (dy @ weight.to(dy.dtype) if to_x else None, _dweight(dy, x, ctx.dtypes[0], scales, sums) if to_weight else None,
+        sums = sum_of(dy) if to_bias or to_weight and scales else None
+        return (dy @ weight.to(dy.dtype) if to_x else None, dweight_of(dy, x, ctx.dtypes[0], scales, sums) if to_weight else None,
                 sums.to(ctx.dtypes[1]) if to_bias else None, None)
-
-
-class _FeedForward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, up, up_bias, down, down_bias, normal):
-        to_x, to_up, to_up_bias, to_down, *_ = ctx.needs_input_grad
-        to_inner, up_rounded, down_rounded = to_x or to_up or to_up_bias, _rounded(up, x.dtype), _rounded(down, x.dtype)
-        inner = F.linear(x, up_rounded)
-        ctx.dtypes = tuple(None if p is None else p.dtype for p in (up, up_bias, down, down_bias))
-        ctx.save_for_backward(*((inner, up_bias) if to_inner or to_down else (None, None)), _lasting(up, up_rounded) if to_x else None,
-                              _lasting(down, down_rounded) if to_inner else None, *_kept(x, normal, to_up))
-        return F.linear(gelu(inner, up_bias), down_rounded, _rounded(down_bias, x.dtype))
-
-    @staticmethod
-    def backward(ctx, dy):
-        first_order("feed_forward")
-        to_x, to_up, to_up_bias, to_down, to_down_bias, _ = ctx.needs_input_grad
-        inner, shift, up, down, x, *scales = ctx.saved_tensors
-        scales, dtypes = None if scales[0] is None else scales, ctx.dtypes
-        dinner = sums = a = None
-        if down is not None:
-            dinner, sums, a = backward_with_output(dy @ down.to(dy.dtype), inner, shift, to_up_bias or to_up and scales is not None, to_down)
-        elif to_down:
-            a = gelu(inner, shift)
-        ddown, ddown_bias = _dweight(dy, a, dtypes[2], None, None) if to_down else None, _sums(dy).to(dtypes[3]) if to_down_bias else None
-        del a  # before the products below
-        return (dinner @ up.to(dy.dtype) if to_x else None, _dweight(dinner, x, dtypes[0], scales, sums) if to_up else None,
-                sums.to(dtypes[1]) if to_up_bias else None, ddown, ddown_bias, None)
 
 
 @register("linear_trained", "triton")
 def linear_trained(x: Tensor, weight: Tensor, bias: Tensor | None = None, normal: Normal | None = None) -> Tensor:
     """x [T, in], weight [out, in], bias [out] or None -> [T, out]; normal: where x comes from, see the head of this file. Raises ValueError that names what it cannot take."""
-    return _Linear.apply(_checked("linear_trained", x, weight, bias, normal), weight, bias, normal)
+    return _Linear.apply(checked("linear_trained", x, weight, bias, normal), weight, bias, normal)
 
 
-@register("feed_forward", "triton")
-def feed_forward(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, normal: Normal | None = None) -> Tensor:
-    """x [T, in], up [inner, in], up_bias [inner] or None, down [out, inner], down_bias [out] or None -> [T, out]; normal: where x comes from, see the head of this file.
-    Raises ValueError that names what it cannot take."""
-    x = _checked("feed_forward", x, up, up_bias, normal, "up", "up's bias")
-    expect("feed_forward", "down", down, (-1, up.shape[0]), device=x.device)
-    if down_bias is not None:
-        expect("feed_forward", "down's bias", down_bias, (down.shape[0],), device=x.device)
-    return _FeedForward.apply(x, up, up_bias, down, down_bias, normal)
-
-
-def _checked(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, normal: Normal | None, *names: str) -> Tensor:
+def checked(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, normal: Normal | None, *names: str) -> Tensor:
     """x in the dtype of the products. names: what errors call W and its bias."""
     name, bias_name = names or ("W", "bias")
     expect(op, name, weight, (-1, -1), device=x.device)

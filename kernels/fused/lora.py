@@ -27,26 +27,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import dispatch, register
+from . import dispatch, product, register
 from .dropout import dropout, keep
 from .dropout_ref import threshold_of
 from .lora_grads import check, lora_grads_op
 from .lora_thin import MAX_RANK, pack, ranks_of, thin
 from .op import op
+from .product import place, wide
 from .tiles import DTYPES, Spec, arch_of, ceil_div, dot, expect, on, power, product_dtype, rows_together
 
-# ---------------------------------------------------------------- kernels, forward beside backward
-
-@triton.jit
-def _place(rows, columns, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """(row tile, column tile) of this program: GROUP row tiles go through all columns together, so that both operands stay in L2."""
-    down, across = tl.cdiv(rows, BM), tl.cdiv(columns, BN)
-    program = tl.program_id(0)
-    first = program // (GROUP * across) * GROUP
-    height = tl.minimum(down - first, GROUP)
-    inside = program % (GROUP * across)
-    return first + inside % height, inside // height
-
+# ---------------------------------------------------------------- the kernel, of both directions
 
 @triton.jit(do_not_specialize=["site"])
 def product_kernel(left, weight, bias, low, factor, seed, result, T, K, N, left_stride, site, threshold, scale, FORWARD: tl.constexpr, DROPS: tl.constexpr, EVEN: tl.constexpr,
@@ -54,7 +44,7 @@ def product_kernel(left, weight, bias, low, factor, seed, result, T, K, N, left_
     """FORWARD: result [T, N] = left [T, K] weight^T + bias + scale low factor^T, with weight [N, K], bias [N] or None, low = u [T, R], factor = B [N, R]. Else
     left weight + scale * m * (low factor), with left dY, weight [K, N], low = v, factor = A [R, N]; m the mask of [T, N] with DROPS, seed int64 [1] or None, scale s / q then.
     EVEN: K is a multiple of BK."""
-    row_tile, column_tile = _place(T, N, BM, BN, GROUP)
+    row_tile, column_tile = place(T, N, BM, BN, GROUP)
     first, r, n, ranks = row_tile.to(tl.int64) * BM, tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, R)
     rows, columns = r < T - first, n < N - column_tile * BN  # which are there
     left, low, result = left + first * left_stride, low + first * R, result + first * N + column_tile * BN
@@ -69,34 +59,17 @@ def product_kernel(left, weight, bias, low, factor, seed, result, T, K, N, left_
         total = tl.where(keep(first + r, column_tile * (BN // 8), (N + 7) // 8, tl.load(seed), site, threshold, BN // 8), total, 0.0)
     if bias is not None:
         total += tl.load(bias + column_tile * BN + n, mask=columns, other=0.0).to(tl.float32)[None, :]
-    for k in range(0, K, BK):
-        depth, there, down = k + tl.arange(0, BK), rows[:, None], columns[None, :]
-        if not EVEN:
-            there, down = there & (depth < K)[None, :], down & (depth < K)[:, None]
-        value = tl.load(left + (r[:, None] * left_stride + depth[None, :]), mask=there, other=0.0)
-        if FORWARD:
-            w = tl.load(weight + (n[None, :] * K + depth[:, None]), mask=down, other=0.0)  # [BK, BN]
-        else:
-            w = tl.load(weight + (depth[:, None] * N + n[None, :]), mask=down, other=0.0)
-        total = dot(value, w, total)
+    total = wide(left, weight, total, rows, columns, left_stride, K, N, FORWARD, EVEN, BM, BN, BK)
     tl.store(result + (r[:, None] * N + n[None, :]), total.to(result.dtype.element_ty), mask=rows[:, None] & columns[None, :])
 
 
-# ---------------------------------------------------------------- sizes, specs, launchers
+# ---------------------------------------------------------------- specs, launchers
 
 def tiles_for(dtype: torch.dtype, ranks: int, regular: bool, drops: bool, arch: int = 90) -> dict[str, int]:
-    """BM, BN, BK, R, GROUP and how the compiler schedules; ranks: R. regular: see `is_regular`; what is not is read one by one, by addresses that take registers. With 128 of
-    them a thread two programs fit a multiprocessor; beside a mask triton 3.6 takes no more, and 3.9 would spill under that bound."""
-    if dtype == torch.float32:
-        return {"BM": 32, "BN": 64 if regular else 32, "BK": 32, "R": ranks, "GROUP": 8, "num_warps": 8, "num_stages": 2}
-    if not regular:
-        return {"BM": 64, "BN": 64, "BK": 32, "R": ranks, "GROUP": 8, "num_warps": 8, "num_stages": 2}
-    return {"BM": 128, "BN": 128, "BK": 64, "R": ranks, "GROUP": 8, "num_warps": 8, "num_stages": 3} | ({"maxnreg": 128} if 90 <= arch < 100 and not drops else {})
-
-
-def is_regular(depth: int, columns: int, stride: int) -> bool:
-    """Whether the left factor [T, depth], `stride` from row to row, W and the result [T, columns] can be read in whole vectors and tiles."""
-    return depth % 64 == 0 and columns % 16 == 0 and stride % 16 == 0
+    """Those of product.py, and R: ranks. With 128 registers a thread two programs fit a multiprocessor; beside a mask triton 3.6 takes no more, and 3.9 would spill under that
+    bound."""
+    sizes = product.tiles_for(dtype, regular) | {"R": ranks}
+    return sizes | ({"maxnreg": 128} if sizes["BM"] == 128 and 90 <= arch < 100 and not drops else {})
 
 
 def specs(arch: int) -> list[Spec]:
@@ -122,7 +95,7 @@ def _product(left: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, fac
     result = left.new_empty(rows, columns)
     if result.numel():
         drops, threshold = rate > 0 and not forward, threshold_of(rate)
-        sizes = tiles_for(left.dtype, low.shape[1], is_regular(depth, columns, left.stride(0)), drops, arch_of(left))
+        sizes = tiles_for(left.dtype, low.shape[1], product.is_regular(depth, columns, left.stride(0)), drops, arch_of(left))
         with on(left):
             product_kernel[(ceil_div(rows, sizes["BM"]) * ceil_div(columns, sizes["BN"]),)](
                 left, weight, None if bias is None else bias.contiguous(), low, factor, seed if drops else None, result, rows, depth, columns, left.stride(0), site,

@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import kernels
+from ..kernels import dispatch
 from . import compiled
-from .linear import linear, linear_ref, trained_in_16_bits
+from .linear import in_16_bits, linear, linear_ref, product_dtype
 from .norm import Normal
 
 
@@ -28,11 +29,16 @@ def feed_forward_ref(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor
 
 
 def feed_forward(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, normal: Normal | None = None) -> Tensor:
-    """feed_forward_ref by `linear` and `gelu`; where these would keep both results and x for trained weights, by what keeps less, if `kernels` has it. normal: as `linear`
-    takes it."""
-    if trained_in_16_bits(x, up, down) and kernels.decide("feed_forward", x.device)[0] == "triton":
+    """feed_forward_ref by `linear` and `gelu`; where these would keep both results and x for trained weights, by what keeps less, and where a form of kernels/fused/feed_forward.py
+    was measured to be faster, by that. normal: as `linear` takes it."""
+    if in_16_bits(x, up, down) and kernels.decide("feed_forward", x.device)[0] == "triton" and (compiled.recorded(up, down) or _fused(x, up)):
         return kernels.choose("feed_forward", reference=feed_forward_ref, device=x.device)(x, up, up_bias, down, down_bias, normal)
     return linear(gelu(linear(x, up), up_bias), down, down_bias)
+
+
+def _fused(x: Tensor, up: Tensor) -> bool:
+    return dispatch.pick("feed_forward", dispatch.FORMS["feed_forward"], device=x.device, dtype=product_dtype(x), dropout=False, rows=x.shape[0], inside=x.shape[1],
+                         outside=up.shape[0]) == "fused"
 
 
 @compiled.register("gelu")

@@ -48,8 +48,13 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def trained_in_16_bits(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether parameters want gradients of a product in 16 bits, which kernels/fused/linear_trained.py keeps from rounding."""
+    return compiled.recorded(*parameters) and in_16_bits(x, *parameters)
+
+
+def in_16_bits(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether the products of x [T, in] with these are in 16 bits, and nobody watches them."""
     casts, dtype = torch.is_autocast_enabled(x.device.type), product_dtype(x)
-    if dtype.itemsize != 2 or x.dim() != 2 or x.dtype == torch.float64 or not compiled.recorded(*parameters):
+    if dtype.itemsize != 2 or x.dim() != 2 or x.dtype == torch.float64:
         return False
     return (casts or all(p is None or p.dtype == dtype for p in parameters)) and compiled.plain(x, *parameters) and not kernels.watched()
 

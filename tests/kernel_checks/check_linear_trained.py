@@ -9,6 +9,7 @@ import torch
 from peftdebias import kernels, ops
 from peftdebias.batches import Sample, pack
 from peftdebias.encoder import EncoderConfig, Model
+from peftdebias.kernels import feed_forward as block_file
 from peftdebias.kernels import linear_trained as fused
 from peftdebias.ops import feed_forward_ref
 from peftdebias.ops.linear import linear_ref
@@ -16,7 +17,7 @@ from peftdebias.ops.linear import linear_ref
 from .harness import DEVICE, DTYPES, compare, drawn, strided
 
 PARAMETERS = {"linear": ("weight", "bias"), "block": ("up", "up_bias", "down", "down_bias")}
-OPS = {"linear": (fused.linear_trained, linear_ref, ("x", *PARAMETERS["linear"])), "block": (fused.feed_forward, feed_forward_ref, ("x", *PARAMETERS["block"]))}
+OPS = {"linear": (fused.linear_trained, linear_ref, ("x", *PARAMETERS["linear"])), "block": (block_file.feed_forward, feed_forward_ref, ("x", *PARAMETERS["block"]))}
 BOTH = pytest.mark.parametrize("op", OPS)
 NORM = ("gain", "shift")  # of the norm that x comes out of
 
@@ -251,8 +252,8 @@ def test_a_gradient_of_the_gradient_is_refused(op):
 def test_who_takes_it(op, autocast, monkeypatch):
     """Trained parameters beside products of 16 bits: under autocast any, else of x's own dtype. Not what is frozen, not float32, not functions that torch.func transforms."""
     taken = []
-    for name in ("_Linear", "_FeedForward"):
-        kind = getattr(fused, name)
+    for file, name in ((fused, "_Linear"), (block_file, "_FeedForward")):
+        kind = getattr(file, name)
         monkeypatch.setattr(kind, "apply", staticmethod(lambda *a, apply=kind.apply, name=name: (taken.append(name), apply(*a))[1]))
     call = (lambda x, weight, bias: ops.linear(x, weight, bias)) if op == "linear" else (lambda x, weight, bias: ops.feed_forward(x, up.to(x.dtype), None, weight, bias))
     wide, up = torch.float32 if autocast else torch.bfloat16, drawn(13, 13)
@@ -283,7 +284,9 @@ def test_an_encoder_that_is_trained_in_16_bits(save, all_rows, monkeypatch):
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
-    monkeypatch.setattr(fused, "_rounded", lambda p, dtype, own=fused._rounded: (made.append(p is None or id(p) not in fused._once.get()), own(p, dtype))[1])
+    own = fused.rounding_of
+    for file in (fused, block_file):
+        monkeypatch.setattr(file, "rounding_of", lambda p, dtype: (made.append(p is None or id(p) not in fused._once.get()), own(p, dtype))[1])
     batch = pack([Sample(torch.arange(5, 5 + n).numpy(), torch.arange(2).numpy(), torch.arange(5, 7).numpy()) for n in (13, 2, 7)]).to(DEVICE)
     with kernels.use("triton"), torch.autocast(DEVICE.type, torch.bfloat16), model.recomputing(save):
         model.encoder(batch, all_rows=all_rows).float().square().sum().backward()
@@ -322,6 +325,6 @@ def test_two_copies_of_a_linear_are_told_apart():
     """Copies belong to tensors, not to values or places."""
     first, second = torch.ones(3, 4, device=DEVICE), torch.zeros(3, 4, device=DEVICE)
     with fused.rounded_once([first, second], torch.bfloat16):
-        assert fused._rounded(first, torch.bfloat16).sum() == 12 and not fused._rounded(second, torch.bfloat16).any()
-        assert fused._rounded(first[:2], torch.bfloat16).shape == (2, 4) and fused._rounded(None, torch.bfloat16) is None
+        assert fused.rounding_of(first, torch.bfloat16).sum() == 12 and not fused.rounding_of(second, torch.bfloat16).any()
+        assert fused.rounding_of(first[:2], torch.bfloat16).shape == (2, 4) and fused.rounding_of(None, torch.bfloat16) is None
     assert not fused._once.get()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from peftdebias import kernels
-from peftdebias.kernels import dispatch, lora, lora_grads, lora_thin, lora_write
+from peftdebias.kernels import dispatch, lora, lora_grads, lora_thin, lora_write, product
 from peftdebias.kernels.dropout_ref import dropout_ref
 from peftdebias.methods.lora import lora_grads_ref, lora_linear_ref
 from peftdebias.written import lora_write_ref, lora_written_ref
@@ -55,7 +55,7 @@ def test_epilogue(sizes, dtype, rate):
 @pytest.mark.parametrize("rows,width,out,rank,dtype,rate", REAL, ids=str)
 def test_real_sizes(name, rows, width, out, rank, dtype, rate, monkeypatch):
     """Also dA and dB, which the three forms take from lora_grads.py. float32 in the tiles of bf16: fewer steps of the interpreter, the same kernels."""
-    for file in (lora, lora_thin, lora_grads):
+    for file in (product, lora_thin, lora_grads):
         monkeypatch.setattr(file, "tiles_for", lambda dtype, *rest, of=file.tiles_for: of(torch.bfloat16, *rest))
     given = tensors(rows, width, out, rank)
     if name == "written":  # knows no dropout
