@@ -1,7 +1,8 @@
 """Frozen matrices in bf16 while a bf16 training runs: half their memory, and no cast of every weight in every step, as autocast does with what is float32.
 
 What it adds over autocast: it says which tensors may. Linears and embeddings that are frozen may, for their products are in bf16 anyway; a norm's gain may not, nor a
-trained parameter, nor one that a method adds to (W' = W + D starts from the float32 W).
+trained parameter, nor one that a method adds to (W' = W + D starts from the float32 W). The masked-LM's decoder gets the rows of zeros that a GPU's product wants behind it
+(ops/scores.py), once instead of in every step.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ from torch.nn import Parameter
 
 from .encoder import Model, parameter_at
 from .errors import AdapterError
+from .ops.scores import narrow, widen
 
 
 def may_be_lowered(model: Model) -> list[Parameter]:
@@ -37,10 +39,14 @@ def lowered(model: Model) -> Iterator[None]:
     """Inside the `with` block those parameters hold bf16, for passes under `autocast`; behind it the very tensors that they held, kept on the host meanwhile where the
     model is on a GPU."""
     kept = [(p, p.data.cpu()) for p in may_be_lowered(model)]
+    decoder = model.mlm_decoder()[0] if model.mlm is not None else None
     for p, _ in kept:
         p.data = p.data.to(torch.bfloat16)
+        if p is decoder:
+            widen(p)
     try:
         yield
     finally:
         for p, before in kept:
+            narrow(p)
             p.data = before.to(p.device)

@@ -1,5 +1,6 @@
 """Scores of a vocabulary out of a wider product: values and gradients of the plain linear, whether the loss writes over the scores or not."""
 
+import copy
 import importlib
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from peftdebias import kernels
 from peftdebias.ops import compiled
-from peftdebias.ops.scores import FEW, ROUND, _Scores, scores, turned
+from peftdebias.ops.scores import FEW, ROUND, _Scores, narrow, scores, turned, widen, wider
 
 from .outside import assert_close
 
@@ -50,6 +51,78 @@ def test_on_a_cpu_they_are_the_plain_product():
     assert torch.equal(scores(x, weight, bias), torch.nn.functional.linear(x, weight, bias)) and scores(x, weight, bias).is_contiguous()
     with torch.autocast("cpu", torch.bfloat16):
         assert scores(x.float(), weight, bias).dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------- a weight that rows of zeros follow
+
+def laid(size: int = 97) -> tuple[torch.Tensor, ...]:
+    x, weight, bias, dy = given(size)
+    parameter = torch.nn.Parameter(weight, requires_grad=False)
+    widen(parameter)
+    return x.requires_grad_(), parameter, bias, dy
+
+
+def test_a_weight_that_lies_wider_has_the_padded_ones_bits_and_is_not_padded(monkeypatch):
+    """In every call with the bias of that call."""
+    x, parameter, bias, dy = laid()
+    weight = given()[1]
+    assert torch.equal(parameter, weight) and parameter.is_contiguous()
+    for shift in (bias, 2 * bias):
+        wanted = _Scores.apply(x, weight, shift)
+        (gradient,) = torch.autograd.grad(wanted, x, dy)
+        with monkeypatch.context() as patch:
+            patch.setattr(room.F, "pad", lambda *_: pytest.fail("padded"))
+            found = _Scores.apply(x, parameter, shift)
+        assert torch.equal(found, wanted) and found.stride() == (2 * ROUND, 1)
+        assert torch.equal(torch.autograd.grad(found, x, dy)[0], gradient)
+    parameter.mul_(2)  # its values may change
+    assert torch.equal(_Scores.apply(x, parameter, bias), _Scores.apply(x, 2 * weight, bias))
+
+
+MOVED = {"other memory": lambda data: data.clone(), "fewer rows": lambda data: data[:90], "fewer columns": lambda data: data[:, :12],
+         "columns together": lambda data: data.as_strided((97, 13), (1, 97)), "another dtype": lambda data: data.view(torch.int64)}
+
+
+@pytest.mark.parametrize("what", MOVED)
+def test_a_parameter_that_lies_otherwise_now_is_not_taken_for_a_wider_one(what):
+    _, parameter, _, _ = laid()
+    assert wider(parameter, parameter.dtype) is not None
+    parameter.data = MOVED[what](parameter.data)
+    assert wider(parameter, parameter.dtype) is None
+
+
+def test_only_the_parameter_itself_and_in_its_dtype_is_known_to_lie_wider():
+    _, parameter, _, _ = laid()
+    assert wider(parameter, parameter.dtype) is not None
+    assert wider(parameter, torch.bfloat16) is None and wider(parameter.detach(), parameter.dtype) is None
+    narrow(parameter)
+    assert wider(parameter, parameter.dtype) is None
+
+
+def test_its_copies_are_not_wider_and_the_memory_goes_with_it():
+    _, parameter, _, _ = laid()
+    before = len(room._wider)
+    copied = copy.deepcopy(parameter)
+    assert copied.untyped_storage().nbytes() == 97 * 13 * 8 and wider(copied, copied.dtype) is None and wider(parameter, parameter.dtype)
+    del parameter
+    assert len(room._wider) == before - 1
+
+
+def test_an_update_between_forward_and_backward_is_refused_not_answered_wrongly():
+    """The backward multiplies by the memory that the weight lies in."""
+    x, parameter, bias, dy = laid()
+    found = _Scores.apply(x, parameter, bias)
+    parameter.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.backward(dy)
+
+
+@pytest.mark.parametrize("size", [8, 64, 96])
+def test_rows_that_are_a_multiple_already_stay_where_they_are(size):
+    parameter = torch.nn.Parameter(given(size)[1])
+    place = parameter.data_ptr()
+    widen(parameter)
+    assert parameter.data_ptr() == place and wider(parameter, parameter.dtype) is None
 
 
 # ---------------------------------------------------------------- turned round, by MKL on AMD's processors

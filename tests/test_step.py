@@ -1,9 +1,11 @@
 """A step in its other forms is the same step: batches in fixed shapes, under torch.compile as one graph, and with nothing in it that asks the device."""
 
 import contextlib
+import importlib
 
 import numpy
 import pytest
+import safetensors
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,8 +20,9 @@ from peftdebias.shapes import FINE, fill, rounded, shape_of
 from peftdebias.step import Compiled, Step
 from peftdebias.tasks import mlm_loss
 from peftdebias.training import Schedule, make_optimizer, pick_step, train
+from peftdebias.weights import save_model
 
-from .outside import FEED_FORWARD, HIDDEN, LAYERS, assert_close, one_thread, ragged  # noqa: F401
+from .outside import FEED_FORWARD, HIDDEN, LAYERS, VOCAB, assert_close, one_thread, ragged  # noqa: F401
 from .plain import model_of
 
 MODULES = {"lora": {"rank": 2, "dropout": 0.1}, "adapter": {"bottleneck": 3}, "prefix": {"length": 3}, "prompt": {"length": 3}, "bias": {}, "ia3": {}}
@@ -355,6 +358,39 @@ def test_a_bf16_step_is_the_float32_step_rounded(name):
         assert found[-1][1].dtype == torch.float32
     assert found[1][0] == pytest.approx(found[0][0], rel=2e-2) and found[1][0] != found[0][0]
     assert torch.nn.functional.cosine_similarity(found[0][1], found[1][1], 0) > 0.98
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_lowered_decoder_is_not_padded_in_every_step(tied, monkeypatch, tmp_path):
+    """The path of a GPU, here on a CPU: the same bits as with a copy in every step, and files without the rows behind it."""
+    step, batch, room, pads, found = made("lora", precision="bf16"), batch_for("lora"), importlib.import_module("peftdebias.ops.scores"), [], []
+    if not tied:
+        step.model.mlm.decoder = torch.nn.Linear(HIDDEN, VOCAB, bias=False).requires_grad_(False)
+    decoder, pad = step.model.mlm_decoder()[0], room.F.pad
+    before, place = decoder.detach().clone(), decoder.data_ptr()
+    monkeypatch.setattr(room, "_widens", lambda *_: True)
+    with lowered(step.model):
+        wide = room.wider(decoder, torch.bfloat16)
+        assert len(wide.matrix) == 128 and torch.equal(wide.matrix[:VOCAB], before.bfloat16()) and not wide.matrix[VOCAB:].any()
+        assert [p is decoder for p in step.model.parameters() if p in room._wider] == [True]
+        save_model(step.model, tmp_path)
+        with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
+            saved = file.get_tensor("bert.embeddings.word_embeddings.weight" if tied else "cls.predictions.decoder.weight")
+        assert torch.equal(saved, before.bfloat16())
+        monkeypatch.setattr(room.F, "pad", lambda tensor, *more: pads.append(tensor.shape) or pad(tensor, *more))
+        for times in (0, 1):
+            torch.manual_seed(3)
+            found.append([step.gradients(batch), *(p.grad.clone() for p in step.parameters)])
+            assert pads.count(decoder.shape) == times
+            room.narrow(decoder)
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and torch.equal(decoder, before) and decoder.data_ptr() == place
+
+
+def test_behind_the_block_nothing_keeps_the_wider_memory():
+    step, room = made("lora"), importlib.import_module("peftdebias.ops.scores")
+    with lowered(step.model):
+        assert step.model.mlm_decoder()[0] in room._wider
+    assert step.model.mlm_decoder()[0] not in room._wider
 
 
 class Scored(Masked):
