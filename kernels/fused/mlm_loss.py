@@ -14,7 +14,7 @@ the sum is divided by. With g the gradient of the loss:
 
 The backward writes dl over l: no second [M, V] is ever made. This is the one saved tensor that a kernel here overwrites, and autograd is told so: whoever else
 holds on to the logits for a backward of their own, or runs this backward twice, gets torch's error ("modified by an inplace operation"), not a wrong gradient.
-The sums over M are taken in float64, in one order: the loss repeats bit for bit.
+The sums over M are taken in float64, in one order, by one program: the loss repeats bit for bit.
 """
 
 import torch
@@ -27,6 +27,7 @@ from .op import op
 from .tiles import DTYPES, Spec, ceil_div, expect, on, power, rows_together
 
 WIDEST = 4096  # of V, that a program takes at a time
+ROWS = 1024  # that the program which takes the mean adds at a time
 IGNORED = tl.constexpr(-100)  # torch's own ignore_index
 
 
@@ -69,6 +70,26 @@ def _row_sums(logits, targets, weights, losses, tops, sums, vocabulary, row_stri
     tl.store(sums + m, total)
 
 
+@triton.jit
+def _mean(losses, targets, weights, loss, share, rows, vocabulary, WEIGHTED: tl.constexpr, ROWS: tl.constexpr):
+    """losses [M], targets [M], weights [V] where WEIGHTED -> share [] = sum w, of no weights at least 1, and loss [] = the sum of the losses / share. One program."""
+    total, counted = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
+    for start in range(0, rows, ROWS):
+        m = start + tl.arange(0, ROWS)
+        y = tl.load(targets + m, mask=m < rows, other=IGNORED)
+        weight = tl.where(y == IGNORED, 0.0, 1.0)
+        if WEIGHTED:
+            weight *= tl.load(weights + y, mask=(y >= 0) & (y < vocabulary), other=1.0)
+        total += tl.load(losses + m, mask=m < rows, other=0.0).to(tl.float64)
+        counted += weight.to(tl.float64)
+    divisor = tl.sum(counted, 0)
+    if not WEIGHTED:
+        divisor = tl.maximum(divisor, 1.0)
+    divisor = divisor.to(tl.float32)
+    tl.store(share, divisor)
+    tl.store(loss, (tl.sum(total, 0) / divisor.to(tl.float64)).to(tl.float32))
+
+
 # ---------------------------------------------------------------- backward
 
 @triton.jit
@@ -109,9 +130,12 @@ def tile(vocabulary: int, forward: bool) -> dict:
 
 def specs(arch: int) -> list[Spec]:
     """What is compiled ahead: a vocabulary and a classifier's labels."""
-    found = []
+    found, kinds = [], (("vocabulary", 30522, False), ("labels, weighted", 28, True))
+    for words, _, weighted in kinds:
+        signature = {"losses": "*fp32", "targets": "*i64", "weights": "*fp32", "loss": "*fp32", "share": "*fp32", "rows": "i32", "vocabulary": "i32"}
+        found.append(Spec(f"mean, {words}", _mean, signature, {"WEIGHTED": weighted, "ROWS": ROWS} | ({} if weighted else {"weights": None})))
     for dtype in DTYPES.values():
-        for words, vocabulary, weighted in (("vocabulary", 30522, False), ("labels, weighted", 28, True)):
+        for words, vocabulary, weighted in kinds:
             forward, backward = ({name: tile(vocabulary, first)[name] for name in ("num_warps", "num_stages")} | {"aligned": () if weighted else ("row_stride",)}
                                  for first in (True, False))  # scores.py pads a vocabulary's rows
             constants = {"WEIGHTED": weighted, "BLOCK": tile(vocabulary, True)["BLOCK"]}
@@ -129,15 +153,12 @@ def _loss_forward(logits: Tensor, targets: Tensor, weights: Tensor | None) -> tu
     """loss [], a and z [M], and what the sum was divided by, []; float32. See the head of this file."""
     rows, vocabulary = logits.shape
     losses, tops, sums = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3))
-    if rows:
-        with on(logits):
+    loss, share = (torch.empty((), dtype=torch.float32, device=logits.device) for _ in range(2))
+    with on(logits):
+        if rows:
             _row_sums[rows,](logits, targets, weights, losses, tops, sums, vocabulary, logits.stride(0), WEIGHTED=weights is not None, **tile(vocabulary, True))
-    counted = targets != IGNORED.value
-    if weights is None:
-        share = counted.sum().clamp(min=1).float()
-    else:
-        share = (weights.gather(0, targets.clamp(0, vocabulary - 1)) * counted).sum(dtype=torch.float64).float()
-    return (losses.sum(dtype=torch.float64) / share).float(), tops, sums, share
+        _mean[1,](losses, targets, weights, loss, share, rows, vocabulary, WEIGHTED=weights is not None, ROWS=ROWS, num_warps=4, enable_fp_fusion=True)
+    return loss, tops, sums, share
 
 
 @op("mlm_loss_backward", fake=lambda *given: None, overwrites=("logits",))

@@ -160,6 +160,46 @@ def test_all_rows_ignored():
     assert loss == mlm_loss_ref(logits, targets) == 0 and not logits.grad.any()
 
 
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 45])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("ignored", ["none", "some", "all"])
+def test_the_mean_of_rows_around_a_block_is_exact(rows, weighted, ignored, monkeypatch):
+    """Losses of whole numbers, of which a sum in float32 loses some; their number and their weights; between numbers that belong to nobody."""
+    monkeypatch.setattr(fused, "ROWS", 16)
+    at, given = torch.arange(rows, device=DEVICE), {"losses": torch.ones(rows, device=DEVICE), "targets": torch.arange(rows, device=DEVICE) % 4}
+    weights = torch.tensor([1.0, 10.0, 0.25, 2.0 ** 24], device=DEVICE) if weighted else None
+    given["losses"][:1] = 2.0 ** 24
+    skipped = (at > rows) if ignored == "none" else (at % 3 == 1) if ignored == "some" else at >= 0
+    given["targets"][skipped], given["losses"][skipped] = IGNORED, 0.0
+    guards = {name: Guarded(tensor, around=2.0 if name == "losses" else 1) for name, tensor in given.items()}
+    losses, targets = (guard.view for guard in guards.values())
+    loss, share = torch.empty((), device=DEVICE), torch.empty((), device=DEVICE)
+    fused._mean[1,](losses, targets, weights, loss, share, rows, 4, WEIGHTED=weighted, ROWS=fused.ROWS)
+    kept = targets[~skipped]
+    wanted = weights[kept].double().sum().float() if weighted else torch.tensor(float(max(1, len(kept))), device=DEVICE)
+    assert torch.equal(share, wanted)
+    torch.testing.assert_close(loss, (losses.double().sum() / wanted.double()).float(), rtol=0, atol=0, equal_nan=True)
+    assert loss.isnan() == (weighted and not len(kept))
+
+
+@pytest.mark.parametrize("rows", [13, 40])
+def test_more_rows_than_one_block(rows, monkeypatch):
+    """With weights, and some that count for nothing."""
+    monkeypatch.setattr(fused, "ROWS", 16)
+    for weights in (None, torch.tensor((1.0, 10.0, 0.5, 6.7), dtype=torch.float64, device=DEVICE)):
+        tensors = given(rows, 4) | ({} if weights is None else {"weights": weights})
+        tensors["targets"][[0, 5, rows - 1]] = IGNORED
+        compare(kernel, twin, tensors, plain=plain, dtype=torch.float32, gradients=("logits",), float32=("output", "weights"))
+
+
+@pytest.mark.parametrize("rows,weight,target", [(0, 1.0, 0), (3, 0.0, 2), (3, 1.0, IGNORED)], ids=["no rows", "weights of 0", "all ignored"])
+def test_weights_whose_sum_is_0_give_nan(rows, weight, target):
+    logits, targets = torch.zeros(rows, 7, device=DEVICE), torch.full((rows,), target, device=DEVICE)
+    with poisoned():
+        found = fused.mlm_loss(logits, targets, torch.full((7,), weight, device=DEVICE))
+    assert found.isnan() and mlm_loss_ref(logits, targets, torch.full((7,), weight, device=DEVICE)).isnan()
+
+
 def test_loss_repeats_bit_for_bit():
     tensors = given(117, 37)
     first, again = (fused.mlm_loss(tensors["logits"].bfloat16(), tensors["targets"]) for _ in range(2))
