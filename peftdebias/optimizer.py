@@ -1,7 +1,7 @@
 """AdamW whose step can be captured in a CUDA graph. Loshchilov and Hutter 2019, arXiv 1711.05101.
 
 What it adds over torch.optim.AdamW: a step of one launch a group. FlatAdamW, for a module: the parameters of a group are views of one tensor (a sparse module has one
-vector a site, 146 on BERT-base). WholeAdamW, for a base on a GPU: they stay where they are, and the gradients are clipped as they are read. And the two halves of a step,
+vector a site, 146 on BERT-base). WholeAdamW, for a base on a GPU: they stay where they are. Gradients clipped as the step reads them, on a GPU. And the two halves of a step,
 `advance` (the host's: which step, which rate) and `apply` (the device's), the same for all classes here. It leaves out what the loop here does not use: amsgrad, maximize,
 closures. The kernels: kernels/fused/adamw.py, csrc/ops.cpp.
 """
@@ -22,9 +22,12 @@ def rates_at(step: int, lr: float, betas: tuple[float, float], decay: float) -> 
 
 
 @torch.no_grad()
-def adamw_ref(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, *, betas: tuple[float, float], epsilon: float) -> None:
-    """One step of torch.optim.AdamW's formula on flat tensors [n], in place on values, first and second; the specification. rates [3]: see rates_at."""
+def adamw_ref(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, factor: Tensor | None = None, *,
+              betas: tuple[float, float], epsilon: float) -> None:
+    """One step of torch.optim.AdamW's formula on flat tensors [n], in place on values, first and second; the specification. rates [3]: see rates_at. factor [] or None:
+    what the gradient is multiplied by first."""
     (b1, b2), (kept, rate, root) = betas, rates.unbind()
+    gradient = gradient if factor is None else gradient * factor
     values.mul_(kept)
     first.lerp_(gradient, 1 - b1)
     second.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
@@ -32,11 +35,12 @@ def adamw_ref(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, r
 
 
 @compiled.register("adamw")
-def adamw_compiled(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, *, betas: tuple[float, float], epsilon: float) -> None:
-    """adamw_ref by csrc/ops.cpp, in one pass."""
+def adamw_compiled(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, factor: Tensor | None = None, *,
+                   betas: tuple[float, float], epsilon: float) -> None:
+    """adamw_ref without a factor by csrc/ops.cpp, in one pass."""
     tensors = (values, gradient, first, second)
-    if not compiled.takes(*tensors, rates) or any(t.shape != values.shape or not t.is_contiguous() for t in tensors):
-        return adamw_ref(*tensors, rates, betas=betas, epsilon=epsilon)
+    if factor is not None or not compiled.takes(*tensors, rates) or any(t.shape != values.shape or not t.is_contiguous() for t in tensors):
+        return adamw_ref(*tensors, rates, factor, betas=betas, epsilon=epsilon)
     compiled.call("adamw", *(t.data_ptr() for t in (*tensors, rates)), values.numel(), *betas, epsilon, torch.get_num_threads())
     for tensor in (values, first, second):
         torch.autograd.graph.increment_version(tensor)
@@ -53,7 +57,7 @@ class AdamWOfManyRef:
 
     def __call__(self, gradients: list[Tensor], rates: Tensor, factor: Tensor | None, *, betas: tuple[float, float], epsilon: float) -> None:
         for value, gradient, first, second in zip(self.tensors[0], gradients, *self.tensors[1:]):
-            adamw_ref(value, gradient if factor is None else gradient * factor, first, second, rates, betas=betas, epsilon=epsilon)
+            adamw_ref(value, gradient, first, second, rates, factor, betas=betas, epsilon=epsilon)
 
     def captured(self) -> list[Tensor]:
         """What a CUDA graph reads that holds these steps, beside the tensors: nothing."""
@@ -61,11 +65,12 @@ class AdamWOfManyRef:
 
 
 class _AdamW(torch.optim.Optimizer):
-    """What FlatAdamW and WholeAdamW share: steps and rates. A parameter without a gradient is passed over, as torch does it. The state is torch.optim.AdamW's (step,
-    exp_avg, exp_avg_sq by parameter) and can be loaded from it."""
+    """What FlatAdamW and WholeAdamW share: steps, rates and clipping. A parameter without a gradient is passed over, as torch does it. The state is torch.optim.AdamW's (step,
+    exp_avg, exp_avg_sq by parameter) and can be loaded from it. as_read: a step's updates clip the gradients as they read them, by a factor []."""
 
-    def __init__(self, groups: Iterable[dict], lr: float, betas: tuple[float, float], eps: float):
+    def __init__(self, groups: Iterable[dict], lr: float, betas: tuple[float, float], eps: float, as_read: bool):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.as_read, self.factor = as_read, None
         self.rates = [group["params"][0].new_zeros(3, requires_grad=False) for group in self.param_groups]
 
     def set_rate(self, lr: float) -> None:
@@ -73,9 +78,27 @@ class _AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             group["lr"] = lr
 
+    @torch.no_grad()
     def clip(self, parameters: list[Tensor], most: float) -> None:
-        """Before a step: the gradients' norm is `most` at most. Theirs may stay as they are, and the step take them so."""
-        torch.nn.utils.clip_grad_norm_(parameters, most)
+        """Before a step: the gradients' norm is `most` at most, as by torch.nn.utils.clip_grad_norm_. as_read: they stay as they are, and the next step scales them as it reads
+        them; `parameters` are then all that are here."""
+        if self.as_read:
+            self.factor = (most / (self._norm(parameters) + 1e-6)).clamp(max=1.0)
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters, most)
+
+    def _norm(self, parameters: list[Tensor]) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def _factor(self) -> Tensor | None:
+        """What this step, and none after it, multiplies gradients by."""
+        factor, self.factor = self.factor, None
+        return factor
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what was to be clipped is gone."""
+        self.factor = None
+        super().zero_grad(set_to_none)
 
     def captured(self) -> list[Tensor]:
         """To be called when the capture of a step is over: makes its replays ready, and gives what they read, for whoever keeps the graph to keep."""
@@ -109,17 +132,20 @@ class _AdamW(torch.optim.Optimizer):
 
 
 class FlatAdamW(_AdamW):
-    """groups: as torch.optim takes them, the parameters of a group on one device and of one dtype. update: adamw_ref, or what computes it.
+    """groups: as torch.optim takes them, parameters of one dtype, all on one device. update: adamw_ref, or what computes it. as_read: see _AdamW; the gradients are gathered
+    as they are clipped, and not once more by the step.
 
     Each parameter's data becomes a view of its group's flat tensor and must stay it.
     """
 
-    def __init__(self, groups: Iterable[dict], lr: float, update: Callable[..., None] = adamw_ref, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
-        super().__init__(groups, lr, betas, eps)
-        self.update, self.flat = update, []
-        for group in self.param_groups:
-            values = torch.cat([p.detach().reshape(-1) for p in group["params"]])
-            self.flat.append((values, torch.zeros_like(values), torch.zeros_like(values), torch.empty_like(values)))
+    def __init__(self, groups: Iterable[dict], lr: float, update: Callable[..., None] = adamw_ref, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, *,
+                 as_read: bool = False):
+        super().__init__(groups, lr, betas, eps, as_read)
+        self.update, self.flat, self.gathered = update, [], None
+        values = [torch.cat([p.detach().reshape(-1) for p in group["params"]]) for group in self.param_groups]
+        self.gradient = values[0].new_empty(sum(map(len, values)))  # of all groups, so that it has one norm
+        for group, own, gradient in zip(self.param_groups, values, self.gradient.split([len(own) for own in values])):
+            self.flat.append((own, torch.zeros_like(own), torch.zeros_like(own), gradient))
             for p, view, first, second in zip(group["params"], *(self._views(group, t) for t in self.flat[-1][:3])):
                 p.data = view
                 self.state[p] = {"step": 0, "exp_avg": first, "exp_avg_sq": second}
@@ -128,16 +154,41 @@ class FlatAdamW(_AdamW):
     def _views(group: dict, flat: Tensor) -> list[Tensor]:
         return [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in group["params"]]), group["params"])]
 
+    def _gather(self) -> None:
+        """All gradients into the flat tensor, unless they are those that lie there already, unchanged."""
+        now = [(p.grad, p.grad._version) for group in self.param_groups for p in group["params"]] if self.as_read else None
+        if self.gathered is None or any(a is not b or known != version for (a, known), (b, version) in zip(self.gathered, now)):
+            for group, (*_, gradient) in zip(self.param_groups, self.flat):
+                torch.cat([p.grad.reshape(-1) for p in group["params"]], out=gradient)
+        self.gathered = now
+
+    def _norm(self, parameters: list[Tensor]) -> Tensor:
+        if any(p.grad is None for group in self.param_groups for p in group["params"]):
+            return super()._norm(parameters)
+        self._gather()
+        return torch.linalg.vector_norm(self.gradient)
+
+    def _factor(self) -> Tensor | None:
+        self.gathered = None
+        return super()._factor()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As _AdamW's."""
+        self.gathered = None  # it holds them
+        super().zero_grad(set_to_none)
+
     @torch.no_grad()
     def apply(self) -> None:
         """The device's half."""
+        self._gather()
+        factor = self._factor()
         for group, (values, first, second, gradient), rates in zip(self.param_groups, self.flat, self.rates):
-            torch.cat([p.grad.reshape(-1) for p in group["params"]], out=gradient)
-            self.update(values, gradient, first, second, rates, betas=group["betas"], epsilon=group["eps"])
+            self.update(values, gradient, first, second, rates, factor, betas=group["betas"], epsilon=group["eps"])
             torch.autograd.graph.increment_version(group["params"])  # views by `data`: who saved one for a backward hears of it, as with torch's own
 
     def apart(self) -> None:
         """A step in which some have no gradient, or have had fewer steps than others."""
+        factor = self._factor()
         for group, like in zip(self.param_groups, self.rates):
             for p in group["params"]:
                 if p.grad is None:
@@ -145,7 +196,7 @@ class FlatAdamW(_AdamW):
                 state = self.state[p]
                 state["step"] += 1
                 self.update(p.data.view(-1), p.grad.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), self._rates(group, state["step"], like),
-                            betas=group["betas"], epsilon=group["eps"])
+                            factor, betas=group["betas"], epsilon=group["eps"])
                 torch.autograd.graph.increment_version(p)
 
     def load_state_dict(self, state: dict) -> None:
@@ -163,8 +214,8 @@ class WholeAdamW(_AdamW):
     """groups: as torch.optim takes them, contiguous parameters of one dtype, all on one device, which must keep their memory. many: AdamWOfManyRef, or what computes it."""
 
     def __init__(self, groups: Iterable[dict], lr: float, many: Callable = AdamWOfManyRef, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
-        super().__init__(groups, lr, betas, eps)
-        self.many, self.factor, self.made = many, None, {}
+        super().__init__(groups, lr, betas, eps, as_read=True)
+        self.many, self.made = many, {}
         self.places = {id(p): p.data_ptr() for group in self.param_groups for p in group["params"]}
         for group in self.param_groups:
             for p in group["params"]:
@@ -186,31 +237,20 @@ class WholeAdamW(_AdamW):
             raise RuntimeError("AdamW of a whole base: expected parameters that keep their memory, got one whose `data` was replaced")
         return [p.grad for p in parameters]
 
-    @torch.no_grad()
-    def clip(self, parameters: list[Tensor], most: float) -> None:
-        """As torch.nn.utils.clip_grad_norm_, but the next step scales the gradients as it reads them."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self.factor = (most / (norm + 1e-6)).clamp(max=1.0)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; what was to be clipped is gone."""
-        self.factor = None
-        super().zero_grad(set_to_none)
-
     def captured(self) -> list[Tensor]:
         return [table for update in self.updates for table in update.captured()]
 
     @torch.no_grad()
     def apply(self) -> None:
         """The device's half."""
-        factor, self.factor = self.factor, None
+        factor = self._factor()
         for group, update, rates in zip(self.param_groups, self.updates, self.rates):
             update(self._gradients(group["params"]), rates, factor, betas=group["betas"], epsilon=group["eps"])
             torch.autograd.graph.increment_version(group["params"])  # written through their addresses: who saved one for a backward hears of it, as with torch's own
 
     def apart(self) -> None:
         """As FlatAdamW's."""
-        factor, self.factor = self.factor, None
+        factor = self._factor()
         for group, like in zip(self.param_groups, self.rates):
             alike = collections.defaultdict(list)  # those that have a gradient now, by how many steps they have had
             for p in group["params"]:

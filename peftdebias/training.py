@@ -118,7 +118,7 @@ def make_optimizer(parameters: dict[str, Parameter], schedule: Schedule) -> Flat
     if groups and all(p.dtype == torch.float32 and p.device == device for p in parameters.values()):
         update, kind = kernels.choose("adamw", reference=adamw_ref, device=device), kernels.decide("adamw", device)[0]
         if values <= FLAT.get(kind, 0):
-            return FlatAdamW(groups, schedule.lr, update)
+            return FlatAdamW(groups, schedule.lr, update, as_read=kind == "triton")
         if kind == "triton" and all(p.is_contiguous() for p in parameters.values()):
             return WholeAdamW(groups, schedule.lr, kernels.choose("adamw_of_many", reference=AdamWOfManyRef, device=device))
     return LargeAdamW(groups, schedule.lr)

@@ -1,13 +1,19 @@
 """FlatAdamW and WholeAdamW against torch.optim.AdamW, in float64: the formula, groups, parameters without gradients, clipping, and states that go over."""
 
+import functools
+import weakref
+
 import pytest
 import torch
 from torch.nn import Parameter
 
 from peftdebias.optimizer import AdamWOfManyRef, FlatAdamW, WholeAdamW, adamw_ref, rates_at
+from peftdebias.training import Schedule, make_optimizer
 
 SHAPES = ((3, 7), (5,), (2, 1, 2), (1,))
-OURS = pytest.mark.parametrize("kind", [FlatAdamW, WholeAdamW])
+FLAT_AS_READ = functools.partial(FlatAdamW, as_read=True)
+OURS = pytest.mark.parametrize("kind", [FlatAdamW, FLAT_AS_READ, WholeAdamW], ids=["flat", "flat, clipped as read", "whole"])
+AS_READ = pytest.mark.parametrize("kind", [FLAT_AS_READ, WholeAdamW], ids=["flat", "whole"])
 
 
 def drawn(*shape, seed=0):
@@ -53,9 +59,10 @@ def test_it_is_adamw(kind, clip):
     close(ours, theirs)
 
 
-def test_a_base_is_clipped_as_it_is_updated():
-    """Its gradients stay as they are, its parameters and their memory too."""
-    ours, optimizer, *_ = both(WholeAdamW)
+@AS_READ
+def test_gradients_are_clipped_as_they_are_read(kind):
+    """They stay as they are, the parameters' memory too."""
+    ours, optimizer, *_ = both(kind)
     places = [p.data_ptr() for p in ours]
     for p in ours:
         p.grad = torch.ones_like(p)
@@ -159,8 +166,9 @@ def test_what_updates_the_same_parameters_is_made_once():
     assert made == [2, 2, 1, 1, 1, 1]  # each of the others alone
 
 
-def test_a_clip_that_no_step_followed_is_forgotten_with_its_gradients():
-    ours, optimizer, theirs, other = both(WholeAdamW)
+@AS_READ
+def test_a_clip_that_no_step_followed_is_forgotten_with_its_gradients(kind):
+    ours, optimizer, theirs, other = both(kind)
     for p in ours:
         p.grad = torch.full_like(p, 1e3)
     optimizer.clip(ours, 0.1)
@@ -178,3 +186,59 @@ def test_many_are_updated_one_by_one():
     for value, one, two, gradient in zip(*alone, gradients):
         adamw_ref(value, gradient / 2, one, two, rates, **settings)
     assert all(torch.equal(a, b) for mine, theirs in zip((values, first, second), alone) for a, b in zip(mine, theirs))
+
+
+def test_clipped_as_read_gradients_are_gathered_once_a_step(monkeypatch):
+    """Two groups: as they are clipped, or by a step without a clip; and by every step anew."""
+    ours, optimizer, *_ = both(FLAT_AS_READ)
+    gathered, cat = [], torch.cat
+    monkeypatch.setattr(torch, "cat", lambda *given, **more: gathered.append(1) or cat(*given, **more))
+    for clips, steps, wanted in ((1, 1, 2), (0, 1, 2), (2, 1, 2), (1, 2, 4)):
+        for p in ours:
+            p.grad = torch.ones_like(p)
+        gathered.clear()
+        for _ in range(clips):
+            optimizer.clip(ours, 0.1)
+        for _ in range(steps):
+            optimizer.step()
+        assert len(gathered) == wanted
+
+
+@AS_READ
+@pytest.mark.parametrize("change", [lambda p: p.grad.mul_(2), lambda p: setattr(p, "grad", p.grad * 2), lambda p: setattr(p, "grad", None)], ids=["in place", "replaced", "gone"])
+def test_a_gradient_that_changes_between_clip_and_step_is_seen(change, kind):
+    ours, optimizer, theirs, other = both(kind)
+    for ps, one, clip in ((ours, optimizer, optimizer.clip), (theirs, other, torch.nn.utils.clip_grad_norm_)):
+        for t in range(3):
+            for i, p in enumerate(ps):
+                p.grad = drawn(*p.shape, seed=10 * t + i)
+            clip(ps, 0.7)
+            if t == 1:
+                change(ps[1])
+            one.step()
+    close(ours, theirs)
+
+
+@AS_READ
+@pytest.mark.parametrize("done", [lambda optimizer: optimizer.step(), lambda optimizer: optimizer.zero_grad()], ids=["step", "zero_grad"])
+def test_a_clip_keeps_no_gradient_for_longer_than_its_step(done, kind):
+    ours, optimizer, *_ = both(kind)
+    for p in ours:
+        p.grad = torch.ones_like(p)
+    kept = weakref.ref(ours[0].grad)
+    optimizer.clip(ours, 0.1)
+    done(optimizer)
+    for p in ours:
+        p.grad = None
+    assert kept() is None and optimizer.factor is None
+
+
+def test_on_a_cpu_gradients_are_clipped_before_a_step():
+    """To the bits of torch's own."""
+    ours, theirs = ([Parameter(p.detach().float()) for p in parameters()] for _ in range(2))
+    optimizer = make_optimizer({str(i): p for i, p in enumerate(ours)}, Schedule(steps=1, lr=1e-2))
+    for ps, clip in ((ours, optimizer.clip), (theirs, torch.nn.utils.clip_grad_norm_)):
+        for i, p in enumerate(ps):
+            p.grad = drawn(*p.shape, seed=i).float()
+        clip(ps, 0.1)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours, theirs))

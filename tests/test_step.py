@@ -16,6 +16,7 @@ from peftdebias.errors import ModelError
 from peftdebias.graphs import Graphed
 from peftdebias.kernels import dispatch
 from peftdebias.lowered import lowered, may_be_lowered
+from peftdebias.optimizer import FlatAdamW
 from peftdebias.shapes import FINE, fill, rounded, shape_of
 from peftdebias.step import Compiled, Step
 from peftdebias.tasks import mlm_loss
@@ -318,6 +319,26 @@ def test_a_capture_hands_over_what_the_optimizer_s_launches_read(fails, monkeypa
         assert found is None and calls == ["begins", "handed over"] and step.off == "operation not permitted"
     else:
         assert [t is table for t in found.tables] == [True] and calls == ["begins", "ends", "handed over"] and step.pool == "pool"
+
+
+@pytest.mark.parametrize("pulled", [False, True])
+def test_a_step_whose_optimizer_clips_as_it_reads_is_the_step(pulled):
+    """In the two halves that a graph is made of; a gradient that is added after the backward is clipped with the others."""
+    found = []
+    for as_read in (False, True):
+        step = made("lora", torch.float64)
+        step.optimizer, step.clip = FlatAdamW([{"params": step.parameters}], lr=1e-2, as_read=as_read), 0.3
+        step.pull = (lambda step=step: [p.grad.add_(0.1) for p in step.parameters]) if pulled else None
+        for seed in range(3):
+            torch.manual_seed(seed)
+            step.gradients(batch_for("lora", seed))
+            norm = torch.nn.utils.get_total_norm([p.grad for p in step.parameters])
+            assert (norm > 0.3001) == as_read
+            step.optimizer.advance()
+            step.optimizer.apply()
+        found.append([p.detach() for p in step.parameters])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_which_step_is_taken():

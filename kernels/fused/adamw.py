@@ -5,11 +5,13 @@ adamw computes adamw_ref of peftdebias/optimizer.py, which is torch.optim.AdamW'
     m <- m + (1 - b1) (g - m)        q <- b2 q + (1 - b2) g^2
     w <- (1 - lr decay) w - lr / (1 - b1^t) * m / (sqrt(q) / sqrt(1 - b2^t) + epsilon)
 
-    w, g, m, q [n], contiguous float32, no two of them the same memory; w, m and q are overwritten, g is read. What changes from step to step, (1 - lr decay,
+    with f g for g where a factor f is given: what clipping the gradients' norm multiplies them with. So no pass of its own over all gradients does that: of a base of 109 M
+    weights it would read and write 870 MB beside the 3 GB of this one.
+
+    w, g, m, q [n], contiguous float32, no two of them the same memory; w, m and q are overwritten, g and f, [] float32, are read. What changes from step to step, (1 - lr decay,
     lr / (1 - b1^t), sqrt(1 - b2^t)), lies in device memory, so that a captured CUDA graph can be replayed.
 
-AdamWOfMany computes AdamWOfManyRef of that file: the same with f g for g, where f is what clipping the gradients' norm multiplies them with. So no pass of its own over all
-gradients does that: of a base of 109 M weights it would read and write 870 MB beside the 3 GB of this one.
+AdamWOfMany computes AdamWOfManyRef of that file: the same of many tensors.
 
 How. A program owns COUNT values; only those at a tensor's end are asked one by one whether they are there, which forbids loads of several at once. Of many tensors, which ones
 it owns says a table on the device: `tiles` int32 [N, 2] (tensor, which COUNT values of it) and `sizes` int64 [S], made once, and `places` int64 [S, 4], the addresses of w, g, m
@@ -65,9 +67,9 @@ def _update(w, g, m, q, rates, factor, first, size, b2, new1, new2, epsilon, COU
 
 
 @triton.jit
-def flat_kernel(w, g, m, q, rates, size, b2, new1, new2, epsilon, COUNT: tl.constexpr):
-    """w, g, m, q [size], rates [3]: see _elements."""
-    _update(w, g, m, q, rates, None, tl.program_id(0).to(tl.int64) * COUNT, size, b2, new1, new2, epsilon, COUNT)
+def flat_kernel(w, g, m, q, rates, factor, size, b2, new1, new2, epsilon, COUNT: tl.constexpr):
+    """w, g, m, q [size], rates [3], factor fp32 [] or None: see _elements."""
+    _update(w, g, m, q, rates, factor, tl.program_id(0).to(tl.int64) * COUNT, size, b2, new1, new2, epsilon, COUNT)
 
 
 @triton.jit
@@ -85,30 +87,34 @@ def specs(arch: int) -> list[Spec]:
     """What is compiled ahead."""
     numbers = {name: "fp32" for name in ("b2", "new1", "new2", "epsilon")}
     many = {"tiles": "*i32", "sizes": "*i64", "places": "*i64", "rates": "*fp32"}
-    return [Spec("adamw", flat_kernel, {name: "*fp32" for name in (*"wgmq", "rates")} | {"size": "i32"} | numbers, {"COUNT": COUNT}),
-            *(Spec(f"adamw of many{'' if clips else ', unclipped'}", many_kernel, many | ({"factor": "*fp32"} if clips else {}) | numbers,
-                   {"ALIGNED": True, "COUNT": COUNT} | ({} if clips else {"factor": None})) for clips in (True, False))]
+    flat, found = {name: "*fp32" for name in (*"wgmq", "rates")}, []
+    for words, factor, constants in (("", {"factor": "*fp32"}, {}), (", unclipped", {}, {"factor": None})):
+        found.append(Spec("adamw" + words, flat_kernel, flat | factor | {"size": "i32"} | numbers, {"COUNT": COUNT} | constants))
+        found.append(Spec("adamw of many" + words, many_kernel, many | factor | numbers, {"ALIGNED": True, "COUNT": COUNT} | constants))
+    return found
 
 
 # ---------------------------------------------------------------- one flat tensor
 
 @op("adamw", fake=lambda *given: None, overwrites=("values", "first", "second"))
-def _adamw(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, b1: float, b2: float, epsilon: float) -> None:
+def _adamw(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, factor: Tensor | None, b1: float, b2: float, epsilon: float) -> None:
     if values.numel():
         with on(values):
-            flat_kernel[ceil_div(values.numel(), COUNT),](values, gradient, first, second, rates, values.numel(), b2, 1 - b1, 1 - b2, epsilon, COUNT=COUNT, num_warps=4,
-                                                          enable_fp_fusion=True)
+            flat_kernel[ceil_div(values.numel(), COUNT),](values, gradient, first, second, rates, factor, values.numel(), b2, 1 - b1, 1 - b2, epsilon, COUNT=COUNT,
+                                                          num_warps=4, enable_fp_fusion=True)
 
 
 @register("adamw", "triton")
-def adamw(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, *, betas: tuple[float, float], epsilon: float) -> None:
-    """One step, in place; rates [3]; see the head of this file. Raises ValueError that names what it cannot take."""
+def adamw(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, factor: Tensor | None = None, *, betas: tuple[float, float], epsilon: float) -> None:
+    """One step, in place; rates [3], factor []; see the head of this file. Raises ValueError that names what it cannot take."""
     for name, tensor, size in (("values", values, values.numel()), ("gradient", gradient, values.numel()), ("first", first, values.numel()),
                                ("second", second, values.numel()), ("rates", rates, 3)):
         expect("adamw", name, tensor, (size,), (torch.float32,), values.device)
         if not tensor.is_contiguous():
             raise ValueError(f"adamw, {name}: expected a contiguous tensor, got stride {tensor.stride(0)}")
-    _adamw(values, gradient, first, second, rates, *betas, epsilon)
+    if factor is not None:
+        expect("adamw", "factor", factor, (), (torch.float32,), values.device)
+    _adamw(values, gradient, first, second, rates, factor, *betas, epsilon)
 
 
 # ---------------------------------------------------------------- many tensors

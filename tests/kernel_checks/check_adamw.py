@@ -18,37 +18,41 @@ def rates(step: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.tensor(rates_at(step, LR, SETTINGS["betas"], DECAY), dtype=dtype, device=DEVICE)
 
 
-def steps(update):
+def steps(update, factor: float | None):
     """A function of w and five gradients, all [n], that gives w and both moments after five steps of `update`."""
     def run(w, **gradients):
         w, m, q = w.clone(), torch.zeros_like(w), torch.zeros_like(w)
         for t, g in enumerate(gradients.values(), 1):
-            update(w, g, m, q, rates(t, w.dtype), **SETTINGS)
+            update(w, g, m, q, rates(t, w.dtype), None if factor is None else w.new_tensor(factor), **SETTINGS)
         return {"w": w, "m": m, "q": q}
     return run
 
 
-def library(w, **gradients):
+def library(factor: float | None):
     """The same by torch.optim.AdamW."""
-    w = w.clone().requires_grad_()
-    optimizer = torch.optim.AdamW([w], lr=LR, betas=SETTINGS["betas"], eps=SETTINGS["epsilon"], weight_decay=DECAY)
-    for w.grad in gradients.values():
-        optimizer.step()
-    return {"w": w, "m": optimizer.state[w]["exp_avg"], "q": optimizer.state[w]["exp_avg_sq"]}
+    def run(w, **gradients):
+        w = w.clone().requires_grad_()
+        optimizer = torch.optim.AdamW([w], lr=LR, betas=SETTINGS["betas"], eps=SETTINGS["epsilon"], weight_decay=DECAY)
+        for gradient in gradients.values():
+            w.grad = gradient if factor is None else gradient * gradient.new_tensor(factor)
+            optimizer.step()
+        return {"w": w, "m": optimizer.state[w]["exp_avg"], "q": optimizer.state[w]["exp_avg_sq"]}
+    return run
 
 
 @pytest.mark.parametrize("n", [1, 13, fused.COUNT - 1, fused.COUNT, 3001])
-def test_adamw_errs_no_more_than_twice_torchs(n):
+@pytest.mark.parametrize("factor", [None, 1.0, 0.25])
+def test_adamw_errs_no_more_than_twice_torchs(n, factor):
     """Gradients over five orders of magnitude."""
     given = {"w": drawn(n, seed=1)} | {f"g{t}": drawn(n, seed=10 + t, scale=10.0 ** -t) for t in range(1, 6)}
-    compare(steps(fused.adamw), library, given, dtype=torch.float32)
+    compare(steps(fused.adamw, factor), library(factor), given, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("n", [13, fused.COUNT - 1])
 def test_adamw_writes_inside_its_tensors_and_leaves_the_gradient(n):
     """Around them lie numbers, of which an update beyond the ends would make others; NaN would stay NaN."""
     guards = [Guarded(drawn(n, seed=i).abs().float(), around=7.0 + i) for i in range(4)]
-    fused.adamw(*(g.view for g in guards), rates(1), **SETTINGS)
+    fused.adamw(*(g.view for g in guards), rates(1), torch.tensor(0.5, device=DEVICE), **SETTINGS)
     for name, guard in zip(("values", "gradient", "first", "second"), guards):
         guard.check(name, unchanged=name == "gradient")
 
@@ -58,6 +62,8 @@ def test_adamw_writes_inside_its_tensors_and_leaves_the_gradient(n):
     ({"first": torch.zeros(5, dtype=torch.bfloat16)}, "adamw, first: expected one of float32, got bfloat16"),
     ({"second": torch.zeros(10)[::2]}, "adamw, second: expected a contiguous tensor, got stride 2"),
     ({"rates": torch.zeros(2)}, r"adamw, rates: expected shape \[3\], got \[2\]"),
+    ({"factor": torch.zeros(1)}, r"adamw, factor: expected shape \[\], got \[1\]"),
+    ({"factor": torch.zeros((), dtype=torch.float64)}, "adamw, factor: expected one of float32, got float64"),
 ])
 def test_adamw_refuses_by_name(change, words):
     tensors = {n: torch.zeros(5) for n in ("values", "gradient", "first", "second")} | {"rates": rates(1)} | change
@@ -88,7 +94,8 @@ def test_the_optimizers_take_them_when_triton_is_asked_for(monkeypatch):
 
 def test_it_is_registered_soundly():
     flat = [drawn(5, seed=i).abs().float() for i in range(4)]
-    torch.library.opcheck(torch.ops.peftdebias.adamw.default, (*flat, rates(1), 0.9, 0.999, 1e-8), test_utils=("test_schema", "test_faketensor"))
+    for factor in (None, torch.tensor(0.5, device=DEVICE)):
+        torch.library.opcheck(torch.ops.peftdebias.adamw.default, (*flat, rates(1), factor, 0.9, 0.999, 1e-8), test_utils=("test_schema", "test_faketensor"))
 
 
 # ---------------------------------------------------------------- many tensors
@@ -211,13 +218,15 @@ def test_many_refuse_by_name(change, words):
         fused.AdamWOfMany(given["values"], given["first"], given["second"])(given["gradients"], given["rates"], given["factor"], **SETTINGS)
 
 
-def test_a_base_trained_by_it_goes_where_torchs_goes():
-    """Clipped, with decay on the matrices alone; and a gradient that is missing in one step."""
+@pytest.mark.parametrize("form", [FlatAdamW, WholeAdamW])
+def test_what_they_train_goes_where_torchs_goes(form):
+    """Clipped as it is read, with decay on the matrices alone; and a gradient that is missing in one step."""
     def trained(kind: str) -> list[torch.Tensor]:
         parameters = {f"p{i}": torch.nn.Parameter(drawn(*shape, seed=i).float()) for i, shape in enumerate([(30, 70), (50,), (20, 20)])}
         with kernels.use(kind), pytest.MonkeyPatch.context() as patch:
-            patch.setitem(FLAT, "triton", 10)
+            patch.setitem(FLAT, "triton", 10 if form is WholeAdamW else FLAT["triton"])
             optimizer = make_optimizer(parameters, Schedule(steps=3, lr=1e-2, weight_decay=0.1))
+        assert kind == "torch" or type(optimizer) is form and optimizer.as_read
         for t in range(4):
             for i, p in enumerate(parameters.values()):
                 p.grad = None if (t, i) == (2, 1) else drawn(*p.shape, seed=10 * t + i).float() * (0.001 if t == 1 else 1.0)
