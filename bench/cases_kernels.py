@@ -19,7 +19,7 @@ from peftdebias.kernels import dispatch
 from peftdebias.kernels.dropout_ref import Drop, dropout_ref
 from peftdebias.methods.adapter import adapter_ref
 from peftdebias.methods.lora import lora_grads_ref, lora_linear_ref
-from peftdebias.ops import feed_forward_ref, gelu_ref, norm_ref
+from peftdebias.ops import embed_ref, feed_forward_ref, gelu_ref, norm_ref
 from peftdebias.sites import sparse_add_ref
 from peftdebias.tasks import mlm_loss_ref
 from peftdebias.written import lora_write_ref, lora_written_ref
@@ -322,6 +322,44 @@ def norm(form: str, rate: float = 0.0) -> Callable[[Setting], Work]:
     return build
 
 
+def embed(form: str, tables: bool = False) -> Callable[[Setting], Work]:
+    """form: plain or compiled (torch's own ops, dropout among them), twin (our mask) or fused. The tables are frozen, of the activations' dtype, and the forward alone runs; or
+    `tables`, gain and bias are trained. The places are those of two segments."""
+    def build(setting: Setting) -> Work:
+        t, d, v, n, epsilon, dtype = int(setting.x), setting.size.hidden, setting.size.vocab, 2 * setting.longest, 1e-12, ACTIVATION[setting.precision]
+        generator = torch.Generator().manual_seed(6)
+        ids, places = (torch.randint(0, rows, (t,), generator=generator) for rows in (v, n))
+        looked_up = float(d * (len(ids.unique()) + len(places.unique())))
+        ids, places = ids.to(setting.device), places.to(setting.device)
+        given = {"word": drawn(setting, tables, seed=1, shape=(v, d)), "placed": drawn(setting, tables, seed=2, shape=(n, d)),
+                 "gain": drawn(setting, True, seed=3, shape=(d,)), "bias": drawn(setting, True, seed=4, shape=(d,))}
+        drop, op = Drop(RATE, torch.tensor([5], device=setting.device), 3), fused("embed", embed_ref, setting) if form == "fused" else embed_ref
+
+        def forward(word, placed, gain, bias):
+            if form == "fused":
+                return op(ids, places, word, placed, gain, bias, epsilon, drop)
+            hidden, residual = F.embedding(ids, word), F.embedding(places, placed)
+            if form == "twin":  # rounds where the kernel does, which keeps what it normalised in 16 bits
+                return dropout_ref(norm_ref(hidden.to(dtype), residual.to(dtype), gain, bias, epsilon), *drop)
+            return F.dropout(F.layer_norm(hidden + residual, gain.shape, gain, bias, epsilon), RATE)
+
+        e, wide, forward = float(bytes_of(setting) * t * d), given["word"].element_size(), torch.compile(forward) if form == "compiled" else forward
+        words = f"T ids and places, word [{v}, {d}], placed [{n}, {d}] in {str(given['word'].dtype).removeprefix('torch.')}, rate {RATE:g}; forward"
+        once, limit = wide * looked_up + e + 16.0 * t, "rows lie anywhere in a table, and ten rounds of Philox for eight elements"
+        if tables:
+            roof = (0.0, once + e + 4.0 * t), (0.0, 2 * e + 4.0 * t + float(wide * d * (v + n)))
+            return full(setting, forward, given, tuple(given), words + ", and backward to all four", tokens=t, roof=roof,
+                        limit=limit + "; torch's sums over the tokens of an id sort the ids, and read what was written for them")
+
+        def run() -> Tensor:
+            with torch.no_grad(), autocast(setting):
+                return forward(**given)
+
+        return Work(run, lambda: {"y": run()}, tokens=t, roof=((0.0, once),), limit=limit, extra={"setting": f"{words}; {setting.precision}"})
+
+    return build
+
+
 def gelu(form: str) -> Callable[[Setting], Work]:
     def build(setting: Setting) -> Work:
         t, f = int(setting.x), setting.size.feed_forward
@@ -397,6 +435,12 @@ def _block(builder: Callable[[str], Callable[[Setting], Work]]) -> dict[str, Pro
     return {"plain torch": Provider(builder("plain")), "plain torch, compiled": Provider(builder("compiled"), compiled=True), **own}
 
 
+def _masked(builder: Callable[[str], Callable[[Setting], Work]], op: str) -> dict[str, Provider]:
+    """torch's own ops, whose dropout draws another mask, and what draws ours."""
+    return {"plain torch": Provider(builder("plain"), compared=False), "plain torch, compiled": Provider(builder("compiled"), compiled=True, compared=False),
+            "plain torch, our mask": Provider(builder("twin")), "peftdebias": Provider(builder("fused"), kernels=(op,))}
+
+
 def _linear(wide: bool) -> dict[str, Provider]:
     return {"peft": Provider(linear("peft", wide), ("peft",)), "plain torch": Provider(linear("plain", wide)),
             "plain torch, compiled": Provider(linear("compiled", wide), compiled=True),
@@ -437,9 +481,9 @@ KERNEL_CASES = {case.name: case for case in (
     op_case("dropout", "dropout from a counter", "rows", (256, 2048), {
         "plain torch": Provider(dropout("reference")), "F.dropout": Provider(dropout("library"), compared=False), "peftdebias": Provider(dropout("fused"), kernels=("dropout",))}),
     op_case("norm", "residual and LayerNorm, trained", "rows", (256, 2048), _three(norm, "norm")),
-    op_case("norm_dropout", f"dropout {RATE:g}, residual and LayerNorm, frozen", "rows", (256, 2048), {
-        "plain torch": Provider(norm("plain", RATE), compared=False), "plain torch, compiled": Provider(norm("compiled", RATE), compiled=True, compared=False),
-        "plain torch, our mask": Provider(norm("twin", RATE)), "peftdebias": Provider(norm("fused", RATE), kernels=("norm",))}),
+    op_case("norm_dropout", f"dropout {RATE:g}, residual and LayerNorm, frozen", "rows", (256, 2048), _masked(lambda form: norm(form, RATE), "norm")),
+    op_case("embed", f"two look-ups, LayerNorm and dropout {RATE:g}, frozen", "rows", (256, 2048), _masked(embed, "embed"), "forward"),
+    op_case("trained_embed", "the same, tables and norm trained", "rows", (256, 2048), _masked(lambda form: embed(form, True), "embed")),
     op_case("gelu", "bias and GELU", "rows", (256, 2048), _three(gelu, "gelu")),
     op_case("trained_linear", "a linear whose W and bias are trained", "rows", (256, 2048), _three(trained, "linear_trained")),
     op_case("feed_forward", "a feed-forward block that is frozen", "rows", (256, 2048), _block(feed_forward)),

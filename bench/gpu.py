@@ -43,14 +43,15 @@ Plan = list[tuple[Case, Setting]]
 
 CHECKED = {"lora_linear": 5003, "lora_linear_wide": 331, "lora_dropout": 331, "lora_write": 2, "lora_grads": 5003, "lora_grads_two": 5003, "adapter": 997, "adapter_frozen": 331, "mlm_loss": 197,
            "sparse_add": 331, "sparse_adamw": 10007, "whole_adamw": 1, "dropout": 331, "attention": 13, "attention_even": 7, "attention_dropout": 13, "attention_prefix": 13,
-           "norm": 997, "norm_dropout": 331, "gelu": 331, "trained_linear": 331, "feed_forward": 331, "trained_feed_forward": 331}
+           "norm": 997, "norm_dropout": 331, "embed": 331, "trained_embed": 331, "gelu": 331, "trained_linear": 331, "feed_forward": 331, "trained_feed_forward": 331}
 TIMED = {"lora_linear": (4096, 16384, 65536), "lora_frozen": (4096, 16384, 65536), "lora_linear_wide": (4096, 16384, 65536), "lora_frozen_wide": (4096, 16384, 65536),
          "lora_dropout": (16384,), "lora_write": (12,), "lora_grads": (4096, 16384, 65536), "lora_grads_two": (4096, 16384, 32768), "adapter": (4096, 65536), "adapter_frozen": (4096, 65536), "mlm_loss": (614, 9830),
          "sparse_add": (768, 30522), "sparse_adamw": (1_090_000,), "whole_adamw": (12,), "dropout": (16384,), "norm": (4096, 65536), "norm_dropout": (4096, 65536),
+         "embed": (4096, 65536), "trained_embed": (4096, 65536),
          "gelu": (4096, 65536), "trained_linear": (4096, 65536), "feed_forward": (4096, 16384, 32768), "trained_feed_forward": (4096, 65536), "attention": (32, 128), "attention_even": (32, 128), "attention_dropout": (128,), "attention_prefix": (128,)}
 """case -> x. Checked at ragged sizes, dA and dB at so many rows that a program walks over several tiles; sequences of attention are of at most 128 tokens; 614 and 9830 are 15 % of 4096 and 65536 tokens, 1 090 000 is 1 % of BERT-base."""
 DRY = {"lora_linear": 37, "lora_frozen": 37, "lora_linear_wide": 13, "lora_frozen_wide": 13, "lora_dropout": 13, "lora_write": 1, "lora_grads": 13, "lora_grads_two": 13, "adapter": 37,
-       "adapter_frozen": 13, "mlm_loss": 13, "sparse_add": 7, "sparse_adamw": 301, "whole_adamw": 1, "dropout": 13, "norm": 37, "norm_dropout": 13, "gelu": 13, "trained_linear": 13, "feed_forward": 13, "trained_feed_forward": 13, "attention": 3, "attention_even": 2,
+       "adapter_frozen": 13, "mlm_loss": 13, "sparse_add": 7, "sparse_adamw": 301, "whole_adamw": 1, "dropout": 13, "norm": 37, "norm_dropout": 13, "embed": 13, "trained_embed": 13, "gelu": 13, "trained_linear": 13, "feed_forward": 13, "trained_feed_forward": 13, "attention": 3, "attention_even": 2,
        "attention_dropout": 3, "attention_prefix": 3}
 
 

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .batches import Batch, Spans
 from .errors import AdapterError, ModelError
-from .ops import Drop, Forked, Normal, attention, dropout, feed_forward, gelu, heads_of, linear, norm, rounded_once, scores
+from .ops import Drop, Forked, Normal, attention, dropout, embed, feed_forward, gelu, heads_of, linear, norm, rounded_once, scores
 from .sites import ACTIVATIONS, EMBED_SITE, EncoderConfig, Hooks
 from .written import Written, write
 
@@ -147,10 +147,12 @@ class Encoder(nn.Module):
 
         # Every segment's every position has a row of its own, so that a token looks up two rows and not three.
         start, longest = config.position_offset + hooks.position_shift, batch.max_length
-        places = (segments[:, None] + positions[start:start + longest]).flatten(0, 1)
-        hidden, placed = F.embedding(batch.ids, hooks.value("embeddings.word", table.word.weight)), F.embedding(batch.segments * longest + batch.positions, places)
-        if hooks.at(EMBED_SITE):
-            hidden, placed = hidden + placed, None
+        placed = (segments[:, None] + positions[start:start + longest]).flatten(0, 1)
+        word, places, drop = hooks.value("embeddings.word", table.word.weight), batch.segments * longest + batch.positions, self.drop(0, config.dropout)
+        if not hooks.at(EMBED_SITE):
+            gain, bias = hooks.value("embeddings.norm", table.norm.weight), hooks.value("embeddings.norm.bias", table.norm.bias)
+            return embed(batch.ids, places, word, placed, gain, bias, table.norm.eps, drop), batch
+        hidden = F.embedding(batch.ids, word) + F.embedding(places, placed)
         # From the last to the first, each put before every text: they stand in the order in which they were attached.
         for method in reversed(hooks.at(EMBED_SITE)):
             start = config.position_offset + hooks.shift_before(method)
@@ -159,7 +161,7 @@ class Encoder(nn.Module):
                 return vectors + F.embedding(places + start, positions) + segments[0]
 
             hidden, batch = method.embed(hidden, batch, positioned)
-        return dropout(self._norm("embeddings.norm", table.norm)(hidden, placed), self.drop(0, config.dropout)), batch
+        return dropout(self._norm("embeddings.norm", table.norm)(hidden), drop), batch
 
     def _recomputed(self, i: int, given: Forked, prefix: tuple[Tensor, Tensor] | None, spans: Spans, rows: Tensor | None) -> Forked:
         """_layer, of which nothing but its inputs is kept: the backward runs it again with the same seed, written weights and implementations, and so to the same bits."""

@@ -45,7 +45,7 @@ assert compile_one("lora_grads", broken, 90).red == "does not compile"
     ran = python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
     assert ran.returncode == 0, ran.stderr
     wide = {name: int(count) for name, count in map(str.split, ran.stdout.splitlines())}
-    assert {"adamw", "adapter", "attention", "dropout", "feed_forward", "gelu", "linear_trained", "lora", "lora_grads", "lora_write", "mlm_loss", "norm", "sparse", "many"} == set(wide)
+    assert {"adamw", "adapter", "attention", "dropout", "embeddings", "feed_forward", "gelu", "linear_trained", "lora", "lora_grads", "lora_write", "mlm_loss", "norm", "sparse", "many"} == set(wide)
     # What comes out of a table of addresses is read in 16 bytes at a time as well: 4 of 8 values a thread in `many`, each of two; lora_write's W is 16 values a thread.
     assert wide["adamw"] == wide["many"] == 8 and wide["lora_write"] >= 4 and min(wide.values()) > 0
 

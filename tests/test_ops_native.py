@@ -396,7 +396,7 @@ def test_a_step_compiles_whole_with_the_twins_inside():
 
 
 def test_choose_takes_them_by_itself():
-    for op in ("dropout", "norm", "gelu", "attention", "adamw", "mlm_loss"):
+    for op in ("dropout", "norm", "embed", "gelu", "attention", "adamw", "mlm_loss"):
         assert kernels.decide(op, torch.device("cpu")) == ("native", "the fastest on cpu")
         assert kernels.decide(op, torch.device("cuda"))[0] != "native"
         with kernels.use("torch"):

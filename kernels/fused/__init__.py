@@ -27,6 +27,7 @@ TRITON: dict[str, str] = {
     "adamw_of_many": "adamw",
     "attention": "attention",
     "dropout": "dropout",
+    "embed": "embeddings",
     "feed_forward": "feed_forward",
     "gelu": "gelu",
     "linear_trained": "linear_trained",

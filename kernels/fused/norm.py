@@ -23,7 +23,8 @@ three would not be shorter. In the backward with a trained gain or bias it walks
 adds the stretches in their order: no atomics, the sums repeat bit for bit.
 What limits it: memory, and with dropout ten rounds of Philox for eight elements.
 
-The room: peftdebias/ops/norm.py (specification), this file, tests/kernel_checks/check_norm.py (proof). Letters: T rows, D columns.
+The room: peftdebias/ops/norm.py (specification), this file, embeddings.py (rows out of tables, dropout behind the norm), tests/kernel_checks/check_norm.py (proof).
+Letters: T rows, D columns.
 """
 
 import torch
@@ -44,17 +45,30 @@ STRETCHES = 768  # at most that many partial sums of a column: a few programs fo
 # ---------------------------------------------------------------- kernels, forward beside backward
 
 @triton.jit
-def _columns(part, rows, T, D, BD: tl.constexpr, WHOLE: tl.constexpr):
+def columns_of(part, rows, T, D, BD: tl.constexpr, WHOLE: tl.constexpr):
     """(columns of a part, which of its elements are there). WHOLE: the parts are D columns, not one more."""
     d = part * BD + tl.arange(0, BD)
     return d, (rows < T)[:, None] if WHOLE else (rows < T)[:, None] & (d < D)[None, :]
 
 
 @triton.jit
-def _vector(x, part, D, BD: tl.constexpr, WHOLE: tl.constexpr):
+def vector_of(x, part, D, BD: tl.constexpr, WHOLE: tl.constexpr):
     """A part of x [D], fp32 [1, BD]."""
     d = part * BD + tl.arange(0, BD)
     return (tl.load(x + d) if WHOLE else tl.load(x + d, mask=d < D, other=0.0)).to(tl.float32)[None, :]
+
+
+@triton.jit
+def centre(parts, total, D, epsilon, ROWS: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr, WHOLE: tl.constexpr):
+    """(rows less their mean, in parts fp32 [ROWS, BD] like `parts`, 0 beyond D; i fp32 [ROWS]). total fp32 [ROWS, BD]: the sum of the parts, which are 0 beyond D."""
+    mean, centred, squares = (tl.sum(total, 1) / D)[:, None], (), tl.zeros([ROWS, BD], tl.float32)
+    for part in tl.static_range(PARTS):
+        away = parts[part] - mean
+        if not WHOLE:
+            away = tl.where((part * BD + tl.arange(0, BD) < D)[None, :], away, 0.0)
+        squares += away * away
+        centred = centred + (away,)
+    return centred, 1.0 / tl.sqrt_rn(tl.sum(squares, 1) / D + epsilon)
 
 
 @triton.jit(do_not_specialize=["site"])
@@ -64,9 +78,9 @@ def forward_kernel(hidden, residual, gain, bias, seed, y, normal, inverse, T, D,
     scale = 1 / q. A program does ROWS rows."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     start = 0 if seed is None else tl.load(seed)
-    parts, total, squares = (), tl.zeros([ROWS, BD], tl.float32), tl.zeros([ROWS, BD], tl.float32)
+    parts, total = (), tl.zeros([ROWS, BD], tl.float32)
     for part in tl.static_range(PARTS):
-        d, inside = _columns(part, rows, T, D, BD, WHOLE)
+        d, inside = columns_of(part, rows, T, D, BD, WHOLE)
         found = tl.load(hidden + rows[:, None] * hidden_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
         if DROPS:
             found = tl.where(keep(rows, part * (BD // 8), (D + 7) // 8, start, site, threshold, BD // 8), found * scale, 0.0)
@@ -74,22 +88,15 @@ def forward_kernel(hidden, residual, gain, bias, seed, y, normal, inverse, T, D,
             found += tl.load(residual + rows[:, None] * residual_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
         total += found
         parts = parts + (found,)
-    mean, centred = (tl.sum(total, 1) / D)[:, None], ()
-    for part in tl.static_range(PARTS):
-        away = parts[part] - mean
-        if not WHOLE:
-            away = tl.where((part * BD + tl.arange(0, BD) < D)[None, :], away, 0.0)
-        squares += away * away
-        centred = centred + (away,)
-    factor = 1.0 / tl.sqrt_rn(tl.sum(squares, 1) / D + epsilon)
+    centred, factor = centre(parts, total, D, epsilon, ROWS, PARTS, BD, WHOLE)
     if normal is not None:
         tl.store(inverse + rows, factor, mask=rows < T)
     for part in tl.static_range(PARTS):
-        d, inside = _columns(part, rows, T, D, BD, WHOLE)
+        d, inside = columns_of(part, rows, T, D, BD, WHOLE)
         n = centred[part] * factor[:, None]
         if normal is not None:
             tl.store(normal + rows[:, None] * D + d[None, :], n, mask=inside)
-        tl.store(y + rows[:, None] * D + d[None, :], n * _vector(gain, part, D, BD, WHOLE) + _vector(bias, part, D, BD, WHOLE), mask=inside)
+        tl.store(y + rows[:, None] * D + d[None, :], n * vector_of(gain, part, D, BD, WHOLE) + vector_of(bias, part, D, BD, WHOLE), mask=inside)
 
 
 @triton.jit
@@ -103,9 +110,10 @@ def _zeros(PARTS: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit(do_not_specialize=["site"])
 def backward_kernel(dy, again, normal, inverse, gain, seed, dhidden, dresidual, partial_gain, partial_bias, T, D, dy_stride, again_stride, partial_stride, tiles, site,
-                    threshold, scale, DROPS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr, WHOLE: tl.constexpr):
+                    threshold, scale, DROPS: tl.constexpr, AFTER: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr, WHOLE: tl.constexpr):
     """dy, again (or None: y has one reader), normal [T, D], inverse fp32 [T], gain [D], seed int64 [1] or None -> dhidden, dresidual [T, D], partial_gain and partial_bias
-    fp32 [stretches, D], rows partial_stride apart: each unless None. A program does `tiles` tiles of ROWS rows, a stretch."""
+    fp32 [stretches, D], rows partial_stride apart: each unless None. A program does `tiles` tiles of ROWS rows, a stretch. DROPS: hidden was dropped, or where AFTER y
+    was (embeddings.py), so that the mask acts on dy and not on dhidden."""
     first = tl.program_id(0).to(tl.int64) * tiles * ROWS
     start = 0 if seed is None else tl.load(seed)
     sums_gain, sums_bias = _zeros(PARTS, ROWS, BD), _zeros(PARTS, ROWS, BD)
@@ -114,15 +122,17 @@ def backward_kernel(dy, again, normal, inverse, gain, seed, dhidden, dresidual, 
         pulls, normals, grown_gain, grown_bias = (), (), (), ()
         along, across = tl.zeros([ROWS, BD], tl.float32), tl.zeros([ROWS, BD], tl.float32)
         for part in tl.static_range(PARTS):
-            d, inside = _columns(part, rows, T, D, BD, WHOLE)
+            d, inside = columns_of(part, rows, T, D, BD, WHOLE)
             pull = tl.load(dy + rows[:, None] * dy_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
             if again is not None:
                 pull += tl.load(again + rows[:, None] * again_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
+            if DROPS and AFTER:
+                pull = tl.where(keep(rows, part * (BD // 8), (D + 7) // 8, start, site, threshold, BD // 8), pull * scale, 0.0)
             grown_bias = grown_bias + (sums_bias[part] + pull,)
             if normal is not None:
                 n = tl.load(normal + rows[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
                 grown_gain = grown_gain + (sums_gain[part] + pull * n,)
-                pull *= _vector(gain, part, D, BD, WHOLE)
+                pull *= vector_of(gain, part, D, BD, WHOLE)
                 along += pull
                 across += pull * n
                 normals = normals + (n,)
@@ -135,12 +145,12 @@ def backward_kernel(dy, again, normal, inverse, gain, seed, dhidden, dresidual, 
             factor = tl.load(inverse + rows, mask=rows < T, other=0.0)[:, None]
             along_mean, across_mean = (tl.sum(along, 1) / D)[:, None], (tl.sum(across, 1) / D)[:, None]
             for part in tl.static_range(PARTS):
-                d, inside = _columns(part, rows, T, D, BD, WHOLE)
+                d, inside = columns_of(part, rows, T, D, BD, WHOLE)
                 fall = (pulls[part] - along_mean - normals[part] * across_mean) * factor
                 if dresidual is not None:
                     tl.store(dresidual + rows[:, None] * D + d[None, :], fall, mask=inside)
                 if dhidden is not None:
-                    if DROPS:
+                    if DROPS and not AFTER:
                         fall = tl.where(keep(rows, part * (BD // 8), (D + 7) // 8, start, site, threshold, BD // 8), fall * scale, 0.0)
                     tl.store(dhidden + rows[:, None] * D + d[None, :], fall, mask=inside)
     stretch = tl.program_id(0).to(tl.int64) * partial_stride
@@ -170,35 +180,38 @@ def registers(dtype: torch.dtype, whole: bool, drops: bool) -> dict[str, int]:
     return {"maxnreg": 168} if drops and (dtype == torch.float32 or not whole) else {}
 
 
+def spec_of(name: str, kernel, width: int, given: dict[str, str], nothing: tuple[str, ...], drops: bool, maxnreg: int | None = None, **constants: bool) -> Spec:
+    """One kernel that holds whole rows. given: name of an argument -> Triton's type, those of other kernels among them; nothing: the pointers that are None."""
+    sums = "partial_gain" in kernel.arg_names and not {"partial_gain", "partial_bias"} <= set(nothing)
+    sizes = tiles_for(width, sums)
+    warps, fixed = sizes.pop("num_warps"), dict.fromkeys([*nothing, *(() if drops else ("seed",))]) | {"DROPS": drops} | constants
+    if "tiles" in kernel.arg_names and not sums:
+        fixed["tiles"] = 1  # a launch with 1 is compiled for it
+    numbers = dict.fromkeys(("T", "D", "tiles", "site", "threshold", *(n for n in kernel.arg_names if n.endswith("_stride"))), "i32") | {"epsilon": "fp32", "scale": "fp32"}
+    signature = {n: kind for n, kind in ({"seed": "*i64"} | numbers | given).items() if n in kernel.arg_names and n not in fixed}
+    aligned = () if width % 16 else tuple(n for n in signature if n == "D" or n.endswith("_stride"))
+    return Spec(f"{name}, D {width}{', dropout' if drops else ''}", kernel, signature, fixed | sizes, warps, aligned=aligned, maxnreg=maxnreg)
+
+
 def specs(arch: int) -> list[Spec]:
     """What is compiled ahead: rows of three whole parts, and with dropout those of three that are not, and of one."""
-    strides = ("hidden_stride", "residual_stride", "dy_stride", "again_stride", "partial_stride")
-    whole = dict.fromkeys(("T", "D", *strides, "tiles", "site", "threshold"), "i32") | {"epsilon": "fp32", "scale": "fp32"}
-    found = []
-
-    def spec(name: str, kernel, width: int, given: dict[str, str], nothing: tuple[str, ...], drops: bool) -> None:
-        sums = kernel is backward_kernel and not {"partial_gain", "partial_bias"} <= set(nothing)
-        sizes = tiles_for(width, sums)
-        warps, bound = sizes.pop("num_warps"), registers(dtype, sizes["WHOLE"], drops) if kernel is forward_kernel else {}
-        fixed = dict.fromkeys([*nothing, *(() if drops else ("seed",))]) | {"DROPS": drops} | sizes
-        if kernel is backward_kernel and not sums:
-            fixed["tiles"] = 1  # a launch with 1 is compiled for it
-        signature = {n: kind for n, kind in (given | {"seed": "*i64"} | whole).items() if n in kernel.arg_names and n not in fixed}
-        aligned = () if width % 16 else tuple(n for n in ("D", *strides) if n in signature)
-        found.append(Spec(f"{name}, D {width}{', dropout' if drops else ''}", kernel, signature, fixed, warps, aligned=aligned, **bound))
-
+    found, nobody = [], ("partial_gain", "partial_bias")
     for dtype, kind in DTYPES.items():
-        same = "*" + kind
-        given = dict.fromkeys(("hidden", "residual", "y", "normal", "dy", "again", "dhidden", "dresidual"), same)
-        given |= dict.fromkeys(("gain", "bias", "inverse", "partial_gain", "partial_bias"), "*fp32")
+        given = dict.fromkeys(("hidden", "residual", "y", "normal", "dy", "again", "dhidden", "dresidual"), "*" + kind)
+        given |= dict.fromkeys(("gain", "bias", "inverse", *nobody), "*fp32")
+
+        def forward(name: str, width: int, nothing: tuple[str, ...], drops: bool) -> Spec:
+            return spec_of(f"{name}, {kind}", forward_kernel, width, given, nothing, drops, **registers(dtype, tiles_for(width)["WHOLE"], drops))
+
+        def backward(name: str, width: int, nothing: tuple[str, ...], drops: bool) -> Spec:
+            return spec_of(f"{name}, {kind}", backward_kernel, width, given, nothing, drops, AFTER=False)
+
         for width in (768, 3072, 700, 1000, 4000):
             for drops in (False, True) if width in (768, 3072) else (True,):
                 one = () if drops else ("dresidual", "again")  # without dropout it is dhidden
-                spec(f"forward, {kind}", forward_kernel, width, given, (), drops)
-                spec(f"backward, {kind}", backward_kernel, width, given, ("partial_gain", "partial_bias", *one), drops)
-                spec(f"backward, gain and bias trained, {kind}", backward_kernel, width, given, one, drops)
-        spec(f"forward alone, {kind}", forward_kernel, 768, given, ("normal", "inverse"), False)
-        spec(f"backward, bias alone, {kind}", backward_kernel, 768, given, ("again", "normal", "inverse", "dhidden", "dresidual", "partial_gain"), False)
+                found += [forward("forward", width, (), drops), backward("backward", width, (*nobody, *one), drops), backward("backward, gain and bias trained", width, one, drops)]
+        found += [forward("forward alone", 768, ("normal", "inverse"), False),
+                  backward("backward, bias alone", 768, ("again", "normal", "inverse", "dhidden", "dresidual", "partial_gain"), False)]
     return [*found, sum_spec(), sum_spec(STRETCHES)]
 
 
@@ -227,10 +240,11 @@ def _outputs(hidden: Tensor, dtype: torch.dtype, keeps: bool) -> tuple[Tensor, T
             hidden.new_empty(rows if keeps else 0, dtype=torch.float32))
 
 
-@op("norm_backward", fake=lambda dy, again, normal, inverse, gain, rate, seed, site, *wanted: _gradients(dy, *wanted))
-def _norm_backward(dy: Tensor, again: Tensor | None, normal: Tensor, inverse: Tensor, gain: Tensor, rate: float, seed: Tensor | None, site: int,
-                   hidden_dtype: torch.dtype | None, residual_dtype: torch.dtype | None, of_gain: bool, of_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """dhidden and dresidual [T, D] of these dtypes (None: nobody wants it, empty), and fp32 [n, D]: dgain, dbias, those that are wanted. again: y's second reader's dy."""
+@op("norm_backward", fake=lambda dy, again, normal, inverse, gain, rate, seed, site, after, *wanted: _gradients(dy, *wanted))
+def norm_backward(dy: Tensor, again: Tensor | None, normal: Tensor, inverse: Tensor, gain: Tensor, rate: float, seed: Tensor | None, site: int, after: bool,
+                  hidden_dtype: torch.dtype | None, residual_dtype: torch.dtype | None, of_gain: bool, of_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dhidden and dresidual [T, D] of these dtypes (None: nobody wants it, empty), and fp32 [n, D]: dgain, dbias, those that are wanted. again: y's second reader's dy.
+    after: y was dropped (embeddings.py), not hidden."""
     found = dhidden, dresidual, parameters = _gradients(dy, hidden_dtype, residual_dtype, of_gain, of_bias)
     rows, width = dy.shape
     if not rows:
@@ -245,7 +259,7 @@ def _norm_backward(dy: Tensor, again: Tensor | None, normal: Tensor, inverse: Te
         backward_kernel[(stretches,)](
             dy, again, normal if reads else None, inverse if reads else None, gain.contiguous(), seed if rate else None, dhidden if hidden_dtype else None,
             dresidual if residual_dtype else None, partial[:, 0] if of_gain else None, partial[:, -1] if of_bias else None, rows, width, dy.stride(0),
-            0 if again is None else again.stride(0), count * width, tiles, site, threshold, 65536 / threshold, DROPS=rate > 0, enable_fp_fusion=True, **sizes)
+            0 if again is None else again.stride(0), count * width, tiles, site, threshold, 65536 / threshold, DROPS=rate > 0, AFTER=after, enable_fp_fusion=True, **sizes)
         if count:
             sum_stretches(partial.view(stretches, -1), parameters.view(-1))
     return found
@@ -272,8 +286,8 @@ def _backward_formula(ctx, dy, *_, again=None):
     normal, inverse, gain, seed = ctx.saved_tensors
     of_hidden, of_residual, of_gain, of_bias = ctx.needs_input_grad[:4]
     one = of_residual and not ctx.rate and ctx.dtypes[0] == ctx.dtypes[1]  # both have the same gradient
-    dhidden, dresidual, parameters = _norm_backward(dy, again, normal, inverse, gain, ctx.rate, seed, ctx.site, ctx.dtypes[0] if of_hidden or one else None,
-                                                    ctx.dtypes[1] if of_residual and not one else None, of_gain, of_bias)
+    dhidden, dresidual, parameters = norm_backward(dy, again, normal, inverse, gain, ctx.rate, seed, ctx.site, False, ctx.dtypes[0] if of_hidden or one else None,
+                                                   ctx.dtypes[1] if of_residual and not one else None, of_gain, of_bias)
     return (dhidden if of_hidden else None, (dhidden if one else dresidual) if of_residual else None, parameters[0].to(ctx.dtypes[2]) if of_gain else None,
             parameters[-1].to(ctx.dtypes[3]) if of_bias else None, *(None,) * 6)
 

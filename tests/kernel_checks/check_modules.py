@@ -14,7 +14,7 @@ from peftdebias.tasks import Classification, MaskedLM
 from .harness import DEVICE
 
 CONFIG = EncoderConfig(kind="bert", layers=2, hidden=28, heads=2, feed_forward=37, vocab=61, max_positions=19, dropout=0.0, attention_dropout=0.0, classifier_dropout=0.0)
-MINE = {"adapter", "dropout", "gelu", "mlm_loss", "norm", "sparse_add"}
+MINE = {"adapter", "dropout", "embed", "gelu", "mlm_loss", "norm", "sparse_add"}
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_one_step_is_the_same(placed, name, used, frozen):
     place()
     found, others = step()
     undo()
-    assert {"mlm_loss", "norm", "gelu", used} <= set(called)
+    assert {"embed", "mlm_loss", "norm", "gelu", used} <= set(called)
     torch.testing.assert_close(found, loss, rtol=2e-6, atol=0)
     assert set(gradients) == set(others) and len(gradients) >= 4
     for key, gradient in gradients.items():
@@ -130,11 +130,39 @@ def test_one_step_with_dropout_is_the_same(placed, trained):
     place()
     found, others = step()
     undo()
-    assert {"dropout", "gelu", "norm"} <= set(called)
+    assert {"dropout", "embed", "gelu", "norm"} <= set(called)
     torch.testing.assert_close(found, loss, rtol=2e-6, atol=0)
     assert set(gradients) == set(others) and len(gradients) >= 4
     for key, gradient in gradients.items():
         assert (others[key] - gradient).abs().max() <= 2e-5 * max(gradient.abs().max(), 1e-3), key
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("prompt", [False, True], ids=["", "prompt"])
+def test_the_whole_encoder_is_the_same(kind, prompt, monkeypatch):
+    """Hidden states of all tokens and every gradient of the base, tables among them. Vectors before the texts stand between the look-ups and the norm: then each is an op of its
+    own."""
+    config = dataclasses.replace(CONFIG, kind=kind, position_offset=2 if kind == "roberta" else 0, dropout=0.3, attention_dropout=0.3)
+    called, choose = [], kernels.choose
+    monkeypatch.setattr(kernels, "choose", lambda op, *a, **k: called.append(op) or choose(op, *a, **k))
+    asked, found = batch(), []
+    asked = dataclasses.replace(asked, segments=asked.positions % 2)
+    for implementation in ("torch", "triton"):
+        model, _ = made(methods.create("prompt" if prompt else "lora", config, options={"length": 2} if prompt else {"rank": 2}), config)
+        patch.train_only(model, model.encoder.parameters())
+        model.train()
+        torch.manual_seed(11)
+        with kernels.use(implementation):
+            hidden = model.encoder(asked, all_rows=True)
+            pull = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(7)).to(DEVICE)
+            hidden.backward(pull)
+        found.append({"hidden states": hidden.detach()} | {n: p.grad for n, p in model.encoder.named_parameters()})
+        assert ("embed" in called) is not prompt and ("dropout" in called) is prompt
+        called.clear()
+    twin, mine = found
+    for name, expected in twin.items():
+        assert expected.any(), name
+        assert (mine[name] - expected).abs().max() <= 2e-5 * expected.abs().max(), name
 
 
 def test_a_compiled_step_writes_weights_by_kernels_that_nobody_has_asked_for_yet(monkeypatch):

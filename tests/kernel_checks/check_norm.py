@@ -240,8 +240,8 @@ def test_without_dropout_both_have_one_gradient():
 
 @pytest.mark.parametrize("trained", [(), ("gain",), ("bias",), ("gain", "bias")], ids="+".join)
 def test_frozen_parameters_have_no_sums(monkeypatch, trained):
-    made, launched, backward = [], [], fused._norm_backward
-    monkeypatch.setattr(fused, "_norm_backward", lambda *a: made.append(backward(*a)) or made[-1])
+    made, launched, backward = [], [], fused.norm_backward
+    monkeypatch.setattr(fused, "norm_backward", lambda *a: made.append(backward(*a)) or made[-1])
     monkeypatch.setattr(fused, "sum_stretches", lambda partial, result, add=fused.sum_stretches: launched.append(1) or add(partial, result))
     given = {n: x.float().requires_grad_(n in (*trained, "hidden")) for n, x in tensors(13, 37).items()}
     both()[0](**given).sum().backward()
@@ -317,7 +317,7 @@ def test_torch_compile_does_not_break_on_it(drop):
     _, normal, inverse = torch.ops.peftdebias.norm_forward(*plain.values(), 1e-5, rate, seed, site, torch.bfloat16, True)
     for dtypes, sums in (((torch.float32, torch.bfloat16), (True, True)), ((None, torch.float32), (False, True)), ((torch.float32, None), (True, False))):
         again = plain["residual"].bfloat16() if all(sums) else None
-        arguments = (plain["hidden"].bfloat16(), again, normal, inverse, plain["gain"], rate, seed, site, *dtypes, *sums)
+        arguments = (plain["hidden"].bfloat16(), again, normal, inverse, plain["gain"], rate, seed, site, False, *dtypes, *sums)
         torch.library.opcheck(torch.ops.peftdebias.norm_backward.default, arguments)
     compiled = torch.compile(lambda t: both(drop)[0](**t) * 2, backend="aot_eager", fullgraph=True)
     out, wanted = compiled(given), both(drop)[0](**given) * 2
