@@ -131,9 +131,6 @@ def tile(vocabulary: int, forward: bool) -> dict:
 def specs(arch: int) -> list[Spec]:
     """What is compiled ahead: a vocabulary and a classifier's labels."""
     found, kinds = [], (("vocabulary", 30522, False), ("labels, weighted", 28, True))
-    for words, _, weighted in kinds:
-        signature = {"losses": "*fp32", "targets": "*i64", "weights": "*fp32", "loss": "*fp32", "share": "*fp32", "rows": "i32", "vocabulary": "i32"}
-        found.append(Spec(f"mean, {words}", _mean, signature, {"WEIGHTED": weighted, "ROWS": ROWS} | ({} if weighted else {"weights": None})))
     for dtype in DTYPES.values():
         for words, vocabulary, weighted in kinds:
             forward, backward = ({name: tile(vocabulary, first)[name] for name in ("num_warps", "num_stages")} | {"aligned": () if weighted else ("row_stride",)}
@@ -145,6 +142,9 @@ def specs(arch: int) -> list[Spec]:
             found.append(Spec(f"forward, {words}, {dtype}", _row_sums, pointers | {"losses": "*fp32", "tops": "*fp32", "sums": "*fp32", "vocabulary": "i32", "row_stride": "i32"}, constants, **forward))
             found.append(Spec(f"backward, {words}, {dtype}", _gradient_over_logits,
                               pointers | {"tops": "*fp32", "sums": "*fp32", "pull": "*fp32", "share": "*fp32", "vocabulary": "i32", "row_stride": "i32"}, constants, **backward))
+    for words, _, weighted in kinds:
+        signature = {"losses": "*fp32", "targets": "*i64", "weights": "*fp32", "loss": "*fp32", "share": "*fp32", "rows": "i32", "vocabulary": "i32"}
+        found.append(Spec(f"mean, {words}", _mean, signature, {"WEIGHTED": weighted, "ROWS": ROWS} | ({} if weighted else {"weights": None})))
     return found
 
 

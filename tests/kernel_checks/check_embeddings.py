@@ -261,7 +261,7 @@ def test_a_drop_that_does_not_fit_is_refused(change, words):
         both(DROP._replace(**change))[0](**given())
 
 
-@DROPS
+@pytest.mark.parametrize("drop", [pytest.param(None, marks=pytest.mark.slow), DROP], ids=["no dropout", "dropout"])
 def test_torch_compile_does_not_break_on_it(drop):
     """The ops' registrations: fake tensors, autograd and what they do agree; a full graph, ahead of time, computes the same."""
     x = given()

@@ -110,7 +110,7 @@ def test_no_rows():
 # ---------------------------------------------------------------- the kernels
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows,depth,columns", [(13, 7, 37), (131, 64, 48), (65, 130, 133)])
+@pytest.mark.parametrize("rows,depth,columns", [(13, 7, 37), (131, 64, 48), pytest.param(65, 130, 133, marks=pytest.mark.slow)])
 def test_what_the_kernels_write(rows, depth, columns, dtype):
     """GELU of the unrounded product, the product itself; the gradient before GELU, GELU once more, and sums that are not rounded."""
     inputs = {"x": drawn(rows, depth, seed=1), "weight": drawn(columns, depth, seed=2, scale=depth ** -0.5), "bias": drawn(columns, seed=3), "dy": drawn(rows, depth, seed=4),

@@ -182,7 +182,7 @@ def test_the_mean_of_rows_around_a_block_is_exact(rows, weighted, ignored, monke
     assert loss.isnan() == (weighted and not len(kept))
 
 
-@pytest.mark.parametrize("rows", [13, 40])
+@pytest.mark.parametrize("rows", [pytest.param(13, marks=pytest.mark.slow), 23, pytest.param(40, marks=pytest.mark.slow)])
 def test_more_rows_than_one_block(rows, monkeypatch):
     """With weights, and some that count for nothing."""
     monkeypatch.setattr(fused, "ROWS", 16)
