@@ -33,7 +33,7 @@ from .gelu import backward_with_output, gelu, gelu_and_slope, gelu_of
 from .linear_trained import Normal, checked, dweight_of, kept_of, lasting, rounding_of, sum_of
 from .op import first_order, op
 from .product import place, quarters, wide
-from .tiles import DTYPES, Spec, ceil_div, expect, on, rows_together, sum_spec, sum_stretches
+from .tiles import DTYPES, Spec, ceil_div, expect, on, product_dtype, rows_together, sum_spec, sum_stretches
 
 # ---------------------------------------------------------------- kernels, forward beside backward
 
@@ -146,7 +146,7 @@ def _down(dy: Tensor, weight: Tensor, inner: Tensor, bias: Tensor | None, of_out
 
 def form_for(x: Tensor, inner: int) -> str:
     """"library" or "fused", for x [T, in] and W1 [inner, in]."""
-    return dispatch.pick("feed_forward", dispatch.FORMS["feed_forward"], device=x.device, dtype=x.dtype, dropout=False, rows=x.shape[0], inside=x.shape[1], outside=inner)
+    return dispatch.pick("feed_forward", dispatch.FORMS["feed_forward"], device=x.device, dtype=product_dtype(x), dropout=False, rows=x.shape[0], inside=x.shape[1], outside=inner)
 
 
 # ---------------------------------------------------------------- the block

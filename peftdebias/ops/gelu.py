@@ -6,9 +6,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import kernels
-from ..kernels import dispatch
 from . import compiled
-from .linear import in_16_bits, linear, linear_ref, product_dtype
+from .linear import in_16_bits, linear, linear_ref
 from .norm import Normal
 
 
@@ -37,8 +36,9 @@ def feed_forward(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, do
 
 
 def _fused(x: Tensor, up: Tensor) -> bool:
-    return dispatch.pick("feed_forward", dispatch.FORMS["feed_forward"], device=x.device, dtype=product_dtype(x), dropout=False, rows=x.shape[0], inside=x.shape[1],
-                         outside=up.shape[0]) == "fused"
+    from ..kernels.feed_forward import form_for  # Triton is there
+
+    return form_for(x, len(up)) == "fused"
 
 
 @compiled.register("gelu")
