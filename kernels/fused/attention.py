@@ -4,21 +4,17 @@ peftdebias/ops/attention.py:
     s_ij = q_i . k_j / sqrt(W)      l_i = log sum_j exp s_ij      a_ij = exp(s_ij - l_i)      y_i = sum_j m_ij / c a_ij v_j
 
     q [Mq, H, W], k and v [T, H, W] -> y [Mq, H, W], every head for itself. i: the query rows of a sequence, which may be fewer than its keys or none; j: the P keys
-    of the prefix, [P, H, W], which the sequences share, and the sequence's own. m in {0, 1}: dropout, drawn from counters (attention_keep of dropout_ref.py), c the
+    of the prefix, [P, H, W], which the sequences share, and the sequence's own. m in {0, 1}: dropout, drawn from counters, once, as bits (attention_mask.py), c the
     share kept; without dropout m = c = 1. A sequence with neither keys nor prefix gives zeros.
     float32, bfloat16 or float16, q, k and v alike (under autocast: of autocast's dtype); the prefix may be of any of these, and what the products see of it is of q's.
     Scores, sums and the softmax are float32; a is rounded to v's dtype before it meets v, as in a library's flash attention. W at most 128, padded to a power of two
     inside. Rows of q, k and v may lie apart, as slices of one [T, 3 D] product do; any other layout is copied.
     The host's lists of lengths give the grid alone, by their number and their largest; which rows belong together is read on the device from cu_queries and cu_keys.
 
-Saved for the backward: q, k, v and the prefix as they came, y, l, and with dropout m as one bit a probability, uint8 [H, Mq, line], a line as long as the prefix and the
-longest sequence, in 64s of keys: a few per cent of q, k, v and y. l is one float32 of [H, Mq] in units of log 2, infinite where there is no key. In float32 it is two, the
-largest q_i . k_j and the inverse of the sum relative to it, 0 where there is no key: in one number a large score would take the sum's last bits; and there the difference
-is scaled, not the product, so that the largest shares have the least error. No saved tensor is overwritten, no matrix [Mq, T] of numbers is ever stored, and the prefix is
+Saved for the backward: q, k, v and the prefix as they came, y, l, and with dropout m as one bit a probability, uint8 [H, Mq, line]: a few per cent of q, k, v
+and y. l is one float32 of [H, Mq] in units of log 2, infinite where there is no key. In float32 it is two, the largest q_i . k_j and the inverse of the sum relative to it, 0 where there is no key: in one number a large score would take the sum's last bits; and there the
+difference is scaled, not the product, so that the largest shares have the least error. No saved tensor is overwritten, no matrix [Mq, T] of numbers is ever stored, and the prefix is
 never copied for a sequence.
-
-The mask is drawn by a kernel of its own, once. The threads that hold a tile's scores are not those that could draw its bits without doing so four times over, and what
-threads exchange inside a loop all of them wait for; as words of 32 keys the bits come with the keys, ahead of their turn.
 
 How: one pass over blocks of keys with the softmax carried along (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135), the prefix's
 blocks first, then the own; so l is over both, and the backward is exact. With g the gradient of y:
@@ -33,9 +29,9 @@ of Mq: every program sums a stretch, a second kernel the stretches, in float32 a
 bit for bit. What nobody asks for is left out. In float32 d is its sum over the keys, one pass more: where one key has nearly all of a, da - d is the difference of
 two near equals, and g . y, summed in another order, would cost the last bits of ds; 16-bit gradients are rounded more than that. There ds is computed as m a da - a c d,
 which is c ds, and c leaves with the last scale: fewer operations a probability, and those are what it waits for.
-What limits it: the plain units, which do ten operations a probability and kernel while the tensor cores wait; in the mask ten rounds of Philox for eight probabilities.
+What limits it: the plain units, which do ten operations a probability and kernel while the tensor cores wait.
 
-The room: peftdebias/ops/attention.py (specification, the other forms), dropout_ref.py (the bits), this file (kernels), tests/kernel_checks/check_attention.py (proof).
+The room: peftdebias/ops/attention.py (specification, the other forms), attention_mask.py (the bits), this file (kernels), tests/kernel_checks/check_attention.py (proof).
 Letters: T keys, Mq query rows, B sequences, H heads, W head width, P prefix length; BM, BN, BP, BW rows, own keys, prefix keys and width of a tile.
 """
 
@@ -47,7 +43,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import register
-from .dropout import kept_bits
+from .attention_mask import draw, kept_of, line_of, place_of, words_of
+from .attention_mask import spec as mask_spec
 from .dropout_ref import Drop, threshold_of
 from .op import op
 from .tiles import DTYPES, Spec, arch_of, ceil_div, dot, expect, on, power, product_dtype, sum_spec, sum_stretches
@@ -55,18 +52,9 @@ from .tiles import DTYPES, Spec, arch_of, ceil_div, dot, expect, on, power, prod
 WIDEST = 128  # W
 STRETCH = 256  # query rows that one program sums for the gradients of the prefix, at least
 MOST_STRETCHES = 16
-TILED = 64  # a multiple of the keys of every tile
-MASK = {"BM": 64, "BLOCKS": 8}
 
 
 # ---------------------------------------------------------------- arithmetic
-
-@triton.jit
-def _place(H, tiles):
-    """(sequence, head, tile) of this program. The tiles of one sequence and head come one after the other: they read the same rows, which are in L2 then."""
-    pair = tl.program_id(0) // tiles
-    return pair // H, pair % H, tl.program_id(0) % tiles
-
 
 @triton.jit
 def _load(x, begin, left, stride, N: tl.constexpr, W: tl.constexpr, BW: tl.constexpr):
@@ -112,29 +100,6 @@ def _sums_and_d(sums, delta, begin, left, Mq, H, N: tl.constexpr, EXACT: tl.cons
 
 
 @triton.jit
-def _words(bits, line, begin, left, own, first, BY_KEYS: tl.constexpr, N: tl.constexpr, KEYS: tl.constexpr):
-    """int32 [N, words], BY_KEYS [words, N]: the mask of N rows and of the keys from place `first` on, which begin at word `own` of a line. bits int32 [Mq, line], a word
-    for 32 keys; tiles of fewer keys are a whole part of a word. bits points at the head."""
-    r, place, bits = tl.arange(0, N), tl.arange(0, max(1, KEYS // 32)), bits + (tl.cast(begin, tl.int64) * line + (own + first // 32))
-    if BY_KEYS:
-        words = tl.load(bits + (r[None, :] * line + place[:, None]), mask=(r < left)[None, :], other=0)
-    else:
-        words = tl.load(bits + (r[:, None] * line + place[None, :]), mask=(r < left)[:, None], other=0)
-    return words
-
-
-@triton.jit
-def _kept(words, first, BY_KEYS: tl.constexpr, KEYS: tl.constexpr):
-    """bool [n, KEYS], BY_KEYS [KEYS, n], out of _words. To be called where the answer is used: a thread has few registers for truths."""
-    bit = tl.full([1], 1, tl.int32) << (tl.arange(0, 32) if KEYS >= 32 else first % 32 + tl.arange(0, KEYS))
-    if BY_KEYS:
-        kept = tl.reshape(words[:, None, :] & bit[None, :, None], (KEYS, words.shape[1])) != 0
-    else:
-        kept = tl.reshape(words[:, :, None] & bit[None, None, :], (words.shape[0], KEYS)) != 0
-    return kept
-
-
-@triton.jit
 def _fold(q, k, v, inside, words, first, top, total, y, scale, DROPS: tl.constexpr, EXACT: tl.constexpr):
     """One block of keys into the softmax carried along: top and total [BM], the largest q . k and the sum relative to it; y [BM, BW], not yet divided by it."""
     s = tl.where(inside[None, :], dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32)), float("-inf"))
@@ -146,7 +111,7 @@ def _fold(q, k, v, inside, words, first, top, total, y, scale, DROPS: tl.constex
         a = tl.exp2(s * scale - (higher * scale)[:, None])
     total = total * shrink + tl.sum(a, 1)
     if DROPS:
-        a *= tl.where(_kept(words, first, False, k.shape[0]), 1.0, 0.0)  # a select would be moved behind the rounding to 16 bits, where it takes more instructions
+        a *= tl.where(kept_of(words, first, False, k.shape[0]), 1.0, 0.0)  # a select would be moved behind the rounding to 16 bits, where it takes more instructions
     return higher, total, dot(a.to(v.dtype), v, y * shrink[:, None])
 
 
@@ -162,38 +127,12 @@ def _pull(left, right, pull_left, pull_right, inside, top, share, d, words, firs
     a = tl.exp2((s - top) * scale) * share if EXACT else tl.exp2(s * scale - top)
     m = a
     if DROPS:
-        kept = _kept(words, first, BY_KEYS, left.shape[0] if BY_KEYS else right.shape[0])
+        kept = kept_of(words, first, BY_KEYS, left.shape[0] if BY_KEYS else right.shape[0])
         m = tl.where(kept, a, 0.0)
         ds = a * (tl.where(kept, da * inverse, 0.0) - d) if EXACT else m * da - a * d
     else:
         ds = a * (da - d)
     return m, ds
-
-
-# ---------------------------------------------------------------- the mask
-
-@triton.jit
-def _draw(bits, rows, inside, line, first, keys, fourth, seed, site, threshold, BLOCKS: tl.constexpr):
-    """The bits of these rows and of `keys` keys, from byte `first` of a line on: attention_keep. fourth: 1 + 2 head, one more for a prefix."""
-    for block in range(0, (keys + 7) // 8, BLOCKS):
-        place = block + tl.arange(0, BLOCKS)
-        eight = kept_bits(place.to(tl.uint32)[None, :], rows.to(tl.uint32)[:, None], fourth.to(tl.uint32), seed, site, threshold)
-        tl.store(bits + rows.to(tl.int64)[:, None] * line + (first + place)[None, :], eight.to(tl.uint8), mask=inside[:, None] & (place * 8 < keys)[None, :])
-
-
-@triton.jit(do_not_specialize=["site", "threshold"])  # a 1 would arrive as a Python number, which has no type to change
-def mask_kernel(cu_queries, cu_keys, seed, bits, Mq, P, H, tiles, line, own, site, threshold, BM: tl.constexpr, BLOCKS: tl.constexpr):
-    """bits uint8 [H, Mq, line]: bit j of byte n is set where the probability of key 8 n + j is kept, so bit j of word n where key 32 n + j is; the prefix's bytes come first,
-    a sequence's own from byte `own` on. Bytes without a key stay as they are. Programs (sequence, head, tile of its queries)."""
-    sequence, head, tile = _place(H, tiles)
-    q0, q1 = tl.load(cu_queries + sequence), tl.load(cu_queries + sequence + 1)
-    k0, k1 = tl.load(cu_keys + sequence), tl.load(cu_keys + sequence + 1)
-    if q0 + tile * BM >= q1:
-        return
-    rows, start = q0 + tile * BM + tl.arange(0, BM), tl.load(seed)
-    bits += head.to(tl.int64) * Mq * line
-    _draw(bits, rows, rows < q1, line, 0, P, 2 + 2 * head, start, site, threshold, BLOCKS)
-    _draw(bits, rows, rows < q1, line, own, k1 - k0, 1 + 2 * head, start, site, threshold, BLOCKS)
 
 
 # ---------------------------------------------------------------- forward
@@ -202,8 +141,8 @@ def mask_kernel(cu_queries, cu_keys, seed, bits, Mq, P, H, tiles, line, own, sit
 def forward_kernel(q, k, v, prefix_k, prefix_v, cu_queries, cu_keys, bits, y, sums, Mq, P, H, tiles, q_row, k_row, v_row, line, own, scale, inverse, EXACT: tl.constexpr,
                    DROPS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr):
     """y [Mq, H, W] and sums fp32 [1 or 2, H, Mq] = l of q [Mq, H, W], k and v [T, H, W], prefix_k and prefix_v [P, H, W] or None, cu_queries and cu_keys int32 [B + 1], bits
-    int32 [H, Mq, line] as mask_kernel made them or None. scale: 1 / sqrt(W) in units of log 2; inverse: 1 / c. Programs (sequence, head, tile of its queries)."""
-    sequence, head, tile = _place(H, tiles)
+    int32 [H, Mq, line], attention_mask.py's, or None. scale: 1 / sqrt(W) in units of log 2; inverse: 1 / c. Programs (sequence, head, tile of its queries)."""
+    sequence, head, tile = place_of(H, tiles)
     q0, q1 = tl.load(cu_queries + sequence), tl.load(cu_queries + sequence + 1)
     k0, k1 = tl.load(cu_keys + sequence), tl.load(cu_keys + sequence + 1)
     if q0 + tile * BM >= q1:
@@ -217,14 +156,14 @@ def forward_kernel(q, k, v, prefix_k, prefix_v, cu_queries, cu_keys, bits, y, su
     if prefix_k is not None:
         for first in range(0, P, BP):
             inside = tl.arange(0, BP) < P - first
-            words = _words(bits, line, begin, left, 0, first, False, BM, BP) if DROPS else inside
+            words = words_of(bits, line, begin, left, 0, first, False, BM, BP) if DROPS else inside
             key = _load(prefix_k + head * W, first, P - first, H * W, BP, W, BW).to(query.dtype)
             value = _load(prefix_v + head * W, first, P - first, H * W, BP, W, BW).to(query.dtype)
             top, total, found = _fold(query, key, value, inside, words, first, top, total, found, scale, DROPS, EXACT)
     for first in range(0, k1 - k0, BN):
         there = k1 - k0 - first
         inside = tl.arange(0, BN) < there
-        words = _words(bits, line, begin, left, own, first, False, BM, BN) if DROPS else inside
+        words = words_of(bits, line, begin, left, own, first, False, BM, BN) if DROPS else inside
         key, value = _load(k + head * W, k0 + first, there, k_row, BN, W, BW), _load(v + head * W, k0 + first, there, v_row, BN, W, BW)
         top, total, found = _fold(query, key, value, inside, words, first, top, total, found, scale, DROPS, EXACT)
     share = tl.where(total == 0.0, 0.0, 1.0 / total)
@@ -246,7 +185,7 @@ def _over_keys(query, pull, top, share, d, found, begin, left, k, v, k0, k1, k_r
     for first in range(0, k1 - k0, BN):
         there = k1 - k0 - first
         inside = tl.arange(0, BN) < there
-        words = _words(bits, line, begin, left, own, first, False, query.shape[0], BN) if DROPS else inside
+        words = words_of(bits, line, begin, left, own, first, False, query.shape[0], BN) if DROPS else inside
         key, value = _load(k, k0 + first, there, k_row, BN, W, BW).to(query.dtype), _load(v, k0 + first, there, v_row, BN, W, BW).to(query.dtype)
         _, ds = _pull(query, key, pull, value, inside[None, :], top[:, None], share[:, None], d[:, None], words, first, scale, inverse, False, DROPS, EXACT)
         if SUMS:
@@ -262,7 +201,7 @@ def backward_queries_kernel(q, k, v, prefix_k, prefix_v, g, y, sums, cu_queries,
                             BN: tl.constexpr, BP: tl.constexpr):
     """delta [H, Mq] = d in fp32, not EXACT int64: c d above l; and where WANTED dq [Mq, H, W], of g and y [Mq, H, W] and sums; the others as in forward_kernel. EXACT: d by
     its sum over the keys. Programs (sequence, head, tile of its queries)."""
-    sequence, head, tile = _place(H, tiles)
+    sequence, head, tile = place_of(H, tiles)
     q0, q1 = tl.load(cu_queries + sequence), tl.load(cu_queries + sequence + 1)
     k0, k1 = tl.load(cu_keys + sequence), tl.load(cu_keys + sequence + 1)
     if q0 + tile * BM >= q1:
@@ -301,7 +240,7 @@ def backward_keys_kernel(q, k, v, g, y, sums, cu_queries, cu_keys, bits, delta, 
                          inverse, WHOLE: tl.constexpr, EXACT: tl.constexpr, DROPS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """dk, dv [T, H, W]. Programs (sequence, head, tile of its keys). WHOLE, not EXACT: no sequence has more keys than a tile, and dq is written too; else delta is read,
     and y is not there."""
-    sequence, head, tile = _place(H, tiles)
+    sequence, head, tile = place_of(H, tiles)
     q0, q1 = tl.load(cu_queries + sequence), tl.load(cu_queries + sequence + 1)
     k0, k1 = tl.load(cu_keys + sequence), tl.load(cu_keys + sequence + 1)
     first = tile * BN
@@ -317,7 +256,7 @@ def backward_keys_kernel(q, k, v, g, y, sums, cu_queries, cu_keys, bits, delta, 
     sum_k, sum_v = tl.zeros([BN, BW], tl.float32), tl.zeros([BN, BW], tl.float32)
     for more in range(0, q1 - q0, BM):
         begin, left = q0 + more, q1 - q0 - more
-        words = _words(bits, line, begin, left, own, first, True, BM, BN) if DROPS else inside
+        words = words_of(bits, line, begin, left, own, first, True, BM, BN) if DROPS else inside
         query, pull = _load(q + head * W, begin, left, q_row, BM, W, BW), _load(g + head * W, begin, left, H * W, BM, W, BW)
         if WHOLE:
             top, share = _sums(sums, begin, left, Mq, H, BM, EXACT)
@@ -353,7 +292,7 @@ def backward_prefix_kernel(q, prefix_k, prefix_v, g, sums, delta, bits, partial,
     sum_k, sum_v = tl.zeros([BP, BW], tl.float32), tl.zeros([BP, BW], tl.float32)
     for more in range(0, stretch, BM):
         begin, left = start + more, Mq - start - more
-        words = _words(bits, line, begin, left, 0, first, True, BM, BP) if DROPS else inside
+        words = words_of(bits, line, begin, left, 0, first, True, BM, BP) if DROPS else inside
         query, pull = _load(q + head * W, begin, left, q_row, BM, W, BW), _load(g + head * W, begin, left, H * W, BM, W, BW)
         top, share, d = _sums_and_d(sums, delta, begin, left, Mq, H, BM, EXACT)
         a, ds = _pull(key, query, value, pull, None, top[None, :], share[None, :], d[None, :], words, first, scale, inverse, True, DROPS, EXACT)
@@ -418,8 +357,7 @@ def specs(arch: int) -> list[Spec]:
                     found += _specs_of(arch, dtype, DTYPES[dtype], width, drops, shared, queries, keys)
                 if in_one(dtype, width, 64, 0) and not shared:
                     found += _specs_of(arch, dtype, DTYPES[dtype], width, drops, 0, 64, 64, ("whole",))
-    mask = dict.fromkeys(("cu_queries", "cu_keys"), "*i32") | {"seed": "*i64", "bits": "*u8"} | dict.fromkeys(("Mq", "P", "H", "tiles", "line", "own", "site", "threshold"), "i32")
-    return found + [Spec("mask", mask_kernel, mask, MASK), sum_spec()]
+    return found + [mask_spec(), sum_spec()]
 
 
 def _specs_of(arch: int, dtype: torch.dtype, kind: str, width: int, drops: bool, shared: int, queries: int, keys: int,
@@ -452,15 +390,14 @@ def _rows_apart(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride()[1:] == (tensor.shape[2], 1) else tensor.contiguous()
 
 
+def _words(keys: int, shared: int) -> tuple[int, int]:
+    """line_of in words, as the kernels of this file read the bits."""
+    return tuple(n // 4 for n in line_of(keys, shared))
+
+
 def _numbers(width: int, rate: float) -> tuple[int, float, float]:
     """scale, inverse."""
     return 1 / (math.sqrt(width) * math.log(2)), 65536 / threshold_of(rate)
-
-
-def _line(keys: int, shared: int) -> tuple[int, int]:
-    """Bytes of a line of the mask, and where in it a sequence's own keys begin: whole tiles of keys, on both sides."""
-    own = ceil_div(shared, TILED) * TILED // 8
-    return own + ceil_div(keys, TILED) * TILED // 8, own
 
 
 @op("attention_forward", fake=lambda q, k, v, prefix_k, prefix_v, cu_queries, cu_keys, queries, keys, rate, *drop: _outputs(q, prefix_k, keys, rate))
@@ -469,24 +406,22 @@ def _attention_forward(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None,
     """y [Mq, H, W], sums fp32 [1 or 2, H, Mq] and bits uint8 [H, Mq, line], empty without dropout; see the head of this file. queries, keys: of the longest sequence."""
     y, sums, bits = _outputs(q, prefix_k, keys, rate)
     (rows, heads, width), shared = q.shape, 0 if prefix_k is None else prefix_k.shape[0]
-    line, pairs = _line(keys, shared), (cu_queries.shape[0] - 1) * heads
     if rows:
         q, k, v = _rows_apart(q), _rows_apart(k), _rows_apart(v)
         sizes = tiles_for("forward", q.dtype, width, queries, keys, shared, arch_of(q))
         with on(q):
             if rate:
-                tiles = ceil_div(queries, MASK["BM"])
-                mask_kernel[pairs * tiles,](cu_queries, cu_keys, seed, bits, rows, shared, heads, tiles, *line, site, threshold_of(rate), enable_fp_fusion=True, **MASK)
+                draw(bits, cu_queries, cu_keys, queries, keys, shared, rate, seed, site)
             tiles = ceil_div(queries, sizes["BM"])
-            forward_kernel[pairs * tiles,](
+            forward_kernel[(cu_queries.shape[0] - 1) * heads * tiles,](
                 q, k, v, prefix_k if shared else None, prefix_v if shared else None, cu_queries, cu_keys, bits.view(torch.int32) if rate else None, y, sums, rows, shared, heads,
-                tiles, q.stride(0), k.stride(0), v.stride(0), *(n // 4 for n in line), *_numbers(width, rate), EXACT=exact(q.dtype), DROPS=rate > 0,
+                tiles, q.stride(0), k.stride(0), v.stride(0), *_words(keys, shared), *_numbers(width, rate), EXACT=exact(q.dtype), DROPS=rate > 0,
                 enable_fp_fusion=True, **sizes)
     return y, sums, bits
 
 
 def _outputs(q: Tensor, prefix_k: Tensor | None, keys: int, rate: float) -> tuple[Tensor, Tensor, Tensor]:
-    (rows, heads, _), line = q.shape, _line(keys, 0 if prefix_k is None else prefix_k.shape[0])[0]
+    (rows, heads, _), line = q.shape, line_of(keys, 0 if prefix_k is None else prefix_k.shape[0])[0]
     return q.new_empty(q.shape), q.new_empty(1 + exact(q.dtype), heads, rows, dtype=torch.float32), q.new_empty((heads, rows, line) if rate else 0, dtype=torch.uint8)
 
 
@@ -503,7 +438,7 @@ def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Te
     q, k, v, g = _rows_apart(q), _rows_apart(k), _rows_apart(v), g.contiguous()
     delta, pairs = torch.empty_like(sums[0], dtype=torch.float32 if exact(q.dtype) else torch.int64), (cu_queries.shape[0] - 1) * heads
     prefix, strides = (prefix_k, prefix_v) if shared else (None, None), (q.stride(0), k.stride(0), v.stride(0), dq.stride(0))
-    (line, own), scales = (n // 4 for n in _line(keys, shared)), _numbers(width, rate)  # in words
+    (line, own), scales = _words(keys, shared), _numbers(width, rate)
     options = {"EXACT": exact(q.dtype), "DROPS": rate > 0, "enable_fp_fusion": True}
     whole, arch = of_query and of_keys and in_one(q.dtype, width, keys, shared), arch_of(q)
     with on(q):
