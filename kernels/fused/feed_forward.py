@@ -153,8 +153,8 @@ def form_for(x: Tensor, inner: int) -> str:
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, up, up_bias, down, down_bias, normal):
-        to_x, to_up, to_up_bias, to_down, *_ = ctx.needs_input_grad
+    def forward(ctx, x, up, up_bias, down, down_bias, normal, recorded):
+        to_x, to_up, to_up_bias, to_down = (recorded and needed for needed in ctx.needs_input_grad[:4])  # without gradients too a Function hears that parameters want theirs
         to_inner, up_rounded, down_rounded = to_x or to_up or to_up_bias, rounding_of(up, x.dtype), rounding_of(down, x.dtype)
         ctx.fused = form_for(x, len(up)) == "fused"
         if ctx.fused:
@@ -170,7 +170,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         first_order("feed_forward")
-        to_x, to_up, to_up_bias, to_down, to_down_bias, _ = ctx.needs_input_grad
+        to_x, to_up, to_up_bias, to_down, to_down_bias, *_ = ctx.needs_input_grad
         inner, shift, up, down, x, *scales = ctx.saved_tensors
         scales, dtypes = None if scales[0] is None else scales, ctx.dtypes
         dinner = sums = a = None
@@ -184,7 +184,7 @@ class _FeedForward(torch.autograd.Function):
         ddown, ddown_bias = dweight_of(dy, a, dtypes[2], None, None) if to_down else None, sum_of(dy).to(dtypes[3]) if to_down_bias else None
         del a  # before the products below
         return (dinner @ up.to(dy.dtype) if to_x else None, dweight_of(dinner, x, dtypes[0], scales, sums) if to_up else None,
-                sums.to(dtypes[1]) if to_up_bias else None, ddown, ddown_bias, None)
+                sums.to(dtypes[1]) if to_up_bias else None, ddown, ddown_bias, None, None)
 
 
 @register("feed_forward", "triton")
@@ -195,4 +195,4 @@ def feed_forward(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, do
     expect("feed_forward", "down", down, (-1, up.shape[0]), device=x.device)
     if down_bias is not None:
         expect("feed_forward", "down's bias", down_bias, (down.shape[0],), device=x.device)
-    return _FeedForward.apply(x, up, up_bias, down, down_bias, normal)
+    return _FeedForward.apply(x, up, up_bias, down, down_bias, normal, torch.is_grad_enabled())

@@ -62,6 +62,23 @@ def test_without_biases_and_not_contiguous():
     compare(fused, plain, given, dtype=torch.float32, gradients=tuple(given), layout=strided)
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_kept_of_trained_weights(context, monkeypatch):
+    kept, up = [], feed_forward._up
+
+    def watched(*given):
+        y, inner = up(*given)
+        kept.append(inner.numel())
+        return y, inner
+
+    monkeypatch.setattr(feed_forward, "_up", watched)
+    given = {name: t.bfloat16().requires_grad_() for name, t in tensors(13, 24, 40).items()}
+    with context():
+        fused(**given)
+    fused(**given)
+    assert kept == [0, 13 * 40]
+
+
 def test_the_forms_agree():
     """A form is what was asked for when the forward ran: its backward, later, keeps it."""
     found = {}
