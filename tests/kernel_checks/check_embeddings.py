@@ -172,10 +172,10 @@ def test_no_tokens(drop):
     assert found["gradient of word"].shape == (11, 37) and all(torch.equal(found[n], wanted[n]) for n in wanted)
 
 
-@pytest.mark.parametrize("name,wrong,drop", [("ids", -1, DROP), ("ids", 11, None), ("ids", -2 ** 63, None), ("places", 5, DROP), ("places", -1, None),
-                                             ("places", 2 ** 63 - 1, DROP)])
+@pytest.mark.parametrize("name,wrong,drop", [("ids", -1, DROP), ("ids", 11, None), ("ids", -2 ** 63, None), ("ids", 2 ** 40, None), ("places", 5, DROP), ("places", -1, None),
+                                             ("places", 2 ** 63 - 1, DROP), ("places", 2 ** 40, None)])
 def test_a_number_of_no_row_is_nan_and_reads_nothing(name, wrong, drop):
-    """Row 3 alone, all of it; the tables' gradients are those of the other tokens."""
+    """Row 3 alone, all of it; the tables' gradients are those of the other tokens. A read at row 2^40 would end the process, where one at 2^63 wraps around to the table."""
     x, others = given(), torch.arange(13, device=DEVICE) != 3
     expected = run(both(drop)[0], x, NAMES, 0)["output"]
     x[name][3] = wrong

@@ -62,6 +62,17 @@ def test_without_biases_and_not_contiguous():
     compare(fused, plain, given, dtype=torch.float32, gradients=tuple(given), layout=strided)
 
 
+def test_rows_of_any_stride():
+    """x and dy are columns of a wider tensor, beside NaN: the kernels read them where they lie."""
+    compare(fused, plain, tensors(37, 64, 48), dtype=torch.bfloat16, gradients=NAMES, layout=lambda t: torch.cat([torch.full_like(t, torch.nan), t], -1)[..., t.shape[-1]:])
+
+
+def test_more_row_tiles_than_go_through_the_columns_together(monkeypatch):
+    """Two and the one that is left."""
+    monkeypatch.setattr(product, "tiles_for", lambda *_: {"BM": 16, "BN": 64, "BK": 16, "GROUP": 2, "num_warps": 4, "num_stages": 2})
+    compare(fused, plain, tensors(37, 32, 70), dtype=torch.bfloat16, gradients=("x",))
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_nothing_is_kept_of_trained_weights(context, monkeypatch):
     kept, up = [], feed_forward._up
@@ -149,6 +160,18 @@ def test_what_the_kernels_write(rows, depth, columns, dtype):
         return {"y": gelu_ref(product, bias), "product": product, "dinner": dinner, "sums": dinner.sum(0)}
 
     compare(run, truth, inputs, dtype=dtype)
+
+
+def test_what_lies_between_is_not_rounded():
+    """GELU sees float32 sums, and what is summed for db1 is float32: in bf16 there is no rounding but the last."""
+    x, weight, bias, down, inner = (drawn(*shape, seed=i).bfloat16() for i, shape in enumerate([(37, 32), (48, 32), (48,), (32, 48), (37, 48)]))
+    y, _ = feed_forward._up(x, weight, bias, False)
+    exact = gelu_ref(x.double() @ weight.double().t(), bias.double())
+    assert ((y.double() - exact).abs() <= 2.0 ** -8 * exact.abs() + 1e-6).all()
+    *_, sums = feed_forward._down(x, down, inner, bias, False, True)
+    z = (inner.double() + bias.double()).requires_grad_()
+    slope, = torch.autograd.grad(gelu_ref(z), z, x.double() @ down.double())
+    torch.testing.assert_close(sums.double(), slope.sum(0), rtol=1e-5, atol=1e-4)
 
 
 def test_a_row_that_is_not_finite_stays_alone():

@@ -9,6 +9,7 @@ import torch
 from peftdebias import kernels, ops
 from peftdebias.batches import Sample, pack
 from peftdebias.encoder import EncoderConfig, Model
+from peftdebias.kernels import dispatch
 from peftdebias.kernels import feed_forward as block_file
 from peftdebias.kernels import linear_trained as fused
 from peftdebias.ops import feed_forward_ref
@@ -53,6 +54,14 @@ def test_sizes_of_bert(op, t, width, out, dtype):
 def test_any_set_of_gradients(op, normal):
     for wanted in [("x",), *((n,) for n in PARAMETERS[op]), ("x", PARAMETERS[op][-1]), PARAMETERS[op][:2], PARAMETERS[op][::2], PARAMETERS[op][1::2]]:
         (compare_normal if normal else compare_x)(op, 13, 37, 7, torch.bfloat16, wanted)
+
+
+@pytest.mark.parametrize("normal", [False, True], ids=["x", "n"])
+def test_the_block_with_gelu_behind_its_products(normal):
+    """All of its gradients, and dW1 alone, which from n asks for sums that no bias does."""
+    for wanted in (OPS["block"][2], ("up",)):
+        with dispatch.use("feed_forward", "fused"):
+            (compare_normal if normal else compare_x)("block", 37, 40, 48, torch.bfloat16, wanted)
 
 
 def compare_x(op: str, t: int, width: int, out: int, dtype: torch.dtype, gradients) -> None:
