@@ -68,8 +68,8 @@ def test_one_token_each_at_the_widths_of_real_heads(width):
     compare(*both(spans, seeded()), tensors(spans, width, 30), dtype=torch.float32, gradients=OWN + PREFIX, in_order=True)
 
 
-@pytest.mark.parametrize("width,dtype", [pytest.param(width, dtype, marks=() if (i + j) % 2 else pytest.mark.slow) for i, width in enumerate((1, 13, 16, 32, 64, 128))
-                                         for j, dtype in enumerate(DTYPES)])
+@pytest.mark.parametrize("width,dtype", [pytest.param(width, dtype, marks=() if (i + j) % 2 and (width, dtype) != (32, torch.float32) else pytest.mark.slow)
+                                         for i, width in enumerate((1, 13, 16, 32, 64, 128)) for j, dtype in enumerate(DTYPES)])  # float32 of 32: below
 def test_head_widths_in_each_dtype(width, dtype):
     spans = spans_of("ragged")
     compare(*both(spans, seeded()), tensors(spans, width, 5), dtype=dtype, gradients=OWN + PREFIX)

@@ -44,7 +44,7 @@ def test_more_blocks_than_one(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize("dtype", FIRST_DTYPE)
-@pytest.mark.parametrize("weights", [(1.0, 10.0, 0.0, 6.7), (1.0, 1.0, 1.0, 1.0)])
+@pytest.mark.parametrize("weights", [(1.0, 10.0, 0.0, 6.7), pytest.param((1.0, 1.0, 1.0, 1.0), marks=pytest.mark.slow)])
 def test_class_weights(weights, dtype):
     compare(kernel, twin, given(13, 4) | {"weights": torch.tensor(weights, dtype=torch.float64, device=DEVICE)}, plain=plain, dtype=dtype, gradients=("logits",),
             float32=("output", "weights"))
@@ -63,7 +63,7 @@ def test_rows_that_share_their_memory():
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 40.0, 1e4])
+@pytest.mark.parametrize("scale", [1e-3, pytest.param(40.0, marks=pytest.mark.slow), 1e4])
 def test_flat_and_steep_rows(scale):
     """Differences of 1e4 between logits: without subtracting the largest, exp would be infinite."""
     compare(kernel, twin, given(13, 37, scale), plain=plain, dtype=torch.float32, gradients=("logits",))

@@ -42,9 +42,41 @@ def patch_once() -> None:
     interpreter._patch_lang = patch_what_is_left
 
 
+def remember_types() -> None:
+    """The interpreter makes the type of every tensor anew, and for it a table of numpy's types, a quarter of its time; what a type is made of is kept here."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    make_type, make_tensor, numpy_of = tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype
+    types, shapes, dtypes = {}, {}, {}
+
+    def block_type(self, element_ty, shape):
+        key = element_ty.name, getattr(element_ty, "address_space", None), *(getattr(n, "value", n) for n in shape)
+        if key not in types:
+            make_type(self, element_ty, shape)
+            types[key] = dict(vars(self))
+        vars(self).update(types[key])
+
+    def tensor(self, handle, type):
+        key = type.shape if type.is_block() else ()
+        if key not in shapes:
+            make_tensor(self, handle, type)
+            shapes[key] = self.numel, self.shape
+        self.handle, self.type, self.dtype, (self.numel, self.shape) = handle, type, type.scalar, shapes[key]
+
+    def np_dtype(of):
+        key = of.scalar.name
+        if key not in dtypes:
+            dtypes[key] = numpy_of(of)
+        return dtypes[key]
+
+    tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype = block_type, tensor, np_dtype
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     round_to_bfloat16()
     patch_once()
+    remember_types()
 
 
 @pytest.fixture
