@@ -40,11 +40,11 @@ def lowered(model: Model) -> Iterator[None]:
     model is on a GPU."""
     kept = [(p, p.data.cpu()) for p in may_be_lowered(model)]
     decoder = model.mlm_decoder()[0] if model.mlm is not None else None
-    for p, _ in kept:
-        p.data = p.data.to(torch.bfloat16)
-        if p is decoder:
-            widen(p)
     try:
+        for p, _ in kept:
+            p.data = p.data.to(torch.bfloat16)
+            if p is decoder:
+                widen(p)
         yield
     finally:
         for p, before in kept:

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftdebias import kernels, methods, patch
+from peftdebias import lowered as lowered_file
 from peftdebias.batches import IGNORED
 from peftdebias.encoder import Encoder, Model
 from peftdebias.errors import ModelError
@@ -218,7 +219,7 @@ def test_the_step_compiles_without_graph_breaks(name, save):
 
     found = []
     with kernels.use("torch"):
-        for step in (made(name), made(name, cls=Compiled, backend=backend)):
+        for step in (made(name, layers=2), made(name, cls=Compiled, backend=backend, layers=2)):  # the last layer and one that is not
             torch.manual_seed(3)
             with step.model.recomputing(save and isinstance(step, Compiled)):
                 found.append([float(step(batch_for(name, seed), 1e-2)) for seed in range(3)])
@@ -364,6 +365,16 @@ def test_frozen_matrices_are_bf16_while_they_may_be(name, stays):
     with pytest.raises(KeyError), lowered(step.model):
         assert {n for n, p in step.model.named_parameters() if p.dtype == torch.bfloat16} == chosen
         raise KeyError
+    assert all(torch.equal(p, before[n]) and p.dtype == torch.float32 for n, p in step.model.named_parameters())
+
+
+def test_matrices_that_could_not_all_be_bf16_are_put_back(monkeypatch):
+    """No memory for the last of them, say."""
+    step = made("lora")
+    before = {n: p.detach().clone() for n, p in step.model.named_parameters()}
+    monkeypatch.setattr(lowered_file, "widen", lambda parameter: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError), lowered(step.model):
+        raise AssertionError("the block does not run")
     assert all(torch.equal(p, before[n]) and p.dtype == torch.float32 for n, p in step.model.named_parameters())
 
 

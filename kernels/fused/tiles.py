@@ -19,9 +19,10 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 def dot(a, b, total):
     """total [m, n] fp32 + a [m, k] @ b [k, n]: products of two bf16 or fp16 values are exact and summed in fp32; float32 stays float32 (no TF32).
 
-    m, n and k are at least 16. Triton's interpreter multiplies the bits of bf16 as whole numbers, so there tiles are widened first; the result is the same.
+    a and b are of one dtype; m, n and k are at least 16. Triton's interpreter multiplies the bits of bf16 as whole numbers, so there tiles are widened first; the result is the same.
     """
     if INTERPRETED:
+        tl.static_assert(a.dtype == b.dtype, "a product of two dtypes, which no GPU has")
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     return tl.dot(a, b, total, input_precision="ieee")
 
