@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import watched
 
@@ -40,6 +41,12 @@ def first_order(name: str) -> None:
         raise RuntimeError(f"{name}: expected a backward without create_graph, as its gradient has none of its own; the plain twin's has one")
 
 
+def backward_only(name: str) -> None:
+    """To begin an op with: a launch reads no tangents, so autograd would take what it makes for a constant and say nothing. Raises NotImplementedError in forward mode."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(f"{name}: expected no forward mode (torch.func.jvp, torch.autograd.forward_ad), as its only derivatives are a backward's; the plain twin has both")
+
+
 class Op:
     """A launcher and its registration. Arguments by place alone."""
 
@@ -52,6 +59,7 @@ class Op:
         self.lists = [parameter.annotation == list[Tensor] for parameter in parameters.values()]
 
     def __call__(self, *args):
+        backward_only(self.name)
         if watched():
             return self.registered(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):

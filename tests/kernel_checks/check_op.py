@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 
 from peftdebias.kernels import adamw, adapter, attention, dropout, embeddings, gelu, lora, mlm_loss, norm, sparse
 from peftdebias.kernels.dropout_ref import Drop
@@ -128,6 +129,17 @@ def test_a_gradients_gradient_is_right_or_refused(name):
     else:
         with pytest.raises(RuntimeError, match="expected a backward without create_graph, as its gradient has none of its own"):
             torch.autograd.grad(y, trained, pull, create_graph=True)
+
+
+@ALL
+def test_forward_mode_is_refused(name):
+    """What a launch makes would have no tangent, as a constant has none."""
+    function, tensors, trained = case(name)
+    plain = [t.detach() for t in tensors]
+    with pytest.raises(NotImplementedError, match="expected no forward mode"), forward_ad.dual_level():
+        function(*(forward_ad.make_dual(t, t) for t in plain))
+    with pytest.raises(NotImplementedError, match="expected no forward mode"):
+        torch.func.jvp(function, tuple(plain), tuple(plain))
 
 
 def test_what_is_overwritten_counts_as_a_new_version():
