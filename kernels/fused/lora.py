@@ -32,7 +32,7 @@ from .dropout import dropout, keep
 from .dropout_ref import threshold_of
 from .lora_grads import check, lora_grads_op
 from .lora_thin import MAX_RANK, pack, ranks_of, thin
-from .op import op
+from .op import backward_only, op
 from .product import place, wide
 from .tiles import DTYPES, Spec, arch_of, ceil_div, dot, expect, on, power, product_dtype, rows_together
 
@@ -221,7 +221,8 @@ _written.differentiate(_save_written, _backward_written)
 def lora_written(x: Tensor, written: Tensor, bias: Tensor | None, pieces: list[tuple[int, Tensor, Tensor, float]]) -> Tensor:
     """lora_written_ref of peftdebias/written.py. x [T, in] and written W' [out, in] of one dtype, bias [out] or None; pieces (first row, A, B, s) say what W' holds.
 
-    The product sees W' alone; the gradients of A and B come from x and dY. W' itself has none: W is frozen. Raises ValueError, naming the tensor.
+    The product sees W' alone; the gradients of A and B come from x and dY. W' itself has none: W is frozen. A piece that is frozen costs nothing: no gradients, and where all
+    are, x is not kept. Raises ValueError, naming the tensor.
     """
     if not pieces:
         raise ValueError("lora_written: expected at least one piece, got none")
@@ -230,6 +231,10 @@ def lora_written(x: Tensor, written: Tensor, bias: Tensor | None, pieces: list[t
         expect("lora_written", "W'", written, (-1, x.shape[1]), (x.dtype,), x.device)
         if first + b.shape[0] > written.shape[0]:
             raise ValueError(f"lora_written, piece: expected rows within {written.shape[0]}, got {first} to {first + b.shape[0]}")
+    pieces = [p for p in pieces if p[1].requires_grad or p[2].requires_grad]
+    if not pieces:
+        backward_only("lora_written")
+        return F.linear(x, written.detach(), bias)
     return _written(x, written, bias, [p[1] for p in pieces], [p[2] for p in pieces], [float(p[3]) for p in pieces], [p[0] for p in pieces],
                     dispatch.asked("lora_grads") or "")
 

@@ -381,6 +381,25 @@ def test_the_product_with_written_weights(grads, dtype):
             gradients=("x", "bias", "qa", "qb", "va", "vb"))
 
 
+@pytest.mark.parametrize("trained", ["x", "va", "x va", "qa qb va vb"])
+def test_pieces_that_are_frozen_cost_nothing(trained, monkeypatch):
+    """Neither dA and dB of a piece that is, nor x where all are. The others, each of its own rank and scale, have the twin's gradients."""
+    computed, kept, launch = [], [], lora.lora_grads_op
+    monkeypatch.setattr(lora, "lora_grads_op", lambda *given: computed.append(len(given[2])) or launch(*given))
+    given = {"x": drawn(37, 13, seed=1), "qa": drawn(5, 13, seed=4), "qb": drawn(7, 5, seed=5), "va": drawn(3, 13, seed=6), "vb": drawn(7, 3, seed=7)}
+    weight, found = drawn(21, 13, seed=2).float(), []
+    for function in (lora_written_ref, lora.lora_written):
+        x, qa, qb, va, vb = tensors = [t.float().requires_grad_(name in trained) for name, t in given.items()]
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+            y = function(x, weight, None, [(0, qa, qb, SCALE), (14, va, vb, 0.6)])
+        y.backward(drawn(37, 21, seed=3).float())
+        found.append([y.detach(), *(t.grad for t in tensors if t.requires_grad)])
+    assert sum(computed) == {"x": 0, "va": 1, "x va": 1, "qa qb va vb": 2}[trained] and (x.shape in kept) is (trained != "x")
+    for expected, have in zip(*found, strict=True):
+        torch.testing.assert_close(have, expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("grads,pieces", [("twice", 3), ("once", 2)])
 def test_pieces_of_one_product_go_together(grads, pieces):
     """Each piece's gradients are those it has alone."""
