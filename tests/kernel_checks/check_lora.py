@@ -20,7 +20,7 @@ RAGGED = [(13, 7, 37, 1), (37, 13, 7, 8), (7, 37, 13, 13), (130, 70, 131, 5)]  #
 WIDTHS = [(768, 768), (768, 3072), (3072, 768)]
 REAL = [(65, *widths, rank, dtype, 0.25 if (i + j + k) % 4 == 0 else 0.0)  # a quarter of them drops: each rank, each pair of widths and each dtype is among it
         for i, rank in enumerate((1, 8, 13, 64)) for j, widths in enumerate(WIDTHS) for k, dtype in enumerate(DTYPES)]
-RATES = (0.0, 0.25)
+RATES = (0.0, 0.3)  # of 65536 values 0.3 is no whole number, so the share kept is not 1 - 0.3
 HALVES = DTYPES[1:]  # what dA and dB come in one pass for
 
 
@@ -211,6 +211,8 @@ def test_gradients_take_the_thin_products_that_are_there(form, monkeypatch):
         assert all(map(torch.equal, lora_grads.lora_grads_op(x, dy, [a], [b], *how, *given), expected))
     monkeypatch.setattr(lora_grads, "thin", None)
     monkeypatch.setattr(lora_grads, "pack", None)
+    if not form:  # then no table is asked, which may say "once"
+        monkeypatch.setattr(lora_grads, "form_for", None)
     assert all(map(torch.equal, lora_grads.lora_grads_op(x, dy, [a], [b], *how, packed, u, v), expected))
 
 
