@@ -226,6 +226,11 @@ def test_grads(sizes, dtype, rate):
 
 
 @pytest.mark.parametrize("rate", RATES)
+def test_grads_of_more_ranks_than_a_kernel_takes(rate):
+    check_grads((13, 7, 37, 65), torch.float32, rate, "twice")
+
+
+@pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("sizes", [*(sizes for sizes in RAGGED if sizes[3] <= 16), (300, 261, 7, 16), (97, 13, 517, 8)], ids=str)
 def test_grads_in_one_pass(sizes, dtype, rate, monkeypatch):
