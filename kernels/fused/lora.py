@@ -66,10 +66,10 @@ def product_kernel(left, weight, bias, low, factor, seed, result, T, K, N, left_
 # ---------------------------------------------------------------- specs, launchers
 
 def tiles_for(dtype: torch.dtype, ranks: int, regular: bool, drops: bool, arch: int = 90) -> dict[str, int]:
-    """Those of product.py, and R: ranks. With 128 registers a thread two programs fit a multiprocessor; beside a mask triton 3.6 takes no more, and 3.9 would spill under that
-    bound."""
+    """Those of product.py, and R: ranks. With 128 registers a thread two programs fit a multiprocessor, unless more than 32 ranks take the shared memory; beside a mask triton 3.6
+    takes no more, and 3.9 would spill under that bound."""
     sizes = product.tiles_for(dtype, regular) | {"R": ranks}
-    return sizes | ({"maxnreg": 128} if sizes["BM"] == 128 and 90 <= arch < 100 and not drops else {})
+    return sizes | ({"maxnreg": 128} if sizes["BM"] == 128 and ranks <= 32 and 90 <= arch < 100 and not drops else {})
 
 
 def specs(arch: int) -> list[Spec]:

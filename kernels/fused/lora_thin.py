@@ -102,7 +102,7 @@ def _thin(left, left_stride, L, factor, factor_column, factor_rank, w, ours, row
     tl.store(w + rows[:, None] * R + ranks[None, :], total.to(w.dtype.element_ty), mask=(rows < T)[:, None] & ours[None, :])
 
 
-@triton.jit(do_not_specialize=["first_side", "sides", "site"])
+@triton.jit(do_not_specialize=["first_side", "sides", "pieces", "site"])
 def thin_kernel(x, dy, packed, seed, u, v, T, I, O, x_stride, dy_stride, apart, pieces, rank, first_side, sides, site, threshold, scale, DROPS: tl.constexpr, BT: tl.constexpr,
                 BK: tl.constexpr, R: tl.constexpr):
     """u and v [T, R] of x's dtype from x [T, I], dy [T, O] of the first piece, the next one's `apart` columns further, packed and seed int64 [1]; scale = 1 / q. Sides: u is 0, v of a
@@ -118,10 +118,18 @@ def thin_kernel(x, dy, packed, seed, u, v, T, I, O, x_stride, dy_stride, apart, 
         _thin(dy + piece * apart, dy_stride, O, packed + R * I + piece * O * R, R, 1, v, ours, rows, T, start, site, threshold, scale, False, BT, BK, R)
 
 
-def tiles_for(dtype: torch.dtype, ranks: int, arch: int = 90) -> dict[str, int]:
-    """BT, BK, R and how the compiler schedules; ranks: R. Without a bound for registers triton 3.9 takes fewer on sm_100, and spills."""
+def is_regular(*columns: int) -> bool:
+    """Whether widths and strides, in elements, let a tile be read in whole vectors."""
+    return all(n % 16 == 0 for n in columns)
+
+
+def tiles_for(dtype: torch.dtype, ranks: int, regular: bool, arch: int = 90) -> dict[str, int]:
+    """BT, BK, R and how the compiler schedules; ranks: R. regular: see `is_regular`; what is not is read one by one, by addresses that take registers. Without a bound for these
+    triton 3.9 takes fewer on sm_100, and spills."""
     if dtype == torch.float32:
         return {"BT": 32 if ranks <= 32 else 16, "BK": 64 if ranks <= 32 else 32, "R": ranks, "num_warps": 8, "num_stages": 2 if ranks <= 32 else 1}
+    if not regular:
+        return {"BT": 64, "BK": 64, "R": ranks, "num_warps": 8, "num_stages": 2}
     return {"BT": 128, "BK": 128 if ranks <= 32 else 64, "R": ranks, "num_warps": 8, "num_stages": 3} | ({"maxnreg": 128} if arch >= 100 else {})
 
 
@@ -129,10 +137,10 @@ def thin(x: Tensor | None, dy: Tensor | None, packed: Tensor, width: int, out: i
          site: int) -> tuple[Tensor | None, Tensor | None]:
     """(u, v), None where x or dy is None; for a launcher. width, out: I, O."""
     some = x if dy is None else dy
-    rows, sizes, found = some.shape[0], tiles_for(some.dtype, ranks_of(rank, pieces), arch_of(some)), [None if t is None else some.new_empty(some.shape[0], ranks_of(rank, pieces)) for t in (x, dy)]
-    first, sides = int(x is None), (x is not None) + (0 if dy is None else pieces)
+    rows, ranks, given = some.shape[0], ranks_of(rank, pieces), [some if t is None else t for t in (x, dy)]
+    found, first, sides = [None if t is None else some.new_empty(rows, ranks) for t in (x, dy)], int(x is None), (x is not None) + (0 if dy is None else pieces)
     if rows:
-        given, made = ([some if t is None else t for t in pair] for pair in ((x, dy), found))
+        sizes, made = tiles_for(some.dtype, ranks, is_regular(width, out, apart, *(t.stride(0) for t in given)), arch_of(some)), [some if t is None else t for t in found]
         with on(some):
             thin_kernel[sides * ceil_div(rows, sizes["BT"]),](*given, packed, seed if rate else None, *made, rows, width, out, given[0].stride(0), given[1].stride(0), apart,
                                                               pieces, rank, first, sides, site, threshold_of(rate), 65536 / threshold_of(rate), DROPS=rate > 0, enable_fp_fusion=True, **sizes)
@@ -144,12 +152,13 @@ def specs(arch: int) -> list[Spec]:
     whole = dict.fromkeys(("T", "I", "O", "x_stride", "dy_stride", "apart", "pieces", "rank", "first_side", "sides", "site", "threshold"), "i32") | {"scale": "fp32"}
     for dtype, kind in DTYPES.items():
         for rank in (8, 64):
-            for drops in (False, True):
-                sizes = tiles_for(dtype, power(rank), arch)
+            for drops, regular in ((False, True), (True, True), (True, False)):
+                sizes = tiles_for(dtype, power(rank), regular, arch)
                 options = {key: sizes.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in sizes}
                 signature = dict.fromkeys(("x", "dy", "packed", "u", "v"), f"*{kind}") | whole | ({"seed": "*i64"} if drops else {})
-                found.append(Spec(f"thin, {kind}, r {rank}{', dropout' if drops else ''}", thin_kernel, {n: signature[n] for n in thin_kernel.arg_names if n in signature},
-                                  {"DROPS": drops} | sizes | ({} if drops else {"seed": None}), aligned=("I", "O", "x_stride", "dy_stride", "apart"), **options))
+                found.append(Spec(f"thin, {kind}, r {rank}{', dropout' if drops else ''}{'' if regular else ', ragged'}", thin_kernel,
+                                  {n: signature[n] for n in thin_kernel.arg_names if n in signature}, {"DROPS": drops} | sizes | ({} if drops else {"seed": None}),
+                                  aligned=("I", "O", "x_stride", "dy_stride", "apart") if regular else (), **options))
         pointers = dict.fromkeys(("a0", "a1", "b0", "b1"), "*fp32") | {"packed": f"*{kind}"} | dict.fromkeys(("I", "O", "pieces", "rank"), "i32")
         found.append(Spec(f"pack, {kind}", pack_kernel, pointers, {"a2": None, "b2": None, "R": 16, "BK": PACK["BK"]}, PACK["num_warps"], aligned=("I", "O")))
     return found

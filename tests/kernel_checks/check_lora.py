@@ -178,9 +178,10 @@ def test_packed(pieces, rank, dtype):
 
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_thin_products(dtype, rate):
-    """u and v of two pieces, together and each alone; nothing but zeros where no piece has ranks. u has the scale of its mask."""
-    (rows, width, out, rank), pieces, apart = (137, 131, 37, 5), 2, 50
+@pytest.mark.parametrize("width,out,apart", [(131, 37, 50), (144, 48, 64)])
+def test_thin_products(width, out, apart, dtype, rate):
+    """u and v of two pieces, together and each alone, read one by one or in whole vectors; nothing but zeros where no piece has ranks. u has the scale of its mask."""
+    rows, rank, pieces = 137, 5, 2
     inputs = {"x": drawn(rows, width, seed=1), "dy": drawn(rows, apart + out, seed=2)} | {name: drawn(*shape, seed=3 + i) for i, (name, shape) in enumerate(
         {"qa": (rank, width), "va": (rank, width), "qb": (out, rank), "vb": (out, rank)}.items())}
 
