@@ -1,7 +1,7 @@
 """The experiments, one Case each: who does the work (providers), in which sizes, and what must be equal before anything is timed.
 
-What it adds over case.py: the ceilings and the registry; single ops stand in cases_kernels.py, cases_adamw.py, cases_attention.py and cases_native.py, whole steps in cases_steps.py and cases_sparse.py. A new
-experiment is a builder a provider and one entry of CASES.
+What it adds over case.py: the ceilings and the registry; single ops stand in cases_kernels.py, cases_encoder.py, cases_adamw.py, cases_attention.py and cases_native.py, whole
+steps in cases_steps.py and cases_sparse.py. A new experiment is a builder a provider and one entry of CASES.
 
 Letters: T tokens, B sequences, S longest sequence, H heads, W head width, R rank.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from .case import Case, Provider, Setting, Work, output_bound
 from .cases_adamw import ADAMW_CASES
 from .cases_attention import ATTENTION_CASES
+from .cases_encoder import ENCODER_CASES
 from .cases_kernels import KERNEL_CASES
 from .cases_native import NATIVE_CASES
 from .cases_sparse import SPARSE_CASES
@@ -47,6 +48,7 @@ CASES = {case.name: case for case in (
     *SPARSE_CASES.values(),
     *ATTENTION_CASES.values(),
     *KERNEL_CASES.values(),
+    *ENCODER_CASES.values(),
     *ADAMW_CASES.values(),
     *NATIVE_CASES.values(),
 )}
