@@ -18,6 +18,7 @@ import importlib.util
 import os
 
 import torch
+from torch.autograd import forward_ad
 
 KINDS = ("auto", "torch", "native", "triton")
 
@@ -95,6 +96,8 @@ def decide(op: str, device=None) -> tuple[str | None, str]:
     if kind == "torch":
         return "torch", "asked for by name"
     if kind == "auto":
+        if transformed():
+            return "torch", "torch.func or forward mode asks for more than a backward, which plain torch has"
         kind = "triton" if where == "cuda" else "native"
         trouble = missing(op, kind, where)
         if not trouble:
@@ -109,6 +112,11 @@ def decide(op: str, device=None) -> tuple[str | None, str]:
 def watched() -> bool:
     """Whether somebody traces, watches every op that torch runs, or transforms functions: then what is called must be an op that torch knows."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+
+
+def transformed() -> bool:
+    """Whether torch.func transforms functions, or forward mode carries tangents: kernels have a backward and nothing else, and would say nothing of a tangent."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def load(device=None) -> None:

@@ -7,8 +7,8 @@
 
 torch.compile takes an op of torch.library without a graph break, but the Python layers of such an op cost the host more than the launch itself, forward and backward
 each, and several times what the device needs. Eager code needs none of them: there the launcher runs inside a plain torch.autograd.Function, and alone where nobody
-wants a gradient. Who watches every op that torch runs (a torch_dispatch mode: fake tensors, tracing, counters) or transforms functions (torch.func) gets the
-registered one.
+wants a gradient. Who watches every op that torch runs (a torch_dispatch mode: fake tensors, tracing, counters) gets the registered one. Under torch.func and in forward mode
+`auto` picks the plain twins, which have every derivative; of kernels asked for by name torch.func.vmap calls the registered ones, and the rest is an error.
 """
 
 import inspect

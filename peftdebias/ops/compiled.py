@@ -1,7 +1,8 @@
 """What the bindings to csrc/ops.cpp share: the calls, which tensors they take, how they are registered.
 
 A compiled op is a torch.autograd.Function around ctypes calls, a few microseconds each; it is registered beside its twin where the library is there. Every one asks
-`takes` first: for other tensors than plain float32 on a CPU, and under torch.compile and torch.export, where such a call cannot be traced, the twin does the work.
+`takes` first: for other tensors than plain float32 on a CPU, under torch.compile and torch.export, where such a call cannot be traced, and under torch.func and in forward mode,
+of which it knows nothing, the twin does the work.
 """
 
 import ctypes
@@ -70,8 +71,8 @@ def takes(*tensors: Tensor | None) -> bool:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether these are tensors with values, and nobody traces; None is one."""
-    return not torch.compiler.is_compiling() and all(t is None or type(t) in _PLAIN for t in tensors)
+    """Whether these are tensors with values, and nobody traces or transforms; None is one."""
+    return not torch.compiler.is_compiling() and not kernels.transformed() and all(t is None or type(t) in _PLAIN for t in tensors)
 
 
 def recorded(*tensors: Tensor | None) -> bool:
