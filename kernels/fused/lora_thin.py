@@ -3,8 +3,9 @@
 Contract. A [r, in] and B [out, r] of G pieces of one product, alike in shape and dtype (query's and value's, say), whose ranks lie side by side: R is G r, padded to a
 power of two of at least 16. pack(a, b, dtype) rounds them once to the dtype of the products and lays them out as the kernels read them, in whole vectors and with zeros
 where a piece has no ranks: `packed`, one flat tensor of [R, in], A's rows, and [G, out, R], B's, of which a piece has its own ranks alone (pack_ref).
-thin(x, dy, packed, ...): u [T, R] = z A^T, z = x dropped with `rate` (dropout.py) or x itself at rate 0, and v [T, R] = dY B; both, or the one whose tensor is given. x [T, in] and dy [T, ..] of packed's dtype, rows of any stride, neighbours in a row next to each other; dy's pieces are `apart` columns from each other.
-fp32 sums, rounded to x's dtype, as a library's would be. No gradients, nothing overwritten.
+thin(x, dy, packed, ...): u [T, R] = z A^T, z = x dropped with `rate` (dropout.py) or x itself at rate 0, and v [T, R] = dY B; both, or the one whose tensor is given. x [T, in]
+and dy [T, ..] of packed's dtype, rows of any stride, neighbours in a row next to each other; dy's pieces are `apart` columns from each other. fp32 sums, rounded to x's dtype, as
+a library's would be. No gradients, nothing overwritten.
 
 How. `thin_kernel`: a program a tile of rows and a side: u, or v of a piece. It walks over the columns with several tiles on their way to shared memory; what it multiplies
 them by comes ready, as a tile of A that had to be rounded on its way would hold up every product until it is back in shared memory. What limits it: memory.
@@ -123,14 +124,14 @@ def is_regular(*columns: int) -> bool:
     return all(n % 16 == 0 for n in columns)
 
 
-def tiles_for(dtype: torch.dtype, ranks: int, regular: bool, arch: int = 90) -> dict[str, int]:
-    """BT, BK, R and how the compiler schedules; ranks: R. regular: see `is_regular`; what is not is read one by one, by addresses that take registers. Without a bound for these
-    triton 3.9 takes fewer on sm_100, and spills."""
+def tiles_for(dtype: torch.dtype, ranks: int, regular: bool, drops: bool, arch: int = 90) -> dict[str, int]:
+    """BT, BK, R and how the compiler schedules; ranks: R. regular: see `is_regular`; what is not is read one by one, by addresses that take registers. A mask takes them too: in
+    tiles half as wide three programs and more fit a multiprocessor, where one did. Without a bound for them triton 3.9 takes fewer on sm_100, and spills."""
     if dtype == torch.float32:
         return {"BT": 32 if ranks <= 32 else 16, "BK": 64 if ranks <= 32 else 32, "R": ranks, "num_warps": 8, "num_stages": 2 if ranks <= 32 else 1}
     if not regular:
         return {"BT": 64, "BK": 64, "R": ranks, "num_warps": 8, "num_stages": 2}
-    return {"BT": 128, "BK": 128 if ranks <= 32 else 64, "R": ranks, "num_warps": 8, "num_stages": 3} | ({"maxnreg": 128} if arch >= 100 else {})
+    return {"BT": 128, "BK": 128 if ranks <= 32 and not drops else 64, "R": ranks, "num_warps": 8, "num_stages": 3} | ({"maxnreg": 128} if arch >= 100 else {})
 
 
 def thin(x: Tensor | None, dy: Tensor | None, packed: Tensor, width: int, out: int, apart: int, pieces: int, rank: int, rate: float, seed: Tensor | None,
@@ -140,7 +141,8 @@ def thin(x: Tensor | None, dy: Tensor | None, packed: Tensor, width: int, out: i
     rows, ranks, given = some.shape[0], ranks_of(rank, pieces), [some if t is None else t for t in (x, dy)]
     found, first, sides = [None if t is None else some.new_empty(rows, ranks) for t in (x, dy)], int(x is None), (x is not None) + (0 if dy is None else pieces)
     if rows:
-        sizes, made = tiles_for(some.dtype, ranks, is_regular(width, out, apart, *(t.stride(0) for t in given)), arch_of(some)), [some if t is None else t for t in found]
+        regular, made = is_regular(width, out, apart, *(t.stride(0) for t in given)), [some if t is None else t for t in found]
+        sizes = tiles_for(some.dtype, ranks, regular, rate > 0, arch_of(some))
         with on(some):
             thin_kernel[sides * ceil_div(rows, sizes["BT"]),](*given, packed, seed if rate else None, *made, rows, width, out, given[0].stride(0), given[1].stride(0), apart,
                                                               pieces, rank, first, sides, site, threshold_of(rate), 65536 / threshold_of(rate), DROPS=rate > 0, enable_fp_fusion=True, **sizes)
@@ -153,7 +155,7 @@ def specs(arch: int) -> list[Spec]:
     for dtype, kind in DTYPES.items():
         for rank in (8, 64):
             for drops, regular in ((False, True), (True, True), (True, False)):
-                sizes = tiles_for(dtype, power(rank), regular, arch)
+                sizes = tiles_for(dtype, power(rank), regular, drops, arch)
                 options = {key: sizes.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in sizes}
                 signature = dict.fromkeys(("x", "dy", "packed", "u", "v"), f"*{kind}") | whole | ({"seed": "*i64"} if drops else {})
                 found.append(Spec(f"thin, {kind}, r {rank}{', dropout' if drops else ''}{'' if regular else ', ragged'}", thin_kernel,
