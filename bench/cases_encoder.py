@@ -36,7 +36,7 @@ def norm(form: str, rate: float = 0.0) -> Callable[[Setting], Work]:
         size = float(e * t * d)
         words = f"hidden, residual [T, {d}]{f', rate {rate:g}' if rate else ''}; forward, and backward to them{'' if rate else ', gain and bias'}"
         return full(setting, torch.compile(forward) if form == "compiled" else forward, given, ("hidden", "residual") if rate else tuple(given), words, tokens=t,
-                    roof=((0.0, 4 * size), (0.0, (4 if rate else 3) * size)), 
+                    roof=((0.0, 4 * size), (0.0, (4 if rate else 3) * size)),
                     limit=f"rows wait for their sums{', and ten rounds of Philox for eight elements' if rate else ''}")
 
     return build

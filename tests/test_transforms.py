@@ -31,11 +31,11 @@ class Loss(nn.Module):
 def asked():
     """(loss of these parameters, the parameters by name, a direction, the derivative along it by an ordinary backward through whatever kernels are there)."""
     loss = Loss()
-    parameters = {name: p.detach().clone() for name, p in loss.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in loss.named_parameters() if p.requires_grad}
+    parameters = {name: p.detach().clone() for name, p in trained.items()}
     along = {name: torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.1 for i, (name, p) in enumerate(parameters.items())}
-    names = [name for name, p in loss.named_parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss(), [dict(loss.named_parameters())[name] for name in names], allow_unused=True)
-    found = {name: torch.zeros_like(parameters[name]) if g is None else g for name, g in zip(names, gradients)}
+    gradients = torch.autograd.grad(loss(), list(trained.values()), allow_unused=True)
+    found = {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), gradients)}
     return lambda p: torch.func.functional_call(loss, p, ()), parameters, along, found
 
 
