@@ -20,6 +20,7 @@ from .cda_engine import BLOCK, EVERYTHING, Counts, Written, engine
 from .config import SHIPPED, Augment
 from .errors import ConfigError, DataError
 from .lines import Skipped
+from .outputs import keep_apart, writing
 
 KINDS = {"jsonl": "json", "lines": "lines"}
 TOP = 10  # words that the summary names
@@ -82,12 +83,13 @@ def augment(settings: Augment) -> Summary:
     begin = time.perf_counter()
     axis, intervention = prepared(settings)
     files = lines.find(settings.files or ("-",))
+    keep_apart({"--out": settings.out, "--stats": settings.stats}, [*files, settings.axis, settings.names])
     made = engine(axis, intervention, settings.threads)
     summary = Summary(axis, engine=made.name)
     start, stop = 0, EVERYTHING
     if settings.shard:
         start, stop = _stretch(settings, files, made)
-    with _stopwatch(files) as bar, corpus.writing(settings.out) as out:
+    with _stopwatch(files) as bar, writing(settings.out) as out:
         put = _writer(out)
         for written, size in _output(settings, files, made, summary.skipped, KINDS[settings.format], start, stop):
             for chunk in written.chunks:
@@ -99,7 +101,7 @@ def augment(settings: Augment) -> Summary:
             raise DataError(f"{', '.join(settings.files) or 'standard input'}: expected words of the axis {axis.name}, found none in {summary.counts.texts} texts")
         summary.seconds = time.perf_counter() - begin
         if settings.stats:
-            with corpus.writing(settings.stats) as file:
+            with writing(settings.stats) as file:
                 file.write(json.dumps(summary.as_json(), ensure_ascii=False, indent=2) + "\n")
     return summary
 

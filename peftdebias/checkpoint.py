@@ -11,11 +11,11 @@ safetensors, JSON or TOML.
 
 import contextlib
 import dataclasses
+import glob
 import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 import tomllib
 import warnings
@@ -31,9 +31,13 @@ from . import __version__, methods, patch, weights
 from .encoder import Model
 from .errors import AdapterError, ConfigError, ModelError
 from .methods import Method
+from .outputs import files_in, keep_apart, writing_folder
 from .tokens import Tokenizer
 
 FORMAT = 1
+RUN_FILES = ("config.toml", "versions.json", "metrics.jsonl", "adapter.json")
+SOURCES = ("model", "corpus", "valid", "adapter", "train", "dev", "test", "cache")
+"""The keys of a run's configuration that name files, folders and patterns."""
 PACKAGES = ("torch", "tokenizers", "safetensors", "numpy", "triton")
 
 
@@ -178,31 +182,28 @@ def writing_run(out: str | Path, command: str, values: dict, overwrite: bool = F
     """A RunFolder that becomes `out` when the block ends well and vanishes when it does not.
 
     values: the configuration, for config.toml. device and chosen (what `auto` came to, precision="bf16", say) go into versions.json.
-    Raises ConfigError where `out` exists and is not to be replaced, or cannot be written.
+    Raises ConfigError where `out` exists and is not to be replaced, holds what the run is made from, or cannot be written.
     """
-    out = Path(out)
-    if os.path.exists(out) and not overwrite:  # not Path.exists: in a folder that may not be read it raises
-        raise ConfigError(f"--out {out}: exists; expected a new folder (or --overwrite)")
-    if os.path.exists(out) and not ((out / "config.toml").exists() or (out.is_dir() and not any(out.iterdir()))):
-        raise ConfigError(f"--out {out}: exists and is no run folder; it is not replaced")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    made = [folder for folder in partial.parents if not os.path.exists(folder)]  # by us, the innermost first
-    try:
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
+    if overwrite and is_run(out):
+        keep_apart({"--out": out}, _sources(values))
+    with writing_folder(Path(out), overwrite, "run folder", lambda there: is_run(there) or (there.is_dir() and not any(there.iterdir()))) as partial:
         (partial / "config.toml").write_text(tomli_w.dumps({"command": command} | values), encoding="utf-8")
         (partial / "versions.json").write_text(json.dumps(versions(device) | chosen, indent=2) + "\n", encoding="utf-8")
         yield RunFolder(partial)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for folder in made:
-            with contextlib.suppress(OSError):  # with the run in it, it stays
-                folder.rmdir()
+
+
+def _sources(values: dict) -> Iterator[str]:
+    """What a run of this configuration is made from, by path."""
+    for key in (*SOURCES, "axis", "names", "folder"):
+        for one in [values[key]] if isinstance(values.get(key), str) else values.get(key, ()):
+            if key not in ("axis", "names") or one.endswith(".toml"):  # else something shipped
+                yield from glob.glob(one, recursive=True) if glob.has_magic(one) and not os.path.exists(one) else [one]
+
+
+def files_of(*folders: str | Path) -> list[Path]:
+    """The files that run, adapter and model folders consist of; what else lies in them is somebody's own."""
+    own = (*RUN_FILES, *weights.FILES)
+    return [path for folder in map(Path, folders) for path in files_in(folder) if any(map(path.relative_to(folder).match, own))]
 
 
 def read_config(run: Path) -> dict:

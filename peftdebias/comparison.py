@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .config import Compare
-from .corpus import writing
 from .errors import ConfigError, DataError
 from .lines import Lines, place
 from .metrics import nli
@@ -27,6 +26,7 @@ from .metrics.fprd import fprd_tally
 from .metrics.seat import SETS, seat_tally
 from .metrics.stereoset import LABELS, stereoset_tally
 from .metrics.tally import Difference, Tally, differences
+from .outputs import keep_apart, writing
 
 ANSWERS = {"predicted", "probabilities", "predicted_counterfactual", "probabilities_counterfactual", "more", "less", "nll", "scores", "association"}
 """What a system says; everything else in a row is the example."""
@@ -72,6 +72,7 @@ def compare(settings: Compare) -> Comparison:
         raise ConfigError("--against: expected --seeds beside it; two --examples files are compared without")
     if not settings.seeds and len(settings.files) != 2:
         raise ConfigError(f"expected two files of `evaluate --examples`, got {len(settings.files)} (--seeds takes --json files, one a seed)")
+    keep_apart({"--json": settings.json}, [*settings.files, *settings.against])
     with writing(settings.json) if settings.json else contextlib.nullcontext() as file:
         found = _seeds(settings) if settings.seeds else compare_examples(*settings.files, seed=settings.seed, samples=settings.samples)
         if file:

@@ -29,8 +29,6 @@ import functools
 import itertools
 import json
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -449,32 +447,3 @@ def _json_values(line: str, wanted: list[str]) -> list:
             except UnicodeEncodeError as error:  # "\ud800" alone is legal JSON and no text
                 raise DataError(f"column '{name}' holds half a surrogate pair at character {error.start}") from None
     return [record[name] for name in wanted]
-
-
-# Output: a file whole or not at all.
-
-
-@contextlib.contextmanager
-def writing(path: str | None) -> Iterator:
-    """A text file that takes its name only when the block ends well; None or "-" is standard output. Raises ConfigError where it cannot be written."""
-    if path in (None, "-"):
-        yield sys.stdout
-        return
-    target = Path(path)
-    if os.path.isdir(target):
-        raise ConfigError(f"{path}: expected a file to write, got a folder")
-    if os.path.exists(target) and not target.is_file():  # a device such as /dev/null
-        with open(target, "w", encoding="utf-8") as file:
-            yield file
-        return
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        file = open(partial, "w", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
-    try:
-        with file:
-            yield file
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -14,9 +14,9 @@ from . import checkpoint, corpus, extrinsic, intrinsic
 from .answers import LONGEST, Result, cut_note, encode_examples, longest_of, max_length, positive_label
 from .checkpoint import Run
 from .config import Evaluate, Predict
-from .corpus import writing
 from .errors import ConfigError, DataError, ModelError
 from .extrinsic import classification_measures
+from .outputs import files_in, keep_apart, writing
 from .tasks import class_probabilities, labelled_samples
 from .training import pick_device
 
@@ -81,7 +81,8 @@ def evaluate(settings: Evaluate) -> Result:
     """Load, measure, and write the files that settings name. Raises PeftDebiasError on bad input."""
     if not settings.on:
         raise ConfigError(f"--on: expected at least one NAME=FILE with NAME one of {', '.join(ON)}, got none")
-    parse_on(settings.on)
+    keep_apart({"--json": settings.json, "--examples": settings.examples},
+               [*(f for _, path in parse_on(settings.on) for f in (path, *files_in(path))), *checkpoint.files_of(settings.model, *settings.adapter), settings.terms, settings.axis])
     with contextlib.ExitStack() as opened:
         files = {name: opened.enter_context(writing(path)) for name in ("json", "examples") if (path := getattr(settings, name))}
         run = checkpoint.load_run(settings.model, settings.adapter, pick_device(settings.device), settings.force)
@@ -98,6 +99,7 @@ def evaluate(settings: Evaluate) -> Result:
 def predict(settings: Predict) -> list[str]:
     """Label the texts of settings.file (or standard input) and write {"text", "label", "probabilities"} a line. Returns notes. Raises PeftDebiasError."""
     device = pick_device(settings.device)
+    keep_apart({"--out": settings.out}, [settings.file or "-", *checkpoint.files_of(settings.run)])
     with writing(settings.out) as file:
         run = checkpoint.load_run(settings.run, device=device)
         if run.model.classifier is None:

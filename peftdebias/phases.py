@@ -331,7 +331,7 @@ def _schedule(settings: Upstream | Downstream, steps: int, validate_every: int |
 def _saved(settings: Upstream | Downstream) -> dict:
     """The configuration as the run keeps it: folders, files and patterns by absolute path, so that it can be found again from anywhere."""
     values = as_plain(settings)
-    for key in ("model", "corpus", "valid", "adapter", "train", "dev", "test", "cache"):
+    for key in checkpoint.SOURCES:
         if key in values:
             values[key] = [_absolute(v) for v in values[key]] if isinstance(values[key], list) else _absolute(values[key])
     for key in ("axis", "names"):  # a file of the user's, or something shipped

@@ -16,9 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from . import corpus
-from .corpus import Example, writing
+from .corpus import Example
 from .errors import ConfigError, DataError
 from .holdout import is_held_out
+from .outputs import writing
 
 PICKLES = (".pkl", ".pickle")
 _LINK = re.compile(r"(?:https?://|www\.)\S+", re.IGNORECASE)

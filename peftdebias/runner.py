@@ -18,10 +18,10 @@ from pathlib import Path
 
 from . import checkpoint, evaluation, methods, phases, prepare, recipe as recipes
 from .config import Downstream, Evaluate, Run, Upstream, build, checked, parse_settings
-from .corpus import writing
 from .errors import ConfigError
 from .metrics.compare import over_seeds, seed_difference
 from .metrics.tally import Difference
+from .outputs import writing
 from .recipe import Recipe, System, Task
 from .training import pick_device
 

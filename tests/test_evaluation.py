@@ -14,7 +14,6 @@ from peftdebias.checkpoint import load_run
 from peftdebias.config import MEASURES, Evaluate
 from peftdebias.corpus import Example, read_examples
 from peftdebias.errors import ConfigError, DataError
-from peftdebias.corpus import writing
 from peftdebias.evaluation import classification_measures, cut_note, parse_on, positive_label
 from peftdebias.tasks import masked_samples
 from peftdebias.tokens import Encoded
@@ -212,25 +211,6 @@ def test_a_model_folder_with_a_classifier_predicts_too(runs, tmp_path):
 
 
 # ---------------------------------------------------------------- files
-
-def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
-    path = tmp_path / "f.txt"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), writing(str(path)) as file:
-        file.write("half")
-        raise RuntimeError
-    assert path.read_text() == "old" and list(tree(tmp_path)) == ["f.txt"]
-    with writing(str(path)) as file:
-        file.write("né\u2028w")
-        assert path.read_text() == "old"
-    assert path.read_text(encoding="utf-8") == "né\u2028w" and list(tree(tmp_path)) == ["f.txt"]
-    with writing("/dev/null") as file:
-        file.write("gone")
-    for bad, words in ((tmp_path, "expected a file to write, got a folder"), (tmp_path / "none" / "f", "cannot be written: No such file or directory"),
-                       (path / "f", "cannot be written: Not a directory")):
-        with pytest.raises(ConfigError, match=f"^{bad}: {words}"), writing(str(bad)):
-            pass
-
 
 def test_output_files_that_cannot_be_written_are_known_before_anything_is_computed(small, runs, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(evaluation.checkpoint, "load_run", None)

@@ -1,15 +1,13 @@
 """A run folder as a folder of others: its plain model, its module as peft has it, or its modules in the weights; each with a card."""
 
-import contextlib
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from torch.nn import Linear, Parameter
 
 from .. import checkpoint, patch, weights
 from ..errors import AdapterError, ConfigError, ModelError
+from ..outputs import keep_apart, writing_folder
 from . import peft
 from .card import card
 from .folders import CONFIG
@@ -29,7 +27,8 @@ def export_adapter(run: str | Path, form: str, out: str | Path, overwrite: bool 
         raise ModelError(f"{run}: expected a run folder with config.toml, found none")
     modules = [checkpoint.read_header(f)["method"] for f in checkpoint.adapter_folders(run)]
     config = checkpoint.read_config(run)
-    with _writing(Path(out), overwrite) as folder:
+    keep_apart({"--out": out}, [run, *checkpoint.files_of(run)])
+    with writing_folder(Path(out), overwrite, "exported folder", _is_export) as folder:
         if form == "hf":
             if modules:
                 raise AdapterError(f"{run}: a model folder cannot hold its {' and '.join(modules)}; expected --as merged (in the weights) or --as peft (a module)")
@@ -60,22 +59,5 @@ def write_merged(folder: Path, run: checkpoint.Run) -> None:
     weights.save_model(model, folder, run.tokenizer)
 
 
-@contextlib.contextmanager
-def _writing(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder that becomes `out` when the block ends well and vanishes when it does not."""
-    if os.path.exists(out) and not overwrite:
-        raise ConfigError(f"--out {out}: exists; expected a new folder (or --overwrite)")
-    if os.path.exists(out) and not ((out / "README.md").exists() and any((out / n).exists() for n in (CONFIG, "config.json"))):
-        raise ConfigError(f"--out {out}: exists and is no exported folder; it is not replaced")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
-        yield partial
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _is_export(folder: Path) -> bool:
+    return (folder / "README.md").exists() and any((folder / name).exists() for name in (CONFIG, "config.json"))

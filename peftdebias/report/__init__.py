@@ -22,8 +22,8 @@ from pathlib import Path
 
 from .. import __version__
 from ..config import Report
-from ..corpus import writing
 from ..errors import ConfigError, DataError
+from ..outputs import files_in, keep_apart, writing
 from .page import Section, render
 from .recipe import source_of_recipe
 from .results import as_data
@@ -85,6 +85,8 @@ def report(settings: Report) -> tuple[Path, Path]:
     if (beside := out.with_name("metrics.json")) == out:
         raise ConfigError(f"--out {out}: expected an HTML file, got the name of the figures beside it")
     kinds = _kinds(settings.paths)
+    earlier = (".html", beside.name)  # reports may lie in what they show
+    keep_apart({"--out": out, "the figures beside it": beside}, [f for path in settings.paths for f in files_in(path) if not f.name.endswith(earlier)])
     with contextlib.ExitStack() as opened:
         html, figures_ = (opened.enter_context(writing(str(path))) for path in (out, beside))
         parts = [part for mark, (ident, make) in KINDS.items() if mark in kinds for part in make(kinds[mark], ident, settings)]

@@ -1,0 +1,96 @@
+"""Where results go: files and folders that take their names when they are whole, and never the place of what is read.
+
+What it leaves out: what is in them.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from .errors import ConfigError
+
+
+@contextlib.contextmanager
+def writing(path: str | None) -> Iterator:
+    """A text file that takes its name only when the block ends well; None or "-" is standard output. Raises ConfigError where it cannot be written."""
+    if path in (None, "-"):
+        yield sys.stdout
+        return
+    target = Path(path)
+    if os.path.isdir(target):
+        raise ConfigError(f"{path}: expected a file to write, got a folder")
+    if os.path.exists(target) and not target.is_file():  # a device such as /dev/null
+        with open(target, "w", encoding="utf-8") as file:
+            yield file
+        return
+    partial = partial_of(target)
+    try:
+        file = open(partial, "w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+    try:
+        with file:
+            yield file
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing_folder(out: Path, overwrite: bool, what: str, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
+    """A folder that becomes `out` when the block ends well and vanishes when it does not, as do the folders made for it.
+
+    what: the kind of folder that is replaced, in words; replaceable: whether one that is there is of that kind. Raises ConfigError where `out` exists and is
+    not to be replaced, or cannot be written.
+    """
+    if os.path.exists(out) and not overwrite:  # not Path.exists: in a folder that may not be read it raises
+        raise ConfigError(f"--out {out}: exists; expected a new folder (or --overwrite)")
+    if os.path.exists(out) and not replaceable(out):
+        raise ConfigError(f"--out {out}: exists and is no {what}; it is not replaced")
+    partial = partial_of(out)
+    made = [folder for folder in partial.parents if not os.path.exists(folder)]  # by us, the innermost first
+    try:
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
+        yield partial
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # with the result in it, it stays
+                folder.rmdir()
+
+
+def partial_of(path: Path) -> Path:
+    """Where `path` is written until it is whole: hidden, beside it."""
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+def keep_apart(outs: dict[str, str | Path | None], inputs: Iterable[str | Path | None]) -> None:
+    """Raises ConfigError where a file or folder to write is one that is read, or holds it, or two of them are one.
+
+    outs: what asks for it ("--out") -> where it goes; None and "-" are standard output. inputs: files and folders that are read; None is none, "-" standard
+    input. A file that is there already is replaced, if nothing reads it.
+    """
+    outs = {flag: Path(out) for flag, out in outs.items() if out not in (None, "-")}
+    there = [path for name in inputs if name is not None and os.path.exists(path := Path("/dev/stdin" if str(name) == "-" else name))]
+    for flag, out in outs.items():
+        if os.path.exists(out) and not (out.is_file() or out.is_dir()):  # a device such as /dev/null keeps nothing
+            continue
+        for path in there:
+            if os.path.exists(out) and (os.path.samefile(out, path) or path.resolve().is_relative_to(out.resolve())):
+                raise ConfigError(f"{flag} {out}: is read, as {path}; expected another place, so that nothing is lost")
+        if twin := next((other for other, place in outs.items() if other != flag and place.resolve() == out.resolve()), None):
+            raise ConfigError(f"{flag} {out}: is the place of {twin} too; expected two")
+
+
+def files_in(folder: str | Path) -> list[Path]:
+    """Every file in a folder and below."""
+    return [path for path in Path(folder).rglob("*") if path.is_file()]

@@ -1,0 +1,113 @@
+"""Results: files whole or not at all, and never in the place of what they are made from, whichever command writes them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from peftdebias.errors import ConfigError
+from peftdebias.outputs import keep_apart, writing
+
+from .outside import one_thread  # noqa: F401
+from .small import cli, done, small, tree  # noqa: F401
+
+
+def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
+    path = tmp_path / "f.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), writing(str(path)) as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tree(tmp_path)) == ["f.txt"]
+    with writing(str(path)) as file:
+        file.write("né\u2028w")
+        assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "né\u2028w" and list(tree(tmp_path)) == ["f.txt"]
+    with writing("/dev/null") as file:
+        file.write("gone")
+    for bad, words in ((tmp_path, "expected a file to write, got a folder"), (tmp_path / "none" / "f", "cannot be written: No such file or directory"),
+                       (path / "f", "cannot be written: Not a directory")):
+        with pytest.raises(ConfigError, match=f"^{bad}: {words}"), writing(str(bad)):
+            pass
+
+
+# ---------------------------------------------------------------- apart from what is read
+
+def test_what_is_read_is_not_written(tmp_path):
+    read, other = tmp_path / "read.txt", tmp_path / "other.txt"
+    read.write_text("a")
+    (tmp_path / "link.txt").symlink_to(read)
+    os.link(read, tmp_path / "hard.txt")
+    for out in (read, tmp_path / "link.txt", tmp_path / "hard.txt", tmp_path / "." / "read.txt"):
+        with pytest.raises(ConfigError, match=f"^--out {out}: is read, as {read}; expected another place, so that nothing is lost$"):
+            keep_apart({"--out": out}, [None, read])
+    with pytest.raises(ConfigError, match=f"^--out {tmp_path}: is read, as {read}"):  # the folder holds it
+        keep_apart({"--out": tmp_path}, [read])
+    with pytest.raises(ConfigError, match=f"^--stats {other}: is the place of --out too; expected two$"):
+        keep_apart({"--stats": other, "--out": str(other)}, [read])
+    keep_apart({"--out": other, "--stats": None, "--json": "-"}, [read, "-", tmp_path / "missing"])
+    other.write_text("an earlier result")
+    keep_apart({"--out": other}, [read])
+    keep_apart({"--out": "/dev/null", "--stats": "/dev/null"}, [read, "/dev/null"])
+
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory):  # noqa: F811
+    """A module, a classifier under it, and what `evaluate` says of both."""
+    out = tmp_path_factory.mktemp("runs")
+    done("upstream", *small.learning(), "--out", out / "gender")
+    done("downstream", *small.task(adapter=out / "gender"), "--out", out / "jobs")
+    for name in ("one", "two"):
+        done("evaluate", out / "jobs", "--on", f"classification={small.test}", "--examples", out / f"{name}.jsonl", "--json", out / f"{name}.json")
+    return out
+
+
+def commands(small, runs, tmp_path):  # noqa: F811
+    """Name -> (flag, argv whose output would replace an input)."""
+    copy = tmp_path / "texts.txt"
+    copy.write_bytes(small.corpus.read_bytes())
+    run = runs / "jobs"
+    return {
+        "predict": ("--out", ["predict", run, copy, "--out", copy]),
+        "predict on its run": ("--out", ["predict", run, copy, "--out", run / "model" / "config.json"]),
+        "augment": ("--out", ["augment", "--axis", "gender", copy, "--out", copy]),
+        "augment's statistics": ("--stats", ["augment", "--axis", "gender", copy, "--out", tmp_path / "new.jsonl", "--stats", copy]),
+        "augment twice": ("--out", ["augment", "--axis", "gender", copy, "--out", tmp_path / "new.jsonl", "--stats", tmp_path / "new.jsonl"]),
+        "evaluate": ("--json", ["evaluate", runs / "gender", "--on", f"perplexity={copy}", "--json", copy]),
+        "evaluate on its module": ("--examples", ["evaluate", small.base, "--adapter", runs / "gender", "--on", f"perplexity={copy}",
+                                                  "--examples", runs / "gender" / "adapter" / "adapter.safetensors"]),
+        "compare": ("--json", ["compare", runs / "one.jsonl", runs / "two.jsonl", "--json", runs / "two.jsonl"]),
+        "compare seeds": ("--json", ["compare", "--seeds", runs / "one.json", runs / "two.json", "--json", runs / "one.json"]),
+        "report": ("--out", ["report", run, "--out", run / "config.toml"]),
+        "upstream": ("--out", ["upstream", *small.learning(adapter=runs / "gender"), "--out", runs / "gender", "--overwrite"]),
+        "upstream on its corpus": ("--out", ["upstream", *small.learning(corpus=[runs / "gender" / "*.toml"]), "--out", runs / "gender", "--overwrite"]),
+        "downstream": ("--out", ["downstream", *small.task(adapter=runs / "gender"), "--out", runs / "gender", "--overwrite"]),
+        "downstream above": ("--out", ["downstream", *small.task(model=run / "model"), "--out", run, "--overwrite"]),
+        "export": ("--out", ["export", run, "--as", "merged", "--out", run, "--overwrite"]),
+    }
+
+
+@pytest.mark.parametrize("name", ["predict", "predict on its run", "augment", "augment's statistics", "augment twice", "evaluate", "evaluate on its module", "compare",
+                                  "compare seeds", "report", "upstream", "upstream on its corpus", "downstream", "downstream above", "export"])
+def test_no_command_writes_over_what_it_reads(name, small, runs, tmp_path):  # noqa: F811
+    flag, argv = commands(small, runs, tmp_path)[name]
+    before = tree(runs), tree(tmp_path)
+    said = cli(*argv)
+    assert said.code == 2 and said.err.splitlines()[-1].startswith(f"peftdebias: {flag} ") and said.err.splitlines()[-1].endswith(("so that nothing is lost", "expected two"))
+    assert (tree(runs), tree(tmp_path)) == before
+
+
+def test_standard_input_counts_as_read(tmp_path):
+    text = tmp_path / "texts.txt"
+    text.write_text("she is a nurse\n")
+    with open(text) as source:
+        said = subprocess.run([sys.executable, "-m", "peftdebias", "augment", "--axis", "gender", "--out", str(text)], stdin=source, capture_output=True, text=True)
+    assert said.returncode == 2 and f"--out {text}: is read, as /dev/stdin" in said.stderr and text.read_text() == "she is a nurse\n"
+
+
+def test_results_may_lie_in_the_run_they_are_of_and_be_made_again(small, runs):  # noqa: F811
+    for _ in range(2):
+        done("evaluate", runs / "jobs", "--on", f"classification={small.test}", "--json", runs / "jobs" / "measures.json")
+        done("predict", runs / "jobs", small.heldout, "--out", runs / "jobs" / "labels.jsonl")
+        done("report", runs / "jobs", "--out", runs / "jobs" / "report.html")
