@@ -11,8 +11,10 @@ Letters: B texts, S longest text, P vectors before each text, Q prefix length, D
 
 import contextlib
 import copy
+import functools
 import json
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,11 +46,30 @@ def load(run: str | Path, adapters: Sequence[str | Path] = (), device: str = "cp
     return Debiased(checkpoint.load_run(run, tuple(map(str, adapters)), pick_device(device)), str(run))
 
 
+def _one_at_a_time(answer):
+    """An answer waits for those of other threads, and for their `without` blocks: the model is one."""
+    @functools.wraps(answer)
+    def alone(self, *args, **kwargs):
+        with self._lock:
+            return answer(self, *args, **kwargs)
+    return alone
+
+
 class Debiased:
-    """A model with its tokenizer and modules. run: checkpoint.Run; `run.model` is the Model itself, `methods` the names that `without` takes."""
+    """A model with its tokenizer and modules. run: checkpoint.Run; `run.model` is the Model itself, `methods` the names that `without` takes.
+
+    Threads may share it: answers are computed one after another, each by all of torch's threads. A `without` block is its thread's alone; others wait for its end.
+    """
 
     def __init__(self, run: checkpoint.Run, name: str = "model"):
         self.run, self.name = run, name
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict:
+        return {"run": self.run, "name": self.name}  # a lock is no part of a copy
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -57,10 +78,11 @@ class Debiased:
 
     @contextlib.contextmanager
     def without(self, *names: str) -> Iterator["Debiased"]:
-        """Inside the `with` block the named modules are off, for `export` too. Raises AdapterError on another name."""
-        with self.run.model.without(*names):
+        """Inside the `with` block the named modules are off, for `export` too; answers to other threads wait until it ends. Raises AdapterError on another name."""
+        with self._lock, self.run.model.without(*names):
             yield self
 
+    @_one_at_a_time
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[dict]:
         """{"text", "label", "probabilities": {label: p}} for each text (with its pair). Raises ModelError without a classifier."""
         self._head("predict")
@@ -70,6 +92,7 @@ class Debiased:
         return [{"text": text, "label": labels[int(row.argmax())], "probabilities": dict(zip(labels, map(float, row)))}
                 for text, row in zip(texts, class_probabilities(self.run.model, labelled_samples(encoded)))]
 
+    @_one_at_a_time
     def fill_mask(self, text: str, top: int = 5) -> list[list[dict]]:
         """For each mask token in `text`, from left to right, the `top` likeliest tokens: {"token", "id", "probability"}, best first.
 
@@ -88,6 +111,7 @@ class Debiased:
         return [[{"token": tokenizer.backend.decode([i], skip_special_tokens=False), "id": i, "probability": p} for i, p in zip(*row)]
                 for row in zip(found.indices.tolist(), found.values.tolist())]
 
+    @_one_at_a_time
     def encode(self, texts: Sequence[str], pooling: str = "first") -> Tensor:
         """[N, D], on the CPU: the last hidden state of each text's first token ("first", what a classifier reads), or the mean over its tokens, special ones
         too ("mean"). Vectors of prompts are not among them."""
@@ -95,6 +119,7 @@ class Debiased:
         encoded = self._encoded(texts, None)
         return _pooled(self.run.model, [Sample(e.ids, numpy.arange(1 if pooling == "first" else len(e.ids)), None, e.segments) for e in encoded])
 
+    @_one_at_a_time
     def export(self, path: str | Path, what: str = "predict", *, pooling: str = "first", pairs: bool | None = None) -> Path:
         """Write a .pt2 file that `torch.export.load(path).module()` runs without this package. Returns the path.
 

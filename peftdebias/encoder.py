@@ -336,7 +336,7 @@ class Model(nn.Module):
 
     @contextlib.contextmanager
     def without(self, *names: str) -> Iterator["Model"]:
-        """Inside the `with` block the named methods are off; merged ones too, by the base tensors that merge kept. Raises AdapterError on another name."""
+        """Inside the `with` block the named methods are off, for every thread; merged ones too, by the base tensors that merge kept. Raises AdapterError on another name."""
         hooks = self.encoder.hooks
         for name in names:
             if name not in hooks.methods:

@@ -1,9 +1,13 @@
 """A debiased model inside another program: its answers, the padded graph against the packed encoder, and a .pt2 file that runs without this package."""
 
+import contextlib
+import copy
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
+import threading
 
 import numpy
 import pytest
@@ -263,6 +267,44 @@ def test_modules_go_off_and_more_come_in(model, folders):
     assert more.methods == ("gender", "race", "religion") and not more.encode(TEXTS).equal(both)
     with pytest.raises(AdapterError, match="expected one of gender, race attached"), model.without("age"):
         pass
+
+
+def test_threads_share_a_model(model):
+    """Each thread's answers are those of its own block, whatever the others do meanwhile, and afterwards all modules are on."""
+    on = model.encode(TEXTS)
+    with model.without("gender"):
+        off = model.encode(TEXTS)
+    start, wrong = threading.Barrier(4), []
+
+    def ask(number: int) -> None:
+        start.wait()
+        for _ in range(8):
+            with model.without("gender") if number % 2 else contextlib.nullcontext():
+                for _ in range(2):
+                    wrong.extend([number] * (not model.encode(TEXTS).equal(off if number % 2 else on)))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and model.encode(TEXTS).equal(on) and not model.run.model.encoder.hooks.off
+
+
+def test_another_thread_waits_for_the_end_of_a_block(model):
+    on, found = model.encode(TEXTS), []
+    waiting = threading.Thread(target=lambda: found.append(model.encode(TEXTS)))
+    with model.without("gender"):
+        waiting.start()
+        waiting.join(0.3)
+        assert not found and not model.encode(TEXTS).equal(on)  # its own thread goes on
+    waiting.join()
+    assert found[0].equal(on)
+
+
+def test_a_copy_of_a_model_answers_alike(model):
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.encode(TEXTS).equal(model.encode(TEXTS)) and twin.methods == model.methods and twin.name == model.name
 
 
 def test_a_head_that_is_not_there_is_named_in_one_line(folders, tmp_path):
