@@ -158,11 +158,22 @@ def attach_adapters(model: Model, folders: tuple[str, ...], force: bool = False)
 # ---------------------------------------------------------------- run folders
 
 def adapter_folders(run: Path) -> list[Path]:
-    """RUN/adapter, RUN/adapter-2, ... as far as they exist."""
+    """RUN/adapter, RUN/adapter-2, ... as far as they exist. Raises AdapterError where a run's configuration tells of more: without them it answers otherwise."""
     found = [run / "adapter"] if (run / "adapter").is_dir() else []
     while found and (folder := run / f"adapter-{len(found) + 1}").is_dir():
         found.append(folder)
+    if is_run(run) and len(found) < (told := _modules_told(read_config(run))):
+        missing = run / ("adapter" if not found else f"adapter-{len(found) + 1}")
+        raise AdapterError(f"{missing}: expected a module, since {run / 'config.toml'} tells of {told}, found none")
     return found
+
+
+def _modules_told(config: dict) -> int:
+    """How many modules a run of this configuration has at least."""
+    if config.get("command") == "upstream":
+        name = config.get("method")
+        return int(name in methods.METHODS and not methods.method_class(name).trains_base)
+    return len(config.get("adapter", ())) if config.get("command") == "downstream" else int(config.get("command") == "import")
 
 
 class RunFolder:

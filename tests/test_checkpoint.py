@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import tomllib
 import warnings
 
@@ -15,7 +16,7 @@ from peftdebias.encoder import EncoderConfig, Model
 from peftdebias.errors import AdapterError, ConfigError, ModelError
 
 from .outside import little_memory, one_thread  # noqa: F401
-from .small import done, lines, save_bert, small, tree  # noqa: F401
+from .small import cli, done, lines, save_bert, small, tree  # noqa: F401
 
 TINY = EncoderConfig(kind="bert", layers=2, hidden=14, heads=2, feed_forward=37, vocab=61, max_positions=19)
 
@@ -257,6 +258,28 @@ def test_an_upstream_run_finds_its_base_and_says_when_that_is_gone(small, tmp_pa
 def test_a_plain_model_folder_is_a_run_without_configuration(small):  # noqa: F811
     run = load_run(small.base)
     assert run.config == {} and run.model.methods == {} and run.model.mlm is not None
+
+
+def test_a_run_whose_module_is_gone_does_not_answer_without_it(small, tmp_path):  # noqa: F811
+    done("upstream", *small.learning(out=tmp_path / "one"))
+    done("upstream", *small.learning(seed=1, out=tmp_path / "two"))
+    done("upstream", *small.learning(method="full", set=None, out=tmp_path / "full"))
+    done("downstream", *small.task(adapter=[tmp_path / "one", tmp_path / "two"]), "--out", tmp_path / "jobs")
+    assert checkpoint.adapter_folders(tmp_path / "full") == [] and len(checkpoint.adapter_folders(tmp_path / "jobs")) == 2
+    shutil.rmtree(tmp_path / "jobs" / "adapter-2")
+    shutil.rmtree(tmp_path / "one" / "adapter")
+    for name, gone, told in (("jobs", "adapter-2", 2), ("one", "adapter", 1)):
+        run = tmp_path / name
+        words = f"{run / gone}: expected a module, since {run / 'config.toml'} tells of {told}, found none"
+        with pytest.raises(AdapterError, match=f"^{words}$"):
+            load_run(run)
+        for argv in (["evaluate", small.base, "--adapter", run, "--on", f"perplexity={small.heldout}"], ["report", run, "--out", tmp_path / "r.html"],
+                     ["export", run, "--as", "hf", "--out", tmp_path / "hf"]):
+            said = cli(*argv)
+            assert said.code == 2 and words in said.err
+    for argv in (["predict", tmp_path / "jobs", small.heldout], ["downstream", *small.task(model=tmp_path / "jobs"), "--out", tmp_path / "more"]):
+        said = cli(*argv)
+        assert said.code == 2 and "adapter-2: expected a module" in said.err and said.out == ""
 
 
 def test_a_run_whose_configuration_is_broken_is_named(tmp_path):
