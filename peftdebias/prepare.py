@@ -21,6 +21,8 @@ from .errors import ConfigError, DataError
 from .holdout import is_held_out
 from .outputs import writing
 
+SPLITS = ("train", "dev", "test", "valid", "validation")
+"""What files of many data sets are called, so that the name alone tells of none."""
 PICKLES = (".pkl", ".pickle")
 _LINK = re.compile(r"(?:https?://|www\.)\S+", re.IGNORECASE)
 _MENTION = re.compile(r"(?<!\w)@\w+")
@@ -49,7 +51,8 @@ class Source:
 
 
 def find(names: Sequence[str], data: Path) -> Path:
-    """The first of the names that is in the folder `data`: by its path there, else by its last part alone, in the folder or below it.
+    """The first of the names that is in the folder `data`: by its path there, else by its last part alone, in the folder or below it. Files that are called like
+    a split of any data set ("train.csv") are taken from the folder itself, or from one below that has the name's own folder ("biasbios/train.csv").
 
     Raises DataError where none is, or where two files below have that last part.
     """
@@ -57,7 +60,8 @@ def find(names: Sequence[str], data: Path) -> Path:
         if (data / name).exists():
             return data / name
     for name in names:
-        below = sorted(data.rglob(Path(name).name))
+        folder = Path(name).parent.name if Path(name).stem in SPLITS else ""
+        below = [path for path in sorted(data.rglob(Path(name).name)) if not folder or path.parent == data or path.parent.name == folder]
         if len(below) > 1:
             raise DataError(f"{data}: expected one {Path(name).name}, found {', '.join(str(p.relative_to(data)) for p in below[:3])}; expected {name}")
         if below:

@@ -261,7 +261,9 @@ class _Runner:
         """The prepared files of a task, made once."""
         files = {name: self.out / "data" / f"{task.name}-{name}.jsonl" for name in ("train", "dev", "test")}
         if not all(path.exists() for path in files.values()):
-            read = {name: prepare.read(source, self.data) for name in files if (source := self.recipe.sources.get((task.name, name)))}
+            sources = {name: source for name in files if (source := self.recipe.sources.get((task.name, name)))}
+            self.say(f"  {task.name}: " + ", ".join(f"{name} {prepare.find(source.file, self.data)}" for name, source in sources.items()))
+            read = {name: prepare.read(source, self.data) for name, source in sources.items()}
             parts = prepare.splits(read["train"], read.get("dev"), read["test"], dev_share=task.dev_share, train_share=min(1.0, task.epochs * self.settings.scale))
             for note in parts.notes:
                 self.say(f"  {task.name}: {note}")

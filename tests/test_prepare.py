@@ -74,6 +74,18 @@ def test_a_file_that_is_not_there_or_there_twice_is_named(tmp_path):
     assert prepare.find(("y/b.tsv",), tmp_path) == tmp_path / "y" / "b.tsv"
 
 
+def test_a_file_called_like_a_split_is_not_taken_from_another_data_set(tmp_path):
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "train.csv").touch()
+    with pytest.raises(DataError, match="expected bios/train.csv or bios/train.jsonl, found none"):
+        prepare.find(("bios/train.csv", "bios/train.jsonl"), tmp_path)
+    assert prepare.find(("train.csv",), tmp_path) == tmp_path / "jobs" / "train.csv"  # asked for without a folder
+    (tmp_path / "deep" / "bios").mkdir(parents=True)
+    (tmp_path / "deep" / "bios" / "train.jsonl").touch()
+    assert prepare.find(("bios/train.csv", "bios/train.jsonl"), tmp_path) == tmp_path / "deep" / "bios" / "train.jsonl"
+    assert prepare.find(("bios/train.csv",), tmp_path / "jobs") == tmp_path / "jobs" / "train.csv"  # the folder that was named
+
+
 def example(i: int, pair: str | None = None) -> Example:
     return Example(f"text {i}", pair, str(i % 2), None, f"f:{i}")
 
