@@ -6,6 +6,7 @@ config.toml can be given as --config again.
 
 import argparse
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -22,6 +23,7 @@ def option(help: str, default=dataclasses.MISSING, *, many: str = "", metavar: s
 
 
 SHIPPED = "shipped"  # --names without a file
+SEEDS = 2**63 - 1  # the largest that every generator takes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,11 @@ class Training:
         if self.batch_size is not None and self.batch_tokens is not None:
             raise ConfigError("--batch-size and --batch-tokens: expected one of them, got both")
         _at_least(1, self, "batch_size", "batch_tokens", "max_length")
-        _at_least(0, self, "seed", "weight_decay")
+        _seed(self.seed)
+        _at_least(0, self, "weight_decay")
+        for name in ("lr", "weight_decay"):
+            if math.isinf(getattr(self, name)):
+                raise ConfigError(f"{flag(name)}: expected a finite number, got {getattr(self, name)}")
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{flag(name)}: expected more than 0, got {getattr(self, name)}")
@@ -171,7 +177,8 @@ class Evaluate:
 
     def __post_init__(self):
         _at_least(1, self, "max_length", "batch_tokens", "samples")
-        _at_least(0, self, "seed", "max_pairs")
+        _at_least(0, self, "max_pairs")
+        _seed(self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,7 +195,7 @@ class Compare:
 
     def __post_init__(self):
         _at_least(1, self, "samples")
-        _at_least(0, self, "seed")
+        _seed(self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -311,7 +318,7 @@ class Demo:
     seed: int = option("every random choice follows from it", 0)
 
     def __post_init__(self):
-        _at_least(0, self, "seed")
+        _seed(self.seed)
         for name in ("strength", "label_strength"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{flag(name)}: expected a strength from 0 to 1, got {getattr(self, name)}")
@@ -355,7 +362,7 @@ class Testbed:
         for name, kind in (("text_strengths", float), ("label_strengths", float), ("method_strengths", float), ("seeds", int)):
             values = [_number(kind, text) for text in getattr(self, name)]
             what = "strengths from 0 to 1" if kind is float else "whole numbers from 0"
-            right = all(v is not None and 0 <= v <= (1 if kind is float else v) for v in values) and len(set(values)) == len(values)
+            right = all(v is not None and 0 <= v <= (1 if kind is float else SEEDS) for v in values) and len(set(values)) == len(values)
             if not right or (not values and name != "method_strengths"):
                 raise ConfigError(f"{flag(name)}: expected {what}, each once, got {' '.join(getattr(self, name)) or 'none'}")
         if odd := set(self.numbers("method_strengths")) - {*self.numbers("text_strengths"), *self.numbers("label_strengths")}:
@@ -527,6 +534,11 @@ def _at_least(least: int, settings, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and not value >= least:
             raise ConfigError(f"{flag(name)}: expected at least {least}, got {value}")
+
+
+def _seed(seed: int) -> None:
+    if not 0 <= seed <= SEEDS:
+        raise ConfigError(f"--seed: expected a whole number from 0 to {SEEDS}, got {seed}")
 
 
 def _weight(settings) -> None:

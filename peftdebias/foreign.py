@@ -22,11 +22,8 @@ from . import checkpoint
 from .encoder import EncoderConfig, Model
 from .errors import AdapterError
 from .methods import Method, method_class
-from .sites import add_delta, linear_shape
+from .sites import TABLES, add_delta, linear_shape
 from .weights import ENCODER_NAMES, from_foreign
-
-TABLES = ("embeddings.word", "embeddings.position", "embeddings.segment")
-
 
 class Changed(nn.Module):
     """The parametrization of one weight or bias: (method, site) pairs in `parts`; deltas of all first, then scales of all, as sites.Hooks does.

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from .encoder import Model, parameter_at
 from .errors import AdapterError
 from .methods import Method
-from .sites import EMBED_SITE, Merged, add_delta, block_sites, key_value_sites
+from .sites import EMBED_SITE, TABLES, Merged, add_delta, block_sites, key_value_sites
 
 def base_parameters(model: Model) -> dict[str, Parameter]:
     """The encoder's own parameters by our names; no heads, no methods."""
@@ -26,8 +26,10 @@ def base_parameters(model: Model) -> dict[str, Parameter]:
 def attach(model: Model, name: str, method: Method) -> None:
     """Attach `method` as `name` (the axis it was learnt on, say). Outputs change as its hooks say; parameters stay where they are.
 
-    Raises AdapterError on a name in use, a base that is no module (Full-Debias), or a site that the model does not have.
+    Raises AdapterError on a name in use, a base that is no module (Full-Debias), a method made for a base of other sizes, or a site that the model does not have.
     """
+    if not isinstance(method, Method):
+        raise AdapterError(f"attach {name!r}: expected a method, as methods.create() makes one, got {type(method).__name__}")
     if name in model.methods:
         raise AdapterError(f"attach: {name!r} is attached already; expected another name")
     if method.trains_base:
@@ -35,6 +37,11 @@ def attach(model: Model, name: str, method: Method) -> None:
     if model.encoder.hooks.merged:
         raise AdapterError(f"attach {name!r}: expected an unmerged model; unmerge it first")
     sites, config = method.sites(model.config), model.config
+    if (made := method.encoder_config) is not None:
+        heights = ("vocab", "max_positions", "position_offset", "segments") if set(TABLES) & set(sites) else ()
+        for size in ("layers", "hidden", "heads", "feed_forward", *heights):
+            if getattr(made, size) != getattr(config, size):
+                raise AdapterError(f"attach {name!r}: {method.name} was made for {size} {getattr(made, size)}; expected {getattr(config, size)}, as the model has")
     places = {*block_sites(config), *key_value_sites(config), EMBED_SITE}
     for site in sites:
         if site not in places:

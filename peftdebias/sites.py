@@ -89,6 +89,7 @@ def key_value_sites(config: EncoderConfig) -> tuple[str, ...]:
 
 
 EMBED_SITE = "embeddings"
+TABLES = ("embeddings.word", "embeddings.position", "embeddings.segment")
 
 
 def linear_shape(config: EncoderConfig, site: str) -> tuple[int, int]:

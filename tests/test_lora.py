@@ -174,7 +174,7 @@ def test_budget_is_the_nearest_rank(budget):
     ({"targets": ("quary",)}, None, "lora targets: expected some of query, key, value, output, up, down, got 'quary'"),
     ({"targets": ()}, None, "lora targets: expected at least one linear, got none"),
     ({"dropout": 1.0}, None, "lora dropout: expected a share from 0 up to but not 1, got 1.0"),
-    ({"ranks": 3}, None, "lora option 'ranks': expected one of rank, alpha, targets, rank_stabilized, dropout"),
+    ({"ranks": 3}, None, "lora options: unknown key 'ranks'; expected one of rank, alpha, targets, rank_stabilized, dropout"),
     ({"rank": 3}, 0.01, "budget: chooses lora's rank; expected no rank beside it"),
     ({}, 1.5, "budget: expected a share between 0 and 1, got 1.5"),
 ])

@@ -18,7 +18,7 @@ from peftdebias.errors import AdapterError, ConfigError
 from peftdebias.methods import METHODS, base_parameters, create, method_class
 from peftdebias.sites import LINEARS, EncoderConfig
 
-from .outside import assert_close, assert_spelled_out, attached, batch_for, changed_weights, drawn_model, one_thread
+from .outside import assert_close, assert_spelled_out, attached, batch_for, changed_weights, drawn_model, little_memory, one_thread
 
 ALL = tuple(kind.split(".")[1] for kind in LINEARS)
 CASES = {
@@ -353,8 +353,46 @@ def test_fixed_sizes_are_named_and_chosen_ones_too(name):
 @pytest.mark.parametrize("name,options,budget,words", [
     ("qlora", {}, None, f"method: expected one of {', '.join(METHODS)}, got 'qlora'"),
     ("lora", {}, 1.5, "budget: expected a share between 0 and 1, got 1.5"),
-    ("bias", {"rank": 3}, None, "bias option 'rank': expected one of none"),
+    ("bias", {"rank": 3}, None, "bias options: unknown key 'rank'; expected none"),
+    ("lora", {"rank": 1.5}, None, "lora options: rank: expected a whole number, got 1.5"),
+    ("lora", {"alpha": -3}, None, "lora alpha: expected a finite number of more than 0, got -3"),
+    ("lora", {"alpha": float("inf")}, None, "lora alpha: expected a finite number of more than 0, got inf"),
+    ("adapter", {"scale": float("nan")}, None, "adapter scale: expected a finite number, got nan"),
+    ("sparse", {"l1": float("nan")}, None, "sparse l1: expected a finite number of at least 0, got nan"),
+    ("sparse", {"k": 10**12}, None, "sparse k: expected at most [0-9]+, the weights there are, got 1000000000000"),
+    ("lora", {"rank": 10**9}, None, "lora: expected a module of at most 16,777,216 parameters, got [0-9,]+, by LoRAConfig.rank=1000000000"),
+    ("prefix", {"length": 10**7}, None, "prefix: expected a module of at most"),
+    ("prefix", {"reparametrised": True, "inner": 10**9}, None, "prefix: expected a module of at most"),
+    ("prompt", {"length": 10**8}, None, "prompt: expected a module of at most"),
+    ("adapter", {"bottleneck": 10**8}, None, "adapter: expected a module of at most"),
 ])
-def test_errors(name, options, budget, words):
+def test_errors(name, options, budget, words, little_memory):  # noqa: F811
     with pytest.raises(ConfigError, match=words):
         methods.create(name, SHAPE, options=options, budget=budget)
+
+
+def test_what_has_no_sizes_is_named():
+    with pytest.raises(ConfigError, match="create 'lora': expected an EncoderConfig, as model.config is, got NoneType"):
+        methods.create("lora", None)
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "full"])
+@pytest.mark.parametrize("size", ["layers", "hidden", "heads", "feed_forward", "vocab", "max_positions", "segments"])
+def test_a_module_of_another_base_does_not_attach(name, size):
+    """Its own sites decide: a table that it does not touch may have another height."""
+    value = 1 if size == "heads" else 2 * getattr(SHAPE, size)
+    other = dataclasses.replace(SHAPE, **{size: value})
+    model, tables = Model(SHAPE), size in ("vocab", "max_positions", "segments")
+    method = methods.create(name, other)
+    if tables and name != "sparse":
+        patch.attach(model, "gender", method)
+        assert list(model.methods) == ["gender"]
+        return
+    with pytest.raises(AdapterError, match=f"^attach 'gender': {name} was made for {size} {value}; expected {getattr(SHAPE, size)}, as the model has$"):
+        patch.attach(model, "gender", method)
+    assert model.methods == {}
+
+
+def test_what_is_no_method_does_not_attach():
+    with pytest.raises(AdapterError, match=r"^attach 'gender': expected a method, as methods.create\(\) makes one, got str$"):
+        patch.attach(Model(SHAPE), "gender", "lora")

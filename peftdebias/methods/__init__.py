@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..config import checked
 from ..errors import AdapterError, ConfigError
 from ..sites import LINEARS, EncoderConfig
+
+LARGEST = 2**24  # parameters that a module may have however small its base: 64 MiB
 
 
 class Method:
@@ -184,6 +188,12 @@ def base_parameters(config: EncoderConfig) -> int:
     return embeddings + config.layers * layer
 
 
+def finite(what: str, value: float, least: float = -math.inf) -> None:
+    """Raises ConfigError about `what` on a number that is not finite or less than `least`."""
+    if not (math.isfinite(value) and value >= least):
+        raise ConfigError(f"{what}: expected a finite number{f' of at least {least:g}' if math.isfinite(least) else ''}, got {value}")
+
+
 def linear_kinds(chosen: tuple[str, ...], what: str) -> tuple[str, ...]:
     """Linears of a layer by full name, in the order of sites.LINEARS: "query" or "attention.query" -> "attention.query". Raises ConfigError about `what`."""
     known = {kind.split(".")[1]: kind for kind in LINEARS} | {kind: kind for kind in LINEARS}
@@ -198,21 +208,24 @@ def create(name: str, encoder_config: EncoderConfig, *, budget: float | None = N
     """A new method. options: fields of its Config. budget: share of base_parameters that its size should come nearest to, with room left for texts of
     max_length tokens; the share reached is method.count() / base_parameters(encoder_config).
 
-    Raises ConfigError on an unknown field, or a budget together with the field it would choose.
+    Raises ConfigError on an unknown field or one of another type, a budget together with the field it would choose, and a module larger than the base, unless
+    it has no more than LARGEST parameters.
     """
+    if not isinstance(encoder_config, EncoderConfig):
+        raise ConfigError(f"create {name!r}: expected an EncoderConfig, as model.config is, got {type(encoder_config).__name__}")
     cls = method_class(name)
-    options = dict(options or {})
-    fields = {f.name: f for f in dataclasses.fields(cls.Config)}
-    for key in options:
-        if key not in fields:
-            raise ConfigError(f"{name} option {key!r}: expected one of {', '.join(fields) or 'none'}")
-    generator = torch.Generator().manual_seed(seed)
+    options = checked(cls.Config, dict(options or {}), f"{name} options: ")
     if budget is None:
-        return cls(cls.Config(**options), encoder_config, generator)
-    if not 0 < budget < 1:
+        config = cls.Config(**options)
+    elif 0 < budget < 1:
+        config = cls.capped(cls.size_for(encoder_config, round(budget * base_parameters(encoder_config)), **options), encoder_config, max_length)
+    else:
         raise ConfigError(f"budget: expected a share between 0 and 1, got {budget}")
-    config = cls.size_for(encoder_config, round(budget * base_parameters(encoder_config)), **options)
-    return cls(cls.capped(config, encoder_config, max_length), encoder_config, generator)
+    if not cls.trains_base:
+        limit, wanted = max(base_parameters(encoder_config), LARGEST), sum(p.numel() for p in outline(cls, config, encoder_config).parameters().values())
+        if wanted > limit:
+            raise ConfigError(f"{name}: expected a module of at most {limit:,} parameters, got {wanted:,}, by {config}")
+    return cls(config, encoder_config, torch.Generator().manual_seed(seed))
 
 
 def outline(cls: type[Method], config, encoder_config: EncoderConfig) -> Method:

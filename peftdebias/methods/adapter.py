@@ -27,7 +27,7 @@ from ..errors import ConfigError
 from ..ops import compiled
 from ..ops.linear import product
 from ..sites import ACTIVATIONS, EncoderConfig, block_sites
-from . import Method
+from . import Method, finite
 
 
 def adapter_ref(inputs: Tensor, hidden: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, activation: str,
@@ -116,6 +116,7 @@ class AdapterConfig:
         for name in ("activation", "scale"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(ARCHITECTURES[self.architecture], name))
+        finite("adapter scale", self.scale)
         if self.activation not in ACTIVATIONS:
             raise ConfigError(f"adapter activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
 

@@ -43,7 +43,7 @@ def lora_grads_ref(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, scale: float, ra
 class LoRAConfig:
     """rank: r >= 1. targets: which linears of every layer, of sites.LINEARS or their last part. dropout: in [0, 1), on the update's x.
 
-    alpha: None is 2 * rank, so that s = 2; rank-stabilised it is 16, whatever the rank: s falls as 1 / sqrt(r) only if alpha stays.
+    alpha: more than 0; None is 2 * rank, so that s = 2; rank-stabilised it is 16, whatever the rank: s falls as 1 / sqrt(r) only if alpha stays.
     """
 
     rank: int = 8
@@ -55,6 +55,8 @@ class LoRAConfig:
     def __post_init__(self):
         if self.rank < 1:
             raise ConfigError(f"lora rank: expected at least 1, got {self.rank}")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ConfigError(f"lora alpha: expected a finite number of more than 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora dropout: expected a share from 0 up to but not 1, got {self.dropout}")
         if not self.targets:

@@ -22,8 +22,8 @@ from torch.nn import Parameter
 
 from ..encoder import Model, parameter_at
 from ..errors import AdapterError, ConfigError
-from ..sites import EncoderConfig, linear_sites, parameter_size
-from . import Method, base_parameters
+from ..sites import TABLES, EncoderConfig, linear_sites, parameter_size
+from . import Method, base_parameters, finite
 
 SHARE = 0.01
 PIECE = 2 ** 17  # values that a CPU takes at once: between the passes over them they stay in its cache
@@ -67,8 +67,7 @@ class SparseConfig:
     def __post_init__(self):
         if self.k is not None and self.k < 1:
             raise ConfigError(f"sparse k: expected at least 1, got {self.k}")
-        if self.l1 < 0:
-            raise ConfigError(f"sparse l1: expected at least 0, got {self.l1}")
+        finite("sparse l1", self.l1, least=0)
         if not 0 < self.first_rate <= 1:
             raise ConfigError(f"sparse first_rate: expected more than 0, up to 1, got {self.first_rate}")
 
@@ -86,6 +85,9 @@ class Sparse(Method):
         super().__init__(config, encoder_config, generator)
         if config.k is None:
             self.config = dataclasses.replace(config, k=round(SHARE * base_parameters(encoder_config)))
+        there = sum(parameter_size(encoder_config, site) for site in self.sites(encoder_config))
+        if self.config.k > there:
+            raise ConfigError(f"sparse k: expected at most {there}, the weights there are, got {self.config.k}")
         self.indices: dict[str, Tensor] = {}
 
     @classmethod
@@ -101,7 +103,7 @@ class Sparse(Method):
 
     def sites(self, encoder_config: EncoderConfig) -> tuple[str, ...]:
         linears = linear_sites(encoder_config)
-        return ("embeddings.word", "embeddings.position", "embeddings.segment", *linears, *(site + ".bias" for site in linears))
+        return (*TABLES, *linears, *(site + ".bias" for site in linears))
 
     def delta(self, site: str) -> tuple[Tensor, Tensor] | None:
         if site not in self.values:
