@@ -5,9 +5,13 @@ go to standard output (utf-8) or to files, everything else for people to standar
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
 
 from . import __version__, config
 from .errors import PeftDebiasError
@@ -42,19 +46,26 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, or 2 on bad input."""
+    """Run one command; returns the exit code: 0, 2 on bad input, 130 or 143 where a signal stopped it (SIGINT, SIGTERM), which leaves nothing half-written."""
     arguments = vars(parser().parse_args(argv))
     command, settings = COMMANDS[arguments.pop("command")]
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _terminable():
             warnings.showwarning = lambda message, *where: say(f"warning: {message}")
             command(config.resolve(settings, arguments))
         sys.stdout.flush()
         return 0
     except PeftDebiasError as error:
         print(f"peftdebias: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    except LookupError as error:
+        from .kernels import NoKernel, setting
+
+        if not isinstance(error, NoKernel):
+            raise
+        print(f"peftdebias: PEFTDEBIAS_KERNELS={setting()}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output went away, `| head` say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -64,9 +75,30 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"peftdebias: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("peftdebias: stopped", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, _Terminated) else 130
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside the `with` block SIGTERM (kill, a scheduler, a container that ends) raises, as Ctrl-C does; in another thread than the first it cannot."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ from .kernels.dropout_ref import dropout_ref
 from .ops.attention import has_varlen
 from .ops.linear import form as linear_form
 from .ops.scores import form as scores_form
-from .training import pick_device
+from .training import find_device
 
 CALLERS = ("encoder", "training", "tasks", "methods.lora", "methods.adapter", "methods.sparse")
 """The modules that call ops; what registers an implementation of one is imported by them."""
@@ -34,7 +34,7 @@ class Findings:
 
 def examine(device_name: str = "auto") -> Findings:
     """Raises ConfigError on a device that is not here, or a PEFTDEBIAS_KERNELS that says nothing."""
-    device = pick_device(device_name)
+    device = find_device(device_name)
     for module in CALLERS:
         importlib.import_module(f"peftdebias.{module}")
     ops, forms = [(op, *_answer(op, device)) for op in names()], _forms(device)

@@ -13,7 +13,6 @@ import contextlib
 import copy
 import functools
 import json
-import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from .encoder import Model, parameter_at
 from .errors import AdapterError, ConfigError, ModelError
 from .evaluation import LONGEST, cut_note, max_length
 from .methods import Method
+from .outputs import partial_of
 from .sites import ACTIVATIONS, EMBED_SITE
 from .tasks import class_probabilities, in_eval, labelled_samples, scored_batches
 from .tokens import Encoded
@@ -144,7 +144,7 @@ class Debiased:
         with torch.no_grad():
             padded = Padded(model, what, pooling=pooling, separator=tokenizer.sep_id if pairs and model.config.segments > 1 else None).eval()
         program = export_padded(padded)
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}.pt2")
+        partial = partial_of(path).with_suffix(".pt2")  # torch warns of another ending
         try:
             torch.export.save(program, partial, extra_files={"peftdebias.json": json.dumps(about), "tokenizer.json": tokenizer.backend.to_str()})
             partial.rename(path)

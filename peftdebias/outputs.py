@@ -39,6 +39,12 @@ def writing(path: str | None) -> Iterator:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """The text as a file, whole or not at all."""
+    with writing(str(path)) as file:
+        file.write(text)
+
+
 @contextlib.contextmanager
 def writing_folder(out: Path, overwrite: bool, what: str, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
     """A folder that becomes `out` when the block ends well and vanishes when it does not, as do the folders made for it.

@@ -21,7 +21,7 @@ from .config import Downstream, Evaluate, Run, Upstream, build, checked, parse_s
 from .errors import ConfigError
 from .metrics.compare import over_seeds, seed_difference
 from .metrics.tally import Difference
-from .outputs import writing
+from .outputs import write_text
 from .recipe import Recipe, System, Task
 from .training import pick_device
 
@@ -151,8 +151,7 @@ class _Runner:
         else:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
-                with writing(str(path)) as file:
-                    file.write(json.dumps(asked, indent=2) + "\n")
+                write_text(path, json.dumps(asked, indent=2) + "\n")
             except OSError as error:
                 raise ConfigError(f"--out {self.out}: cannot be written: {error.strerror}") from None
 
@@ -199,8 +198,7 @@ class _Runner:
         row = {"system": self._label(unit), "seed": unit.seed, "stage": unit.stage, "task": None if unit.task is None else unit.task.name,
                "run": trained and str(trained.relative_to(self.out)), "measures": measures, "examples": examples and str(examples.relative_to(self.out)),
                "seconds": round(time.perf_counter() - began, 1)}
-        with writing(str(self.row(unit))) as file:
-            file.write(json.dumps(row, indent=2) + "\n")
+        write_text(self.row(unit), json.dumps(row, indent=2) + "\n")
 
     def _label(self, unit: Unit) -> str:
         return self.recipe.base if unit.task is None and unit.system.method is None else unit.system.name
@@ -299,8 +297,7 @@ class _Runner:
                  "paper": [{"system": name, "stage": c.stage, "task": c.task, "title": c.title, "value": value} for c in self.recipe.columns for name, value in (c.paper or {}).items()],
                  "rows": rows}
         for name, text in (("results.json", json.dumps(table, indent=1) + "\n"), ("results.md", markdown(table))):
-            with writing(str(self.out / name)) as file:
-                file.write(text)
+            write_text(self.out / name, text)
         return table
 
 

@@ -69,6 +69,14 @@ class Outcome:
 
 
 def pick_device(name: str) -> torch.device:
+    """As find_device. Raises ConfigError, too, where PEFTDEBIAS_KERNELS asks for what does not run there."""
+    device = find_device(name)
+    if kernels.setting() == "triton" and (trouble := kernels.missing("norm", "triton", device.type)):
+        raise ConfigError(f"PEFTDEBIAS_KERNELS=triton: expected a device on which Triton runs, got {device}: {trouble} (auto takes what is there)")
+    return device
+
+
+def find_device(name: str) -> torch.device:
     """auto is a GPU where there is one. Raises ConfigError on a name torch does not know or a GPU that is not there, and on PEFTDEBIAS_KERNELS or PEFTDEBIAS_LINEAR
     (ATTENTION, FEED_FORWARD, LORA_LINEAR, LORA_GRADS) that say nothing: they pick what runs on the device."""
     try:

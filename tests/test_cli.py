@@ -4,13 +4,16 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import tomllib
 
 import pytest
 
 from peftdebias import demo as demonstration
+from peftdebias import kernels
 from peftdebias.report import available
 from peftdebias.testbed import write
 
@@ -335,6 +338,40 @@ def test_a_bug_keeps_its_traceback(small, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setattr(phases, "encode_families", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     said = cli("upstream", *small.learning(out=tmp_path / "deep" / "run"))
     assert said.code == 130 and said.err.splitlines()[-1] == "peftdebias: stopped" and tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name,code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_leaves_nothing_half_written(name, code, small, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    command = subprocess.Popen([sys.executable, "-m", "peftdebias", "upstream", *small.learning(steps=100000, valid_every=100000, out=out)], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    heard = iter(command.stderr.readline, "")
+    assert any(line.startswith("trained: ") for line in heard) and list(tmp_path.iterdir())  # the folder that is not whole yet
+    command.send_signal(getattr(signal, name))
+    said = command.stderr.read()
+    assert command.wait(60) == code and said.splitlines()[-1] == "peftdebias: stopped" and tree(tmp_path) == {}
+
+
+def test_in_a_thread_of_another_program_signals_are_left_alone(small, tmp_path):  # noqa: F811
+    before, said = signal.getsignal(signal.SIGTERM), []
+    thread = threading.Thread(target=lambda: said.append(cli("methods", "--model", small.base)))
+    thread.start()
+    thread.join()
+    assert said[0].code == 0 and cli("methods", "--model", small.base).code == 0 and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_kernel_that_is_not_there_is_one_line(small, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setenv("PEFTDEBIAS_KERNELS", "triton")
+    monkeypatch.setattr(kernels, "interpreted", lambda: False)
+    for argv in (["evaluate", small.base, "--on", f"perplexity={small.heldout}"], ["upstream", *small.learning(out=tmp_path / "run")]):
+        said = cli(*argv, "--device", "cpu")
+        assert said.code == 2 and said.err.splitlines()[-1] == ("peftdebias: PEFTDEBIAS_KERNELS=triton: expected a device on which Triton runs, got cpu: Triton does not run "
+                                                                "on cpu (auto takes what is there)")
+    monkeypatch.setattr(kernels, "missing", lambda op, kind, where="cuda": "" if op == "norm" else "no such op here")
+    said = cli("evaluate", small.base, "--on", f"perplexity={small.heldout}", "--device", "cpu")
+    assert said.code == 2 and re.fullmatch(r"peftdebias: PEFTDEBIAS_KERNELS=triton: \w+: no such op here; no triton implementation here, expected one of .*",
+                                           said.err.splitlines()[-1])
+    assert tree(tmp_path) == {}
 
 
 # ---------------------------------------------------------------- help

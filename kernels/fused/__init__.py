@@ -78,14 +78,18 @@ def use(kind: str):
         _forced.reset(token)
 
 
+class NoKernel(LookupError):
+    """A kind that was asked for by name has no such op here."""
+
+
 def choose(op: str, reference, device=None):
     """The implementation of `op` to call now. `reference` is the caller's plain-torch twin.
 
-    device: the torch.device the tensors live on; None is a CPU. Raises LookupError where a forced kind has no such op.
+    device: the torch.device the tensors live on; None is a CPU. Raises NoKernel where a forced kind has no such op.
     """
     kind, why = decide(op, device)
     if kind is None:
-        raise LookupError(why)
+        raise NoKernel(why)
     return reference if kind == "torch" else _registry[op, kind]
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from .. import checkpoint, methods
 from ..config import Testbed
 from ..errors import ConfigError, PeftDebiasError
+from ..outputs import partial_of, write_text
 from . import summary
 from .units import NONE, Plan, Sizes, Unit
 
@@ -54,7 +55,7 @@ def testbed(settings: Testbed, say: Callable[[str], None] = lambda line: None) -
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not (out / MARK).exists():
-            _write(out / MARK, json.dumps(about | {"rows": None}, indent=1) + "\n")
+            write_text(out / MARK, json.dumps(about | {"rows": None}, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
     todo = [unit for unit in units if results[unit] is None]
@@ -70,8 +71,8 @@ def testbed(settings: Testbed, say: Callable[[str], None] = lambda line: None) -
     found = about | {"rows": rows, "monotone": summary.monotone(rows), "units": len(units)}
     found |= {key: round(sum(r[key] for r in results.values()), 1) for key in ("seconds", "cpu_seconds")}
     table = summary.markdown(found)
-    _write(out / MARK, json.dumps(found, indent=1) + "\n")
-    _write(out / "table.md", table)
+    write_text(out / MARK, json.dumps(found, indent=1) + "\n")
+    write_text(out / "table.md", table)
     for note in _draw(found, out):
         say(note)
     return table
@@ -110,14 +111,7 @@ def _draw(found: dict, out: Path) -> list[str]:
     except ModuleNotFoundError as error:
         return [f"no drawing: it needs {error.name} (pip install 'peftdebias[report]')"]
     for kind in ("svg", "png"):
-        partial = out / f".testbed.partial-{os.getpid()}.{kind}"
-        figure.savefig(partial, dpi=150)
-        partial.replace(out / f"testbed.{kind}")
+        place = out / f"testbed.{kind}"
+        figure.savefig(partial_of(place), dpi=150, format=kind)
+        partial_of(place).replace(place)
     return []
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

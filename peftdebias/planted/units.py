@@ -9,7 +9,6 @@ A unit keeps its figures in unit.json, written last and whole: a unit that has o
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from ..evaluation import evaluate_run
 from ..metrics import Measure, crows_pairs
 from ..metrics.bootstrap import mean_interval
 from ..metrics.causal import gender_effect
+from ..outputs import write_text
 from ..tasks import class_probabilities, labelled_samples
 from ..testbed import World
 
@@ -134,9 +134,7 @@ class Plan:
             torch.set_num_threads(threads)
         found = {"unit": dataclasses.asdict(unit), "made_of": self.made_of(unit), "figures": {m.name: m.as_json() for m in measures}, "parameters": parameters,
                  "seconds": round(time.perf_counter() - wall, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
-        partial = folder / f".unit.json.partial-{os.getpid()}"
-        partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder / "unit.json")
+        write_text(folder / "unit.json", json.dumps(found, indent=1) + "\n")
         return found
 
     def world(self, unit: Unit) -> World:
