@@ -50,6 +50,13 @@ class Answers:
         return found
 
 
+def check_pairs(what: str, run: Run, pairs: bool) -> None:
+    """Raises ConfigError where a run that was trained on pairs is asked about single texts, or the other way round. A folder that no run trained answers both."""
+    if "text" in run.config and pairs != ("text_pair" in run.config):
+        trained, asked = ("text pairs", "texts alone") if "text_pair" in run.config else ("single texts", "text pairs")
+        raise ConfigError(f"{what}: the run was trained on {trained}; expected such, got {asked}")
+
+
 def max_length(model: Model, wanted: int) -> int:
     """The longest text that both the caller and the model allow."""
     return min(wanted, model.config.max_positions - model.encoder.hooks.position_shift)

@@ -83,6 +83,7 @@ def augment(settings: Augment) -> Summary:
     begin = time.perf_counter()
     axis, intervention = prepared(settings)
     files = lines.find(settings.files or ("-",))
+    corpus.check_column(files, settings.column)
     keep_apart({"--out": settings.out, "--stats": settings.stats}, [*files, settings.axis, settings.names])
     made = engine(axis, intervention, settings.threads)
     summary = Summary(axis, engine=made.name)

@@ -205,6 +205,8 @@ class Lexicon(NamedTuple):
 @functools.lru_cache(maxsize=32)
 def lexicon(axis: Axis, only_from: int | None = None) -> Lexicon:
     """With `only_from`, the forms of other columns are found too, so that no piece of one is, and replaced by nothing: ()."""
+    if isinstance(axis, str):
+        raise ConfigError(f"axis: expected an Axis, as load_axis({axis!r}) gives one, got a text")
     only = dict(axis.only)
     entries = []  # (word, what stands in its place, variant by variant, the letter cases it counts in)
     for row in axis.groups:

@@ -132,11 +132,12 @@ def check_base(folder: Path, base: dict, model: Model, force: bool = False) -> N
     elif not base.get("sha256"):
         warnings.warn(f"{folder}: carries no checksum of its base; whether it belongs to this model cannot be checked", stacklevel=3)
     elif base["sha256"] != (found := patch.base_checksum(model)):
-        wrong = f"{folder}: made for the base with checksum {base['sha256'][:12]}; expected {found[:12]}, the model given"
+        dtype = str(model.encoder.embeddings.word.weight.dtype).removeprefix("torch.")
+        wrong = f"{folder}: made for the base with checksum {base['sha256'][:12]}; expected {found[:12]}, the model given" + (f", in {dtype}" if dtype != "float32" else "")
     if wrong and not force:
-        raise AdapterError(f"{wrong} (--force goes on where shapes allow it)")
+        raise AdapterError(f"{wrong} (--force, in Python force=True, goes on where shapes allow it)")
     if wrong:
-        warnings.warn(f"{wrong}; going on by --force", stacklevel=3)
+        warnings.warn(f"{wrong}; going on by force", stacklevel=3)
 
 
 def _named(base: dict) -> str:
@@ -146,6 +147,9 @@ def _named(base: dict) -> str:
 def attach_adapters(model: Model, folders: tuple[str, ...], force: bool = False) -> list[Adapter]:
     """Load and attach each folder's module, all of a run's, under its axis (the second of an axis as `axis-2`), in order."""
     adapters = [load_adapter(one, model, force) for folder in folders for one in adapter_folders(Path(folder)) or [folder]]
+    for number, adapter in enumerate(adapters):
+        if adapter.folder.resolve() in (other.folder.resolve() for other in adapters[:number]):
+            raise AdapterError(f"{adapter.folder}: attached twice; expected each module once")
     for adapter in adapters:
         name, count = adapter.axis, 1
         while name in model.methods:
@@ -233,12 +237,13 @@ def is_run(path: str | Path) -> bool:
 
 @dataclasses.dataclass
 class Run:
-    """A model with its tokenizer and attached modules, ready to use. config: the run's own, empty for a plain model folder."""
+    """A model with its tokenizer and attached modules, ready to use. config: the run's own, empty for a plain model folder. sources: the folder of each module."""
 
     model: Model
     tokenizer: Tokenizer
     config: dict
     report: weights.LoadReport
+    sources: dict[str, Path] = dataclasses.field(default_factory=dict)
 
 
 def load_run(path: str | Path, adapters: tuple[str, ...] = (), device: str | torch.device = "cpu", force: bool = False,
@@ -253,15 +258,16 @@ def load_run(path: str | Path, adapters: tuple[str, ...] = (), device: str | tor
         loaded = weights.load(path, **options)
     else:
         config, own = read_config(path), adapter_folders(path)
-        if (path / "model").is_dir() or "model" not in config:
+        if (path / "model").is_dir() or "model" not in config or config.get("command") == "downstream":
             loaded = weights.load(path / "model", **options)
         else:
             try:
                 loaded = weights.load(config["model"], **options)
             except ModelError as error:
                 raise ModelError(f"{path}: a module, whose base was {config['model']}: {error}") from None
-    attach_adapters(loaded.model, (*map(str, own), *adapters), force)
-    return Run(loaded.model.to(device, dtype).eval(), loaded.tokenizer, config, loaded.report)
+    attached = attach_adapters(loaded.model, (*map(str, own), *adapters), force)
+    sources = dict(zip(loaded.model.methods, (adapter.folder for adapter in attached)))
+    return Run(loaded.model.to(device, dtype).eval(), loaded.tokenizer, config, loaded.report, sources)
 
 
 def versions(device: torch.device | None = None) -> dict:

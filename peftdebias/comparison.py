@@ -12,6 +12,7 @@ made of, the others by example.
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,16 +97,16 @@ def compare_examples(first: str, second: str, *, seed: int = 0, samples: int = 1
     for name in common:
         a, b = one[name], other[name]
         _same_examples(a, b)
-        prefix, tallies = _kind(name)
+        prefix, tallies, suffix = _kind(name)
         if tallies is None:
             notes.append(f"not compared, has no comparison by example: {name}")
             continue
         compared, without = differences(*tallies(a, b), seed=seed, samples=samples)
-        if name.removeprefix(prefix) == "classification":
+        if tallies is _classification:
             compared = [_with_mcnemar(d, a, b) if d.name == "accuracy" else d for d in compared]
         compared = [d for d in compared if "/term/" not in d.name]
-        found += [dataclasses.replace(d, name=prefix + d.name) for d in compared]
-        notes += [f"no difference without an interval, so none: {prefix}{figure}" for figure in without if "/term/" not in figure]
+        found += [dataclasses.replace(d, name=prefix + d.name + suffix) for d in compared]
+        notes += [f"no difference without an interval, so none: {prefix}{figure}{suffix}" for figure in without if "/term/" not in figure]
     return Comparison(found, [], notes)
 
 
@@ -174,7 +175,7 @@ def _fprd(a: Rows, b: Rows) -> tuple[Tally, Tally]:
     for row, found in zip(mentioned, a.column("terms")):
         for term in found:
             row[index[term]] = True
-    name = a.name.split("/")[-1]
+    name = _bare(a.name).split("/")[-1]
     return tuple(fprd_tally(rows.column("predicted"), rows.column("label"), rows.one("positive"), mentioned, terms, name=name).tally for rows in (a, b))
 
 
@@ -194,7 +195,7 @@ def _counterfactual(a: Rows, b: Rows) -> tuple[Tally, Tally]:
 
 
 def _crows_pairs(a: Rows, b: Rows) -> tuple[Tally, Tally]:
-    name = "/".join(a.name.split("/")[-2:])
+    name = "/".join(_bare(a.name).split("/")[-2:])
     return tuple(crows_pairs_tally(name, rows.column("more"), rows.column("less"), rows.column("bias_type")) for rows in (a, b))
 
 
@@ -206,7 +207,7 @@ def _stereoset(a: Rows, b: Rows) -> tuple[Tally, Tally]:
 
 def _seat(a: Rows, b: Rows) -> tuple[Tally, Tally]:
     return tuple(seat_tally(rows.column("test"), [SETS.index(name) for name in rows.column("set")], rows.column("stem"), rows.column("association"),
-                            name=a.name.split("/")[-1]) for rows in (a, b))
+                            name=_bare(a.name).split("/")[-1]) for rows in (a, b))
 
 
 def _loss(a: Rows, b: Rows) -> tuple[Tally, Tally]:
@@ -229,12 +230,18 @@ FIGURES: dict[str, Callable[[Rows, Rows], tuple[Tally, Tally]]] = {
 """The rows of `evaluate --examples`, by their measure -> the tallies of two systems."""
 
 
-def _kind(name: str) -> tuple[str, Callable | None]:
-    """("only-gender/", what compares) of "only-gender/fprd"."""
-    prefix, _, rest = name.partition("/")
-    if name not in FIGURES and rest in FIGURES:
-        return prefix + "/", FIGURES[rest]
-    return "", FIGURES.get(name)
+def _bare(name: str) -> str:
+    """"seat" of "seat (b.jsonl)"."""
+    return re.sub(r" \(.*\)$", "", name)
+
+
+def _kind(name: str) -> tuple[str, Callable | None, str]:
+    """("only-gender/", what compares, " (b.txt)") of "only-gender/fprd (b.txt)", as `evaluate` names a measure of a module alone, and on one file of several."""
+    bare = _bare(name)
+    prefix, _, rest = bare.partition("/")
+    if bare not in FIGURES and rest in FIGURES:
+        return prefix + "/", FIGURES[rest], name.removeprefix(bare)
+    return "", FIGURES.get(bare), name.removeprefix(bare)
 
 
 # ---------------------------------------------------------------- seeds

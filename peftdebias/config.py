@@ -467,7 +467,8 @@ def checked(cls: type, values: dict, where: str = "") -> dict:
         key = name.replace("-", "_")
         key = key + "_" if key + "_" in fields else key
         if key not in fields:
-            raise ConfigError(f"{where}unknown key {name!r}; expected {'one of ' + ', '.join(fields) if fields else 'none'}")
+            known = ", ".join(field.rstrip("_") for field in fields)
+            raise ConfigError(f"{where}unknown key {name!r}; expected {'one of ' + known if known else 'none'}")
         kind = _plain(hints[key])
         if kind is dict:
             value = parse_settings(value) if isinstance(value, list) else value
@@ -532,6 +533,8 @@ def _at_least(least: int, settings, *names: str) -> None:
     """Raises ConfigError on a named field that is set and less, or not a number."""
     for name in names:
         value = getattr(settings, name)
+        if value is not None and not isinstance(value, (int, float)):
+            raise ConfigError(f"{flag(name)}: expected a number, got {value!r}")
         if value is not None and not value >= least:
             raise ConfigError(f"{flag(name)}: expected at least {least}, got {value}")
 

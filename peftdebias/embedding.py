@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import __version__, checkpoint
+from . import __version__, answers, checkpoint
 from .batches import Batch, Sample, pack
 from .encoder import Model, parameter_at
 from .errors import AdapterError, ConfigError, ModelError
@@ -39,11 +39,14 @@ KINDS = ("predict", "fill_mask", "encode")
 POOLINGS = ("first", "mean")
 
 
-def load(run: str | Path, adapters: Sequence[str | Path] = (), device: str = "cpu") -> "Debiased":
-    """A run folder or a plain model folder with its modules and further `adapters`, ready to answer. Raises ModelError or AdapterError on bad folders."""
+def load(run: str | Path, adapters: Sequence[str | Path] = (), device: str = "cpu", force: bool = False) -> "Debiased":
+    """A run folder or a plain model folder with its modules and further `adapters`, ready to answer. force: modules made for another base too, where shapes allow it.
+
+    Raises ModelError or AdapterError on bad folders.
+    """
     if isinstance(adapters, (str, Path)):
         raise ConfigError(f"adapters: expected a list of folders, got one path: [{str(adapters)!r}]")
-    return Debiased(checkpoint.load_run(run, tuple(map(str, adapters)), pick_device(device)), str(run))
+    return Debiased(checkpoint.load_run(run, tuple(map(str, adapters)), pick_device(device), force), str(run))
 
 
 def _one_at_a_time(answer):
@@ -86,6 +89,7 @@ class Debiased:
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[dict]:
         """{"text", "label", "probabilities": {label: p}} for each text (with its pair). Raises ModelError without a classifier."""
         self._head("predict")
+        answers.check_pairs(self.name, self.run, pairs is not None)
         if not (encoded := self._encoded(texts, pairs)):
             return []
         labels = self.run.model.classifier.labels
@@ -99,6 +103,8 @@ class Debiased:
         Several masks are answered apart, each with the others masked. Raises ModelError without a masked-LM head, ConfigError on a text without a mask token.
         """
         self._head("fill_mask")
+        if not isinstance(text, str):
+            raise ConfigError(f"fill_mask: expected one text, got {type(text).__name__}")
         tokenizer = self.run.tokenizer
         mask, vocabulary = tokenizer.backend.id_to_token(tokenizer.mask_id), tokenizer.vocab_size
         if not 1 <= top <= vocabulary:
@@ -144,7 +150,7 @@ class Debiased:
         with torch.no_grad():
             padded = Padded(model, what, pooling=pooling, separator=tokenizer.sep_id if pairs and model.config.segments > 1 else None).eval()
         program = export_padded(padded)
-        partial = partial_of(path).with_suffix(".pt2")  # torch warns of another ending
+        partial = path.with_name(partial_of(path).name + ".pt2")  # torch warns of another ending
         try:
             torch.export.save(program, partial, extra_files={"peftdebias.json": json.dumps(about), "tokenizer.json": tokenizer.backend.to_str()})
             partial.rename(path)
@@ -174,6 +180,11 @@ class Debiased:
         for what, given in (("texts", texts), ("pairs", pairs)):
             if isinstance(given, str):
                 raise ConfigError(f"{what}: expected a list of texts, got one text: [{given[:20]!r}]")
+            for number, text in enumerate(given or ()):
+                if not isinstance(text, str):
+                    raise ConfigError(f"{what}[{number}]: expected a text, got {type(text).__name__}")
+                if not text.isascii() and (half := next((c for c in text if "\ud800" <= c <= "\udfff"), None)):
+                    raise ConfigError(f"{what}[{number}]: expected text that utf-8 can hold, got half a surrogate pair, {half!r}")
         if pairs is not None and len(pairs) != len(texts):
             raise ConfigError(f"pairs: expected {len(texts)}, one for each text, got {len(pairs)}")
         encoded = self.run.tokenizer.encode(texts, pairs, self._longest)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import checkpoint, corpus, extrinsic, intrinsic
-from .answers import LONGEST, Result, cut_note, encode_examples, longest_of, max_length, positive_label
+from .answers import LONGEST, Result, check_pairs, cut_note, encode_examples, longest_of, max_length, positive_label
 from .checkpoint import Run
 from .config import Evaluate, Predict
 from .errors import ConfigError, DataError, ModelError
@@ -49,6 +49,8 @@ def parse_on(entries: tuple[str, ...]) -> list[tuple[str, str]]:
             raise ConfigError(f"--on {entry}: expected {name}=FILE, got no file")
         if not Path(path).exists():
             raise DataError(f"{path}: no such file (from --on {entry})")
+        if (name, path) in parsed:
+            raise ConfigError(f"--on {entry}: given twice; expected it once")
         parsed.append((name, path))
     return parsed
 
@@ -70,9 +72,10 @@ def evaluate_run(run: Run, settings: Evaluate) -> Result:
     for prefix, off in systems(tuple(run.model.methods)).items():
         with run.model.without(*off):
             for name, path in parse_on(settings.on):
-                found = ON[name](run, path, settings)
-                total.measures += [dataclasses.replace(m, name=prefix + m.name) for m in found.measures]
-                total.examples += [row | {"measure": prefix + row["measure"]} for row in found.examples]
+                found, taken = ON[name](run, path, settings), {m.name for m in total.measures}
+                again = f" ({Path(path).name})" if any(prefix + m.name in taken for m in found.measures) else ""  # the same measure on another file
+                total.measures += [dataclasses.replace(m, name=prefix + m.name + again) for m in found.measures]
+                total.examples += [row | {"measure": prefix + row["measure"] + again} for row in found.examples]
                 total.notes += [note for note in found.notes if note not in total.notes]
     return total
 
@@ -87,6 +90,8 @@ def evaluate(settings: Evaluate) -> Result:
         files = {name: opened.enter_context(writing(path)) for name in ("json", "examples") if (path := getattr(settings, name))}
         run = checkpoint.load_run(settings.model, settings.adapter, pick_device(settings.device), settings.force)
         result = evaluate_run(run, settings)
+        if len(run.sources) > 1:
+            result.notes[:0] = [f"module {name}: {folder}" for name, folder in run.sources.items()]
         if "json" in files:
             files["json"].write(json.dumps({"measures": [m.as_json() for m in result.measures]}, indent=2) + "\n")
         if "examples" in files:
@@ -119,6 +124,7 @@ def _to_label(run: Run, settings: Predict) -> tuple[list[str], list[str] | None]
     plain = source == "-" or (Path(source).name.lower().removesuffix(".gz").endswith(".txt") and settings.text is None)
     if plain and pair:
         raise ConfigError(f"{settings.file or 'standard input'}: expected a csv, tsv or jsonl file with the columns {text} and {pair}, since the run labels pairs")
+    check_pairs(settings.run, run, bool(pair))
     if plain:
         return [t.text for t in corpus.read_texts([source])], None
     examples = corpus.read_examples(source, text=text or "text", text_pair=pair)

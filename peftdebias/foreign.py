@@ -66,17 +66,18 @@ class Attached:
             self._undo.pop()()
 
 
-def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, str] | None = None) -> Attached:
+def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, str] | None = None, force: bool = False) -> Attached:
     """Attach a method, or the module of an adapter or run folder, to `module`; several may be attached, one after another.
 
     names: our site -> their module name, over the names that transformers has; `{i}` stands for the layer on both sides ("layers.{i}.attention.query":
     "blocks.{i}.q"). A name may leave out what comes before it: `encoder.layer.0.output.dense` is found inside `bert` or deeper. A folder is checked against
-    the base that it was made for, which needs every tensor of the encoder; a Method needs only its own sites. Its parameters move to the device of `module`.
-    Raises AdapterError on a method that does more than change weights, a module or bias that is missing or stands there twice, and a shape that does not match.
+    the base that it was made for, in the dtype of its files, which needs every tensor of the encoder; force: a warning where that is another. A Method needs only
+    its own sites. Its parameters move to the device of `module`.
+    Raises AdapterError on a method that does more than change weights, a name for a site that there is not, a module or bias that is missing or stands there twice, and a shape that does not match.
     """
     find = _Finder(module, names or {})
     if not isinstance(method, Method):
-        method = _load(Path(method), find)
+        method = _load(Path(method), find, force)
     _only_weights(type(method))
     places: dict[str, str] = {}
     changes: dict[tuple[str, str], nn.Module] = {}  # (site, "weight" or "bias") -> their module
@@ -155,6 +156,9 @@ class _Finder:
     """find(site) -> (their name, their module). names: as attach_to takes them."""
 
     def __init__(self, module: nn.Module, names: dict[str, str]):
+        for site in names:
+            if re.sub(r"^layers\.\d+\.", "layers.{i}.", site) not in ENCODER_NAMES:
+                raise AdapterError(f"names: expected some of {', '.join(ENCODER_NAMES)}, with a number for {{i}} where one layer is meant, got {site!r}")
         self.modules, self.names = dict(module.named_modules()), ENCODER_NAMES | names
 
     def wanted(self, site: str) -> str | None:
@@ -177,7 +181,7 @@ class _Finder:
         return found[0], self.modules[found[0]]
 
 
-def _load(folder: Path, find: _Finder) -> Method:
+def _load(folder: Path, find: _Finder, force: bool) -> Method:
     """The method of a folder, checked against the base by its checksum, for which our encoder is filled with the host's tensors."""
     own = folder / "adapter" if (folder / "adapter").is_dir() else folder
     if not folder.is_dir():
@@ -186,6 +190,7 @@ def _load(folder: Path, find: _Finder) -> Method:
         raise AdapterError(f"{folder}: a run with several modules; expected one, as {own} is")
     header = checkpoint.read_header(own)
     _only_weights(method_class(header["method"]))
+    find("layers.0.attention.query")  # what is missing is named by its site
     layers = 0
     while find.all(f"layers.{layers}.attention.query"):
         layers += 1
@@ -204,4 +209,4 @@ def _load(folder: Path, find: _Finder) -> Method:
         if parameter.shape != tensors[name].shape:
             raise AdapterError(f"{name}: expected shape {list(parameter.shape)}, got {list(tensors[name].shape)} in the module to attach to")
         parameter.data = tensors[name]
-    return checkpoint.load_adapter(own, model).method
+    return checkpoint.load_adapter(own, model, force).method

@@ -238,6 +238,8 @@ def find_folder(name: str | Path) -> Path:
         return stored / "snapshots" / reference.read_text().strip()
     if snapshots:
         return snapshots[-1].parent
+    if path.is_absolute() or str(name).startswith(".") or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir()):  # no name of a hub
+        raise ModelError(f"model {str(name)!r}: no such folder")
     raise ModelError(f"model {str(name)!r}: no such folder, and not in the Hugging Face cache {cache}; fetch it with `hf download {name}`")
 
 

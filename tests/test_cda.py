@@ -10,6 +10,7 @@ import pytest
 
 from peftdebias.axes import load_axis, names
 from peftdebias.cda import Counterfactual, Family, Swap, counterfactuals, deciding_rule, families, pronoun_table, rows
+from peftdebias.errors import ConfigError
 
 GENDER, RACE, GROUP = load_axis("gender"), load_axis("race"), load_axis("group")
 
@@ -352,3 +353,8 @@ def test_the_benchmark_counts_what_it_says(bench):
     assert bench.share(counts, "his") == (1, 1) and bench.share(counts, "hers") == (1, 1)
     assert bench.share(counts, "him") == (1, 2)  # "told her xylophones" reads like a determiner
     assert counts["told apart", "him", "his"] == 1
+
+
+def test_an_axis_is_not_its_name():
+    with pytest.raises(ConfigError, match=r"^axis: expected an Axis, as load_axis\('gender'\) gives one, got a text$"):
+        counterfactuals("she is", "gender")

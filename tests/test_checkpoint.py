@@ -282,6 +282,13 @@ def test_a_run_whose_module_is_gone_does_not_answer_without_it(small, tmp_path):
         assert said.code == 2 and "adapter-2: expected a module" in said.err and said.out == ""
 
 
+def test_a_downstream_run_without_its_model_does_not_answer_by_the_base(small, tmp_path):  # noqa: F811
+    done("downstream", *small.task(), "--out", tmp_path / "jobs")
+    shutil.rmtree(tmp_path / "jobs" / "model")
+    said = cli("evaluate", tmp_path / "jobs", "--on", f"perplexity={small.heldout}")
+    assert said.code == 2 and said.err.splitlines()[-1] == f"peftdebias: model '{tmp_path}/jobs/model': no such folder"
+
+
 def test_a_run_whose_configuration_is_broken_is_named(tmp_path):
     (tmp_path / "config.toml").write_text("a = ")
     with pytest.raises(ModelError, match=f"^{tmp_path}/config.toml: expected TOML, got "):

@@ -196,6 +196,7 @@ def test_all_that_is_missing_is_named_as_it_is_typed():
     (Downstream, DOWNSTREAM, {"epochs": 0}, "--epochs: expected at least 1"),
     (Evaluate, {"model": "m"}, {"samples": 0}, "--samples: expected at least 1"),
     (Evaluate, {"model": "m"}, {"seed": -2}, "--seed: expected a whole number from 0"),
+    (Upstream, UPSTREAM, {"steps": "3"}, "--steps: expected a number, got '3'"),
     (Evaluate, {"model": "m"}, {"seed": 2**63}, "--seed: expected a whole number from 0 to .*, got 9223372036854775808"),
     (Upstream, UPSTREAM, {"lr": float("inf")}, "--lr: expected a finite number, got inf"),
     (Upstream, UPSTREAM, {"weight_decay": float("inf")}, "--weight-decay: expected a finite number, got inf"),

@@ -269,6 +269,26 @@ def test_modules_go_off_and_more_come_in(model, folders):
         pass
 
 
+@pytest.mark.parametrize("texts,words", [
+    ([None], r"texts\[0\]: expected a text, got NoneType"), (["a", 3], r"texts\[1\]: expected a text, got int"),
+    (["a\ud800"], r"texts\[0\]: expected text that utf-8 can hold, got half a surrogate pair, '\\ud800'"),
+])
+def test_what_is_no_text_is_named(texts, words, model):
+    for ask in (model.predict, model.encode, lambda given: model.predict(["a"] * len(given), given)):
+        with pytest.raises(ConfigError, match=f"^{words.replace('texts', '(texts|pairs)')}$"):
+            ask(texts)
+    with pytest.raises(ConfigError, match="^fill_mask: expected one text, got list$"):
+        model.fill_mask(["The [MASK]"])
+
+
+@pytest.mark.parametrize("trained,asked", [({"text": "a"}, [TEXTS[1]]), ({"text": "a", "text_pair": "b"}, None)])
+def test_a_run_answers_what_it_was_trained_on(trained, asked, model):
+    model.run.config |= trained
+    with pytest.raises(ConfigError, match="^.*run: the run was trained on (single texts; expected such, got text pairs|text pairs; expected such, got texts alone)$"):
+        model.predict([TEXTS[0]], asked)
+    assert model.predict([TEXTS[0]], [TEXTS[1]] if asked is None else None)
+
+
 def test_threads_share_a_model(model):
     """Each thread's answers are those of its own block, whatever the others do meanwhile, and afterwards all modules are on."""
     on = model.encode(TEXTS)

@@ -212,6 +212,25 @@ def test_a_model_folder_with_a_classifier_predicts_too(runs, tmp_path):
 
 # ---------------------------------------------------------------- files
 
+def test_one_measure_on_two_files_has_two_names(small, tmp_path):  # noqa: F811
+    (tmp_path / "more.txt").write_text("she is a nurse at home\nhe is a banker\n")
+    on = ["--on", f"perplexity={small.heldout}", "--on", f"perplexity={tmp_path / 'more.txt'}"]
+    done("evaluate", small.base, *on, "--json", tmp_path / "both.json", "--examples", tmp_path / "e.jsonl")
+    done("evaluate", small.base, *on[2:], "--json", tmp_path / "more.json")
+    found, alone = by_name(tmp_path / "both.json"), by_name(tmp_path / "more.json")
+    assert list(found) == ["mlm-loss", "perplexity", "mlm-loss (more.txt)", "perplexity (more.txt)"]
+    assert found["mlm-loss (more.txt)"]["value"] == alone["mlm-loss"]["value"] != found["mlm-loss"]["value"]
+    assert {row["measure"] for row in lines(tmp_path / "e.jsonl")} == {"mlm-loss", "mlm-loss (more.txt)"}
+    (tmp_path / "more (1).csv").write_bytes(small.pairs.read_bytes())
+    for name in ("e.jsonl", "f.jsonl"):
+        done("evaluate", small.base, *on, "--on", f"crows-pairs={small.pairs}", "--on", f"crows-pairs={tmp_path / 'more (1).csv'}", "--examples", tmp_path / name)
+    compared = done("compare", tmp_path / "e.jsonl", tmp_path / "f.jsonl", "--json", tmp_path / "c.json")
+    names = [d["name"] for d in json.loads((tmp_path / "c.json").read_text())["differences"]]
+    assert names[:2] == ["mlm-loss", "mlm-loss (more.txt)"] and "not compared" not in compared.err
+    crows = [name for name in names if name.startswith("crows-pairs/")]
+    assert len(crows) >= 4 and {name for name in crows if name.endswith(")")} == {f"{name} (more (1).csv)" for name in crows if not name.endswith(")")}
+
+
 def test_output_files_that_cannot_be_written_are_known_before_anything_is_computed(small, runs, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(evaluation.checkpoint, "load_run", None)
     for argv in (["evaluate", small.base, "--on", f"perplexity={small.heldout}", "--json", tmp_path / "m.json", "--examples", tmp_path / "no" / "e.jsonl"],

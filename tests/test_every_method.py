@@ -143,8 +143,11 @@ def test_evaluate_shows_what_each_module_does_alone(small, tmp_path):  # noqa: F
         learn(small, tmp_path / method, method)
     both = ["--adapter", tmp_path / "lora", "--adapter", tmp_path / "adapter"]
 
+    which = [f"module gender: {tmp_path}/lora/adapter", f"module gender-2: {tmp_path}/adapter/adapter"]
+
     def values(name, *modules):
-        done("evaluate", small.base, *modules, "--on", f"perplexity={small.heldout}", "--json", tmp_path / name)
+        said = done("evaluate", small.base, *modules, "--on", f"perplexity={small.heldout}", "--json", tmp_path / name)
+        assert [line for line in said.err.splitlines() if line.startswith("module ")] == (which if len(modules) > 2 else [])
         return {m["name"]: m["value"] for m in json.loads((tmp_path / name).read_text())["measures"]}
 
     found, base, lora = values("both.json", *both), values("base.json"), values("lora.json", *both[:2])
@@ -159,8 +162,8 @@ def test_force_goes_on_where_shapes_allow_it(small, tmp_path):  # noqa: F811
     wide = save_bert(tmp_path / "wide", load(small.base).tokenizer, hidden=48)
     on = ["--on", f"perplexity={small.heldout}", "--adapter", tmp_path / "up"]
     refused = cli("evaluate", other, *on)
-    assert refused.code == 2 and "made for the base with checksum" in refused.err and "--force goes on where shapes allow it" in refused.err
-    assert "going on by --force" in done("evaluate", other, *on, "--force").err
+    assert refused.code == 2 and "made for the base with checksum" in refused.err and "(--force, in Python force=True, goes on where shapes allow it)" in refused.err
+    assert "going on by force" in done("evaluate", other, *on, "--force").err
     said = cli("evaluate", wide, *on, "--force")
     assert said.code == 2 and "expected shape" in said.err.splitlines()[-1]
 

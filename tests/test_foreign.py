@@ -175,6 +175,12 @@ def test_a_host_inside_a_larger_module_and_a_folder(tmp_path):
         own.blocks[0].q.weight[0, 0] += 1
     with pytest.raises(AdapterError, match="made for the base with checksum"):
         attach_to(whole, tmp_path / "run", names)
+    with pytest.warns(UserWarning, match="made for the base with checksum .*; going on by force"):
+        attach_to(whole, tmp_path / "run", names, force=True).remove()
+    with pytest.raises(AdapterError, match="expected [0-9a-f]{12}, the model given, in bfloat16"):
+        attach_to(whole.bfloat16(), tmp_path / "run", names)
+    with pytest.raises(AdapterError, match="^layers.0.attention.query: expected one module named blocks.0.z, found none"):
+        attach_to(whole, tmp_path / "run", names | {"layers.{i}.attention.query": "blocks.{i}.z"})
 
 
 # ---------------------------------------------------------------- what is refused, in one line
@@ -203,6 +209,8 @@ def test_missing_modules_biases_and_shapes(tmp_path):
     refused("layers.0.attention.value: expected one module named blocks.0.w, found none", own, lora, NAMES | {"layers.{i}.attention.value": "blocks.{i}.w"})
     refused(r"layers.0.attention.value \(blocks.0.up.weight\): expected shape \[21, 21\], got \[41, 21\]", own, lora, NAMES | {"layers.0.attention.value": "blocks.0.up"})
     refused("expected one module named blocks.0.q, found a.blocks.0.q and b.blocks.0.q; name it in `names`", nn.ModuleDict({"a": own, "b": own_twin(model)}), lora, NAMES)
+    refused("^names: expected some of embeddings.word, .*, with a number for {i} where one layer is meant, got 'layers.{i}.attention.querry'$", own, lora,
+            {"layers.{i}.attention.querry": "blocks.{i}.q"})
     refused("sparse: expected a module that changes at least one weight", own, methods.create("sparse", model.config), NAMES)
     refused("no such folder", own, tmp_path / "none", NAMES)
     assert same(own, before)

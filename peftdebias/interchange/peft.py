@@ -117,6 +117,7 @@ TABLES = {table.theirs: table for table in (
           shape=lambda name, method: prefix_size(method), split=prefix_part, join=prefix_joined),
     Table("prompt", "PROMPT_TUNING", _read_prompt, lambda method, config: {"vectors": "prompt_embeddings"}, _write_prompt),
 )}
+NAMES = tuple(table.ours for table in TABLES.values())
 SITED = ("LORA", "IA3")  # their names begin with base_model.model., the others' with base_model.
 
 
@@ -145,7 +146,7 @@ def write(folder: Path, method: Method, model: Model, base: str | None = None) -
     table = next((t for t in TABLES.values() if t.ours == method.name), None)
     if table is None:
         merged = "; --as merged writes it into the weights" if method.mergeable else ""
-        raise AdapterError(f"{method.name}: peft has no such module; expected one of {', '.join(t.ours for t in TABLES.values())}{merged}")
+        raise AdapterError(f"{method.name}: peft has no such module; expected one of {', '.join(NAMES)}{merged}")
     saved = method
     if method.saved_config() != method.config:  # a re-parametrised prefix is flat in files, theirs too
         saved = type(method)(method.saved_config(), method.encoder_config)

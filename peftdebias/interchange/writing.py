@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch.nn import Linear, Parameter
 
-from .. import checkpoint, patch, weights
+from .. import checkpoint, methods, patch, weights
 from ..errors import AdapterError, ConfigError, ModelError
 from ..outputs import keep_apart, writing_folder
 from . import peft
@@ -31,7 +31,7 @@ def export_adapter(run: str | Path, form: str, out: str | Path, overwrite: bool 
     with writing_folder(Path(out), overwrite, "exported folder", _is_export) as folder:
         if form == "hf":
             if modules:
-                raise AdapterError(f"{run}: a model folder cannot hold its {' and '.join(modules)}; expected --as merged (in the weights) or --as peft (a module)")
+                raise AdapterError(f"{run}: a model folder cannot hold its {' and '.join(modules)}; {_other_forms(modules)}")
             shutil.copytree(run / "model", folder, dirs_exist_ok=True)
         elif not modules:
             raise AdapterError(f"{run}: expected a run with a module, found none; --as hf writes its model")
@@ -57,6 +57,13 @@ def write_merged(folder: Path, run: checkpoint.Run) -> None:
         model.mlm.decoder = Linear(*reversed(word.shape), bias=False, device="meta")
         model.mlm.decoder.weight = Parameter(kept.detach().clone(), requires_grad=False)
     weights.save_model(model, folder, run.tokenizer)
+
+
+def _other_forms(modules: list[str]) -> str:
+    """Which forms hold what a plain model folder cannot, in words."""
+    merged = all(methods.method_class(name).mergeable for name in modules)
+    forms = ["--as merged (in the weights)"] * merged + ["--as peft (a module)"] * (len(modules) == 1 and modules[0] in peft.NAMES)
+    return f"expected {' or '.join(forms)}" if forms else "no form of others does, the run folder alone (peftdebias.load reads it, and exports it as a .pt2 file)"
 
 
 def _is_export(folder: Path) -> bool:
