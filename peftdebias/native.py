@@ -11,15 +11,18 @@ import warnings
 
 from peftdebias.errors import ConfigError
 
+KINDS = ("auto", "torch", "native", "triton")  # as kernels.KINDS, which imports torch
 ABI = 3  # of csrc/; raised in cda.cpp and here together
 
 
 def library() -> ctypes.CDLL | None:
     """The compiled library, or None where it is not wanted or not usable (a warning says why, once). Calls into it release the GIL.
 
-    Raises ConfigError where PEFTDEBIAS_KERNELS=native asks for what is not there.
+    Raises ConfigError where PEFTDEBIAS_KERNELS says nothing, or asks by native for what is not there.
     """
     wanted = os.environ.get("PEFTDEBIAS_KERNELS", "auto")
+    if wanted not in KINDS:
+        raise ConfigError(f"PEFTDEBIAS_KERNELS: expected one of {', '.join(KINDS)}, got {wanted!r}")
     if wanted == "torch":
         return None
     found, trouble = _load()

@@ -136,7 +136,7 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
             notes.append(f"held out: {_cut(held_out.cut, held_out.members, longest)}")
         notes += skipped.report("held out")
         model.to(device)
-        notes.append(f"device: {device}, {precision}")
+        notes += [f"device: {device}, {precision}", *_compiling(step)]
         task = MaskedLM(epochs.epoch, held_out.families, tokenizer, seed=settings.seed)
         schedule = _schedule(settings, settings.steps, settings.valid_every, precision, step)
         _tell(say, notes)
@@ -234,7 +234,7 @@ def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: N
         model.to(device)
         trained = {n: p for n, p in all_parameters(model).items() if not n.startswith("methods.")}
         train_only(model, trained.values())
-        notes += [size_note("base and classifier", trained, model), f"device: {device}, {precision}"]
+        notes += [size_note("base and classifier", trained, model), f"device: {device}, {precision}", *_compiling(step)]
         samples = {name: labelled_samples(encoded[name], targets[name]) for name in splits}
         task = Classification(samples["train"], samples["dev"], _validation(labels, positive), settings.metric, seed=settings.seed, batch=settings.batch,
                               weights=class_weights)
@@ -322,6 +322,10 @@ def size_note(what: str, trained: dict, model: Model) -> str:
     """How many parameters are trained, as a number and a share of the base."""
     count, total = sum(p.numel() for p in trained.values()), methods.base_parameters(model.config)
     return f"trained: {what}, {count:,} parameters in {len(trained)} tensors, {100 * count / total:.2f} % of the base's {total:,}; everything else is frozen"
+
+
+def _compiling(step: str) -> list[str]:
+    return ["step: compiled, so the first step of every shape waits for the compiler, a minute or more"] if step == "compiled" else []
 
 
 def _schedule(settings: Upstream | Downstream, steps: int, validate_every: int | None, precision: str, step: str) -> Schedule:

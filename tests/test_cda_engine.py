@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from peftdebias import cda, cda_engine, native
+from peftdebias import cda, cda_engine, kernels, native
 from peftdebias.axes import Axis, is_word_character, load_axis, names
 from peftdebias.cda import KEEP, OCCURRENCES, PAPER, Intervention
 from peftdebias.cda_engine import NativeEngine, PythonEngine
@@ -238,6 +238,10 @@ def test_without_a_library(monkeypatch):
     monkeypatch.setenv("PEFTDEBIAS_KERNELS", "native")
     with pytest.raises(ConfigError, match="PEFTDEBIAS_KERNELS=native: not built here"):
         cda_engine.engine(GENDER)
+    monkeypatch.setenv("PEFTDEBIAS_KERNELS", "nope")
+    with pytest.raises(ConfigError, match="^PEFTDEBIAS_KERNELS: expected one of auto, torch, native, triton, got 'nope'$"):
+        cda_engine.engine(GENDER)
+    assert native.KINDS == kernels.KINDS
     native._say_once.cache_clear()
 
 
