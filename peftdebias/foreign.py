@@ -72,8 +72,8 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
     names: our site -> their module name, over the names that transformers has; `{i}` stands for the layer on both sides ("layers.{i}.attention.query":
     "blocks.{i}.q"). A name may leave out what comes before it: `encoder.layer.0.output.dense` is found inside `bert` or deeper. A folder is checked against
     the base that it was made for, in the dtype of its files, which needs every tensor of the encoder; force: a warning where that is another. A Method needs only
-    its own sites. Its parameters move to the device of `module`.
-    Raises AdapterError on a method that does more than change weights, a name for a site that there is not, a module or bias that is missing or stands there twice, and a shape that does not match.
+    its own sites. Its parameters move to the device of `module`. Raises AdapterError on a method that does more than change weights, a name for a site that there
+    is not, a module or bias that is missing or stands there twice, and a shape that does not match.
     """
     find = _Finder(module, names or {})
     if not isinstance(method, Method):
