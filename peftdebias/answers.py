@@ -113,6 +113,7 @@ def answer(run: Run, settings: Evaluate, entry: str, path: str, *, grouped: bool
 
 def answer_examples(run: Run, settings: Evaluate, examples: list[Example], what: str) -> Answers:
     """Answers to examples that were read; `what` names them in the note on texts that were cut."""
+    check_pairs(settings.model, run, bool(examples) and examples[0].text_pair is not None)
     longest, known = longest_of(run, settings), run.model.classifier.labels
     encoded = encode_examples(run.tokenizer, examples, longest)
     probabilities = class_probabilities(run.model, labelled_samples(encoded), settings.batch_tokens)

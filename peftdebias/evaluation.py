@@ -7,6 +7,7 @@ several modules in one table, and the output files.
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def parse_on(entries: tuple[str, ...]) -> list[tuple[str, str]]:
             raise ConfigError(f"--on {entry}: expected {name}=FILE, got no file")
         if not Path(path).exists():
             raise DataError(f"{path}: no such file (from --on {entry})")
-        if (name, path) in parsed:
+        if any(name == other and os.path.samefile(path, there) for other, there in parsed):
             raise ConfigError(f"--on {entry}: given twice; expected it once")
         parsed.append((name, path))
     return parsed
@@ -73,7 +74,8 @@ def evaluate_run(run: Run, settings: Evaluate) -> Result:
         with run.model.without(*off):
             for name, path in parse_on(settings.on):
                 found, taken = ON[name](run, path, settings), {m.name for m in total.measures}
-                again = f" ({Path(path).name})" if any(prefix + m.name in taken for m in found.measures) else ""  # the same measure on another file
+                # The same measure on another file.
+                again = next(end for end in ("", f" ({Path(path).name})", f" ({os.path.realpath(path)})") if not any(prefix + m.name + end in taken for m in found.measures))
                 total.measures += [dataclasses.replace(m, name=prefix + m.name + again) for m in found.measures]
                 total.examples += [row | {"measure": prefix + row["measure"] + again} for row in found.examples]
                 total.notes += [note for note in found.notes if note not in total.notes]

@@ -217,6 +217,10 @@ def test_one_measure_on_two_files_has_two_names(small, tmp_path):  # noqa: F811
     on = ["--on", f"perplexity={small.heldout}", "--on", f"perplexity={tmp_path / 'more.txt'}"]
     done("evaluate", small.base, *on, "--json", tmp_path / "both.json", "--examples", tmp_path / "e.jsonl")
     done("evaluate", small.base, *on[2:], "--json", tmp_path / "more.json")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "more.txt").write_text("she is a banker\n")
+    done("evaluate", small.base, *on, "--on", f"perplexity={tmp_path / 'deep' / 'more.txt'}", "--json", tmp_path / "three.json")
+    assert list(by_name(tmp_path / "three.json"))[-2:] == [f"{name} ({(tmp_path / 'deep/more.txt').resolve()})" for name in ("mlm-loss", "perplexity")]
     found, alone = by_name(tmp_path / "both.json"), by_name(tmp_path / "more.json")
     assert list(found) == ["mlm-loss", "perplexity", "mlm-loss (more.txt)", "perplexity (more.txt)"]
     assert found["mlm-loss (more.txt)"]["value"] == alone["mlm-loss"]["value"] != found["mlm-loss"]["value"]
