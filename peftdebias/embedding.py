@@ -180,7 +180,7 @@ class Debiased:
         for what, given in (("texts", texts), ("pairs", pairs)):
             if isinstance(given, str):
                 raise ConfigError(f"{what}: expected a list of texts, got one text: [{given[:20]!r}]")
-            for number, text in enumerate(given or ()):
+            for number, text in enumerate(() if given is None else given):
                 if not isinstance(text, str):
                     raise ConfigError(f"{what}[{number}]: expected a text, got {type(text).__name__}")
                 if not text.isascii() and (half := next((c for c in text if "\ud800" <= c <= "\udfff"), None)):

@@ -222,6 +222,7 @@ def test_predict_is_what_the_command_line_says(model, folders, tmp_path):
         assert f["label"] == s["label"] and f["probabilities"] == pytest.approx(s["probabilities"], abs=1e-6) and sum(f["probabilities"].values()) == pytest.approx(1)
     paired = model.predict(TEXTS[:2], [TEXTS[1], TEXTS[0]])
     assert paired[0]["probabilities"] != pytest.approx(found[0]["probabilities"], abs=1e-6) and model.predict([]) == []
+    assert model.predict(numpy.array(TEXTS[:3])) == found
 
 
 def test_fill_mask_answers_each_mask(model):
