@@ -20,7 +20,7 @@ from .cda_engine import BLOCK, EVERYTHING, Counts, Written, engine
 from .config import SHIPPED, Augment
 from .errors import ConfigError, DataError
 from .lines import Skipped
-from .outputs import keep_apart, writing
+from .outputs import keep_apart, tables, writing
 
 KINDS = {"jsonl": "json", "lines": "lines"}
 TOP = 10  # words that the summary names
@@ -84,7 +84,7 @@ def augment(settings: Augment) -> Summary:
     axis, intervention = prepared(settings)
     files = lines.find(settings.files or ("-",))
     corpus.check_column(files, settings.column)
-    keep_apart({"--out": settings.out, "--stats": settings.stats}, [*files, settings.axis, settings.names])
+    keep_apart({"--out": settings.out, "--stats": settings.stats}, [*files, *tables(settings.axis, settings.names)])
     made = engine(axis, intervention, settings.threads)
     summary = Summary(axis, engine=made.name)
     start, stop = 0, EVERYTHING

@@ -31,7 +31,7 @@ from . import __version__, methods, patch, weights
 from .encoder import Model
 from .errors import AdapterError, ConfigError, ModelError
 from .methods import Method
-from .outputs import files_in, keep_apart, writing_folder
+from .outputs import files_in, keep_apart, tables, writing_folder
 from .tokens import Tokenizer
 
 FORMAT = 1
@@ -175,9 +175,10 @@ def adapter_folders(run: Path) -> list[Path]:
 def _modules_told(config: dict) -> int:
     """How many modules a run of this configuration has at least."""
     if config.get("command") == "upstream":
-        name = config.get("method")
+        name = str(config.get("method"))
         return int(name in methods.METHODS and not methods.method_class(name).trains_base)
-    return len(config.get("adapter", ())) if config.get("command") == "downstream" else int(config.get("command") == "import")
+    given = config.get("adapter", [])
+    return (len(given) if isinstance(given, list) else 1) if config.get("command") == "downstream" else int(config.get("command") == "import")
 
 
 class RunFolder:
@@ -200,7 +201,7 @@ def writing_run(out: str | Path, command: str, values: dict, overwrite: bool = F
     Raises ConfigError where `out` exists and is not to be replaced, holds what the run is made from, or cannot be written.
     """
     if overwrite and is_run(out):
-        keep_apart({"--out": out}, _sources(values))
+        keep_apart({"--out": out}, _sources(values), folders=True)
     with writing_folder(Path(out), overwrite, "run folder", lambda there: is_run(there) or (there.is_dir() and not any(there.iterdir()))) as partial:
         (partial / "config.toml").write_text(tomli_w.dumps({"command": command} | values), encoding="utf-8")
         (partial / "versions.json").write_text(json.dumps(versions(device) | chosen, indent=2) + "\n", encoding="utf-8")
@@ -209,16 +210,19 @@ def writing_run(out: str | Path, command: str, values: dict, overwrite: bool = F
 
 def _sources(values: dict) -> Iterator[str]:
     """What a run of this configuration is made from, by path."""
-    for key in (*SOURCES, "axis", "names", "folder"):
+    yield from tables(values.get("axis"), values.get("names"))
+    for key in (*SOURCES, "folder"):
         for one in [values[key]] if isinstance(values.get(key), str) else values.get(key, ()):
-            if key not in ("axis", "names") or one.endswith(".toml"):  # else something shipped
-                yield from glob.glob(one, recursive=True) if glob.has_magic(one) and not os.path.exists(one) else [one]
+            yield from glob.glob(one, recursive=True) if glob.has_magic(one) and not os.path.exists(one) else [one]
 
 
 def files_of(*folders: str | Path) -> list[Path]:
     """The files that run, adapter and model folders consist of; what else lies in them is somebody's own."""
-    own = (*RUN_FILES, *weights.FILES)
-    return [path for folder in map(Path, folders) for path in files_in(folder) if any(map(path.relative_to(folder).match, own))]
+    found = []
+    for folder in map(Path, folders):
+        found += [path for name in (*RUN_FILES, *weights.FILES) for path in folder.glob(name)]
+        found += [path for part in (folder / "model", *folder.glob("adapter*")) for path in files_in(part)]
+    return found
 
 
 def read_config(run: Path) -> dict:

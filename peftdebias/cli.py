@@ -6,6 +6,7 @@ go to standard output (utf-8) or to files, everything else for people to standar
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -33,6 +34,9 @@ EXAMPLES = {
     "methods": "peftdebias methods --model bert-base-uncased --budget 0.01",
     "doctor": "peftdebias doctor",
 }
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,8 +75,11 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in FULL:
             raise
+        if error.filename is None:
+            print(f"peftdebias: the results cannot be written: {error.strerror}", file=sys.stderr)
+            return 2
         print(f"peftdebias: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
@@ -92,6 +99,7 @@ def _terminable() -> Iterator[None]:
         return
 
     def stop(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the next would break off the tidying
         raise _Terminated
 
     before = signal.signal(signal.SIGTERM, stop)

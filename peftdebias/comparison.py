@@ -12,14 +12,14 @@ made of, the others by example.
 import contextlib
 import dataclasses
 import json
-import re
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from .config import Compare
 from .errors import ConfigError, DataError
 from .lines import Lines, place
-from .metrics import nli
+from .metrics import bare_name, nli
 from .metrics.compare import Spread, classification_tally, mcnemar, mean_tally, over_seeds, seed_difference
 from .metrics.crows_pairs import crows_pairs_tally
 from .metrics.counterfactual import counterfactual_tally
@@ -71,6 +71,9 @@ def compare(settings: Compare) -> Comparison:
     """What settings ask for; writes settings.json. Raises PeftDebiasError on files that cannot be compared."""
     if settings.against and not settings.seeds:
         raise ConfigError("--against: expected --seeds beside it; two --examples files are compared without")
+    for files in (settings.files, settings.against):
+        if twice := next((path for i, path in enumerate(files) if any(os.path.realpath(path) == os.path.realpath(other) for other in files[:i])), None):
+            raise ConfigError(f"{twice}: given twice; expected each file once")
     if not settings.seeds and len(settings.files) != 2:
         raise ConfigError(f"expected two files of `evaluate --examples`, got {len(settings.files)} (--seeds takes --json files, one a seed)")
     keep_apart({"--json": settings.json}, [*settings.files, *settings.against])
@@ -175,7 +178,7 @@ def _fprd(a: Rows, b: Rows) -> tuple[Tally, Tally]:
     for row, found in zip(mentioned, a.column("terms")):
         for term in found:
             row[index[term]] = True
-    name = _bare(a.name).split("/")[-1]
+    name = bare_name(a.name).split("/")[-1]
     return tuple(fprd_tally(rows.column("predicted"), rows.column("label"), rows.one("positive"), mentioned, terms, name=name).tally for rows in (a, b))
 
 
@@ -195,7 +198,7 @@ def _counterfactual(a: Rows, b: Rows) -> tuple[Tally, Tally]:
 
 
 def _crows_pairs(a: Rows, b: Rows) -> tuple[Tally, Tally]:
-    name = "/".join(_bare(a.name).split("/")[-2:])
+    name = "/".join(bare_name(a.name).split("/")[-2:])
     return tuple(crows_pairs_tally(name, rows.column("more"), rows.column("less"), rows.column("bias_type")) for rows in (a, b))
 
 
@@ -207,7 +210,7 @@ def _stereoset(a: Rows, b: Rows) -> tuple[Tally, Tally]:
 
 def _seat(a: Rows, b: Rows) -> tuple[Tally, Tally]:
     return tuple(seat_tally(rows.column("test"), [SETS.index(name) for name in rows.column("set")], rows.column("stem"), rows.column("association"),
-                            name=_bare(a.name).split("/")[-1]) for rows in (a, b))
+                            name=bare_name(a.name).split("/")[-1]) for rows in (a, b))
 
 
 def _loss(a: Rows, b: Rows) -> tuple[Tally, Tally]:
@@ -230,14 +233,9 @@ FIGURES: dict[str, Callable[[Rows, Rows], tuple[Tally, Tally]]] = {
 """The rows of `evaluate --examples`, by their measure -> the tallies of two systems."""
 
 
-def _bare(name: str) -> str:
-    """"seat" of "seat (b.jsonl)"."""
-    return re.sub(r" \(.*\)$", "", name)
-
-
 def _kind(name: str) -> tuple[str, Callable | None, str]:
     """("only-gender/", what compares, " (b.txt)") of "only-gender/fprd (b.txt)", as `evaluate` names a measure of a module alone, and on one file of several."""
-    bare = _bare(name)
+    bare = bare_name(name)
     prefix, _, rest = bare.partition("/")
     if bare not in FIGURES and rest in FIGURES:
         return prefix + "/", FIGURES[rest], name.removeprefix(bare)

@@ -65,6 +65,9 @@ class Training:
             raise ConfigError("--batch-size and --batch-tokens: expected one of them, got both")
         _at_least(1, self, "batch_size", "batch_tokens", "max_length")
         _seed(self.seed)
+        for name in ("lr", "weight_decay", "clip", "warmup"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ConfigError(f"{flag(name)}: expected a number, got {getattr(self, name)!r}")
         _at_least(0, self, "weight_decay")
         for name in ("lr", "weight_decay"):
             if math.isinf(getattr(self, name)):
@@ -540,8 +543,8 @@ def _at_least(least: int, settings, *names: str) -> None:
 
 
 def _seed(seed: int) -> None:
-    if not 0 <= seed <= SEEDS:
-        raise ConfigError(f"--seed: expected a whole number from 0 to {SEEDS}, got {seed}")
+    if not isinstance(seed, int) or not 0 <= seed <= SEEDS:
+        raise ConfigError(f"--seed: expected a whole number from 0 to {SEEDS}, got {seed!r}")
 
 
 def _weight(settings) -> None:

@@ -13,9 +13,11 @@ import contextlib
 import copy
 import functools
 import json
+import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy
@@ -49,6 +51,21 @@ def load(run: str | Path, adapters: Sequence[str | Path] = (), device: str = "cp
     return Debiased(checkpoint.load_run(run, tuple(map(str, adapters)), pick_device(device), force), str(run))
 
 
+_locks: "weakref.WeakKeyDictionary[Model, threading.RLock]" = weakref.WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def _forked() -> None:
+    """In a child of os.fork nobody holds what the parent's threads held."""
+    global _making
+    _making = threading.Lock()
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 def _one_at_a_time(answer):
     """An answer waits for those of other threads, and for their `without` blocks: the model is one."""
     @functools.wraps(answer)
@@ -66,13 +83,12 @@ class Debiased:
 
     def __init__(self, run: checkpoint.Run, name: str = "model"):
         self.run, self.name = run, name
-        self._lock = threading.RLock()
 
-    def __getstate__(self) -> dict:
-        return {"run": self.run, "name": self.name}  # a lock is no part of a copy
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)
+    @property
+    def _lock(self) -> threading.RLock:
+        """The model's own, whoever else answers by it: no part of a copy."""
+        with _making:
+            return _locks.setdefault(self.run.model, threading.RLock())
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -89,9 +105,10 @@ class Debiased:
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[dict]:
         """{"text", "label", "probabilities": {label: p}} for each text (with its pair). Raises ModelError without a classifier."""
         self._head("predict")
-        answers.check_pairs(self.name, self.run, pairs is not None)
+        texts = self._texts("texts", texts)
         if not (encoded := self._encoded(texts, pairs)):
             return []
+        answers.check_pairs(self.name, self.run, pairs is not None)
         labels = self.run.model.classifier.labels
         return [{"text": text, "label": labels[int(row.argmax())], "probabilities": dict(zip(labels, map(float, row)))}
                 for text, row in zip(texts, class_probabilities(self.run.model, labelled_samples(encoded)))]
@@ -176,15 +193,21 @@ class Debiased:
         if what == "fill_mask" and self.run.model.mlm is None:
             raise ModelError(f"{self.name}: fill_mask: expected a model with a masked-LM head, got one without (a downstream run has a classifier instead)")
 
+    @staticmethod
+    def _texts(what: str, given: Iterable[str]) -> list[str]:
+        """Any sequence or iterator of texts as a list. Raises ConfigError on what is no text."""
+        if isinstance(given, str):
+            raise ConfigError(f"{what}: expected a list of texts, got one text: [{given[:20]!r}]")
+        texts = list(given)
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ConfigError(f"{what}[{number}]: expected a text, got {type(text).__name__}")
+            if not text.isascii() and (half := next((c for c in text if "\ud800" <= c <= "\udfff"), None)):
+                raise ConfigError(f"{what}[{number}]: expected text that utf-8 can hold, got half a surrogate pair, {half!r}")
+        return texts
+
     def _encoded(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Encoded]:
-        for what, given in (("texts", texts), ("pairs", pairs)):
-            if isinstance(given, str):
-                raise ConfigError(f"{what}: expected a list of texts, got one text: [{given[:20]!r}]")
-            for number, text in enumerate(() if given is None else given):
-                if not isinstance(text, str):
-                    raise ConfigError(f"{what}[{number}]: expected a text, got {type(text).__name__}")
-                if not text.isascii() and (half := next((c for c in text if "\ud800" <= c <= "\udfff"), None)):
-                    raise ConfigError(f"{what}[{number}]: expected text that utf-8 can hold, got half a surrogate pair, {half!r}")
+        texts, pairs = self._texts("texts", texts), None if pairs is None else self._texts("pairs", pairs)
         if pairs is not None and len(pairs) != len(texts):
             raise ConfigError(f"pairs: expected {len(texts)}, one for each text, got {len(pairs)}")
         encoded = self.run.tokenizer.encode(texts, pairs, self._longest)

@@ -17,7 +17,7 @@ from .checkpoint import Run
 from .config import Evaluate, Predict
 from .errors import ConfigError, DataError, ModelError
 from .extrinsic import classification_measures
-from .outputs import files_in, keep_apart, writing
+from .outputs import files_in, keep_apart, tables, writing
 from .tasks import class_probabilities, labelled_samples
 from .training import pick_device
 
@@ -72,14 +72,23 @@ def evaluate_run(run: Run, settings: Evaluate) -> Result:
     total = Result([], [], [])
     for prefix, off in systems(tuple(run.model.methods)).items():
         with run.model.without(*off):
-            for name, path in parse_on(settings.on):
-                found, taken = ON[name](run, path, settings), {m.name for m in total.measures}
-                # The same measure on another file.
-                again = next(end for end in ("", f" ({Path(path).name})", f" ({os.path.realpath(path)})") if not any(prefix + m.name + end in taken for m in found.measures))
-                total.measures += [dataclasses.replace(m, name=prefix + m.name + again) for m in found.measures]
-                total.examples += [row | {"measure": prefix + row["measure"] + again} for row in found.examples]
+            results = [(path, ON[name](run, path, settings)) for name, path in parse_on(settings.on)]
+            for path, found in results:
+                of = _of_file(path, found, results)
+                total.measures += [dataclasses.replace(m, name=prefix + m.name + of) for m in found.measures]
+                total.examples += [row | {"measure": prefix + row["measure"] + of} for row in found.examples]
                 total.notes += [note for note in found.notes if note not in total.notes]
     return total
+
+
+def _of_file(path: str, found: Result, results: list[tuple[str, Result]]) -> str:
+    """" (heldout.txt)" where another file has measures of the same names, the whole path where that one is called alike; metrics.bare_name takes it off."""
+    own = {m.name for m in found.measures}
+    others = [there for there, result in results if result is not found and any(m.name in own for m in result.measures)]
+    if not others:
+        return ""
+    alike = any(Path(there).name == Path(path).name for there in others)
+    return f" ({os.path.realpath(path) if alike else Path(path).name})"
 
 
 def evaluate(settings: Evaluate) -> Result:
@@ -87,7 +96,8 @@ def evaluate(settings: Evaluate) -> Result:
     if not settings.on:
         raise ConfigError(f"--on: expected at least one NAME=FILE with NAME one of {', '.join(ON)}, got none")
     keep_apart({"--json": settings.json, "--examples": settings.examples},
-               [*(f for _, path in parse_on(settings.on) for f in (path, *files_in(path))), *checkpoint.files_of(settings.model, *settings.adapter), settings.terms, settings.axis])
+               [*(f for _, path in parse_on(settings.on) for f in (path, *(f for f in files_in(path) if f.suffix != ".json"))),
+                *checkpoint.files_of(settings.model, *settings.adapter), settings.terms, *tables(settings.axis)])
     with contextlib.ExitStack() as opened:
         files = {name: opened.enter_context(writing(path)) for name in ("json", "examples") if (path := getattr(settings, name))}
         run = checkpoint.load_run(settings.model, settings.adapter, pick_device(settings.device), settings.force)

@@ -19,7 +19,7 @@ def writing(path: str | None) -> Iterator:
     if path in (None, "-"):
         yield sys.stdout
         return
-    target = Path(path)
+    target = Path(os.path.realpath(path))  # a link stays one
     if os.path.isdir(target):
         raise ConfigError(f"{path}: expected a file to write, got a folder")
     if os.path.exists(target) and not target.is_file():  # a device such as /dev/null
@@ -52,11 +52,15 @@ def writing_folder(out: Path, overwrite: bool, what: str, replaceable: Callable[
     what: the kind of folder that is replaced, in words; replaceable: whether one that is there is of that kind. Raises ConfigError where `out` exists and is
     not to be replaced, or cannot be written.
     """
-    if os.path.exists(out) and not overwrite:  # not Path.exists: in a folder that may not be read it raises
-        raise ConfigError(f"--out {out}: exists; expected a new folder (or --overwrite)")
-    if os.path.exists(out) and not replaceable(out):
-        raise ConfigError(f"--out {out}: exists and is no {what}; it is not replaced")
-    partial = partial_of(out)
+    def check() -> None:
+        if os.path.exists(out) and not overwrite:  # not Path.exists: in a folder that may not be read it raises
+            raise ConfigError(f"--out {out}: exists; expected a new folder (or --overwrite)")
+        if os.path.exists(out) and not replaceable(out):
+            raise ConfigError(f"--out {out}: exists and is no {what}; it is not replaced")
+
+    check()
+    target = Path(os.path.realpath(out))  # a link stays one
+    partial, old = partial_of(target), target.with_name(f".{target.name}.old-{os.getpid()}")
     made = [folder for folder in partial.parents if not os.path.exists(folder)]  # by us, the innermost first
     try:
         try:
@@ -64,10 +68,14 @@ def writing_folder(out: Path, overwrite: bool, what: str, replaceable: Callable[
         except OSError as error:
             raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
         yield partial
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
+        check()  # somebody may have come first
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
     finally:
+        if os.path.exists(old) and not os.path.exists(target):  # stopped between the two
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
         for folder in made:
             with contextlib.suppress(OSError):  # with the result in it, it stays
@@ -79,8 +87,8 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial-{os.getpid()}")
 
 
-def keep_apart(outs: dict[str, str | Path | None], inputs: Iterable[str | Path | None]) -> None:
-    """Raises ConfigError where a file or folder to write is one that is read, or holds it, or two of them are one.
+def keep_apart(outs: dict[str, str | Path | None], inputs: Iterable[str | Path | None], folders: bool = False) -> None:
+    """Raises ConfigError where a file to write is one that is read, or two of them are one; with `folders`, where a folder to write is or holds what is read.
 
     outs: what asks for it ("--out") -> where it goes; None and "-" are standard output. inputs: files and folders that are read; None is none, "-" standard
     input. A file that is there already is replaced, if nothing reads it.
@@ -88,13 +96,18 @@ def keep_apart(outs: dict[str, str | Path | None], inputs: Iterable[str | Path |
     outs = {flag: Path(out) for flag, out in outs.items() if out not in (None, "-")}
     there = [path for name in inputs if name is not None and os.path.exists(path := Path("/dev/stdin" if str(name) == "-" else name))]
     for flag, out in outs.items():
-        if os.path.exists(out) and not (out.is_file() or out.is_dir()):  # a device such as /dev/null keeps nothing
+        if os.path.exists(out) and not (out.is_dir() if folders else out.is_file()):  # a device such as /dev/null keeps nothing
             continue
         for path in there:
             if os.path.exists(out) and (os.path.samefile(out, path) or path.resolve().is_relative_to(out.resolve())):
                 raise ConfigError(f"{flag} {out}: is read, as {path}; expected another place, so that nothing is lost")
         if twin := next((other for other, place in outs.items() if other != flag and place.resolve() == out.resolve()), None):
             raise ConfigError(f"{flag} {out}: is the place of {twin} too; expected two")
+
+
+def tables(*names: str | None) -> list[str]:
+    """Those that are files of the user's; an axis or a table of names is shipped otherwise."""
+    return [name for name in names if name is not None and name.endswith(".toml")]
 
 
 def files_in(folder: str | Path) -> list[Path]:

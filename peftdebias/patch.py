@@ -37,7 +37,7 @@ def attach(model: Model, name: str, method: Method) -> None:
     if model.encoder.hooks.merged:
         raise AdapterError(f"attach {name!r}: expected an unmerged model; unmerge it first")
     sites, config = method.sites(model.config), model.config
-    if (made := method.encoder_config) is not None:
+    if (made := getattr(method, "encoder_config", None)) is not None:
         heights = ("vocab", "max_positions", "position_offset", "segments") if set(TABLES) & set(sites) else ()
         for size in ("layers", "hidden", "heads", "feed_forward", *heights):
             if getattr(made, size) != getattr(config, size):

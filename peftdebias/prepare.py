@@ -52,21 +52,25 @@ class Source:
 
 def find(names: Sequence[str], data: Path) -> Path:
     """The first of the names that is in the folder `data`: by its path there, else by its last part alone, in the folder or below it. Files that are called like
-    a split of any data set ("train.csv") are taken from the folder itself, or from one below that has the name's own folder ("biasbios/train.csv").
+    a split of any data set ("train.csv") are taken from the folder itself, or from below a folder that the name has too ("biasbios/train.csv").
 
     Raises DataError where none is, or where two files below have that last part.
     """
     for name in names:
         if (data / name).exists():
             return data / name
+    passed: list[Path] = []
     for name in names:
-        folder = Path(name).parent.name if Path(name).stem in SPLITS else ""
-        below = [path for path in sorted(data.rglob(Path(name).name)) if not folder or path.parent == data or path.parent.name == folder]
+        folder = Path(name).parent.name.lower() if Path(name).name.split(".")[0] in SPLITS else ""
+        every = sorted(data.rglob(Path(name).name))
+        below = [path for path in every if not folder or path.parent == data or folder in [part.lower() for part in path.relative_to(data).parts[:-1]]]
+        passed += [path for path in every if path not in below]
         if len(below) > 1:
             raise DataError(f"{data}: expected one {Path(name).name}, found {', '.join(str(p.relative_to(data)) for p in below[:3])}; expected {name}")
         if below:
             return below[0]
-    raise DataError(f"{data}: expected {' or '.join(names)}, found none")
+    other = f" ({passed[0].relative_to(data)} may be of another data set)" if passed else ""
+    raise DataError(f"{data}: expected {' or '.join(names)}, found none{other}")
 
 
 def without_links(text: str) -> str:

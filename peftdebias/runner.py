@@ -294,7 +294,7 @@ class _Runner:
                  "data": self.settings.data, "scale": self.settings.scale, "settings": self.overrides, "seeds": sorted({unit.seed for unit in units}),
                  "units": len(units), "seconds": round(sum(row["seconds"] for row in rows), 1), "versions": checkpoint.versions(pick_device(self.settings.device)),
                  "systems": names, "base": self.recipe.base, "baseline": next((system.name for system in self.systems if system.method is None), None), "columns": columns,
-                 "paper": [{"system": name, "stage": c.stage, "task": c.task, "title": c.title, "value": value} for c in self.recipe.columns for name, value in (c.paper or {}).items()],
+                 "paper": [{"system": name, "stage": c.stage, "task": c.task, "title": c.title, "value": value} for c in self.recipe.columns for name, value in (c.paper or {}).items() if name in names],
                  "rows": rows}
         for name, text in (("results.json", json.dumps(table, indent=1) + "\n"), ("results.md", markdown(table))):
             write_text(self.out / name, text)

@@ -21,7 +21,7 @@ from .encoder import EncoderConfig, Model
 from .errors import ModelError
 from .tokens import Tokenizer, load_tokenizer
 
-FILES = ("config.json", "*.safetensors", "*.bin", "*.index.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+FILES = ("config.json", "*.safetensors", "*.bin", "*.index.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 """Patterns of what a model folder consists of."""
 
 # ours -> theirs; {i} is the layer. Q, K and V of a layer are three tensors there and one here, in that order.

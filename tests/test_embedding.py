@@ -4,10 +4,12 @@ import contextlib
 import copy
 import dataclasses
 import json
+import os
 import pickle
 import subprocess
 import sys
 import threading
+import warnings
 
 import numpy
 import pytest
@@ -288,6 +290,32 @@ def test_a_run_answers_what_it_was_trained_on(trained, asked, model):
     with pytest.raises(ConfigError, match="^.*run: the run was trained on (single texts; expected such, got text pairs|text pairs; expected such, got texts alone)$"):
         model.predict([TEXTS[0]], asked)
     assert model.predict([TEXTS[0]], [TEXTS[1]] if asked is None else None)
+
+
+def test_any_iterable_of_texts_will_do(model):
+    expected = model.encode(TEXTS[:2])
+    for texts in (numpy.array(TEXTS[:2]), (t for t in TEXTS[:2]), tuple(TEXTS[:2])):
+        assert model.encode(texts).equal(expected)
+    assert len(model.predict((t for t in TEXTS[:2]), iter(TEXTS[1:3]))) == 2
+
+
+def test_a_child_process_waits_for_nobody(model):
+    """Its parent's threads are not there to end their blocks."""
+    with model.without("gender"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads
+        expected, taken = model.encode(TEXTS), threading.Event()
+
+        def hold():
+            with copy.copy(model).without("race"):  # the same model by another name
+                taken.set()
+
+        other = threading.Thread(target=hold)
+        other.start()
+        assert not taken.wait(0.2)
+        if (child := os.fork()) == 0:
+            os._exit(0 if model._lock.acquire(timeout=20) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and model.encode(TEXTS).equal(expected)
+    other.join()
 
 
 def test_threads_share_a_model(model):

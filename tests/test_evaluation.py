@@ -222,17 +222,19 @@ def test_one_measure_on_two_files_has_two_names(small, tmp_path):  # noqa: F811
     done("evaluate", small.base, *on, "--on", f"perplexity={tmp_path / 'deep' / 'more.txt'}", "--json", tmp_path / "three.json")
     assert list(by_name(tmp_path / "three.json"))[-2:] == [f"{name} ({(tmp_path / 'deep/more.txt').resolve()})" for name in ("mlm-loss", "perplexity")]
     found, alone = by_name(tmp_path / "both.json"), by_name(tmp_path / "more.json")
-    assert list(found) == ["mlm-loss", "perplexity", "mlm-loss (more.txt)", "perplexity (more.txt)"]
-    assert found["mlm-loss (more.txt)"]["value"] == alone["mlm-loss"]["value"] != found["mlm-loss"]["value"]
-    assert {row["measure"] for row in lines(tmp_path / "e.jsonl")} == {"mlm-loss", "mlm-loss (more.txt)"}
+    assert list(found) == ["mlm-loss (heldout.txt)", "perplexity (heldout.txt)", "mlm-loss (more.txt)", "perplexity (more.txt)"]
+    assert found["mlm-loss (more.txt)"]["value"] == alone["mlm-loss"]["value"] != found["mlm-loss (heldout.txt)"]["value"]
+    assert {row["measure"] for row in lines(tmp_path / "e.jsonl")} == {"mlm-loss (heldout.txt)", "mlm-loss (more.txt)"}
+    done("evaluate", small.base, *on[2:], *on[:2], "--json", tmp_path / "turned.json")
+    assert by_name(tmp_path / "turned.json") == found  # whatever their order
     (tmp_path / "more (1).csv").write_bytes(small.pairs.read_bytes())
     for name in ("e.jsonl", "f.jsonl"):
         done("evaluate", small.base, *on, "--on", f"crows-pairs={small.pairs}", "--on", f"crows-pairs={tmp_path / 'more (1).csv'}", "--examples", tmp_path / name)
     compared = done("compare", tmp_path / "e.jsonl", tmp_path / "f.jsonl", "--json", tmp_path / "c.json")
     names = [d["name"] for d in json.loads((tmp_path / "c.json").read_text())["differences"]]
-    assert names[:2] == ["mlm-loss", "mlm-loss (more.txt)"] and "not compared" not in compared.err
+    assert names[:2] == ["mlm-loss (heldout.txt)", "mlm-loss (more.txt)"] and "not compared" not in compared.err
     crows = [name for name in names if name.startswith("crows-pairs/")]
-    assert len(crows) >= 4 and {name for name in crows if name.endswith(")")} == {f"{name} (more (1).csv)" for name in crows if not name.endswith(")")}
+    assert len(crows) >= 4 and {n.removesuffix(" (more (1).csv)") for n in crows if n.endswith("(1).csv)")} == {n.removesuffix(f" ({small.pairs.name})") for n in crows if not n.endswith("(1).csv)")}
 
 
 def test_output_files_that_cannot_be_written_are_known_before_anything_is_computed(small, runs, tmp_path, monkeypatch):  # noqa: F811

@@ -7,6 +7,7 @@ name, `without`, the size nearest to a budget. What a method computes is proved 
 import dataclasses
 import itertools
 
+import numpy
 import pytest
 import safetensors.torch
 import torch
@@ -369,6 +370,16 @@ def test_fixed_sizes_are_named_and_chosen_ones_too(name):
 def test_errors(name, options, budget, words, little_memory):  # noqa: F811
     with pytest.raises(ConfigError, match=words):
         methods.create(name, SHAPE, options=options, budget=budget)
+
+
+def test_options_may_be_what_a_config_holds():
+    """None where that is the default, and numpy's numbers."""
+    lora = methods.create("lora", SHAPE, options={"rank": numpy.int64(2), "alpha": None})
+    assert methods.create("lora", SHAPE, options=dataclasses.asdict(lora.config)).config == lora.config and lora.config.rank == 2
+    assert methods.create("sparse", SHAPE, options={"k": None}).count() > 0
+    assert methods.create("sparse", SHAPE, budget=0.999).count() == method_class("sparse").most(SHAPE)
+    with pytest.raises(ConfigError, match="create 'lora': seed: expected a whole number from 0"):
+        methods.create("lora", SHAPE, seed=2**70)
 
 
 def test_what_has_no_sizes_is_named():

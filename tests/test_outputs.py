@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from peftdebias.errors import ConfigError
-from peftdebias.outputs import keep_apart, writing
+from peftdebias.outputs import keep_apart, writing, writing_folder
 
 from .outside import one_thread  # noqa: F401
 from .small import cli, done, small, tree  # noqa: F401
@@ -26,10 +27,56 @@ def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
     assert path.read_text(encoding="utf-8") == "né\u2028w" and list(tree(tmp_path)) == ["f.txt"]
     with writing("/dev/null") as file:
         file.write("gone")
+    (tmp_path / "link.txt").symlink_to(path)
+    with writing(str(tmp_path / "link.txt")) as file:
+        file.write("through it")
+    assert (tmp_path / "link.txt").is_symlink() and path.read_text() == "through it"
     for bad, words in ((tmp_path, "expected a file to write, got a folder"), (tmp_path / "none" / "f", "cannot be written: No such file or directory"),
                        (path / "f", "cannot be written: Not a directory")):
         with pytest.raises(ConfigError, match=f"^{bad}: {words}"), writing(str(bad)):
             pass
+
+
+def folder(out, overwrite=False):
+    return writing_folder(Path(out), overwrite, "folder with a", lambda there: (there / "a").exists())
+
+
+def test_a_folder_takes_its_name_when_it_is_whole(tmp_path):
+    with folder(tmp_path / "run") as made:
+        (made / "a").write_text("1")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for out in ("run", "link"):
+        with folder(tmp_path / out, overwrite=True) as made:
+            (made / "a").write_text(out)
+        assert (tmp_path / "run" / "a").read_text() == out
+    assert (tmp_path / "link").is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == ["link", "run"]
+
+
+def test_a_folder_that_somebody_made_meanwhile_stays(tmp_path):
+    for overwrite, words in ((False, "exists; expected a new folder"), (True, "exists and is no folder with a; it is not replaced")):
+        out = tmp_path / str(overwrite)
+        with pytest.raises(ConfigError, match=words), folder(out, overwrite) as made:
+            (made / "a").write_text("1")
+            out.mkdir()
+            (out / "theirs").write_text("2")
+        assert list(tree(out)) == ["theirs"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_old_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "a").write_text("old")
+    rename = Path.rename
+
+    def stopped(self, target):
+        if ".partial-" in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt), folder(tmp_path / "run", overwrite=True) as made:
+        (made / "a").write_text("new")
+    assert (tmp_path / "run" / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 # ---------------------------------------------------------------- apart from what is read
@@ -43,7 +90,7 @@ def test_what_is_read_is_not_written(tmp_path):
         with pytest.raises(ConfigError, match=f"^--out {out}: is read, as {read}; expected another place, so that nothing is lost$"):
             keep_apart({"--out": out}, [None, read])
     with pytest.raises(ConfigError, match=f"^--out {tmp_path}: is read, as {read}"):  # the folder holds it
-        keep_apart({"--out": tmp_path}, [read])
+        keep_apart({"--out": tmp_path}, [read], folders=True)
     with pytest.raises(ConfigError, match=f"^--stats {other}: is the place of --out too; expected two$"):
         keep_apart({"--stats": other, "--out": str(other)}, [read])
     keep_apart({"--out": other, "--stats": None, "--json": "-"}, [read, "-", tmp_path / "missing"])
@@ -98,6 +145,13 @@ def test_no_command_writes_over_what_it_reads(name, small, runs, tmp_path):  # n
     assert (tree(runs), tree(tmp_path)) == before
 
 
+def test_a_shipped_axis_is_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.txt").write_text("she is a nurse\n")
+    for _ in range(2):
+        done("augment", "--axis", "gender", "texts.txt", "--out", "gender")
+
+
 def test_standard_input_counts_as_read(tmp_path):
     text = tmp_path / "texts.txt"
     text.write_text("she is a nurse\n")
@@ -106,8 +160,18 @@ def test_standard_input_counts_as_read(tmp_path):
     assert said.returncode == 2 and f"--out {text}: is read, as /dev/stdin" in said.stderr and text.read_text() == "she is a nurse\n"
 
 
+def test_a_report_replaces_reports_alone(runs, tmp_path):
+    for name, out in (("mine.txt", "mine.txt"), ("metrics.json", "page.html")):
+        (tmp_path / name).write_text('{"precious": 1}')
+        said = cli("report", runs / "jobs", "--out", tmp_path / out)
+        assert said.code == 2 and f"would replace {tmp_path / name}, which is no earlier report" in said.err and list(tree(tmp_path)) == [name]
+        (tmp_path / name).unlink()
+
+
 def test_results_may_lie_in_the_run_they_are_of_and_be_made_again(small, runs):  # noqa: F811
     for _ in range(2):
         done("evaluate", runs / "jobs", "--on", f"classification={small.test}", "--json", runs / "jobs" / "measures.json")
         done("predict", runs / "jobs", small.heldout, "--out", runs / "jobs" / "labels.jsonl")
         done("report", runs / "jobs", "--out", runs / "jobs" / "report.html")
+        done("export", runs / "jobs", "--as", "merged", "--out", runs / "jobs" / "merged", "--overwrite")
+        done("evaluate", runs / "jobs", "--on", f"classification={small.test}", "--json", runs / "jobs" / "tokenizer-test.json")

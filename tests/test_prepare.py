@@ -77,12 +77,15 @@ def test_a_file_that_is_not_there_or_there_twice_is_named(tmp_path):
 def test_a_file_called_like_a_split_is_not_taken_from_another_data_set(tmp_path):
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "train.csv").touch()
-    with pytest.raises(DataError, match="expected bios/train.csv or bios/train.jsonl, found none"):
+    with pytest.raises(DataError, match="expected bios/train.csv or bios/train.jsonl, found none .jobs/train.csv may be of another data set.$"):
         prepare.find(("bios/train.csv", "bios/train.jsonl"), tmp_path)
     assert prepare.find(("train.csv",), tmp_path) == tmp_path / "jobs" / "train.csv"  # asked for without a folder
     (tmp_path / "deep" / "bios").mkdir(parents=True)
     (tmp_path / "deep" / "bios" / "train.jsonl").touch()
     assert prepare.find(("bios/train.csv", "bios/train.jsonl"), tmp_path) == tmp_path / "deep" / "bios" / "train.jsonl"
+    (tmp_path / "StereoSet" / "data").mkdir(parents=True)
+    (tmp_path / "StereoSet" / "data" / "dev.json").touch()
+    assert prepare.find(("stereoset/dev.json",), tmp_path) == tmp_path / "StereoSet" / "data" / "dev.json"
     assert prepare.find(("bios/train.csv",), tmp_path / "jobs") == tmp_path / "jobs" / "train.csv"  # the folder that was named
 
 

@@ -170,6 +170,8 @@ class _Check:
                 self.fail(f"key {key!r}: expected {_KINDS[kind]}, got {table[key]!r}")
         if not (name := table.get("name", self.path.stem)).strip():
             self.fail(f"key 'name': expected a text to call the axis by, got {name!r}")
+        if "/" in name:  # parts the names of measures
+            self.fail(f"key 'name': expected a name without /, got {name!r}")
         if "keep_untouched" not in table:
             self.fail("key 'keep_untouched' is missing: expected true (texts without an attribute word stay) or false (they are dropped)")
         groups = self.groups(table.get("groups"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .. import checkpoint, weights
-from ..errors import AdapterError
+from ..errors import AdapterError, ConfigError
 from ..sites import EncoderConfig
 from ..tokens import load_tokenizer
 from . import adapterhub, peft
@@ -38,6 +38,8 @@ def import_adapter(folder: str | Path, model: str | Path, axis: str, out: str | 
 
     axis: what the module was learnt on, and its name when attached. Raises AdapterError or ModelError where folder and model do not fit.
     """
+    if not axis.strip() or "/" in axis:
+        raise ConfigError(f"--axis {axis}: expected a name without /")
     loaded, _ = weights.load_model(model)
     found = read(folder, loaded.config)
     settings = {"folder": os.path.realpath(folder), "model": os.path.realpath(model) if os.path.exists(model) else str(model), "axis": axis}

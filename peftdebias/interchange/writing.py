@@ -27,7 +27,7 @@ def export_adapter(run: str | Path, form: str, out: str | Path, overwrite: bool 
         raise ModelError(f"{run}: expected a run folder with config.toml, found none")
     modules = [checkpoint.read_header(f)["method"] for f in checkpoint.adapter_folders(run)]
     config = checkpoint.read_config(run)
-    keep_apart({"--out": out}, [run, *checkpoint.files_of(run)])
+    keep_apart({"--out": out}, [run, *checkpoint.files_of(run)], folders=True)
     with writing_folder(Path(out), overwrite, "exported folder", _is_export) as folder:
         if form == "hf":
             if modules:

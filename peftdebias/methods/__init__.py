@@ -17,11 +17,12 @@ import importlib
 import math
 from typing import ClassVar
 
+import numpy
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..config import checked
+from ..config import SEEDS, checked
 from ..errors import AdapterError, ConfigError
 from ..sites import LINEARS, EncoderConfig
 
@@ -214,7 +215,11 @@ def create(name: str, encoder_config: EncoderConfig, *, budget: float | None = N
     if not isinstance(encoder_config, EncoderConfig):
         raise ConfigError(f"create {name!r}: expected an EncoderConfig, as model.config is, got {type(encoder_config).__name__}")
     cls = method_class(name)
-    options = checked(cls.Config, dict(options or {}), f"{name} options: ")
+    if not 0 <= seed <= SEEDS:
+        raise ConfigError(f"create {name!r}: seed: expected a whole number from 0 to {SEEDS}, got {seed}")
+    options = {key: value.item() if isinstance(value, numpy.generic) else value for key, value in (options or {}).items()}
+    unset = {f.name for f in dataclasses.fields(cls.Config) if f.default is None and options.get(f.name, "") is None}
+    options = checked(cls.Config, {key: value for key, value in options.items() if key not in unset}, f"{name} options: ")
     if budget is None:
         config = cls.Config(**options)
     elif 0 < budget < 1:

@@ -72,6 +72,11 @@ class SparseConfig:
             raise ConfigError(f"sparse first_rate: expected more than 0, up to 1, got {self.first_rate}")
 
 
+def _sites(encoder_config: EncoderConfig) -> tuple[str, ...]:
+    linears = linear_sites(encoder_config)
+    return (*TABLES, *linears, *(site + ".bias" for site in linears))
+
+
 class Sparse(Method):
     """`layers.3.attention.query` [k_site] values at flat `indices` int64 [k_site], for every weight, bias and table that has some; none before it has learnt."""
 
@@ -85,14 +90,23 @@ class Sparse(Method):
         super().__init__(config, encoder_config, generator)
         if config.k is None:
             self.config = dataclasses.replace(config, k=round(SHARE * base_parameters(encoder_config)))
-        there = sum(parameter_size(encoder_config, site) for site in self.sites(encoder_config))
-        if self.config.k > there:
+        if self.config.k > (there := self.most(encoder_config)):
             raise ConfigError(f"sparse k: expected at most {there}, the weights there are, got {self.config.k}")
         self.indices: dict[str, Tensor] = {}
 
     @classmethod
     def parameters_for(cls, config: SparseConfig, encoder_config: EncoderConfig) -> int:
         return config.k
+
+    @classmethod
+    def capped(cls, config: SparseConfig, encoder_config: EncoderConfig, max_length: int) -> SparseConfig:
+        """No more than there are."""
+        return dataclasses.replace(config, k=min(config.k, cls.most(encoder_config)))
+
+    @staticmethod
+    def most(encoder_config: EncoderConfig) -> int:
+        """How many weights there are to choose from."""
+        return sum(parameter_size(encoder_config, site) for site in _sites(encoder_config))
 
     def count(self) -> int:
         """Parameters, known before it has learnt."""
@@ -102,8 +116,7 @@ class Sparse(Method):
         return 8 * self.config.k  # an int32 index beside every float32 value
 
     def sites(self, encoder_config: EncoderConfig) -> tuple[str, ...]:
-        linears = linear_sites(encoder_config)
-        return (*TABLES, *linears, *(site + ".bias" for site in linears))
+        return _sites(encoder_config)
 
     def delta(self, site: str) -> tuple[Tensor, Tensor] | None:
         if site not in self.values:

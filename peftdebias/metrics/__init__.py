@@ -5,7 +5,13 @@ measure has positive predictive power only: it can show bias, never its absence.
 """
 
 import math
+import re
 from dataclasses import dataclass
+
+
+def bare_name(name: str) -> str:
+    """"tpr-gap/rms" of "tpr-gap/rms (heldout.csv)", as `evaluate` names a measure of one file where it measures several."""
+    return re.sub(r" \(.*\)$", "", name)
 
 
 @dataclass(frozen=True)

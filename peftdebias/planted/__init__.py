@@ -89,17 +89,23 @@ def run_all(plan: Plan, todo: list[Unit], jobs: int, done: Callable[[Unit, dict]
         return
     waiting, running = list(todo), {}
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        while waiting or running:
-            unfinished = {*waiting, *running.values()}
-            for unit in [u for u in waiting if not unfinished & set(plan.needs(u))][:jobs - len(running)]:
-                waiting.remove(unit)
-                running[pool.submit(plan.run, unit)] = unit
-            for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
-                unit = running.pop(future)
-                try:
-                    done(unit, future.result())
-                except concurrent.futures.process.BrokenProcessPool:
-                    raise PeftDebiasError(f"--jobs {jobs}: a process was killed (out of memory?) while {unit} ran; the same command goes on from there") from None
+        try:
+            while waiting or running:
+                unfinished = {*waiting, *running.values()}
+                for unit in [u for u in waiting if not unfinished & set(plan.needs(u))][:jobs - len(running)]:
+                    waiting.remove(unit)
+                    running[pool.submit(plan.run, unit)] = unit
+                for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
+                    unit = running.pop(future)
+                    try:
+                        done(unit, future.result())
+                    except concurrent.futures.process.BrokenProcessPool:
+                        raise PeftDebiasError(f"--jobs {jobs}: a process was killed (out of memory?) while {unit} ran; the same command goes on from there") from None
+        except KeyboardInterrupt:  # stopped: what is under way is made again the next time
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _draw(found: dict, out: Path) -> list[str]:
@@ -112,6 +118,9 @@ def _draw(found: dict, out: Path) -> list[str]:
         return [f"no drawing: it needs {error.name} (pip install 'peftdebias[report]')"]
     for kind in ("svg", "png"):
         place = out / f"testbed.{kind}"
-        figure.savefig(partial_of(place), dpi=150, format=kind)
-        partial_of(place).replace(place)
+        try:
+            figure.savefig(partial_of(place), dpi=150, format=kind)
+            partial_of(place).replace(place)
+        finally:
+            partial_of(place).unlink(missing_ok=True)
     return []

@@ -93,10 +93,16 @@ def markdown(found: dict) -> str:
     short = {s: [r["method"] for r in run if r["strength"] == s and not r["reached"]] for s in dict.fromkeys(r["strength"] for r in run)}
     if short:
         lines += [""] + [f"Link {s:g} in the text: half of the stereotype preference removed at no more than 5 % worse perplexity by "
-                         f"{'every method' if not names else 'every method but ' + ', '.join(names)}." for s, names in short.items()]
+                         f"{_but(names, [r['method'] for r in run if r['strength'] == s])}." for s, names in short.items()]
     lines += ["", f"{found['units']} units in {found['cpu_seconds']:,.0f} s of one core ({found['seconds']:,.0f} s on the clock, added up), scale "
                   f"{found['settings']['scale']:g}; {found['versions']['device']}, torch {found['versions']['torch']}, commit {found['versions']['commit']}."]
     return "\n".join(lines) + "\n"
+
+
+def _but(short: list[str], every: list[str]) -> str:
+    if len(short) == len(every):
+        return "no method"
+    return f"every method but {', '.join(short)}" if short else "every method"
 
 
 def _row(*cells: str) -> str:

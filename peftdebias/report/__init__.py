@@ -85,8 +85,11 @@ def report(settings: Report) -> tuple[Path, Path]:
     if (beside := out.with_name("metrics.json")) == out:
         raise ConfigError(f"--out {out}: expected an HTML file, got the name of the figures beside it")
     kinds = _kinds(settings.paths)
-    earlier = (".html", beside.name)  # reports may lie in what they show
+    earlier = (".html", ".htm", beside.name)  # reports may lie in what they show
     keep_apart({"--out": out, "the figures beside it": beside}, [f for path in settings.paths for f in files_in(path) if not f.name.endswith(earlier)])
+    for path, mark in ((out, b"<!DOCTYPE html>"), (beside, b'{\n  "format": ')):
+        if path.is_file() and not path.read_bytes().startswith(mark):
+            raise ConfigError(f"--out {out}: would replace {path}, which is no earlier report; expected another name or folder")
     with contextlib.ExitStack() as opened:
         html, figures_ = (opened.enter_context(writing(str(path))) for path in (out, beside))
         parts = [part for mark, (ident, make) in KINDS.items() if mark in kinds for part in make(kinds[mark], ident, settings)]

@@ -1,5 +1,6 @@
 """Quality against bias, and what a system does class by class and term by term."""
 
+from ..metrics import bare_name
 from . import figures
 from .figures import Series
 from .page import Figure, Figures, Section, Table
@@ -29,7 +30,7 @@ def _pairs(source: Source, stage: str, task: str, of: dict[str, dict[str, Line]]
 
 def of_family(name: str) -> str:
     """"crows-pairs/nangia" of "crows-pairs/nangia/all"; the first word of others."""
-    parts = name.split("/")
+    parts = bare_name(name).split("/")
     return "/".join(parts[:2]) if parts[0] in ("crows-pairs", "stereoset") else parts[0]
 
 

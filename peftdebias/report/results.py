@@ -5,6 +5,7 @@ import math
 
 from ..comparison import compare_examples
 from ..errors import DataError
+from ..metrics import bare_name
 from ..metrics.compare import over_seeds, seed_difference
 from ..metrics.tally import Difference
 from .reading import Answered, Source
@@ -117,11 +118,11 @@ def drawn_ends(line: Line) -> tuple[float | None, float | None]:
 
 def is_floor(name: str) -> bool:
     """Whether a measure says what chance alone would give."""
-    return name.rsplit("/", 1)[-1].endswith(FLOORS)
+    return bare_name(name).rsplit("/", 1)[-1].endswith(FLOORS)
 
 
 def is_quality(name: str) -> bool:
-    parts = name.split("/")
+    parts = bare_name(name).split("/")
     return parts[0] in QUALITY or bool(LM_SCORES & set(parts[1:]))
 
 
