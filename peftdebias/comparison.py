@@ -116,6 +116,8 @@ def compare_examples(first: str, second: str, *, seed: int = 0, samples: int = 1
 def read_rows(path: str) -> dict[str, Rows]:
     """measure -> its rows, as `evaluate --examples` writes them."""
     found: dict[str, Rows] = {}
+    if not os.path.exists(path):
+        raise DataError(f"{path}: no such file")
     source = Lines(path)
     try:
         for line in source:

@@ -230,6 +230,8 @@ def find_folder(name: str | Path) -> Path:
         return path / "model"
     if path.is_dir():
         return path
+    if path.is_file():
+        raise ModelError(f"model {str(name)!r}: expected a folder, got a file")
     cache = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
     stored = Path(cache) / ("models--" + str(name).replace("/", "--"))
     reference = stored / "refs" / "main"

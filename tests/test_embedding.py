@@ -280,6 +280,8 @@ def test_what_is_no_text_is_named(texts, words, model):
     for ask in (model.predict, model.encode, lambda given: model.predict(["a"] * len(given), given)):
         with pytest.raises(ConfigError, match=f"^{words.replace('texts', '(texts|pairs)')}$"):
             ask(texts)
+    with pytest.raises(ConfigError, match="^texts: expected a list of texts, got NoneType$"):
+        model.predict(None)
     with pytest.raises(ConfigError, match="^fill_mask: expected one text, got list$"):
         model.fill_mask(["The [MASK]"])
 

@@ -251,11 +251,11 @@ def test_a_folder_of_something_else_or_of_other_settings_stays_as_it_is(ran, tmp
     said = cli("testbed", "--out", tmp_path / "else")
     assert said.code == 2 and said.err.splitlines()[-1] == f"peftdebias: --out {tmp_path}/else: exists and is no earlier testbed; expected a new folder"
     said = cli("testbed", *GIVEN, "--scale", 0.02, "--out", out)
-    assert said.code == 2 and re.search(r"expected units of the same settings, got another sizes in .*unit.json", said.err)
+    assert said.code == 2 and re.search(r"holds units of other settings; expected sizes {.*}, got {.*} in .*unit.json", said.err)
     said = cli("testbed", *GIVEN, "--upstream-steps", 4, "--out", out)  # the bases are right, what was learnt on them is not
-    assert said.code == 2 and re.search(r"expected units of the same settings, got another sizes in .*text-0.8/seed-0/lora", said.err)
+    assert said.code == 2 and re.search(r"holds units of other settings; expected sizes .* in .*text-0.8/seed-0/lora", said.err)
     said = cli("testbed", *GIVEN, "--text-strengths", 0.8, 0.4, "--out", out)  # other bases for the tasks
-    assert said.code == 2 and re.search(r"expected units of the same settings, got another start in .*labels-", said.err)
+    assert said.code == 2 and re.search(r"holds units of other settings; expected start .*, got .* in .*labels-", said.err)
     assert tree(out) == before
 
 

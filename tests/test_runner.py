@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from peftdebias import evaluation, recipe as recipes, runner
-from peftdebias.config import Run
+from peftdebias.config import Report, Run
 from peftdebias.errors import ConfigError, DataError
 from peftdebias.metrics.compare import over_seeds, seed_difference
+from peftdebias.report import report
 
 from .outside import one_thread  # noqa: F401
 from .small import cli, done, small  # noqa: F401
@@ -214,6 +215,8 @@ def test_a_recipe_stopped_and_taken_up_again(place, small, tmp_path, monkeypatch
 def test_below_one_epoch_a_share_of_the_training_file_is_taken(place, small, tmp_path):  # noqa: F811
     recipe, data = place
     found = runner.run(Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out"), scale=0.02, seeds=1, systems=("FT",))).table
+    assert {p["system"] for p in found["paper"]} <= set(found["systems"]) == {"BERT", "FT"}
+    report(Report(paths=(str(tmp_path / "out"),), out=str(tmp_path / "page.html")))  # of some systems of the recipe
     row = next(row for row in found["rows"] if row["task"] == "moved")
     trained = (tmp_path / "out" / "data" / "moved-train.jsonl").read_text().splitlines()
     assert len(trained) == round(0.2 * 50) and tomllib.loads((tmp_path / "out" / row["run"] / "config.toml").read_text())["epochs"] == 1

@@ -136,6 +136,8 @@ def _read(path: Path, kind: str) -> tuple[str, dict]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{kind} {path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{kind} {path}: expected a file, got a folder") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{kind} {path}: expected readable UTF-8 text, got {error}") from None
     try:

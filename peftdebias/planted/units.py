@@ -114,8 +114,10 @@ class Plan:
         except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(f"{path}: expected the figures of a unit, got something else; delete it and it is made again") from None
         if made != self.made_of(unit):
-            odd = next(key for key in {**made, **self.made_of(unit)} if made.get(key) != self.made_of(unit).get(key))
-            raise ConfigError(f"--out {self.out}: expected units of the same settings, got another {odd} in {path}; another --out, or the settings of before")
+            mine = self.made_of(unit)
+            odd = next(key for key in {**made, **mine} if made.get(key) != mine.get(key))
+            raise ConfigError(f"--out {self.out}: holds units of other settings; expected {odd} {mine.get(odd)}, got {made.get(odd)} in {path} (another --out, or the "
+                              "settings of before)")
         return found
 
     def run(self, unit: Unit) -> dict:
