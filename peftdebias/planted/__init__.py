@@ -13,8 +13,11 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
+
+from tqdm import tqdm
 
 from .. import checkpoint, methods
 from ..config import Testbed
@@ -88,7 +91,7 @@ def run_all(plan: Plan, todo: list[Unit], jobs: int, done: Callable[[Unit, dict]
             done(unit, plan.run(unit))
         return
     waiting, running = list(todo), {}
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_alone) as pool:
         try:
             while waiting or running:
                 unfinished = {*waiting, *running.values()}
@@ -102,10 +105,14 @@ def run_all(plan: Plan, todo: list[Unit], jobs: int, done: Callable[[Unit, dict]
                     except concurrent.futures.process.BrokenProcessPool:
                         raise PeftDebiasError(f"--jobs {jobs}: a process was killed (out of memory?) while {unit} ran; the same command goes on from there") from None
         except KeyboardInterrupt:  # stopped: what is under way is made again the next time
-            pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+
+
+def _alone() -> None:
+    """In a process of the pool: tqdm's lock is its own, no semaphore that stays behind where it is ended."""
+    tqdm.set_lock(threading.RLock())
 
 
 def _draw(found: dict, out: Path) -> list[str]:
