@@ -28,9 +28,10 @@ TOP = 10  # words that the summary names
 
 @dataclass
 class Summary:
-    """What was done. rows: lines written. size: bytes read (unpacked). seconds: of all of it."""
+    """What was done. replaced: which words, where not all of the axis. rows: lines written. size: bytes read (unpacked). seconds: of all of it."""
 
     axis: Axis
+    replaced: str = ""
     counts: Counts = field(default_factory=Counts)
     skipped: Skipped = field(default_factory=Skipped)
     size: int = 0
@@ -63,7 +64,7 @@ class Summary:
         found = self.groups if self.axis.columns else dict(counts.found.most_common(TOP))
         return [
             *self.skipped.report("corpus"),
-            f"{counts.texts} texts, {counts.touched} ({share:.1f} %) with words of the axis {name}; {counts.variants} counterfactuals, {counts.replaced} swaps",
+            f"{counts.texts} texts, {counts.touched} ({share:.1f} %) with words of the axis {name}{self.replaced}; {counts.variants} counterfactuals, {counts.replaced} swaps",
             f"words of the axis {name}: " + ", ".join(f"{word} {n}" for word, n in found.items()),
             f"{self.size / 1e6:.1f} MB in {self.seconds:.1f} s, {self.size / 1e6 / max(self.seconds, 1e-9):.0f} MB/s ({self.engine} engine)",
         ]
@@ -86,7 +87,8 @@ def augment(settings: Augment) -> Summary:
     corpus.check_column(files, settings.column)
     keep_apart({"--out": settings.out, "--stats": settings.stats}, [*files, *tables(settings.axis, settings.names)])
     made = engine(axis, intervention, settings.threads)
-    summary = Summary(axis, engine=made.name)
+    column = None if intervention.only_from is None else axis.columns[intervention.only_from] if axis.columns else str(intervention.only_from + 1)
+    summary = Summary(axis, f" in the column {column}" if column else "", engine=made.name)
     start, stop = 0, EVERYTHING
     if settings.shard:
         start, stop = _stretch(settings, files, made)

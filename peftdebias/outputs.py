@@ -12,6 +12,11 @@ from pathlib import Path
 
 from .errors import ConfigError
 
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None
+
 
 @contextlib.contextmanager
 def writing(path: str | None) -> Iterator:
@@ -37,6 +42,21 @@ def writing(path: str | None) -> Iterator:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone(path: Path, what: str) -> Iterator[None]:
+    """Inside the `with` block no other process is in such a block for `path`, a file that is there. Raises ConfigError about `what` where one is; where the system
+    knows no such locks, it is not seen."""
+    with open(path, "rb") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{what}: another process is at work there; expected it to end first, or another folder") from None
+            except OSError:  # a file system without locks
+                pass
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

@@ -21,7 +21,7 @@ from .config import Downstream, Evaluate, Run, Upstream, build, checked, parse_s
 from .errors import ConfigError
 from .metrics.compare import over_seeds, seed_difference
 from .metrics.tally import Difference
-from .outputs import write_text
+from .outputs import alone, write_text
 from .recipe import Recipe, System, Task
 from .training import pick_device
 
@@ -58,7 +58,12 @@ def run(settings: Run, say: Say = lambda line: None) -> Results:
     """Does what is left of the recipe and writes the table. Raises PeftDebiasError on bad input; what was done before stays."""
     recipe = recipes.load(settings.recipe)
     runner = _Runner(recipe, settings, say)
-    units = runner.units()
+    with alone(runner.out / "recipe.json", f"--out {runner.out}"):
+        return _run(runner)
+
+
+def _run(runner: "_Runner") -> Results:
+    recipe, settings, say, units = runner.recipe, runner.settings, runner.say, runner.units()
     done = sum(runner.row(unit).exists() for unit in units)
     say(f"{recipe.title}: {len(units)} units, {done} of them done before; scale {settings.scale:g}")
     try:

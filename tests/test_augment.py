@@ -90,6 +90,8 @@ def test_interventions(tmp_path):
 
     assert changed() == ["James told her husband that he is black."]
     assert changed("--from", "female") == changed("--from", "2") == ["James told his husband that he is black."]
+    said = done("augment", "--axis", "gender", tmp_path / "a.txt", "--from", "1", "--keep", "originals").err
+    assert "2 texts, 1 (50.0 %) with words of the axis gender in the column male; " in said
     assert changed("--occurrences", "one") == [f"James told {a} {b} that {c} is black." for a, b, c in (("her", "wife", "she"), ("his", "husband", "she"), ("his", "wife", "he"))]
     assert changed("--names") == ["Mary told her husband that he is black."]
     assert changed("--keep", "originals") == [None]

@@ -1,6 +1,7 @@
 """`export` and `import` as a user runs them: runs that become folders of others and come back, merged folders as plain models, the card."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -58,7 +59,7 @@ def test_downstream_keeps_where_a_module_came_from(runs, small, tmp_path):  # no
     done("downstream", *small.task(epochs=1, adapter=tmp_path / "again"), "--out", tmp_path / "task")
     done("downstream", *small.task(model=tmp_path / "task", epochs=1, adapter=tmp_path / "task"), "--out", tmp_path / "further")
     headers = [json.loads((tmp_path / run / "adapter" / "adapter.json").read_text()) for run in ("again", "task", "further")]
-    assert [h["origin"] for h in headers] == [{"library": "peft", "kind": "LORA"}] * 3
+    assert [h["origin"] for h in headers] == [{"library": "peft", "kind": "LORA", "base": str(small.base.resolve())}] * 3
     assert [h.get("learnt_on") for h in headers] == [None, headers[0]["base"], headers[0]["base"]]
     assert "origin" not in json.loads((runs / "debiased" / "adapter" / "adapter.json").read_text())
     done("export", tmp_path / "further", "--as", "merged", "--out", tmp_path / "merged")
@@ -129,6 +130,16 @@ def test_import_for_another_base(runs, small, tmp_path):  # noqa: F811
     other = save_bert(tmp_path / "other", weights.load(small.base).tokenizer, layers=3)
     said = cli("import", tmp_path / "p", "--model", other, "--axis", "gender", "--out", tmp_path / "out")
     assert said.code == 2 and "num_layers: expected 3, got 2" in said.err and not (tmp_path / "out").exists()
+
+
+def test_a_base_that_a_folder_does_not_name_is_told_of(runs, small, tmp_path):  # noqa: F811
+    done("export", runs / "lora", "--as", "peft", "--out", tmp_path / "p")
+    tokenizer = weights.load(small.base).tokenizer
+    other, same = save_bert(tmp_path / "other", tokenizer, seed=5), shutil.copytree(small.base, tmp_path / "same")
+    for base, told in ((other, True), (same, False), (small.base, False)):
+        said = done("import", tmp_path / "p", "--model", base, "--axis", "gender", "--out", tmp_path / "out", "--overwrite")
+        assert ("warning: " in said.err) == told
+        assert not told or re.search(f"warning: {tmp_path}/p: names the base {small.base}, with checksum [0-9a-f]{{12}}; bound to {other}, with [0-9a-f]{{12}}$", said.err, re.M)
 
 
 def test_public_names(runs, small, tmp_path):  # noqa: F811

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from peftdebias.errors import ConfigError
-from peftdebias.outputs import keep_apart, writing, writing_folder
+from peftdebias.outputs import alone, keep_apart, writing, writing_folder
 
 from .outside import one_thread  # noqa: F401
 from .small import cli, done, small, tree  # noqa: F401
@@ -77,6 +77,15 @@ def test_an_old_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_pa
     with pytest.raises(KeyboardInterrupt), folder(tmp_path / "run", overwrite=True) as made:
         (made / "a").write_text("new")
     assert (tmp_path / "run" / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_two_processes_do_not_work_in_one_folder(tmp_path):
+    (tmp_path / "recipe.json").write_text("{}")
+    code = f"from peftdebias.outputs import alone; from pathlib import Path\nwith alone(Path({str(tmp_path / 'recipe.json')!r}), '--out o'): pass"
+    with alone(tmp_path / "recipe.json", "--out o"):
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert said.returncode == 1 and "--out o: another process is at work there; expected it to end first, or another folder" in said.stderr
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 # ---------------------------------------------------------------- apart from what is read

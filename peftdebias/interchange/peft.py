@@ -134,7 +134,12 @@ def read(fields: Fields, folder: Path, config: EncoderConfig) -> Foreign:
         raise AdapterError(f"{path}: expected modules of the encoder and whole heads, got {unknown[0]}")
     prefix = config.kind + "."  # absent where peft wrapped the encoder without a head
     own = {n if n.startswith(prefix) or not n.startswith("encoder.") else prefix + n: t for n, t in bare.items() if not _is_head(n, config)}
-    return Foreign(TABLES[kind].take(method, own, config, path), heads, {"library": f"peft {fields.values.get('peft_version') or ''}".strip(), "kind": kind})
+    return Foreign(TABLES[kind].take(method, own, config, path), heads, _origin(fields, kind))
+
+
+def _origin(fields: Fields, kind: str) -> dict[str, str]:
+    base = fields.values.get("base_model_name_or_path")
+    return {"library": f"peft {fields.values.get('peft_version') or ''}".strip(), "kind": kind} | ({"base": base} if isinstance(base, str) and base else {})
 
 
 def _is_head(name: str, config: EncoderConfig) -> bool:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 from torch import Tensor
 
 from .. import checkpoint, weights
-from ..errors import AdapterError, ConfigError
+from ..encoder import Model
+from ..errors import AdapterError, ConfigError, ModelError
+from ..patch import base_checksum
 from ..sites import EncoderConfig
 from ..tokens import load_tokenizer
 from . import adapterhub, peft
@@ -42,6 +45,7 @@ def import_adapter(folder: str | Path, model: str | Path, axis: str, out: str | 
         raise ConfigError(f"--axis {axis}: expected a name without /")
     loaded, _ = weights.load_model(model)
     found = read(folder, loaded.config)
+    _compare_bases(folder, found.origin.get("base"), model, loaded)
     settings = {"folder": os.path.realpath(folder), "model": os.path.realpath(model) if os.path.exists(model) else str(model), "axis": axis}
     with checkpoint.writing_run(out, "import", settings, overwrite) as run:
         if found.heads:
@@ -49,6 +53,18 @@ def import_adapter(folder: str | Path, model: str | Path, axis: str, out: str | 
             weights.save_model(loaded, run.path / "model", tokenizer)
         checkpoint.save_adapter(run.path / "adapter", found.method, axis, checkpoint.describe_base(loaded), {"origin": found.origin})
     return Path(out)
+
+
+def _compare_bases(folder: str | Path, named: str | None, model: str | Path, loaded: Model) -> None:
+    """Warns where the folder names a base that is here and is another than the one it is to be bound to."""
+    if named is None or not os.path.isdir(named) or (os.path.exists(model) and os.path.samefile(named, model)):
+        return
+    try:
+        other = base_checksum(weights.load_model(named)[0])
+    except ModelError:
+        return
+    if other != (own := base_checksum(loaded)):
+        warnings.warn(f"{folder}: names the base {named}, with checksum {other[:12]}; bound to {model}, with {own[:12]}", stacklevel=3)
 
 
 def _with_heads(folder: str | Path, heads: dict[str, Tensor]):

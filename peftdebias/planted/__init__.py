@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .. import checkpoint, methods
 from ..config import Testbed
 from ..errors import ConfigError, PeftDebiasError
-from ..outputs import partial_of, write_text
+from ..outputs import alone, partial_of, write_text
 from . import summary
 from .units import NONE, Plan, Sizes, Unit
 
@@ -69,7 +69,8 @@ def testbed(settings: Testbed, say: Callable[[str], None] = lambda line: None) -
         results[unit] = found
         say(f"{sum(r is not None for r in results.values())} of {len(units)}: {unit}, {found['seconds']:.1f} s")
 
-    run_all(plan, todo, settings.jobs, done)
+    with alone(out / MARK, f"--out {out}"):
+        run_all(plan, todo, settings.jobs, done)
     rows = summary.rows(units, results)
     found = about | {"rows": rows, "monotone": summary.monotone(rows), "units": len(units)}
     found |= {key: round(sum(r[key] for r in results.values()), 1) for key in ("seconds", "cpu_seconds")}
