@@ -74,6 +74,9 @@ def _run(runner: "_Runner") -> Results:
             runner.do(unit)
             say(f"{number} of {len(units)}: {unit.name}, {time.perf_counter() - began:.0f} s")
             runner.write(units)
+    except KeyboardInterrupt:
+        say(f"{runner.out}: what is done is kept; the same command goes on from there")
+        raise
     except BaseException:
         runner.give_back()
         raise

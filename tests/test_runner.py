@@ -171,7 +171,8 @@ def test_a_recipe_stopped_and_taken_up_again(place, small, tmp_path, monkeypatch
         return original(settings, say)
 
     monkeypatch.setattr(runner.phases, "downstream", stops_at_the_fourth)
-    assert cli(*flags).code == 130
+    said = cli(*flags)
+    assert said.code == 130 and said.err.splitlines()[-2:] == [f"{out}: what is done is kept; the same command goes on from there", "peftdebias: stopped"]
     before = {path.name: path.stat().st_mtime_ns for path in (out / "rows").iterdir()}
     half = json.loads((out / "results.json").read_text())
     assert len(before) == len(half["rows"]) == 5 and half["units"] == 17  # 2 seeds x (3 systems x 2 tasks + 2 learnt bases or modules), and the base once
@@ -210,6 +211,20 @@ def test_a_recipe_stopped_and_taken_up_again(place, small, tmp_path, monkeypatch
     (tmp_path / "else" / "file").touch()
     said = cli(*flags[:7], tmp_path / "else", *flags[8:])
     assert said.code == 2 and "exists and holds no results of a recipe" in said.err
+
+
+def test_what_was_prepared_before_the_first_unit_was_done_is_kept_too(place, small, tmp_path, monkeypatch):  # noqa: F811
+    recipe, data = place
+    settings = Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out"), scale=0.02, seeds=1, systems=("FT",))
+
+    def stopped(settings):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr(runner.evaluation, "evaluate", stopped)
+        runner.run(settings)
+    assert (tmp_path / "out" / "recipe.json").exists()
+    assert len(runner.run(settings).table["rows"]) == 3
 
 
 def test_below_one_epoch_a_share_of_the_training_file_is_taken(place, small, tmp_path):  # noqa: F811
