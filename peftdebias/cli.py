@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 
 from . import __version__, config
-from .errors import PeftDebiasError
+from .errors import ConfigError, PeftDebiasError
 
 EXAMPLES = {
     "demo": "peftdebias demo --out runs/demo",
@@ -307,7 +307,9 @@ def say(line: str) -> None:
 
 
 def wait_for_input() -> None:
-    """Tell whoever sits at a terminal that it is their turn."""
+    """Tell whoever sits at a terminal that it is their turn. Raises ConfigError where standard input is closed."""
+    if sys.stdin is None:
+        raise ConfigError("standard input: expected texts, got none: it is closed; name a FILE")
     if sys.stdin.isatty():
         say("reading standard input, one text a line; Ctrl-D ends it")
 

@@ -333,6 +333,12 @@ def test_a_folder_that_may_not_be_entered_is_named(small, chain, tmp_path):  # n
     assert read.code == 2 and read.err.splitlines()[-1] == f"peftdebias: {small.heldout}: Permission denied"
 
 
+def test_a_standard_input_that_is_closed_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    said = cli("augment", "--axis", "gender")
+    assert said.code == 2 and said.err.splitlines()[-1] == "peftdebias: standard input: expected texts, got none: it is closed; name a FILE"
+
+
 def test_a_warning_is_one_line_too(small, chain, tmp_path):  # noqa: F811
     shutil.copytree(chain[0]["gender"] / "adapter", tmp_path / "adapter")
     header = json.loads((tmp_path / "adapter" / "adapter.json").read_text())
