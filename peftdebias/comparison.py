@@ -71,7 +71,7 @@ def compare(settings: Compare) -> Comparison:
     """What settings ask for; writes settings.json. Raises PeftDebiasError on files that cannot be compared."""
     if settings.against and not settings.seeds:
         raise ConfigError("--against: expected --seeds beside it; two --examples files are compared without")
-    for files in (settings.files, settings.against):
+    for files in (settings.files, settings.against) if settings.seeds else ():
         if twice := next((path for i, path in enumerate(files) if any(os.path.realpath(path) == os.path.realpath(other) for other in files[:i])), None):
             raise ConfigError(f"{twice}: given twice; expected each file once")
     if not settings.seeds and len(settings.files) != 2:

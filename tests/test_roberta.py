@@ -56,6 +56,10 @@ def test_predict_equals_transformers(name, pairs, runs, merged):
     tokenizer, model = merged(name, "AutoModelForSequenceClassification")
     loaded = peftdebias.load(runs / name)
     assert loaded.methods == ("gender",) and loaded.run.model.config.kind == "roberta"
+    if name == "paired" and pairs is None:
+        with pytest.raises(ConfigError, match="paired: the run was trained on text pairs; expected such, got texts alone"):
+            loaded.predict(TEXTS)
+        del loaded.run.config["text"]  # as a folder that no run trained, which answers both
     found = loaded.predict(TEXTS, pairs)
     assert [f["text"] for f in found] == TEXTS and len({f["probabilities"][f["label"]] for f in found}) == len(TEXTS)
     for i, answer in enumerate(found):
