@@ -105,7 +105,7 @@ class Debiased:
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[dict]:
         """{"text", "label", "probabilities": {label: p}} for each text (with its pair). Raises ModelError without a classifier."""
         self._head("predict")
-        texts = self._texts("texts", texts)
+        texts, pairs = self._texts("texts", texts), None if pairs is None else self._texts("pairs", pairs)
         if not (encoded := self._encoded(texts, pairs)):
             return []
         answers.check_pairs(self.name, self.run, pairs is not None)
@@ -126,7 +126,7 @@ class Debiased:
         mask, vocabulary = tokenizer.backend.id_to_token(tokenizer.mask_id), tokenizer.vocab_size
         if not 1 <= top <= vocabulary:
             raise ConfigError(f"fill_mask: top: expected 1 to {vocabulary}, the tokens there are, got {top}")
-        ids = self._encoded([text])[0].ids
+        ids = self._encoded(self._texts("fill_mask", [text]))[0].ids
         rows = numpy.flatnonzero(ids == tokenizer.mask_id)
         if not len(rows):
             raise ConfigError(f"fill_mask: expected {mask} in the text (within its first {self._longest} tokens), got none")
@@ -139,7 +139,7 @@ class Debiased:
         """[N, D], on the CPU: the last hidden state of each text's first token ("first", what a classifier reads), or the mean over its tokens, special ones
         too ("mean"). Vectors of prompts are not among them."""
         _one_of("pooling", pooling, POOLINGS)
-        encoded = self._encoded(texts, None)
+        encoded = self._encoded(self._texts("texts", texts))
         return _pooled(self.run.model, [Sample(e.ids, numpy.arange(1 if pooling == "first" else len(e.ids)), None, e.segments) for e in encoded])
 
     @_one_at_a_time
@@ -209,7 +209,6 @@ class Debiased:
         return texts
 
     def _encoded(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Encoded]:
-        texts, pairs = self._texts("texts", texts), None if pairs is None else self._texts("pairs", pairs)
         if pairs is not None and len(pairs) != len(texts):
             raise ConfigError(f"pairs: expected {len(texts)}, one for each text, got {len(pairs)}")
         encoded = self.run.tokenizer.encode(texts, pairs, self._longest)

@@ -95,9 +95,10 @@ def evaluate(settings: Evaluate) -> Result:
     """Load, measure, and write the files that settings name. Raises PeftDebiasError on bad input."""
     if not settings.on:
         raise ConfigError(f"--on: expected at least one NAME=FILE with NAME one of {', '.join(ON)}, got none")
+    measured = [path for _, path in parse_on(settings.on)]
+    inside = [file for path in measured for file in files_in(path) if file.suffix != ".json"]  # of a folder; results may lie in it
     keep_apart({"--json": settings.json, "--examples": settings.examples},
-               [*(f for _, path in parse_on(settings.on) for f in (path, *(f for f in files_in(path) if f.suffix != ".json"))),
-                *checkpoint.files_of(settings.model, *settings.adapter), settings.terms, *tables(settings.axis)])
+               [*measured, *inside, *checkpoint.files_of(settings.model, *settings.adapter), settings.terms, *tables(settings.axis)])
     with contextlib.ExitStack() as opened:
         files = {name: opened.enter_context(writing(path)) for name in ("json", "examples") if (path := getattr(settings, name))}
         run = checkpoint.load_run(settings.model, settings.adapter, pick_device(settings.device), settings.force)

@@ -116,18 +116,19 @@ def keep_apart(outs: dict[str, str | Path | None], inputs: Iterable[str | Path |
     outs = {flag: Path(out) for flag, out in outs.items() if out not in (None, "-")}
     there = [path for name in inputs if name is not None and os.path.exists(path := Path("/dev/stdin" if str(name) == "-" else name))]
     for flag, out in outs.items():
-        if os.path.exists(out) and not (out.is_dir() if folders else out.is_file()):  # a device such as /dev/null keeps nothing
+        at_stake = os.path.exists(out)
+        if at_stake and not (out.is_dir() if folders else out.is_file()):  # a device such as /dev/null keeps nothing
             continue
-        for path in there:
-            if os.path.exists(out) and (os.path.samefile(out, path) or path.resolve().is_relative_to(out.resolve())):
+        for path in there if at_stake else ():
+            if os.path.samefile(out, path) or path.resolve().is_relative_to(out.resolve()):
                 raise ConfigError(f"{flag} {out}: is read, as {path}; expected another place, so that nothing is lost")
         if twin := next((other for other, place in outs.items() if other != flag and place.resolve() == out.resolve()), None):
             raise ConfigError(f"{flag} {out}: is the place of {twin} too; expected two")
 
 
 def tables(*names: str | None) -> list[str]:
-    """Those that are files of the user's; an axis or a table of names is shipped otherwise."""
-    return [name for name in names if name is not None and name.endswith(".toml")]
+    """Those that are files of the user's, told as axes.load_axis tells them: by a folder or by .toml. An axis or a table of names is shipped otherwise."""
+    return [name for name in names if name is not None and (name.endswith(".toml") or Path(name).name != name)]
 
 
 def files_in(folder: str | Path) -> list[Path]:

@@ -33,6 +33,7 @@ from .holdout import HeldOut, choose, first_families
 from .lines import Skipped
 from .metrics import Measure
 from .metrics.classification import accuracy, f1, macro_f1
+from .outputs import tables
 from .patch import all_parameters, base_checksum, train_only
 from .stream import Counts, Recipe
 from .tasks import Classification, MaskedLM, class_probabilities, label_indices, labelled_samples
@@ -339,8 +340,8 @@ def _saved(settings: Upstream | Downstream) -> dict:
     for key in checkpoint.SOURCES:
         if key in values:
             values[key] = [_absolute(v) for v in values[key]] if isinstance(values[key], list) else _absolute(values[key])
-    for key in ("axis", "names"):  # a file of the user's, or something shipped
-        if str(values.get(key, "")).endswith(".toml"):
+    for key in ("axis", "names"):
+        if tables(values.get(key)):
             values[key] = _absolute(values[key])
     return values
 

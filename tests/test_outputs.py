@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from peftdebias.errors import ConfigError
-from peftdebias.outputs import alone, keep_apart, writing, writing_folder
+from peftdebias.outputs import alone, keep_apart, tables, writing, writing_folder
 
 from .outside import one_thread  # noqa: F401
 from .small import cli, done, small, tree  # noqa: F401
@@ -159,6 +159,7 @@ def test_a_shipped_axis_is_no_file(tmp_path, monkeypatch):
     (tmp_path / "texts.txt").write_text("she is a nurse\n")
     for _ in range(2):
         done("augment", "--axis", "gender", "texts.txt", "--out", "gender")
+    assert tables("gender", None, "mine.toml", "axes/mine") == ["mine.toml", "axes/mine"]
 
 
 def test_standard_input_counts_as_read(tmp_path):
