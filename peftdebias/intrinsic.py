@@ -91,8 +91,9 @@ def perplexity(run: Run, path: str, settings: Evaluate) -> Result:
     if not counts.sum():
         raise DataError(f"{path}: expected words to mask, got none")
     loss = float(sums.sum() / counts.sum())
-    low, high = interval(lambda items: sums[items].sum() / max(1, counts[items].sum()), len(samples), seed=settings.seed, samples=settings.samples)
+    masked, tokens = sums[counts > 0], counts[counts > 0]  # a text without a word to mask says nothing
+    low, high = interval(lambda items: masked[items].sum() / tokens[items].sum(), len(tokens), seed=settings.seed, samples=settings.samples)
     examples = [{"measure": "mlm-loss", "text": t, "nll": s, "tokens": int(c)} for t, s, c in zip(texts, sums.tolist(), counts)]
-    measures = [Measure("mlm-loss", loss, "nats", None, low, high, len(samples)),
-                Measure("perplexity", float(numpy.exp(loss)), "1", None, float(numpy.exp(low)), float(numpy.exp(high)), len(samples))]
+    measures = [Measure("mlm-loss", loss, "nats", None, low, high, len(tokens)),
+                Measure("perplexity", float(numpy.exp(loss)), "1", None, float(numpy.exp(low)), float(numpy.exp(high)), len(tokens))]
     return Result(measures, examples, cut_note(encoded, longest, path))

@@ -67,6 +67,19 @@ def test_undefined_resamples_are_left_out():
     assert np.isnan(bootstrap.percentile(np.array([np.nan]))).all()
 
 
+def test_one_example_has_no_interval():
+    assert np.isnan([*bootstrap.interval(np.mean, 1), *bootstrap.mean_interval([3.0])]).all()
+
+
+def test_a_shifted_interval_stays_in_the_range_and_around_its_value():
+    drawn = np.array([90.0, 100.0, 110.0])
+    assert bootstrap.shifted(drawn, 80.0) == (70.5, 89.5)  # 90.5 to 109.5, 20 lower
+    assert bootstrap.shifted(drawn, 80.0, least=75.0, most=85.0) == (75.0, 85.0)
+    assert bootstrap.shifted(np.array([0.0, 0.0, np.nan]), 100.0, most=100.0) == (100.0, 100.0)
+    assert bootstrap.shifted(np.r_[np.zeros(99), 100.0], 40.0) == (39.0, 40.0)
+    assert np.isnan(bootstrap.shifted(np.array([np.nan]), 1.0)).all()
+
+
 def test_no_examples_is_an_error():
     for call in (lambda: bootstrap.interval(np.mean, 0), lambda: bootstrap.mean_interval([]), lambda: bootstrap.counts([0, 0])):
         with pytest.raises(DataError, match="no examples to measure on: expected at least 1, got 0"):

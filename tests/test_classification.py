@@ -65,6 +65,11 @@ def test_intervals_by_counts_are_intervals_by_examples(score, by_hand):
     assert abs(measure.low - low) < 0.12 * (high - low) and abs(measure.high - high) < 0.12 * (high - low)
 
 
+def test_one_example_has_no_interval():
+    for found in (accuracy(["a"], ["a"]), f1(["a"], ["a"], "a"), macro_f1(["a"], ["a"])):
+        assert found.value == 100 and found.as_json()["low"] is None is found.as_json()["high"]
+
+
 def test_errors_say_what_was_expected():
     with pytest.raises(DataError, match="expected as many labels as predicted, 2, got 1"):
         accuracy(["a", "b"], ["a"])

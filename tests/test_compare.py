@@ -63,6 +63,13 @@ def test_spread_over_seeds_by_hand():
         over_seeds([1.0, float("nan")], name="fprd")
 
 
+def test_p_over_seeds_is_never_below_0():
+    """Where the differences hardly differ, the series for Student's t ends a rounding above 1."""
+    random = np.random.default_rng(0)
+    found = [seed_difference(np.zeros(n), 1 + 1e-9 * random.normal(size=n)).p for n in random.integers(7, 12, 300)]
+    assert min(found) == 0 and max(found) < 1e-12
+
+
 def test_seeds_are_paired():
     found = seed_difference([50, 60, 70], [52, 61, 73], name="f1", unit="%")  # 2, 1, 3: mean 2, sd 1
     assert found.value == pytest.approx(2) and found.unit == "points" and found.n == 3

@@ -111,7 +111,8 @@ def test_ties_count_in_the_denominator_and_dropped_pairs_do_not():
     found = measures([scored(-1.0, -2.0), scored(-2.0, -1.0), scored(-1.5, -1.5), scored(None, None), scored(-1.0, -3.0, "age")], "bias-bench")
     values = {m.name: (m.value, m.n) for m in found}
     assert values == {"crows-pairs/bias-bench/all": (50.0, 4), "crows-pairs/bias-bench/age": (100.0, 1), "crows-pairs/bias-bench/gender": (pytest.approx(100 / 3), 3)}
-    assert {(m.unit, m.ideal) for m in found} == {("%", 50.0)} and all(m.low <= m.value <= m.high for m in found)
+    assert {(m.unit, m.ideal) for m in found} == {("%", 50.0)} and all(m.low <= m.value <= m.high for m in found if m.n > 1)
+    assert [m.as_json()["low"] for m in found if m.n == 1] == [None]  # one pair says nothing of its spread
 
 
 def test_one_category_alone_and_one_that_is_not_there():
@@ -171,8 +172,7 @@ def test_compare_reads_pairs_that_a_scoring_drops(small, tmp_path):  # noqa: F81
     done("evaluate", small.base, "--on", f"crows-pairs={path}", "--examples", tmp_path / "e.jsonl")
     done("compare", tmp_path / "e.jsonl", tmp_path / "e.jsonl", "--json", tmp_path / "c.json")
     rows = {d["name"]: d["n"] for d in json.loads((tmp_path / "c.json").read_text())["differences"]}
-    assert rows == {"crows-pairs/nangia/all": 3, "crows-pairs/nangia/age": 1, "crows-pairs/nangia/gender": 2,
-                    "crows-pairs/bias-bench/all": 2, "crows-pairs/bias-bench/age": 1, "crows-pairs/bias-bench/gender": 1}
+    assert rows == {"crows-pairs/nangia/all": 3, "crows-pairs/nangia/gender": 2, "crows-pairs/bias-bench/all": 2}  # the others: of one pair
 
 
 # ---------------------------------------------------------------- files

@@ -50,6 +50,18 @@ def answer():
 
 # ---------------------------------------------------------------- figures
 
+def test_a_text_without_a_word_to_mask_says_nothing(small, tmp_path):  # noqa: F811
+    (tmp_path / "one.txt").write_text(small.heldout.read_text().splitlines()[0] + "\n\U0001f984\n")
+    (tmp_path / "three.txt").write_text("\n".join([*small.heldout.read_text().splitlines()[:2], "\U0001f984"]))
+    done("evaluate", small.base, "--on", f"perplexity={tmp_path / 'one.txt'}", "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
+    assert [(m["n"], m["low"], m["high"]) for m in by_name(tmp_path / "m.json").values()] == 2 * [(1, None, None)]  # one text has no spread
+    assert [(r["tokens"] > 0, r["nll"] > 0) for r in lines(tmp_path / "e.jsonl")] == [(True, True), (False, False)]
+    said = done("compare", tmp_path / "e.jsonl", tmp_path / "e.jsonl")
+    assert "no difference without an interval, so none: mlm-loss" in said.out + said.err
+    done("evaluate", small.base, "--on", f"perplexity={tmp_path / 'three.txt'}", "--json", tmp_path / "m.json")
+    assert all(m["n"] == 2 and 0 < m["low"] < m["value"] < m["high"] for m in by_name(tmp_path / "m.json").values())
+
+
 def test_perplexity_is_its_definition(small, tmp_path):  # noqa: F811
     """The masks are those of the seed; loss is the mean over masked tokens of -log P, one text at a time here."""
     done("evaluate", small.base, "--on", f"perplexity={small.heldout}", "--seed", 3, "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")

@@ -99,6 +99,17 @@ def test_intervals_cover_what_other_test_sets_give():
     assert sum(m.low <= mean <= m.high for m in results) >= 88
 
 
+def test_intervals_of_few_examples_stay_in_the_range_and_around_their_value():
+    """Resamples lose cells there, and with them what the figure rests on."""
+    random, beyond = np.random.default_rng(3), 0
+    for n in random.integers(4, 20, 60):
+        predicted, labels, groups = random.choice(list("abc"), n), random.choice(list("abc"), n), np.r_[["m", "f"], random.choice(["m", "f"], n - 2)]
+        for m in fairness(predicted, labels, groups, samples=100, shuffles=2).measures[::2]:
+            assert np.isnan(m.low) or 0 <= m.low <= m.value <= m.high <= 100
+            beyond += m.value == m.high == 100
+    assert beyond > 0
+
+
 def test_order_and_names_do_not_matter():
     predicted, labels, groups = (np.array(column) for column in world())
     order = np.random.default_rng(0).permutation(len(labels))

@@ -114,6 +114,23 @@ def test_there_is_no_difference_without_an_interval():
     assert one.value == 1 and one.as_json()["low"] is None
 
 
+def test_what_rests_on_one_cluster_has_neither_interval_nor_difference():
+    """Though others are there, which add nothing to it."""
+    def kept(values):
+        rows = np.stack([values, [1.0, 0, 0, 0]], 1)
+        return of_rows(np.concatenate([rows, np.eye(4)], 1), (Figure("one", "%", None, 1, lambda sums: ratio(sums[..., 0], sums[..., 1])),
+                                                              Figure("of one term", "%", None, 9, lambda sums: ratio(sums[..., 0], sums[..., 1]), units=1)))
+
+    assert [(m.value, m.as_json()["low"]) for m in measures(kept([5.0, 0, 0, 0]))] == [(5, None), (5, None)]
+    assert differences(kept([5.0, 0, 0, 0]), kept([7.0, 0, 0, 0])) == ([], ["one", "of one term"])
+
+
+@pytest.mark.parametrize("clusters,p", [(2, 0.5), (3, 0.25), (6, 2 ** -5), (400, 2 / 1001)])
+def test_few_clusters_that_move_alike_are_no_certainty(clusters, p):
+    (found,), _ = differences(means(np.zeros(clusters), np.ones(clusters)), means(np.ones(clusters), np.ones(clusters)))
+    assert found.value == 1 and found.p == pytest.approx(p)
+
+
 def test_errors_say_what_was_expected():
     with pytest.raises(DataError, match="expected the same examples, got 2 and 3"):
         differences(means([1, 2], [1, 1]), means([1, 2, 3], [1, 1, 1]))

@@ -117,6 +117,13 @@ def test_intervals_per_class_are_those_of_drawing_examples():
     assert abs(measure.low - low) < 0.15 * (high - low) and abs(measure.high - high) < 0.15 * (high - low)
 
 
+def test_few_examples_stay_in_the_range_and_one_has_no_interval():
+    found = tpr_gap("a b a b b b b b".split(), "a a a a b b b b".split(), list("fmfmfmfm"))  # a resample may lose the class without a gap
+    assert found.rms.value == pytest.approx(100 / 2 ** 0.5) and found.rms.low <= found.rms.value <= found.rms.high <= 100
+    one = tpr_gap(["a", "a", "b", "b", "c"], ["a", "a", "b", "b", "b"], list("fmfmf"))  # of a one positive a group, of b two and one
+    assert [m.n for m in one.classes] == [2, 3] and all(m.as_json()["low"] is None for m in [one.rms, *one.classes])
+
+
 def test_measures_have_names_and_units_and_seeds_repeat():
     data = world(537)
     measures = tpr_gap(*data, seed=3).as_measures()

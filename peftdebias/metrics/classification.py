@@ -34,7 +34,7 @@ def f1(predicted, labels, positive, *, seed: int = 0, samples: int = 1000) -> Me
     cells = np.array([(is_positive & said).sum(), (~is_positive & said).sum(), (is_positive & ~said).sum(), 0])
     cells[3] = len(labels) - cells.sum()  # TP, FP, FN, TN
     drawn = f1_of_counts(*np.moveaxis(bootstrap.counts(cells, seed=seed, samples=samples)[:, :3], 1, 0))
-    return Measure(f"f1/{positive}", float(f1_of_counts(*cells[:3])), "%", 100.0, *bootstrap.percentile(drawn), len(labels))
+    return Measure(f"f1/{positive}", float(f1_of_counts(*cells[:3])), "%", 100.0, *(bootstrap.percentile(drawn) if len(labels) > 1 else bootstrap.NONE), len(labels))
 
 
 def macro_f1(predicted, labels, *, seed: int = 0, samples: int = 1000) -> Measure:
@@ -55,7 +55,7 @@ def macro_f1(predicted, labels, *, seed: int = 0, samples: int = 1000) -> Measur
         scores = f1_of_counts(true, cells @ predicted_of - true, cells @ label_of - true)
         return np.nanmean(scores, axis=-1)
 
-    low, high = bootstrap.percentile(mean_f1(bootstrap.counts(table[used], seed=seed, samples=samples)))
+    low, high = bootstrap.percentile(mean_f1(bootstrap.counts(table[used], seed=seed, samples=samples))) if len(labels) > 1 else bootstrap.NONE
     return Measure("f1/macro", float(mean_f1(table[used])), "%", 100.0, low, high, len(labels))
 
 

@@ -59,7 +59,7 @@ def classification_tally(predicted, labels, groups=None, *, classes, positive=No
     kind = np.ravel_multi_index([index_of(labels, classes, "label"), index_of(groups, names, "group"), index_of(predicted, classes, "prediction")], shape)
 
     def figure(name, unit, ideal, value, lifted=False):
-        return Figure(name, unit, ideal, len(labels), lambda sums: value(sums.reshape(*sums.shape[:-1], *shape)), lifted)
+        return Figure(name, unit, ideal, len(labels), lambda sums: value(sums.reshape(*sums.shape[:-1], *shape)), lifted, most=100.0)
 
     def true(table):  # [..., C, G, C] -> [..., C]
         return np.diagonal(table.sum(-2), axis1=-2, axis2=-1)
@@ -86,10 +86,10 @@ def classification_tally(predicted, labels, groups=None, *, classes, positive=No
 
 
 def mean_tally(name: str, values, weights=None, *, unit: str, ideal: float | None) -> Tally:
-    """The mean of `values` [N], or sum of values by sum of weights."""
+    """The mean of `values` [N], or sum of values by sum of weights. n: those that have a weight."""
     values = np.asarray(values, float)
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, float)
-    figure = Figure(name, unit, ideal, len(values), lambda sums: tally.ratio(sums[..., 0], sums[..., 1]))
+    figure = Figure(name, unit, ideal, int((weights > 0).sum()), lambda sums: tally.ratio(sums[..., 0], sums[..., 1]))
     return tally.of_rows(np.stack([values, weights], 1), (figure,))
 
 
@@ -138,7 +138,7 @@ def seed_difference(first, second, *, name: str = "", unit: str = "1", ideal: fl
     if change.sd == 0:
         p = 1.0 if change.mean == 0 else 0.0
     else:
-        p = 1 - t_inside(abs(change.mean) / change.sd * math.sqrt(change.n), change.n - 1)
+        p = max(0.0, 1 - t_inside(abs(change.mean) / change.sd * math.sqrt(change.n), change.n - 1))  # rounding may end above 1
     unit = "points" if unit == "%" else unit
     return Difference(name, float(first.mean()), float(second.mean()), unit, ideal, change.low, change.high, p, "paired t over seeds", change.n)
 

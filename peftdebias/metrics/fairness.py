@@ -102,7 +102,7 @@ def table_figures(shape: tuple[int, int, int], n: int) -> tuple[Figure, ...]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # no class has it
                 return over(each, axis=-1)
-        return Figure(name, "points", 0.0, n, value, lifted=True)
+        return Figure(name, "points", 0.0, n, value, lifted=True, most=100.0)
 
     if shape[0] == 2:
         return tuple(figure(d, d, np.nanmax) for d in DEFINITIONS)

@@ -159,7 +159,8 @@ def fprd_tally(predicted, labels, positive, mentioned, terms: Sequence[str], *, 
         return lambda sums: 100 * tally.ratio(layout(sums)[2][..., place], layout(sums)[1][..., place])
 
     n = int(negative.sum())
-    figures = (Figure(name, "1", 0.0, n, value, lifted=True), Figure(f"{name}/script", "1", 0.0, len(labels), script, lifted=True),
+    figures = (Figure(name, "1", 0.0, n, value, lifted=True, most=len(kept)),
+               Figure(f"{name}/script", "1", 0.0, len(labels), script, lifted=True, most=len(kept)),
                Figure(f"{name}/fpr", "%", 0.0, n, rate(0)),
                *(Figure(f"{name}/term/{terms[z]}", "%", 0.0, int(count[z]), rate(i)) for i, z in enumerate(kept, 1)))
     of_negatives = tally.of_rows(mentioned[negative][:, kept].astype(float), ())

@@ -19,7 +19,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -129,8 +129,6 @@ def measures(test: AssociationTest, s: np.ndarray, *, name: str = "seat", seed: 
     first = len(test.sets[0])
     kept = seat_tally([test.name] * len(s), [0] * first + [1] * (len(s) - first), stems(*test.sets[:2]), s, name=name)
     (found,) = tally.measures(kept, seed=seed, samples=samples)
-    if np.bincount(kept.strata).min() < 2:
-        found = replace(found, low=math.nan, high=math.nan)
     return [found, Measure(f"{name}/{test.name}/p", p_value(s, first, seed=seed), "1", None, None, None, len(s))]
 
 
@@ -160,7 +158,9 @@ def seat_tally(tests, sides, clusters, s, *, name: str = "seat") -> Tally:
         scaled = s[own] - s[own].mean()
         scaled = scaled / (np.abs(scaled).max() or 1.0)
         np.add.at(adds[:, i], (cluster[own], sides[own]), np.stack([np.ones(len(scaled)), scaled, scaled**2], 1))
-        figures.append(Figure(f"{name}/{one}/effect-size", "1", 0.0, int(own.sum()), lambda sums, i=i: _effect(sums.reshape(*sums.shape[:-1], len(names), 2, 3)[..., i, :, :])))
+        sizes = np.bincount(stratum[members], minlength=2 * len(names))[2 * i:2 * i + 2]  # words of each side
+        figures.append(Figure(f"{name}/{one}/effect-size", "1", 0.0, int(own.sum()), lambda sums, i=i: _effect(sums.reshape(*sums.shape[:-1], len(names), 2, 3)[..., i, :, :]),
+                              units=int(sizes.sum()) if sizes.min() > 1 else 1))
     return Tally(np.arange(len(adds)), len(adds), adds.reshape(len(adds), -1), tuple(figures), stratum[members])
 
 

@@ -8,8 +8,7 @@ positives and the mentions of identity terms for FPRD. Drawing N examples with r
 kinds), which is what makes a paired bootstrap paired (Efron & Tibshirani 1993, chapters 13 and 16).
 
 What sampling noise alone makes larger (root mean squares, sums of absolute values, largest differences), or smaller (ICAT), is `lifted`: a resample has that
-noise twice, so its percentile interval lies too high, or too low, and is shifted back by the lift (mean over resamples minus value). It is the interval
-of the figure that another test set of this size would give, as in tpr_gap.py.
+noise twice, so its percentile interval lies too high, or too low, and is shifted back (`bootstrap.shifted`).
 """
 
 import math
@@ -32,6 +31,8 @@ class Figure:
     n: int  # examples behind it
     value: Callable[[np.ndarray], np.ndarray]  # sums [..., F] -> [...], NaN where it is not defined
     lifted: bool = False
+    most: float = math.inf  # what it cannot go above; asked of lifted ones
+    units: int | None = None  # how many of what is drawn it rests on, where that is not n
 
 
 @dataclass(frozen=True)
@@ -89,24 +90,30 @@ def values(tally: Tally) -> np.ndarray:
     return _values(tally, _sums(tally, np.arange(tally.kinds), counts))[:, 0]
 
 
-def measures(tally: Tally, *, seed: int = 0, samples: int = 1000, least: float = 0.0) -> list[Measure]:
-    """Every figure with its interval; `least` is what no lifted figure can go below."""
+def measures(tally: Tally, *, seed: int = 0, samples: int = 1000) -> list[Measure]:
+    """Every figure with its interval; none where it rests on one example."""
     found = []
     drawn = np.concatenate([block for (block,) in _resamples([tally], seed, samples)], axis=1)
     for figure, value, resampled in zip(tally.figures, values(tally), drawn):
-        low, high = bootstrap.percentile(resampled) if min(len(tally.kind), figure.n) > 1 else (math.nan, math.nan)  # one example says nothing of its spread
-        if figure.lifted and np.isfinite(low):
-            lift = float(np.nanmean(resampled)) - float(value)
-            low, high = max(least, low - lift), max(least, high - lift)
-        found.append(Measure(figure.name, float(value), figure.unit, figure.ideal, low, high, figure.n))
+        if _units(tally, figure) < 2:
+            interval = bootstrap.NONE
+        else:
+            interval = bootstrap.shifted(resampled, float(value), most=figure.most) if figure.lifted else bootstrap.percentile(resampled)
+        found.append(Measure(figure.name, float(value), figure.unit, figure.ideal, *interval, figure.n))
     return found
+
+
+def _units(tally: Tally, figure: Figure) -> int:
+    """How many of what is drawn a figure rests on."""
+    return min(len(tally.kind), figure.n if figure.units is None else figure.units)
 
 
 def differences(first: Tally, second: Tally, *, seed: int = 0, samples: int = 1000) -> tuple[list[Difference], list[str]]:
     """(second - first of every figure that both have, names of those without an interval), by the paired bootstrap.
 
-    p = twice the smaller share of resamples on either side of 0, each counted with one more, at most 1 (Davison & Hinkley 1997, chapter 4). The
-    same shift as in `measures` takes the difference of both lifts out.
+    p = twice the smaller share of resamples on either side of 0, each counted with one more, at most 1 (Davison & Hinkley 1997, chapter 4), and at least 2^(1 - k) where
+    a figure rests on k examples or clusters: less, no test of signs can say of so few, while all of their resamples may lie on one side. The same shift as in `measures`
+    takes the difference of both lifts out.
     """
     if len(first.kind) != len(second.kind):
         raise DataError(f"expected the same examples, got {len(first.kind)} and {len(second.kind)}")
@@ -120,8 +127,8 @@ def differences(first: Tally, second: Tally, *, seed: int = 0, samples: int = 10
             continue
         j = place[figure.name]
         change, value = b[j] - a[i], float(value_b[j] - value_a[i])
-        change = change[~np.isnan(change)]
-        if not len(change) or math.isnan(value) or len(first.kind) == 1:
+        change, units = change[~np.isnan(change)], min(_units(first, figure), _units(second, second.figures[j]))
+        if not len(change) or math.isnan(value) or units < 2:
             without.append(figure.name)
             continue
         if figure.lifted:
@@ -129,7 +136,7 @@ def differences(first: Tally, second: Tally, *, seed: int = 0, samples: int = 10
         tail = min((change <= 0).sum(), (change >= 0).sum())
         unit = "points" if figure.unit == "%" else figure.unit
         found.append(Difference(figure.name, float(value_a[i]), float(value_b[j]), unit, figure.ideal, *bootstrap.percentile(change),
-                                min(1.0, 2 * float(tail + 1) / (len(change) + 1)), "paired bootstrap", figure.n))
+                                max(2.0 ** (1 - units), min(1.0, 2 * float(tail + 1) / (len(change) + 1))), "paired bootstrap", figure.n))
     return found, without
 
 

@@ -52,11 +52,11 @@ def tpr_gap(
     groups give 0 minus 1. The RMS does not depend on it.
 
     Intervals: bootstrap over examples, percentile per class. Classes that lack a group in a resample are left out of it. The
-    interval of the RMS is for the RMS that another test set of this size would give: resampling adds the sampling noise a
-    second time, which lifts every resampled RMS, so the percentile interval is shifted down by that lift (mean over resamples
-    minus value). It is not an interval for the RMS without noise, which lies lower, by how much the floor suggests. An interval per
+    interval of the RMS is for the RMS that test sets of this size have on average: resampling adds the sampling noise a
+    second time, which lifts every resampled RMS, so the percentile interval is shifted down by that lift (`bootstrap.shifted`).
+    It is not an interval for the RMS without noise, which lies lower, by how much the floor suggests. An interval per
     class rests on the smaller group: where that is a handful of positives, all found or all missed, it is too narrow, so
-    `positives` goes with it.
+    `positives` goes with it; where it is a single one there is no interval, and none of the RMS where that is so of every class.
 
     predicted, labels, groups: one value an example, compared as strings. A prediction may be a class that no label has.
     """
@@ -74,8 +74,8 @@ def tpr_gap(
     value = float(rms_of_gaps(gaps))
     drawn = gaps_of_counts(bootstrap.counts(table, seed=seed, samples=samples))  # [samples, C]
     drawn_rms = rms_of_gaps(drawn[:, kept])
-    lift = float(np.nanmean(drawn_rms)) - value
-    low, high = (max(0.0, bound - lift) for bound in bootstrap.percentile(drawn_rms))
+    several = table.sum(2).min(1) > 1  # [C]
+    low, high = bootstrap.shifted(drawn_rms, value, most=100.0) if several.any() else bootstrap.NONE
     shuffled = rms_of_gaps(gaps_of_counts(_shuffle(table[kept], seed, shuffles)))  # [shuffles]
     n = int(table[kept].sum())
     return TPRGap(
@@ -87,7 +87,7 @@ def tpr_gap(
         Measure("tpr-gap/rms", value, "points", 0.0, low, high, n),
         Measure("tpr-gap/rms-shuffled", float(shuffled.mean()), "points", None, *bootstrap.percentile(shuffled), n),
         [
-            Measure(f"tpr-gap/class/{classes[c]}", float(gaps[c]), "points", 0.0, *bootstrap.percentile(drawn[:, c]), int(table[c].sum()))
+            Measure(f"tpr-gap/class/{classes[c]}", float(gaps[c]), "points", 0.0, *(bootstrap.percentile(drawn[:, c]) if several[c] else bootstrap.NONE), int(table[c].sum()))
             for c in np.flatnonzero(kept)
         ],
     )
