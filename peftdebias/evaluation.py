@@ -38,6 +38,19 @@ ON: dict[str, Callable[[Run, str, Evaluate], Result]] = {
 }
 """What computes each name of config.MEASURES."""
 
+GIVES: dict[str, tuple[str, ...]] = {
+    "crows-pairs": ("crows-pairs",),
+    "stereoset": ("stereoset",),
+    "seat": ("seat", "seat-mean"),
+    "perplexity": ("mlm-loss", "perplexity"),
+    "classification": ("accuracy", "f1", "tpr-gap", "equalized-odds", "demographic-parity"),
+    "fprd": ("fprd",),
+    "iptts": ("fprd-iptts",),
+    "bias-nli": ("bias-nli",),
+    "counterfactual": ("counterfactual",),
+}
+"""How the names of its figures begin, up to the first /."""
+
 
 def parse_on(entries: tuple[str, ...]) -> list[tuple[str, str]]:
     """["crows-pairs=FILE"] -> [(name, file)]. Raises ConfigError that lists the names, DataError on a file that is not there."""

@@ -16,13 +16,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import checkpoint, evaluation, methods, phases, prepare, recipe as recipes
+from . import answers, checkpoint, evaluation, methods, phases, prepare, recipe as recipes, weights
+from .axes import load_axis
 from .config import Downstream, Evaluate, Run, Upstream, build, checked, parse_settings
 from .errors import ConfigError
 from .metrics.compare import over_seeds, seed_difference
+from .metrics.nli import neutral_label
 from .metrics.tally import Difference
 from .outputs import alone, write_text
-from .recipe import Recipe, System, Task
+from .recipe import Column, Recipe, System, Task
 from .training import pick_device
 
 Say = Callable[[str], None]
@@ -67,6 +69,8 @@ def _run(runner: "_Runner") -> Results:
     done = sum(runner.row(unit).exists() for unit in units)
     say(f"{recipe.title}: {len(units)} units, {done} of them done before; scale {settings.scale:g}")
     try:
+        if done < len(units):
+            runner.prepare()
         for number, unit in enumerate(units, 1):
             if runner.row(unit).exists():
                 continue
@@ -81,6 +85,9 @@ def _run(runner: "_Runner") -> Results:
         runner.give_back()
         raise
     table = runner.write(units)
+    for column in table["columns"]:
+        if not any(figures(table, column, system) for system in table["systems"]):
+            say(f"[[column]] {column['title']}: no unit has {column['measure']}")
     return Results(table, (runner.out / "results.md").read_text(encoding="utf-8"), runner.out)
 
 
@@ -92,6 +99,9 @@ class _Runner:
         self.systems = self._chosen()
         self.overrides = {phase: self._overrides(phase, getattr(settings, phase)) for phase in ("upstream", "downstream")}
         self._check_measures()
+        weights.find_folder(settings.model)
+        load_axis(recipe.axis)
+        pick_device(settings.device)
         self._claim()
         for folder in ("data", "runs", "rows", "examples"):
             (self.out / folder).mkdir(exist_ok=True)
@@ -127,9 +137,50 @@ class _Runner:
                 self._on(entry, Path("test"))
             if task.terms:
                 prepare.find((task.terms,), self.data)
+            elif "fprd" in self._measured(task):
+                raise ConfigError(f"{self.recipe.path}: [[task]] {task.name}: terms: expected a file of identity terms for fprd, got none")
         for source in (self.recipe.text, *self.recipe.sources.values()):
             if source is not None:
                 prepare.find(source.file, self.data)
+
+        for column in self.recipe.columns:
+            self._check_column(column)
+
+    @staticmethod
+    def _measured(task: Task) -> list[str]:
+        """Names as evaluation.ON has them."""
+        return [entry.partition("=")[0] for entry in (*task.measures, *task.measures_without_examples)]
+
+    def _check_column(self, column: Column) -> None:
+        tasks = [task for task in self.recipe.tasks if task.stage == column.stage and column.task in (None, task.name)]
+        measured = [e.partition("=")[0] for e in self.recipe.upstream.measures] if column.stage == "upstream" else [name for task in tasks for name in self._measured(task)]
+        first = [begin for name in measured for begin in evaluation.GIVES[name]]
+        if column.measure.split(" (")[0].split("/")[0] not in first:
+            raise ConfigError(f"{self.recipe.path}: [[column]] {column.title}: measure: expected {', '.join(dict.fromkeys(first)) or 'none'} or what begins so, which are "
+                              f"measured there, got {column.measure!r}")
+
+    def prepare(self) -> None:
+        """Everything that units read, before the first of them trains, and whether the labels tell what the measures ask."""
+        self._text()
+        for task in self.recipe.tasks:
+            self._check_labels(task, self._splits(task)["train"])
+
+    def _check_labels(self, task: Task, train: Path) -> None:
+        measured, changed = set(self._measured(task)), self.overrides["downstream"]
+        positive = (changed.get("", {}) | changed.get(task.name, {})).get("positive", task.positive)
+        asked = [("positive", "the hateful label", positive, answers.positive_label)] if positive or measured & {"fprd", "iptts"} else []
+        asked += [("neutral", "the label that means neutral", task.neutral, neutral_label)] if "bias-nli" in measured else []
+        if not asked:
+            return
+        with train.open(encoding="utf-8") as file:
+            labels = tuple(sorted({json.loads(line)["label"] for line in file}))
+        for key, meaning, value, find in asked:
+            try:
+                clear = find(labels, value) is not None
+            except ConfigError:
+                clear = False
+            if not clear:
+                raise ConfigError(f"{self.recipe.path}: [[task]] {task.name}: {key}: expected {meaning}, one of {', '.join(labels)}, got {'none' if value is None else repr(value)}")
 
     def _on(self, entry: str, test: Path | None) -> str:
         """A measure of the recipe as `--on` takes it."""
@@ -338,13 +389,14 @@ def markdown(table: dict) -> str:
     """The table of the paper, ours beside its own, and the differences to the baseline with their intervals."""
     paper = {(p["system"], p["stage"], p["task"], p["title"]): p["value"] for p in table["paper"]}
     columns, seeds = table["columns"], len(table["seeds"])
+    in_brackets = "; in brackets the paper's own figure (BERT-base, the whole schedule)" if paper else ""
     asked = "; ".join(f"{phase}: " + ", ".join(f"{system + ' ' if system else ''}{key} {value}" for system, values in own.items() for key, value in values.items())
                       for phase, own in table["settings"].items() if own)
     versions = table["versions"]
     lines = [f"# {table['title']}", "",
-             f"Scale {table['scale']:g} of the paper's schedule{'; ' + asked if asked else ''}; base {Path(table['model']).name}; {seeds} seeds; {len(table['rows'])} of {table['units']} units done in "
+             f"Scale {table['scale']:g} of the {'paper' if paper else 'recipe'}'s schedule{'; ' + asked if asked else ''}; base {Path(table['model']).name}; {seeds} seeds; {len(table['rows'])} of {table['units']} units done in "
              f"{table['seconds'] / 60:.0f} minutes of work ({versions['device']}, {versions['threads']} threads, torch {versions['torch']}, commit {versions['commit']}).", "",
-             "Mean ± standard deviation over the seeds; in brackets the paper's own figure (BERT-base, the whole schedule).", ""]
+             f"Mean ± standard deviation over the seeds{in_brackets}.", ""]
 
     def rows_of(cell) -> list[str]:
         found = ["| system | " + " | ".join(c["title"] + (f" (ideal {c['ideal']:g})" if c["ideal"] is not None else "") for c in columns) + " |", "|" + "---|" * (len(columns) + 1)]
@@ -364,6 +416,8 @@ def markdown(table: dict) -> str:
         return "" if found is None else f"{found.value:+.3g} ({found.low:.3g} to {found.high:.3g})"
 
     lines += rows_of(figure)
-    if seeds > 1:
-        lines += ["", f"Differences to {table['base']} (upstream) and {table['baseline']} (tasks), paired by seed, with 95 % intervals (t over {seeds} seeds):", ""] + rows_of(difference)
+    found = rows_of(difference)
+    if len(found) > 2:  # more than its head
+        against = [f"{table['base']} (upstream)"] + ([f"{table['baseline']} (tasks)"] if table["baseline"] else [])
+        lines += ["", f"Differences to {' and '.join(against)}, paired by seed, with 95 % intervals (t over {seeds} seeds):", ""] + found
     return "\n".join(lines + ["", "The benchmarks have positive predictive power only: they can show bias, never its absence. Gender is treated as binary, and the word lists are narrow.", ""])

@@ -1,6 +1,7 @@
 """Recipes: what is refused before anything is trained, and a small one from end to end, stopped, taken up again, and its table."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -146,6 +147,41 @@ def test_bad_input_is_one_line_and_leaves_nothing(flags, words, place, small, tm
     argv = ["run", recipe, "--model", small.base, "--data", data, "--out", tmp_path / "out"]
     said = cli(*(["run", *flags, *argv[2:]] if flags == ["nothing"] else [*argv, *flags]))
     assert said.code == 2 and words in said.err.splitlines()[-1] and not (tmp_path / "out").exists(), said.err
+
+
+HATE = 'measures = ["classification", "fprd"]\nterms = "terms.txt"'
+
+
+@pytest.mark.parametrize("old,new,words", [
+    ('measures = ["classification", "counterfactual"]', HATE, r"\[\[task\]\] jobs: positive: expected the hateful label, one of .*nurse.*, got none"),
+    ('measures = ["classification", "counterfactual"]', HATE + '\npositive = "hate"', r"\[\[task\]\] jobs: positive: expected the hateful label, one of .*, got 'hate'"),
+    ('measures = ["classification", "counterfactual"]', 'measures = ["bias-nli=terms.txt"]', r"\[\[task\]\] jobs: neutral: expected the label that means neutral, one of .*, got none"),
+    ('measures = ["classification", "counterfactual"]', 'measures = ["fprd"]', r"\[\[task\]\] jobs: terms: expected a file of identity terms for fprd, got none"),
+    ('measure = "tpr-gap/rms"', 'measure = "tprgap/rms"', r"\[\[column\]\] TPR-GAP: measure: expected accuracy, f1, tpr-gap, .*counterfactual or what begins so, which are measured there, got 'tprgap/rms'"),
+    ('measure = "crows-pairs/bias-bench/all"', 'measure = "accuracy"', r"\[\[column\]\] CrowS: measure: expected crows-pairs or what begins so"),
+    ('label = "is_health"', 'label = "is_healthy"', "is_healthy"),
+    ('axis = "gender"', 'axis = "gendre"', "gendre"),
+])  # fmt: skip
+def test_what_a_later_unit_would_trip_over_is_seen_before_the_first(old, new, words, place, small, tmp_path, monkeypatch):  # noqa: F811
+    recipe, data = place
+    (data / "terms.txt").write_text("nurse\n")
+    text = recipe.read_text()
+    assert old in text
+    recipe.write_text(text.replace(old, new, 1).replace('measure = "tpr-gap/rms"', 'measure = "accuracy"' if "bias-nli" not in new else 'measure = "bias-nli"')
+                      if "fprd" in new or "bias-nli" in new else text.replace(old, new))
+    for phase in ("upstream", "downstream"):
+        monkeypatch.setattr(runner.phases, phase, lambda *_: pytest.fail("trained"))
+    said = cli("run", recipe, "--model", small.base, "--data", data, "--out", tmp_path / "out")
+    assert said.code == 2 and re.search(words, said.err.splitlines()[-1]) and not (tmp_path / "out").exists(), said.err
+
+
+def test_a_column_that_nobody_fills_is_named_and_the_table_claims_nothing_of_a_paper(place, small, tmp_path):  # noqa: F811
+    recipe, data = place
+    text = recipe.read_text().replace('measure = "tpr-gap/rms"', 'measure = "tpr-gap/class/judge"')
+    recipe.write_text("".join(line for line in text.splitlines(keepends=True) if not line.startswith("paper = ")))
+    said = done("run", recipe, "--model", small.base, "--data", data, "--out", tmp_path / "out", "--scale", 0.02, "--seeds", 2, "--systems", "LoRA")
+    assert "[[column]] TPR-GAP: no unit has tpr-gap/class/judge" in said.err.splitlines()
+    assert "Scale 0.02 of the recipe's schedule" in said.out and "over the seeds.\n" in said.out and "paper" not in said.out and "Differences" not in said.out and "None" not in said.out
 
 
 def test_everything_that_is_read_is_looked_for_first(place, small, tmp_path):  # noqa: F811
