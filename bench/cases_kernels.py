@@ -33,7 +33,7 @@ ACTIVATION = {"float32": torch.float32, "bf16": torch.bfloat16, "float64": torch
 
 def fused(op: str, twin: Callable, setting: Setting) -> Callable:
     """The Triton implementation of `op`; in a dry run its twin where Triton does not run."""
-    if setting.stand_in and kernels.missing(op, "triton", setting.device.type):
+    if setting.stand_in and kernels.missing(op, "triton", setting.device):
         return twin
     with kernels.use("triton"):
         return kernels.choose(op, reference=twin, device=setting.device)

@@ -10,6 +10,7 @@ Exit code 0; 1 where a kernel uses local memory, asks for more shared memory tha
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -18,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,8 +28,8 @@ import bench  # noqa: E402, F401
 from bench.arguments import Parser  # noqa: E402
 from peftdebias import kernels  # noqa: E402
 
-ARCHES = (80, 90, 100)
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+ARCHES = (80, 86, 89, 90, 100, 120)
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes of shared memory that one program may have (CUDA C++ programming guide, technical specifications per compute capability)."""
 
 
@@ -64,8 +66,9 @@ def files() -> list[str]:
 def known_to_triton(arch: int) -> str:
     """Why the installed Triton cannot make code for sm_`arch`; empty where it can: the simplest kernel here is tried."""
     from peftdebias.kernels.dropout import specs
+    from peftdebias.kernels.tiles import like
 
-    return compile_one("dropout", specs(arch)[0], arch).failure
+    return compile_one("dropout", specs(like(arch))[0], arch).failure
 
 
 def compile_one(file: str, spec, arch: int) -> Compiled:
@@ -87,6 +90,13 @@ def compile_one(file: str, spec, arch: int) -> Compiled:
     except Exception as error:  # whatever the compiler throws is a finding of this report
         return Compiled(file, spec.name, arch, failure=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}")
     return Compiled(file, spec.name, arch, registers, local, made.metadata.shared, 32 * spec.num_warps, wide_loads(made.asm["ptx"]))
+
+
+def compile_file(file: str, arch: int) -> list[Compiled]:
+    """Every kernel of a file for sm_`arch`."""
+    from peftdebias.kernels.tiles import like
+
+    return [compile_one(file, spec, arch) for spec in importlib.import_module(f"peftdebias.kernels.{file}").specs(like(arch))]
 
 
 def wide_loads(code: str) -> int:
@@ -114,26 +124,45 @@ def table(found: list[Compiled]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     top = Parser(prog="bench/compile_report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    top.add_argument("--arch", type=int, choices=ARCHES, action="append", help="compute capability without its point (default: 80, 90, and 100 where triton can)")
+    top.add_argument("--arch", type=int, choices=ARCHES, action="append", help="compute capability without its point (default: all that triton can)")
     top.add_argument("--only", choices=files(), action="append", help="a kernel file (default: all)")
     arguments = top.parse_args(argv)
     trouble = kernels.no_triton() or ("TRITON_INTERPRET is set: expected a process without it" if kernels.interpreted() else "")
     if trouble:
         print(f"bench/compile_report.py: {trouble}", file=sys.stderr)
         return 2
+    with own_cache():
+        return report(arguments.arch, arguments.only or files())
+
+
+@contextlib.contextmanager
+def own_cache():
+    """Compiled anew, and nothing left behind; TRITON_CACHE_DIR where that is set."""
+    if "TRITON_CACHE_DIR" in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="peftdebias-compile-") as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["TRITON_CACHE_DIR"]
+
+
+def report(arches: list[int] | None, only: list[str]) -> int:
+    """Prints the table; the exit code. arches: None for all that the installed Triton makes code for."""
     import triton
 
-    os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="peftdebias-compile-"))
-    found = []
-    for arch in arguments.arch or ARCHES:
+    wanted = []
+    for arch in arches or ARCHES:
         if why := known_to_triton(arch):
             print(f"sm_{arch}: triton {triton.__version__} makes no code for it: {why}", file=sys.stderr)
-            if arguments.arch:
+            if arches:
                 return 2
             continue
-        for file in arguments.only or files():
-            module = importlib.import_module(f"peftdebias.kernels.{file}")
-            found += [compile_one(file, spec, arch) for spec in module.specs(arch)]
+        wanted += [(file, arch) for file in only]
+    with ProcessPoolExecutor() as pool:
+        found = [made for some in pool.map(compile_file, *zip(*wanted)) for made in some]
     red = [c for c in found if c.red]
     print(f"triton {triton.__version__}, enable_fp_fusion on; {len(found)} compilations, {len(red)} red\n\n{table(found)}")
     for c in red:

@@ -162,12 +162,12 @@ def chosen(entries: Plan, only: str | None) -> Plan:
     return [(case, setting) for case, setting in entries if not names or case.name in ("gemm", "copy") or any(stem(case) == n or case.name.startswith(n + "_") for n in names)]
 
 
-def affordable(case: Case, providers: dict[str, Provider], trouble: Callable[[str], str | None]) -> dict[str, Provider]:
-    """Without the compiled ones that cannot be had here. trouble: name -> why, which is said; None: it was not meant to be here; empty: it can."""
+def affordable(case: Case, providers: dict[str, Provider], trouble: Callable[[str], str | None], say: Callable[[str], None] = say) -> dict[str, Provider]:
+    """Without the compiled ones that cannot be had here. trouble: name -> why, which `say` hears; None: it was not meant to be here; empty: it can."""
     against = {name: trouble(name) for name, p in providers.items() if p.compiled}
     for name, why in against.items():
         if why:
-            say(f"{case.name}: {name} is left out here: {why}")
+            say(f"{case.name}: {name} is not measured: {why}")
     return {name: p for name, p in providers.items() if against.get(name, "") == ""}
 
 
@@ -226,8 +226,8 @@ def compiled_at(entries: Plan, providers: dict[str, dict[str, Provider]]) -> lis
 
 
 def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict, repeats: int, clock: Clock, red: dict[str, str],
-          trouble: Callable[[tuple[str, float, str]], str | None]) -> list[rows.Row]:
-    """Rows of every case that is not red; one that fails becomes red, at that shape alone. trouble: of what is compiled, as `affordable` asks."""
+          trouble: Callable[[tuple[str, float, str]], str | None], say: Callable[[str], None] = say) -> list[rows.Row]:
+    """Rows of every case that is not red; one that fails becomes red, at that shape alone. trouble: of what is compiled, as `affordable` asks. say: hears what is left out."""
     found = []
     for case, setting in entries:
         if red.keys() & {stem(case), case.name}:
@@ -236,7 +236,7 @@ def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict
             say(f"{title(case, setting)}: not measured: the run has used {clock.late:.0%} of its time")
             continue
         say(f"{title(case, setting)}: timing")
-        taking = affordable(case, of_case(case, providers), lambda name: trouble((case.name, setting.x, name)))
+        taking = affordable(case, of_case(case, providers), lambda name: trouble((case.name, setting.x, name)), say)
         share = shares.get((stem(case), setting.x)) or next((s for (name, _), s in shares.items() if name == stem(case)), None)
         with _noting(case, setting, red, case.name):
             found += measure.time_case(case, setting, taking, repeats, shares=share, say=say)
@@ -333,9 +333,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         say("no CUDA device here: not measured")
         return 2
-    clock = Clock(arguments.minutes, arguments.steps)
+    clock, lacking = Clock(arguments.minutes, arguments.steps), []
+
+    def heard(line: str) -> None:
+        lacking.extend([line] if "not measured: " in line else [])
+        say(line)
+
     with tempfile.TemporaryDirectory(prefix="peftdebias-bench-") as folder:
-        run = Run(arguments, Path(folder))
+        run = Run(arguments, Path(folder), heard)
         if run.device.type == "cuda":
             red, shares, ahead = beforehand(run, clock)
             trouble = ahead.get
@@ -343,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
             red, shares = run.equality(clock)
             wanted = compiled_at(run.to_time, run.providers)
             trouble = lambda key: clock.reason() if key in wanted else None  # noqa: E731
-        found = [] if arguments.check else roofline.with_shares(timed(run.to_time, run.providers, shares, arguments.repeats, clock, red, trouble))
+        found = [] if arguments.check else roofline.with_shares(timed(run.to_time, run.providers, shares, arguments.repeats, clock, red, trouble, heard))
     wrong = [*red.values()]
     if arguments.check:
         print("\n".join(wrong) or f"{len(run.to_check)} checks, all equal")
@@ -356,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(wrong))
         return 1
     heading = "Dry run of bench/gpu.py: the figures mean nothing" if arguments.dry_run else f"Measured by bench/gpu.py on {found[0].device_name}"
-    notes = {"Targets": roofline.targets(found), f"Below {roofline.GOOD:.0f} % of the roofline": roofline.limits(found), "Red: not equal, or failed": wrong}
+    notes = {"Targets": roofline.targets(found), f"Below {roofline.GOOD:.0f} % of the roofline": roofline.limits(found), "Red: not equal, or failed": wrong, "Not measured": lacking}
     print(f"# {heading}\n\n{rows.table(found, notes)}")
     out = arguments.out or (None if arguments.dry_run else ROOT / "bench" / "results" / f"{rows.slug(run.device)}{'-steps' if arguments.steps else ''}.json")
     if out:

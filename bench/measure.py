@@ -158,6 +158,20 @@ def _compiler_may_fail(case: Case, name: str, providers: dict[str, Provider], sa
         say(f"{case.name}: {name} is not measured: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
+@contextlib.contextmanager
+def _memory_may_end(case: Case, name: str, device: torch.device, say: Callable[[str], None]):
+    """Where a device has too little memory for a provider, that one is not measured, and the others go on."""
+    lacks = ""
+    try:
+        yield
+    except torch.OutOfMemoryError:  # which holds on to what was allocated until it is let go
+        lacks = f" ({torch.cuda.get_device_properties(device).total_memory / 2 ** 30:.0f} GiB are there)" if device.type == "cuda" else " "
+    if lacks:
+        gc.collect()
+        torch.cuda.empty_cache()
+        say(f"{case.name}: {name} is not measured: out of memory{lacks.rstrip()}")
+
+
 def _forget_compiled(providers: dict[str, Provider]) -> None:
     """torch.compile keeps a few versions of a function, over all that was built from it, and runs it eagerly beyond them: every case begins with none."""
     if any(p.compiled for p in providers.values()):
@@ -300,7 +314,8 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
         if not provider.takes(setting.precision):
             say(f"{case.name}: {name} is not measured: it takes {' and '.join(provider.precisions)}, not {setting.precision}")
             continue
-        with _compiler_may_fail(case, name, providers, say):
+        with _compiler_may_fail(case, name, providers, say), _memory_may_end(case, name, device, say):
+            work = None
             empty = _settled(device) if cuda and step else 0
             work = provider.build(setting)
             built = _settled(device) if cuda and step else 0
@@ -311,6 +326,8 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
             if cuda and work.roof:
                 launches[name] = launched(case, name, work, device, say)
             works[name], passes[name] = work, max(1, math.ceil(SAMPLE_SECONDS / once)) if once < SAMPLE_SECONDS else 1
+    if not works:
+        return []
     samples: dict[str, list[float]] = {name: [] for name in works}
     eager: dict[str, list[float]] = {name: [] for name in launches}
     late = dict.fromkeys(launches, 0)

@@ -71,7 +71,7 @@ class Outcome:
 def pick_device(name: str) -> torch.device:
     """As find_device. Raises ConfigError, too, where PEFTDEBIAS_KERNELS asks for what does not run there."""
     device = find_device(name)
-    if kernels.setting() == "triton" and (trouble := kernels.missing("norm", "triton", device.type)):
+    if kernels.setting() == "triton" and (trouble := kernels.missing("norm", "triton", device)):
         raise ConfigError(f"PEFTDEBIAS_KERNELS=triton: expected a device on which Triton runs, got {device}: {trouble} (auto takes what is there)")
     return device
 
@@ -99,12 +99,20 @@ def find_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """auto is bf16 on a GPU, float32 elsewhere. Raises ConfigError on bf16 without a GPU."""
+    """auto is bf16 on a GPU that multiplies it (NVIDIA's from compute capability 8.0 on), float32 elsewhere. Raises ConfigError on bf16 without a GPU."""
     if name == "auto":
-        return "bf16" if device.type == "cuda" else "float32"
+        return "bf16" if device.type == "cuda" and _has_bf16(device) else "float32"
     if name == "bf16" and device.type != "cuda":
         raise ConfigError(f"--precision bf16: expected a GPU, got {device.type}; use float32")
     return name
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Where no GPU can be asked, yes."""
+    if not torch.cuda.is_available():
+        return True
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def pick_step(name: str, device: torch.device) -> str:

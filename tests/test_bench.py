@@ -171,6 +171,18 @@ def test_a_compiler_that_fails_leaves_only_its_provider_out(bench, tmp_path):
         bench.measure.check(case, setting, {**providers, "ours": bench.case.Provider(broken)})
 
 
+def test_a_provider_that_has_too_little_memory_is_left_out(bench, tmp_path):
+    def large(setting):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    case, said, setting = bench.cases.CASES["gelu"], [], bench.case.Setting("micro", 13, tmp_path, stand_in=True)
+    providers = bench.measure.taking_part(case, False, said.append, "cpu", True)
+    (first, one), said[:] = next(iter(providers.items())), []
+    found = bench.measure.time_case(case, setting, {"large": bench.case.Provider(large), first: one}, 1, say=said.append)
+    assert {row.provider for row in found} == {first} and said == ["gelu: large is not measured: out of memory"]
+    assert bench.measure.time_case(case, setting, {"large": bench.case.Provider(large)}, 1, say=said.append) == []
+
+
 def test_a_provider_that_a_device_refuses_is_left_out(bench):
     made, said = bench.case.Provider(int, refuses=lambda device: f"no {device}" if device == "cpu" else ""), []
     case = dataclasses.replace(bench.cases.CASES["gemm"], providers={"torch": bench.case.Provider(int), "ours": made})
@@ -248,7 +260,7 @@ def test_gpu_path_runs_on_a_cpu(bench, quick, capsys, tmp_path):
         assert {row["provider"] for row in rows if row["kernel_name"] == name and row["metric_name"] == "roofline"} == wanted
     assert "the figures mean nothing" in printed and "attention, micro, sequences 3: equal" in said and "adapter, micro, rows 37: equal in bf16" in said
     assert "adapter: plain twins stand in for peftdebias: Triton does not run on cpu" in said
-    assert "## Targets" in printed and "asked for at most 0.60" in printed and printed.split("# ", 1)[1].strip() in out.with_suffix(".md").read_text()
+    assert "## Targets" in printed and "\n## Not measured\n" in printed and "asked for at most 0.60" in printed and printed.split("# ", 1)[1].strip() in out.with_suffix(".md").read_text()
 
 
 def test_every_kernel_has_a_case_and_every_case_a_place_in_the_gpu_run(bench):
@@ -272,7 +284,7 @@ def test_a_kernel_that_errs_in_bf16_alone_is_red(bench, quick, monkeypatch, caps
 def test_out_of_time_leaves_out_and_says_so(bench, quick, capsys):
     assert bench.gpu.main(["--device", "cpu", "--dry-run", "--repeats", "1", "--only", "sparse_add", "--compile", "--minutes", "1e-9"]) == 2
     said = capsys.readouterr().err
-    assert "sparse_add: plain torch, compiled is left out here" in said and "sparse_add, micro, weight_rows 7: not measured: the run has used 90% of its time" in said
+    assert "sparse_add: plain torch, compiled is not measured: " in said and "sparse_add, micro, weight_rows 7: not measured: the run has used 90% of its time" in said
     assert said.endswith("bench: --minutes 1e-09: too little for any figure\n")
 
 

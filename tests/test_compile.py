@@ -36,6 +36,14 @@ many = next(s for s in importlib.import_module("peftdebias.kernels.adamw").specs
 print("many", compile_one("adamw", many, 90).wide)
 once = next(s for s in importlib.import_module("peftdebias.kernels.lora_grads").specs(90) if s.name == "once, bf16, 2 of 768")
 assert not compile_one("lora_grads", once, 90).red
+from peftdebias.kernels.tiles import like
+assert [like(arch) for arch in (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)] == [80, 86, 86, 86, 90, 100, 103, 110, 86, 86]
+assert not [s.name for s in importlib.import_module("peftdebias.kernels.lora_grads").specs(86) if s.name.startswith("once")]  # no shared memory for it
+for arch, file, name in ((86, "attention", "forward, bf16, W 64, dropout, prefix, 512 by 512"), (120, "embeddings", "forward alone, fp32, D 768")):
+    tight = next(s for s in importlib.import_module(f"peftdebias.kernels.{file}").specs(like(arch)) if s.name == name)
+    assert not compile_one(file, tight, arch).red
+large = dataclasses.replace(once, num_stages=2)  # which sm_80 has the shared memory for
+assert [compile_one("lora_grads", large, arch).red for arch in (80, 86)] == ["", "too much shared memory"]
 spec = next(s for s in importlib.import_module("peftdebias.kernels.lora_grads").specs(90) if s.name == "partial, bf16, r 8")
 cramped = dataclasses.replace(spec, maxnreg=32)
 assert compile_one("lora_grads", cramped, 90).red == "spills"

@@ -54,6 +54,35 @@ def test_without_triton_the_twins_do_the_work(monkeypatch):
         kernels.choose("lora_linear", reference=len, device=torch.device("cuda"))
 
 
+@pytest.fixture
+def old_gpu(monkeypatch):
+    """Says of a CUDA device, which is not here, what capability it has."""
+    def set_to(*capability: int, hip: str | None = None):
+        kernels.unsuited.cache_clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch.version, "hip", hip)
+
+    monkeypatch.setattr(kernels, "no_triton", lambda: "")
+    yield set_to
+    kernels.unsuited.cache_clear()
+
+
+def test_on_a_gpu_that_the_kernels_are_not_for_the_twins_do_the_work(old_gpu):
+    cuda = torch.device("cuda:1")
+    for capability, hip, why in (((7, 5), None, "the kernels need compute capability 8.0, cuda:1 has 7.5"),
+                                 ((9, 4), "7.0", "the kernels are written for NVIDIA's GPUs, and this torch is for AMD's")):
+        old_gpu(*capability, hip=hip)
+        assert doctor._tried(cuda).endswith(f" is installed; {why}")
+        assert kernels.decide("gelu", cuda) == ("torch", f"{why}; plain torch does its work")
+        assert kernels.choose("gelu", reference=len, device=cuda) is len and kernels.missing("gelu", "triton", "cuda:1") == why
+        with kernels.use("triton"), pytest.raises(kernels.NoKernel, match=f"gelu: {why}; no triton implementation here"):
+            kernels.choose("gelu", reference=len, device=cuda)
+    for capability in ((8, 0), (8, 6), (12, 0)):
+        old_gpu(*capability)
+        assert kernels.unsuited(1) == "" == kernels.unsuited(None)
+
+
 def test_the_command():
     said = done("doctor", "--device", "cpu").out
     assert f"torch {torch.__version__}" in said and said.splitlines()[-1] == "result: above"

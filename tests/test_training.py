@@ -297,6 +297,14 @@ def test_devices_and_precisions_that_are_not_here(monkeypatch):
         pick_precision("bf16", torch.device("cpu"))
 
 
+@pytest.mark.parametrize("capability,precision", [((7, 5), "float32"), ((8, 0), "bf16"), ((12, 0), "bf16")])
+def test_bf16_is_taken_by_itself_where_the_gpu_multiplies_it(capability, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or capability >= (8, 0))
+    assert pick_precision("auto", torch.device("cuda:1")) == precision and pick_precision("bf16", torch.device("cuda:1")) == "bf16"
+
+
 # ---------------------------------------------------------------- tasks: masked-LM
 
 def texts(lengths, seed=0):

@@ -42,6 +42,9 @@ TRITON: dict[str, str] = {
 }
 """op -> the file here whose import registers its Triton implementation."""
 
+LEAST = (8, 0)
+"""The compute capability from which on the kernels run: the first that multiplies tiles of bf16."""
+
 _registry: dict[tuple[str, str], object] = {}
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("peftdebias_kernels", default=None)
 
@@ -96,18 +99,18 @@ def choose(op: str, reference, device=None):
 @torch.compiler.assume_constant_result  # under torch.compile: what is asked for when it traces
 def decide(op: str, device=None) -> tuple[str | None, str]:
     """(the kind that `choose` takes for `op` on `device`, why, in words); None where it would raise, and what it would say."""
-    kind, where = setting(), getattr(device, "type", "cpu")
+    kind, device = setting(), torch.device(device or "cpu")
     if kind == "torch":
         return "torch", "asked for by name"
     if kind == "auto":
         if transformed():
             return "torch", "torch.func or forward mode asks for more than a backward, which plain torch has"
-        kind = "triton" if where == "cuda" else "native"
-        trouble = missing(op, kind, where)
+        kind = "triton" if device.type == "cuda" else "native"
+        trouble = missing(op, kind, device)
         if not trouble:
-            return kind, f"the fastest on {where}"
+            return kind, f"the fastest on {device.type}"
         return "torch", f"{trouble}; plain torch does its work"
-    trouble = missing(op, kind, where)
+    trouble = missing(op, kind, device)
     if trouble:
         return None, f"{op}: {trouble}; no {kind} implementation here, expected one of {available(op)}"
     return kind, "asked for by name"
@@ -129,10 +132,11 @@ def load(device=None) -> None:
         decide(op, device)
 
 
-def missing(op: str, kind: str, where: str = "cuda") -> str:
-    """Why `op` has no `kind` implementation that runs on a device of type `where`; empty where it has one."""
+def missing(op: str, kind: str, device: torch.device | str = "cuda") -> str:
+    """Why `op` has no `kind` implementation that runs on `device`; empty where it has one."""
     if kind == "triton" and op in TRITON:
-        trouble = no_triton() or ("" if where == "cuda" or interpreted() else f"Triton does not run on {where}")
+        device = torch.device(device)
+        trouble = no_triton() or (unsuited(device.index) if device.type == "cuda" else "" if interpreted() else f"Triton does not run on {device.type}")
         if trouble:
             return trouble
         _load(TRITON[op])
@@ -148,6 +152,17 @@ def available(op: str) -> list[str]:
 def no_triton() -> str:
     """Why Triton cannot be used here; empty where it can. Finds it without importing it."""
     return "" if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+@functools.cache
+def unsuited(index: int | None) -> str:
+    """Why the CUDA device of that number (None: the first) cannot run the kernels here; empty where it can, or where there is none."""
+    if torch.version.hip:
+        return "the kernels are written for NVIDIA's GPUs, and this torch is for AMD's"
+    if not torch.cuda.is_available():
+        return ""
+    major, minor = torch.cuda.get_device_capability(index or 0)
+    return "" if (major, minor) >= LEAST else f"the kernels need compute capability {LEAST[0]}.{LEAST[1]}, cuda:{index or 0} has {major}.{minor}"
 
 
 def interpreted() -> bool:

@@ -311,7 +311,7 @@ CAPS = {  # (16-bit, BW <= 64) -> kernel -> most rows, most keys, warps, stages
     (False, True): {"forward": (32, 16, 8, 1), "queries": (16, 32, 8, 1), "keys": (16, 32, 4, 1), "prefix": (32, 32, 8, 1)},
     (False, False): {"forward": (16, 16, 4, 1), "queries": (16, 16, 8, 1), "keys": (16, 16, 8, 1), "prefix": (16, 16, 8, 1)},
 }
-"""Measured on an H200, and without a spill on sm_80, sm_90 and sm_100 by triton 3.6 and 3.9 (bench/compile_report.py). Keys of "prefix" are the prefix's. float32 loads
+"""Measured on an H200, and without a spill by triton 3.6 and 3.9 (bench/compile_report.py). Keys of "prefix" are the prefix's. float32 loads
 no tile ahead of its turn: it is the plain units that it waits for."""
 REGISTERS = {"queries": 128, "keys": 168}
 """kernel -> registers of a thread at most, from sm_90 on and up to W 64: with a few more, which dropout takes, one program fewer fits on a multiprocessor."""
@@ -324,13 +324,16 @@ def tiles_for(kernel: str, dtype: torch.dtype, width: int, queries: int, keys: i
     sizes = {"W": width, "BW": power(width), "BM": min(most_rows, power(queries))} | ({} if kernel == "prefix" else {"BN": min(most_keys, power(keys))})
     if kernel not in ("keys", "whole"):
         sizes["BP"] = min(caps["prefix"][1], power(shared))
-    hopper = 90 <= arch < 100
-    if kernel == "queries" and shared and dtype != torch.float32:
-        sizes["BP"], stages = 16, stages if hopper and power(width) <= 64 else 1  # more would spill
-    if kernel in REGISTERS and power(width) <= 64 and arch >= 90 and (kernel == "keys" or dtype != torch.float32 and (hopper or not shared)):
+    short, narrow, hopper = dtype != torch.float32, power(width) <= 64, 90 <= arch < 100
+    if kernel == "queries" and shared and short:
+        sizes["BP"], stages = 16, stages if hopper and narrow else 1  # more would spill
+    if kernel in REGISTERS and narrow and arch >= 90 and (kernel == "keys" or short and (hopper or not shared)):
         sizes["maxnreg"] = REGISTERS[kernel]
-    elif kernel in ("queries", "whole") and dtype != torch.float32 and arch >= 100:
-        sizes["maxnreg"] = 168  # without a bound the compilers take fewer there, and spill
+    # Without a bound the compilers take fewer there, and spill.
+    elif kernel in ("queries", "whole") and short and arch >= 100:
+        sizes["maxnreg"] = 168
+    elif arch == 86 and (kernel == "keys" and not (short and narrow) or kernel == "forward" and shared and short):
+        sizes["maxnreg"] = 255
     return sizes | {"num_warps": warps, "num_stages": stages}
 
 

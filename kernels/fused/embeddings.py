@@ -13,8 +13,8 @@ With dy the gradient of y, e = m dy / q and g = gain e, as in norm.py:
     ds = i (g - mean g - n mean(g n))        dword[v] = sum of ds over the tokens with id v        dplaced likewise        dgain = sum_t e n        dbias = sum_t e
 
 Saved for the backward: n [T, D] in y's dtype and i [T] in float32, the seed and the gain, and where a table is trained both row numbers of each token, -1 where there
-is no such row; no mask. Nothing where nobody wants a gradient; for that of the bias alone neither n nor i. No saved tensor is overwritten. Every gradient is computed
-only where it is asked for.
+is no such row, in int32: torch sorts by them, in half the passes of int64. No mask. Nothing where nobody wants a gradient; for that of the bias alone neither n nor i. No saved
+tensor is overwritten. Every gradient is computed only where it is asked for.
 ds is of the dtype of the tables that are trained, the wider of two, and is written once for both. torch's own embedding_dense_backward, which F.embedding has too, sums its
 rows into a table: float32 tables get sums of float32 rows.
 
@@ -36,9 +36,9 @@ from torch import Tensor
 from . import register
 from .dropout import keep
 from .dropout_ref import Drop, threshold_of
-from .norm import STRETCHES, WIDEST, backward_kernel, centre, columns_of, norm_backward, registers, spec_of, tiles_for, vector_of
+from .norm import STRETCHES, WIDEST, backward_kernel, centre, columns_of, is_tight, norm_backward, registers, spec_of, tiles_for, vector_of
 from .op import op
-from .tiles import DTYPES, Spec, ceil_div, expect, on, product_dtype, rows_together, sum_spec
+from .tiles import DTYPES, Spec, arch_of, ceil_div, expect, on, product_dtype, rows_together, sum_spec
 
 # ---------------------------------------------------------------- kernel, specs
 
@@ -46,7 +46,7 @@ from .tiles import DTYPES, Spec, ceil_div, expect, on, product_dtype, rows_toget
 def embed_kernel(ids, places, word, placed, gain, bias, seed, y, normal, inverse, checked, T, D, V, N, word_stride, placed_stride, epsilon, site, threshold, scale,
                  DROPS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr, WHOLE: tl.constexpr):
     """ids, places int64 [T], word [V, D], placed [N, D], gain, bias [D], seed int64 [1] or None -> y [T, D]; normal [T, D] and inverse fp32 [T] (n and i) unless None;
-    checked int64 [2, T] (ids and places, -1 where a token lacks one of its rows) unless None. scale = 1 / q. A program does ROWS rows."""
+    checked int32 [2, T] (ids and places, -1 where a token lacks one of its rows) unless None. scale = 1 / q. A program does ROWS rows."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     start = 0 if seed is None else tl.load(seed)
     id, place = tl.load(ids + rows, mask=rows < T, other=0), tl.load(places + rows, mask=rows < T, other=0)
@@ -85,11 +85,11 @@ def specs(arch: int) -> list[Spec]:
     kinds = [(dtype, kind, kind) for dtype, kind in DTYPES.items()] + [(torch.float32, "fp32", "bf16")]
     for dtype, table, kind in kinds:
         given = dict.fromkeys(("word", "placed", "dhidden"), "*" + table) | dict.fromkeys(("y", "normal", "dy"), "*" + kind)
-        given |= dict.fromkeys(("gain", "bias", "inverse", *nobody), "*fp32") | dict.fromkeys(("ids", "places", "checked"), "*i64") | {"V": "i32", "N": "i32"}
+        given |= dict.fromkeys(("gain", "bias", "inverse", *nobody), "*fp32") | dict.fromkeys(("ids", "places"), "*i64") | {"checked": "*i32", "V": "i32", "N": "i32"}
         words = table if table == kind else f"{table} to {kind}"
         for width in (768, 700, 1024):
             for drops in (False, True) if width < 1024 else (True,):
-                bound = registers(dtype, tiles_for(width)["WHOLE"], drops)
+                bound = registers(is_tight(dtype, tiles_for(width)["WHOLE"], drops), arch)
                 found += [spec_of(f"forward alone, {words}", embed_kernel, width, given, ("normal", "inverse", "checked"), drops, **bound),
                           spec_of(f"forward, trained, {words}", embed_kernel, width, given, (), drops, **bound)]
             for name, nothing in (("backward, tables trained", nobody), ("backward, all trained", ()), ("backward, gain and bias trained", ("dhidden",))):
@@ -112,14 +112,14 @@ def _embed_forward(ids: Tensor, places: Tensor, word: Tensor, placed: Tensor, ga
             embed_kernel[(ceil_div(rows, sizes["ROWS"]),)](
                 ids.contiguous(), places.contiguous(), word, placed, gain.contiguous(), bias.contiguous(), seed if rate else None, y, normal if keeps else None,
                 inverse if keeps else None, checked if tables else None, rows, width, len(word), len(placed), word.stride(0), placed.stride(0), epsilon, site, threshold,
-                65536 / threshold, DROPS=rate > 0, enable_fp_fusion=True, **sizes, **registers(word.dtype, sizes["WHOLE"], rate > 0))
+                65536 / threshold, DROPS=rate > 0, enable_fp_fusion=True, **sizes, **registers(is_tight(word.dtype, sizes["WHOLE"], rate > 0), arch_of(word)))
     return y, normal, inverse, checked
 
 
 def _outputs(ids: Tensor, word: Tensor, dtype: torch.dtype, keeps: bool, tables: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, width = ids.shape[0], word.shape[1]
     return (word.new_empty(rows, width, dtype=dtype), word.new_empty((rows, width) if keeps else 0, dtype=dtype),
-            word.new_empty(rows if keeps else 0, dtype=torch.float32), ids.new_empty((2, rows) if tables else 0))
+            word.new_empty(rows if keeps else 0, dtype=torch.float32), ids.new_empty((2, rows) if tables else 0, dtype=torch.int32))
 
 
 def _setup(ctx, inputs, output):

@@ -162,7 +162,7 @@ SUMMED = {"CHUNKS": 32, "BN": 64}
 
 
 def once_tiles(arch: int) -> dict[str, int]:
-    """As tiles_for, of once_kernel; arch: 80, 90, 100. Before 90 there is shared memory for one tile of rows on its way, from 90 on for two."""
+    """As tiles_for, of once_kernel. Before 90 there is shared memory for one tile of rows on its way, from 90 on for two."""
     return {"BT": 16, "W": 8, "BK": 32, "R": 16, "num_warps": 8, "num_stages": 2 if arch < 90 else 3}
 
 
@@ -189,7 +189,8 @@ def specs(arch: int) -> list[Spec]:
                 add(f"partial, {kind}, r {rank}", partial_kernel, kind, drops, tiles_for(dtype, power(rank)))
     for kind in ("bf16", "fp16"):
         for pieces, drops in ((1, False), (2, False), (1, True)):
-            add(f"once, {kind}, {pieces} of 768", once_kernel, kind, drops, once_tiles(arch) | {"PIECES": pieces, "XS": 3, "DYS": 3})
+            if once_serves(arch, torch.bfloat16, 768, 768, pieces, 16, drops):
+                add(f"once, {kind}, {pieces} of 768", once_kernel, kind, drops, once_tiles(arch) | {"PIECES": pieces, "XS": 3, "DYS": 3})
     signature = dict.fromkeys(("partial_a", "partial_b", "da", "db"), "*fp32") | dict.fromkeys(("chunks", "ranks", "rank", "I", "O", "groups_a"), "i32") | dict.fromkeys(("scale_a", "scale_b"), "fp32")
     return [*lora_thin.specs(arch), *found, Spec("sum", sum_kernel, signature, SUMMED, aligned=("I", "O"))]
 

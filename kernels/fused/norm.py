@@ -36,7 +36,7 @@ from . import register, watched
 from .dropout import keep
 from .dropout_ref import Drop, threshold_of
 from .op import first_order, op
-from .tiles import DTYPES, Spec, ceil_div, expect, on, power, product_dtype, rows_together, sum_spec, sum_stretches
+from .tiles import DTYPES, Spec, arch_of, ceil_div, expect, on, power, product_dtype, rows_together, sum_spec, sum_stretches
 
 WIDEST = 4096  # D of a row, and elements that a program holds at a time
 STRETCHES = 768  # at most that many partial sums of a column: a few programs for each multiprocessor of a GPU
@@ -175,9 +175,14 @@ def tiles_for(width: int, sums: bool = False) -> dict[str, int]:
     return {"ROWS": rows, "PARTS": 1, "BD": block, "WHOLE": block == width, "num_warps": max(1, rows * block // (1024 >> (sums + (block > 1024))))}
 
 
-def registers(dtype: torch.dtype, whole: bool, drops: bool) -> dict[str, int]:
-    """A bound for the forward's threads where triton 3.6 without one takes fewer, and spills."""
-    return {"maxnreg": 168} if drops and (dtype == torch.float32 or not whole) else {}
+def registers(tight: bool, arch: int) -> dict[str, int]:
+    """A bound for a thread's registers where the compilers without one take fewer, to have more threads, and spill: where it is `tight`, and on sm_86 and its like."""
+    return {"maxnreg": 168} if tight or arch == 86 else {}
+
+
+def is_tight(dtype: torch.dtype, whole: bool, drops: bool) -> bool:
+    """Whether a forward's threads need the bound on every GPU: with a mask, rows of float32 and ragged ones."""
+    return drops and (dtype == torch.float32 or not whole)
 
 
 def spec_of(name: str, kernel, width: int, given: dict[str, str], nothing: tuple[str, ...], drops: bool, maxnreg: int | None = None, **constants: bool) -> Spec:
@@ -201,10 +206,10 @@ def specs(arch: int) -> list[Spec]:
         given |= dict.fromkeys(("gain", "bias", "inverse", *nobody), "*fp32")
 
         def forward(name: str, width: int, nothing: tuple[str, ...], drops: bool) -> Spec:
-            return spec_of(f"{name}, {kind}", forward_kernel, width, given, nothing, drops, **registers(dtype, tiles_for(width)["WHOLE"], drops))
+            return spec_of(f"{name}, {kind}", forward_kernel, width, given, nothing, drops, **registers(is_tight(dtype, tiles_for(width)["WHOLE"], drops), arch))
 
         def backward(name: str, width: int, nothing: tuple[str, ...], drops: bool) -> Spec:
-            return spec_of(f"{name}, {kind}", backward_kernel, width, given, nothing, drops, AFTER=False)
+            return spec_of(f"{name}, {kind}", backward_kernel, width, given, nothing, drops, AFTER=False, **({} if "normal" not in nothing else registers(False, arch)))
 
         for width in (768, 3072, 700, 1000, 4000):
             for drops in (False, True) if width in (768, 3072) else (True,):
@@ -230,7 +235,7 @@ def _norm_forward(hidden: Tensor, residual: Tensor | None, gain: Tensor, bias: T
             forward_kernel[(ceil_div(rows, sizes["ROWS"]),)](
                 hidden, residual, gain.contiguous(), bias.contiguous(), seed if rate else None, y, normal if keeps else None, inverse if keeps else None, rows,
                 width, hidden.stride(0), 0 if residual is None else residual.stride(0), epsilon, site, threshold, 65536 / threshold, DROPS=rate > 0,
-                enable_fp_fusion=True, **sizes, **registers(hidden.dtype, sizes["WHOLE"], rate > 0))
+                enable_fp_fusion=True, **sizes, **registers(is_tight(hidden.dtype, sizes["WHOLE"], rate > 0), arch_of(hidden)))
     return y, normal, inverse
 
 
@@ -259,7 +264,8 @@ def norm_backward(dy: Tensor, again: Tensor | None, normal: Tensor, inverse: Ten
         backward_kernel[(stretches,)](
             dy, again, normal if reads else None, inverse if reads else None, gain.contiguous(), seed if rate else None, dhidden if hidden_dtype else None,
             dresidual if residual_dtype else None, partial[:, 0] if of_gain else None, partial[:, -1] if of_bias else None, rows, width, dy.stride(0),
-            0 if again is None else again.stride(0), count * width, tiles, site, threshold, 65536 / threshold, DROPS=rate > 0, AFTER=after, enable_fp_fusion=True, **sizes)
+            0 if again is None else again.stride(0), count * width, tiles, site, threshold, 65536 / threshold, DROPS=rate > 0, AFTER=after, enable_fp_fusion=True, **sizes,
+            **({} if reads else registers(False, arch_of(dy))))
         if count:
             sum_stretches(partial.view(stretches, -1), parameters.view(-1))
     return found

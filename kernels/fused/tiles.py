@@ -91,14 +91,20 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def arch_of(tensor: Tensor) -> int:
-    """80, 90, 100, ...: the compute capability of the tensor's device without its point, which tiles may go by; 90 for a CPU (interpreter)."""
+    """80, 86, 90, 100, ...: `like` of the tensor's device, which tiles may go by; 90 for a CPU (interpreter)."""
     return _arch(tensor.device.index) if tensor.is_cuda else 90
 
 
 @functools.cache
 def _arch(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
+    return like(10 * major + minor)
+
+
+def like(arch: int) -> int:
+    """The compute capability, without its point, whose tiles sm_`arch` takes. 86 stands for all that multiply tiles as sm_80 does and have 99 KB of shared memory a program:
+    sm_86 and 89, and sm_120, which is newer than sm_100 and has nothing of it that these kernels use."""
+    return 86 if 80 < arch < 90 or arch >= 120 else arch
 
 
 def processors(tensor: Tensor) -> int:
