@@ -13,7 +13,7 @@ class Parser(argparse.ArgumentParser):
 def existing_file(word: str) -> Path:
     """A `type` of add_argument: a file that is there."""
     if not Path(word).is_file():
-        raise argparse.ArgumentTypeError(f"{word}: no such file")
+        raise argparse.ArgumentTypeError(f"{word}: {'expected a file, got a folder' if Path(word).is_dir() else 'no such file'}")
     return Path(word)
 
 
@@ -31,6 +31,17 @@ def positive(word: str) -> int:
         raise argparse.ArgumentTypeError(f"expected a whole number, got {word!r}") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
+def above_zero(word: str) -> float:
+    """A `type` of add_argument: a number above 0."""
+    try:
+        number = float(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {word!r}") from None
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected more than 0, got {word}")
     return number
 
 

@@ -65,8 +65,10 @@ def main(argv: list[str] | None = None) -> int:
         try:
             for op, new in lines(rows.read(path)).items():
                 made.setdefault(op, {}).update(new)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            return complain(f"{path}: expected rows of bench/gpu.py, got {type(error).__name__}: {error}")
+        except OSError as error:
+            return complain(f"{path}: {(error.strerror or str(error)).lower()}")
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return complain(f"{path}: expected rows of bench/gpu.py, got something else")
     found = {op: list(of.values()) for op, of in made.items()}
     if not found:
         return complain(f"{', '.join(map(str, arguments.files))}: expected measured times of {', '.join([*CASES, *ATTENTION_CASES])} on a GPU, found none")

@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from arguments import Parser, existing_file, existing_folder, positive  # noqa: E402
+from arguments import Parser, above_zero, existing_file, existing_folder, positive  # noqa: E402
 
 
 def shared() -> Path:
@@ -184,7 +184,7 @@ def waiting(arguments) -> None:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{speed,memory,waiting}")
     for name, run in (("speed", speed), ("memory", memory), ("waiting", waiting), ("take", take)):
         one = commands.add_parser(name)
         one.set_defaults(run=run)
@@ -195,11 +195,11 @@ def main() -> None:
             one.add_argument("--repeats", type=positive, default=9)
             one.add_argument("--buffer", type=positive, default=131072)
         if name == "memory":
-            one.add_argument("--gigabytes", type=float, nargs="+", default=[1, 3])
+            one.add_argument("--gigabytes", type=above_zero, nargs="+", default=[1, 3])
             one.add_argument("--what", nargs="+", choices=("batches", "swapped"), default=["batches", "swapped"])
             one.add_argument("--folder", type=existing_folder)
         if name in ("memory", "take"):
-            one.add_argument("--seconds", type=float, default=120)
+            one.add_argument("--seconds", type=above_zero, default=120)
         if name == "waiting":
             one.add_argument("--steps", type=positive, default=1500)
         if name == "take":

@@ -100,7 +100,9 @@ def augment(settings: Augment) -> Summary:
             summary.counts.add(written.counts)
             summary.size += size
             bar.update(size)
-        if not settings.shard and not summary.counts.touched:
+        if settings.shard:
+            summary.counts.texts = stop - start  # those before were read to be numbered
+        elif not summary.counts.touched:
             raise DataError(f"{', '.join(settings.files) or 'standard input'}: expected words of the axis {axis.name}, found none in {summary.counts.texts} texts")
         summary.seconds = time.perf_counter() - begin
         if settings.stats:

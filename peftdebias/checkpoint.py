@@ -256,6 +256,10 @@ def load_run(path: str | Path, adapters: tuple[str, ...] = (), device: str | tor
 
     force: as in load_adapter. dtype: of all parameters at the end. options: of weights.load_model. An upstream run of a module keeps no base: it is loaded from where the run found it.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ModelError(f"expected the folder of a run or a model, got {type(path).__name__}")
+    if isinstance(adapters, (str, os.PathLike)):
+        raise ConfigError(f"adapters: expected a list of folders, got one path: [{str(adapters)!r}]")
     path, config = Path(path), {}
     own: list[Path] = []
     if not is_run(path):
@@ -269,7 +273,7 @@ def load_run(path: str | Path, adapters: tuple[str, ...] = (), device: str | tor
                 loaded = weights.load(config["model"], **options)
             except ModelError as error:
                 raise ModelError(f"{path}: a module, whose base was {config['model']}: {error}") from None
-    attached = attach_adapters(loaded.model, (*map(str, own), *adapters), force)
+    attached = attach_adapters(loaded.model, (*map(str, own), *map(str, adapters)), force)
     sources = dict(zip(loaded.model.methods, (adapter.folder for adapter in attached)))
     return Run(loaded.model.to(device, dtype).eval(), loaded.tokenizer, config, loaded.report, sources)
 

@@ -46,9 +46,7 @@ def load(run: str | Path, adapters: Sequence[str | Path] = (), device: str = "cp
 
     Raises ModelError or AdapterError on bad folders.
     """
-    if isinstance(adapters, (str, Path)):
-        raise ConfigError(f"adapters: expected a list of folders, got one path: [{str(adapters)!r}]")
-    return Debiased(checkpoint.load_run(run, tuple(map(str, adapters)), pick_device(device), force), str(run))
+    return Debiased(checkpoint.load_run(run, adapters, pick_device(device), force), str(run))
 
 
 _locks: "weakref.WeakKeyDictionary[Model, threading.RLock]" = weakref.WeakKeyDictionary()

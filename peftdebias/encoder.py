@@ -339,7 +339,7 @@ class Model(nn.Module):
         """Inside the `with` block the named methods are off, for every thread; merged ones too, by the base tensors that merge kept. Raises AdapterError on another name."""
         hooks = self.encoder.hooks
         for name in names:
-            if name not in hooks.methods:
+            if not isinstance(name, str) or name not in hooks.methods:
                 raise AdapterError(f"without({name!r}): expected one of {', '.join(hooks.methods) or 'no'} attached methods")
         before, merged = set(hooks.off), hooks.merged
         placed = merged is not None and merged.placed

@@ -10,7 +10,10 @@ It leaves out methods that do more than change weights (adapters, prefixes, prom
 While a module is attached, the host's state_dict names its changed tensors `parametrizations.weight.original`: save after `remove`.
 """
 
+import functools
+import os
 import re
+import weakref
 from pathlib import Path
 
 import torch
@@ -73,10 +76,15 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
     "blocks.{i}.q"). A name may leave out what comes before it: `encoder.layer.0.output.dense` is found inside `bert` or deeper. A folder is checked against
     the base that it was made for, in the dtype of its files, which needs every tensor of the encoder; force: a warning where that is another. A Method needs only
     its own sites. Its parameters move to the device of `module`. Raises AdapterError on a method that does more than change weights, a name for a site that there
-    is not, a module or bias that is missing or stands there twice, and a shape that does not match.
+    is not, a module or bias that is missing or stands there twice, a shape that does not match, and what is attached there already.
     """
-    find = _Finder(module, names or {})
+    if not isinstance(module, nn.Module):
+        raise AdapterError(f"attach_to: expected a torch.nn.Module, got {type(module).__name__}")
+    if not isinstance(method, (Method, str, os.PathLike)):
+        raise AdapterError(f"attach_to: expected a method or the folder of one, got {type(method).__name__}")
+    find, source = _Finder(module, names or {}), method
     if not isinstance(method, Method):
+        source = os.path.realpath(_own(Path(method)))
         method = _load(Path(method), find, force)
     _only_weights(type(method))
     places: dict[str, str] = {}
@@ -93,12 +101,23 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
             changes[site, "bias"] = host
     if not changes:
         raise AdapterError(f"{method.name}: expected a module that changes at least one weight, got one that changes none (it has not learnt yet)")
+    if any(source in _attached.get(host, ()) for host in changes.values()):
+        raise AdapterError(f"{source if isinstance(source, str) else method.name}: attached twice; expected each module once")
     for parameter in method.parameters().values():
         parameter.data = parameter.data.to(next(iter(changes.values())).weight.device)
     attached = Attached(method, places)
     for (site, kind), host in changes.items():
         attached._undo.append(_hook_rows(host, method, site) if site in TABLES else _change(host, kind, method, site))
+    for host in {id(host): host for host in changes.values()}.values():
+        for one in {method, source}:
+            sources = _attached.setdefault(host, [])
+            sources.append(one)
+            attached._undo.append(functools.partial(sources.remove, one))
     return attached
+
+
+_attached: "weakref.WeakKeyDictionary[nn.Module, list[Method | str]]" = weakref.WeakKeyDictionary()
+"""What changes a module: methods, and the folders that they came from."""
 
 
 def _hook_rows(host: nn.Module, method: Method, site: str):
@@ -181,9 +200,14 @@ class _Finder:
         return found[0], self.modules[found[0]]
 
 
+def _own(folder: Path) -> Path:
+    """The adapter of a run folder, else the folder."""
+    return folder / "adapter" if (folder / "adapter").is_dir() else folder
+
+
 def _load(folder: Path, find: _Finder, force: bool) -> Method:
     """The method of a folder, checked against the base by its checksum, for which our encoder is filled with the host's tensors."""
-    own = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    own = _own(folder)
     if not folder.is_dir():
         raise AdapterError(f"adapter {str(folder)!r}: no such folder")
     if len(checkpoint.adapter_folders(folder)) > 1:

@@ -10,13 +10,14 @@ import gzip
 import os
 import shutil
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from peftdebias.errors import DataError
+from peftdebias.errors import DataError, PeftDebiasError
 
 FORMATS = ("txt", "csv", "tsv", "jsonl")
 BLOCK = 1 << 18  # bytes read together: much more than a line, and a block's tokens are made in about a second
@@ -101,17 +102,36 @@ def kind(path) -> str:
     return found
 
 
-def seekable(paths: Sequence[str], folder: Path) -> list[str]:
-    """The same files, standard input and pipes copied into `folder`: they can be read once only."""
-    found = []
-    for number, path in enumerate(paths):
-        if path == "-" or not Path(path).is_file():
-            copy = folder / f"{number}-{'stdin.txt' if path == '-' else Path(path).name}"
-            with _told(path, 1), open(sys.stdin.fileno() if path == "-" else path, "rb", closefd=path != "-") as source, open(copy, "wb") as target:
-                shutil.copyfileobj(source, target)
-            path = str(copy)
-        found.append(path)
-    return found
+class Copies:
+    """Of what can be read once only, standard input and pipes. A context manager: they are deleted at its end, and errors inside name what was copied."""
+
+    def __enter__(self) -> "Copies":
+        self._folder, self._names = tempfile.TemporaryDirectory(prefix="peftdebias-"), {}
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._folder.cleanup()
+        if isinstance(error, PeftDebiasError) and (words := self.named(str(error))) != str(error):
+            raise type(error)(words) from None
+
+    def seekable(self, paths: Sequence[str]) -> list[str]:
+        """The same files, with copies in the place of those."""
+        found = []
+        for path in paths:
+            if path == "-" or not Path(path).is_file():
+                copy = Path(self._folder.name) / f"{len(self._names)}-{'stdin.txt' if path == '-' else Path(path).name}"
+                self._names[str(copy)] = "<stdin>" if path == "-" else path
+                with _told(path, 1), open(sys.stdin.fileno() if path == "-" else path, "rb", closefd=path != "-") as source, open(copy, "wb") as target:
+                    shutil.copyfileobj(source, target)
+                path = str(copy)
+            found.append(path)
+        return found
+
+    def named(self, line: str) -> str:
+        """With the copies' own names in it."""
+        for copy, name in self._names.items():
+            line = line.replace(copy, name)
+        return line
 
 
 def place(path, number: int) -> str:

@@ -26,12 +26,18 @@ def base_parameters(model: Model) -> dict[str, Parameter]:
 def attach(model: Model, name: str, method: Method) -> None:
     """Attach `method` as `name` (the axis it was learnt on, say). Outputs change as its hooks say; parameters stay where they are.
 
-    Raises AdapterError on a name in use, a base that is no module (Full-Debias), a method made for a base of other sizes, or a site that the model does not have.
+    Raises AdapterError on a name in use or one with a "/", a method that is attached already, a base that is no module (Full-Debias), a method made for a base of other sizes, or a site that the model does not have.
     """
+    if not isinstance(model, Model):
+        raise AdapterError(f"attach {name!r}: expected a model of this package, as load(...).run.model is, got {type(model).__name__} (attach_to takes others)")
+    if not isinstance(name, str) or not name or "/" in name:
+        raise AdapterError(f"attach: expected a name without '/', got {name!r}")
     if not isinstance(method, Method):
         raise AdapterError(f"attach {name!r}: expected a method, as methods.create() makes one, got {type(method).__name__}")
     if name in model.methods:
         raise AdapterError(f"attach: {name!r} is attached already; expected another name")
+    if there := next((other for other, attached in model.methods.items() if attached is method), None):
+        raise AdapterError(f"attach {name!r}: expected a method of its own, got the one that is attached as {there!r}")
     if method.trains_base:
         raise AdapterError(f"attach: {method.name} is a base model, not a module; expected it as --model")
     if model.encoder.hooks.merged:

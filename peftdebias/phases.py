@@ -13,7 +13,6 @@ import glob
 import itertools
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -121,8 +120,8 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
         else:
             patch.attach(model, axis.name if axis.name not in model.methods else axis.name + "-new", method)
         longest = max_length(model, settings.max_length)
-        copies = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peftdebias-")))
-        files, valid = (lines.seekable(lines.find(paths), copies) for paths in (settings.corpus, settings.valid))
+        copies = stack.enter_context(lines.Copies())
+        files, valid = (copies.seekable(lines.find(paths)) for paths in (settings.corpus, settings.valid))
         corpus.check_column(files + valid, settings.column)
         skipped = Skipped()
         rule, held_out_texts = _held_out(settings, axis, intervention, files, valid, skipped)
@@ -140,7 +139,7 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
         notes += [f"device: {device}, {precision}", *_compiling(step)]
         task = MaskedLM(epochs.epoch, held_out.families, tokenizer, seed=settings.seed)
         schedule = _schedule(settings, settings.steps, settings.valid_every, precision, step)
-        _tell(say, notes)
+        _tell(say, [copies.named(note) for note in notes])
 
         if settings.fresh_head:
             head = {f"mlm.{name}": p for name, p in model.mlm.named_parameters()}

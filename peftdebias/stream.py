@@ -26,6 +26,7 @@ from .buckets import Families, Packed, masked_batches
 from .cache import Cache
 from .cda import PAPER, Intervention
 from .cda_engine import engine
+from .errors import ConfigError
 from .holdout import HeldOut, touched
 from .lines import Place, Skipped
 from .tokens import Tokenizer, mask_weights
@@ -59,6 +60,16 @@ class Recipe:
     threads: int = 1
     attribute_weight: float = 1.0
 
+    def __post_init__(self):
+        part, parts = self.shard
+        if not 0 <= part < parts:
+            raise ConfigError(f"shard: expected (i, n) with i from 0 to n - 1, got {self.shard}")
+        if list(self.batch) not in (["batch_size"], ["batch_tokens"]) or next(iter(self.batch.values())) < 1:
+            raise ConfigError(f"batch: expected batch_size or batch_tokens of at least 1, got {self.batch}")
+        for name in ("max_length", "buffer", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
 
 @dataclasses.dataclass
 class Counts:
@@ -75,6 +86,16 @@ class Counts:
     first_skipped: list[str] = dataclasses.field(default_factory=list)
     whole: bool = False
     notes: list[str] = dataclasses.field(default_factory=list)
+
+
+POSITION = ("epoch", "window", "batch", "family", "text", "place")
+
+
+def check_position(position: dict) -> dict:
+    """Raises ConfigError on what no batch came with."""
+    if not isinstance(position, dict) or set(position) != set(POSITION) or not all(isinstance(position[key], int) and position[key] >= 0 for key in POSITION[:-1]):
+        raise ConfigError(f"resume: expected a position that came with a batch, a dict of {', '.join(POSITION)}, got {position!r}")
+    return position
 
 
 class Start(NamedTuple):

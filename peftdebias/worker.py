@@ -26,8 +26,8 @@ import numpy
 
 from . import cache, errors
 from .buckets import Packed
-from .errors import PeftDebiasError
-from .stream import Counts, Ended, Filled, Given, Recipe, Stream
+from .errors import ConfigError, PeftDebiasError
+from .stream import Counts, Ended, Filled, Given, Recipe, Stream, check_position
 
 PIPE = 1 << 20  # bytes of frames that wait in the pipe, where the system lets that be said: 100 batches of 32 short texts
 BUFFER = 1 << 16  # bytes read and written together
@@ -50,6 +50,8 @@ class Epochs:
     """
 
     def __init__(self, recipe: Recipe, workers: int = 0):
+        if workers < 0:
+            raise ConfigError(f"workers: expected at least 0, got {workers}")
         self._source = Background(recipe, workers) if workers else Stream(recipe)
         self._events: Iterator | None = None
         self._begins: int | None = None  # the epoch whose beginning comes next
@@ -71,8 +73,8 @@ class Epochs:
         yield from self._batches()
 
     def resume(self, position: dict) -> Iterator[Packed]:
-        """The batches of position's epoch that come behind it."""
-        self._restart(position["epoch"], position)
+        """The batches of position's epoch that come behind it. Raises ConfigError on what is no position."""
+        self._restart(check_position(position)["epoch"], position)
         yield from self._batches()
 
     def _batches(self) -> Iterator[Packed]:

@@ -81,6 +81,18 @@ def test_shards_end_to_end_are_the_whole(files, shards):
         assert "".join(done("augment", *flags, *corpus, "--shard", f"{i}/{shards}").out for i in range(1, shards + 1)) == whole != ""
 
 
+def test_a_shard_counts_its_own_texts(files, tmp_path):
+    found = []
+    for part in (1, 2, 3):
+        said = done("augment", "--axis", "gender", files / "a.txt", files / "c.tsv", "--shard", f"{part}/3", "--stats", tmp_path / "s.json", "--out", tmp_path / "o.jsonl")
+        found.append(json.loads((tmp_path / "s.json").read_text()))
+        assert f"{found[-1]['texts']} texts, {found[-1]['touched']} (" in said.err
+    done("augment", "--axis", "gender", files / "a.txt", files / "c.tsv", "--stats", tmp_path / "s.json", "--out", tmp_path / "o.jsonl")
+    whole = json.loads((tmp_path / "s.json").read_text())
+    assert [sum(one[key] for one in found) for key in ("texts", "touched", "variants", "swaps")] == [whole[key] for key in ("texts", "touched", "variants", "swaps")]
+    assert all(one["touched_share"] == one["touched"] / one["texts"] for one in found) and max(one["texts"] for one in found) <= whole["texts"] // 3 + 1
+
+
 def test_interventions(tmp_path):
     (tmp_path / "a.txt").write_text("James told his wife that she is black.\nnobody\n")
     text = ["James told his wife that she is black."]

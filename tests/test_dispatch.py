@@ -145,7 +145,7 @@ def test_the_environment_asks_for_a_form(monkeypatch, fresh):
 
 
 @pytest.mark.parametrize("content,words", [
-    (None, "No such file"), ("{}", "found none"), ("[1]", "expected rows of bench/gpu.py"), ("not json", "expected rows of bench/gpu.py"),
+    (None, "rows.json: no such file"), ("{}", "found none"), ("[1]", "expected rows of bench/gpu.py"), ("not json", "expected rows of bench/gpu.py"),
 ])
 def test_errors_leave_the_table_alone(content, words, tmp_path, capsys):
     path, out = tmp_path / "rows.json", tmp_path / "dispatch.json"

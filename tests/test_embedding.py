@@ -268,8 +268,15 @@ def test_modules_go_off_and_more_come_in(model, folders):
     assert model.encode(TEXTS).equal(both)
     more = peftdebias.load(folders / "run", [folders / "third"])
     assert more.methods == ("gender", "race", "religion") and not more.encode(TEXTS).equal(both)
-    with pytest.raises(AdapterError, match="expected one of gender, race attached"), model.without("age"):
-        pass
+    for name in ("age", ["gender"]):
+        with pytest.raises(AdapterError, match="expected one of gender, race attached"), model.without(name):
+            pass
+    for folder in (None, 3):
+        with pytest.raises(ModelError, match=f"expected the folder of a run or a model, got {type(folder).__name__}"):
+            peftdebias.load(folder)
+    for reading in (peftdebias.load, checkpoint.load_run):
+        with pytest.raises(ConfigError, match="adapters: expected a list of folders, got one path: "):
+            reading(folders / "run", folders / "third")
 
 
 @pytest.mark.parametrize("texts,words", [

@@ -1,5 +1,6 @@
 """Modules on models that are not ours: transformers' BERT and RoBERTa, and a user's own in plain torch, with the outputs of our own model."""
 
+import shutil
 import subprocess
 import sys
 
@@ -168,9 +169,16 @@ def test_a_host_inside_a_larger_module_and_a_folder(tmp_path):
     handle = attach_to(whole, tmp_path / "run", names)
     assert handle.places["layers.1.attention.query"] == "encoder.blocks.1.q"
     assert_close(own(ids, mask)[mask], model.encoder(batch))
-    again = attach_to(whole, tmp_path / "run", names)  # the base is still recognised under what is attached
+    for same in (tmp_path / "run", tmp_path / "run" / "adapter"):
+        with pytest.raises(AdapterError, match="run/adapter: attached twice; expected each module once"):
+            attach_to(whole, same, names)
+    with pytest.raises(AdapterError, match="lora: attached twice; expected each module once"):
+        attach_to(whole, handle.method, names)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    again = attach_to(whole, tmp_path / "other", names)  # the base is still recognised under what is attached
     again.remove()
     handle.remove()
+    attach_to(whole, tmp_path / "run", names).remove()
     with torch.no_grad():
         own.blocks[0].q.weight[0, 0] += 1
     with pytest.raises(AdapterError, match="made for the base with checksum"):

@@ -613,6 +613,13 @@ def test_errors_of_attaching_and_merging_say_what_was_expected(model):
     attach(model, "race", adapter())
     with pytest.raises(AdapterError, match="attach: 'gender' is attached already; expected another name"):
         attach(model, "gender", adapter())
+    with pytest.raises(AdapterError, match="attach 'x': expected a method of its own, got the one that is attached as 'gender'"):
+        attach(model, "x", model.methods["gender"])
+    for name in ("", "a/b", 3):
+        with pytest.raises(AdapterError, match=f"attach: expected a name without '/', got {name!r}"):
+            attach(model, name, adapter())
+    with pytest.raises(AdapterError, match=r"attach 'x': expected a model of this package, as load\(...\).run.model is, got Linear \(attach_to takes others\)"):
+        attach(torch.nn.Linear(2, 2), "x", adapter())
     for site in ("layers.3.attention.query", "layers.0.attention.qkv.query", "layers.0.intermediate", "pooler"):
         with pytest.raises(AdapterError, match=f"site '{site}': no such linear, embedding or norm in this model"):
             attach(model, "x", Toy((site,), {}))

@@ -354,6 +354,8 @@ def test_fixed_sizes_are_named_and_chosen_ones_too(name):
 @pytest.mark.parametrize("name,options,budget,words", [
     ("qlora", {}, None, f"method: expected one of {', '.join(METHODS)}, got 'qlora'"),
     ("lora", {}, 1.5, "budget: expected a share between 0 and 1, got 1.5"),
+    ("lora", {}, "0.1", "budget: expected a share between 0 and 1, got '0.1'"),
+    ("lora", ["rank"], None, "create 'lora': options: expected a dict of LoRAConfig's fields, got list"),
     ("bias", {"rank": 3}, None, "bias options: unknown key 'rank'; expected none"),
     ("lora", {"rank": 1.5}, None, "lora options: rank: expected a whole number, got 1.5"),
     ("lora", {"alpha": -3}, None, "lora alpha: expected a finite number of more than 0, got -3"),

@@ -390,6 +390,11 @@ def test_units_and_standard_input(small, tmp_path):  # noqa: F811
     words = [sys.executable, "-m", "peftdebias", "upstream", *small.learning(out=tmp_path / "stdin", corpus="-", valid=small.heldout, steps=1)]
     process = subprocess.run(words, input=text, text=True, capture_output=True)
     assert process.returncode == 0 and "corpus: 3 texts" in process.stderr, process.stderr
+    raw = b"he is\nshe \xff\n" + 20 * b"she is a nurse\n"
+    process = subprocess.run([*words[:-2], "--out", tmp_path / "no"], input=raw, capture_output=True)
+    assert process.returncode == 2 and b"peftdebias: <stdin>:2: expected utf-8, got 0xff" in process.stderr and not (tmp_path / "no").exists(), process.stderr
+    process = subprocess.run([*words, "--out", tmp_path / "yes", "--on-error", "skip"], input=raw, capture_output=True)
+    assert process.returncode == 0 and b"<stdin>:2" in process.stderr and b"/peftdebias-" not in process.stderr, process.stderr
 
 
 # ---------------------------------------------------------------- said in time

@@ -92,6 +92,31 @@ def test_a_corpus_of_one_window_gives_what_everything_in_memory_would(file, batc
                     assert (a == b) if a is None or isinstance(a, (int, tuple)) else (a.dtype == b.dtype and a.tolist() == b.tolist()), field.name
 
 
+@pytest.mark.parametrize("change,words", [
+    ({"shard": (2, 2)}, r"shard: expected \(i, n\) with i from 0 to n - 1, got \(2, 2\)"),
+    ({"shard": (0, 0)}, "shard: expected"),
+    ({"shard": (-1, 2)}, "shard: expected"),
+    ({"batch": {"batch_tokens": 0}}, "batch: expected batch_size or batch_tokens of at least 1, got {'batch_tokens': 0}"),
+    ({"batch": {"batch_size": 3, "batch_tokens": 3}}, "batch: expected"),
+    ({"batch": {}}, "batch: expected"),
+    ({"buffer": 0}, "buffer: expected at least 1, got 0"),
+    ({"max_length": 0}, "max_length: expected at least 1, got 0"),
+])  # fmt: skip
+def test_a_recipe_that_makes_no_sense_is_refused(change, words, file):
+    with pytest.raises(ConfigError, match=words):
+        dataclasses.replace(recipe(file), **change)
+
+
+def test_only_positions_are_resumed(file):
+    with pytest.raises(ConfigError, match="workers: expected at least 0, got -1"):
+        Epochs(recipe(file), -1)
+    with Epochs(recipe(file)) as epochs:
+        next(epochs.epoch(0))
+        for position in (None, {}, epochs.position | {"batch": -1}, epochs.position | {"batch": "1"}, epochs.position | {"more": 1}):
+            with pytest.raises(ConfigError, match="resume: expected a position that came with a batch, a dict of epoch, window, batch, family, text, place, got"):
+                next(epochs.resume(position))
+
+
 def test_words_of_the_axis_are_masked_more_where_the_recipe_says_so(file):
     plain, weighted = (given(recipe(file, attribute_weight=weight), 1000) for weight in (1.0, 50.0))
     plain, weighted = ([g.packed for g in some[:len(some) // 2]] for some in (plain, weighted))

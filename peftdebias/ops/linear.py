@@ -71,9 +71,9 @@ def rounded_once(x: Tensor, parameters: list[Tensor]) -> contextlib.AbstractCont
 
 def form() -> tuple[str, str]:
     """("blas" or "onednn", why) for float32 on this CPU."""
-    if kernels.setting() in ("torch", "triton"):
-        return "blas", "asked for by name"
     form = dispatch.asked("linear")
+    if kernels.setting() in ("torch", "triton"):
+        return "blas", "asked for by name" if form == "blas" else f"kernels are {kernels.setting()}"
     if form == "blas" or (form and _there()):
         return form, "asked for by name"
     return _faster()
