@@ -233,7 +233,7 @@ def _check(code: int) -> None:
 # ---------------------------------------------------------------- tables
 
 def _struct(name: str, *fields: tuple[str, object]) -> type[ctypes.Structure]:
-    """A struct of csrc/cda.cpp: fields in its order; "a b c" of one type are three."""
+    """A struct of csrc/cda.h: fields in its order; "a b c" of one type are three."""
     return type(name, (ctypes.Structure,), {"_fields_": [(one, kind) for names, kind in fields for one in names.split()]})
 
 
@@ -371,6 +371,6 @@ def _strings(words) -> tuple[bytes, array]:
 
 
 def _flags(word: str) -> int:
-    """PLURAL_NO_S, ENDS_IN_S, BARE and UPPER of csrc/cda.cpp: what cda's rule for possessives asks."""
+    """PLURAL_NO_S, ENDS_IN_S, BARE and UPPER of csrc/cda.h: what cda's rule for possessives asks."""
     low = word.lower()
     return low.endswith(cda.PLURALS) | low.endswith("s") << 1 | cda.takes_bare_apostrophe(low) << 2 | word.isupper() << 3

@@ -12,7 +12,7 @@ import warnings
 from peftdebias.errors import ConfigError
 
 KINDS = ("auto", "torch", "native", "triton")  # as kernels.KINDS, which imports torch
-ABI = 3  # of csrc/; raised in cda.cpp and here together
+ABI = 3  # of csrc/; raised in cda.h and here together
 
 
 def library() -> ctypes.CDLL | None:

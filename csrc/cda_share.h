@@ -1,0 +1,362 @@
+// One thread's share of the work: the attribute words of its texts, their counterfactuals, and what is written of them.
+
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cda_pronouns.h"
+
+namespace cda {
+
+struct Hit {
+    int64_t start, end;
+    int32_t form, row, choices;
+};
+
+struct Done {  // one replaced stretch
+    int64_t start, end;
+    int32_t choice;
+    int suffix;         // bytes behind the choice: an apostrophe that moved, and its s
+    uint8_t tail[4];
+};
+
+class Share : public Pronouns {
+public:
+    int64_t first_source = 0;
+    int error = OK;
+    std::vector<int64_t> counts;
+
+    // Which texts lie here.
+    void index() {
+        counts.assign(size_t(axis->counted), 0);
+        out_.clear(), afters_.clear(), ends_.clear(), sources_.clear(), swaps_.clear(), sizes_.clear(), swap_counts_.clear();
+        read();
+    }
+
+    // What becomes of them.
+    void run() {
+        for (size_t i = 0; i < texts_.size(); ++i) {
+            const int64_t source = first_source + int64_t(i);
+            if (source >= request->from_source && source < request->to_source) text(texts_[i], source);
+        }
+        part.bytes = out_.data(), part.n_bytes = out_.size();
+        part.ends = ends_.data(), part.n_members = int64_t(ends_.size());
+        part.sizes = sizes_.data(), part.sources = sources_.data(), part.n_families = int64_t(sizes_.size());
+        part.swaps = swaps_.data(), part.swap_counts = swap_counts_.data(), part.afters = afters_.data();
+        part.bad = bad_.data(), part.n_bad = int64_t(bad_.size()) / 3;
+    }
+
+private:
+    Buffer out_, afters_;
+    std::vector<int64_t> ends_, sources_, swaps_, starts_;
+    std::vector<int32_t> sizes_, swap_counts_;
+    std::vector<Hit> hits_;
+    std::vector<Done> done_;
+    int64_t original_ = 0, original_size_ = 0;
+
+    void text(const Text& t, int64_t source) {
+        find(t);
+        int made = 0;
+        const int64_t at = out_.size();
+        const bool json = request->write == WRITE_JSON, members = request->write != WRITE_NOTHING && !json;
+        if (members && request->keep != KEEP_COUNTERFACTUALS) original(t);
+        if (!hits_.empty()) made = variants(t, source);
+        part.touched += made > 0, part.variants += made;
+        if (!made && !axis_keeps()) {
+            out_.shrink(at);
+            if (members && request->keep != KEEP_COUNTERFACTUALS) ends_.pop_back(), drop_count();
+            return;
+        }
+        int size = members ? (made && request->keep == KEEP_COUNTERFACTUALS ? made : request->keep == KEEP_PAIRS ? 1 + made : 1) : 0;
+        if (members && !made && request->keep == KEEP_COUNTERFACTUALS) original(t);
+        if (json && (!made || request->keep == KEEP_ORIGINALS)) {
+            out_.text("{\"text\": \"");
+            piece(t, t.start, t.end);
+            out_.text("\", \"counterfactual\": null, \"swaps\": [], \"source\": ");
+            out_.number(source);
+            out_.text("}\n");
+        }
+        if (members) sizes_.push_back(size), sources_.push_back(source);
+    }
+
+    bool axis_keeps() const { return request->keep_untouched != 0; }
+
+    void original(const Text& t) {
+        out_.put(base_ + t.start, t.end - t.start);
+        member();
+        if (request->write == WRITE_SWAPS) swap_counts_.push_back(0);
+    }
+
+    void member() {
+        if (request->write == WRITE_LINES) out_.byte('\n');
+        ends_.push_back(out_.size());
+    }
+
+    void drop_count() {
+        if (request->write == WRITE_SWAPS) swap_counts_.pop_back();
+    }
+
+    // The attribute words, from left to right.
+    void find(const Text& t) {
+        hits_.clear();
+        const uint8_t* limit = request->bytes + request->size;
+        int64_t free_from = t.start;
+        uint64_t carry = 0;
+        for (int64_t w = t.start >> 6; w <= (t.end - 1) >> 6 && t.end > t.start; ++w) {
+            uint64_t bits = word_.word(w);
+            if (w == t.start >> 6) bits &= ~uint64_t(0) << (t.start & 63);
+            if (w == (t.end - 1) >> 6) bits &= ~uint64_t(0) >> (63 - ((t.end - 1) & 63));
+            uint64_t starts = bits & ~(bits << 1 | carry);
+            carry = bits >> 63;
+            // Which words may be known is decided without a branch: it goes one way or the other too often to be foreseen.
+            struct Candidate {
+                int64_t start, n;
+                uint64_t head;
+            } candidates[32];
+            int many = 0;
+            for (; starts; starts &= starts - 1) {
+                const int64_t start = (w << 6) + lowest_bit(starts);
+                const uint64_t run = ~(bits >> (start & 63));
+                const int rest = 64 - int(start & 63);
+                int64_t n = run ? lowest_bit(run) : 64;
+                if (n >= rest) n = word_.next_clear(start + rest, t.end) - start;
+                const uint64_t head = Dictionary::load(base_ + start, n, limit);
+                candidates[many] = Candidate{start, n, head};
+                many += axis->words.perhaps(head, n);
+            }
+            for (const Candidate* candidate = candidates; candidate < candidates + many; ++candidate) {
+                const int64_t start = candidate->start;
+                int64_t n = candidate->n;
+                if (start < free_from) continue;
+                const int found = axis->words.find(candidate->head, base_ + start, n);
+                if (found < 0) continue;
+                const cda_axis::Word& word = axis->beginnings[size_t(found)];
+                int32_t form = word.form;
+                for (int32_t longer : word.longer) {
+                    const std::string& bytes = axis->forms[size_t(longer)];
+                    const int64_t size = int64_t(bytes.size());
+                    if (start + size <= t.end && !std::memcmp(base_ + start, bytes.data(), size_t(size)) && !word_at(start + size, t)) {
+                        form = longer, n = size;
+                        break;
+                    }
+                }
+                if (form < 0) continue;
+                free_from = start + n;
+                if (axis->form_barred[size_t(form)] && is_barred(t, start, axis->form_barred[size_t(form)])) continue;
+                ++counts[size_t(axis->form_word[size_t(form)])];
+                hits_.push_back(Hit{start, start + n, form, 0, 0});
+            }
+        }
+    }
+
+    // Whether the word before `start` is in one of the sets.
+    bool is_barred(const Text& t, int64_t start, uint64_t sets) const {
+        int64_t end_before = start;
+        while (end_before > std::max(t.start, start - GAP) && (base_[end_before - 1] == ' ' || base_[end_before - 1] == '-')) --end_before;
+        if (end_before == start) return false;
+        int64_t begin_before = end_before;
+        while (begin_before > t.start && end_before - begin_before <= LONGEST && word_.at(begin_before - 1)) --begin_before;
+        const int found = axis->barred.find(base_ + begin_before, end_before - begin_before, request->bytes + request->size);
+        return found >= 0 && axis->barred_sets[size_t(found)] & sets;
+    }
+
+    // All variants of a text with hits; how many.
+    int variants(const Text& t, int64_t source) {
+        int64_t longest = 0, candidates = 0;
+        for (Hit& hit : hits_) {
+            int32_t row = axis->form_row[size_t(hit.form)];
+            if (const int pronoun = axis->form_pronoun[size_t(hit.form)]) row += outcome(t, hit.start, hit.end, pronoun - 1);
+            hit.row = row, hit.choices = axis->row_ends[size_t(row)] - axis->row_start(row);
+            longest = std::max<int64_t>(longest, hit.choices), candidates += hit.choices;
+        }
+        if (!request->one_at_a_time) candidates = longest;
+        if (!candidates) return 0;
+        int64_t first = 0, wanted = candidates;
+        if (request->max_variants && candidates > request->max_variants) {
+            wanted = request->max_variants;
+            first = int64_t(checksum(base_ + t.start, t.end - t.start) % uint64_t(candidates));
+        }
+        starts_.clear();
+        const int64_t mark = out_.size();
+        const bool kept = request->write != WRITE_NOTHING && request->keep != KEEP_ORIGINALS;
+        if (!kept) written(t);
+        int made = 0;
+        size_t hit = 0;
+        int64_t passed = 0;  // candidates of the hits before `hit`
+        for (int64_t i = 0; i < candidates; ++i) {
+            if ((i - first + candidates) % candidates >= wanted) continue;
+            if (!request->one_at_a_time) {
+                made += variant(t, source, i + 1, 0, hits_.size(), kept);
+                continue;
+            }
+            while (i - passed >= hits_[hit].choices) passed += hits_[hit++].choices;
+            made += variant(t, source, i - passed + 1, hit, hit + 1, kept);
+        }
+        if (!kept) out_.shrink(mark);  // they were made to see which differ
+        return made;
+    }
+
+    // Candidate r over hits first .. last - 1, written unless it repeats the text or an earlier one.
+    bool variant(const Text& t, int64_t source, int64_t r, size_t first, size_t last, bool kept) {
+        done_.clear();
+        for (size_t i = first; i < last; ++i) {
+            const Hit& hit = hits_[i];
+            const int64_t turn = r % (hit.choices + 1);
+            if (!turn) continue;
+            Done done{hit.start, hit.end, axis->row_start(hit.row) + int32_t(turn) - 1, 0, {}};
+            possessive(t, hit, done);
+            done_.push_back(done);
+        }
+        const bool json = request->write == WRITE_JSON;
+        const int64_t row = out_.size();
+        if (json && kept) {
+            out_.text("{\"text\": \"");
+            written(t);
+            out_.text("\", \"counterfactual\": \"");
+        }
+        const int64_t start = out_.size();
+        int64_t copied = t.start;
+        for (const Done& done : done_) {
+            if (done.start > copied) piece(t, copied, done.start);
+            const std::string& choice = axis->choices[size_t(done.choice)];
+            out_.put(choice.data(), int64_t(choice.size()));
+            out_.put(done.tail, done.suffix);
+            copied = done.end;
+        }
+        piece(t, copied, t.end);
+        const int64_t size = out_.size() - start;
+        if (repeats(t, start, size, json || !kept)) return out_.shrink(row), false;
+        starts_.insert(starts_.end(), {start, size});
+        part.replaced += int64_t(done_.size());
+        if (!kept) return true;
+        if (json)
+            finish_row(t, source);
+        else {
+            member();
+            if (request->write == WRITE_SWAPS) record(t);
+        }
+        return true;
+    }
+
+    // The text as it is written, kept to compare with.
+    void written(const Text& t) {
+        original_ = out_.size();
+        piece(t, t.start, t.end);
+        original_size_ = out_.size() - original_;
+    }
+
+    bool repeats(const Text& t, int64_t start, int64_t size, bool was_written) {
+        const auto same = [&](const uint8_t* a, int64_t n) { return n == size && !std::memcmp(a, out_.data() + start, size_t(n)); };
+        if (was_written ? same(out_.data() + original_, original_size_) : same(base_ + t.start, t.end - t.start)) return true;
+        for (size_t i = 0; i < starts_.size(); i += 2)
+            if (same(out_.data() + starts_[i], starts_[i + 1])) return true;
+        return false;
+    }
+
+    // text[start:end] as it is written.
+    void piece(const Text& t, int64_t start, int64_t stop) {
+        if (request->write != WRITE_JSON || t.plain) return out_.put(base_ + start, stop - start);
+        while (start < stop) {
+            const int64_t next = escaped_.next(start, stop);
+            out_.put(base_ + start, next - start);
+            if (next == stop) return;
+            escape(base_[next]);
+            start = next + 1;
+        }
+    }
+
+    void escape(uint8_t c) {
+        static const char short_forms[] = "\"\"\\\\\nn\rr\tt\ff\bb";
+        for (const char* pair = short_forms; *pair; pair += 2)
+            if (uint8_t(*pair) == c) return out_.byte('\\'), out_.byte(uint8_t(pair[1]));
+        out_.text("\\u00");
+        out_.byte(uint8_t('0' + (c >> 4))), out_.byte(uint8_t("0123456789abcdef"[c & 15]));
+    }
+
+    void finish_row(const Text& t, int64_t source) {
+        out_.text("\", \"swaps\": [");
+        int64_t byte = t.start, character = 0;
+        bool first = true;
+        for (const Done& done : done_) {
+            if (!first) out_.text(", ");
+            first = false;
+            const int64_t from = offset(t, byte, character, done.start), to = offset(t, byte, character, done.end);
+            out_.text("{\"start\": "), out_.number(from);
+            out_.text(", \"end\": "), out_.number(to);
+            out_.text(", \"from\": \""), out_.put(base_ + done.start, done.end - done.start);
+            const std::string& choice = axis->choices[size_t(done.choice)];
+            out_.text("\", \"to\": \""), out_.put(choice.data(), int64_t(choice.size())), out_.put(done.tail, done.suffix);
+            out_.text("\"}");
+        }
+        out_.text("], \"source\": ");
+        out_.number(source);
+        out_.text("}\n");
+    }
+
+    void record(const Text& t) {
+        int64_t byte = t.start, character = 0;
+        for (const Done& done : done_) {
+            const int64_t from = offset(t, byte, character, done.start), to = offset(t, byte, character, done.end);
+            const std::string& choice = axis->choices[size_t(done.choice)];
+            afters_.put(choice.data(), int64_t(choice.size())), afters_.put(done.tail, done.suffix);
+            swaps_.insert(swaps_.end(), {from, to, afters_.size()});
+        }
+        swap_counts_.push_back(int32_t(done_.size()));
+    }
+
+    // Characters before byte `at`, counted on from the last place asked about.
+    int64_t offset(const Text& t, int64_t& byte, int64_t& character, int64_t at) const {
+        if (t.ascii) return at - t.start;
+        if (at < byte) byte = t.start, character = 0;
+        character += characters_in(base_ + byte, base_ + at);
+        byte = at;
+        return character;
+    }
+
+    // cda._possessive
+    void possessive(const Text& t, const Hit& hit, Done& done) const {
+        const int64_t at = hit.end;
+        if (at >= t.end) return;
+        int mark = base_[at] == '\'' ? 1 : 0;
+        if (!mark && t.end - at >= 3 && !std::memcmp(base_ + at, "\xE2\x80\x99", 3)) mark = 3;
+        if (!mark) return;
+        const uint8_t before = axis->form_flags[size_t(hit.form)], after = axis->choice_flags[size_t(done.choice)];
+        const int64_t next = at + mark;
+        if (before & PLURAL_NO_S && after & ENDS_IN_S) {
+            if (next < t.end && (base_[next] == 's' || base_[next] == 'S') && !word_at(next + 1, t)) {
+                done.end = next + 1;
+                std::memcpy(done.tail, base_ + at, size_t(mark)), done.suffix = mark;
+            }
+        } else if (before & BARE && !(after & ENDS_IN_S)) {
+            uint32_t code;
+            if (next >= t.end) return;
+            const int n = decode(base_ + next, base_ + t.end, code);
+            if (axis->characters[code] & SPACE && word_at(next + n, t)) {
+                done.end = next;
+                std::memcpy(done.tail, base_ + at, size_t(mark));
+                done.tail[mark] = after & UPPER ? 'S' : 's', done.suffix = mark + 1;
+            }
+        }
+    }
+
+    // CRC-32 as zlib has it.
+    static uint64_t checksum(const uint8_t* p, int64_t n) {
+        static const auto table = [] {
+            std::vector<uint32_t> made(256);
+            for (uint32_t i = 0; i < 256; ++i) {
+                uint32_t c = i;
+                for (int k = 0; k < 8; ++k) c = c & 1 ? 0xEDB88320u ^ c >> 1 : c >> 1;
+                made[i] = c;
+            }
+            return made;
+        }();
+        uint32_t c = 0xFFFFFFFFu;
+        for (; n > 0; --n, ++p) c = table[(c ^ *p) & 255] ^ c >> 8;
+        return c ^ 0xFFFFFFFFu;
+    }
+};
+
+}  // namespace cda
