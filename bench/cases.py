@@ -6,11 +6,7 @@ steps in cases_steps.py and cases_sparse.py. A new experiment is a builder a pro
 Letters: T tokens, B sequences, S longest sequence, H heads, W head width, R rank.
 """
 
-from collections.abc import Callable
-
-import numpy
 import torch
-from torch import Tensor
 
 from .case import Case, Provider, Setting, Work, output_bound
 from .cases_adamw import ADAMW_CASES

@@ -17,9 +17,10 @@ from . import corpus, lines
 from .axes import Axis, load_axis
 from .cda import Intervention
 from .cda_engine import BLOCK, EVERYTHING, Counts, Written, engine
-from .config import SHIPPED, Augment
+from .config import Augment
 from .errors import ConfigError, DataError
 from .lines import Skipped
+from .options import SHIPPED
 from .outputs import keep_apart, tables, writing
 
 KINDS = {"jsonl": "json", "lines": "lines"}

@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 
-from . import __version__, config
+from . import __version__, config, options
 from .errors import ConfigError, PeftDebiasError
 
 EXAMPLES = {
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings(), _terminable():
             warnings.showwarning = lambda message, *where: say(f"warning: {message}")
-            command(config.resolve(settings, arguments))
+            command(options.resolve(settings, arguments))
         sys.stdout.flush()
         return 0
     except PeftDebiasError as error:
@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
             epilog = "names for --on:\n" + "".join(f"  {key:<16}{text}\n" for key, text in config.MEASURES.items()) + "\n" + epilog
         one = commands.add_parser(name, help=settings.__doc__.split(":")[0].split(".")[0], description=settings.__doc__, epilog=epilog,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-        config.add_flags(one, settings)
+        options.add_flags(one, settings, config.Training)
     return top
 
 
@@ -297,7 +297,7 @@ COMMANDS = {
 
 def show(settings) -> None:
     """What was resolved, on standard error."""
-    values = " ".join(f"{key}={value}" for key, value in config.as_plain(settings).items() if value not in ([], {}))
+    values = " ".join(f"{key}={value}" for key, value in options.as_plain(settings).items() if value not in ([], {}))
     say(f"{type(settings).__name__.lower()}: {values}")
 
 

@@ -4,26 +4,11 @@ Order of force: a flag, else the TOML file, else the default here. Unknown keys 
 config.toml can be given as --config again.
 """
 
-import argparse
 import dataclasses
 import math
-import tomllib
-import types
-import typing
-from pathlib import Path
 
 from .errors import ConfigError
-
-
-def option(help: str, default=dataclasses.MISSING, *, many: str = "", metavar: str | None = None, choices: tuple[str, ...] = (), positional: bool = False):
-    """A field with its help. many: "words" takes several after one flag, "repeat" takes one flag each; such fields are tuples. "maybe": the flag
-    alone means SHIPPED. positional: no flag."""
-    metadata = {"help": help, "many": many, "metavar": metavar, "choices": choices, "positional": positional}
-    return dataclasses.field(default=default, metadata=metadata) if default is not dataclasses.MISSING else dataclasses.field(metadata=metadata)
-
-
-SHIPPED = "shipped"  # --names without a file
-SEEDS = 2**63 - 1  # the largest that every generator takes
+from .options import at_least, check_seed, flag, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +23,7 @@ class Swapping:
     names: str | None = option("swap first names too: without FILE by the shipped table (US, axis gender), else by yours", None, many="maybe", metavar="FILE")
 
     def __post_init__(self):
-        _at_least(1, self, "max_variants")
+        at_least(1, self, "max_variants")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,12 +48,12 @@ class Training:
     def __post_init__(self):
         if self.batch_size is not None and self.batch_tokens is not None:
             raise ConfigError("--batch-size and --batch-tokens: expected one of them, got both")
-        _at_least(1, self, "batch_size", "batch_tokens", "max_length")
-        _seed(self.seed)
+        at_least(1, self, "batch_size", "batch_tokens", "max_length")
+        check_seed(self.seed)
         for name in ("lr", "weight_decay", "clip", "warmup"):
             if not isinstance(getattr(self, name), (int, float)):
                 raise ConfigError(f"{flag(name)}: expected a number, got {getattr(self, name)!r}")
-        _at_least(0, self, "weight_decay")
+        at_least(0, self, "weight_decay")
         for name in ("lr", "weight_decay"):
             if math.isinf(getattr(self, name)):
                 raise ConfigError(f"{flag(name)}: expected a finite number, got {getattr(self, name)}")
@@ -115,8 +100,8 @@ class Upstream(Swapping, Training):
     def __post_init__(self):
         Swapping.__post_init__(self)
         Training.__post_init__(self)
-        _at_least(1, self, "steps", "valid_every", "valid_texts", "fresh_head", "shuffle_buffer")
-        _at_least(0, self, "workers")
+        at_least(1, self, "steps", "valid_every", "valid_texts", "fresh_head", "shuffle_buffer")
+        at_least(0, self, "workers")
         if not self.corpus:
             raise ConfigError("--corpus: expected at least one file, got none")
         if not 0 < self.valid_share < 1:
@@ -147,7 +132,7 @@ class Downstream(Training):
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least(1, self, "epochs")
+        at_least(1, self, "epochs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,9 +164,9 @@ class Evaluate:
     examples: str | None = option("write the scores of every example there, as jsonl", None, metavar="FILE")
 
     def __post_init__(self):
-        _at_least(1, self, "max_length", "batch_tokens", "samples")
-        _at_least(0, self, "max_pairs")
-        _seed(self.seed)
+        at_least(1, self, "max_length", "batch_tokens", "samples")
+        at_least(0, self, "max_pairs")
+        check_seed(self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,8 +182,8 @@ class Compare:
     json: str | None = option("write the comparison there", None, metavar="FILE")
 
     def __post_init__(self):
-        _at_least(1, self, "samples")
-        _seed(self.seed)
+        at_least(1, self, "samples")
+        check_seed(self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,7 +203,7 @@ class Run:
     device: str = option("cpu, cuda, ...; auto takes a GPU where there is one", "auto")
 
     def __post_init__(self):
-        _at_least(1, self, "seeds")
+        at_least(1, self, "seeds")
         if not self.scale > 0:
             raise ConfigError(f"--scale: expected more than 0, got {self.scale}")
 
@@ -237,7 +222,7 @@ class Predict:
     device: str = option("cpu, cuda, ...; auto takes a GPU where there is one", "auto")
 
     def __post_init__(self):
-        _at_least(1, self, "max_length", "batch_tokens")
+        at_least(1, self, "max_length", "batch_tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -258,7 +243,7 @@ class Augment(Swapping):
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least(1, self, "threads")
+        at_least(1, self, "threads")
         if self.shard is not None:
             first, slash, last = self.shard.partition("/")
             if not (slash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
@@ -280,7 +265,7 @@ class Methods:
     max_length: int = option("longest text in tokens, for which a prompt leaves room", 256)
 
     def __post_init__(self):
-        _at_least(1, self, "max_length")
+        at_least(1, self, "max_length")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -321,7 +306,7 @@ class Demo:
     seed: int = option("every random choice follows from it", 0)
 
     def __post_init__(self):
-        _seed(self.seed)
+        check_seed(self.seed)
         for name in ("strength", "label_strength"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{flag(name)}: expected a strength from 0 to 1, got {getattr(self, name)}")
@@ -336,7 +321,7 @@ class Report:
     examples: int = option("at most that many texts whose label flips, of each system; they may be offensive when the data is", 20)
 
     def __post_init__(self):
-        _at_least(0, self, "examples")
+        at_least(0, self, "examples")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -358,7 +343,7 @@ class Testbed:
     jobs: int = option("processes at a time, each on one thread", 1)
 
     def __post_init__(self):
-        _at_least(1, self, "jobs", "upstream_steps")
+        at_least(1, self, "jobs", "upstream_steps")
         _weight(self)
         if not 0 < self.scale <= 100:
             raise ConfigError(f"--scale: expected more than 0, up to 100, got {self.scale}")
@@ -390,163 +375,6 @@ MEASURES = {
 """The names of `evaluate --on NAME=FILE`, with help; evaluation.ON computes them."""
 
 
-# ---------------------------------------------------------------- flags, TOML, resolved
-
-def flag(name: str) -> str:
-    """`batch_size` -> `--batch-size`; `as_`, which may not be called as it is typed, -> `--as`."""
-    return "--" + name.rstrip("_").replace("_", "-")
-
-
-def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
-    """A flag for every field of `cls`, `--config` besides. Defaults stay out, and nothing is required here: only what is typed arrives, TOML fills up."""
-    hints = typing.get_type_hints(cls)
-    shared = {f.name for f in dataclasses.fields(Training)}
-    for field in sorted(dataclasses.fields(cls), key=lambda f: (f.default is not dataclasses.MISSING, f.name in shared)):
-        meta, kind = field.metadata, _plain(hints[field.name])
-        kwargs: dict = {"default": argparse.SUPPRESS, "help": (meta["help"] + _shown(field)).replace("%", "%%")}
-        if kind is bool:
-            kwargs["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
-        else:
-            kwargs["metavar"] = meta["metavar"] or (None if meta["choices"] else {int: "N", float: "X"}.get(kind, "TEXT"))
-            if meta["choices"]:
-                kwargs["choices"] = meta["choices"]
-            elif kind in (int, float):
-                kwargs["type"] = kind
-            if meta["many"] == "repeat":
-                kwargs["action"] = "append"
-            elif meta["many"] == "maybe":
-                kwargs |= {"nargs": "?", "const": SHIPPED}
-            elif meta["many"] == "words":
-                kwargs["nargs"] = "*" if meta["positional"] else "+"
-        if meta["positional"]:
-            parser.add_argument(field.name, **{"nargs": "?"} | kwargs)
-        else:
-            parser.add_argument(flag(field.name), dest=field.name, **kwargs)
-    parser.add_argument("--config", metavar="FILE.toml", default=argparse.SUPPRESS,
-                        help="TOML file with the same names as the flags, a run's config.toml too; a flag wins over it")
-
-
-def _shown(field: dataclasses.Field) -> str:
-    """What a field's help says of its default."""
-    if field.default is dataclasses.MISSING:
-        return " (required)"
-    if field.default is None or field.default is False or field.default == ():
-        return ""
-    if field.default is True:
-        return f" (default: {flag(field.name)})"
-    if isinstance(field.default, tuple):
-        return f" (default: {' '.join(field.default)})"
-    return f" (default: {field.default:g})" if isinstance(field.default, float) else f" (default: {field.default})"
-
-
-def resolve(cls: type, given: dict):
-    """An instance of `cls` from typed flags and, under "config", a TOML file. Raises ConfigError on unknown keys, wrong types and what is missing."""
-    given = {key: value for key, value in given.items() if value is not None and value != []}
-    values = _read_toml(cls, Path(given.pop("config"))) if "config" in given else {}
-    return build(cls, values | checked(cls, given))
-
-
-def build(cls: type, values: dict):
-    """An instance of `cls` from values that `checked` has seen. Raises ConfigError on what is missing."""
-    missing = [f.metadata["metavar"] if f.metadata["positional"] else flag(f.name)
-               for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
-    if missing:
-        raise ConfigError(f"missing: {', '.join(missing)} (see `peftdebias {cls.__name__.lower()} --help`)")
-    return cls(**values)
-
-
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", tuple: "a list of texts", dict: "a table of options"}
-
-
-def checked(cls: type, values: dict, where: str = "") -> dict:
-    """`values` as the fields of the dataclass `cls` want them; what --set, flags and TOML write alike. `where` begins the messages.
-
-    A whole number serves as a number, one value as a list of one. Raises ConfigError on an unknown key or another type.
-    """
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    ready = {}
-    for name, value in values.items():
-        key = name.replace("-", "_")
-        key = key + "_" if key + "_" in fields else key
-        if key not in fields:
-            known = ", ".join(field.rstrip("_") for field in fields)
-            raise ConfigError(f"{where}unknown key {name!r}; expected {'one of ' + known if known else 'none'}")
-        kind = _plain(hints[key])
-        if kind is dict:
-            value = parse_settings(value) if isinstance(value, list) else value
-        elif kind is tuple:
-            value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        elif kind is float and type(value) is int:
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)) or (kind is tuple and not all(isinstance(v, str) for v in value)):
-            raise ConfigError(f"{where}{name}: expected {KINDS[kind]}, got {value!r}")
-        if (choices := fields[key].metadata.get("choices")) and value not in choices:
-            raise ConfigError(f"{where}{name}: expected one of {', '.join(choices)}, got {value!r}")
-        ready[key] = value
-    return ready
-
-
-def parse_settings(pairs: list[str]) -> dict:
-    """["rank=8", "targets=query,value"] -> {"rank": 8, "targets": ("query", "value")}; numbers and true/false as in TOML, the rest is text."""
-    settings = {}
-    for pair in pairs:
-        key, equals, text = str(pair).partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--set: expected KEY=VALUE, got {pair!r}")
-        parts = [_literal(part) for part in text.split(",")]
-        settings[key.replace("-", "_")] = parts[0] if len(parts) == 1 else tuple(parts)
-    return settings
-
-
-def as_plain(config) -> dict:
-    """The resolved values for TOML: tuples as lists, what is None left out."""
-    def plain(value):
-        if isinstance(value, (tuple, list)):
-            return [plain(v) for v in value]
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return value
-
-    values = {f.name.rstrip("_"): plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    return {k: v for k, v in values.items() if v is not None}
-
-
-def _literal(text: str):
-    try:
-        return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _read_toml(cls: type, path: Path) -> dict:
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"--config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"--config {path}: expected TOML, got {error}") from None
-    command = cls.__name__.lower()
-    if (of := values.pop("command", command)) != command:  # a run's config.toml names its command
-        raise ConfigError(f"--config {path}: expected the configuration of `{command}`, got one of `{of}`")
-    return checked(cls, values, f"{path}: ")
-
-
-def _at_least(least: int, settings, *names: str) -> None:
-    """Raises ConfigError on a named field that is set and less, or not a number."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not isinstance(value, (int, float)):
-            raise ConfigError(f"{flag(name)}: expected a number, got {value!r}")
-        if value is not None and not value >= least:
-            raise ConfigError(f"{flag(name)}: expected at least {least}, got {value}")
-
-
-def _seed(seed: int) -> None:
-    if not isinstance(seed, int) or not 0 <= seed <= SEEDS:
-        raise ConfigError(f"--seed: expected a whole number from 0 to {SEEDS}, got {seed!r}")
-
-
 def _weight(settings) -> None:
     if not 1 <= settings.attribute_weight <= 1000:
         raise ConfigError(f"--attribute-weight: expected a number from 1 to 1000, got {settings.attribute_weight}")
@@ -558,10 +386,3 @@ def _number(kind: type, text: str):
         return kind(text)
     except ValueError:
         return None
-
-
-def _plain(hint) -> type:
-    """int | None -> int, tuple[str, ...] -> tuple (all our tuples are of text)."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(a for a in typing.get_args(hint) if a is not type(None))
-    return typing.get_origin(hint) or hint

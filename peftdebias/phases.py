@@ -24,7 +24,7 @@ from .augment import prepared
 from .axes import Axis
 from .cda import PAPER, Intervention
 from .cda_engine import expand
-from .config import Downstream, Upstream, as_plain, checked
+from .config import Downstream, Upstream
 from .encoder import MaskedLMHead, Model
 from .errors import ConfigError, DataError, PeftDebiasError
 from .evaluation import classification_measures, cut_note, encode_examples, max_length, positive_label
@@ -32,6 +32,7 @@ from .holdout import HeldOut, choose, first_families
 from .lines import Skipped
 from .metrics import Measure
 from .metrics.classification import accuracy, f1, macro_f1
+from .options import as_plain, checked
 from .outputs import tables
 from .patch import all_parameters, base_checksum, train_only
 from .stream import Counts, Recipe

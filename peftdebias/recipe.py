@@ -14,9 +14,9 @@ import dataclasses
 import tomllib
 from pathlib import Path
 
-from . import config, methods
-from .config import checked
+from . import methods
 from .errors import ConfigError
+from .options import KINDS, checked
 from .prepare import Source
 
 STAGES = ("downstream", "transfer")
@@ -177,7 +177,7 @@ class _Reader:
             self.fail(f"unknown key {next(iter(table))!r}; expected title, axis, seeds, base, [upstream], [[task]], [[system]], [[column]]")
         for key, kind in (("title", str), ("axis", str), ("base", str), ("seeds", int)):
             if not isinstance(plain[key], kind):
-                self.fail(f"{key}: expected {config.KINDS[kind]}, got {plain[key]!r}")
+                self.fail(f"{key}: expected {KINDS[kind]}, got {plain[key]!r}")
         found = Recipe(self.path, **plain, systems=systems, upstream=upstream, text=text, tasks=tuple(tasks), sources=sources, columns=columns)
         self.check(found)
         return found

@@ -18,11 +18,12 @@ from pathlib import Path
 
 from . import answers, checkpoint, evaluation, methods, phases, prepare, recipe as recipes, weights
 from .axes import load_axis
-from .config import Downstream, Evaluate, Run, Upstream, build, checked, parse_settings
+from .config import Downstream, Evaluate, Run, Upstream
 from .errors import ConfigError
 from .metrics.compare import over_seeds, seed_difference
 from .metrics.nli import neutral_label
 from .metrics.tally import Difference
+from .options import build, checked, parse_settings
 from .outputs import alone, write_text
 from .recipe import Column, Recipe, System, Task
 from .training import pick_device

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 from tqdm import tqdm
 

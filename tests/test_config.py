@@ -7,7 +7,7 @@ import typing
 import pytest
 import tomli_w
 
-from peftdebias import cli, config
+from peftdebias import cli, config, options
 from peftdebias.config import Augment, Demo, Downstream, Evaluate, Predict, Upstream
 from peftdebias.errors import ConfigError
 
@@ -42,7 +42,7 @@ def test_the_pinned_flags_are_there(line):
 @pytest.mark.parametrize("cls,field", FIELDS, ids=[f"{c.__name__}.{f.name}" for c, f in FIELDS])
 def test_every_field_is_a_flag_with_help_and_says_its_default(cls, field):
     (action,) = (a for a in parser_of(cls.__name__.lower())._actions if a.dest == field.name)
-    assert (action.option_strings == []) if field.metadata["positional"] else (config.flag(field.name) in action.option_strings)
+    assert (action.option_strings == []) if field.metadata["positional"] else (options.flag(field.name) in action.option_strings)
     assert len(field.metadata["help"]) > 10 and not field.metadata["help"].endswith(".")
     if field.default is dataclasses.MISSING:
         assert action.help.endswith("(required)")
@@ -78,15 +78,15 @@ def toml(tmp_path):
 
 def test_a_flag_wins_over_the_file_over_the_default(toml):
     path = toml('model = "from file"\naxis = "race"\ncorpus = ["a.txt", "b.txt"]\nout = "o"\nsteps = 7\nvalid-every = 3\nlr = 1\n[set]\nrank = 2\n')
-    found = config.resolve(Upstream, {"config": path, "axis": "gender"})
+    found = options.resolve(Upstream, {"config": path, "axis": "gender"})
     assert (found.axis, found.model, found.steps, found.valid_every, found.seed) == ("gender", "from file", 7, 3, 0)
     assert found.lr == 1.0 and type(found.lr) is float  # a whole number serves as a number
     assert found.corpus == ("a.txt", "b.txt") and found.set == {"rank": 2}
-    assert config.resolve(Upstream, {"config": path, "set": ["rank=4", "targets=key"]}).set == {"rank": 4, "targets": "key"}
+    assert options.resolve(Upstream, {"config": path, "set": ["rank=4", "targets=key"]}).set == {"rank": 4, "targets": "key"}
 
 
 def test_one_value_serves_as_a_list_of_one(toml):
-    assert config.resolve(Upstream, {"config": toml('model="m"\naxis="a"\ncorpus="c.txt"\nout="o"')}).corpus == ("c.txt",)
+    assert options.resolve(Upstream, {"config": toml('model="m"\naxis="a"\ncorpus="c.txt"\nout="o"')}).corpus == ("c.txt",)
 
 
 @pytest.mark.parametrize("cls,values", [
@@ -96,14 +96,14 @@ def test_one_value_serves_as_a_list_of_one(toml):
 ])  # fmt: skip
 def test_what_is_saved_can_be_read_back(cls, values, toml):
     settings = cls(**values)
-    saved = tomli_w.dumps({"command": cls.__name__.lower()} | config.as_plain(settings))
-    found = config.resolve(cls, {"config": toml(saved)})
-    assert config.as_plain(found) == config.as_plain(settings)  # lists for the tuples inside --set
+    saved = tomli_w.dumps({"command": cls.__name__.lower()} | options.as_plain(settings))
+    found = options.resolve(cls, {"config": toml(saved)})
+    assert options.as_plain(found) == options.as_plain(settings)  # lists for the tuples inside --set
 
 
 def test_required_values_may_all_come_from_the_file(toml):
     given = vars(cli.parser().parse_args(["evaluate", "--config", toml('model = "m"\non = "perplexity=f"\n')]))
-    assert given.pop("command") == "evaluate" and config.resolve(Evaluate, given) == Evaluate(model="m", on=("perplexity=f",))
+    assert given.pop("command") == "evaluate" and options.resolve(Evaluate, given) == Evaluate(model="m", on=("perplexity=f",))
 
 
 # ---------------------------------------------------------------- --set
@@ -113,23 +113,23 @@ def test_required_values_may_all_come_from_the_file(toml):
     (["name=x y"], {"name": "x y"}), (["p=a=b"], {"p": "a=b"}), (["q='8'"], {"q": "8"}), (["two-words=1", "b=2"], {"two_words": 1, "b": 2}), (["e="], {"e": ""}),
 ])  # fmt: skip
 def test_settings_of_a_method(pairs, expected):
-    assert config.parse_settings(pairs) == expected
+    assert options.parse_settings(pairs) == expected
 
 
 @pytest.mark.parametrize("bad", ["rank", "=8", ""])
 def test_a_setting_without_key_or_value_is_named(bad):
     with pytest.raises(ConfigError, match=f"--set: expected KEY=VALUE, got '{bad}'"):
-        config.parse_settings([bad])
+        options.parse_settings([bad])
 
 
 def test_checked_takes_any_dataclass():
     from peftdebias.methods.lora import LoRAConfig
 
-    assert config.checked(LoRAConfig, {"rank": 2, "alpha": 3, "targets": "query"}, "") == {"rank": 2, "alpha": 3.0, "targets": ("query",)}
+    assert options.checked(LoRAConfig, {"rank": 2, "alpha": 3, "targets": "query"}, "") == {"rank": 2, "alpha": 3.0, "targets": ("query",)}
     for values, words in (({"rank": "x"}, "--set: rank: expected a whole number, got 'x'"), ({"rank": 2.5}, "expected a whole number, got 2.5"),
                           ({"rank": True}, "expected a whole number, got True"), ({"rnak": 2}, "unknown key 'rnak'; expected one of rank, alpha, targets")):
         with pytest.raises(ConfigError, match=words):
-            config.checked(LoRAConfig, values, "--set: ")
+            options.checked(LoRAConfig, values, "--set: ")
 
 
 # ---------------------------------------------------------------- what is wrong
@@ -148,31 +148,31 @@ REST = 'model="m"\naxis="a"\ncorpus="c"\nout="o"\n'
 def test_what_the_file_gets_wrong_is_named_with_the_file(text, words, toml):
     path = toml(text)
     with pytest.raises(ConfigError, match=f"^{path}: {words}"):
-        config.resolve(Upstream, {"config": path})
+        options.resolve(Upstream, {"config": path})
 
 
 def test_a_file_that_is_no_toml_or_is_not_there(toml, tmp_path):
     with pytest.raises(ConfigError, match=r"--config .*c.toml: expected TOML, got .*line 2"):
-        config.resolve(Upstream, {"config": toml("a = 1\nb 2")})
+        options.resolve(Upstream, {"config": toml("a = 1\nb 2")})
     with pytest.raises(ConfigError, match="no such file"):
-        config.resolve(Upstream, {"config": str(tmp_path / "none.toml")})
+        options.resolve(Upstream, {"config": str(tmp_path / "none.toml")})
     with pytest.raises(ConfigError, match="expected TOML"):
-        config.resolve(Upstream, {"config": str(tmp_path)})
+        options.resolve(Upstream, {"config": str(tmp_path)})
     (tmp_path / "latin.toml").write_bytes("model = 'é'".encode("latin-1"))
     with pytest.raises(ConfigError, match="expected TOML"):
-        config.resolve(Upstream, {"config": str(tmp_path / "latin.toml")})
+        options.resolve(Upstream, {"config": str(tmp_path / "latin.toml")})
 
 
 def test_a_configuration_of_another_command_is_refused(toml):
     with pytest.raises(ConfigError, match="expected the configuration of `downstream`, got one of `upstream`"):
-        config.resolve(Downstream, {"config": toml('command = "upstream"\n')})
+        options.resolve(Downstream, {"config": toml('command = "upstream"\n')})
 
 
 def test_all_that_is_missing_is_named_as_it_is_typed():
     with pytest.raises(ConfigError, match=r"^missing: --axis, --model, --corpus, --out \(see `peftdebias upstream --help`\)$"):
-        config.resolve(Upstream, {})
+        options.resolve(Upstream, {})
     with pytest.raises(ConfigError, match="^missing: RUN "):
-        config.resolve(Predict, {})
+        options.resolve(Predict, {})
 
 
 @pytest.mark.parametrize("cls,rest,changes,words", [
@@ -219,4 +219,4 @@ def test_batches_are_32_texts_unless_asked_otherwise():
 
 def test_annotations_are_ones_that_checked_understands():
     for cls in COMMANDS:
-        assert {config._plain(hint) for hint in typing.get_type_hints(cls).values()} <= set(config.KINDS)
+        assert {options._plain(hint) for hint in typing.get_type_hints(cls).values()} <= set(options.KINDS)

@@ -17,7 +17,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
 from peftdebias import cli as command_line_module  # noqa: E402
-from peftdebias import config  # noqa: E402
+from peftdebias import config, options  # noqa: E402
 from peftdebias.metrics.compare import over_seeds, seed_difference  # noqa: E402
 from peftdebias.report.words import duration, number  # noqa: E402
 from peftdebias.report import figures, flips, page, recipe, reading, report, results as figures_of, runs, sections  # noqa: E402
@@ -185,15 +185,15 @@ def test_what_was_run_is_all_there(tmp_path):
 def test_the_command_of_a_run_makes_its_configuration_again(tmp_path):
     chosen = config.Upstream(model="m b", axis="gender", corpus=("a.txt", "it's.txt"), out="o", set={"rank": 4, "targets": ("query", "value")}, adapter=("x", "y"), lr=1e-3, cache="c")
     folder = run_folder(tmp_path / "up", "upstream")
-    (folder / "config.toml").write_text(tomli_w.dumps({"command": "upstream"} | config.as_plain(chosen)))
+    (folder / "config.toml").write_text(tomli_w.dumps({"command": "upstream"} | options.as_plain(chosen)))
     words = shlex.split(reading.command_line(reading.read_run(folder)))
     given = vars(command_line_module.parser().parse_args(words[1:]))
-    assert words[:2] == ["peftdebias", "upstream"] and config.resolve(config.Upstream, {k: v for k, v in given.items() if k != "command"}) == chosen
+    assert words[:2] == ["peftdebias", "upstream"] and options.resolve(config.Upstream, {k: v for k, v in given.items() if k != "command"}) == chosen
     down = config.Downstream(model="m", train="a", dev="b", text="t", label="l", out="o", fold=False, class_weights="0=1,1=10")
-    (folder / "config.toml").write_text(tomli_w.dumps({"command": "downstream"} | config.as_plain(down)))
+    (folder / "config.toml").write_text(tomli_w.dumps({"command": "downstream"} | options.as_plain(down)))
     words = shlex.split(reading.command_line(reading.read_run(folder)))
     given = vars(command_line_module.parser().parse_args(words[1:]))
-    assert "--no-fold" in words and config.resolve(config.Downstream, {k: v for k, v in given.items() if k != "command"}) == down
+    assert "--no-fold" in words and options.resolve(config.Downstream, {k: v for k, v in given.items() if k != "command"}) == down
 
 
 def test_trainings_that_follow_each_other_are_told_apart(tmp_path):

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..config import SEEDS, checked
 from ..errors import AdapterError, ConfigError
+from ..options import SEEDS, checked
 from ..sites import LINEARS, EncoderConfig
 
 LARGEST = 2**24  # parameters that a module may have however small its base: 64 MiB

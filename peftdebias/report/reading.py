@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..checkpoint import adapter_folders, read_config, read_header
-from ..config import Downstream, Upstream, flag
+from ..config import Downstream, Upstream
 from ..errors import DataError
 from ..lines import Lines, place
+from ..options import flag
 
 SETTINGS = {"upstream": Upstream, "downstream": Downstream}
 

@@ -1,0 +1,188 @@
+"""The fields of a frozen dataclass as flags, as keys of TOML and as checked values.
+
+What it adds over config.py, which says what can be set: how that is written and read. It knows no command.
+"""
+
+import argparse
+import dataclasses
+import tomllib
+import types
+import typing
+from pathlib import Path
+
+from .errors import ConfigError
+
+
+def option(help: str, default=dataclasses.MISSING, *, many: str = "", metavar: str | None = None, choices: tuple[str, ...] = (), positional: bool = False):
+    """A field with its help. many: "words" takes several after one flag, "repeat" takes one flag each; such fields are tuples. "maybe": the flag
+    alone means SHIPPED. positional: no flag."""
+    metadata = {"help": help, "many": many, "metavar": metavar, "choices": choices, "positional": positional}
+    return dataclasses.field(default=default, metadata=metadata) if default is not dataclasses.MISSING else dataclasses.field(metadata=metadata)
+
+
+SHIPPED = "shipped"  # --names without a file
+SEEDS = 2**63 - 1  # the largest that every generator takes
+
+
+def flag(name: str) -> str:
+    """`batch_size` -> `--batch-size`; `as_`, which may not be called as it is typed, -> `--as`."""
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type, last: type | None = None) -> None:
+    """A flag for every field of `cls`, `--config` besides; fields that the dataclass `last` has come last. Defaults stay out, and nothing is required here: only what is
+    typed arrives, TOML fills up."""
+    hints = typing.get_type_hints(cls)
+    shared = set() if last is None else {f.name for f in dataclasses.fields(last)}
+    for field in sorted(dataclasses.fields(cls), key=lambda f: (f.default is not dataclasses.MISSING, f.name in shared)):
+        meta, kind = field.metadata, _plain(hints[field.name])
+        kwargs: dict = {"default": argparse.SUPPRESS, "help": (meta["help"] + _shown(field)).replace("%", "%%")}
+        if kind is bool:
+            kwargs["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
+        else:
+            kwargs["metavar"] = meta["metavar"] or (None if meta["choices"] else {int: "N", float: "X"}.get(kind, "TEXT"))
+            if meta["choices"]:
+                kwargs["choices"] = meta["choices"]
+            elif kind in (int, float):
+                kwargs["type"] = kind
+            if meta["many"] == "repeat":
+                kwargs["action"] = "append"
+            elif meta["many"] == "maybe":
+                kwargs |= {"nargs": "?", "const": SHIPPED}
+            elif meta["many"] == "words":
+                kwargs["nargs"] = "*" if meta["positional"] else "+"
+        if meta["positional"]:
+            parser.add_argument(field.name, **{"nargs": "?"} | kwargs)
+        else:
+            parser.add_argument(flag(field.name), dest=field.name, **kwargs)
+    parser.add_argument("--config", metavar="FILE.toml", default=argparse.SUPPRESS,
+                        help="TOML file with the same names as the flags, a run's config.toml too; a flag wins over it")
+
+
+def _shown(field: dataclasses.Field) -> str:
+    """What a field's help says of its default."""
+    if field.default is dataclasses.MISSING:
+        return " (required)"
+    if field.default is None or field.default is False or field.default == ():
+        return ""
+    if field.default is True:
+        return f" (default: {flag(field.name)})"
+    if isinstance(field.default, tuple):
+        return f" (default: {' '.join(field.default)})"
+    return f" (default: {field.default:g})" if isinstance(field.default, float) else f" (default: {field.default})"
+
+
+def resolve(cls: type, given: dict):
+    """An instance of `cls` from typed flags and, under "config", a TOML file. Raises ConfigError on unknown keys, wrong types and what is missing."""
+    given = {key: value for key, value in given.items() if value is not None and value != []}
+    values = _read_toml(cls, Path(given.pop("config"))) if "config" in given else {}
+    return build(cls, values | checked(cls, given))
+
+
+def build(cls: type, values: dict):
+    """An instance of `cls` from values that `checked` has seen. Raises ConfigError on what is missing."""
+    missing = [f.metadata["metavar"] if f.metadata["positional"] else flag(f.name)
+               for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
+    if missing:
+        raise ConfigError(f"missing: {', '.join(missing)} (see `peftdebias {cls.__name__.lower()} --help`)")
+    return cls(**values)
+
+
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", tuple: "a list of texts", dict: "a table of options"}
+
+
+def checked(cls: type, values: dict, where: str = "") -> dict:
+    """`values` as the fields of the dataclass `cls` want them; what --set, flags and TOML write alike. `where` begins the messages.
+
+    A whole number serves as a number, one value as a list of one. Raises ConfigError on an unknown key or another type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    ready = {}
+    for name, value in values.items():
+        key = name.replace("-", "_")
+        key = key + "_" if key + "_" in fields else key
+        if key not in fields:
+            known = ", ".join(field.rstrip("_") for field in fields)
+            raise ConfigError(f"{where}unknown key {name!r}; expected {'one of ' + known if known else 'none'}")
+        kind = _plain(hints[key])
+        if kind is dict:
+            value = parse_settings(value) if isinstance(value, list) else value
+        elif kind is tuple:
+            value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        elif kind is float and type(value) is int:
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)) or (kind is tuple and not all(isinstance(v, str) for v in value)):
+            raise ConfigError(f"{where}{name}: expected {KINDS[kind]}, got {value!r}")
+        if (choices := fields[key].metadata.get("choices")) and value not in choices:
+            raise ConfigError(f"{where}{name}: expected one of {', '.join(choices)}, got {value!r}")
+        ready[key] = value
+    return ready
+
+
+def parse_settings(pairs: list[str]) -> dict:
+    """["rank=8", "targets=query,value"] -> {"rank": 8, "targets": ("query", "value")}; numbers and true/false as in TOML, the rest is text."""
+    settings = {}
+    for pair in pairs:
+        key, equals, text = str(pair).partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set: expected KEY=VALUE, got {pair!r}")
+        parts = [_literal(part) for part in text.split(",")]
+        settings[key.replace("-", "_")] = parts[0] if len(parts) == 1 else tuple(parts)
+    return settings
+
+
+def as_plain(config) -> dict:
+    """The resolved values for TOML: tuples as lists, what is None left out."""
+    def plain(value):
+        if isinstance(value, (tuple, list)):
+            return [plain(v) for v in value]
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return value
+
+    values = {f.name.rstrip("_"): plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return {k: v for k, v in values.items() if v is not None}
+
+
+def _literal(text: str):
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _read_toml(cls: type, path: Path) -> dict:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"--config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--config {path}: expected TOML, got {error}") from None
+    command = cls.__name__.lower()
+    if (of := values.pop("command", command)) != command:  # a run's config.toml names its command
+        raise ConfigError(f"--config {path}: expected the configuration of `{command}`, got one of `{of}`")
+    return checked(cls, values, f"{path}: ")
+
+
+def at_least(least: int, settings, *names: str) -> None:
+    """Raises ConfigError on a named field that is set and less, or not a number."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not isinstance(value, (int, float)):
+            raise ConfigError(f"{flag(name)}: expected a number, got {value!r}")
+        if value is not None and not value >= least:
+            raise ConfigError(f"{flag(name)}: expected at least {least}, got {value}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ConfigError on what no generator takes."""
+    if not isinstance(seed, int) or not 0 <= seed <= SEEDS:
+        raise ConfigError(f"--seed: expected a whole number from 0 to {SEEDS}, got {seed!r}")
+
+
+def _plain(hint) -> type:
+    """int | None -> int, tuple[str, ...] -> tuple (all our tuples are of text)."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    return typing.get_origin(hint) or hint
