@@ -17,7 +17,7 @@ from peftdebias.holdout import HeldOut
 from peftdebias.stream import Stream, tokenised
 from peftdebias.worker import Epochs
 
-from .test_stream import TOKENIZER, equal, file, given, recipe, wordpiece  # noqa: F401
+from .test_stream import equal, file, given, recipe, wordpiece  # noqa: F401
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from peftdebias.sites import ACTIVATIONS, block_sites, key_value_sites, linear_s
 from peftdebias.weights import load_model, to_foreign
 
 from . import outside
-from .outside import HEAD_WIDTH, HEADS, HIDDEN, LABELS, LAYERS, LENGTHS, POSITIONS, VOCAB, assert_close, one_thread, ragged  # noqa: F401
+from .outside import HEADS, HIDDEN, LABELS, LAYERS, LENGTHS, POSITIONS, VOCAB, assert_close, one_thread, ragged  # noqa: F401
 from .plain import KINDS, config, model_of, plain, some
 
 # ---------------------------------------------------------------- against transformers

@@ -14,7 +14,7 @@ from peftdebias.encoder import Model
 from peftdebias.errors import AdapterError
 from peftdebias.weights import ENCODER_NAMES, to_foreign
 
-from .outside import assert_close, attached, class_logits, drawn_model, mlm_logits, one_thread, padded, pair, ragged  # noqa: F401
+from .outside import assert_close, attached, drawn_model, mlm_logits, one_thread, padded, pair, ragged  # noqa: F401
 from .test_embedding import in_rectangle, sparse
 
 MODULES = {

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from peftdebias import planted, weights
+from peftdebias import planted
 from peftdebias.checkpoint import load_run
 from peftdebias.demo import world_tokenizer
 from peftdebias.metrics.compare import over_seeds, seed_difference

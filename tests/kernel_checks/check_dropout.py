@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from peftdebias.kernels import dropout as room
 from peftdebias.kernels.dropout import dropout
 from peftdebias.kernels.dropout_ref import dropout_ref, keep_mask, philox_ref, threshold_of
 
