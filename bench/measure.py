@@ -308,24 +308,18 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
     provider was built; optimizer state counts wherever it is made (Work.state).
     """
     device, works, passes, peaks, launches = setting.device, {}, {}, {}, {}
-    cuda, step = device.type == "cuda", case.mode == "step"
+    cuda = device.type == "cuda"
     _forget_compiled(providers)
     for name, provider in list(providers.items()):
         if not provider.takes(setting.precision):
             say(f"{case.name}: {name} is not measured: it takes {' and '.join(provider.precisions)}, not {setting.precision}")
             continue
         with _compiler_may_fail(case, name, providers, say), _memory_may_end(case, name, device, say):
-            work = None
-            empty = _settled(device) if cuda and step else 0
-            work = provider.build(setting)
-            built = _settled(device) if cuda and step else 0
-            once = warmed_up(case, work, device)
-            if cuda and step:  # before the next provider is built
-                peaks[name] = (torch.cuda.max_memory_allocated(device) - built + work.state) / 2 ** 20
-                work.extra["built_mib"] = round((built - empty) / 2 ** 20, 2)
-            if cuda and work.roof:
-                launches[name] = launched(case, name, work, device, say)
-            works[name], passes[name] = work, max(1, math.ceil(SAMPLE_SECONDS / once)) if once < SAMPLE_SECONDS else 1
+            works[name], passes[name], peak, launch = _made(case, setting, name, provider, say)
+            if peak is not None:
+                peaks[name] = peak
+            if launch is not None:
+                launches[name] = launch
     if not works:
         return []
     samples: dict[str, list[float]] = {name: [] for name in works}
@@ -350,6 +344,22 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
     for name, work in works.items():
         found += _rows(case, setting, name, work, samples[name], eager.get(name, []), passes[name], peaks[name], load, (shares or {}).get(name))
     return found
+
+
+def _made(case: Case, setting: Setting, name: str, provider: Provider, say: Callable[[str], None]) -> tuple[Work, int, float | None, Callable[[], object] | None]:
+    """(its work, passes a sample, a step's peak on a GPU in MiB, what a pass of an op launches there); a frame of its own, so that nothing stays where it fails."""
+    device, peak, launch = setting.device, None, None
+    cuda, step = device.type == "cuda", case.mode == "step"
+    empty = _settled(device) if cuda and step else 0
+    work = provider.build(setting)
+    built = _settled(device) if cuda and step else 0
+    once = warmed_up(case, work, device)
+    if cuda and step:  # before the next provider is built
+        peak = (torch.cuda.max_memory_allocated(device) - built + work.state) / 2 ** 20
+        work.extra["built_mib"] = round((built - empty) / 2 ** 20, 2)
+    if cuda and work.roof:
+        launch = launched(case, name, work, device, say)
+    return work, max(1, math.ceil(SAMPLE_SECONDS / once)) if once < SAMPLE_SECONDS else 1, peak, launch
 
 
 def _settled(device: torch.device) -> int:

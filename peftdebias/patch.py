@@ -28,7 +28,7 @@ def attach(model: Model, name: str, method: Method) -> None:
 
     Raises AdapterError on a name in use or one with a "/", a method that is attached already, a base that is no module (Full-Debias), a method made for a base of other sizes, or a site that the model does not have.
     """
-    if not isinstance(model, Model):
+    if not isinstance(getattr(model, "_orig_mod", model), Model):  # torch.compile wraps one
         raise AdapterError(f"attach {name!r}: expected a model of this package, as load(...).run.model is, got {type(model).__name__} (attach_to takes others)")
     if not isinstance(name, str) or not name or "/" in name:
         raise AdapterError(f"attach: expected a name without '/', got {name!r}")

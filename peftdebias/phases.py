@@ -140,7 +140,8 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
         notes += [f"device: {device}, {precision}", *_compiling(step)]
         task = MaskedLM(epochs.epoch, held_out.families, tokenizer, seed=settings.seed)
         schedule = _schedule(settings, settings.steps, settings.valid_every, precision, step)
-        _tell(say, [copies.named(note) for note in notes])
+        notes = [copies.named(note) for note in notes]
+        _tell(say, notes)
 
         if settings.fresh_head:
             head = {f"mlm.{name}": p for name, p in model.mlm.named_parameters()}
@@ -162,11 +163,12 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
             _assert_frozen("base", base["sha256"], base_checksum(model))
             checkpoint.save_adapter(run.path / "adapter", method, axis.name, base)
         if not counts.whole:
-            more = [note for note in _corpus_notes(epochs.counts, len(held_out.families) if valid else None, axis.name, longest) if note not in notes]
+            more = [copies.named(note) for note in _corpus_notes(epochs.counts, len(held_out.families) if valid else None, axis.name, longest) if copies.named(note) not in notes]
             _tell(say, more)
             notes += more
-        run.event(event="final", step=outcome.best_step, seconds=round(outcome.seconds, 1), waiting=round(outcome.waiting, 4),
-                  corpus={k: v for k, v in dataclasses.asdict(epochs.counts).items() if k != "notes"}, **outcome.best)
+        read = {k: v for k, v in dataclasses.asdict(epochs.counts).items() if k != "notes"}
+        read["first_skipped"] = [copies.named(line) for line in read["first_skipped"]]
+        run.event(event="final", step=outcome.best_step, seconds=round(outcome.seconds, 1), waiting=round(outcome.waiting, 4), corpus=read, **outcome.best)
     return PhaseResult(Path(settings.out), outcome, [], notes)
 
 
@@ -199,6 +201,41 @@ def _cut(cut: int, members: int, longest: int) -> str:
 
 # ---------------------------------------------------------------- downstream
 
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """What a downstream phase learns from and is measured on. paths, splits (examples), targets (indices of labels): by "train", "dev" and, where given, "test"; last: the
+    one measured at the end. positive: the label that F1 is of. class_weights: in the order of `labels`."""
+
+    paths: dict[str, str]
+    splits: dict[str, list]
+    labels: tuple[str, ...]
+    targets: dict[str, list[int]]
+    positive: str | None
+    class_weights: list[float] | None
+    last: str
+
+
+def read_splits(settings: Downstream) -> Splits:
+    """Read, and checked as far as that goes without a model. Raises DataError or ConfigError."""
+    paths = {name: path for name, path in (("train", settings.train), ("dev", settings.dev), ("test", settings.test)) if path}
+    splits = {name: _read(settings, path) for name, path in paths.items()}
+    labels = tuple(sorted({e.label for e in splits["train"]}, key=_natural))
+    if len(labels) < 2:
+        raise DataError(f"{settings.train}: expected at least two labels in the column {settings.label}, got {labels[0]!r} alone")
+    targets = {name: label_indices([e.label for e in examples], labels, [e.place for e in examples]) for name, examples in splits.items()}
+    positive = positive_label(labels, settings.positive)
+    class_weights = parse_class_weights(settings.class_weights, labels)
+    if settings.metric == "f1":
+        if positive is None:
+            raise ConfigError(f"--metric f1: expected --positive with one of {', '.join(labels)}")
+        if positive not in {e.label for e in splits["dev"]}:
+            raise DataError(f"{settings.dev}: expected examples with the label {positive!r} for --metric f1, found none")
+    last = "test" if settings.test else "dev"
+    # What cannot be measured at the end is said now.
+    classification_measures([e.label for e in splits[last]], splits[last], labels, positive, where=paths[last], samples=1)
+    return Splits(paths, splits, labels, targets, positive, class_weights, last)
+
+
 def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: None) -> PhaseResult:
     """Train a classifier under frozen modules. Writes the run folder, reloads it, and reports what the reloaded files give; `say` hears the notes.
 
@@ -207,22 +244,8 @@ def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: N
     device = pick_device(settings.device)
     precision, step = pick_precision(settings.precision, device), pick_step(settings.step, device)
     with checkpoint.writing_run(settings.out, "downstream", _saved(settings), settings.overwrite, device, precision=precision, step=step) as run:
-        paths = {name: path for name, path in (("train", settings.train), ("dev", settings.dev), ("test", settings.test)) if path}
-        splits = {name: _read(settings, path) for name, path in paths.items()}
-        labels = tuple(sorted({e.label for e in splits["train"]}, key=_natural))
-        if len(labels) < 2:
-            raise DataError(f"{settings.train}: expected at least two labels in the column {settings.label}, got {labels[0]!r} alone")
-        targets = {name: label_indices([e.label for e in examples], labels, [e.place for e in examples]) for name, examples in splits.items()}
-        positive = positive_label(labels, settings.positive)
-        class_weights = parse_class_weights(settings.class_weights, labels)
-        if settings.metric == "f1":
-            if positive is None:
-                raise ConfigError(f"--metric f1: expected --positive with one of {', '.join(labels)}")
-            if positive not in {e.label for e in splits["dev"]}:
-                raise DataError(f"{settings.dev}: expected examples with the label {positive!r} for --metric f1, found none")
-        last = "test" if settings.test else "dev"
-        # What cannot be measured at the end is said now.
-        classification_measures([e.label for e in splits[last]], splits[last], labels, positive, where=paths[last], samples=1)
+        read = read_splits(settings)
+        paths, splits, labels, targets, positive, last = read.paths, read.splits, read.labels, read.targets, read.positive, read.last
         loaded = _load_base(settings, mlm=False, labels=labels)
         model, tokenizer = loaded.model, loaded.tokenizer
         notes = loaded.report.lines()
@@ -238,7 +261,7 @@ def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: N
         notes += [size_note("base and classifier", trained, model), f"device: {device}, {precision}", *_compiling(step)]
         samples = {name: labelled_samples(encoded[name], targets[name]) for name in splits}
         task = Classification(samples["train"], samples["dev"], _validation(labels, positive), settings.metric, seed=settings.seed, batch=settings.batch,
-                              weights=class_weights)
+                              weights=read.class_weights)
         steps = settings.epochs * sum(1 for _ in task.epoch(0))
         folded = patch.fold(model) if settings.fold else None
         _tell(say, notes)

@@ -11,15 +11,16 @@ A unit is a phase of one system under one seed with its measures. What it adds o
 import dataclasses
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import answers, checkpoint, evaluation, methods, phases, prepare, recipe as recipes, weights
+from . import checkpoint, evaluation, methods, phases, prepare, recipe as recipes, weights
 from .axes import load_axis
 from .config import Downstream, Evaluate, Run, Upstream
-from .errors import ConfigError
+from .errors import ConfigError, PeftDebiasError
 from .metrics.compare import over_seeds, seed_difference
 from .metrics.nli import neutral_label
 from .metrics.tally import Difference
@@ -70,8 +71,7 @@ def _run(runner: "_Runner") -> Results:
     done = sum(runner.row(unit).exists() for unit in units)
     say(f"{recipe.title}: {len(units)} units, {done} of them done before; scale {settings.scale:g}")
     try:
-        if done < len(units):
-            runner.prepare()
+        runner.prepare([unit for unit in units if not runner.row(unit).exists()])
         for number, unit in enumerate(units, 1):
             if runner.row(unit).exists():
                 continue
@@ -100,9 +100,6 @@ class _Runner:
         self.systems = self._chosen()
         self.overrides = {phase: self._overrides(phase, getattr(settings, phase)) for phase in ("upstream", "downstream")}
         self._check_measures()
-        weights.find_folder(settings.model)
-        load_axis(recipe.axis)
-        pick_device(settings.device)
         self._claim()
         for folder in ("data", "runs", "rows", "examples"):
             (self.out / folder).mkdir(exist_ok=True)
@@ -140,6 +137,10 @@ class _Runner:
                 prepare.find((task.terms,), self.data)
             elif "fprd" in self._measured(task):
                 raise ConfigError(f"{self.recipe.path}: [[task]] {task.name}: terms: expected a file of identity terms for fprd, got none")
+            for entry in (*task.measures, *task.measures_without_examples):
+                name, _, file = entry.partition("=")
+                if name == "iptts" and not task.terms and not prepare.find((file,), self.data).with_name("identity.csv").exists():
+                    raise ConfigError(f"{self.recipe.path}: [[task]] {task.name}: terms: expected a file of identity terms for {entry}, or identity.csv beside it, got none")
         for source in (self.recipe.text, *self.recipe.sources.values()):
             if source is not None:
                 prepare.find(source.file, self.data)
@@ -156,32 +157,41 @@ class _Runner:
         tasks = [task for task in self.recipe.tasks if task.stage == column.stage and column.task in (None, task.name)]
         measured = [e.partition("=")[0] for e in self.recipe.upstream.measures] if column.stage == "upstream" else [name for task in tasks for name in self._measured(task)]
         first = [begin for name in measured for begin in evaluation.GIVES[name]]
-        if column.measure.split(" (")[0].split("/")[0] not in first:
+        if re.sub("^(base|only-[^/]+)/", "", column.measure).split(" (")[0].split("/")[0] not in first:
             raise ConfigError(f"{self.recipe.path}: [[column]] {column.title}: measure: expected {', '.join(dict.fromkeys(first)) or 'none'} or what begins so, which are "
                               f"measured there, got {column.measure!r}")
 
-    def prepare(self) -> None:
-        """Everything that units read, before the first of them trains, and whether the labels tell what the measures ask."""
-        self._text()
-        for task in self.recipe.tasks:
-            self._check_labels(task, self._splits(task)["train"])
-
-    def _check_labels(self, task: Task, train: Path) -> None:
-        measured, changed = set(self._measured(task)), self.overrides["downstream"]
-        positive = (changed.get("", {}) | changed.get(task.name, {})).get("positive", task.positive)
-        asked = [("positive", "the hateful label", positive, answers.positive_label)] if positive or measured & {"fprd", "iptts"} else []
-        asked += [("neutral", "the label that means neutral", task.neutral, neutral_label)] if "bias-nli" in measured else []
-        if not asked:
+    def prepare(self, units: list[Unit]) -> None:
+        """Everything that these units read, before the first of them trains, and whether the labels tell what is asked of them."""
+        if not units:
             return
-        with train.open(encoding="utf-8") as file:
-            labels = tuple(sorted({json.loads(line)["label"] for line in file}))
-        for key, meaning, value, find in asked:
+        weights.find_folder(self.settings.model)
+        load_axis(self.recipe.axis)
+        pick_device(self.settings.device)
+        if any(unit.task is None and unit.system.method is not None for unit in units):
+            self._text()
+        seen = set()
+        for unit in units:
+            if unit.task is not None:
+                settings = self._downstream_settings(unit)
+                same = repr(dataclasses.replace(settings, model="", adapter=(), out="", seed=0))
+                if same not in seen:
+                    self._check_labels(unit.task, settings)
+                seen.add(same)
+
+    def _check_labels(self, task: Task, settings: Downstream) -> None:
+        where, measured = f"{self.recipe.path}: [[task]] {task.name}: ", set(self._measured(task))
+        try:
+            read = phases.read_splits(settings)
+        except PeftDebiasError as error:
+            raise type(error)(where + str(error)) from None
+        if measured & {"fprd", "iptts"} and read.positive is None:
+            raise ConfigError(f"{where}positive: expected the hateful label, one of {', '.join(read.labels)}, got none")
+        if "bias-nli" in measured:
             try:
-                clear = find(labels, value) is not None
+                neutral_label(read.labels, task.neutral)
             except ConfigError:
-                clear = False
-            if not clear:
-                raise ConfigError(f"{self.recipe.path}: [[task]] {task.name}: {key}: expected {meaning}, one of {', '.join(labels)}, got {'none' if value is None else repr(value)}")
+                raise ConfigError(f"{where}neutral: expected the label that means neutral, one of {', '.join(read.labels)}, got {task.neutral or 'none'}") from None
 
     def _on(self, entry: str, test: Path | None) -> str:
         """A measure of the recipe as `--on` takes it."""
@@ -281,15 +291,17 @@ class _Runner:
         phases.upstream(self._settings(Upstream, unit, "upstream", values), self._said(unit))
 
     def _downstream(self, unit: Unit) -> None:
-        if self.run_of(unit).exists():
-            return
+        if not self.run_of(unit).exists():
+            phases.downstream(self._downstream_settings(unit), self._said(unit))
+
+    def _downstream_settings(self, unit: Unit) -> Downstream:
         task, (model, modules), files = unit.task, self.start(unit), self._splits(unit.task)
         first = self.recipe.sources[task.name, "train"]
         values = {"model": model, "adapter": modules, **{name: str(path) for name, path in files.items()}, "text": "text", "label": "label",
                   "text_pair": first.text_pair and "text_pair", "group": first.group and "group", "out": str(self.run_of(unit)), "seed": unit.seed, "lr": task.lr,
                   "positive": task.positive, "class_weights": task.class_weights, "metric": task.metric,
                   "epochs": max(1, round(task.epochs * self.settings.scale)), "batch_size": task.batch_size, "max_length": task.max_length, "device": self.settings.device}
-        phases.downstream(self._settings(Downstream, unit, "downstream", values), self._said(unit))
+        return self._settings(Downstream, unit, "downstream", values)
 
     def _said(self, unit: Unit) -> Say:
         return lambda line: self.say(f"  {unit.name}: {line}")

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,21 @@ def test_a_provider_that_has_too_little_memory_is_left_out(bench, tmp_path):
     case, said, setting = bench.cases.CASES["gelu"], [], bench.case.Setting("micro", 13, tmp_path, stand_in=True)
     providers = bench.measure.taking_part(case, False, said.append, "cpu", True)
     (first, one), said[:] = next(iter(providers.items())), []
+    class Memory:
+        pass
+
+    def fails(setting):
+        held = Memory()
+        kept.append(weakref.ref(held))
+        return bench.case.Work(lambda: large(held), dict)
+
+    def seen(run):
+        return lambda: free.append(kept[-1]() is None) or run()
+
+    kept, free = [], []
+    watched = dataclasses.replace(one, build=lambda setting: dataclasses.replace(work := one.build(setting), run=seen(work.run)))
+    bench.measure.time_case(case, setting, {"fails": bench.case.Provider(fails), first: watched}, 1, say=lambda line: None)
+    assert free and all(free)  # what it held is gone before others are timed
     found = bench.measure.time_case(case, setting, {"large": bench.case.Provider(large), first: one}, 1, say=said.append)
     assert {row.provider for row in found} == {first} and said == ["gelu: large is not measured: out of memory"]
     assert bench.measure.time_case(case, setting, {"large": bench.case.Provider(large)}, 1, say=said.append) == []

@@ -63,6 +63,23 @@ def test_spread_over_seeds_by_hand():
         over_seeds([1.0, float("nan")], name="fprd")
 
 
+def test_a_gap_that_rests_on_single_positives_has_no_difference():
+    labels, groups = ["a", "a", "b", "b", "b"], list("fmfmf")
+    one, other = (classification_tally(predicted, labels, groups, classes="abc") for predicted in (list("aabbc"), list("abbbb")))
+    rms = {m.name: m for m in tally.measures(one)}["tpr-gap/rms"]
+    assert rms.as_json()["low"] is None is tpr_gap(list("aabbc"), labels, groups).rms.as_json()["low"]
+    assert "tpr-gap/rms" in tally.differences(one, other)[1]
+
+
+def test_a_difference_stays_within_what_is_possible():
+    random = np.random.default_rng(0)
+    for n in random.integers(6, 30, 40):
+        labels, groups = random.choice(list("ab"), n), np.r_[["m", "f"], random.choice(["m", "f"], n - 2)]
+        one, other = (classification_tally(random.choice(list("ab"), n), labels, groups, classes="ab") for _ in range(2))
+        for found in tally.differences(one, other, samples=100)[0]:
+            assert -100 <= found.low <= found.value + 1e-9 and found.value - 1e-9 <= found.high <= 100, found
+
+
 def test_p_over_seeds_is_never_below_0():
     """Where the differences hardly differ, the series for Student's t ends a rounding above 1."""
     random = np.random.default_rng(0)

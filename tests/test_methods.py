@@ -6,6 +6,7 @@ name, `without`, the size nearest to a budget. What a method computes is proved 
 
 import dataclasses
 import itertools
+import types
 
 import numpy
 import pytest
@@ -349,6 +350,13 @@ def test_fixed_sizes_are_named_and_chosen_ones_too(name):
     else:
         with pytest.raises(ConfigError, match=f"budget: chooses {name}'s {size}; expected no {size} beside it"):
             create(name, SHAPE, budget=0.01, options={size: 3})
+
+
+def test_what_works_as_a_number_or_a_table_is_taken():
+    made = methods.create("lora", SHAPE, options=types.MappingProxyType({"rank": 2}), seed=numpy.int64(3))
+    other = methods.create("lora", SHAPE, options={"rank": 2}, seed=3)
+    assert made.config == other.config and all(torch.equal(one, two) for one, two in zip(made.values.values(), other.values.values()))
+    assert methods.create("lora", SHAPE, budget=numpy.float32(0.05)).config == methods.create("lora", SHAPE, budget=0.05).config
 
 
 @pytest.mark.parametrize("name,options,budget,words", [

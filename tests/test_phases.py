@@ -395,6 +395,7 @@ def test_units_and_standard_input(small, tmp_path):  # noqa: F811
     assert process.returncode == 2 and b"peftdebias: <stdin>:2: expected utf-8, got 0xff" in process.stderr and not (tmp_path / "no").exists(), process.stderr
     process = subprocess.run([*words, "--out", tmp_path / "yes", "--on-error", "skip"], input=raw, capture_output=True)
     assert process.returncode == 0 and b"<stdin>:2" in process.stderr and b"/peftdebias-" not in process.stderr, process.stderr
+    assert json.loads((tmp_path / "yes" / "metrics.jsonl").read_text().splitlines()[-1])["corpus"]["first_skipped"][0].startswith("<stdin>:2: ")
 
 
 # ---------------------------------------------------------------- said in time

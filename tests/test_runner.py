@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -152,27 +153,64 @@ def test_bad_input_is_one_line_and_leaves_nothing(flags, words, place, small, tm
 HATE = 'measures = ["classification", "fprd"]\nterms = "terms.txt"'
 
 
-@pytest.mark.parametrize("old,new,words", [
-    ('measures = ["classification", "counterfactual"]', HATE, r"\[\[task\]\] jobs: positive: expected the hateful label, one of .*nurse.*, got none"),
-    ('measures = ["classification", "counterfactual"]', HATE + '\npositive = "hate"', r"\[\[task\]\] jobs: positive: expected the hateful label, one of .*, got 'hate'"),
-    ('measures = ["classification", "counterfactual"]', 'measures = ["bias-nli=terms.txt"]', r"\[\[task\]\] jobs: neutral: expected the label that means neutral, one of .*, got none"),
-    ('measures = ["classification", "counterfactual"]', 'measures = ["fprd"]', r"\[\[task\]\] jobs: terms: expected a file of identity terms for fprd, got none"),
-    ('measure = "tpr-gap/rms"', 'measure = "tprgap/rms"', r"\[\[column\]\] TPR-GAP: measure: expected accuracy, f1, tpr-gap, .*counterfactual or what begins so, which are measured there, got 'tprgap/rms'"),
-    ('measure = "crows-pairs/bias-bench/all"', 'measure = "accuracy"', r"\[\[column\]\] CrowS: measure: expected crows-pairs or what begins so"),
-    ('label = "is_health"', 'label = "is_healthy"', "is_healthy"),
-    ('axis = "gender"', 'axis = "gendre"', "gendre"),
+def measured(new: str, column: str = "accuracy") -> dict[str, str]:
+    """The first task with `new` in the place of its measures, and a column that fits."""
+    return {'measures = ["classification", "counterfactual"]': new, 'measure = "tpr-gap/rms"': f'measure = "{column}"'}
+
+
+@pytest.mark.parametrize("changes,words", [
+    (measured(HATE), r"\[\[task\]\] jobs: positive: expected the hateful label, one of .*nurse.*, got none"),
+    (measured(HATE + '\npositive = "hate"'), r"\[\[task\]\] jobs: --positive: expected one of .*, got 'hate'"),
+    (measured('metric = "f1"'), r"\[\[task\]\] jobs: --metric f1: expected --positive with one of .*nurse"),
+    (measured('class_weights = "1=10"'), r"\[\[task\]\] jobs: --class-weights 1=10: expected LABEL=WEIGHT"),
+    (measured('measures = ["iptts=terms.txt"]', "fprd-iptts"), r"\[\[task\]\] jobs: terms: expected a file of identity terms for iptts=terms.txt, or identity.csv"),
+    (measured('measures = ["bias-nli=terms.txt"]', "bias-nli"), r"\[\[task\]\] jobs: neutral: expected the label that means neutral, one of .*, got none"),
+    (measured('measures = ["fprd"]'), r"\[\[task\]\] jobs: terms: expected a file of identity terms for fprd, got none"),
+    ({'measure = "tpr-gap/rms"': 'measure = "tprgap/rms"'},
+     r"\[\[column\]\] TPR-GAP: measure: expected accuracy, f1, tpr-gap, .*counterfactual or what begins so, which are measured there, got 'tprgap/rms'"),
+    ({'measure = "crows-pairs/bias-bench/all"': 'measure = "accuracy"'}, r"\[\[column\]\] CrowS: measure: expected crows-pairs or what begins so"),
+    ({'label = "is_health"': 'label = "is_healthy"'}, "is_healthy"),
+    ({'axis = "gender"': 'axis = "gendre"'}, "gendre"),
 ])  # fmt: skip
-def test_what_a_later_unit_would_trip_over_is_seen_before_the_first(old, new, words, place, small, tmp_path, monkeypatch):  # noqa: F811
+def test_what_a_later_unit_would_trip_over_is_seen_before_the_first(changes, words, place, small, tmp_path, monkeypatch):  # noqa: F811
     recipe, data = place
     (data / "terms.txt").write_text("nurse\n")
     text = recipe.read_text()
-    assert old in text
-    recipe.write_text(text.replace(old, new, 1).replace('measure = "tpr-gap/rms"', 'measure = "accuracy"' if "bias-nli" not in new else 'measure = "bias-nli"')
-                      if "fprd" in new or "bias-nli" in new else text.replace(old, new))
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    recipe.write_text(text)
     for phase in ("upstream", "downstream"):
         monkeypatch.setattr(runner.phases, phase, lambda *_: pytest.fail("trained"))
     said = cli("run", recipe, "--model", small.base, "--data", data, "--out", tmp_path / "out")
     assert said.code == 2 and re.search(words, said.err.splitlines()[-1]) and not (tmp_path / "out").exists(), said.err
+
+
+def test_a_label_that_training_lacks_is_seen_before_the_first_unit(place, small, tmp_path, monkeypatch):  # noqa: F811
+    recipe, data = place
+    rows = (data / "test.jsonl").read_text().splitlines(keepends=True)
+    (data / "test.jsonl").write_text("".join(rows) + json.dumps(json.loads(rows[0]) | {"profession": "juggler"}) + "\n")
+    for phase in ("upstream", "downstream"):
+        monkeypatch.setattr(runner.phases, phase, lambda *_: pytest.fail("trained"))
+    with pytest.raises(DataError, match=r"\[\[task\]\] jobs: .*label 'juggler' was not seen in training"):
+        runner.run(Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out")))
+
+
+def test_only_what_is_left_to_do_is_asked_for(place, small, tmp_path):  # noqa: F811
+    """A positive label of one system's own; a text that no chosen system reads; a base that is gone when all is done; columns of the base of a run with modules."""
+    recipe, data = place
+    (data / "terms.txt").write_text("he\nshe\n")
+    (data / "corp.csv").write_text("other\nshe is a nurse\n")
+    text = recipe.read_text().replace('train_of = "jobs"', 'file = ["corp.csv"]\ntext = "body"').replace('measures = ["classification", "counterfactual"]', HATE)
+    text = text[:text.index('[[task]]\nname = "moved"')] + text[text.index("[[system]]"):text.rindex("[[column]]")]  # one task
+    recipe.write_text(text.replace('name = "FT"', 'name = "FT"\ndownstream = { positive = "nurse" }').replace('measure = "tpr-gap/rms"', 'measure = "base/fprd"'))
+    shutil.copytree(small.base, tmp_path / "base")
+    flags = ["run", recipe, "--model", tmp_path / "base", "--data", data, "--out", tmp_path / "out", "--scale", 0.02, "--seeds", 1, "--systems", "FT"]
+    done(*flags)
+    shutil.rmtree(tmp_path / "base")
+    assert "2 of 2 units done" in done(*flags).out
+    said = cli(*flags[:-2])
+    assert said.code == 2 and "no such folder" in said.err.splitlines()[-1]
 
 
 def test_a_column_that_nobody_fills_is_named_and_the_table_claims_nothing_of_a_paper(place, small, tmp_path):  # noqa: F811

@@ -15,6 +15,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import numbers
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy
@@ -215,16 +217,16 @@ def create(name: str, encoder_config: EncoderConfig, *, budget: float | None = N
     if not isinstance(encoder_config, EncoderConfig):
         raise ConfigError(f"create {name!r}: expected an EncoderConfig, as model.config is, got {type(encoder_config).__name__}")
     cls = method_class(name)
-    if not isinstance(seed, int) or not 0 <= seed <= SEEDS:
+    if not isinstance(seed, numbers.Integral) or not 0 <= seed <= SEEDS:
         raise ConfigError(f"create {name!r}: seed: expected a whole number from 0 to {SEEDS}, got {seed!r}")
-    if not isinstance(options, (dict, type(None))):
+    if not isinstance(options, (Mapping, type(None))):
         raise ConfigError(f"create {name!r}: options: expected a dict of {cls.Config.__name__}'s fields, got {type(options).__name__}")
     options = {key: value.item() if isinstance(value, numpy.generic) else value for key, value in (options or {}).items()}
     unset = {f.name for f in dataclasses.fields(cls.Config) if f.default is None and options.get(f.name, "") is None}
     options = checked(cls.Config, {key: value for key, value in options.items() if key not in unset}, f"{name} options: ")
     if budget is None:
         config = cls.Config(**options)
-    elif isinstance(budget, (int, float)) and 0 < budget < 1:
+    elif isinstance(budget, numbers.Real) and 0 < budget < 1:
         config = cls.capped(cls.size_for(encoder_config, round(budget * base_parameters(encoder_config)), **options), encoder_config, max_length)
     else:
         raise ConfigError(f"budget: expected a share between 0 and 1, got {budget!r}")
@@ -232,7 +234,7 @@ def create(name: str, encoder_config: EncoderConfig, *, budget: float | None = N
         limit, wanted = max(base_parameters(encoder_config), LARGEST), sum(p.numel() for p in outline(cls, config, encoder_config).parameters().values())
         if wanted > limit:
             raise ConfigError(f"{name}: expected a module of at most {limit:,} parameters, got {wanted:,}, by {config}")
-    return cls(config, encoder_config, torch.Generator().manual_seed(seed))
+    return cls(config, encoder_config, torch.Generator().manual_seed(int(seed)))
 
 
 def outline(cls: type[Method], config, encoder_config: EncoderConfig) -> Method:

@@ -133,9 +133,12 @@ def differences(first: Tally, second: Tally, *, seed: int = 0, samples: int = 10
             continue
         if figure.lifted:
             change = change - (change.mean() - value)
+        low, high = bootstrap.percentile(change)
+        if figure.lifted:
+            low, high = max(low, -figure.most), min(high, figure.most)
         tail = min((change <= 0).sum(), (change >= 0).sum())
         unit = "points" if figure.unit == "%" else figure.unit
-        found.append(Difference(figure.name, float(value_a[i]), float(value_b[j]), unit, figure.ideal, *bootstrap.percentile(change),
+        found.append(Difference(figure.name, float(value_a[i]), float(value_b[j]), unit, figure.ideal, low, high,
                                 max(2.0 ** (1 - units), min(1.0, 2 * float(tail + 1) / (len(change) + 1))), "paired bootstrap", figure.n))
     return found, without
 
