@@ -161,15 +161,15 @@ def _compiler_may_fail(case: Case, name: str, providers: dict[str, Provider], sa
 @contextlib.contextmanager
 def _memory_may_end(case: Case, name: str, device: torch.device, say: Callable[[str], None]):
     """Where a device has too little memory for a provider, that one is not measured, and the others go on."""
-    lacks = ""
+    there = None
     try:
         yield
     except torch.OutOfMemoryError:  # which holds on to what was allocated until it is let go
-        lacks = f" ({torch.cuda.get_device_properties(device).total_memory / 2 ** 30:.0f} GiB are there)" if device.type == "cuda" else " "
-    if lacks:
+        there = f" ({torch.cuda.get_device_properties(device).total_memory / 2 ** 30:.0f} GiB are there)" if device.type == "cuda" else ""
+    if there is not None:
         gc.collect()
         torch.cuda.empty_cache()
-        say(f"{case.name}: {name} is not measured: out of memory{lacks.rstrip()}")
+        say(f"{case.name}: {name} is not measured: out of memory{there}")
 
 
 def _forget_compiled(providers: dict[str, Provider]) -> None:
