@@ -8,7 +8,7 @@ import dataclasses
 import math
 
 from .errors import ConfigError
-from .options import at_least, check_seed, flag, option
+from .options import SEEDS, at_least, check_seed, flag, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
