@@ -89,8 +89,7 @@ def iptts(run: Run, path: str, settings: Evaluate) -> Result:
     positive = _positive(run, settings, entry)
     if column(run, settings, "text_pair"):
         raise ModelError(f"--on {entry}: expected a run on single texts, got one on pairs")
-    beside = Path(path).with_name("identity.csv")
-    terms = read_terms(settings.terms or (beside if beside.exists() else _terms(settings, entry)))
+    terms = read_terms(settings.terms or _terms_beside(path) or _terms(settings, entry))
     examples = corpus.read_examples(path, text=IPTTS_TEXT, label=IPTTS_LABEL)
     for e in examples:
         if e.label not in ("0", "1"):
@@ -98,6 +97,24 @@ def iptts(run: Run, path: str, settings: Evaluate) -> Result:
     found = answer_examples(run, settings, examples, path)
     found.predicted = ["1" if label == positive else "0" for label in found.predicted]
     return _fprd(found, "1", terms, "fprd-iptts", path, settings)
+
+
+def check_asked(name: str, path: str, labels: tuple[str, ...], *, positive: str | None, terms: str | None, neutral: str | None) -> None:
+    """Raises ConfigError where the measure `name` of a run with these labels could not be computed for want of a word of the user's. positive: as positive_label gives it."""
+    if name in ("fprd", "iptts") and positive is None:
+        raise ConfigError(f"positive: expected the hateful label, one of {', '.join(labels)}, got none")
+    if terms is None and (name == "fprd" or name == "iptts" and _terms_beside(path) is None):
+        raise ConfigError(f"terms: expected a file of identity terms for {name}{', or identity.csv beside it' if name == 'iptts' else ''}, got none")
+    if name == "bias-nli":
+        try:
+            nli.neutral_label(labels, neutral)
+        except ConfigError:
+            raise ConfigError(f"neutral: expected the label that means neutral, one of {', '.join(labels)}, got {neutral or 'none'}") from None
+
+
+def _terms_beside(path: str) -> Path | None:
+    """The identity terms that the templates come with."""
+    return beside if (beside := Path(path).with_name("identity.csv")).exists() else None
 
 
 def _positive(run: Run, settings: Evaluate, entry: str) -> str:

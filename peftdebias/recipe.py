@@ -73,6 +73,11 @@ class Task:
     neutral: str | None = None
     max_pairs: int = 20000
 
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """All of its measures."""
+        return *self.measures, *self.measures_without_examples
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Column:

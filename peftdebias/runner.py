@@ -17,12 +17,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import checkpoint, evaluation, methods, phases, prepare, recipe as recipes, weights
+from . import checkpoint, evaluation, extrinsic, methods, phases, prepare, recipe as recipes, weights
 from .axes import load_axis
 from .config import Downstream, Evaluate, Run, Upstream
 from .errors import ConfigError, PeftDebiasError
 from .metrics.compare import over_seeds, seed_difference
-from .metrics.nli import neutral_label
 from .metrics.tally import Difference
 from .options import build, checked, parse_settings
 from .outputs import alone, write_text
@@ -131,16 +130,10 @@ class _Runner:
         for entry in self.recipe.upstream.measures:
             self._on(entry, None)
         for task in self.recipe.tasks:
-            for entry in (*task.measures, *task.measures_without_examples):
+            for entry in task.entries:
                 self._on(entry, Path("test"))
             if task.terms:
                 prepare.find((task.terms,), self.data)
-            elif "fprd" in self._measured(task):
-                raise ConfigError(f"{self.recipe.path}: [[task]] {task.name}: terms: expected a file of identity terms for fprd, got none")
-            for entry in (*task.measures, *task.measures_without_examples):
-                name, _, file = entry.partition("=")
-                if name == "iptts" and not task.terms and not prepare.find((file,), self.data).with_name("identity.csv").exists():
-                    raise ConfigError(f"{self.recipe.path}: [[task]] {task.name}: terms: expected a file of identity terms for {entry}, or identity.csv beside it, got none")
         for source in (self.recipe.text, *self.recipe.sources.values()):
             if source is not None:
                 prepare.find(source.file, self.data)
@@ -148,15 +141,10 @@ class _Runner:
         for column in self.recipe.columns:
             self._check_column(column)
 
-    @staticmethod
-    def _measured(task: Task) -> list[str]:
-        """Names as evaluation.ON has them."""
-        return [entry.partition("=")[0] for entry in (*task.measures, *task.measures_without_examples)]
-
     def _check_column(self, column: Column) -> None:
         tasks = [task for task in self.recipe.tasks if task.stage == column.stage and column.task in (None, task.name)]
-        measured = [e.partition("=")[0] for e in self.recipe.upstream.measures] if column.stage == "upstream" else [name for task in tasks for name in self._measured(task)]
-        first = [begin for name in measured for begin in evaluation.GIVES[name]]
+        entries = self.recipe.upstream.measures if column.stage == "upstream" else [entry for task in tasks for entry in task.entries]
+        first = [begin for entry in entries for begin in evaluation.GIVES[entry.partition("=")[0]]]
         if re.sub("^(base|only-[^/]+)/", "", column.measure).split(" (")[0].split("/")[0] not in first:
             raise ConfigError(f"{self.recipe.path}: [[column]] {column.title}: measure: expected {', '.join(dict.fromkeys(first)) or 'none'} or what begins so, which are "
                               f"measured there, got {column.measure!r}")
@@ -180,18 +168,13 @@ class _Runner:
                 seen.add(same)
 
     def _check_labels(self, task: Task, settings: Downstream) -> None:
-        where, measured = f"{self.recipe.path}: [[task]] {task.name}: ", set(self._measured(task))
         try:
             read = phases.read_splits(settings)
+            for entry in task.entries:
+                name, _, path = self._on(entry, Path(settings.test)).partition("=")
+                extrinsic.check_asked(name, path, read.labels, positive=read.positive, terms=task.terms, neutral=task.neutral)
         except PeftDebiasError as error:
-            raise type(error)(where + str(error)) from None
-        if measured & {"fprd", "iptts"} and read.positive is None:
-            raise ConfigError(f"{where}positive: expected the hateful label, one of {', '.join(read.labels)}, got none")
-        if "bias-nli" in measured:
-            try:
-                neutral_label(read.labels, task.neutral)
-            except ConfigError:
-                raise ConfigError(f"{where}neutral: expected the label that means neutral, one of {', '.join(read.labels)}, got {task.neutral or 'none'}") from None
+            raise type(error)(f"{self.recipe.path}: [[task]] {task.name}: {error}") from None
 
     def _on(self, entry: str, test: Path | None) -> str:
         """A measure of the recipe as `--on` takes it."""
