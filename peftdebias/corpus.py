@@ -2,16 +2,8 @@
 
 Formats, told by the file name; each may also end in .gz:
 
-    .txt     one text a line. As labelled examples (`read_examples`): tab-separated, as SICK and MultiNLI publish it
-    .csv     commas, double quotes; a quoted field may hold line breaks
-    .tsv     tabs; a record is one line and a field lies between two tabs, whatever quotes are in it. A field that is one
-             whole csv-quoted string ("..." with every quote inside doubled, as pandas writes it) is unquoted. So GHC and
-             Stormfront (quoted by pandas) and GLUE's MNLI (no quoting, stray quotes in the text) are both read right;
-             the price is that a literal "Yes." in an unquoted file loses its outer quotes.
-    .jsonl   one object a line
-
-Tables start with a header. A file without one is addressed by column numbers from 0: when a column asked for is not in
-the first line and all columns asked for are numbers, the file has no header (`text="1", text_pair="2", label="0"`).
+    .txt                 one text a line. As labelled examples (`read_examples`): tab-separated, as SICK and MultiNLI publish it
+    .csv, .tsv, .jsonl   a table with a header, or with columns by number (records.py)
 
 Text is utf-8, strictly; a BOM is dropped, a line ends at \\n or \\r\\n and nowhere else (GHC has U+2028 inside a text).
 Every text carries its place, "file:line", the line where its record starts. What cannot be read as asked raises
@@ -24,20 +16,19 @@ pair. A file that is missing or ends too early and a column that the header does
 """
 
 import contextlib
-import csv
 import functools
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from peftdebias import lines, sentences
+from peftdebias import lines, records, sentences
 from peftdebias.errors import ConfigError, DataError
 from peftdebias.lines import BLOCK, Lines, Place, Report, Skipped, find
 from peftdebias.lines import place as _place
+from peftdebias.records import Record, json_type
 
 UNITS = ("line", "sentence", "document")
 TRUE = ("1", "1.0", "true", "yes")  # in any case, where a label is "any of these columns"
@@ -184,7 +175,7 @@ def _where(raw: bytes, offset: int, count: int, full: list[int]) -> tuple[list[i
     return [starts[i] for i in full], [count + i for i in full]
 
 
-def _decoded(path: str, raw: bytes, report: Report, offset: int, count: int) -> Iterator["_Record"]:
+def _decoded(path: str, raw: bytes, report: Report, offset: int, count: int) -> Iterator[Record]:
     for row in raw.removesuffix(b"\n").split(b"\n"):
         line, begin = row.removeprefix(lines.BOM) if offset == 0 else row, (offset, count)
         offset, count = offset + len(row) + 1, count + 1
@@ -194,12 +185,12 @@ def _decoded(path: str, raw: bytes, report: Report, offset: int, count: int) -> 
             report(lines.not_utf8(path, count, line, error))
             continue
         if text and not text.isspace():
-            yield _Record([text], count, begin, (offset, count))
+            yield Record([text], count, begin, (offset, count))
 
 
-def _record_chunks(path: str, file: int, records: Iterator["_Record"]) -> Iterator[Chunk]:
+def _record_chunks(path: str, file: int, found: Iterator[Record]) -> Iterator[Chunk]:
     """Records with one text each, gathered to about BLOCK characters."""
-    gathered: list[_Record] = []
+    gathered: list[Record] = []
     size = 0
 
     def gather() -> Chunk:
@@ -207,7 +198,7 @@ def _record_chunks(path: str, file: int, records: Iterator["_Record"]) -> Iterat
         return Chunk(path, file, [record.values[0] for record in gathered], None, lambda: starts, Place(file, *gathered[-1].end))
 
     try:
-        for record in records:
+        for record in found:
             gathered.append(record)
             size += len(record.values[0])
             if size >= BLOCK:
@@ -219,6 +210,35 @@ def _record_chunks(path: str, file: int, records: Iterator["_Record"]) -> Iterat
         raise
     if gathered:
         yield gather()
+
+
+def _cells(path: str, kind: str, column: str, report: Report, begin: Place) -> Iterator[Record]:
+    """The records whose one value is a text that is not blank."""
+    for record in records.read(path, kind, [column], report, begin):
+        value = record.values[0]
+        if not isinstance(value, str):
+            report(_no_text(value, column, _place(path, record.first)))
+        elif value and not value.isspace():
+            yield record
+
+
+def _documents(path: str, report: Report, begin: Place) -> Iterator[Record]:
+    """The lines between blank ones, joined by line breaks."""
+    rows: list[str] = []
+    with contextlib.closing(Lines(path, report)) as source:
+        source.seek(begin.offset, begin.lines)
+        start = (source.offset, source.count)
+        for line in source:
+            if line and not line.isspace():
+                first = first if rows else source.count
+                rows.append(line)
+                continue
+            if rows:
+                yield Record(["\n".join(rows)], first, start, (source.offset, source.count))
+                rows = []
+            start = (source.offset, source.count)
+        if rows:
+            yield Record(["\n".join(rows)], first, start, (source.offset, source.count))
 
 
 def read_examples(
@@ -240,7 +260,7 @@ def read_examples(
     labels = [] if label is None else [label] if isinstance(label, str) else list(label)
     wanted = [text, *labels, *([text_pair] if text_pair else []), *([group] if group else [])]
     examples = []
-    for record in _records(path, kind, wanted):
+    for record in records.read(path, kind, wanted):
         place, values = _place(path, record.first), record.values
         cell = dict(zip(wanted, values))
         examples.append(
@@ -267,7 +287,7 @@ def _text(value, column: str, place: str) -> str:
 
 
 def _no_text(value, column: str, place: str) -> str:
-    return f"{place}: expected a text in column '{column}', got {_json_type(value)}"
+    return f"{place}: expected a text in column '{column}', got {json_type(value)}"
 
 
 def _label(cells: dict, place: str) -> str:
@@ -287,169 +307,8 @@ def _name(value, what: str, column: str, place: str) -> str:
     if isinstance(value, float):
         value = int(value) if value.is_integer() else None if math.isnan(value) else value
     if isinstance(value, (dict, list)):
-        raise DataError(f"{place}: expected a {what} in column '{column}', got {_json_type(value)}")
+        raise DataError(f"{place}: expected a {what} in column '{column}', got {json_type(value)}")
     name = "" if value is None else str(value).strip()
     if not name:
         raise DataError(f"{place}: empty {what} in column '{column}'")
     return name
-
-
-def _json_type(value) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", dict: "an object", list: "a list", str: "a string"}
-    return kinds.get(type(value), "null")
-
-
-# Records: the values of the wanted columns in the wanted order, and where they stand.
-
-
-class _Record(NamedTuple):
-    """values: of the columns asked for. first: number of its first line. begin, end: (bytes, lines) before it and up to its end."""
-
-    values: list
-    first: int
-    begin: tuple[int, int]
-    end: tuple[int, int]
-
-
-def _cells(path: str, kind: str, column: str, report: Report, begin: Place) -> Iterator[_Record]:
-    """The records whose one value is a text that is not blank."""
-    for record in _records(path, kind, [column], report, begin):
-        value = record.values[0]
-        if not isinstance(value, str):
-            report(_no_text(value, column, _place(path, record.first)))
-        elif value and not value.isspace():
-            yield record
-
-
-def _documents(path: str, report: Report, begin: Place) -> Iterator[_Record]:
-    """The lines between blank ones, joined by line breaks."""
-    rows: list[str] = []
-    with contextlib.closing(Lines(path, report)) as source:
-        source.seek(begin.offset, begin.lines)
-        start = (source.offset, source.count)
-        for line in source:
-            if line and not line.isspace():
-                first = first if rows else source.count
-                rows.append(line)
-                continue
-            if rows:
-                yield _Record(["\n".join(rows)], first, start, (source.offset, source.count))
-                rows = []
-            start = (source.offset, source.count)
-        if rows:
-            yield _Record(["\n".join(rows)], first, start, (source.offset, source.count))
-
-
-def _records(path, kind: str, wanted: list[str], report: Report = lines.stop, begin: Place = Place()) -> Iterator[_Record]:
-    with contextlib.closing(Lines(path, report)) as source:
-        if kind == "jsonl":
-            source.seek(begin.offset, begin.lines)
-            yield from _json_records(source, wanted)
-            return
-        rows = _csv_rows if kind == "csv" else _tsv_rows
-        positions = None
-        for record in rows(source):
-            if positions is None:
-                width, place = len(record.values), _place(path, record.first)
-                positions, has_header = _positions(record.values, wanted, place)
-                if begin.offset:
-                    break
-                if has_header:
-                    continue
-            yield from _row(path, record, width, positions, report)
-        if positions is not None and begin.offset:
-            source.seek(begin.offset, begin.lines)
-            for record in rows(source):
-                yield from _row(path, record, width, positions, report)
-
-
-def _row(path, record: _Record, width: int, positions: list[int], report: Report) -> Iterator[_Record]:
-    if len(record.values) != width:
-        report(f"{_place(path, record.first)}: expected {width} fields, got {len(record.values)}")
-    else:
-        yield record._replace(values=[record.values[position] for position in positions])
-
-
-def _positions(first_row: list[str], wanted: list[str], place: str) -> tuple[list[int], bool]:
-    """Where the wanted columns are, and whether the first row is a header."""
-    header = [name.strip() for name in first_row]
-    missing = [name for name in wanted if name not in header]
-    if not missing:
-        for name in wanted:
-            if header.count(name) > 1:
-                raise DataError(f"{place}: expected one column '{name}', got {header.count(name)}")
-        return [header.index(name) for name in wanted], True
-    if all(name.isdecimal() for name in wanted):
-        for name in wanted:
-            if int(name) >= len(header):
-                raise DataError(f"{place}: no column {name}; a line has {len(header)} fields, the first is number 0")
-        return [int(name) for name in wanted], False
-    raise DataError(f"{place}: no column '{missing[0]}'; columns: {_listing(header)}")
-
-
-def _listing(names) -> str:
-    """Column names for a message: one short line, also when the first row is text and no header."""
-    names = [name if name and len(name) <= 40 else f"'{name[:40]}'" for name in names]
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-
-
-def _csv_rows(source: Lines) -> Iterator[_Record]:
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader((line + "\n" for line in source), strict=True)
-    while True:
-        begin = (source.offset, source.count)
-        source.begin()
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            source.report(f"{_place(source.path, source.first)}: not csv: {error}")
-            continue
-        if not source.torn and (len(row) > 1 or (row and row[0].strip())):
-            yield _Record(row, source.first, begin, (source.offset, source.count))
-
-
-def _tsv_rows(source: Lines) -> Iterator[_Record]:
-    begin = (source.offset, source.count)
-    for line in source:
-        end = (source.offset, source.count)
-        if line.strip():
-            yield _Record([_unquote(field) for field in line.split("\t")], source.count, begin, end)
-        begin = end
-
-
-def _unquote(field: str) -> str:
-    if len(field) > 1 and field[0] == field[-1] == '"' and '"' not in field[1:-1].replace('""', ""):
-        return field[1:-1].replace('""', '"')
-    return field
-
-
-def _json_records(source: Lines, wanted: list[str]) -> Iterator[_Record]:
-    begin = (source.offset, source.count)
-    for line in source:
-        before, begin = begin, (source.offset, source.count)
-        if line.strip():
-            try:
-                yield _Record(_json_values(line, wanted), source.count, before, begin)
-            except DataError as error:
-                source.report(f"{_place(source.path, source.count)}: {error}")
-
-
-def _json_values(line: str, wanted: list[str]) -> list:
-    """Raises DataError with what is wrong, the place left out."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise DataError(f"expected a JSON object, got {_json_type(record)}")
-    for name in wanted:
-        if name not in record:
-            raise DataError(f"no column '{name}'; columns: {_listing(record)}")
-        if isinstance(record[name], str) and not record[name].isascii():
-            try:
-                record[name].encode()
-            except UnicodeEncodeError as error:  # "\ud800" alone is legal JSON and no text
-                raise DataError(f"column '{name}' holds half a surrogate pair at character {error.start}") from None
-    return [record[name] for name in wanted]

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = """
-    errors outputs native options config axes sentences lines corpus cda cda_engine augment holdout tokens buckets splice cache stream worker batches kernels ops sites written encoder weights methods patch tasks questions metrics checkpoint foreign interchange lowered optimizer shapes step graphs training answers extrinsic intrinsic evaluation comparison embedding phases testbed demo doctor prepare recipe runner report planted cli
+    errors outputs native options config axes sentences lines records corpus cda cda_engine augment holdout tokens buckets splice cache stream worker batches kernels ops sites written encoder weights methods patch tasks questions metrics checkpoint foreign interchange lowered optimizer shapes step graphs training answers extrinsic intrinsic evaluation comparison embedding phases testbed demo doctor prepare recipe runner report planted cli
 """.split()
 FRONT_DOOR = {"__init__", "__main__"}  # peftdebias/__init__.py and __main__.py may import any module
 
@@ -79,6 +79,11 @@ def test_imports_go_one_way():
     assert found, f"no source under {ROOT}"
     wrong = [line for module, path in found.items() for line in violations(module, path.read_text("utf-8"))]
     assert not wrong, "\n" + "\n".join(wrong)
+
+
+def test_the_order_is_the_documented_one():
+    documented = (ROOT / "docs" / "design.md").read_text("utf-8").split("```")[1].split()
+    assert documented == ORDER
 
 
 BAD = {
