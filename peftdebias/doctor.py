@@ -89,7 +89,7 @@ def _forms(device: torch.device) -> list[str]:
     of BERT-base, where a kernel is."""
     lines = ["linear        form {}: {}".format(*linear_form()), "scores        form {}: {}".format(*scores_form())] if device.type == "cpu" else []
     if kernels.decide("lora_linear", device)[0] != "triton":
-        return lines
+        return lines + _without_effect(device)
     how = {"device": device, "dtype": torch.bfloat16}
     for dropout, candidates in ((False, dispatch.FORMS["lora_linear"]), (True, ("epilogue", "library"))):
         form, why = dispatch.decide("lora_linear", candidates, dropout=dropout, rows=4096, inside=768, outside=768, rank=8, **how)
@@ -106,6 +106,15 @@ def _forms(device: torch.device) -> list[str]:
     form, why = dispatch.decide("feed_forward", dispatch.FORMS["feed_forward"], dropout=False, rows=4096, inside=768, outside=3072, **how)
     lines.append(f"feed_forward  form {form}: {why}")
     return lines
+
+
+def _without_effect(device: torch.device) -> list[str]:
+    """Forms asked for by name that no kernel here has."""
+    told = []
+    for op in dispatch.FORMS:
+        if op in kernels.TRITON and (form := dispatch.asked(op)):
+            told.append(f"{op:<13} form {form} asked for by name, without effect: only its Triton kernel has forms, and {kernels.decide(op, device)[0] or 'none'} runs here")
+    return told
 
 
 def _engine() -> tuple[str, str, str]:

@@ -102,9 +102,18 @@ def test_a_cpu_says_how_it_multiplies(kind, product, first, monkeypatch):
     assert f"\nlinear        form {product}: asked for by name\nscores        form {first}" in said
 
 
+def test_a_form_asked_for_where_no_kernel_has_it_is_named(monkeypatch):
+    monkeypatch.setenv("PEFTDEBIAS_ATTENTION", "fused")
+    with kernels.use("torch"):
+        said = cli("doctor", "--device", "cpu").out
+    assert "\nattention     form fused asked for by name, without effect: only its Triton kernel has forms, and torch runs here\n" in said
+    assert said.count("without effect") == 1
+
+
 @pytest.mark.parametrize("device,environment,words", [
     ("gpu", {}, "peftdebias: --device: expected cpu, cuda, cuda:1, ... or auto, got 'gpu'"),
     ("cpu", {"PEFTDEBIAS_KERNELS": "fast"}, "peftdebias: PEFTDEBIAS_KERNELS: expected one of auto, torch, native, triton, got 'fast'"),
+    ("cpu", {"PEFTDEBIAS_ATTENTION": "fast"}, "peftdebias: PEFTDEBIAS_ATTENTION: expected one of fused, padded, varlen for attention, got 'fast'"),
 ])
 def test_errors(device, environment, words, monkeypatch):
     for name, value in environment.items():
