@@ -20,7 +20,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from peftdebias import kernels
+from peftdebias import graphs, kernels
 
 from . import rows
 from .case import Case, Provider, Setting, Work
@@ -233,20 +233,13 @@ def graphed(run: Callable[[], object], device: torch.device) -> torch.cuda.CUDAG
             with torch.cuda.stream(side):
                 for _ in range(3):
                     run()
+        finally:
             before.wait_stream(side)
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph):
-                run()
-            graph.replay()
-            torch.cuda.synchronize()
-        except Exception:
-            torch.cuda.set_stream(before)  # a capture that cannot be ended leaves its own stream in place
-            with contextlib.suppress(Exception):
-                torch.cuda.synchronize()
-            with contextlib.suppress(Exception):  # and the generator of random numbers in the middle of a capture
-                generator = torch.cuda.default_generators[torch.cuda.current_device()]
-                generator.graphsafe_set_state(generator.clone_state())
-            raise
+        torch.cuda.synchronize()
+        with graphs.recorded(graph, device):
+            run()
+        graph.replay()
+        torch.cuda.synchronize()
     return graph
 
 

@@ -6,6 +6,7 @@ go to standard output (utf-8) or to files, everything else for people to standar
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import os
 import signal
@@ -85,6 +86,31 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print("peftdebias: stopped", file=sys.stderr)
         return 143 if isinstance(stop, _Terminated) else 130
+    except (MemoryError, RuntimeError) as error:
+        why = _no_memory(error)
+        if why is None:
+            raise
+        print(f"peftdebias: out of memory: {why}{_less(settings)}", file=sys.stderr)
+        return 2
+
+
+def _no_memory(error: Exception) -> str | None:
+    """What an error says of memory that is not there, in one line: Python's, or torch's on a GPU or a CPU. None where it is another error."""
+    said = (str(error).strip().splitlines() or ["the machine has none left"])[0]
+    if isinstance(error, MemoryError):
+        return said
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return ". ".join(said.split(". ")[1:3]).rstrip(".") or said  # how much was asked for, how much the device has
+    return said[said.index("DefaultCPUAllocator"):] if "DefaultCPUAllocator" in said else None
+
+
+def _less(settings: type) -> str:
+    """Which of the command's options lower what it needs."""
+    names = {field.name for field in dataclasses.fields(settings)}
+    there = [flag for name, flag in (("batch_size", "--batch-size"), ("batch_tokens", "--batch-tokens"), ("max_length", "--max-length")) if name in names]
+    less = f"; less in {' or '.join(there)} takes less" if there else ""
+    return f"{less}, and so does --save-memory" if "save_memory" in names else less
 
 
 class _Terminated(KeyboardInterrupt):

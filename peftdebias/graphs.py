@@ -7,7 +7,9 @@ dropout's seed, which torch's generator draws anew at each replay. What is captu
 Where that cannot be, the step runs as step.Step does it, and one line says why. CUDA Graphs: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -28,6 +30,25 @@ class Captured:
     inputs: Tensor
     loss: Tensor
     tables: list[Tensor]
+
+
+@contextlib.contextmanager
+def recorded(graph: torch.cuda.CUDAGraph, device: torch.device, **how) -> Iterator[None]:
+    """`torch.cuda.graph` on that device, which leaves torch as it was where the block raises: a capture that cannot be ended, as after an operation that it does not
+    permit, leaves its own stream in place and the generator of random numbers in the middle of a capture."""
+    with torch.cuda.device(device):
+        before = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, **how):
+                yield
+        except Exception:
+            torch.cuda.set_stream(before)
+            with contextlib.suppress(Exception):
+                torch.cuda.synchronize()
+            with contextlib.suppress(Exception):
+                generator = torch.cuda.default_generators[torch.cuda.current_device()]
+                generator.graphsafe_set_state(generator.clone_state())
+            raise
 
 
 class Graphed(Step):
@@ -65,11 +86,22 @@ class Graphed(Step):
         return known.loss.clone()  # the next replay writes over it
 
     def _eagerly(self, batch: Batch, rate: float) -> Tensor:
-        """In the fixed shape, on the stream that captures, as a capture needs its kernels warmed up."""
-        main = torch.cuda.current_stream(self.model.device)
+        """In the fixed shape, on the stream that captures, as a capture needs its kernels warmed up. The memory of the captured steps is theirs alone, so this step needs
+        room beside them; where there is none, they are given up."""
+        self.optimizer.set_rate(rate)
+        batch, main, trouble = self.shaped(batch), torch.cuda.current_stream(self.model.device), None
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
-            loss = super().__call__(self.shaped(batch), rate)
+            try:
+                loss = self.gradients(batch.to(self.model.device))
+            except torch.OutOfMemoryError:  # which holds on to what was allocated until it is let go
+                if not self.captured:
+                    raise
+                trouble = "the device has no memory for a new shape of batch beside those captured"
+            if trouble:
+                self._fall_back(trouble)
+                loss = self.gradients(batch.to(self.model.device))
+            self.optimizer.step()
         main.wait_stream(self.stream)
         return loss
 
@@ -81,17 +113,24 @@ class Graphed(Step):
         batch, graph = host.on(inputs), torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.model.device)
         try:
-            with torch.cuda.device(self.model.device), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            with recorded(graph, self.model.device, pool=self.pool, stream=self.stream):
                 loss = self.gradients(batch)
                 self.optimizer.apply()
         except RuntimeError as error:
-            torch.cuda.synchronize(self.model.device)
             self.optimizer.captured()  # of a launch that nobody will replay
-            return self._fall_back(str(error).strip().splitlines()[0])
+            why = error.__context__ or error  # what broke the capture off, not that it could not be ended then
+            return self._fall_back((str(why).strip().splitlines() or [type(why).__name__])[0])
         self.pool = graph.pool()
         return Captured(graph, inputs, loss, self.optimizer.captured())
 
     def _fall_back(self, why: str) -> None:
         self.off = why
+        if self.stream is not None:
+            torch.cuda.synchronize(self.model.device)  # replays may still run
         self.captured.clear()
+        self.optimizer.zero_grad(set_to_none=True)  # gradients that a capture left lie in the graphs' memory
+        self.pool = None
+        if self.stream is not None:
+            with contextlib.suppress(RuntimeError):  # where a capture was broken off, torch may hold that it goes on
+                torch.cuda.empty_cache()
         self.say(f"CUDA graphs: off, every step runs eagerly: {why}")

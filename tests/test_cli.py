@@ -11,7 +11,9 @@ import threading
 import tomllib
 
 import pytest
+import torch
 
+from peftdebias import cli as command_line
 from peftdebias import demo as demonstration
 from peftdebias import kernels
 from peftdebias.report import available
@@ -477,3 +479,39 @@ def test_a_reader_that_goes_away_is_no_error_and_output_is_utf8_whatever_the_loc
     assert json.loads(first)["counterfactual"] == "She said “no”." and codes == ["141", "141"]
     told = [line.split(":")[0] for line in said.stderr.decode().splitlines()]
     assert told[:2] == ["augment", "augment"] and told[-1] == "result" and "Traceback" not in said.stderr.decode()
+
+
+# ---------------------------------------------------------------- memory
+
+def _too_much(settings):
+    torch.empty(10 ** 15)
+
+
+def _too_much_for_a_gpu(settings):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.00 GiB is free. Including non-PyTorch "
+                                 "memory, this process has 78.10 GiB memory in use.\nSee documentation")
+
+
+def _too_much_for_python(settings):
+    raise MemoryError
+
+
+@pytest.mark.parametrize("command,does,words", [
+    ("upstream", _too_much_for_a_gpu, "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.00 GiB is free; less in --batch-size or --batch-tokens or "
+                                      "--max-length takes less, and so does --save-memory"),
+    ("upstream", _too_much_for_python, "the machine has none left; less in --batch-size or --batch-tokens or --max-length takes less, and so does --save-memory"),
+    ("doctor", _too_much, r"DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000000 bytes. .*"),
+])
+def test_memory_that_is_not_there_is_one_line(command, does, words, small, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(command_line.COMMANDS, command, (does, command_line.COMMANDS[command][1]))
+    got = cli(command, *(small.learning(out="o") if command == "upstream" else []))
+    assert got.code == 2 and re.fullmatch(f"peftdebias: out of memory: {words}\n", got.err), got.err
+
+
+def test_another_error_of_torch_keeps_its_traceback(monkeypatch):
+    def wrong(settings):
+        raise RuntimeError("expected scalar type Float but found Half")
+
+    monkeypatch.setitem(command_line.COMMANDS, "doctor", (wrong, command_line.COMMANDS["doctor"][1]))
+    with pytest.raises(RuntimeError, match="scalar type"):
+        cli("doctor")

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -14,7 +15,7 @@ from peftdebias import lowered as lowered_file
 from peftdebias.batches import IGNORED
 from peftdebias.encoder import Encoder, Model
 from peftdebias.errors import ModelError
-from peftdebias.graphs import Graphed
+from peftdebias.graphs import Graphed, recorded
 from peftdebias.kernels import dispatch
 from peftdebias.lowered import lowered, may_be_lowered
 from peftdebias.optimizer import FlatAdamW
@@ -312,7 +313,8 @@ def test_a_capture_hands_over_what_the_optimizer_s_launches_read(fails, monkeypa
             raise RuntimeError("operation not permitted\nwhen capturing")
         calls.append("ends")
 
-    for name, instead in (("CUDAGraph", Graph), ("graph", graph), ("synchronize", lambda device: None), ("device", lambda device: contextlib.nullcontext())):
+    for name, instead in (("CUDAGraph", Graph), ("graph", graph), ("synchronize", lambda device: None), ("device", lambda device: contextlib.nullcontext()),
+                          ("current_stream", lambda: None), ("set_stream", lambda stream: None)):
         monkeypatch.setattr(torch.cuda, name, instead)
     monkeypatch.setattr(step.optimizer, "captured", lambda: calls.append("handed over") or [table], raising=False)
     found = step._capture(step.shaped(batch).staged(pinned=False))
@@ -320,6 +322,66 @@ def test_a_capture_hands_over_what_the_optimizer_s_launches_read(fails, monkeypa
         assert found is None and calls == ["begins", "handed over"] and step.off == "operation not permitted"
     else:
         assert [t is table for t in found.tables] == [True] and calls == ["begins", "ends", "handed over"] and step.pool == "pool"
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_new_shape_without_memory_beside_the_captured_ones_gives_these_up(captured, monkeypatch):
+    """The device is pretended. The step is repeated, and trained once; without captured ones there is nothing to give up."""
+    said, calls, plain = [], [], made("lora")
+    step = made("lora", cls=Graphed, say=said.append)
+    step.off, step.stream = None, SimpleNamespace(wait_stream=lambda other: None)
+    said.clear()
+    for name, instead in (("current_stream", lambda device: SimpleNamespace(wait_stream=lambda other: None)), ("stream", lambda stream: contextlib.nullcontext()),
+                          ("synchronize", lambda device: None), ("empty_cache", lambda: calls.append("emptied"))):
+        monkeypatch.setattr(torch.cuda, name, instead)
+    if captured:
+        step.captured["another shape"] = object()
+    gradients = step.gradients
+
+    def first_without_memory(batch):
+        calls.append(len(step.captured))
+        if len(calls) == 1:
+            torch.manual_seed(5)
+            gradients(batch)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        torch.manual_seed(3)
+        return gradients(batch)
+
+    monkeypatch.setattr(step, "gradients", first_without_memory)
+    if not captured:
+        with pytest.raises(torch.OutOfMemoryError):
+            step(batch_for("lora"), 1e-2)
+        assert step.off is None and said == []
+        return
+    found = float(step(batch_for("lora"), 1e-2))
+    torch.manual_seed(3)
+    expected = float(plain(plain.shaped(batch_for("lora")), 1e-2))
+    assert found == expected and calls == [1, "emptied", 0] and step.captured == {} and step.pool is None
+    assert all(torch.equal(a, b) for a, b in zip(step.parameters, plain.parameters))
+    assert said == ["CUDA graphs: off, every step runs eagerly: the device has no memory for a new shape of batch beside those captured"]
+
+
+def test_a_capture_that_cannot_be_ended_leaves_torch_as_it_was(monkeypatch):
+    """The device is pretended: torch's own `graph` leaves the stream that captures in place there."""
+    streams, states = ["main"], []
+
+    class Unended:
+        def __init__(self, graph, **how):
+            assert how == {"pool": 7}
+
+        def __enter__(self):
+            streams.append("captures")
+
+        def __exit__(self, *error):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    generator = SimpleNamespace(clone_state=lambda: "state", graphsafe_set_state=states.append)
+    for name, instead in (("graph", Unended), ("current_stream", lambda: streams[-1]), ("set_stream", streams.append), ("synchronize", lambda: None),
+                          ("device", lambda device: contextlib.nullcontext()), ("current_device", lambda: 0), ("default_generators", [generator])):
+        monkeypatch.setattr(torch.cuda, name, instead)
+    with pytest.raises(RuntimeError, match="previous error") as raised, recorded("graph", torch.device("cuda"), pool=7):
+        raise ValueError("an operation that is not permitted")
+    assert streams == ["main", "captures", "main"] and states == ["state"] and isinstance(raised.value.__context__, ValueError)
 
 
 @pytest.mark.parametrize("pulled", [False, True])
