@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peftdebias.batches import Spans
@@ -26,7 +27,7 @@ PREFIX = 30
 
 
 def attention(form: str, even: bool = False, rate: float = 0.0, prefix: int = 0) -> Callable[[Setting], Work]:
-    """form: reference, padded, varlen or fused. even: every text as long as the longest. x: how many sequences."""
+    """form: reference, padded, varlen, fused, or sdpa: torch's own dropout, whose masks are others. even: every text as long as the longest. x: how many sequences."""
     def build(setting: Setting) -> Work:
         size, longest = setting.size, min(setting.longest, setting.size.positions)
         lengths = tuple(random_lengths(int(setting.x), longest if even else min(MEAN, longest), longest, numpy.random.default_rng(setting.seed)).tolist())
@@ -35,7 +36,7 @@ def attention(form: str, even: bool = False, rate: float = 0.0, prefix: int = 0)
         if prefix:
             given |= {name: drawn(setting, True, seed=10 + i, shape=(prefix, heads, width)) for i, name in enumerate(("prefix_key", "prefix_value"))}
         drop = Drop(rate, torch.tensor([5], device=setting.device), 3) if rate else None
-        op = {"reference": attention_ref, "padded": attention_padded, "varlen": attention_varlen}.get(form) or fused("attention", attention_padded, setting)
+        op = {"reference": attention_ref, "padded": attention_padded, "varlen": attention_varlen, "sdpa": attention_sdpa}.get(form) or fused("attention", attention_padded, setting)
         if form == "varlen" and (setting.device.type != "cuda" or setting.precision != "bf16"):
             op = attention_padded  # it has 16 bits alone, on CUDA: elsewhere there is nothing of it to check
 
@@ -53,8 +54,21 @@ def attention(form: str, even: bool = False, rate: float = 0.0, prefix: int = 0)
     return build
 
 
+def attention_sdpa(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: None, drop: Drop) -> Tensor:
+    """attention_padded by F.scaled_dot_product_attention with its own dropout."""
+    batch, mask = spans.cu_keys.shape[0] - 1, spans.key_mask
+
+    def padded(packed: Tensor) -> Tensor:
+        wide = packed.new_zeros(batch * spans.most_keys, *packed.shape[1:]).index_copy(0, spans.key_places, packed)
+        return wide.view(batch, spans.most_keys, *packed.shape[1:]).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(padded(query), padded(key), padded(value), None if mask is None else mask[:, None, None, :], dropout_p=drop.rate)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, spans.key_places)
+
+
 def _case(name: str, what: str, varlen: bool = False, **variant) -> Case:
-    providers = {"attention_ref": Provider(attention("reference", **variant)), "attention_padded": Provider(attention("padded", **variant))}
+    providers = {"torch SDPA": Provider(attention("sdpa", **variant), compared=False)} if "rate" in variant else {}
+    providers |= {"attention_ref": Provider(attention("reference", **variant)), "attention_padded": Provider(attention("padded", **variant))}
     if varlen:
         providers["torch varlen"] = Provider(attention("varlen", **variant), ("torch.nn.attention.varlen",), kernels=("attention",))
     providers["peftdebias"] = Provider(attention("fused", **variant), kernels=("attention",))

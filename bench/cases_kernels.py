@@ -99,6 +99,7 @@ def linear(form: str, wide: bool = False, rate: float = 0.0) -> Callable[[Settin
         given, roof = linear_tensors(setting, wide), linear_roof(setting, wide)
         (i, o), seed = widths(setting, wide), torch.tensor([5], device=setting.device)
         words = f"x [T, {i}], W [{o}, {i}] frozen, r={RANK}, dropout {rate:g}; forward, and backward to x, A, B"
+        words += "; W' lies there, a step writes those of all linears in one launch (lora_write)" if form in ("written", "once") else ""
         limits = {"written": "two library GEMMs; dA and dB take x and dY twice more", "once": "two library GEMMs; dA and dB take x and dY once more",
                   "epilogue": "its own GEMM, which a library's is hard to match; x and dY come once more for the thin products",
                   "library": "eight launches forward, with results of their own in between"}
@@ -335,7 +336,7 @@ KERNEL_CASES = {case.name: case for case in (
     Case("lora_frozen", "full", "yardstick: that linear alone, forward and dX", {"torch": Provider(frozen_linear(False))}, "rows", (256, 2048), output_bound),
     Case("lora_frozen_wide", "full", "yardstick: that linear alone, forward and dX", {"torch": Provider(frozen_linear(True))}, "rows", (256, 2048), output_bound),
     op_case("lora_dropout", f"one linear with LoRA and lora_dropout {RATE:g}", "rows", (256, 2048), {
-        "plain torch": Provider(linear("plain", rate=RATE)), "peft": Provider(linear("peft", rate=RATE), ("peft",), compared=False),
+        "peft": Provider(linear("peft", rate=RATE), ("peft",), compared=False), "plain torch, our mask": Provider(linear("plain", rate=RATE)),
         "peftdebias, epilogue": Provider(linear("epilogue", rate=RATE), kernels=("lora_linear",)),
         "peftdebias, library": Provider(linear("library", rate=RATE), kernels=("lora_linear",))}),
     op_case("lora_write", "W' = W + s B A of all layers' Q, K, V", "layers", (4,), three(write, "lora_write"), "forward"),
@@ -346,5 +347,5 @@ KERNEL_CASES = {case.name: case for case in (
     op_case("mlm_loss", "cross-entropy of the rows asked for", "rows", (64, 256), three(loss, "mlm_loss")),
     op_case("sparse_add", "values of a sparse module put into a weight", "weight_rows", (768,), three(add, "sparse_add")),
     op_case("dropout", "dropout from a counter", "rows", (256, 2048), {
-        "plain torch": Provider(dropout("reference")), "F.dropout": Provider(dropout("library"), compared=False), "peftdebias": Provider(dropout("fused"), kernels=("dropout",))}),
+        "F.dropout": Provider(dropout("library"), compared=False), "plain torch, our mask": Provider(dropout("reference")), "peftdebias": Provider(dropout("fused"), kernels=("dropout",))}),
 )}

@@ -2,8 +2,7 @@
 (kernels/fused/dispatch.json).
 
 A line of the table is one device, dtype, size and dropout or none, with the median milliseconds of forward and backward (of LoRA's gradients: their own), by the device's clock, by every form that was timed
-there; of one that is in several of the files the last one's. Lines of a device that is in the given files are replaced, those of others stay; rows of a dry run, of a CPU,
-and providers that are no form of ours are passed over.
+there; of one that is in several of the files the last one's. Lines of what the given files measured are replaced, the others stay; rows of a dry run, of a CPU, and providers that are no form of ours are passed over.
 Exit code 0; 2 where a file cannot be read or holds nothing of the kind, and then nothing is written.
 """
 
@@ -55,6 +54,11 @@ def _measured(row: rows.Row) -> tuple[str, str, dict[str, int]]:
     return op, row.provider.removeprefix(PREFIX), sizes
 
 
+def _about(line: dict) -> dict:
+    """What was measured, without how long it took."""
+    return {name: value for name, value in line.items() if name != "ms"}
+
+
 def main(argv: list[str] | None = None) -> int:
     top = Parser(prog="bench/dispatch_table.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("files", nargs="+", type=Path, metavar="FILE.json", help="rows that bench/gpu.py wrote")
@@ -76,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     except ValueError as error:
         return complain(f"{arguments.out}: expected a table, got {error}")
-    table = kept | {op: [line for line in kept.get(op, []) if line["device"] not in {new["device"] for new in of}] + of for op, of in found.items()}
+    table = kept | {op: [line for line in kept.get(op, []) if _about(line) not in map(_about, of)] + of for op, of in found.items()}
     partial = arguments.out.with_name(arguments.out.name + ".partial")
     partial.write_text(json.dumps(table, indent=1) + "\n")
     partial.replace(arguments.out)

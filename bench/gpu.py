@@ -88,8 +88,15 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--repeats", type=positive, default=15, metavar="N", help="times that every provider is timed (default 15)")
     top.add_argument("--minutes", type=float, default=8.0, metavar="M", help="budget of the whole run (default 8); compiled baselines are left out first")
     top.add_argument("--compile", action=argparse.BooleanOptionalAction, help="with torch.compile as a further baseline (default: on a GPU)")
-    top.add_argument("--out", type=Path, metavar="FILE.json", help="default bench/results/DEVICE.json")
+    top.add_argument("--out", type=Path, metavar="FILE.json", help="default bench/results/DEVICE.json, with --steps, --only and --shapes what these say behind DEVICE")
     return top
+
+
+def file_name(device: str, arguments: argparse.Namespace) -> str:
+    """Of the rows: a run of some cases, or of some shapes, leaves the file of the whole run alone."""
+    some = [arguments.only.replace(",", "+")] if arguments.only else []
+    some += [arguments.shapes.replace(",", "+")] if arguments.shapes else []
+    return "-".join([device, *(["steps"] if arguments.steps else []), *some]) + ".json"
 
 
 def plan(device: torch.device, size: str, dry: bool, folder: Path) -> tuple[Plan, Plan]:
@@ -363,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     heading = "Dry run of bench/gpu.py: the figures mean nothing" if arguments.dry_run else f"Measured by bench/gpu.py on {found[0].device_name}"
     notes = {"Targets": roofline.targets(found), f"Below {roofline.GOOD:.0f} % of the roofline": roofline.limits(found), "Red: not equal, or failed": wrong, "Not measured": lacking}
     print(f"# {heading}\n\n{rows.table(found, notes)}")
-    out = arguments.out or (None if arguments.dry_run else ROOT / "bench" / "results" / f"{rows.slug(run.device)}{'-steps' if arguments.steps else ''}.json")
+    out = arguments.out or (None if arguments.dry_run else ROOT / "bench" / "results" / file_name(rows.slug(run.device), arguments))
     if out:
         rows.write(out, found, heading, notes)
         say(f"result: {out} and {out.with_suffix('.md')}")

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from peftdebias import graphs, kernels
 
 from . import rows
 from .case import Case, Provider, Setting, Work
+from .poison import poisoned
 
 SAMPLE_SECONDS = 0.02  # a timed sample lasts at least this long: quick calls are repeated inside it
 WARM_UP = 1
@@ -37,16 +39,19 @@ class Unequal(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """max|difference| of one tensor and what is allowed; `apart` is infinite where shapes differ or a tensor is missing."""
+    """max|difference| of one tensor, or what `kind` says, and what is allowed; `apart` is infinite where shapes differ or a tensor is missing."""
 
     tensor: str
     apart: float
     allowed: float
+    kind: str = "max|difference|"
 
     @property
     def red(self) -> bool:
         return not self.apart <= self.allowed  # nan is red
 
+
+RMS = "root mean square of differences"
 
 # ---------------------------------------------------------------- who takes part
 
@@ -103,7 +108,7 @@ def check(case: Case, setting: Setting, providers: dict[str, Provider], say: Cal
         if not provider.compared or not provider.takes(setting.precision):
             continue
         with _compiler_may_fail(case, name, providers, say):
-            got = results(name, provider, setting)
+            got = unwritten_seen(name, provider, setting) if case.rounded and provider.kernels and results is in_this_process else results(name, provider, setting)
             if expected is None:
                 expected, baseline = got, name
                 continue
@@ -119,7 +124,8 @@ def check(case: Case, setting: Setting, providers: dict[str, Provider], say: Cal
 
 def check_rounded(case: Case, setting: Setting, providers: dict[str, Provider]) -> dict[str, float]:
     """Every provider with kernels of ours in bf16 against the first provider in float64: each tensor's max|error| is at most twice that of the first provider in
-    bf16, or twice the rounding of the result. {provider: its largest error as a share of that}. Raises Unequal."""
+    bf16, or twice the rounding of the result's largest element; and so is the root mean square of the errors, which small elements weigh in too.
+    {provider: its largest error as a share of that}. Raises Unequal."""
     setting = dataclasses.replace(setting, precision="bf16")
     first, shares = next(name for name, p in providers.items() if p.compared and not p.compiled), {}
     truth = providers[first].build(dataclasses.replace(setting, precision="float64")).results()
@@ -127,11 +133,26 @@ def check_rounded(case: Case, setting: Setting, providers: dict[str, Provider]) 
     allowed = {name: 2 * max(float((plain[name].double() - t.double()).abs().max()), _rounding(plain[name].dtype) * float(t.abs().max())) for name, t in truth.items()}
     for name, provider in providers.items():
         if provider.kernels and provider.compared and provider.takes("bf16"):
-            found = [dataclasses.replace(d, allowed=allowed.get(d.tensor, 0.0)) for d in differences(truth, provider.build(setting).results(), lambda *_: 0.0)]
+            got = unwritten_seen(name, provider, setting)
+            found = [dataclasses.replace(d, allowed=allowed.get(d.tensor, 0.0)) for d in differences(truth, got, lambda *_: 0.0)]
+            found += [Difference(tensor, spread(got[tensor], t), 2 * max(spread(plain[tensor], t), _rounding(plain[tensor].dtype) * spread(t, 0 * t)), RMS)
+                      for tensor, t in truth.items() if tensor in got and got[tensor].shape == t.shape]
             if any(d.red for d in found):
                 raise _unequal(case, setting, f"{name} in bf16 errs more than twice what {first} does", found)
             shares[name] = max(d.apart / d.allowed if d.allowed else 0.0 for d in found)
     return shares
+
+
+def spread(got: Tensor, truth: Tensor) -> float:
+    """Root mean square of the errors; 0 where there is no element."""
+    return float((got.double().cpu() - truth.double().cpu()).square().mean().sqrt()) if truth.numel() else 0.0
+
+
+def unwritten_seen(name: str, provider: Provider, setting: Setting) -> dict[str, Tensor]:
+    """in_this_process, where what a kernel of ours left unwritten is NaN and no earlier run's result."""
+    with warnings.catch_warnings(), poisoned():
+        warnings.filterwarnings("ignore", ".*[Dd]eterministic")  # of libraries' products and sums, which are what they are
+        return in_this_process(name, provider, setting)
 
 
 def _rounding(dtype: torch.dtype) -> float:
@@ -139,9 +160,9 @@ def _rounding(dtype: torch.dtype) -> float:
 
 
 def _unequal(case: Case, setting: Setting, words: str, found: list[Difference]) -> Unequal:
-    red = [d for d in found if d.red]
-    lines = [f"{case.name}, {setting.size_name}, {case.x_name} {setting.x:g}: {words} in {len(red)} of {len(found)} tensors; not timed"]
-    return Unequal("\n".join(lines + [f"  {d.tensor}: max|difference| {d.apart:.3g}, allowed {d.allowed:.3g}" for d in red]))
+    red, tensors = [d for d in found if d.red], {d.tensor for d in found}
+    lines = [f"{case.name}, {setting.size_name}, {case.x_name} {setting.x:g}: {words} in {len({d.tensor for d in red})} of {len(tensors)} tensors; not timed"]
+    return Unequal("\n".join(lines + [f"  {d.tensor}: {d.kind} {d.apart:.3g}, allowed {d.allowed:.3g}" for d in red]))
 
 
 @contextlib.contextmanager
@@ -297,10 +318,11 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
 
     shares: what `check` gave. memory: name of a provider -> its peak in MiB above the loaded weights; None measures it here on a GPU, not on a CPU. There the peak of a
     single op is what one eager pass takes at most above what was allocated before. That of a whole step is what was allocated at most in the first passes, with all that
-    these make once (captures of CUDA graphs and their memory, a library's workspaces, what torch.compile needs while it works), above what was allocated when the
-    provider was built; optimizer state counts wherever it is made (Work.state).
+    these make once (a library's workspaces, what torch.compile needs while it works), above what was allocated when the provider was built; optimizer state counts
+    wherever it is made (Work.state). Between replays a CUDA graph's memory is not allocated by torch's count, and nobody else's either: of a step there is also what
+    torch took from the device at most (reserved memory), counted from the same point.
     """
-    device, works, passes, peaks, launches = setting.device, {}, {}, {}, {}
+    device, works, passes, peaks, reserved, launches = setting.device, {}, {}, {}, {}, {}
     cuda = device.type == "cuda"
     _forget_compiled(providers)
     for name, provider in list(providers.items()):
@@ -310,7 +332,7 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
         with _compiler_may_fail(case, name, providers, say), _memory_may_end(case, name, device, say):
             works[name], passes[name], peak, launch = _made(case, setting, name, provider, say)
             if peak is not None:
-                peaks[name] = peak
+                peaks[name], reserved[name] = peak
             if launch is not None:
                 launches[name] = launch
     if not works:
@@ -335,20 +357,23 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
             peaks[name] = memory(name) if memory else cuda_peak(work, device) if cuda else None
     found = []
     for name, work in works.items():
-        found += _rows(case, setting, name, work, samples[name], eager.get(name, []), passes[name], peaks[name], load, (shares or {}).get(name))
+        found += _rows(case, setting, name, work, samples[name], eager.get(name, []), passes[name], peaks[name], reserved.get(name), load, (shares or {}).get(name))
     return found
 
 
-def _made(case: Case, setting: Setting, name: str, provider: Provider, say: Callable[[str], None]) -> tuple[Work, int, float | None, Callable[[], object] | None]:
-    """(its work, passes a sample, a step's peak on a GPU in MiB, what a pass of an op launches there); a frame of its own, so that nothing stays where it fails."""
+def _made(case: Case, setting: Setting, name: str, provider: Provider,
+          say: Callable[[str], None]) -> tuple[Work, int, tuple[float, float] | None, Callable[[], object] | None]:
+    """(its work, passes a sample, a step's peaks on a GPU in MiB, allocated and reserved, what a pass of an op launches there); a frame of its own, so that nothing stays
+    where it fails."""
     device, peak, launch = setting.device, None, None
     cuda, step = device.type == "cuda", case.mode == "step"
     empty = _settled(device) if cuda and step else 0
     work = provider.build(setting)
     built = _settled(device) if cuda and step else 0
+    taken = torch.cuda.memory_reserved(device) if cuda and step else 0
     once = warmed_up(case, work, device)
     if cuda and step:  # before the next provider is built
-        peak = (torch.cuda.max_memory_allocated(device) - built + work.state) / 2 ** 20
+        peak = ((torch.cuda.max_memory_allocated(device) - built + work.state) / 2 ** 20, (torch.cuda.max_memory_reserved(device) - taken + work.state) / 2 ** 20)
         work.extra["built_mib"] = round((built - empty) / 2 ** 20, 2)
     if cuda and work.roof:
         launch = launched(case, name, work, device, say)
@@ -356,9 +381,10 @@ def _made(case: Case, setting: Setting, name: str, provider: Provider, say: Call
 
 
 def _settled(device: torch.device) -> int:
-    """Bytes that are allocated once nothing is left to be collected; the peak is counted from here on."""
+    """Bytes that are allocated once nothing is left to be collected or kept in store; the peaks are counted from here on."""
     gc.collect()  # models hold cycles
     torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
 
@@ -373,7 +399,7 @@ def cuda_peak(work: Work, device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated(device) - before) / 2 ** 20
 
 
-def _rows(case: Case, setting: Setting, provider: str, work: Work, samples: list[float], eager: list[float], passes: int, peak: float | None, load: float,
+def _rows(case: Case, setting: Setting, provider: str, work: Work, samples: list[float], eager: list[float], passes: int, peak: float | None, reserved: float | None, load: float,
           share: float | None) -> list[rows.Row]:
     low, middle, high = (float(numpy.quantile(samples, q)) for q in (0.2, 0.5, 0.8))  # seconds a pass
     metrics = {"time": [1000 * s / work.steps for s in (middle, low, high)]}  # y_50, y_20, y_80
@@ -382,8 +408,9 @@ def _rows(case: Case, setting: Setting, provider: str, work: Work, samples: list
     for metric, amount, unit in (("rate", work.tokens, 1), ("arithmetic", work.flops, 1e12), ("bandwidth", work.bytes, 1e9)):
         if amount:
             metrics[metric] = [amount / unit / s for s in (middle, high, low)]
-    if peak is not None:
-        metrics["peak memory"] = [peak] * 3
+    for metric, mib in (("peak memory", peak), ("reserved memory", reserved)):
+        if mib is not None:
+            metrics[metric] = [mib] * 3
     if setting.device.type == "cuda":
         device = "CUDA {}, compute capability {}.{}".format(torch.version.cuda, *torch.cuda.get_device_capability(setting.device))
     else:

@@ -107,10 +107,11 @@ def _steps(found: Sequence[Row]) -> list[str]:
             if theirs := here.get((provider, "time")):
                 lines.append(f"{_where(ours)}: {ours.provider} takes {ours.y_50 / theirs.y_50:.2f} of {provider}'s time, asked for at most {asked:.2f}: "
                              f"{'met' if ours.y_50 / theirs.y_50 <= asked else 'not met'}")
-        mine, theirs = here.get((ours.provider, "peak memory")), here.get((base, "peak memory"))
-        if mine and theirs:
-            share = mine.y_50 / theirs.y_50
-            lines.append(f"{_where(ours)}: peak memory {share:.2f} of {base}'s, asked for at most 0.50: {'met' if share <= 0.5 else 'not met'}")
+        for metric in ("peak memory", "reserved memory"):
+            mine, theirs = here.get((ours.provider, metric)), here.get((base, metric))
+            if mine and theirs:
+                share = mine.y_50 / theirs.y_50
+                lines.append(f"{_where(ours)}: {metric} {share:.2f} of {base}'s, asked for at most 0.50: {'met' if share <= 0.5 else 'not met'}")
         rate = here.get((ours.provider, "arithmetic"))
         if rate and tops:
             share, asked = 100 * rate.y_50 * 1e12 / tops[0], RATES.get(name.split()[-1])

@@ -19,11 +19,12 @@ import torch
 from . import ROOT
 
 MODES = ("forward", "backward", "full", "step", "predict")
-UNITS = {"time": "ms", "eager time": "ms", "p99": "ms", "texts": "texts/s", "rate": "valid tokens/s", "arithmetic": "TFLOP/s", "bandwidth": "GB/s", "roofline": "%", "peak memory": "MiB", "saved for backward": "MiB",
+UNITS = {"time": "ms", "eager time": "ms", "p99": "ms", "texts": "texts/s", "rate": "valid tokens/s", "arithmetic": "TFLOP/s", "bandwidth": "GB/s", "roofline": "%", "peak memory": "MiB", "reserved memory": "MiB", "saved for backward": "MiB",
          "adapter file": "KiB"}
 """metric_name -> metric_unit. time: of one step (mode step) or one call; of a single op on a GPU the device's own. eager time: of such an op as it is launched eagerly, the host's
 work among it. p99: of the calls of one pass, whose median is the time. roofline: the least time at the measured
-ceilings, over the time (roofline.py). peak memory: above what lay there once the weights were loaded (measure.time_case). adapter file: what is kept of the trained module, tensors and configuration."""
+ceilings, over the time (roofline.py). peak memory: above what lay there once the weights were loaded (measure.time_case). reserved memory: of a
+step on a GPU, what torch took from the device at most beyond what it held then, the memory that CUDA graphs keep among it. adapter file: what is kept of the trained module, tensors and configuration."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -297,6 +297,38 @@ def test_a_kernel_that_errs_in_bf16_alone_is_red(bench, quick, monkeypatch, caps
     assert "adapter_frozen, micro, rows 13: peftdebias in bf16 errs more than twice what plain torch does in 3 of 3 tensors; not timed" in capsys.readouterr().out
 
 
+def test_small_elements_that_are_wrong_are_red(bench):
+    """Each is less than a rounding of the largest, which one element of a thousand is."""
+    def work(setting, keeps=0.0):
+        y = torch.full((1000,), 1e-3, dtype={"float64": torch.float64, "bf16": torch.bfloat16}[setting.precision])
+        y[0] = 1.0
+        return bench.case.Work(lambda: None, lambda: {"y": torch.where(y.abs() > keeps, y, 0)})
+
+    providers = {"plain": bench.case.Provider(work), "peftdebias": bench.case.Provider(lambda setting: work(setting, 0.5), kernels=("gelu",))}
+    case = bench.case.Case("k", "full", "what", providers, "rows", (1,), bench.case.output_bound, rounded=True)
+    with pytest.raises(bench.measure.Unequal, match=r"in 1 of 1 tensors; not timed\n  y: root mean square of differences 0.000999, allowed 0.000247$"):
+        bench.measure.check_rounded(case, bench.case.Setting("micro", 1, Path(".")), providers)
+
+
+def test_what_a_kernel_leaves_unwritten_is_red(bench, monkeypatch):
+    """Though an earlier run left the right values there."""
+    def work(setting):
+        return bench.case.Work(lambda: None, lambda: {"y": torch.empty(1000) if ours[0] else torch.zeros(1000)})
+
+    ours, quick = [False], bench.case.Setting("micro", 1, Path("."))
+    providers = {"plain": bench.case.Provider(work), "peftdebias": bench.case.Provider(lambda s: (ours.__setitem__(0, True), work(s))[1], kernels=("gelu",))}
+    case = bench.case.Case("k", "full", "what", providers, "rows", (1,), bench.case.output_bound, rounded=True)
+    with pytest.raises(bench.measure.Unequal, match="y: max.difference. nan"):
+        bench.measure.check(case, quick, providers)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_rows_of_some_cases_have_a_file_of_their_own(bench):
+    named = lambda *argv: bench.gpu.file_name("nvidia-x", bench.gpu.parser().parse_args(argv))  # noqa: E731
+    assert [named(), named("--steps"), named("--only", "lora,embed"), named("--steps", "--only", "lora_step", "--shapes", "128x128,32x128")] == [
+        "nvidia-x.json", "nvidia-x-steps.json", "nvidia-x-lora+embed.json", "nvidia-x-steps-lora_step-128x128+32x128.json"]
+
+
 def test_out_of_time_leaves_out_and_says_so(bench, quick, capsys):
     assert bench.gpu.main(["--device", "cpu", "--dry-run", "--repeats", "1", "--only", "sparse_add", "--compile", "--minutes", "1e-9"]) == 2
     said = capsys.readouterr().err
@@ -375,6 +407,17 @@ def test_the_rate_is_asked_for_at_one_shape(bench):
     assert bench.roofline.targets(found) == ["lora_step 32x128, mean_length 256: peftdebias reaches 10 % of the best matrix product's rate"]
 
 
+def test_the_memory_of_a_step_is_judged_by_what_is_allocated_and_by_what_is_taken(bench):
+    def row(provider, metric, y):
+        return bench.rows.Row("full_step 128x256", provider, "step", metric, bench.rows.UNITS[metric], "mean_length", 256, y, y, y, {"baseline": "theirs", "longest": 256}, "d", "t", None, "c", "2026")
+
+    found = [row("theirs", "time", 10.0), row("theirs", "peak memory", 100.0), row("theirs", "reserved memory", 120.0),
+             row("peftdebias", "time", 5.0), row("peftdebias", "peak memory", 49.0), row("peftdebias", "reserved memory", 84.0)]
+    assert bench.roofline.targets(found)[1:] == ["full_step 128x256, mean_length 256: peak memory 0.49 of theirs's, asked for at most 0.50: met",
+                                                "full_step 128x256, mean_length 256: reserved memory 0.70 of theirs's, asked for at most 0.50: not met"]
+    assert len(bench.roofline.targets([r for r in found if r.metric_name != "reserved memory"])) == 2
+
+
 # ---------------------------------------------------------------- what a GPU adds, without one
 
 @pytest.fixture
@@ -405,7 +448,8 @@ def pretend(bench, monkeypatch):
     monkeypatch.setattr(bench.measure, "cuda_peak", lambda work, device: 3.0)
     monkeypatch.setattr(bench.measure, "_settled", lambda device: 2 ** 20)
     monkeypatch.setattr(bench.rows, "device_name", lambda device: "NVIDIA X")
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 11 * 2 ** 20)
+    for name, mib in (("max_memory_allocated", 11), ("memory_reserved", 4), ("max_memory_reserved", 22)):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None, mib=mib: mib * 2 ** 20)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     return launched
 
@@ -432,12 +476,12 @@ def test_on_a_gpu_an_op_has_two_times_and_without_a_graph_that_is_said(bench, qu
 
 
 def test_on_a_gpu_the_peak_of_a_step_is_that_of_its_first_passes(bench, quick, pretend, monkeypatch, tmp_path):
-    """Building leaves 1 MiB, the passes reach 11, and 2 MiB of AdamW's state were there before."""
+    """Building leaves 1 MiB, the passes reach 11, and 2 MiB of AdamW's state were there before; torch held 4 MiB of the device, and 22 in the end."""
     runs = []
     case = one_case(bench, "step", ours=bench.case.Work(lambda: runs.append(1), dict, state=2 ** 21))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 11 * 2 ** 20 if len(runs) == 3 else pytest.fail("read before the third pass, or after it"))
     rows = {row.metric_name: row for row in bench.measure.time_case(case, bench.case.Setting("micro", 1, tmp_path, torch.device("cuda")), dict(case.providers), 2)}
-    assert set(rows) == {"time", "peak memory"} and rows["peak memory"].y_50 == 12 and rows["time"].extra_config["built_mib"] == 0 and not pretend
+    assert set(rows) == {"time", "peak memory", "reserved memory"} and rows["peak memory"].y_50 == 12 and rows["reserved memory"].y_50 == 20 and rows["time"].extra_config["built_mib"] == 0 and not pretend
 
 
 def test_a_loaded_base_is_copied_for_a_gpu(bench, tmp_path):

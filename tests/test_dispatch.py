@@ -42,12 +42,13 @@ def test_what_was_measured_is_what_is_picked(tmp_path, monkeypatch, fresh):
                    row("lora_linear", "epilogue", 65536, 0.1, metric_name="rate"), row("lora_linear", "other", 65536, 0.1), row("adapter", "epilogue", 65536, 0.1),
                    row("lora_linear", "epilogue", 65536, 0.1, provider="peft")]
     rows.write(tmp_path / "x.json", MEASURED + passed_over, "x")
-    old = {"device": "NVIDIA X", "dtype": "bfloat16", "dropout": False, "rows": 1, "inside": 1, "outside": 1, "rank": 8, "ms": {"library": 1.0}}
+    old = {"device": "NVIDIA X", "dtype": "bfloat16", "dropout": False, "rows": 4096, "inside": 768, "outside": 768, "rank": 8, "ms": {"library": 1.0}}
     out = tmp_path / "dispatch.json"
-    out.write_text(json.dumps({"lora_linear": [old, old | {"device": "NVIDIA Z"}]}))
+    out.write_text(json.dumps({"lora_linear": [old, old | {"device": "NVIDIA Z"}, old | {"rows": 1, "inside": 1, "outside": 1}]}))  # one that is measured now, two that are not
     assert dispatch_table.main([str(tmp_path / "x.json"), "--out", str(out)]) == 0
     table = json.loads(out.read_text())["lora_linear"]
-    assert [line["device"] for line in table] == ["NVIDIA Z"] + 4 * ["NVIDIA X"] and sum(len(line["ms"]) for line in table) == 1 + len(MEASURED)
+    assert [(line["device"][-1], line["rows"]) for line in table[:2]] == [("Z", 4096), ("X", 1)] and {line["device"] for line in table[2:]} == {"NVIDIA X"}
+    assert len(table) == 2 + 4 and sum(len(line["ms"]) for line in table) == 2 + len(MEASURED)
     monkeypatch.setattr(dispatch, "TABLE", out)
     monkeypatch.setattr(dispatch, "_name", lambda device: "NVIDIA X")
     every, device = dispatch.FORMS["lora_linear"], torch.device("cuda")

@@ -17,12 +17,18 @@ the same files run on the device.
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench.poison import poisoned  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,20 +37,6 @@ MORE, DRAWS = 8, 64  # of the inputs, where a judgement is not enough
 STEPS = 16  # draws of a whole step; a tensor's ratio is spread by a factor of up to 3 (one standard deviation), the mean of 16 by 1.32
 WRONG = 1000.0  # times plain torch's root mean square error in one draw: an element further off is wrong, not unlucky
 GUARD = 64  # elements of NaN on either side of an input; keeps it aligned
-
-
-@contextlib.contextmanager
-def poisoned():
-    """Inside the `with` block every tensor that torch makes without values holds NaN (whole numbers: the largest), so an element nobody wrote is seen."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]
 
 
 def product_in_order(left: numpy.ndarray, right: numpy.ndarray) -> numpy.ndarray:
