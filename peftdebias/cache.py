@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy
 
-from . import cda, corpus, lines, sentences
+from . import cda, corpus, holdout, lines, records, sentences
 from .buckets import Families
 from .errors import ConfigError
 
@@ -127,10 +127,10 @@ class Cached:
 def key(recipe) -> str:
     """sha256 of all that decides the families of a recipe."""
     tokenizer, axis = recipe.tokenizer, recipe.axis
-    code = [Path(module.__file__) for module in (cda, corpus, lines, sentences)] + [Path(cda.__file__).parent / "axes" / "pronouns.toml"]
+    code = [Path(module.__file__) for module in (cda, corpus, holdout, lines, records, sentences)] + [Path(cda.__file__).parent / "axes" / "pronouns.toml"]
     about = [
         FORMAT, [_sha256(path) for path in code], [_sha256(path) for path in recipe.files], recipe.column, recipe.unit, recipe.on_error,
-        repr(dataclasses.replace(axis, description="", source="")), repr(recipe.intervention), repr(recipe.held_out), recipe.shard,
+        repr(dataclasses.replace(axis, description="", source="")), repr(recipe.intervention), recipe.held_out.share, sorted(recipe.held_out.also), recipe.shard,
         tokenizer.backend.to_str(), tokenizer.style, recipe.max_length,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()

@@ -1,70 +1,101 @@
-"""Which texts of a corpus are for validation.
+"""Which families of a corpus are for validation.
 
-A text is held out by its hash, so that equal texts are never on both sides and every process decides alike without talking. Of the held-out texts the
-first families are taken in the order of the corpus: the search ends as soon as there are enough. It leaves out tokens.
+A family is held out by a hash of its text without the attribute words, which its counterfactuals share: so equal texts, and a text and its counterfactual where a
+corpus has both, are never on two sides, and every process decides alike without talking. Of the held-out families the first are taken in the order of the corpus:
+the search ends as soon as there are enough. It leaves out tokens.
 """
 
 import dataclasses
-import zlib
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
 from .axes import Axis
-from .cda import Intervention
-from .cda_engine import expand
+from .cda import Family, Intervention
+from .cda_engine import engine, expand
 from .errors import DataError
 
 Read = Callable[[], Iterator[list[str]]]
 """Reads a corpus from its beginning: lists of neighbouring texts."""
 
+PLACES = 2 ** 32
 
-def is_held_out(text: str, share: float) -> bool:
-    """Whether a text is for validation: by its hash, whatever space stands around it."""
-    return zlib.crc32(text.strip().encode("utf-8", "surrogatepass")) < share * 2**32
+
+def place_of(family: Family) -> int:
+    """Where a family stands among all, 0 to PLACES - 1: by its text with every attribute word cut out, whatever space stands around it. No CRC-32, by which
+    prepare.py chooses the development examples: a corpus without these shall not be one without validation texts."""
+    pieces, done = [], 0
+    for start, end in sorted({(swap.start, swap.end) for variant in family.variants for swap in variant.swaps}):
+        pieces.append(family.text[done:start])
+        done = max(done, end)
+    skeleton = "\0".join([*pieces, family.text[done:]]).strip()
+    return int.from_bytes(hashlib.blake2b(skeleton.encode("utf-8", "surrogatepass"), digest_size=4).digest(), "big")
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """The rule: a share of all texts by hash, and the texts equal to `also`."""
+    """The rule: a share of all families by their places, and those at the places `also`."""
 
     share: float = 0.0
-    also: str | None = None
+    also: frozenset[int] = frozenset()
 
-    def __call__(self, text: str) -> bool:
-        return (self.share > 0 and is_held_out(text, self.share)) or text == self.also
+    def __call__(self, family: Family) -> bool:
+        place = place_of(family)
+        return place < self.share * PLACES or place in self.also
 
 
 def choose(read: Read, axis: Axis, intervention: Intervention, share: float, wanted: int, files: str) -> tuple[HeldOut, list[str]]:
     """(the rule, the texts of the first `wanted` held-out families), with words of the axis on both sides.
 
-    Raises DataError where no text has such words, or equal texts alone; `files` names the corpus. Where no held-out text has any (a corpus of a few
-    lines), the first text that has is held out too.
+    Raises DataError where no text has such words, or one family alone; `files` names the corpus. Where no held-out family has any (a corpus of a few
+    lines), the first that has is held out too.
     """
+    swap, rule = engine(axis, intervention), HeldOut(share)
     held: list[str] = []
-    texts, held_touched, first, second = 0, False, None, None  # the first two different texts to train on that have words
+    texts, held_touched, first, second = 0, False, None, None  # the places of the first two families to train on that have words
     for chunk in read():
         texts += len(chunk)
-        chosen = [text for text in chunk if is_held_out(text, share)]
-        held += _kept(chosen, axis, intervention)[: wanted - len(held)]
-        held_touched = held_touched or any(touched(chosen, axis, intervention))
-        if first is None or (second is None and not held_touched):
-            for text in touched([text for text in chunk if not is_held_out(text, share)], axis, intervention):
-                if first is None:
-                    first = text
-                elif second is None and text != first:
-                    second = text
+        for family in swap.families(chunk):
+            aside = rule(family)
+            if aside and len(held) < wanted:
+                held.append(family.text)
+            if family.variants and aside:
+                held_touched = True
+            elif family.variants and first is None:
+                first = place_of(family)
+            elif family.variants and second is None and place_of(family) != first:
+                second = place_of(family)
         if len(held) >= wanted and held_touched and first is not None:
             break
     if first is None and not held_touched:
         raise DataError(f"{files}: expected words of the axis {axis.name}, found none in {texts} texts")
-    if not held_touched:
-        rule, held = HeldOut(share, first), []
-        for chunk in read():
-            held += _kept([text for text in chunk if rule(text)], axis, intervention)[: wanted - len(held)]
-            if len(held) >= wanted:
-                break
     if first is None or (second is None and not held_touched):
-        raise DataError(f"{files}: expected two different texts with words of the axis {axis.name}, one to validate on; found one (or give --valid FILE)")
-    return HeldOut(share, None if held_touched else first), held
+        raise DataError(f"{files}: expected two texts with words of the axis {axis.name} that differ in more than these, one to validate on; found one (or give --valid FILE)")
+    if held_touched:
+        return rule, held
+    rule, held = HeldOut(share, frozenset([first])), []
+    for chunk in read():
+        held += [family.text for family in swap.families(chunk) if rule(family)][: wanted - len(held)]
+        if len(held) >= wanted:
+            break
+    return rule, held
+
+
+def beside(read: Read, valid: Sequence[str], axis: Axis, intervention: Intervention, files: str, valid_files: str) -> HeldOut:
+    """The rule where files of their own validate, with the texts `valid`: the corpus's families that are among theirs are held out.
+
+    Raises DataError where the corpus has no other text with words of the axis.
+    """
+    swap, texts, any_touched = engine(axis, intervention), 0, False
+    rule = HeldOut(also=frozenset(map(place_of, swap.families(valid))))
+    for chunk in read():
+        texts += len(chunk)
+        for family in swap.families(chunk):
+            if family.variants and not rule(family):
+                return rule
+            any_touched = any_touched or bool(family.variants)
+    if any_touched:
+        raise DataError(f"{files}: expected texts with words of the axis {axis.name} beside those of {valid_files}, found the same alone")
+    raise DataError(f"{files}: expected words of the axis {axis.name}, found none in {texts} texts")
 
 
 def first_families(read: Read, axis: Axis, intervention: Intervention, wanted: int, files: str) -> list[str]:
@@ -73,7 +104,7 @@ def first_families(read: Read, axis: Axis, intervention: Intervention, wanted: i
     texts, any_touched = 0, False
     for chunk in read():
         texts += len(chunk)
-        found += _kept(chunk, axis, intervention)[: wanted - len(found)]
+        found += [chunk[source] for source in expand(chunk, axis, intervention).sources][: wanted - len(found)]
         any_touched = any_touched or any(touched(chunk, axis, intervention))
         if any_touched and len(found) >= wanted:
             return found
@@ -82,11 +113,6 @@ def first_families(read: Read, axis: Axis, intervention: Intervention, wanted: i
     return found
 
 
-def _kept(texts: Sequence[str], axis: Axis, intervention: Intervention) -> list[str]:
-    """Those that make a family."""
-    return [texts[source] for source in expand(texts, axis, intervention).sources]
-
-
 def touched(texts: Sequence[str], axis: Axis, intervention: Intervention) -> list[str]:
     """Those with words of the axis."""
-    return _kept(texts, dataclasses.replace(axis, keep_untouched=False), intervention)
+    return [texts[source] for source in expand(texts, dataclasses.replace(axis, keep_untouched=False), intervention).sources]

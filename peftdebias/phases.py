@@ -28,7 +28,7 @@ from .config import Downstream, Upstream
 from .encoder import MaskedLMHead, Model
 from .errors import ConfigError, DataError, PeftDebiasError
 from .evaluation import classification_measures, cut_note, encode_examples, max_length, positive_label
-from .holdout import HeldOut, choose, first_families
+from .holdout import HeldOut, beside, choose, first_families
 from .lines import Skipped
 from .metrics import Measure
 from .metrics.classification import accuracy, f1, macro_f1
@@ -42,6 +42,7 @@ from .training import Outcome, Schedule, pick_device, pick_precision, pick_step,
 from .worker import Epochs, default_workers
 
 CHUNK = 4096  # texts tokenised together
+FEW = 20  # held-out families, fewer than which say little
 
 
 @dataclasses.dataclass
@@ -92,8 +93,9 @@ def _held_out(settings: Upstream, axis: Axis, intervention: Intervention, files:
         return lambda: (chunk.texts for chunk in corpus.chunks(paths, settings.column, unit=settings.unit, on_error=settings.on_error, skipped=skipped))
 
     if valid:
-        first_families(read(files), axis, intervention, 1, ", ".join(settings.corpus))  # there is something to learn from
-        return HeldOut(), first_families(read(valid, skipped), axis, intervention, settings.valid_texts, ", ".join(settings.valid))
+        names = ", ".join(settings.corpus), ", ".join(settings.valid)
+        texts = first_families(read(valid, skipped), axis, intervention, settings.valid_texts, names[1])
+        return beside(read(files), texts, axis, intervention, *names), texts
     return choose(read(files), axis, intervention, settings.valid_share, settings.valid_texts, ", ".join(settings.corpus))
 
 
@@ -133,6 +135,8 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
         epochs = stack.enter_context(Epochs(recipe, default_workers(recipe.files) if settings.workers is None else settings.workers))
         counts = epochs.ready()
         notes = [*loaded.report.lines(), *_corpus_notes(counts, len(held_out.families) if valid else None, axis.name, longest)]
+        if len(held_out.families) < FEW:
+            notes.append(f"held out: only {len(held_out.families)} families to choose the best step by; more come with --valid-share or a --valid file")
         if held_out.cut:
             notes.append(f"held out: {_cut(held_out.cut, held_out.members, longest)}")
         notes += skipped.report("held out")
@@ -147,7 +151,8 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
             head = {f"mlm.{name}": p for name, p in model.mlm.named_parameters()}
             train_only(model, head.values())
             _tell(say, [size_note("a new masked-LM head", head, model)])
-            train(model, task, head, dataclasses.replace(schedule, steps=settings.fresh_head), run.event, label="masked-LM head")
+            with model.without(*model.methods):  # one head of the base, whatever module is trained then
+                train(model, task, head, dataclasses.replace(schedule, steps=settings.fresh_head), run.event, label="masked-LM head")
 
         def loop(parameters: dict, pull=None, rate: float = 1.0) -> Outcome:
             train_only(model, parameters.values())
@@ -184,6 +189,8 @@ def _fresh_head(model: Model, settings: Upstream) -> None:
 def _corpus_notes(counts: Counts, held_out: int | None, axis: str, longest: int) -> list[str]:
     """What the corpus is, as far as it was read. held_out: families of a validation file; None: the corpus's own, as counted."""
     aside = f"{counts.held_out if held_out is None else held_out} families held out"
+    if held_out is not None and counts.held_out:
+        aside += f", {counts.held_out} that are among these left out"
     touched = f"{counts.texts} texts, {counts.touched} with words of the axis {axis}; {counts.families} families of {counts.members} texts"
     notes = list(counts.notes)
     if counts.whole:
@@ -256,7 +263,7 @@ def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: N
         for name, path in paths.items():
             notes += cut_note(encoded[name], longest, path)
         model.to(device)
-        trained = {n: p for n, p in all_parameters(model).items() if not n.startswith("methods.")}
+        trained = {n: p for n, p in all_parameters(model).items() if not n.startswith("methods.") and not any(m.keeps(n) for m in model.methods.values())}
         train_only(model, trained.values())
         notes += [size_note("base and classifier", trained, model), f"device: {device}, {precision}", *_compiling(step)]
         samples = {name: labelled_samples(encoded[name], targets[name]) for name in splits}

@@ -11,7 +11,7 @@ of another tokenizer (`hole` finds none).
 """
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ class Hole(NamedTuple):
 
 @dataclass(slots=True)
 class Prepared:
-    """Families on their way to ids. strings: what is tokenised. sizes, sources: as cda_engine.Expanded has them.
+    """Families on their way to ids. strings: what is tokenised. sizes, sources: as cda_engine.Expanded has them. aside: sources of families left out.
 
     holes: None where the strings are the members. Else: of each string, how many it has; members: how many texts each becomes; words: for every hole
     of every such text in order, the word that is put there, as an index into the strings behind the last that has an entry in `holes`.
@@ -49,6 +49,7 @@ class Prepared:
     holes: list[int] | None = None
     members: list[int] = field(default_factory=list)
     words: list[int] = field(default_factory=list)
+    aside: list[int] = field(default_factory=list)
 
 
 def hole(tokenizer: Tokenizer) -> Hole | None:
@@ -68,16 +69,22 @@ def _stands_alone(token: tokenizers.AddedToken) -> bool:
     return not (token.lstrip or token.rstrip or token.single_word or token.normalized)
 
 
-def prepare(swap: NativeEngine | PythonEngine, texts: Sequence[str], put: Hole | None) -> Prepared:
-    """What has to be tokenised for the families of the texts. put: `hole` of the tokenizer."""
-    if put is None:
+def prepare(swap: NativeEngine | PythonEngine, texts: Sequence[str], put: Hole | None, aside: Callable[[Family], bool] | None = None) -> Prepared:
+    """What has to be tokenised for the families of the texts. put: `hole` of the tokenizer. aside: which families are left out."""
+    if put is None and aside is None:
         found = swap.expand(texts)
         return Prepared(found.texts, found.sizes, found.sources)
-    made, numbers = Prepared([], [], [], []), {}
+    made, numbers = Prepared([], [], [], None if put is None else []), {}
     for family in swap.families(texts):
+        if aside is not None and aside(family):
+            made.aside.append(family.source)
+            continue
         kept = family.kept(swap.intervention.keep)
         made.sizes.append(len(kept))
         made.sources.append(family.source)
+        if put is None:
+            made.strings += kept
+            continue
         fillings = _fillings(family, put) if len(kept) > 1 else None
         if fillings is None:
             made.strings += kept

@@ -250,21 +250,17 @@ def _encoded(recipe: Recipe, start: Start, skipped: Skipped, put: splice.Hole | 
 
 
 def _expanded(recipe: Recipe, start: Start, skipped: Skipped, put: splice.Hole | None):
-    """Of each chunk: itself, (number, index) of each text to train on, their families, how many texts these were and how many of them have words of the
+    """Of each chunk: itself, (number, index) of each text, their families to train on, how many texts are not held out and how many of them have words of the
     axis, held-out families, what was left out so far."""
     number = start.text if start.place is not None else 0
     part, parts = recipe.shard
-    held, swap = recipe.held_out, engine(recipe.axis, recipe.intervention, recipe.threads)
+    held, swap = None if recipe.held_out == HeldOut() else recipe.held_out, engine(recipe.axis, recipe.intervention, recipe.threads)
     for chunk in corpus.chunks(recipe.files, recipe.column, on_error=recipe.on_error, unit=recipe.unit, skipped=skipped, start=start.place or Place()):
         mine = [(n, i) for i, n in enumerate(range(number, number + len(chunk.texts))) if n % parts == part and n >= start.text]
         number += len(chunk.texts)
-        training = [(n, i) for n, i in mine if not held(chunk.texts[i])] if held != HeldOut() else mine
-        found = splice.prepare(swap, [chunk.texts[i] for _, i in training], put)
-        aside = 0
-        if len(training) < len(mine):
-            kept = {i for _, i in training}
-            aside = len(swap.expand([chunk.texts[i] for _, i in mine if i not in kept]).sizes)
-        yield chunk, training, found, len(training), _touched(recipe, chunk, training, found.sizes), aside, Skipped(skipped.count, list(skipped.first))
+        found = splice.prepare(swap, [chunk.texts[i] for _, i in mine], put, held)
+        training = [mine[i] for i in sorted(set(range(len(mine))).difference(found.aside))] if found.aside else mine
+        yield chunk, mine, found, len(training), _touched(recipe, chunk, training, found.sizes), len(found.aside), Skipped(skipped.count, list(skipped.first))
 
 
 def _touched(recipe: Recipe, chunk: corpus.Chunk, training: list[tuple[int, int]], sizes: list[int]) -> int:

@@ -74,7 +74,7 @@ def test_the_background_process_writes_and_reads_it_too(made):
 
 
 @pytest.mark.parametrize("change", [
-    {"column": "x"}, {"unit": "sentence"}, {"on_error": "skip"}, {"max_length": 9}, {"shard": (0, 2)}, {"held_out": HeldOut(0.2)}, {"held_out": HeldOut(0.1, "he")},
+    {"column": "x"}, {"unit": "sentence"}, {"on_error": "skip"}, {"max_length": 9}, {"shard": (0, 2)}, {"held_out": HeldOut(0.2)}, {"held_out": HeldOut(0.1, frozenset([3]))},
     {"intervention": Intervention(keep="originals")}, {"axis": axes.load_axis("race")}, {"axis": dataclasses.replace(axes.load_axis("gender"), keep_untouched=True)},
     {"tokenizer": wordpiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "he"])},
 ], ids=lambda change: "-".join(f"{k}={v}" if isinstance(v, (str, int, float)) else k for k, v in change.items()))  # fmt: skip

@@ -1,11 +1,16 @@
 """Which texts are held out: by hash, both sides with words of the axis, no further read than needed."""
 
+import dataclasses
+import hashlib
+import re
+
 import pytest
 
 from peftdebias.axes import load_axis
-from peftdebias.cda import PAPER, families
+from peftdebias.cda import PAPER, Intervention, families
 from peftdebias.errors import DataError
-from peftdebias.holdout import HeldOut, choose, first_families, is_held_out
+from peftdebias.holdout import HeldOut, beside, choose, first_families, place_of
+from peftdebias.prepare import in_dev
 
 GENDER = load_axis("gender")
 
@@ -26,6 +31,17 @@ def many(count: int) -> list[str]:
     return [f"{('he', 'it')[i % 3 == 0]} was {i}" for i in range(count)]
 
 
+def is_held_out(text: str, share: float) -> bool:
+    """The specification, word by word: the words of these texts are "he" and "she"."""
+    cut = re.sub(r"\b(?:s?he)\b", "\0", text.strip())
+    return int.from_bytes(hashlib.blake2b(cut.encode(), digest_size=4).digest(), "big") / 2 ** 32 < share
+
+
+def family_of(text: str, axis=GENDER):
+    (family,) = families([text], dataclasses.replace(axis, keep_untouched=True))
+    return family
+
+
 def test_the_first_families_of_the_held_out_texts():
     texts = many(400)
     read, taken = reading(texts)
@@ -34,25 +50,58 @@ def test_the_first_families_of_the_held_out_texts():
     assert rule == HeldOut(0.2) and held == expected[:7] and len(expected) > 30
     assert taken[-1] < 200  # no further than that
     assert choose(read, GENDER, PAPER, 0.2, 1000, "f")[1] == expected
-    assert [rule(t) for t in texts] == [is_held_out(t, 0.2) for t in texts]
+    assert [rule(family_of(t)) for t in texts] == [is_held_out(t, 0.2) for t in texts]
 
 
-def test_without_a_held_out_text_that_has_words_the_first_such_text_is_taken():
-    texts = ["it is", "he is", "she is", "it was", "he is"]
+@pytest.mark.parametrize("text,axis,how", [
+    ("He gave his sister her book.", "gender", {}), ("He gave his sister her book.", "gender", {"occurrences": "one"}), ("  she is HERS ", "gender", {}),
+    ("The black doctor met asian lawyers.", "race", {}), ("a muslim and a christian", "religion", {"max_variants": 1}), ("The black doctor met asian lawyers.", "race", {"max_variants": 2}),
+])  # fmt: skip
+def test_a_text_and_its_counterfactuals_are_on_one_side(text, axis, how):
+    axis, how = load_axis(axis), Intervention(**how)
+    (family,) = families([text], axis, how)
+    members = [next(families([member], axis, how)) for member in family.members]
+    assert len(members) > 1 and {place_of(member) for member in members} == {place_of(family)}
+    other = next(families([text.replace("book", "pen").replace("doctor", "nurse").replace(" is ", " was ").replace(" and ", " or ")], axis, how))
+    assert place_of(other) != place_of(family) == place_of(next(families([f" {text}\t"], axis, how)))
+
+
+def test_the_share_is_that_of_families_and_not_that_of_development_examples():
+    """A corpus that lost a tenth of its texts to dev has its own share to validate on."""
+    left = [text for i in range(5000) if not in_dev(text := f"{('he', 'she')[i % 2]} was number {i}", 0.1)]
+    rule = HeldOut(0.1)
+    held = sum(rule(f) for f in families(left, GENDER))
+    assert abs(held / len(left) - 0.1) < 4 * (0.1 * 0.9 / len(left)) ** 0.5
+
+
+def test_without_a_held_out_text_that_has_words_the_first_such_family_is_taken():
+    texts = ["it is", "he is", "she was", "it was", "he is ", "she is"]
     rule, held = choose(reading(texts)[0], GENDER, PAPER, 1e-9, 9, "f")
-    assert rule == HeldOut(1e-9, "he is") and held == ["he is", "he is"] and [rule(t) for t in texts] == [False, True, False, False, True]
+    assert rule == HeldOut(1e-9, frozenset([place_of(family_of("he is"))])) and held == ["he is", "he is ", "she is"]
+    assert [rule(family_of(t)) for t in texts] == [False, True, False, False, True, True]
     assert choose(reading(texts)[0], GENDER, PAPER, 1e-9, 1, "f")[1] == ["he is"]
+
+
+ONE = "f: expected two texts with words of the axis gender that differ in more than these, one to validate on; found one (or give --valid FILE)"
 
 
 @pytest.mark.parametrize("texts,share,words", [
     (["it is", "it was"], 0.5, "f: expected words of the axis gender, found none in 2 texts"),
-    (["it is", "he is", "he is"], 1e-9, "f: expected two different texts with words of the axis gender, one to validate on; found one (or give --valid FILE)"),
-    (["he is", "she is"], 1 - 1e-9, "f: expected two different texts with words of the axis gender, one to validate on; found one (or give --valid FILE)"),
+    (["it is", "he is", "he is"], 1e-9, ONE), (["he is a nurse", "she is a nurse"], 1e-9, ONE), (["he is", " he is"], 1e-9, ONE), (["he is", "she was"], 1 - 1e-9, ONE),
 ])  # fmt: skip
 def test_corpora_without_words_on_both_sides(texts, share, words):
     with pytest.raises(DataError) as caught:
         choose(reading(texts)[0], GENDER, PAPER, share, 5, "f")
     assert str(caught.value) == words
+
+
+def test_what_files_of_their_own_validate_with_is_not_trained_on():
+    rule = beside(reading(["he is", "it", "she was", "she is"])[0], ["she is", "it is"], GENDER, PAPER, "c", "v")
+    assert [rule(family_of(t)) for t in ("he is", "she is", "it is", "he was", "it")] == [True, True, False, False, False]  # "it is" is no family of this axis
+    for texts, words in ((["he is", "she is", "it"], "c: expected texts with words of the axis gender beside those of v, found the same alone"),
+                         (["it", "it was"], "c: expected words of the axis gender, found none in 2 texts")):
+        with pytest.raises(DataError, match=f"^{words}$"):
+            beside(reading(texts)[0], ["she is"], GENDER, PAPER, "c", "v")
 
 
 def test_a_validation_file_is_read_as_far_as_needed():

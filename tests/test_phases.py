@@ -12,16 +12,19 @@ import safetensors.torch
 import torch
 
 from peftdebias import checkpoint, patch, phases, weights
+from peftdebias.axes import load_axis
+from peftdebias.cda import families
 from peftdebias.checkpoint import load_run
 from peftdebias.config import Downstream, Upstream
 from peftdebias.errors import ConfigError, DataError, PeftDebiasError
 from peftdebias.evaluation import encode_examples
-from peftdebias.holdout import is_held_out
+from peftdebias.holdout import HeldOut
 from peftdebias.phases import parse_class_weights
 from peftdebias.tasks import class_probabilities, labelled_samples
+from peftdebias.testbed import World
 
 from .outside import one_thread  # noqa: F401
-from .small import cli, done, flags_of, lines, sha256, small, tree  # noqa: F401
+from .small import cli, done, flags_of, lines, save_bert, sha256, small, tokenizer_of, tree  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -293,15 +296,27 @@ def test_equal_texts_are_never_on_both_sides(small, tmp_path):  # noqa: F811
     said = learn(small, tmp_path, "he is a nurse\n" * 5 + "she is a baker\n", valid_share=1e-9)
     assert said.code == 0 and note(said) == (1, 1, 1, 2, 5), said.err
     said = learn(small, tmp_path, "he is a nurse\n" * 5, overwrite=True)
-    assert said.code == 2 and f"{tmp_path}/c.txt: expected two different texts with words of the axis gender, one to validate on; found one (or give --valid FILE)" in said.err
+    assert said.code == 2 and f"{tmp_path}/c.txt: expected two texts with words of the axis gender that differ in more than these, one to validate on; found one (or give --valid FILE)" in said.err
 
 
-def test_the_share_held_out_is_by_hash_of_the_text(small, tmp_path):  # noqa: F811
+def test_the_share_held_out_is_by_hash_and_few_are_told(small, tmp_path):  # noqa: F811
     texts = small.corpus.read_text().splitlines()
-    held_out = [t for t in texts if is_held_out(t, 0.2)]
+    held_out = [f for f in families(texts, load_axis("gender")) if HeldOut(0.2)(f)]
     said = learn(small, tmp_path, "\n".join(texts), valid_share=0.2)
-    assert note(said)[2] == len(texts) - len(held_out) and note(said)[4] == len(held_out) and 15 < len(held_out) < 45
-    assert [is_held_out(" " + t, 0.2) for t in texts] == [is_held_out(t, 0.2) for t in texts]
+    assert note(said)[2] == len(texts) - len(held_out) and note(said)[4] == len(held_out) and 20 <= len(held_out) < 45
+    assert "held out: only" not in said.err
+    said = learn(small, tmp_path, "\n".join(texts), valid_share=0.01, overwrite=True)
+    assert f"held out: only {note(said)[4]} families to choose the best step by; more come with --valid-share or a --valid file" in said.err.splitlines()
+
+
+def test_both_sides_of_a_pair_are_on_one_side(small, tmp_path):  # noqa: F811
+    said = learn(small, tmp_path, "he is a nurse\nshe is a nurse\n")
+    assert said.code == 2 and "expected two texts with words of the axis gender that differ in more than these" in said.err
+    (tmp_path / "v.txt").write_text("she is a nurse\n")
+    said = learn(small, tmp_path, "he is a nurse\nshe is a baker\n", valid=tmp_path / "v.txt")
+    assert said.code == 0 and "1 families of 2 texts to train on, 1 families held out, 1 that are among these left out" in said.err
+    said = learn(small, tmp_path, "he is a nurse\n", valid=tmp_path / "v.txt", overwrite=True)
+    assert said.code == 2 and f"c.txt: expected texts with words of the axis gender beside those of {tmp_path}/v.txt, found the same alone" in said.err
 
 
 @pytest.mark.parametrize("flags", [{"from": "female"}, {"occurrences": "one", "max_variants": 2}, {"keep": "counterfactuals"}, {"keep": "originals"}, {"names": True},
@@ -310,8 +325,9 @@ def test_what_is_learnt_from_is_what_augment_writes(flags, small, tmp_path):  # 
     (tmp_path / "c.txt").write_text("\n".join([*small.corpus.read_text().splitlines()[:40], "Mary and John met the muslim man and her christian son", "nothing at all"]) + "\n")
     axis = flags.get("axis", "gender")
     rest = {key: value for key, value in flags.items() if key != "axis"}
+    (tmp_path / "v.txt").write_text("the woman and her father\na muslim and a christian\n")
     written = done("augment", tmp_path / "c.txt", *flags_of({"axis": axis, "format": "lines", "stats": tmp_path / "stats.json", **rest}))
-    done("upstream", *small.learning(axis=axis, corpus=tmp_path / "c.txt", valid=tmp_path / "c.txt", out=tmp_path / "run", **rest))
+    done("upstream", *small.learning(axis=axis, corpus=tmp_path / "c.txt", valid=tmp_path / "v.txt", out=tmp_path / "run", **rest))
     corpus, stats = lines(tmp_path / "run" / "metrics.jsonl")[-1]["corpus"], json.loads((tmp_path / "stats.json").read_text())
     assert corpus["members"] == len(written.out.splitlines()) > 10 and corpus["texts"] == stats["texts"] == 42 and corpus["touched"] == stats["touched"]
     saved = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
@@ -327,6 +343,28 @@ def test_an_axis_of_the_users_is_kept_by_its_place(small, tmp_path, monkeypatch)
     assert tomllib.loads((tmp_path / "run" / "config.toml").read_text())["axis"] == str(tmp_path / "mine.toml")
     said = cli("upstream", *small.learning(out="other", **{"from": "neither"}))
     assert said.code == 2 and "neither" in said.err.splitlines()[-1] and not (tmp_path / "other").exists()
+
+
+def test_a_fresh_head_does_not_depend_on_the_module_beside_it(small, tmp_path):  # noqa: F811
+    """A prefix is drawn: it moves what it is attached to before it has learnt anything."""
+    bare, heads = save_bert(tmp_path / "bare", tokenizer_of(World()), mlm=False), []
+    for name, options in (("lora", "rank=2"), ("prefix", "length=3")):
+        done("upstream", *small.learning(model=bare, out=tmp_path / name, method=name, set=options, fresh_head=4, steps=1))
+        with safetensors.safe_open(tmp_path / name / "model" / "model.safetensors", "pt") as file:
+            heads.append({key: file.get_tensor(key) for key in file.keys() if key.startswith("cls.")})
+    assert len(heads[0]) > 3 and all(torch.equal(tensor, heads[1][key]) for key, tensor in heads[0].items())
+
+
+def test_norms_rest_downstream_beside_a_sparse_module(small, runs, tmp_path):  # noqa: F811
+    """As while it learnt (PAPER: SFT); beside another they train."""
+    done("upstream", *small.learning(out=tmp_path / "sparse", method="sparse", set="k=50"))
+    moved = {}
+    for name, adapter in (("sparse", tmp_path / "sparse"), ("lora", runs["gender"])):
+        done("downstream", *small.task(out=tmp_path / f"task-{name}", adapter=adapter, epochs=1))
+        before, after = (dict(load_run(folder).model.named_parameters()) for folder in (small.base, tmp_path / f"task-{name}"))
+        moved[name] = {key for key, p in before.items() if key.startswith("encoder.") and not torch.equal(p, after[key])}
+    norms = {key for key in moved["lora"] if ".norm." in key}
+    assert len(norms) >= 8 and moved["sparse"] == moved["lora"] - norms
 
 
 def test_validation_texts_of_their_own(small, tmp_path):  # noqa: F811
@@ -404,7 +442,7 @@ def test_what_is_cut_is_counted_and_reported(small, tmp_path):  # noqa: F811
     #                                          [CLS] he is a nurse [SEP]: 6 tokens
     said = learn(small, tmp_path, "he is a nurse\n" + "".join(f"he is a nurse {'and baker ' * i}\n" for i in range(1, 9)), max_length=10, valid_share=1e-9)
     assert "corpus: 12 of 16 texts (counterfactuals counted) are longer than 10 tokens and were cut" in said.err, said.err  # 8, 10 | 12 ... 22
-    assert "held out:" not in said.err  # the first text is held out
+    assert said.err.count("and were cut") == 1  # the first text is held out
     said = learn(small, tmp_path, "he is a nurse and baker and baker\nshe is\n", max_length=9, valid_share=1e-9, overwrite=True)
     assert "held out: 2 of 2 texts (counterfactuals counted) are longer than 9 tokens and were cut" in said.err and "corpus: 0 of" not in said.err
     said = done("downstream", *small.task(out=tmp_path / "down", max_length=12))

@@ -23,7 +23,7 @@ from peftdebias.batches import Sample, from_packed, pack, plan
 from peftdebias.buckets import Families
 from peftdebias.cda import families
 from peftdebias.errors import ConfigError, DataError, PeftDebiasError
-from peftdebias.holdout import HeldOut, is_held_out
+from peftdebias.holdout import HeldOut
 from peftdebias.stream import Ended, Filled, Given, Recipe, Start, Stream, ahead, fill
 from peftdebias.tokens import STYLES, mask_tokens, wordpiece
 from peftdebias.worker import Epochs, default_workers
@@ -128,8 +128,7 @@ def test_words_of_the_axis_are_masked_more_where_the_recipe_says_so(file):
 
 def in_memory(everything: list[str], made: Recipe, epoch: int):
     """The specification."""
-    kept = [(number, text) for number, text in enumerate(everything) if not is_held_out(text, made.held_out.share)]
-    found = [(kept[family.source][0], family.members) for family in families([text for _, text in kept], GENDER)]
+    found = [(family.source, family.members) for family in families(everything, GENDER) if not made.held_out(family)]
     ids = [[e.ids for e in TOKENIZER.encode(members, max_length=made.max_length)] for _, members in found]
     batches = []
     for i, items in enumerate(plan([sum(map(len, f)) for f in ids], members=[len(f) for f in ids], seed=(made.seed, 0, epoch), **made.batch)):
@@ -142,10 +141,10 @@ def test_counts_are_of_the_whole_pass(file):
     everything = file.read_text().splitlines()
     with Epochs(recipe(file, held_out=HeldOut(0.1))) as epochs:
         counts = epochs.ready()
-    training = [text for text in everything if not is_held_out(text, 0.1)]
-    found = list(families(training, GENDER))
-    assert (counts.texts, counts.families, counts.members, counts.whole) == (len(training), len(found), sum(len(f.members) for f in found), True)
-    assert counts.held_out == len(list(families([text for text in everything if is_held_out(text, 0.1)], GENDER))) > 5
+    every = list(families(everything, GENDER))
+    found = [family for family in every if not HeldOut(0.1)(family)]
+    assert counts.held_out == len(every) - len(found) > 5
+    assert (counts.texts, counts.families, counts.members, counts.whole) == (len(everything) - counts.held_out, len(found), sum(len(f.members) for f in found), True)
     assert counts.cut == sum(e.cut > 0 for f in found for e in TOKENIZER.encode(f.members, max_length=10)) > 5
 
 

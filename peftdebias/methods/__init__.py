@@ -166,6 +166,10 @@ class Method:
         """
         return loop(self.parameters())
 
+    def keeps(self, name: str) -> bool:
+        """Whether the base's parameter of that name stays as it is downstream, beside this method."""
+        return False
+
     def saved_config(self):
         """The config that goes with `state`, where saving simplifies."""
         return self.config

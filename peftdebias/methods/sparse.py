@@ -143,6 +143,10 @@ class Sparse(Method):
         zeros = [torch.zeros_like(v) for v in self.values.values()]
         return loop(self.parameters(), lambda: pull(strength, self.values.values(), zeros))
 
+    def keeps(self, name: str) -> bool:
+        """The LayerNorms, as while it learnt (the paper's setting for both phases)."""
+        return name.startswith("encoder.") and ".norm." in name
+
     def state(self) -> dict[str, Tensor]:
         saved = {f"{site}.values": v for site, v in super().state().items()}
         return saved | {f"{site}.indices": self.indices[site].cpu().to(torch.int32) for site in self.values}
