@@ -86,7 +86,7 @@ class Upstream(Swapping, Training):
     workers: int | None = option("0: batches are made between the steps; N: by a background process with N threads (default: 0 for less than 8 MiB of files, else up to 2)", None)
     cache: str | None = option("folder that keeps the tokenised texts; the next run on the same texts, axis and tokenizer reads them from there", None, metavar="DIR")
     valid: tuple[str, ...] = option("text files to validate on (default: a share of the corpus)", (), many="words", metavar="FILE")
-    valid_share: float = option("share of the corpus held out for validation, chosen by hash of the text", 0.02)
+    valid_share: float = option("share of the corpus held out for validation, chosen by hash; a text and its counterfactuals stay together", 0.02)
     valid_texts: int = option("at most that many held-out texts with their counterfactuals", 500)
     valid_every: int = option("steps between validations; the module with the lowest loss is kept", 1000)
     budget: float | None = option("size of the module as a share of the base's parameters, e.g. 0.01", None)
