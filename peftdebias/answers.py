@@ -19,6 +19,7 @@ from .tokens import Tokenizer
 
 TRUE_LABELS = ("1", "true", "yes")
 LONGEST = 256  # tokens, where neither the caller nor the run says
+LEAST = 3  # tokens that a model has to have room for beside its modules
 
 
 @dataclasses.dataclass
@@ -58,8 +59,11 @@ def check_pairs(what: str, run: Run, pairs: bool) -> None:
 
 
 def max_length(model: Model, wanted: int) -> int:
-    """The longest text that both the caller and the model allow."""
-    return min(wanted, model.config.max_positions - model.encoder.hooks.position_shift)
+    """The longest text that both the caller and the model allow. Raises ConfigError where the modules leave no position for a token of a text."""
+    shift, positions = model.encoder.hooks.position_shift, model.config.max_positions
+    if positions - shift < LEAST:
+        raise ConfigError(f"modules: expected room for a text of {LEAST} tokens, the special ones among them, got {positions - shift}: they take {shift} of the model's {positions} positions")
+    return min(wanted, positions - shift)
 
 
 def longest_of(run: Run, settings: Evaluate | Predict) -> int:

@@ -24,7 +24,7 @@ from peftdebias.tasks import class_probabilities, labelled_samples
 from peftdebias.testbed import World
 
 from .outside import one_thread  # noqa: F401
-from .small import cli, done, flags_of, lines, save_bert, sha256, small, tokenizer_of, tree  # noqa: F401
+from .small import POSITIONS, cli, done, flags_of, lines, save_bert, sha256, small, tokenizer_of, tree  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -343,6 +343,13 @@ def test_an_axis_of_the_users_is_kept_by_its_place(small, tmp_path, monkeypatch)
     assert tomllib.loads((tmp_path / "run" / "config.toml").read_text())["axis"] == str(tmp_path / "mine.toml")
     said = cli("upstream", *small.learning(out="other", **{"from": "neither"}))
     assert said.code == 2 and "neither" in said.err.splitlines()[-1] and not (tmp_path / "other").exists()
+
+
+def test_modules_that_leave_no_position_for_a_text_are_refused(small, tmp_path):  # noqa: F811
+    said = cli("upstream", *small.learning(method="prompt", set=[f"length={POSITIONS - 2}", "positioned=true"], out=tmp_path / "run"))
+    assert said.code == 2 and said.err.splitlines()[-1] == (
+        f"peftdebias: modules: expected room for a text of 3 tokens, the special ones among them, got 2: they take {POSITIONS - 2} of the model's {POSITIONS} positions")
+    done("upstream", *small.learning(method="prompt", set=[f"length={POSITIONS - 3}", "positioned=true"], steps=1, out=tmp_path / "run"))
 
 
 def test_a_fresh_head_does_not_depend_on_the_module_beside_it(small, tmp_path):  # noqa: F811
