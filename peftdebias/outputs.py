@@ -47,16 +47,35 @@ def writing(path: str | None) -> Iterator:
 @contextlib.contextmanager
 def alone(path: Path, what: str) -> Iterator[None]:
     """Inside the `with` block no other process is in such a block for `path`, a file that is there. Raises ConfigError about `what` where one is; where the system
-    knows no such locks, it is not seen."""
+    knows no such locks, it is not seen. What a process that was killed left half-written beside the file or below is removed."""
     with open(path, "rb") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _tidy(path.parent)
             except BlockingIOError:
                 raise ConfigError(f"{what}: another process is at work there; expected it to end first, or another folder") from None
             except OSError:  # a file system without locks
                 pass
         yield
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what `partial_of` named for processes that are no more."""
+    for left in list(folder.rglob(".*.partial-*")):
+        number = left.name.rpartition("-")[2]
+        if number.isdecimal() and not _lives(int(number)):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's; no number that a process can have
+        pass
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -185,3 +185,17 @@ def test_results_may_lie_in_the_run_they_are_of_and_be_made_again(small, runs): 
         done("report", runs / "jobs", "--out", runs / "jobs" / "report.html")
         done("export", runs / "jobs", "--as", "merged", "--out", runs / "jobs" / "merged", "--overwrite")
         done("evaluate", runs / "jobs", "--on", f"classification={small.test}", "--json", runs / "jobs" / "tokenizer-test.json")
+
+
+def test_what_a_killed_process_left_is_removed_by_who_is_alone_there(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / "recipe.json").write_text("{}")
+    left = [tmp_path / "runs" / f".a.partial-{gone.pid}", tmp_path / f".b.json.partial-{gone.pid}"]
+    kept = [tmp_path / f".c.json.partial-{os.getpid()}", tmp_path / ".d.partial-x", tmp_path / f".e.old-{gone.pid}", tmp_path / "runs" / f"f.partial-{gone.pid}"]
+    for path in (left[0], kept[3]):
+        path.mkdir(parents=True)
+    for path in (left[0] / "config.toml", left[1], *kept[:3]):
+        path.write_text("x")
+    with alone(tmp_path / "recipe.json", "--out x"):
+        assert not any(path.exists() for path in left) and all(path.exists() for path in kept)
