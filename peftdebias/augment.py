@@ -20,7 +20,7 @@ from .cda_engine import BLOCK, EVERYTHING, Counts, Written, engine
 from .config import Augment
 from .errors import ConfigError, DataError
 from .lines import Skipped
-from .options import SHIPPED
+from .options import SHIPPED, expect
 from .outputs import keep_apart, tables, writing
 
 KINDS = {"jsonl": "json", "lines": "lines"}
@@ -82,6 +82,7 @@ def prepared(settings) -> tuple[Axis, Intervention]:
 
 def augment(settings: Augment) -> Summary:
     """Write the counterfactuals that `settings` ask for. Raises PeftDebiasError on bad input, and no file is left behind then."""
+    expect(Augment, settings)
     begin = time.perf_counter()
     axis, intervention = prepared(settings)
     files = lines.find(settings.files or ("-",))

@@ -27,6 +27,7 @@ from .metrics.fprd import fprd_tally
 from .metrics.seat import SETS, seat_tally
 from .metrics.stereoset import LABELS, stereoset_tally
 from .metrics.tally import Difference, Tally, differences
+from .options import expect
 from .outputs import keep_apart, writing
 
 ANSWERS = {"predicted", "probabilities", "predicted_counterfactual", "probabilities_counterfactual", "more", "less", "nll", "scores", "association"}
@@ -69,6 +70,7 @@ class Rows:
 
 def compare(settings: Compare) -> Comparison:
     """What settings ask for; writes settings.json. Raises PeftDebiasError on files that cannot be compared."""
+    expect(Compare, settings)
     if settings.against and not settings.seeds:
         raise ConfigError("--against: expected --seeds beside it; two --examples files are compared without")
     for files in (settings.files, settings.against) if settings.seeds else ():

@@ -4,14 +4,13 @@ Order of force: a flag, else the TOML file, else the default here. Unknown keys 
 config.toml can be given as --config again.
 """
 
-import dataclasses
 import math
 
 from .errors import ConfigError
-from .options import SEEDS, at_least, check_seed, flag, option
+from .options import SEEDS, at_least, check_seed, flag, option, settings
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class Swapping:
     """How texts become counterfactuals; cda.Intervention says what each choice does."""
 
@@ -26,7 +25,7 @@ class Swapping:
         at_least(1, self, "max_variants")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class Training:
     """What both phases share."""
 
@@ -50,9 +49,6 @@ class Training:
             raise ConfigError("--batch-size and --batch-tokens: expected one of them, got both")
         at_least(1, self, "batch_size", "batch_tokens", "max_length")
         check_seed(self.seed)
-        for name in ("lr", "weight_decay", "clip", "warmup"):
-            if not isinstance(getattr(self, name), (int, float)):
-                raise ConfigError(f"{flag(name)}: expected a number, got {getattr(self, name)!r}")
         at_least(0, self, "weight_decay")
         for name in ("lr", "weight_decay"):
             if math.isinf(getattr(self, name)):
@@ -71,7 +67,7 @@ class Training:
         return {"batch_size": self.batch_size or 32}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class Upstream(Swapping, Training):
     """Learn to undo one axis of bias: the base is frozen, a small module is trained by masked-LM on counterfactual text."""
 
@@ -109,7 +105,7 @@ class Upstream(Swapping, Training):
         _weight(self)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class Downstream(Training):
     """Train a classifier on a labelled file: attached modules are frozen, the base and a new head learn the task."""
 
@@ -135,7 +131,7 @@ class Downstream(Training):
         at_least(1, self, "epochs")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class Evaluate:
     """Measure bias and quality of a model or run. Each --on NAME=FILE adds measures."""
 
@@ -169,7 +165,7 @@ class Evaluate:
         check_seed(self.seed)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class Compare:
     """Compare two systems, never without an interval: `evaluate --examples` files of both on the same examples (paired bootstrap, McNemar), or with --seeds
     `evaluate --json` files of one system under several seeds (mean and spread), --against those of another."""
@@ -186,7 +182,7 @@ class Compare:
         check_seed(self.seed)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class Run:
     """Do a whole recipe: all systems, seeds, both phases, transfer and measures, ending in the paper's table; taken up again where it was stopped."""
 
@@ -208,7 +204,7 @@ class Run:
             raise ConfigError(f"--scale: expected more than 0, got {self.scale}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class Predict:
     """Label texts with a downstream run: label and probabilities, one JSON object a line."""
 
@@ -225,7 +221,7 @@ class Predict:
         at_least(1, self, "max_length", "batch_tokens")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class Augment(Swapping):
     """Write counterfactuals of texts: what each text says when the attribute words of an axis are swapped, one JSON object a line."""
 
@@ -256,7 +252,7 @@ class Augment(Swapping):
         return int(shard), int(shards)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class Methods:
     """List the methods, each at the size that --budget chooses for a model: parameters, share of the base, file size, what merges and folds."""
 
@@ -268,14 +264,14 @@ class Methods:
         at_least(1, self, "max_length")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class Doctor:
     """Say what runs here: versions, device, and for every op which implementation would be used and why."""
 
     device: str = option("cpu, cuda, cuda:1, ...; auto takes a GPU where there is one", "auto")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class Export:
     """Write a run for other libraries, with a card: as a plain Hugging Face model folder, a `peft` adapter folder, or a model with the module in its weights."""
 
@@ -285,7 +281,7 @@ class Export:
     overwrite: bool = option("replace --out if it is an exported folder", False)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class Import:
     """Read a module of another library, a Hugging Face `peft` or AdapterHub folder, and write it as a run folder bound to its base."""
 
@@ -296,7 +292,7 @@ class Import:
     overwrite: bool = option("replace --out if it exists", False)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class Demo:
     """The whole method on a small made-up world, in about two minutes: pretrain a tiny BERT, debias it, classify, measure."""
 
@@ -312,7 +308,7 @@ class Demo:
                 raise ConfigError(f"{flag(name)}: expected a strength from 0 to 1, got {getattr(self, name)}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class Report:
     """Show runs and results in one self-contained HTML file. Their figures lie beside it, as metrics.json."""
 
@@ -324,7 +320,7 @@ class Report:
         at_least(0, self, "examples")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings
 class Testbed:
     """Does it debias? Plant a link between occupation and gender of known strength in a made-up world's pretraining text or task labels, measure it before and
     after each method over several seeds, and write the figures, a table and a drawing. Stopped, it goes on where it was."""

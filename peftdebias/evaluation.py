@@ -17,6 +17,7 @@ from .checkpoint import Run
 from .config import Evaluate, Predict
 from .errors import ConfigError, DataError, ModelError
 from .extrinsic import classification_measures
+from .options import expect
 from .outputs import files_in, keep_apart, tables, writing
 from .tasks import class_probabilities, labelled_samples
 from .training import pick_device
@@ -106,6 +107,7 @@ def _of_file(path: str, found: Result, results: list[tuple[str, Result]]) -> str
 
 def evaluate(settings: Evaluate) -> Result:
     """Load, measure, and write the files that settings name. Raises PeftDebiasError on bad input."""
+    expect(Evaluate, settings)
     if not settings.on:
         raise ConfigError(f"--on: expected at least one NAME=FILE with NAME one of {', '.join(ON)}, got none")
     measured = [path for _, path in parse_on(settings.on)]
@@ -129,6 +131,7 @@ def evaluate(settings: Evaluate) -> Result:
 
 def predict(settings: Predict) -> list[str]:
     """Label the texts of settings.file (or standard input) and write {"text", "label", "probabilities"} a line. Returns notes. Raises PeftDebiasError."""
+    expect(Predict, settings)
     device = pick_device(settings.device)
     keep_apart({"--out": settings.out}, [settings.file or "-", *checkpoint.files_of(settings.run)])
     with writing(settings.out) as file:

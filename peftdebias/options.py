@@ -5,6 +5,8 @@ What it adds over config.py, which says what can be set: how that is written and
 
 import argparse
 import dataclasses
+import numbers
+import os
 import tomllib
 import types
 import typing
@@ -22,6 +24,27 @@ def option(help: str, default=dataclasses.MISSING, *, many: str = "", metavar: s
 
 SHIPPED = "shipped"  # --names without a file
 SEEDS = 2**63 - 1  # the largest that every generator takes
+
+
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True)
+def settings(cls: type) -> type:
+    """Class decorator: a frozen dataclass whose values, from wherever they come, are made what its fields say (`checked`) before its own checks in `__post_init__`."""
+    check = getattr(cls, "__post_init__", lambda self: None)
+
+    def __post_init__(self):
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name, value in checked(type(self), given, f"{type(self).__name__}: ").items():
+            object.__setattr__(self, name, value)
+        check(self)
+
+    cls.__post_init__ = __post_init__
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+def expect(cls: type, given) -> None:
+    """Raises ConfigError where a command is called from Python with anything else than its settings."""
+    if not isinstance(given, cls):
+        raise ConfigError(f"{cls.__name__.lower()}: expected its settings, {cls.__module__}.{cls.__name__}(...), got {type(given).__name__}")
 
 
 def flag(name: str) -> str:
@@ -94,7 +117,8 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 def checked(cls: type, values: dict, where: str = "") -> dict:
     """`values` as the fields of the dataclass `cls` want them; what --set, flags and TOML write alike. `where` begins the messages.
 
-    A whole number serves as a number, one value as a list of one. Raises ConfigError on an unknown key or another type.
+    A whole number serves as a number, one value as a list of one, a path as its text, None where a field may be unset. Raises ConfigError on an unknown key or
+    another type.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -106,18 +130,37 @@ def checked(cls: type, values: dict, where: str = "") -> dict:
             known = ", ".join(field.rstrip("_") for field in fields)
             raise ConfigError(f"{where}unknown key {name!r}; expected {'one of ' + known if known else 'none'}")
         kind = _plain(hints[key])
+        if value is None and type(None) in typing.get_args(hints[key]):
+            ready[key] = None
+            continue
         if kind is dict:
-            value = parse_settings(value) if isinstance(value, list) else value
+            value = parse_settings(value) if isinstance(value, (list, tuple)) else value
         elif kind is tuple:
-            value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        elif kind is float and type(value) is int:
-            value = float(value)
+            value = tuple(map(_unwrapped, value)) if isinstance(value, (list, tuple)) else (_unwrapped(value),)
+        else:
+            value = _unwrapped(value)
+            value = float(value) if kind is float and type(value) is int else value
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)) or (kind is tuple and not all(isinstance(v, str) for v in value)):
-            raise ConfigError(f"{where}{name}: expected {KINDS[kind]}, got {value!r}")
+            raise ConfigError(f"{where}{name}: expected {KINDS[kind]}, got {_short(value)}")
         if (choices := fields[key].metadata.get("choices")) and value not in choices:
             raise ConfigError(f"{where}{name}: expected one of {', '.join(choices)}, got {value!r}")
         ready[key] = value
     return ready
+
+
+def _unwrapped(value):
+    """A path as its text, a number of numpy's as Python's."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, (bool, int)) else value
+
+
+def _short(value) -> str:
+    """A value in a message of one line: what it is, where it is long."""
+    said = repr(value)
+    return said if len(said) <= 100 and "\n" not in said else type(value).__name__
 
 
 def parse_settings(pairs: list[str]) -> dict:
@@ -165,19 +208,17 @@ def _read_toml(cls: type, path: Path) -> dict:
     return checked(cls, values, f"{path}: ")
 
 
-def at_least(least: int, settings, *names: str) -> None:
-    """Raises ConfigError on a named field that is set and less, or not a number."""
+def at_least(least: int, of, *names: str) -> None:
+    """Raises ConfigError on a named field of the settings `of` that is set and less."""
     for name in names:
-        value = getattr(settings, name)
-        if value is not None and not isinstance(value, (int, float)):
-            raise ConfigError(f"{flag(name)}: expected a number, got {value!r}")
+        value = getattr(of, name)
         if value is not None and not value >= least:
             raise ConfigError(f"{flag(name)}: expected at least {least}, got {value}")
 
 
 def check_seed(seed: int) -> None:
     """Raises ConfigError on what no generator takes."""
-    if not isinstance(seed, int) or not 0 <= seed <= SEEDS:
+    if not 0 <= seed <= SEEDS:
         raise ConfigError(f"--seed: expected a whole number from 0 to {SEEDS}, got {seed!r}")
 
 

@@ -32,7 +32,7 @@ from .holdout import HeldOut, beside, choose, first_families
 from .lines import Skipped
 from .metrics import Measure
 from .metrics.classification import accuracy, f1, macro_f1
-from .options import as_plain, checked
+from .options import as_plain, checked, expect
 from .outputs import tables
 from .patch import all_parameters, base_checksum, train_only
 from .stream import Counts, Recipe
@@ -104,6 +104,7 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
 
     Raises PeftDebiasError on bad input and leaves nothing behind then.
     """
+    expect(Upstream, settings)
     device = pick_device(settings.device)
     precision, step = pick_precision(settings.precision, device), pick_step(settings.step, device)
     axis, intervention = prepared(settings)
@@ -248,6 +249,7 @@ def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: N
 
     Raises PeftDebiasError on bad input and leaves nothing behind then.
     """
+    expect(Downstream, settings)
     device = pick_device(settings.device)
     precision, step = pick_precision(settings.precision, device), pick_step(settings.step, device)
     with checkpoint.writing_run(settings.out, "downstream", _saved(settings), settings.overwrite, device, precision=precision, step=step) as run:

@@ -23,7 +23,7 @@ from .config import Downstream, Evaluate, Run, Upstream
 from .errors import ConfigError, PeftDebiasError
 from .metrics.compare import over_seeds, seed_difference
 from .metrics.tally import Difference
-from .options import build, checked, parse_settings
+from .options import build, checked, expect, parse_settings
 from .outputs import alone, write_text
 from .recipe import Column, Recipe, System, Task
 from .training import pick_device
@@ -59,6 +59,7 @@ class Results:
 
 def run(settings: Run, say: Say = lambda line: None) -> Results:
     """Does what is left of the recipe and writes the table. Raises PeftDebiasError on bad input; what was done before stays."""
+    expect(Run, settings)
     recipe = recipes.load(settings.recipe)
     runner = _Runner(recipe, settings, say)
     with alone(runner.out / "recipe.json", f"--out {runner.out}"):

@@ -3,11 +3,15 @@
 import argparse
 import dataclasses
 import typing
+from pathlib import Path
 
+import numpy
 import pytest
 import tomli_w
 
+import peftdebias
 from peftdebias import cli, config, options
+from peftdebias.axes import load_axis
 from peftdebias.config import Augment, Demo, Downstream, Evaluate, Predict, Upstream
 from peftdebias.errors import ConfigError
 
@@ -196,7 +200,19 @@ def test_all_that_is_missing_is_named_as_it_is_typed():
     (Downstream, DOWNSTREAM, {"epochs": 0}, "--epochs: expected at least 1"),
     (Evaluate, {"model": "m"}, {"samples": 0}, "--samples: expected at least 1"),
     (Evaluate, {"model": "m"}, {"seed": -2}, "--seed: expected a whole number from 0"),
-    (Upstream, UPSTREAM, {"steps": "3"}, "--steps: expected a number, got '3'"),
+    (Upstream, UPSTREAM, {"steps": "3"}, "Upstream: steps: expected a whole number, got '3'"),
+    (Upstream, UPSTREAM, {"steps": 2.5}, "Upstream: steps: expected a whole number, got 2.5"),
+    (Upstream, UPSTREAM, {"steps": True}, "Upstream: steps: expected a whole number, got True"),
+    (Upstream, UPSTREAM, {"steps": None}, "Upstream: steps: expected a whole number, got None"),
+    (Upstream, UPSTREAM, {"valid_every": 1.5}, "Upstream: valid_every: expected a whole number, got 1.5"),
+    (Upstream, UPSTREAM, {"lr": "1e-3"}, "Upstream: lr: expected a number, got '1e-3'"),
+    (Upstream, UPSTREAM, {"corpus": (3,)}, r"Upstream: corpus: expected a list of texts, got \(3,\)"),
+    (Upstream, UPSTREAM, {"axis": load_axis("gender")}, "Upstream: axis: expected a text, got Axis$"),
+    (Upstream, UPSTREAM, {"set": 3}, "Upstream: set: expected a table of options, got 3"),
+    (Upstream, UPSTREAM, {"step": "quick"}, "Upstream: step: expected one of auto, eager, graph, compiled, got 'quick'"),
+    (Downstream, DOWNSTREAM, {"epochs": 1.5}, "Downstream: epochs: expected a whole number, got 1.5"),
+    (Downstream, DOWNSTREAM, {"label": ["profession"]}, r"Downstream: label: expected a text, got \['profession'\]"),
+    (Downstream, DOWNSTREAM, {"fold": "no"}, "Downstream: fold: expected true or false, got 'no'"),
     (Evaluate, {"model": "m"}, {"seed": 2**63}, "--seed: expected a whole number from 0 to .*, got 9223372036854775808"),
     (Upstream, UPSTREAM, {"lr": float("inf")}, "--lr: expected a finite number, got inf"),
     (Upstream, UPSTREAM, {"weight_decay": float("inf")}, "--weight-decay: expected a finite number, got inf"),
@@ -220,3 +236,17 @@ def test_batches_are_32_texts_unless_asked_otherwise():
 def test_annotations_are_ones_that_checked_understands():
     for cls in COMMANDS:
         assert {options._plain(hint) for hint in typing.get_type_hints(cls).values()} <= set(options.KINDS)
+
+
+def test_values_of_python_are_made_what_the_fields_say():
+    made = Upstream(**UPSTREAM | {"model": Path("m"), "corpus": Path("a.txt"), "out": Path("o"), "cache": Path("c"), "set": ("rank=4",), "steps": numpy.int64(3), "lr": 1, "valid": [Path("v")]})
+    assert (made.model, made.corpus, made.out, made.cache, made.set, made.steps, made.lr, made.valid) == ("m", ("a.txt",), "o", "c", {"rank": 4}, 3, 1.0, ("v",))
+    assert type(made.steps) is int and type(made.lr) is float and Downstream(**DOWNSTREAM | {"adapter": "runs/gender"}).adapter == ("runs/gender",)
+    assert dataclasses.replace(made, lr=2).lr == 2.0 and made == Upstream(**dataclasses.asdict(made))
+
+
+@pytest.mark.parametrize("name,cls", [("upstream", Upstream), ("downstream", Downstream), ("evaluate", Evaluate), ("predict", Predict), ("run", config.Run), ("compare", config.Compare)])
+def test_a_command_of_python_takes_its_own_settings_alone(name, cls):
+    for given in (None, {"model": "m"}, Demo()):
+        with pytest.raises(ConfigError, match=rf"^{name}: expected its settings, peftdebias.config.{cls.__name__}\(...\), got {type(given).__name__}$"):
+            getattr(peftdebias, name)(given)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .. import checkpoint, methods
 from ..config import Testbed
 from ..errors import ConfigError, PeftDebiasError
+from ..options import expect
 from ..outputs import alone, partial_of, write_text
 from . import summary
 from .units import NONE, Plan, Sizes, Unit
@@ -42,6 +43,7 @@ def units_of(settings: Testbed) -> list[Unit]:
 
 def testbed(settings: Testbed, say: Callable[[str], None] = lambda line: None) -> str:
     """Compute what is not there yet, write the folder, and return the table. Raises ConfigError where the folder is something else's or of other settings."""
+    expect(Testbed, settings)
     for name in settings.methods:
         if name != NONE:
             methods.method_class(name)

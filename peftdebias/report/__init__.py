@@ -23,6 +23,7 @@ from pathlib import Path
 from .. import __version__
 from ..config import Report
 from ..errors import ConfigError, DataError
+from ..options import expect
 from ..outputs import files_in, keep_apart, writing
 from .page import Section, render
 from .recipe import source_of_recipe
@@ -79,6 +80,7 @@ def available() -> bool:
 
 def report(settings: Report) -> tuple[Path, Path]:
     """Write settings.out and metrics.json beside it; returns both. Raises PeftDebiasError, and then leaves nothing behind."""
+    expect(Report, settings)
     if not available():
         raise ConfigError("a report needs jinja2 and matplotlib: pip install 'peftdebias[report]'")
     out = Path(settings.out)
