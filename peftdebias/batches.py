@@ -6,7 +6,7 @@ Letters: T tokens in the batch, B sequences, M rows asked for.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .buckets import WINDOW, Packed, plan
+from .errors import ModelError
 
 __all__ = ["IGNORED", "WINDOW", "Batch", "Sample", "Spans", "cumulative", "from_packed", "pack", "plan", "with_inserted"]
 
@@ -221,7 +222,13 @@ class Staged:
 
 
 def pack(samples: Sequence[Sample]) -> Batch:
-    """One Batch of the samples, in their order. Targets are packed where every sample has them."""
+    """One Batch of the samples, in their order. Targets are packed where every sample has them. Raises ModelError on what is no Sample, and on rows it does not have."""
+    samples = list(samples) if isinstance(samples, Iterable) else [samples]
+    for number, sample in enumerate(samples):
+        if not isinstance(sample, Sample):
+            raise ModelError(f"pack: expected a list of Sample, got {type(sample).__name__} at {number}")
+        if len(sample.rows) and not 0 <= sample.rows[0] <= sample.rows[-1] < len(sample.ids):
+            raise ModelError(f"pack: sample {number}: expected rows from 0 to {len(sample.ids) - 1}, ascending, got {int(sample.rows[0])} to {int(sample.rows[-1])}")
     lengths = tuple(len(s.ids) for s in samples)
     row_lengths = tuple(len(s.rows) for s in samples)
     starts = numpy.concatenate(([0], numpy.cumsum(lengths, dtype=numpy.int64)))

@@ -29,13 +29,21 @@ FORMAT = 1
 ARRAYS = {"ids": "<i4", "lengths": "<i4", "sizes": "<i4", "sources": "<i8"}
 READ = 1 << 14  # families read together
 
-_unfinished: set[Path] = set()
+_unfinished: dict[Path, list[Path]] = {}
+"""A folder that is being written -> the folders made for it, the innermost first."""
 
 
 def sweep() -> None:
     """Removes what this process has begun to write, for a process that ends without unwinding."""
-    for folder in list(_unfinished):
-        shutil.rmtree(folder, ignore_errors=True)
+    for partial in list(_unfinished):
+        _remove(partial)
+
+
+def _remove(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    for folder in _unfinished.pop(partial, ()):
+        with contextlib.suppress(OSError):  # with tokens in it, it stays
+            folder.rmdir()
 
 
 class Cache:
@@ -62,13 +70,14 @@ class Cache:
 
     def writing(self, blocks: Iterable) -> Iterator:
         """The blocks (stream.Block) as they come, written besides; the folder is there once the last one was taken. Raises ConfigError where it cannot be."""
+        made = [folder for folder in (self.root, *self.root.parents) if not os.path.exists(folder)]
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             partial = self.root / f".partial-{uuid.uuid4().hex}"
             partial.mkdir()
         except OSError as error:
             raise ConfigError(f"--cache {self.root}: cannot be written: {error.strerror}") from None
-        _unfinished.add(partial)
+        _unfinished[partial] = made
         try:
             written, counts = dict.fromkeys(ARRAYS, 0), {}
             with contextlib.ExitStack() as stack:
@@ -84,8 +93,7 @@ class Cache:
             with contextlib.suppress(OSError):  # another process was first
                 os.rename(partial, self.folder)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            _unfinished.discard(partial)
+            _remove(partial)
 
     def _write(self, file, data) -> int:
         try:

@@ -228,11 +228,14 @@ def files_of(*folders: str | Path) -> list[Path]:
 def read_config(run: Path) -> dict:
     """config.toml of a run. Raises ModelError where there is none."""
     try:
-        return tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+        found = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{run}: expected a run folder with config.toml, found none") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ModelError(f"{run / 'config.toml'}: expected TOML, got {error}") from None
+    if not isinstance(found.get("command"), str):
+        raise ModelError(f"{run / 'config.toml'}: expected the configuration of a run, got one without a command")
+    return found
 
 
 def is_run(path: str | Path) -> bool:
@@ -250,7 +253,7 @@ class Run:
     sources: dict[str, Path] = dataclasses.field(default_factory=dict)
 
 
-def load_run(path: str | Path, adapters: tuple[str, ...] = (), device: str | torch.device = "cpu", force: bool = False,
+def load_run(path: str | Path, adapters: tuple[str, ...] | None = (), device: str | torch.device = "cpu", force: bool = False,
              dtype: torch.dtype = torch.float32, **options) -> Run:
     """A run folder (its base, head and modules) or a plain model folder, plus further `adapters`; in eval mode.
 
@@ -273,9 +276,15 @@ def load_run(path: str | Path, adapters: tuple[str, ...] = (), device: str | tor
                 loaded = weights.load(config["model"], **options)
             except ModelError as error:
                 raise ModelError(f"{path}: a module, whose base was {config['model']}: {error}") from None
-    attached = attach_adapters(loaded.model, (*map(str, own), *map(str, adapters)), force)
+    attached = attach_adapters(loaded.model, (*map(str, own), *map(str, adapters or ())), force)
     sources = dict(zip(loaded.model.methods, (adapter.folder for adapter in attached)))
     return Run(loaded.model.to(device, dtype).eval(), loaded.tokenizer, config, loaded.report, sources)
+
+
+def base_of(path: str | Path) -> str | Path:
+    """The model of a run that has none of its own, a module's base; else the path itself."""
+    config = read_config(Path(path)) if is_run(path) and not (Path(path) / "model").is_dir() else {}
+    return config.get("model", path)
 
 
 def versions(device: torch.device | None = None) -> dict:

@@ -242,10 +242,11 @@ def augment(settings: config.Augment) -> None:
 
 def methods(settings: config.Methods) -> None:
     from . import weights
+    from .checkpoint import base_of
     from .methods import overview
 
     show(settings)
-    base, _ = weights.read_config(weights.find_folder(settings.model))
+    base, _ = weights.read_config(weights.find_folder(base_of(settings.model)))
     rows = overview(base, settings.budget, settings.max_length)
     print(columns([("method", "size", "parameters", "share", "file, KiB", "mergeable", "foldable"), *rows]))
     print("result: above")

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import functools
 import json
+import numbers
 import os
 import threading
 import warnings
@@ -122,8 +123,8 @@ class Debiased:
             raise ConfigError(f"fill_mask: expected one text, got {type(text).__name__}")
         tokenizer = self.run.tokenizer
         mask, vocabulary = tokenizer.backend.id_to_token(tokenizer.mask_id), tokenizer.vocab_size
-        if not 1 <= top <= vocabulary:
-            raise ConfigError(f"fill_mask: top: expected 1 to {vocabulary}, the tokens there are, got {top}")
+        if not isinstance(top, numbers.Integral) or isinstance(top, bool) or not 1 <= top <= vocabulary:
+            raise ConfigError(f"fill_mask: top: expected a whole number from 1 to {vocabulary}, the tokens there are, got {top!r}")
         ids = self._encoded(self._texts("fill_mask", [text]))[0].ids
         rows = numpy.flatnonzero(ids == tokenizer.mask_id)
         if not len(rows):
@@ -149,8 +150,11 @@ class Debiased:
         and `tokenizer.json`. pairs: ids hold text pairs, so that a BERT reads segment 1 after the first separator; None is as the run was trained.
         Raises ModelError without the head, AdapterError on a module that the graph cannot hold.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise ConfigError(f"export: expected the name of a file, got {type(path).__name__}")
         path, model, tokenizer = Path(path), self.run.model, self.run.tokenizer
         _one_of("export: what", what, KINDS)
+        _one_of("export: pairs", pairs, (None, True, False))
         _one_of("pooling", pooling, POOLINGS)
         if path.suffix != ".pt2":
             raise ConfigError(f"export {path}: expected a file name that ends in .pt2")
@@ -211,13 +215,13 @@ class Debiased:
             raise ConfigError(f"pairs: expected {len(texts)}, one for each text, got {len(pairs)}")
         encoded = self.run.tokenizer.encode(texts, pairs, self._longest)
         for line in cut_note(encoded, self._longest, self.name):
-            warnings.warn(line, stacklevel=3)
+            warnings.warn(line, stacklevel=4)  # where the answer was asked for
         return encoded
 
 
-def _one_of(what: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ConfigError(f"{what}: expected one of {', '.join(known)}, got {value!r}")
+def _one_of(what: str, value, known: Sequence) -> None:
+    if not any(type(value) is type(one) and value == one for one in known):
+        raise ConfigError(f"{what}: expected one of {', '.join(map(str, known))}, got {value!r}")
 
 
 @in_eval

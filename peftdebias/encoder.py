@@ -105,6 +105,8 @@ class Encoder(nn.Module):
 
         batch: ids and positions int64 [T], ids in [0, V), positions in [0, batch.max_length); see batches.Batch. Raises ModelError on a longer text.
         """
+        if not isinstance(batch, Batch):
+            raise ModelError(f"expected a Batch, as batches.pack(samples) makes one, got {type(batch).__name__}")
         self.seed = torch.randint(2 ** 62, (1,), device=batch.ids.device) if self.training else None
         hidden, batch = self._embed(batch)
         linears = self._linears
@@ -340,7 +342,7 @@ class Model(nn.Module):
         hooks = self.encoder.hooks
         for name in names:
             if not isinstance(name, str) or name not in hooks.methods:
-                raise AdapterError(f"without({name!r}): expected one of {', '.join(hooks.methods) or 'no'} attached methods")
+                raise AdapterError(f"without({name!r}): expected an attached method ({', '.join(hooks.methods) or 'there is none'})")
         before, merged = set(hooks.off), hooks.merged
         placed = merged is not None and merged.placed
         hooks.off |= set(names)

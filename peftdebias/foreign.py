@@ -14,6 +14,7 @@ import functools
 import os
 import re
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -82,6 +83,8 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
         raise AdapterError(f"attach_to: expected a torch.nn.Module, got {type(module).__name__}")
     if not isinstance(method, (Method, str, os.PathLike)):
         raise AdapterError(f"attach_to: expected a method or the folder of one, got {type(method).__name__}")
+    if not isinstance(names, (Mapping, type(None))):
+        raise AdapterError(f"attach_to: names: expected a dict, our site to their module's name, got {type(names).__name__}")
     find, source = _Finder(module, names or {}), method
     if not isinstance(method, Method):
         source = os.path.realpath(_own(Path(method)))
@@ -209,7 +212,7 @@ def _load(folder: Path, find: _Finder, force: bool) -> Method:
     """The method of a folder, checked against the base by its checksum, for which our encoder is filled with the host's tensors."""
     own = _own(folder)
     if not folder.is_dir():
-        raise AdapterError(f"adapter {str(folder)!r}: no such folder")
+        raise AdapterError(f"adapter {str(folder)!r}: {'expected a folder, got a file' if folder.exists() else 'no such folder'}")
     if len(checkpoint.adapter_folders(folder)) > 1:
         raise AdapterError(f"{folder}: a run with several modules; expected one, as {own} is")
     header = checkpoint.read_header(own)

@@ -226,6 +226,8 @@ def _open(path):
 
 
 def _unreadable(path, number: int, error: Exception) -> DataError:
+    if isinstance(error, (EOFError, zlib.error)):  # where in the file is not known: it is read by the block
+        return DataError(f"{path}: cannot be read to its end: {error}")
     return DataError(f"{place(path, number)}: cannot be read: {getattr(error, 'strerror', None) or error}")
 
 

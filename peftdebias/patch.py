@@ -23,13 +23,18 @@ def base_parameters(model: Model) -> dict[str, Parameter]:
     return dict(model.encoder.named_parameters())
 
 
+def _expect_model(model: Model, what: str, besides: str = "") -> None:
+    """Raises AdapterError on anything else than a Model."""
+    if not isinstance(getattr(model, "_orig_mod", model), Model):  # torch.compile wraps one
+        raise AdapterError(f"{what}: expected a model of this package, as load(...).run.model is, got {type(model).__name__}{besides}")
+
+
 def attach(model: Model, name: str, method: Method) -> None:
     """Attach `method` as `name` (the axis it was learnt on, say). Outputs change as its hooks say; parameters stay where they are.
 
     Raises AdapterError on a name in use or one with a "/", a method that is attached already, a base that is no module (Full-Debias), a method made for a base of other sizes, or a site that the model does not have.
     """
-    if not isinstance(getattr(model, "_orig_mod", model), Model):  # torch.compile wraps one
-        raise AdapterError(f"attach {name!r}: expected a model of this package, as load(...).run.model is, got {type(model).__name__} (attach_to takes others)")
+    _expect_model(model, f"attach {name!r}", " (attach_to takes others)")
     if not isinstance(name, str) or not name or "/" in name:
         raise AdapterError(f"attach: expected a name without '/', got {name!r}")
     if not isinstance(method, Method):
@@ -61,9 +66,10 @@ def attach(model: Model, name: str, method: Method) -> None:
 
 def detach(model: Model, name: str) -> Method:
     """Take `name` off and give its method back; the base is bitwise what it was before attach. Raises AdapterError on another name."""
+    _expect_model(model, f"detach {name!r}")
     hooks = model.encoder.hooks
     if name not in hooks.methods:
-        raise AdapterError(f"detach: expected one of {', '.join(hooks.methods) or 'no'} attached methods, got {name!r}")
+        raise AdapterError(f"detach: expected an attached method ({', '.join(hooks.methods) or 'there is none'}), got {name!r}")
     if hooks.merged and name in hooks.merged.names:
         unmerge(model)
     method = hooks.methods[name]
@@ -116,13 +122,14 @@ def merge(model: Model, *names: str) -> None:
 
     Raises AdapterError on a method that is not mergeable, or one that scales a site where another method stays.
     """
+    _expect_model(model, "merge")
     hooks = model.encoder.hooks
     if hooks.merged:
         raise AdapterError("merge: expected an unmerged model; unmerge it first")
     names = names or tuple(hooks.methods)
     for name in names:
         if name not in hooks.methods:
-            raise AdapterError(f"merge: expected one of {', '.join(hooks.methods) or 'no'} attached methods, got {name!r}")
+            raise AdapterError(f"merge: expected an attached method ({', '.join(hooks.methods) or 'there is none'}), got {name!r}")
         if not hooks.methods[name].mergeable:
             raise AdapterError(f"merge {name!r}: {hooks.methods[name].name} cannot be written into the weights with the same outputs")
     written: dict[str, tuple[Parameter, Tensor, Tensor]] = {}
@@ -157,6 +164,7 @@ def merge(model: Model, *names: str) -> None:
 
 def unmerge(model: Model) -> None:
     """Put the kept base tensors back, bit for bit; the methods act again. Does nothing on an unmerged model."""
+    _expect_model(model, "unmerge")
     hooks = model.encoder.hooks
     if hooks.merged:
         if not hooks.merged.placed:

@@ -23,7 +23,7 @@ from torch import Tensor
 from .batches import Batch, Sample, cumulative, pack
 from .encoder import Model
 from .ops import linear
-from .tasks import VALIDATION_TOKENS, in_eval
+from .tasks import VALIDATION_TOKENS, finite, in_eval
 
 CPU_TOKENS = 4096
 CPU_SLICE = 1024  # tokens of the vocabulary; a softmax in float32 rounds the more the longer it is
@@ -67,7 +67,7 @@ def masked_log_probs(model: Model, questions: Sequence[MaskedToken], batch_token
         asked = order[numpy.repeat(starts[numbers] - numpy.cumsum(counts) + counts, counts) + numpy.arange(counts.sum())]  # the questions of these contexts
         rows = numpy.repeat(numpy.arange(len(numbers)), counts)  # int [len(asked)], ascending
         found[asked] = _answers(model, batch.to(model.device), rows, targets[asked])
-    return found
+    return finite(found, "log-probabilities")
 
 
 def _answers(model: Model, batch: Batch, rows: numpy.ndarray, targets: numpy.ndarray) -> numpy.ndarray:

@@ -18,7 +18,7 @@ from . import kernels
 from .batches import IGNORED, Batch, Sample, from_packed, pack, plan
 from .buckets import Packed
 from .encoder import Model
-from .errors import DataError
+from .errors import DataError, ModelError
 from .ops import compiled
 from .tokens import Encoded, Tokenizer, mask_tokens
 
@@ -69,11 +69,18 @@ def masked_lm_nll(model: Model, samples: Sequence[Sample], batch_tokens: int = V
 
 
 @in_eval
-def class_probabilities(model: Model, samples: Sequence[Sample], batch_tokens: int = VALIDATION_TOKENS) -> numpy.ndarray:
-    """float64 [B, C]: probability of each label."""
+def class_probabilities(model: Model, samples: Sequence[Sample], batch_tokens: int = VALIDATION_TOKENS, whatever: bool = False) -> numpy.ndarray:
+    """float64 [B, C]: probability of each label. Raises ModelError where one is no number; whatever: it is given."""
     found = numpy.zeros((len(samples), len(model.classifier.labels)))
     for items, batch in scored_batches(model, samples, batch_tokens):
         found[items] = model.class_logits(batch).double().softmax(-1).cpu().numpy()
+    return found if whatever else finite(found, "probabilities")
+
+
+def finite(found: numpy.ndarray, what: str) -> numpy.ndarray:
+    """`found` itself. Raises ModelError where a number of it is NaN or infinite: no figure can be made of it."""
+    if not numpy.isfinite(found).all():
+        raise ModelError(f"{what}: expected finite numbers, got {numpy.count_nonzero(~numpy.isfinite(found))} of {found.size} that are NaN or infinite: the model's own overflow")
     return found
 
 
@@ -93,7 +100,7 @@ def sentence_vectors(model: Model, samples: Sequence[Sample], pooling: str = "fi
     for items, batch in scored_batches(model, samples, batch_tokens):
         hidden = model.encoder(batch).double()  # [M, D]
         found[items] = numpy.stack([part.mean(0).cpu().numpy() for part in hidden.split(batch.row_lengths)])
-    return found
+    return finite(found, "vectors of texts")
 
 
 # ---------------------------------------------------------------- samples
@@ -232,5 +239,5 @@ class Classification:
 
     def validate(self, model: Model) -> dict[str, float]:
         """The measures on the held-out texts."""
-        predicted = class_probabilities(model, self.held_out).argmax(1)
+        predicted = class_probabilities(model, self.held_out, whatever=True).argmax(1)
         return self.measure(predicted, numpy.array([int(s.targets[0]) for s in self.held_out]))

@@ -154,12 +154,23 @@ def _naming(place: Path) -> Iterator[None]:
 
 def _fits(ours: str, tensor: Tensor | None, shape: Sequence[int], config: EncoderConfig) -> None:
     """Raises ModelError that names the tensor, here and there, unless it has the shape that config.json asks for."""
-    stem, _, last = ours.rpartition(".")
-    name = f"{ours} ({foreign_names(config).get(stem.replace('qkv', 'query'), stem)}.{last})"
+    name = _named(ours, config)
     if tensor is None:
         raise ModelError(f"expected the tensor {name}, found none")
     if list(tensor.shape) != list(shape):
         raise ModelError(f"{name}: expected shape {list(shape)} by config.json, got {list(tensor.shape)}")
+
+
+def _named(ours: str, config: EncoderConfig) -> str:
+    """A tensor by its name here and there."""
+    stem, _, last = ours.rpartition(".")
+    return f"{ours} ({foreign_names(config).get(stem.replace('qkv', 'query'), stem)}.{last})"
+
+
+def wrong_numbers(tensor: Tensor) -> str:
+    """What is wrong with numbers that no answer can be made from; empty where they are finite."""
+    wrong = 0 if torch.isfinite(tensor).all() else int((~torch.isfinite(tensor)).sum())
+    return f"expected finite numbers, got {wrong} of {tensor.numel()} that are NaN or infinite" if wrong else ""
 
 
 # ---------------------------------------------------------------- configuration
@@ -227,6 +238,8 @@ def find_folder(name: str | Path) -> Path:
     """A model folder: the path itself, RUN/model of a run folder, or a name in the local Hugging Face cache. Raises ModelError that says how to fetch it."""
     path = Path(name)
     if (path / "model" / "config.json").exists() and not (path / "config.json").exists():
+        if not (path / "config.toml").exists():  # it tells of modules, without which the base answers otherwise
+            raise ModelError(f"{path}: expected a run folder with config.toml, found none beside model (which as it stands is {path / 'model'})")
         return path / "model"
     if path.is_dir():
         return path
@@ -325,6 +338,8 @@ def load_model(folder: str | Path, *, mlm: bool | None = None, labels: tuple[str
             continue
         with _naming(folder), torch.no_grad():
             _fits(ours, tensor, parameter.shape, config)
+            if wrong := wrong_numbers(tensor):
+                raise ModelError(f"{_named(ours, config)}: {wrong}")
             parameter.copy_(tensor)
     # A pooler that no head uses now is carried along, so that saving loses nothing a later classifier starts from.
     model.carried = {name: found.pop(name).to(dtype) for name in list(found) if name.startswith("classifier.dense.")}

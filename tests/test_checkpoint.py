@@ -295,3 +295,19 @@ def test_a_run_whose_configuration_is_broken_is_named(tmp_path):
         load_run(tmp_path)
     with pytest.raises(ModelError, match="expected a run folder with config.toml, found none"):
         checkpoint.read_config(tmp_path / "none")
+
+
+def test_a_run_s_configuration_says_of_what_command(tmp_path):
+    (tmp_path / "config.toml").write_text("")
+    with pytest.raises(ModelError, match=f"^{tmp_path}/config.toml: expected the configuration of a run, got one without a command$"):
+        load_run(tmp_path)
+
+
+def test_a_module_with_numbers_that_are_none_is_refused(tmp_path):
+    model = model_of()
+    method = lora(model, rank=3)
+    with torch.no_grad():
+        next(iter(method.parameters().values()))[0, 0] = float("nan")
+    save_adapter(tmp_path / "adapter", method, "gender", checkpoint.describe_base(model))
+    with pytest.raises(AdapterError, match=r"adapter.safetensors: layers.0.attention.query.a: expected finite numbers, got 1 of 42 that are NaN or infinite"):
+        load_adapter(tmp_path, model)

@@ -515,3 +515,8 @@ def test_another_error_of_torch_keeps_its_traceback(monkeypatch):
     monkeypatch.setitem(command_line.COMMANDS, "doctor", (wrong, command_line.COMMANDS["doctor"][1]))
     with pytest.raises(RuntimeError, match="scalar type"):
         cli("doctor")
+
+
+def test_methods_of_a_run_are_those_of_its_base(small, chain):  # noqa: F811
+    tables = [done("methods", "--model", folder).out for folder in (small.base, chain[0]["gender"], chain[0]["plain"])]
+    assert tables[0] == tables[1] == tables[2]

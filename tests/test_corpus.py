@@ -162,7 +162,7 @@ def test_errors_of_gzip(tmp_path, file):
     path.write_bytes(b"no gzip")
     assert message(lambda: read_texts([path])).startswith(f"{path}:1: cannot be read: Not a gzipped file")
     path.write_bytes(gzip.compress(b"line\n" * 1000)[:-9])
-    assert "cannot be read: Compressed file ended" in message(lambda: read_texts([path]))
+    assert "cannot be read to its end: Compressed file ended" in message(lambda: read_texts([path]))
 
 
 @pytest.mark.parametrize("name, content", [("a.csv", "id,body\n1,x\n"), ("a.tsv", "id\tbody\n1\tx\n"), ("a.jsonl", '{"id": 1, "body": "x"}')])
@@ -341,7 +341,7 @@ def test_what_no_skipping_mends_stops(tmp_path, file):
     assert skip(tmp_path / "none.txt") == f"{tmp_path}/none.txt: no such file"
     broken = tmp_path / "a.txt.gz"
     broken.write_bytes(gzip.compress(b"line\n" * 1000)[:-9])
-    assert "cannot be read: Compressed file ended" in skip(broken)
+    assert "cannot be read to its end: Compressed file ended" in skip(broken)
     assert skip(file("a.csv", "body\nx\n")) == f"{tmp_path}/a.csv:1: no column 'text'; columns: body"
     path = file("a.jsonl", '{"body": 1}\n' * 3)  # no record has the column
     assert skip(path) == f"no text in {path} but 3 corrupt lines or records, such as {path}:3: no column 'text'; columns: body"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import numpy
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor
 
 import peftdebias
 from peftdebias import checkpoint, methods, patch, weights
-from peftdebias.batches import Batch
+from peftdebias.batches import Batch, Sample, pack
 from peftdebias.config import Predict
 from peftdebias.embedding import Padded, export_padded
 from peftdebias.encoder import EncoderConfig, Model
@@ -242,7 +243,7 @@ def test_fill_mask_answers_each_mask(model):
         assert all(a["token"] == run.tokenizer.backend.id_to_token(a["id"]) for a in answers)
     with pytest.raises(ConfigError, match=r"expected \[MASK\] in the text .*, got none"):
         model.fill_mask(WORDS[0])
-    with pytest.raises(ConfigError, match="top: expected 1 to .*, got 0"):
+    with pytest.raises(ConfigError, match="top: expected a whole number from 1 to .*, got 0"):
         model.fill_mask("[MASK]", top=0)
 
 
@@ -269,7 +270,7 @@ def test_modules_go_off_and_more_come_in(model, folders):
     more = peftdebias.load(folders / "run", [folders / "third"])
     assert more.methods == ("gender", "race", "religion") and not more.encode(TEXTS).equal(both)
     for name in ("age", ["gender"]):
-        with pytest.raises(AdapterError, match="expected one of gender, race attached"), model.without(name):
+        with pytest.raises(AdapterError, match="expected an attached method \\(gender, race\\)"), model.without(name):
             pass
     for folder in (None, 3):
         with pytest.raises(ModelError, match=f"expected the folder of a run or a model, got {type(folder).__name__}"):
@@ -446,3 +447,31 @@ def test_an_exported_file_runs_without_this_package(folders, tmp_path):
 def test_a_roberta_exports_with_everything_attached():
     model = with_modules("roberta", MODULES["all"] + [("prefix", dict(length=2, reparametrised=True, inner=5))])
     assert_same(export_padded(Padded(model, "fill_mask")).module(), model, "fill_mask")
+
+
+def test_arguments_of_other_kinds_are_named(model, tmp_path):
+    run = model.run.model
+    for call, words in (
+        (lambda: peftdebias.merge(model), "merge: expected a model of this package, as load(...).run.model is, got Debiased"),
+        (lambda: peftdebias.unmerge(None), "unmerge: expected a model of this package, as load(...).run.model is, got NoneType"),
+        (lambda: peftdebias.detach(model, "gender"), "detach 'gender': expected a model of this package, as load(...).run.model is, got Debiased"),
+        (lambda: model.fill_mask("[MASK]", top="3"), "top: expected a whole number from 1 to"),
+        (lambda: model.fill_mask("[MASK]", top=True), "top: expected a whole number from 1 to"),
+        (lambda: model.export(None), "export: expected the name of a file, got NoneType"),
+        (lambda: model.export(tmp_path / "x.pt2", "encode", pairs="yes"), "export: pairs: expected one of None, True, False, got 'yes'"),
+        (lambda: peftdebias.attach_to(torch.nn.Linear(2, 2), "r", 5), "attach_to: names: expected a dict, our site to their module's name, got int"),
+        (lambda: peftdebias.attach_to(torch.nn.Linear(2, 2), __file__), "expected a folder, got a file"),
+        (lambda: run.encoder(torch.zeros(3)), "expected a Batch, as batches.pack(samples) makes one, got Tensor"),
+        (lambda: pack(["abc"]), "pack: expected a list of Sample, got str at 0"),
+        (lambda: pack(None), "pack: expected a list of Sample, got NoneType at 0"),
+        (lambda: pack([Sample(numpy.arange(2), numpy.array([2]))]), "pack: sample 0: expected rows from 0 to 1, ascending, got 2 to 2"),
+    ):
+        with pytest.raises(peftdebias.PeftDebiasError) as caught:
+            call()
+        assert words in str(caught.value)
+
+
+def test_texts_that_are_cut_are_told_where_they_were_given(model):
+    with pytest.warns(UserWarning, match="are longer than") as told:
+        model.encode(["he " * 600])
+    assert [Path(one.filename).name for one in told] == [Path(__file__).name]

@@ -95,13 +95,14 @@ def test_the_card(runs, tmp_path):
                   "never its absence", "Gender is treated as binary", "word lists are narrow"):
         assert words in text, words
     done("export", runs / "lora", "--as", "peft", "--out", tmp_path / "b")
-    assert "- loss: " in (tmp_path / "b" / "README.md").read_text() and "corpus" in (tmp_path / "b" / "README.md").read_text()
+    assert re.search(r"\n- masked-LM loss on held-out texts, nats a masked token: \d\.\d{4} before, \d\.\d{4} at step \d+\n", (tmp_path / "b" / "README.md").read_text())
+    assert "corpus" in (tmp_path / "b" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name,form,words", [
     ("lora", "hf", "a model folder cannot hold its lora; expected --as merged (in the weights) or --as peft (a module)"),
     ("adapter", "hf", "a model folder cannot hold its adapter; no form of others does, the run folder alone (peftdebias.load reads it, and exports it as a .pt2 file)"),
-    ("bias", "hf", "a model folder cannot hold its bias; expected --as merged (in the weights)"), ("prefix", "hf", "its prefix; expected --as peft (a module)"),
+    ("bias", "hf", "a model folder cannot hold its bias; expected --as merged (in the weights)"), ("prefix", "hf", "its prefix; expected --as peft (a module made with --set positioned=true)"),
     ("debiased", "hf", "a model folder cannot hold its lora"), ("plain", "peft", "expected a run with a module, found none; --as hf writes its model"),
     ("plain", "merged", "expected a run with a module, found none"), ("adapter", "merged", "merge 'gender': adapter cannot be written into the weights with the same outputs"),
     ("prefix", "merged", "merge 'gender': prefix cannot be written into the weights"), ("adapter", "peft", "adapter: peft has no such module"),

@@ -217,6 +217,11 @@ def test_files_that_cannot_be_read(theirs, tmp_path):
             interchange.read(folder, config)
     settings.write_text(kept)
     torch.save(load_file(path), folder / "adapter_model.bin")
+    tensors = load_file(path)
+    spoilt = next(iter(tensors))
+    save_file({name: t.fill_(float("inf")) if name == spoilt else t for name, t in tensors.items()}, path)
+    with pytest.raises(AdapterError, match=rf"adapter_model.safetensors: {spoilt.removeprefix('base_model.model.')}: expected finite numbers, got {tensors[spoilt].numel()} of {tensors[spoilt].numel()} that are"):
+        interchange.read(folder, config)
     path.write_bytes(b"nonsense")
     with pytest.raises(AdapterError, match="adapter_model.safetensors: cannot be read"):
         interchange.read(folder, config)

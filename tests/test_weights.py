@@ -613,6 +613,9 @@ def test_folders_come_before_the_cache_and_run_folders_hold_theirs_inside(cache,
     save_model(model_of(seed=3), tmp_path / "run" / "model")
     monkeypatch.chdir(tmp_path)
     assert_same(tensors_of(load_model("org/tiny")[0]), tensors_of(model_of(seed=2)))
+    with pytest.raises(ModelError, match=r"run: expected a run folder with config.toml, found none beside model \(which as it stands is .*/run/model\)"):
+        find_folder(tmp_path / "run")  # half of it was copied, say: its modules are not told
+    (tmp_path / "run" / "config.toml").write_text("command = 'downstream'")
     assert find_folder(tmp_path / "run") == tmp_path / "run" / "model"
 
 
@@ -657,3 +660,13 @@ def test_minilm_equals_transformers(tmp_path):
         inputs = outside.padded(other, batch)
         assert torch.equal(again(**inputs).pooler_output, other(**inputs).pooler_output)
     assert load_tokenizer(tmp_path).encode(texts)[0].ids.tolist() == loaded.tokenizer.encode(texts)[0].ids.tolist()
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_numbers_that_no_answer_can_be_made_from_are_refused(number, tmp_path):
+    model = model_of()
+    with torch.no_grad():
+        model.encoder.layers[1].attention.qkv.weight[3, 1:3] = float(number)
+    save_model(model, tmp_path)
+    with pytest.raises(ModelError, match=r"layers.1.attention.qkv.weight \(bert.encoder.layer.1.attention.self.query.weight\): expected finite numbers, got 2 of \d+ that are NaN or infinite"):
+        load_model(tmp_path)

@@ -34,4 +34,7 @@ def _figures(run: Path) -> list[str]:
     except (FileNotFoundError, json.JSONDecodeError, StopIteration):
         return []
     found = [f"- {m['name']}: {m['value']} {m.get('unit', '')}".rstrip() for m in last.get("measures", [])]
-    return found or [f"- {key}: {value}" for key, value in last.items() if key not in ("event", "seconds") and isinstance(value, (int, float))]
+    if found or "loss" not in last:
+        return found
+    before = next((f"{e['loss']:.4f} before, " for e in events if e.get("event") == "validation" and e.get("step") == 0), "")
+    return [f"- masked-LM loss on held-out texts, nats a masked token: {before}{last['loss']:.4f} at step {last['step']}"]

@@ -84,6 +84,10 @@ def _shape_there(method: Method, config: EncoderConfig) -> dict:
             "num_transformer_submodules": 1}
 
 
+ASKED = {"prefix": " made with --set positioned=true", "prompt": " made with --set positioned=true --set first_row=prompt"}
+"""How a module has to be made that peft's folders can hold."""
+
+
 def _read_prefix(fields: Fields, config: EncoderConfig) -> Method:
     length = _prompt_learning(fields, config)
     fields.rest(*INERT, "encoder_hidden_size", "init_weights", "prefix_projection")  # their files hold the flat prefix, projected or not
@@ -92,7 +96,7 @@ def _read_prefix(fields: Fields, config: EncoderConfig) -> Method:
 
 def _write_prefix(method: Method, config: EncoderConfig) -> dict:
     if not method.config.positioned:
-        raise AdapterError("prefix: its texts keep their positions, and peft moves them on by the prefix's length; expected one made with --set positioned=true")
+        raise AdapterError("prefix: its texts keep their positions, and peft moves them on by the prefix's length; expected one" + ASKED["prefix"])
     return _shape_there(method, config) | {"encoder_hidden_size": config.hidden, "prefix_projection": False}
 
 
@@ -105,8 +109,7 @@ def _read_prompt(fields: Fields, config: EncoderConfig) -> Method:
 def _write_prompt(method: Method, config: EncoderConfig) -> dict:
     c = method.config
     if not c.positioned or c.first_row != "prompt":
-        raise AdapterError("prompt: peft's vectors take the first positions and its classifier reads the first of them; "
-                           "expected one made with --set positioned=true --set first_row=prompt")
+        raise AdapterError("prompt: peft's vectors take the first positions and its classifier reads the first of them; expected one" + ASKED["prompt"])
     return _shape_there(method, config) | {"prompt_tuning_init": "RANDOM"}
 
 

@@ -12,6 +12,7 @@ from .. import methods, weights
 from ..errors import AdapterError, ConfigError
 from ..methods import Method
 from ..sites import EncoderConfig, linear_sites
+from ..weights import wrong_numbers
 from .folders import Fields
 
 
@@ -50,6 +51,8 @@ class Table:
                 raise AdapterError(f"{path}: {theirs}: expected shape {list(wanted)}, got {list(tensor.shape)}")
             if not tensor.is_floating_point():
                 raise AdapterError(f"{path}: {theirs}: expected floating-point numbers, got {str(tensor.dtype).removeprefix('torch.')}")
+            if wrong := wrong_numbers(tensor):
+                raise AdapterError(f"{path}: {theirs}: {wrong}")
             state[ours] = self.split(tensor, ours, method)
         return methods.restored(type(method), method.config, config, state)
 

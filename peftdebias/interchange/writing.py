@@ -62,7 +62,8 @@ def write_merged(folder: Path, run: checkpoint.Run) -> None:
 def _other_forms(modules: list[str]) -> str:
     """Which forms hold what a plain model folder cannot, in words."""
     merged = all(methods.method_class(name).mergeable for name in modules)
-    forms = ["--as merged (in the weights)"] * merged + ["--as peft (a module)"] * (len(modules) == 1 and modules[0] in peft.NAMES)
+    alone = modules[0] if len(modules) == 1 and modules[0] in peft.NAMES else None
+    forms = ["--as merged (in the weights)"] * merged + [f"--as peft (a module{peft.ASKED.get(alone, '')})"] * (alone is not None)
     return f"expected {' or '.join(forms)}" if forms else "no form of others does, the run folder alone (peftdebias.load reads it, and exports it as a .pt2 file)"
 
 

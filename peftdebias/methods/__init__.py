@@ -27,6 +27,7 @@ from torch.nn import Parameter
 from ..errors import AdapterError, ConfigError
 from ..options import SEEDS, checked
 from ..sites import LINEARS, EncoderConfig
+from ..weights import wrong_numbers
 
 LARGEST = 2**24  # parameters that a module may have however small its base: 64 MiB
 
@@ -257,6 +258,9 @@ def restored(cls: type[Method], config, encoder_config: EncoderConfig, state: di
     """A method of `config` with the saved tensors `state` in it. Raises ConfigError or AdapterError, before anything of its size is made, where they do not fit:
     a configuration from elsewhere may ask for more than memory holds."""
     outline(cls, config, encoder_config).load(state)
+    for name, tensor in state.items():
+        if wrong := wrong_numbers(tensor):
+            raise AdapterError(f"{name}: {wrong}")
     method = cls(config, encoder_config)
     method.load(state)
     return method
