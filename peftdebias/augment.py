@@ -130,7 +130,7 @@ def _output(settings: Augment, files: list[str], made, skipped: Skipped, kind: s
                 return
         if number == before:
             corrupt = f" but {skipped.count - left_out} corrupt lines or records, such as {skipped.first[-1]}" if skipped.count > left_out else ""
-            raise DataError(f"no text in {path}{corrupt}")
+            raise DataError(f"no text in {lines.called(path)}{corrupt}")
 
 
 def _blocks(path: str, made, report, kind: str, number: int, start: int, stop: int) -> Iterator[tuple[Written, int]]:

@@ -210,7 +210,7 @@ class Predict:
 
     run: str = option("run folder of `downstream`", metavar="RUN", positional=True)
     file: str | None = option("csv, tsv, jsonl or txt file (default: one text a line on standard input)", None, metavar="FILE", positional=True)
-    text: str | None = option("column with the text (default: the run's own)", None, metavar="COL")
+    text: str | None = option("column with the text (default: the run's own); a txt file, one text a line otherwise, is then a table with tabs", None, metavar="COL")
     text_pair: str | None = option("column with the second text (default: the run's own)", None, metavar="COL")
     out: str | None = option("file to write (default: standard output)", None, metavar="FILE")
     max_length: int | None = option("longest text in tokens; longer ones are cut, counted and reported (default: the run's own, else 256)", None)

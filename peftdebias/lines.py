@@ -136,7 +136,12 @@ class Copies:
 
 def place(path, number: int) -> str:
     """"file:line"."""
-    return f"{'<stdin>' if str(path) == '-' else path}:{number}"
+    return f"{called(path)}:{number}"
+
+
+def called(path) -> str:
+    """A file in a message."""
+    return "<stdin>" if str(path) == "-" else str(path)
 
 
 class Lines:

@@ -200,7 +200,9 @@ def _read_toml(cls: type, path: Path) -> dict:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"--config {path}: expected TOML, got {error}") from None
     command = cls.__name__.lower()
     if (of := values.pop("command", command)) != command:  # a run's config.toml names its command

@@ -278,6 +278,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         if not path.exists():
             wanted = "model.safetensors, model.safetensors.index.json or pytorch_model.bin" if len(files) == 1 else path.name
             raise ModelError(f"{folder}: expected {wanted}, found none")
+        if path.is_dir():
+            raise ModelError(f"{path}: expected a file, got a folder")
         try:
             tensors |= (safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True))
         except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, TypeError) as error:

@@ -165,6 +165,7 @@ SWEEP = {
     "malformed JSON": (lambda b: b.up(corpus=b.file("c.jsonl", '{"text": "he"}\n{"text": \n')), "c.jsonl:2: not JSON: "),
     "JSON that is no object": (lambda b: b.up(corpus=b.file("c.jsonl", '["he"]\n')), "c.jsonl:1: expected a JSON object, got a list"),
     "a number for a text": (lambda b: b.up(corpus=b.file("c.jsonl", '{"text": 3}\n')), "c.jsonl:1: expected a text in column 'text', got a number"),
+    "a folder of settings": (lambda b: ["upstream", "--config", b.small.root], "--config .*: cannot be read: Is a directory"),
     "broken gzip": (lambda b: b.up(corpus=b.file("c.txt.gz", b"\x1f\x8bno")), "c.txt.gz: cannot be read to its end"),
     # --- labels
     "label unseen in training, dev": (lambda b: b.down(dev=b.labelled("d.csv", ["he is,nurse,m", "she is,pilot,f"])),
@@ -192,7 +193,7 @@ SWEEP = {
     "a folder for an axis": (lambda b: b.up(axis=b.folder), "axis file .*: expected a file, got a folder$"),
     "an axis of two parts": (lambda b: b.up(axis=b.file("a.toml", 'name = "a/b"' + chr(10) + 'keep_untouched = true' + chr(10) + 'groups = [["x", "y"]]')),
                              "key 'name': expected a name without /, got 'a/b'"),
-    "an axis of two parts, import": (lambda b: ["import", b.folder, "--model", b.small.base, "--axis", "a/b", "--out", b.out / "r"], "--axis a/b: expected a name without /"),
+    "an axis of two parts, import": (lambda b: ["import", b.folder, "--model", b.small.base, "--axis", "a/b", "--out", b.out / "r"], "--axis: expected a name without /, got 'a/b'"),
     "the same file compared": (lambda b: ["compare", "--seeds", b.file("m.json", "{}"), b.folder / "." / "m.json"], "m.json: given twice; expected each file once"),
     "a missing file compared": (lambda b: ["compare", b.folder / "a.jsonl", b.folder / "b.jsonl"], "a.jsonl: no such file$"),
     "a full device": (lambda b: ["augment", "--axis", "gender", b.small.corpus, "--out", "/dev/full"], "the results cannot be written: No space left on device$"),

@@ -670,3 +670,11 @@ def test_numbers_that_no_answer_can_be_made_from_are_refused(number, tmp_path):
     save_model(model, tmp_path)
     with pytest.raises(ModelError, match=r"layers.1.attention.qkv.weight \(bert.encoder.layer.1.attention.self.query.weight\): expected finite numbers, got 2 of \d+ that are NaN or infinite"):
         load_model(tmp_path)
+
+
+def test_a_folder_in_the_place_of_weights_is_named(tmp_path):
+    save_model(model_of(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(ModelError, match=f"^{tmp_path}/model.safetensors: expected a file, got a folder$"):
+        load_model(tmp_path)

@@ -42,7 +42,7 @@ def import_adapter(folder: str | Path, model: str | Path, axis: str, out: str | 
     axis: what the module was learnt on, and its name when attached. Raises AdapterError or ModelError where folder and model do not fit.
     """
     if not axis.strip() or "/" in axis:
-        raise ConfigError(f"--axis {axis}: expected a name without /")
+        raise ConfigError(f"--axis: expected a name without /, got {axis!r}")
     loaded, _ = weights.load_model(model)
     found = read(folder, loaded.config)
     _compare_bases(folder, found.origin.get("base"), model, loaded)
