@@ -23,12 +23,15 @@ PLACES = 2 ** 32
 def place_of(family: Family) -> int:
     """Where a family stands among all, 0 to PLACES - 1: by its text with every attribute word cut out, whatever space stands around it. No CRC-32, by which
     prepare.py chooses the development examples: a corpus without these shall not be one without validation texts."""
+    text, variants = family.text, family.variants
+    swaps = variants[0].swaps if len(variants) == 1 else sorted({swap for variant in variants for swap in variant.swaps}, key=lambda swap: swap.start)
     pieces, done = [], 0
-    for start, end in sorted({(swap.start, swap.end) for variant in family.variants for swap in variant.swaps}):
-        pieces.append(family.text[done:start])
-        done = max(done, end)
-    skeleton = "\0".join([*pieces, family.text[done:]]).strip()
-    return int.from_bytes(hashlib.blake2b(skeleton.encode("utf-8", "surrogatepass"), digest_size=4).digest(), "big")
+    for swap in swaps:
+        if swap.end > done:
+            pieces.append(text[done:swap.start])
+            done = swap.end
+    pieces.append(text[done:])
+    return int.from_bytes(hashlib.blake2b("\0".join(pieces).strip().encode("utf-8", "surrogatepass"), digest_size=4).digest(), "big")
 
 
 @dataclasses.dataclass(frozen=True)
