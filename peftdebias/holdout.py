@@ -103,12 +103,13 @@ def beside(read: Read, valid: Sequence[str], axis: Axis, intervention: Intervent
 
 def first_families(read: Read, axis: Axis, intervention: Intervention, wanted: int, files: str) -> list[str]:
     """The texts of the first `wanted` families. Raises DataError where no text has words of the axis."""
-    found: list[str] = []
+    swap, found = engine(axis, intervention), []
     texts, any_touched = 0, False
     for chunk in read():
         texts += len(chunk)
-        found += [chunk[source] for source in expand(chunk, axis, intervention).sources][: wanted - len(found)]
-        any_touched = any_touched or any(touched(chunk, axis, intervention))
+        families = swap.families(chunk)
+        found += [family.text for family in families][: wanted - len(found)]
+        any_touched = any_touched or any(family.variants for family in families)
         if any_touched and len(found) >= wanted:
             return found
     if not any_touched:
