@@ -6,6 +6,8 @@ import pytest
 from peftdebias.errors import DataError
 from peftdebias.metrics import bootstrap
 from peftdebias.metrics.classification import accuracy, f1, macro_f1
+from peftdebias.metrics.compare import classification_tally
+from peftdebias.metrics.tally import measures
 
 
 def f1_by_hand(predicted, labels, positive):
@@ -63,6 +65,16 @@ def test_intervals_by_counts_are_intervals_by_examples(score, by_hand):
     measure = score(predicted, labels)
     low, high = bootstrap.interval(lambda i: by_hand(predicted[i], labels[i]), len(labels), samples=600)
     assert abs(measure.low - low) < 0.12 * (high - low) and abs(measure.high - high) < 0.12 * (high - low)
+
+
+def test_rare_classes_do_not_lift_macro_f1_above_its_own_value():
+    rare = [f"rare {i}" for i in range(20)]  # never found, and about every third of them in no resample
+    labels = ["a"] * 300 + rare
+    predicted = ["a"] * 290 + ["rare 0"] * 10 + ["a"] * 20
+    measure = macro_f1(predicted, labels)
+    tallied = {m.name: m for m in measures(classification_tally(predicted, labels, classes=sorted(set(labels))))}["f1/macro"]
+    assert measure.value < 5 and measure.low <= measure.value <= measure.high
+    assert tallied.value == pytest.approx(measure.value) and tallied.low <= tallied.value <= tallied.high
 
 
 def test_one_example_has_no_interval():

@@ -41,7 +41,8 @@ def macro_f1(predicted, labels, *, seed: int = 0, samples: int = 1000) -> Measur
     """Plain mean over classes of `f1`. The classes are those of labels and predictions together, as in scikit-learn.
 
     0 means that no example is right, 100 that all are. Range [0, 100] %, ideal 100. A rare class counts as much as a
-    common one. In a resample, classes that do not occur in it are left out of its mean.
+    common one. A resample may lack rare classes and is the mean over those it has, which lifts it where they are the hard
+    ones, so the interval is shifted back (`bootstrap.shifted`).
     """
     predicted, labels = aligned(predicted=predicted, labels=labels)
     classes, codes = np.unique(np.concatenate([labels, predicted]), return_inverse=True)
@@ -55,8 +56,10 @@ def macro_f1(predicted, labels, *, seed: int = 0, samples: int = 1000) -> Measur
         scores = f1_of_counts(true, cells @ predicted_of - true, cells @ label_of - true)
         return np.nanmean(scores, axis=-1)
 
-    low, high = bootstrap.percentile(mean_f1(bootstrap.counts(table[used], seed=seed, samples=samples))) if len(labels) > 1 else bootstrap.NONE
-    return Measure("f1/macro", float(mean_f1(table[used])), "%", 100.0, low, high, len(labels))
+    value = float(mean_f1(table[used]))
+    drawn = mean_f1(bootstrap.counts(table[used], seed=seed, samples=samples))
+    low, high = bootstrap.shifted(drawn, value, most=100.0) if len(labels) > 1 else bootstrap.NONE
+    return Measure("f1/macro", value, "%", 100.0, low, high, len(labels))
 
 
 def f1_of_counts(true_positive, false_positive, false_negative):

@@ -71,7 +71,7 @@ def classification_tally(predicted, labels, groups=None, *, classes, positive=No
         each = f1(table)
         return tally.ratio(np.nansum(each, -1), (~np.isnan(each)).sum(-1))
 
-    figures = [figure("accuracy", "%", 100.0, lambda table: 100 * true(table).sum(-1) / table.sum((-3, -2, -1))), figure("f1/macro", "%", 100.0, macro)]
+    figures = [figure("accuracy", "%", 100.0, lambda table: 100 * true(table).sum(-1) / table.sum((-3, -2, -1))), figure("f1/macro", "%", 100.0, macro, lifted=True)]
     if positive in labels:
         place = classes.tolist().index(positive)
         figures.append(figure(f"f1/{positive}", "%", 100.0, lambda table: f1(table)[..., place]))

@@ -7,8 +7,8 @@ positives and the mentions of identity terms for FPRD. Drawing N examples with r
 76 000 examples cost what their kinds cost. Two systems on the same examples are drawn together (an example's kind is then the pair of its
 kinds), which is what makes a paired bootstrap paired (Efron & Tibshirani 1993, chapters 13 and 16).
 
-What sampling noise alone makes larger (root mean squares, sums of absolute values, largest differences), or smaller (ICAT), is `lifted`: a resample has that
-noise twice, so its percentile interval lies too high, or too low, and is shifted back (`bootstrap.shifted`).
+What sampling noise alone makes larger (root mean squares, sums of absolute values, largest differences, macro-F1 where a resample lacks rare classes) or smaller
+(ICAT) is `lifted`: a resample has that noise twice, so its percentile interval lies too high, or too low, and is shifted back (`bootstrap.shifted`).
 """
 
 import math
