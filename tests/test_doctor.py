@@ -58,14 +58,15 @@ def test_without_triton_the_twins_do_the_work(monkeypatch):
 def old_gpu(monkeypatch):
     """Says of a CUDA device, which is not here, what capability it has."""
     def set_to(*capability: int, hip: str | None = None):
-        kernels.unsuited.cache_clear()
+        kernels._too_old.cache_clear()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
         monkeypatch.setattr(torch.version, "hip", hip)
 
     monkeypatch.setattr(kernels, "no_triton", lambda: "")
     yield set_to
-    kernels.unsuited.cache_clear()
+    kernels._too_old.cache_clear()
 
 
 def test_on_a_gpu_that_the_kernels_are_not_for_the_twins_do_the_work(old_gpu):
@@ -81,6 +82,8 @@ def test_on_a_gpu_that_the_kernels_are_not_for_the_twins_do_the_work(old_gpu):
     for capability in ((8, 0), (8, 6), (12, 0)):
         old_gpu(*capability)
         assert kernels.unsuited(1) == "" == kernels.unsuited(None)
+    old_gpu(7, 0)
+    assert kernels.unsuited(None).endswith("cuda:2 has 7.0")  # the device that "cuda" means now
 
 
 def test_the_command():

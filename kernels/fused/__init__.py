@@ -154,15 +154,19 @@ def no_triton() -> str:
     return "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 
-@functools.cache
 def unsuited(index: int | None) -> str:
-    """Why the CUDA device of that number (None: the first) cannot run the kernels here; empty where it can, or where there is none."""
+    """Why the CUDA device of that number (None: the current one) cannot run the kernels here; empty where it can, or where there is none."""
     if torch.version.hip:
         return "the kernels are written for NVIDIA's GPUs, and this torch is for AMD's"
     if not torch.cuda.is_available():
         return ""
-    major, minor = torch.cuda.get_device_capability(index or 0)
-    return "" if (major, minor) >= LEAST else f"the kernels need compute capability {LEAST[0]}.{LEAST[1]}, cuda:{index or 0} has {major}.{minor}"
+    return _too_old(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _too_old(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return "" if (major, minor) >= LEAST else f"the kernels need compute capability {LEAST[0]}.{LEAST[1]}, cuda:{index} has {major}.{minor}"
 
 
 def interpreted() -> bool:
