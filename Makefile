@@ -1,6 +1,6 @@
-# Two commands do everything, set-up included, on a machine with python3 (>= 3.11), make and a C++ compiler:
-#     make demo      make test
-# Both make .venv from the pinned CPU build (constraints.txt) the first time; a second call goes straight to work.
+# Each command does everything, set-up included, on a machine with python3 (>= 3.11), make and a C++ compiler:
+#     make demo      make test      make install
+# All make .venv from the pinned CPU build (constraints.txt) the first time; a second call goes straight to work.
 #
 # PYTHON=python3.12     the Python that .venv is made with
 # ARGS="-k lora -x"     more words for pytest or for the demo
@@ -16,16 +16,20 @@ PY := $(VENV)/bin/python
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -qq --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow clean
+.PHONY: help demo install test test-slow clean
 
 help:
 	@echo 'make demo       debias a tiny BERT in a made-up world, both phases, print the table and write a report'
+	@echo 'make install    .venv with the command peftdebias, nothing else'
 	@echo 'make test       the tests, without the slow ones   (ARGS="tests/test_lora.py -x" to choose)'
 	@echo 'make test-slow  the slow ones'
 	@echo 'make clean      remove .venv, runs/demo, builds and caches'
 
 demo: $(VENV)/.package
 	$(VENV)/bin/peftdebias demo --out runs/demo $(ARGS)
+
+install: $(VENV)/.package
+	@echo 'The command: . $(VENV)/bin/activate, or $(VENV)/bin/peftdebias'
 
 # A process a processor, each with tests of its own.
 SIDE_BY_SIDE := -n logical --maxprocesses 8 --dist worksteal
