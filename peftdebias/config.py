@@ -313,7 +313,7 @@ class Report:
     """Show runs and results in one self-contained HTML file. Their figures lie beside it, as metrics.json."""
 
     paths: tuple[str, ...] = option("run folders, which are shown together, result folders of recipes, and testbeds", many="words", metavar="PATH", positional=True)
-    out: str = option("HTML file to write", "report.html", metavar="FILE")
+    out: str = option("HTML file to write, its name in .html", "report.html", metavar="FILE")
     examples: int = option("at most that many texts whose label flips, of each system; they may be offensive when the data is", 20)
 
     def __post_init__(self):

@@ -171,7 +171,7 @@ def test_standard_input_counts_as_read(tmp_path):
 
 
 def test_a_report_replaces_reports_alone(runs, tmp_path):
-    for name, out in (("mine.txt", "mine.txt"), ("metrics.json", "page.html")):
+    for name, out in (("mine.html", "mine.html"), ("metrics.json", "page.html")):
         (tmp_path / name).write_text('{"precious": 1}')
         said = cli("report", runs / "jobs", "--out", tmp_path / out)
         assert said.code == 2 and f"would replace {tmp_path / name}, which is no earlier report" in said.err and list(tree(tmp_path)) == [name]

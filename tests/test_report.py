@@ -471,8 +471,9 @@ BAD = {
     "an ideal that is no number": (lambda d: [result_folder(d / "r", results(columns=[results()["columns"][0] | {"ideal": "high"}]))],
                                    "columns[0]: expected 'ideal' to be a number or null, got \"high\""),
     "examples that are gone": (lambda d: [result_folder(d / "r", results(rows=[results()["rows"][0] | {"examples": "e.jsonl"}]))], "e.jsonl: no such file"),
-    "figures in the page's place": (lambda d: [run_folder(d / "r", "upstream"), "--out", d / "metrics.json"],
-                                    "expected an HTML file, got the name of the figures beside it"),
+    "figures in the page's place": (lambda d: [run_folder(d / "r", "upstream"), "--out", d / "metrics.json"], "metrics.json: is the place of the figures beside it too; expected two"),
+    "a folder": (lambda d: [run_folder(d / "r", "upstream"), "--out", d / ".."], "/..: expected a name that ends in .html or .htm, got none such"),
+    "a page that no browser opens": (lambda d: [run_folder(d / "r", "upstream"), "--out", d / "report"], "report: expected a name that ends in .html or .htm, got none such"),
     "nowhere to write": (lambda d: [run_folder(d / "r", "upstream"), "--out", d / "no" / "r.html"], "r.html: cannot be written: No such file or directory"),
 }
 

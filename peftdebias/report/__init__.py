@@ -34,6 +34,7 @@ from .testbed import read_testbed, sections_of_testbed
 
 FORMAT = 1  # of metrics.json
 NEEDS = ("jinja2", "matplotlib")
+PAGES = (".html", ".htm")
 LIMITS = [
     "Measures of bias have positive predictive power only: they can show bias, never its absence. A figure at its ideal does not make a model fair.",
     "Gender is treated as binary, by the data and by the word lists; who does not fit in is not measured.",
@@ -84,11 +85,12 @@ def report(settings: Report) -> tuple[Path, Path]:
     if not available():
         raise ConfigError("a report needs jinja2 and matplotlib: pip install 'peftdebias[report]'")
     out = Path(settings.out)
-    if (beside := out.with_name("metrics.json")) == out:
-        raise ConfigError(f"--out {out}: expected an HTML file, got the name of the figures beside it")
+    beside = out.parent / "metrics.json"
     kinds = _kinds(settings.paths)
-    earlier = (".html", ".htm", beside.name)  # reports may lie in what they show
+    earlier = (*PAGES, beside.name)  # reports may lie in what they show
     keep_apart({"--out": out, "the figures beside it": beside}, [f for path in settings.paths for f in files_in(path) if not f.name.endswith(earlier)])
+    if not out.name.lower().endswith(PAGES):
+        raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(PAGES)}, got {out.suffix or 'none such'}")
     for path, mark in ((out, b"<!DOCTYPE html>"), (beside, b'{\n  "format": ')):
         if path.is_file() and not path.read_bytes().startswith(mark):
             raise ConfigError(f"--out {out}: would replace {path}, which is no earlier report; expected another name or folder")
