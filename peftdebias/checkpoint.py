@@ -25,12 +25,13 @@ from pathlib import Path
 import safetensors.torch
 import tomli_w
 import torch
-from safetensors import SafetensorError
 
 from . import __version__, methods, patch, weights
 from .encoder import Model
 from .errors import AdapterError, ConfigError, ModelError
+from .files import read_object, read_tensors
 from .methods import Method
+from .options import checked
 from .outputs import files_in, keep_apart, tables, writing_folder
 from .tokens import Tokenizer
 
@@ -71,14 +72,9 @@ def save_adapter(folder: Path, method: Method, axis: str, base: dict, about: dic
 def read_header(folder: Path) -> dict:
     """adapter.json, checked. Raises AdapterError that names the file."""
     path = folder / "adapter.json"
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{folder}: expected an adapter or run folder with adapter.json, found none") from None
-    except (ValueError, RecursionError, OSError) as error:  # ValueError: no UTF-8, no JSON, or an integer of thousands of digits
-        raise AdapterError(f"{path}: expected JSON, got {error}") from None
-    if not isinstance(header, dict):
-        raise AdapterError(f"{path}: expected a JSON object, got {type(header).__name__}")
+    if not path.exists():
+        raise AdapterError(f"{folder}: expected an adapter or run folder with adapter.json, found none")
+    header = read_object(path, AdapterError)
     if header.get("format") != FORMAT:
         raise AdapterError(f"{path}: expected format {FORMAT}, got {header.get('format')!r}")
     missing = [key for key in ("method", "axis", "config", "base") if key not in header]
@@ -87,6 +83,9 @@ def read_header(folder: Path) -> dict:
     for key in ("config", "base"):
         if not isinstance(header[key], dict):
             raise AdapterError(f"{path}: {key}: expected a JSON object, got {header[key]!r}")
+    for key in ("method", "axis"):
+        if not isinstance(header[key], str):
+            raise AdapterError(f"{path}: {key}: expected a text, got {header[key]!r}")
     return header
 
 
@@ -105,20 +104,19 @@ def load_adapter(folder: str | Path, model: Model, force: bool = False) -> Adapt
     header = read_header(folder)
     try:
         cls = methods.method_class(header["method"])
-        chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()}
-        config = cls.Config(**chosen)
+        config = cls.Config(**checked(cls.Config, header["config"], "config: "))
         methods.outline(cls, config, model.config)
-    except (ConfigError, TypeError, AttributeError) as error:
+    except ConfigError as error:
         raise AdapterError(f"{folder / 'adapter.json'}: {error}") from None
     check_base(folder, header["base"], model, force)
+    path = folder / "adapter.safetensors"
+    if not path.exists():
+        raise AdapterError(f"{folder}: expected adapter.safetensors, found none")
+    state = read_tensors(path, AdapterError)
     try:
-        method = methods.restored(cls, config, model.config, safetensors.torch.load_file(folder / "adapter.safetensors"))
+        method = methods.restored(cls, config, model.config, state)
     except AdapterError as error:
-        raise AdapterError(f"{folder / 'adapter.safetensors'}: {error}") from None
-    except FileNotFoundError:
-        raise AdapterError(f"{folder}: expected adapter.safetensors, found none") from None
-    except SafetensorError as error:
-        raise AdapterError(f"{folder / 'adapter.safetensors'}: cannot be read: {error}") from None
+        raise AdapterError(f"{path}: {error}") from None
     rest = {k: v for k, v in header.items() if k not in ("format", "method", "axis", "config", "base")}
     return Adapter(method, header["axis"], header["base"], folder, rest)
 
@@ -227,14 +225,18 @@ def files_of(*folders: str | Path) -> list[Path]:
 
 def read_config(run: Path) -> dict:
     """config.toml of a run. Raises ModelError where there is none."""
+    path = run / "config.toml"
     try:
-        found = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{run}: expected a run folder with config.toml, found none") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ModelError(f"{run / 'config.toml'}: expected TOML, got {error}") from None
+    except (ValueError, RecursionError, OSError) as error:  # ValueError: no UTF-8, no TOML
+        raise ModelError(f"{path}: expected TOML, got {error}") from None
     if not isinstance(found.get("command"), str):
-        raise ModelError(f"{run / 'config.toml'}: expected the configuration of a run, got one without a command")
+        raise ModelError(f"{path}: expected the configuration of a run, got one without a command")
+    for key, kind, what in (("model", str, "a text"), ("max_length", int, "a whole number")):
+        if key in found and type(found[key]) is not kind:
+            raise ModelError(f"{path}: {key}: expected {what}, got {found[key]!r}")
     return found
 
 
@@ -277,6 +279,8 @@ def load_run(path: str | Path, adapters: tuple[str, ...] | None = (), device: st
             except ModelError as error:
                 raise ModelError(f"{path}: a module, whose base was {config['model']}: {error}") from None
     attached = attach_adapters(loaded.model, (*map(str, own), *map(str, adapters or ())), force)
+    for line in loaded.report.missed():
+        warnings.warn(line, stacklevel=2)
     sources = dict(zip(loaded.model.methods, (adapter.folder for adapter in attached)))
     return Run(loaded.model.to(device, dtype).eval(), loaded.tokenizer, config, loaded.report, sources)
 

@@ -200,9 +200,10 @@ class Debiased:
         """Any sequence or iterator of texts as a list. Raises ConfigError on what is no text."""
         if isinstance(given, str):
             raise ConfigError(f"{what}: expected a list of texts, got one text: [{given[:20]!r}]")
-        if not isinstance(given, Iterable):
-            raise ConfigError(f"{what}: expected a list of texts, got {type(given).__name__}")
-        texts = list(given)
+        try:
+            texts = list(given)
+        except TypeError:
+            raise ConfigError(f"{what}: expected a list of texts, got {type(given).__name__}") from None
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise ConfigError(f"{what}[{number}]: expected a text, got {type(text).__name__}")

@@ -55,11 +55,15 @@ class EncoderConfig:
             raise ModelError(f"model type: expected bert or roberta, got {self.kind!r}")
         for name in ("layers", "hidden", "heads", "feed_forward", "vocab", "max_positions", "segments"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ModelError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        for name, most in (("dropout", 1), ("attention_dropout", 1), ("classifier_dropout", 1), ("norm_eps", 1e30), ("initializer_range", 1e30)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < most:
+                raise ModelError(f"{name}: expected a number from 0{' to below 1' if most == 1 else ''}, got {value!r}")
         if self.hidden % self.heads:
             raise ModelError(f"hidden size {self.hidden}: expected a multiple of the number of heads, got {self.heads} heads")
-        if self.activation not in ACTIVATIONS:
+        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
             raise ModelError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
 
     @property

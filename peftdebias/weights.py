@@ -8,17 +8,19 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from . import files
 from .encoder import EncoderConfig, Model
 from .errors import ModelError
+from .files import read_object, wrong_numbers
 from .tokens import Tokenizer, load_tokenizer
 
 FILES = ("config.json", "*.safetensors", "*.bin", "*.index.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
@@ -63,7 +65,7 @@ ARCHITECTURES = {"bert": "Bert", "roberta": "Roberta"}
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What a folder held against what the model needed, by our names: new (drawn or zeroed here) and unused (in the files, not in the model)."""
+    """What a folder held against what the model needed: new (drawn or zeroed here) by our names, unused (in the files, not in the model) by ours or, of what is unknown, theirs."""
 
     folder: Path
     new: tuple[str, ...] = ()
@@ -73,6 +75,11 @@ class LoadReport:
         """For people: nothing where all fits."""
         return [f"{self.folder}: {what} {', '.join(names)}" for what, names in
                 (("new, not in the files:", self.new), ("in the files, not used:", self.unused)) if names]
+
+    def missed(self) -> list[str]:
+        """Of `lines` what tells that the model answers otherwise than the one that was saved: parameters made here, and left out what lies inside its encoder."""
+        inside = tuple(name for name in self.unused if re.search(r"(^|\.)(encoder|embeddings|layers)\.", name))
+        return dataclasses.replace(self, unused=inside).lines()
 
 
 @dataclasses.dataclass
@@ -100,7 +107,7 @@ def from_foreign(tensors: dict[str, Tensor], config: EncoderConfig) -> tuple[dic
     """Their tensors -> (ours by name, with Q, K, V joined; names nobody here knows).
 
     Accepts names with and without the `bert.`/`roberta.` prefix and legacy LayerNorm names gamma and beta. Raises ModelError where Q, K and V of a layer do not
-    fit together.
+    fit together, and on a tensor that is there under two names.
     """
     back = {theirs: ours for ours, theirs in foreign_names(config).items()}
     found, unknown = {}, []
@@ -115,8 +122,10 @@ def from_foreign(tensors: dict[str, Tensor], config: EncoderConfig) -> tuple[dic
             found["mlm.bias"] = tensor  # some files store the bias under the decoder, some under both: as in transformers the decoder's counts
         elif ours == "mlm":
             found.setdefault("mlm.bias", tensor)
+        elif (full := f"{ours}.{last}") in found:
+            raise ModelError(f"{_named(full, config)}: expected one tensor, found it under two names, the second {name}")
         else:
-            found[f"{ours}.{last}"] = tensor
+            found[full] = tensor
     for i in range(config.layers):
         for last in ("weight", "bias"):
             names = [f"layers.{i}.attention.{kind}.{last}" for kind in QKV]
@@ -167,12 +176,6 @@ def _named(ours: str, config: EncoderConfig) -> str:
     return f"{ours} ({foreign_names(config).get(stem.replace('qkv', 'query'), stem)}.{last})"
 
 
-def wrong_numbers(tensor: Tensor) -> str:
-    """What is wrong with numbers that no answer can be made from; empty where they are finite."""
-    wrong = 0 if torch.isfinite(tensor).all() else int((~torch.isfinite(tensor)).sum())
-    return f"expected finite numbers, got {wrong} of {tensor.numel()} that are NaN or infinite" if wrong else ""
-
-
 # ---------------------------------------------------------------- configuration
 
 def read_config(folder: Path) -> tuple[EncoderConfig, dict]:
@@ -180,18 +183,16 @@ def read_config(folder: Path) -> tuple[EncoderConfig, dict]:
     path = folder / "config.json"
     if not path.exists():
         raise ModelError(f"{folder}: expected a Hugging Face model folder with config.json, found none")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path}: expected JSON, got {error}") from None
-    if not isinstance(raw, dict):
-        raise ModelError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    raw = read_object(path, ModelError)
     kind = raw.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ModelError(f"{path}: model_type: expected bert or roberta, got {kind!r}")
     for key, want in (("position_embedding_type", "absolute"), ("is_decoder", False), ("add_cross_attention", False)):
         if raw.get(key, want) != want:
             raise ModelError(f"{path}: {key}: expected {want!r}, got {raw[key]!r}")
+    for key in ("pad_token_id", "max_position_embeddings"):  # from which other numbers are made
+        if not isinstance(raw.get(key, 0), int | None):
+            raise ModelError(f"{path}: {key}: expected a whole number, got {raw[key]!r}")
     pad = raw.get("pad_token_id")
     pad = (0 if kind == "bert" else 1) if pad is None else pad
     offset = pad + 1 if kind == "roberta" else 0
@@ -260,33 +261,36 @@ def find_folder(name: str | Path) -> Path:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a model folder by their names there. Raises ModelError that names the files it looked for, or the one it could not read."""
-    index = folder / "model.safetensors.index.json"
-    bin_index = folder / "pytorch_model.bin.index.json"
-    files = [folder / "model.safetensors"]
-    for listing in (index, bin_index):
-        if listing.exists() and not files[0].exists():
-            try:
-                files = [folder / name for name in sorted(set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values()))]
-            except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-                raise ModelError(f"{listing}: expected JSON with a weight_map, got {error!r}") from None
-            break
-    else:
-        if not files[0].exists():
-            files = [folder / "pytorch_model.bin"]
+    whole, bins = folder / "model.safetensors", folder / "pytorch_model.bin"
+    if whole.exists():
+        return files.read_tensors(whole, ModelError)
+    for listing in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
+        if listing.exists():
+            return _parts(listing)
+    if not bins.exists():
+        raise ModelError(f"{folder}: expected model.safetensors, model.safetensors.index.json or pytorch_model.bin, found none")
+    return files.read_tensors(bins, ModelError)
+
+
+def _parts(listing: Path) -> dict[str, Tensor]:
+    """The tensors that an index lists, of the files beside it."""
+    places = read_object(listing, ModelError).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) and name == Path(name).name for name in places.values()):
+        raise ModelError(f"{listing}: expected a weight_map of tensors to names of files beside it, got {_short(places)}")
     tensors: dict[str, Tensor] = {}
-    for path in files:
-        if not path.exists():
-            wanted = "model.safetensors, model.safetensors.index.json or pytorch_model.bin" if len(files) == 1 else path.name
-            raise ModelError(f"{folder}: expected {wanted}, found none")
-        if path.is_dir():
-            raise ModelError(f"{path}: expected a file, got a folder")
-        try:
-            tensors |= (safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True))
-        except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, TypeError) as error:
-            raise ModelError(f"{path}: cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
-        except Exception as error:  # pickle.UnpicklingError: the file wants to run code
-            raise ModelError(f"{path}: expected plain tensors, got {type(error).__name__} (unpickling anything else is refused)") from None
+    for name in sorted(set(places.values())):
+        if not (listing.parent / name).exists():
+            raise ModelError(f"{listing.parent}: expected {name}, found none")
+        part = files.read_tensors(listing.parent / name, ModelError)
+        if lost := next((tensor for tensor, file in places.items() if file == name and tensor not in part), None):
+            raise ModelError(f"{listing.parent / name}: expected the tensor {lost} by {listing.name}, found none")
+        tensors |= part
     return tensors
+
+
+def _short(value: object) -> str:
+    said = json.dumps(value)
+    return said if len(said) <= 100 else f"{said[:100]}..."
 
 
 class _NoInit(TorchFunctionMode):
@@ -303,17 +307,23 @@ def load_model(folder: str | Path, *, mlm: bool | None = None, labels: tuple[str
     """A model from a folder or cached name.
 
     mlm: True needs the masked-LM head (ModelError where the files have none), False leaves it out, None takes it where it is.
-    labels: the classifier wanted; None takes the stored one, () none. A stored output layer is used where its labels are the same, else drawn anew from
-    `seed`; a stored pooler always serves. dtype: of all parameters. Raises ModelError on missing tensors and on shapes that do not match, by name.
+    labels: the classifier wanted; None takes the stored one, which then must be whole, () none. A stored output layer is used where its labels are the same, else
+    drawn anew from `seed`; a stored pooler always serves. dtype: of all parameters. Raises ModelError on missing tensors, on shapes that do not match, and on
+    numbers that are none in `dtype`, by name.
     """
     folder = find_folder(folder)
     config, raw = read_config(folder)
     tensors = read_tensors(folder)
+    _same_size(tensors, config, folder)
     with _naming(folder):
         found, unknown = from_foreign(tensors, config)
     stored_labels = _stored_labels(raw, found, folder)
+    if not stored_labels:
+        unknown += [name for name in tensors if name.startswith(HEAD_NAMES[config.kind]["classifier.output"] + ".")]
+    if labels is None and stored_labels:
+        _answers(raw, found, config, folder)
     labels = stored_labels if labels is None else labels
-    if labels != stored_labels:
+    if labels != stored_labels or not labels:
         found = {name: t for name, t in found.items() if not name.startswith("classifier.output.")}
     has_mlm = "mlm.dense.weight" in found
     if mlm and not has_mlm:
@@ -340,7 +350,7 @@ def load_model(folder: str | Path, *, mlm: bool | None = None, labels: tuple[str
             continue
         with _naming(folder), torch.no_grad():
             _fits(ours, tensor, parameter.shape, config)
-            if wrong := wrong_numbers(tensor):
+            if wrong := wrong_numbers(tensor, dtype):
                 raise ModelError(f"{_named(ours, config)}: {wrong}")
             parameter.copy_(tensor)
     # A pooler that no head uses now is carried along, so that saving loses nothing a later classifier starts from.
@@ -349,14 +359,51 @@ def load_model(folder: str | Path, *, mlm: bool | None = None, labels: tuple[str
     return model, LoadReport(folder, tuple(new), tuple(unused))
 
 
+def _same_size(tensors: dict[str, Tensor], config: EncoderConfig, folder: Path) -> None:
+    """Raises ModelError where config.json asks for more or fewer layers, or larger tables, than the files hold, before anything of that size is made."""
+    layers = {int(found[1]) for name in tensors if (found := re.match(rf"(?:{config.kind}\.)?encoder\.layer\.(\d+)\.", name))}
+    if config.layers != len(layers):
+        raise ModelError(f"{folder / 'config.json'}: num_hidden_layers: expected {len(layers)}, the layers in the files, got {config.layers}")
+    one = dataclasses.replace(config, layers=1)
+    shapes = {"embeddings.word.weight": (config.vocab, config.hidden), "embeddings.position.weight": (config.max_positions + config.position_offset, config.hidden),
+              "embeddings.segment.weight": (config.segments, config.hidden), "layers.0.feed_forward.up.weight": (config.feed_forward, config.hidden)}
+    names = foreign_names(one)
+    with _naming(folder):
+        for ours, shape in shapes.items():
+            theirs = names[ours.removesuffix(".weight")] + ".weight"
+            _fits(ours, tensors.get(theirs, tensors.get(theirs.removeprefix(config.kind + "."))), shape, one)
+
+
+NO_CLASSIFIER = ("ForTokenClassification", "ForMultipleChoice", "ForQuestionAnswering", "ForNextSentencePrediction")
+
+
 def _stored_labels(raw: dict, found: dict[str, Tensor], folder: Path) -> tuple[str, ...]:
-    output = found.get("classifier.output.weight")
-    if output is None:
+    """The labels of the stored classifier of texts; () where there is none, as in the model of another task whose output layer has the same name."""
+    output, kinds = found.get("classifier.output.weight"), raw.get("architectures") or ()
+    if output is None or any(str(kind).endswith(NO_CLASSIFIER) for kind in kinds):
         return ()
     names = raw.get("id2label") or {str(i): f"LABEL_{i}" for i in range(output.shape[0])}
-    if set(names) != {str(i) for i in range(output.shape[0])}:
-        raise ModelError(f"{folder}: id2label names the labels {', '.join(names)}; expected 0 to {output.shape[0] - 1}, the rows of the classifier")
-    return tuple(str(names[str(i)]) for i in range(len(names)))
+    if not isinstance(names, dict) or set(names) != {str(i) for i in range(output.shape[0])}:
+        said = f"names the labels {', '.join(names)}" if isinstance(names, dict) else f"is {_short(names)}"
+        raise ModelError(f"{folder}: id2label {said}; expected 0 to {output.shape[0] - 1}, the rows of the classifier")
+    labels = tuple(str(names[str(i)]) for i in range(len(names)))
+    if len(set(labels)) < len(labels):
+        raise ModelError(f"{folder}: id2label: expected a label of its own for every row of the classifier, got {_short(names)}")
+    return labels
+
+
+def check_single_label(raw: dict, folder: Path) -> None:
+    """Raises ModelError where a classifier's answers are no probabilities of labels of which a text has one."""
+    if (kind := raw.get("problem_type")) not in (None, "single_label_classification"):
+        raise ModelError(f"{folder / 'config.json'}: problem_type: expected single_label_classification or none, got {kind!r}")
+
+
+def _answers(raw: dict, found: dict[str, Tensor], config: EncoderConfig, folder: Path) -> None:
+    """Raises ModelError unless the stored classifier is whole and gives one label a text."""
+    check_single_label(raw, folder)
+    for ours in ("classifier.dense.weight", "classifier.dense.bias", "classifier.output.bias"):
+        if ours not in found:
+            raise ModelError(f"{folder}: expected the tensor {_named(ours, config)} beside the classifier's {_named('classifier.output.weight', config)}, found none")
 
 
 def load(folder: str | Path, **options) -> Loaded:

@@ -127,3 +127,10 @@ def test_absurd_sizes_are_refused_before_anything_is_made(name, changes, words, 
 def test_adapterhub_for_another_base(hub, tmp_path):
     with pytest.raises(AdapterError, match="model_type: expected \"roberta\", got \"bert\""):
         interchange.read(hub_folder(hub, "lora", tmp_path / "a"), drawn_for(hub, "roberta"))
+
+
+def test_a_head_that_came_along_is_said_to_be_left(hub, tmp_path):
+    folder = hub_folder(hub, "lora", tmp_path / "a")
+    (folder / "head_config.json").write_text("{}")
+    with pytest.warns(UserWarning, match=f"^{folder}: head_config.json: its head is not read; a classifier answers by the base's own$"):
+        interchange.read(folder, drawn_for(hub, "bert"))

@@ -117,7 +117,9 @@ def test_a_header_that_is_wrong_is_named_with_its_file(changes, words, saved):
 @pytest.mark.parametrize("method,config,words", [
     ("lora", {"rank": 10**9, "targets": ["query", "down"]}, r"adapter.safetensors: lora adapter, layers.0.attention.query.a: expected shape \[1000000000, 14\], got \[3, 14\]"),
     ("lora", {"rank": 10**30}, "adapter.json: lora: expected sizes that a tensor can have, got LoRAConfig.rank=1000"),
-    ("lora", {"rank": 2.5}, "adapter.json: lora: expected sizes that a tensor can have, got LoRAConfig.rank=2.5,"),
+    ("lora", {"rank": 2.5}, "adapter.json: config: rank: expected a whole number, got 2.5$"),
+    ("lora", {"rank_stabilized": "yes"}, "adapter.json: config: rank_stabilized: expected true or false, got 'yes'$"),
+    ("lora", {"length": 3}, "adapter.json: config: unknown key 'length'; expected one of rank, "),
     ("adapter", {"bottleneck": 10**9}, "adapter.safetensors: adapter adapter: expected tensors 8 by name, got 8; first that differs"),
     ("prefix", {"length": 3, "reparametrised": True, "inner": 10**9}, "adapter.safetensors: prefix adapter: expected tensors 5 by name"),
     ("sparse", {"k": 10**12}, "adapter.json: sparse k: expected at most 5002, the weights there are, got 1000000000000"),
@@ -309,5 +311,34 @@ def test_a_module_with_numbers_that_are_none_is_refused(tmp_path):
     with torch.no_grad():
         next(iter(method.parameters().values()))[0, 0] = float("nan")
     save_adapter(tmp_path / "adapter", method, "gender", checkpoint.describe_base(model))
-    with pytest.raises(AdapterError, match=r"adapter.safetensors: layers.0.attention.query.a: expected finite numbers, got 1 of 42 that are NaN or infinite"):
+    with pytest.raises(AdapterError, match=r"adapter.safetensors: lora adapter, layers.0.attention.query.a: expected finite numbers, got 1 of 42 that are NaN or infinite"):
         load_adapter(tmp_path, model)
+
+
+@pytest.mark.parametrize("written, words", [("model = 5", "model: expected a text, got 5"), ('max_length = "x"', "max_length: expected a whole number, got 'x'")])
+def test_a_run_s_configuration_is_of_the_kinds_that_are_read(written, words, tmp_path):
+    (tmp_path / "config.toml").write_text(f'command = "upstream"\n{written}\n')
+    with pytest.raises(ModelError, match=f"^{tmp_path}/config.toml: {words}$"):
+        load_run(tmp_path)
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(saved):
+    for name, words in (("adapter.safetensors", "expected a file, got a folder"), ("adapter.json", "expected JSON, got ")):
+        (saved / name).unlink()
+        (saved / name).mkdir()
+        with pytest.raises(AdapterError, match=f"^{saved}/{name}: {words}"):
+            load_adapter(saved, model_of())
+
+
+def test_an_axis_is_a_text(saved):
+    edited(saved, axis=["x"])
+    with pytest.raises(AdapterError, match=rf"^{saved}/adapter.json: axis: expected a text, got \['x'\]$"):
+        load_adapter(saved, model_of())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+def test_a_module_of_numbers_that_are_not_floating_point_is_refused(dtype, saved):
+    tensors = safetensors.torch.load_file(saved / "adapter.safetensors")
+    safetensors.torch.save_file({n: t.to(dtype) for n, t in tensors.items()}, saved / "adapter.safetensors")
+    with pytest.raises(AdapterError, match="expected floating-point numbers, got " + str(dtype).removeprefix("torch.")):
+        load_adapter(saved, model_of())

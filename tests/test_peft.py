@@ -7,15 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peftdebias import interchange, patch
+from peftdebias import checkpoint, interchange, patch
 from peftdebias.errors import AdapterError
 from peftdebias.interchange.peft import write as write_peft
 from peftdebias.methods import create
+from peftdebias.tokens import wordpiece
+from peftdebias.weights import save_model
 
 from .outside import LAYERS, assert_close, attached, batch_for, class_logits, drawn_model, library, mlm_logits, twin, with_peft  # noqa: F401
 from .outside import little_memory, one_thread, ragged  # noqa: F401
 
 POSITIONED = {"length": 5, "positioned": True}
+TOKENIZER = wordpiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "he", "she"])
 # our method and options; theirs and its fields
 KINDS = {
     "lora": ("lora", {"rank": 3, "alpha": 7.0, "targets": ("query", "value")}, "LoraConfig", {"r": 3, "lora_alpha": 7}),
@@ -133,7 +136,7 @@ def theirs(tmp_path):
 @pytest.mark.parametrize("changes,words", [
     ({"peft_type": "P_TUNING"}, "peft_type: expected one of LORA, IA3, PREFIX_TUNING, PROMPT_TUNING, got 'P_TUNING'"),
     ({"target_modules": "all-linear"}, "target_modules: expected a list of names .*, got \"all-linear\""),
-    ({"target_modules": r".*\.query"}, "target_modules: expected a list of names"), ({"layers_to_transform": [0]}, r"layers_to_transform: expected .*, got \[0\]"),
+    ({"target_modules": r".*\.query"}, "target_modules: expected a list of names"), ({"layers_to_transform": [0]}, r"layers_to_transform: expected \[0, 1, 2\], got \[0\]"),
     ({"rank_pattern": {"query": 4}}, "rank_pattern: expected none .*, got {\"query\": 4}"), ({"alpha_pattern": {"query": 4}}, "alpha_pattern: expected none"),
     ({"use_dora": True}, "use_dora: expected none .*, got true"), ({"bias": "lora_only"}, "bias: expected \"none\", got \"lora_only\""),
     ({"init_lora_weights": "pissa"}, "init_lora_weights: expected true or false or .*, got \"pissa\""), ({"new_thing": {"a": 1}}, "new_thing: expected none"),
@@ -244,3 +247,33 @@ def test_an_encoder_wrapped_without_a_head(theirs):
     path = folder / "adapter_model.safetensors"
     save_file({n.replace(".model.bert.", ".model."): t for n, t in load_file(path).items()}, path)
     assert all(torch.equal(t, before[n]) for n, t in interchange.read(folder, config).method.state().items())
+
+
+# ---------------------------------------------------------------- heads that came along
+
+@pytest.mark.parametrize("kind,head", [("bert", "cls"), ("roberta", "lm_head")])
+def test_a_masked_lm_head_that_was_trained_beside_the_module_is_carried(kind, head, tmp_path):
+    """peft trains a copy of the head, whose decoder is then no word embedding any more."""
+    model = shrunk(drawn_model(kind, **{"pad_id": 1} if kind == "roberta" else {}), "mlm").float()
+    save_model(model, tmp_path / "base", TOKENIZER)
+    wrapped = with_peft(model, "mlm", "LoraConfig", r=2, modules_to_save=[head]).float()
+    generator = torch.Generator().manual_seed(5)
+    for _, p in sorted(wrapped.named_parameters()):
+        if p.requires_grad:
+            p.data += 0.3 * torch.randn(p.shape, generator=generator)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    interchange.import_adapter(tmp_path / "theirs", tmp_path / "base", "gender", tmp_path / "run")
+    run = checkpoint.load_run(tmp_path / "run")
+    assert not torch.equal(run.model.mlm.decoder.weight, run.model.encoder.embeddings.word.weight)
+    ours, expected = answers(run.model.double(), wrapped.double(), "mlm", "lora")
+    assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("values, words", [(torch.full((2,), float("nan")), "classifier.output.bias: expected finite numbers, got 2 of 2"),
+                                           (torch.zeros(2, dtype=torch.int32), "classifier.output.bias: expected floating-point numbers, got int32")])
+def test_a_head_of_wrong_numbers_is_named(values, words, theirs, tmp_path):
+    folder, _ = theirs(tensors=lambda found: found | {"base_model.model.classifier.bias": values, "base_model.model.classifier.weight": torch.zeros(2, 21)}, rank=2)
+    save_model(drawn_model().float(), tmp_path / "base", TOKENIZER)
+    with pytest.raises(AdapterError, match=f"^{folder}: a head with {words}"):
+        interchange.import_adapter(folder, tmp_path / "base", "gender", tmp_path / "run")
+    assert not (tmp_path / "run").exists()

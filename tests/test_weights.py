@@ -8,11 +8,13 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 
 import pytest
 import safetensors.torch
 import torch
 
+from peftdebias import checkpoint
 from peftdebias.batches import pack
 from peftdebias.encoder import EncoderConfig, Model
 from peftdebias.errors import ModelError
@@ -292,9 +294,20 @@ def test_sharded_files_with_an_index(saved):
     gone = folder / "model-00002-of-00003.safetensors"
     gone.unlink()
     assert message(lambda: load_model(folder)) == f"{folder}: expected model-00002-of-00003.safetensors, found none"
-    for broken in ("{", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'):
+    for broken, words in (("{", "expected JSON, got "), ("[]", "expected a JSON object, got list"), *((broken, "expected a weight_map of tensors to names of files beside it, got ") for broken in (
+            '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', "{}", '{"weight_map": {"a": "../model.safetensors"}}'))):
         (folder / "model.safetensors.index.json").write_text(broken)
-        assert f"{folder}/model.safetensors.index.json: expected JSON with a weight_map, got " in message(lambda: load_model(folder))
+        assert message(lambda: load_model(folder)).startswith(f"{folder}/model.safetensors.index.json: {words}")
+
+
+def test_an_index_that_lists_what_its_files_lack_is_refused(bert):
+    folder, _, tensors = bert
+    in_shards(folder, tensors, safetensors.torch.save_file, "model", "safetensors")
+    listing = folder / "model.safetensors.index.json"
+    index = json.loads(listing.read_text())
+    index["weight_map"]["bert.pooler.dense.weight"] = "model-00001-of-00003.safetensors"
+    listing.write_text(json.dumps(index))
+    assert message(lambda: load_model(folder)) == f"{folder}/model-00001-of-00003.safetensors: expected the tensor bert.pooler.dense.weight by model.safetensors.index.json, found none"
 
 
 def test_sharded_pickles_with_an_index(saved):
@@ -392,11 +405,43 @@ def test_a_missing_tensor_is_named_here_and_there(bert, missing, words):
     assert message(lambda: load_model(folder)) == f"{folder}: {words}"
 
 
-def test_a_missing_layer_is_named(bert):
+@pytest.mark.parametrize("layers", [2, 4, 10**9])
+def test_as_many_layers_as_there_are(bert, layers):
     folder, *_ = bert
-    edit_config(folder, num_hidden_layers=4)
-    assert message(lambda: load_model(folder)) == \
-        f"{folder}: expected the tensor layers.3.attention.qkv.weight (bert.encoder.layer.3.attention.self.query.weight), found none"
+    edit_config(folder, num_hidden_layers=layers)
+    assert message(lambda: load_model(folder)) == f"{folder}/config.json: num_hidden_layers: expected 3, the layers in the files, got {layers}"
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "max_position_embeddings", "type_vocab_size", "intermediate_size"])
+def test_a_size_that_no_memory_holds_is_refused_before_anything_is_made(bert, key):
+    folder, *_ = bert
+    edit_config(folder, **{key: 10**15})
+    assert re.search(r"expected shape \[1000000000000000, 21\] by config.json, got ", message(lambda: load_model(folder)))
+
+
+def test_a_tensor_under_two_names_is_refused(bert):
+    folder, _, tensors = bert
+    name = "bert.embeddings.word_embeddings.weight"
+    store(folder, tensors | {name.removeprefix("bert."): tensors[name] + 1})
+    assert message(lambda: load_model(folder)).removesuffix(name).removesuffix(name.removeprefix("bert.")) == f"{folder}: embeddings.word.weight ({name}): expected one tensor, found it under two names, the second "
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_weights_that_are_no_floating_point_numbers_are_refused(bert, dtype):
+    folder, _, tensors = bert
+    name = "bert.embeddings.word_embeddings.weight"
+    store(folder, tensors | {name: tensors[name].to(dtype)})
+    assert message(lambda: load_model(folder)) == f"{folder}: embeddings.word.weight ({name}): expected floating-point numbers, got {str(dtype).removeprefix('torch.')}"
+
+
+def test_numbers_beyond_the_dtype_asked_for_are_refused(bert):
+    folder, _, tensors = bert
+    name = "bert.embeddings.word_embeddings.weight"
+    large = tensors[name].double()
+    large[5, 1] = 1e300
+    store(folder, tensors | {name: large})
+    assert "expected finite numbers, got 1 of 2037 that are NaN or infinite in float32" in message(lambda: load_model(folder))
+    assert load_model(folder, dtype=torch.float64)[0].encoder.embeddings.word.weight[5, 1] == 1e300
 
 
 @pytest.mark.parametrize("name, shape, words", [
@@ -434,6 +479,15 @@ def test_shapes_that_match_only_together_do_not(bert):
     (dict(hidden_act="mish"), "activation: expected one of gelu, gelu_new, relu, silu, got 'mish'"),
     (dict(position_embedding_type="relative_key"), "position_embedding_type: expected 'absolute', got 'relative_key'"),
     (dict(is_decoder=True), "is_decoder: expected False, got True"),
+    (dict(layer_norm_eps="1e-12"), "norm_eps: expected a number from 0, got '1e-12'"),
+    (dict(layer_norm_eps=-1), "norm_eps: expected a number from 0, got -1"),
+    (dict(hidden_dropout_prob=2), "dropout: expected a number from 0 to below 1, got 2"),
+    (dict(attention_probs_dropout_prob="a"), "attention_dropout: expected a number from 0 to below 1, got 'a'"),
+    (dict(initializer_range="x"), "initializer_range: expected a number from 0, got 'x'"),
+    (dict(max_position_embeddings="x"), "max_position_embeddings: expected a whole number, got 'x'"),
+    (dict(pad_token_id=[0]), "pad_token_id: expected a whole number, got [0]"),
+    (dict(hidden_act=["gelu"]), "activation: expected one of gelu, gelu_new, relu, silu, got ['gelu']"),
+    (dict(model_type=["bert"]), "model_type: expected bert or roberta, got ['bert']"),
 ])
 def test_a_configuration_that_does_not_fit_says_so(bert, changes, words):
     folder, *_ = bert
@@ -442,7 +496,8 @@ def test_a_configuration_that_does_not_fit_says_so(bert, changes, words):
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"{", "expected JSON, got "), (b"", "expected JSON, got "), (b"\xff\xfe", "expected JSON, got "), (b"[]", "expected a JSON object, got list")])
+    (b"{", "expected JSON, got "), (b"", "expected JSON, got "), (b"\xff\xfe", "expected JSON, got "), (b"[]", "expected a JSON object, got list"),
+    (b"[" * 100_000, "expected JSON, got "), (b'{"vocab_size": ' + b"9" * 5000 + b"}", "expected JSON, got ")])
 def test_a_broken_configuration_says_so(bert, content, words):
     folder, *_ = bert
     (folder / "config.json").write_bytes(content)
@@ -678,3 +733,49 @@ def test_a_folder_in_the_place_of_weights_is_named(tmp_path):
     (tmp_path / "model.safetensors").mkdir()
     with pytest.raises(ModelError, match=f"^{tmp_path}/model.safetensors: expected a file, got a folder$"):
         load_model(tmp_path)
+
+
+# ---------------------------------------------------------------- a stored classifier
+
+def test_a_classifier_that_is_not_whole_does_not_answer(tmp_path):
+    save_model(model_of(labels=("a", "b")), tmp_path)
+    tensors = read_tensors(tmp_path)
+    for gone, ours in (("bert.pooler.dense.weight", "classifier.dense.weight"), ("bert.pooler.dense.bias", "classifier.dense.bias"), ("classifier.bias", "classifier.output.bias")):
+        store(tmp_path, {name: t for name, t in tensors.items() if name != gone})
+        assert message(lambda: load_model(tmp_path)) == (
+            f"{tmp_path}: expected the tensor {ours} ({gone}) beside the classifier's classifier.output.weight (classifier.weight), found none")
+        assert load_model(tmp_path, labels=())[0].classifier is None
+        assert load_model(tmp_path, labels=("a", "b"))[1].new == (ours,)  # training goes on from what there is, and says so
+
+
+@pytest.mark.parametrize("head", ["TokenClassification", "MultipleChoice"])
+def test_the_output_layer_of_another_task_is_no_classifier_of_texts(head, tmp_path):
+    save_model(model_of(labels=("a", "b")), tmp_path)
+    edit_config(tmp_path, architectures=[f"BertFor{head}"])
+    model, report = load_model(tmp_path)
+    assert model.classifier is None and {"classifier.weight", "classifier.bias"} <= set(report.unused) and not report.missed()
+
+
+@pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
+def test_answers_of_another_kind_are_refused(kind, tmp_path):
+    save_model(model_of(labels=("a", "b")), tmp_path)
+    edit_config(tmp_path, problem_type=kind)
+    assert message(lambda: load_model(tmp_path)) == f"{tmp_path}/config.json: problem_type: expected single_label_classification or none, got '{kind}'"
+    assert load_model(tmp_path, labels=())[0].classifier is None
+    edit_config(tmp_path, problem_type="single_label_classification")
+    assert load_model(tmp_path)[0].classifier is not None
+
+
+@pytest.mark.parametrize("names, words", [
+    (5, "id2label is 5; expected 0 to 1"), ({"0": "a", "1": "a"}, 'expected a label of its own for every row of the classifier, got {"0": "a", "1": "a"}')])
+def test_labels_that_cannot_be_told_apart_are_refused(names, words, tmp_path):
+    save_model(model_of(labels=("a", "b")), tmp_path)
+    edit_config(tmp_path, id2label=names)
+    assert words in message(lambda: load_model(tmp_path))
+
+
+def test_what_the_encoder_leaves_unused_is_warned_of(tmp_path):
+    save_model(model_of(), tmp_path, wordpiece([*SPECIAL, "he", "she"]))
+    store(tmp_path, read_tensors(tmp_path) | {"bert.encoder.layer.0.output.adapters.x.adapter_up.weight": torch.zeros(2, 2), "cls.seq_relationship.weight": torch.zeros(2, 21)})
+    with pytest.warns(UserWarning, match=r"in the files, not used: bert.encoder.layer.0.output.adapters.x.adapter_up.weight$"):
+        checkpoint.load_run(tmp_path)

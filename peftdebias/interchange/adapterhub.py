@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from .folders import Fields, Foreign, read_tensors
 from .tables import Table, made, names_in, per_site, prefix_joined, prefix_part, prefix_size
 
 FILES = ("adapter.safetensors", "pytorch_adapter.bin")
+HEADS = ("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
 INERT = ("architecture", "dtype", "init_weights", "init_weights_seed")
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_new", "swish": "silu", "silu": "silu"}
 BOTTLENECKS = {  # (after attention, after feed-forward, norm before, parallel) -> ours
@@ -104,6 +106,8 @@ def read(header: Fields, folder: Path, config: EncoderConfig) -> Foreign:
         values["alpha"] = values.get("r")  # they did not scale then, whatever alpha said: https://github.com/adapter-hub/adapters/pull/770
     method = TABLES[kind].read(fields, config)
     path, tensors = read_tensors(folder, FILES)
+    if beside := next((name for name in HEADS if (folder / name).exists()), None):
+        warnings.warn(f"{folder}: {beside}: its head is not read; a classifier answers by the base's own", stacklevel=4)
     own = {re.sub(rf"\.(adapters|loras|prefix_tunings)\.{re.escape(name)}\.", r".\1.NAME.", n): t for n, t in tensors.items()}
     copies = [n for n in own if ".prefix_tuning.pool." in n]  # every layer lists the one table again
     for n in copies:

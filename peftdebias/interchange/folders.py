@@ -1,19 +1,18 @@
-"""The two files of a foreign adapter folder, read with care: the configuration key by key (`Fields`), the tensors without unpickling anything else."""
+"""The two files of a foreign adapter folder: the configuration key by key (`Fields`), the tensors by name."""
 
 import dataclasses
 import json
 import math
 from pathlib import Path
 
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from .. import files
 from ..errors import AdapterError
 from ..methods import Method
 
 CONFIG = "adapter_config.json"
+NONE = "none (there is no such thing here)"
 
 
 @dataclasses.dataclass
@@ -56,13 +55,13 @@ class Fields:
         self.asked.add(key)
         value = self.values.get(key)
         if value is not None and not any(type(value) is type(w) and value == w for w in wanted):
-            raise AdapterError(f"{self.path}: {key}: expected {' or '.join(json.dumps(w) for w in wanted)}, got {json.dumps(value)}")
+            raise AdapterError(f"{self.path}: {key}: expected {' or '.join(json.dumps(w) for w in wanted) or NONE}, got {json.dumps(value)}")
 
     def rest(self, *ignored: str) -> None:
         """Raises AdapterError on a key that nobody asked for, is not `ignored`, and holds more than null, false, "none" or nothing."""
         for key, value in self.values.items():
             if key not in self.asked and key not in ignored and value not in (None, False, "none", {}, []):
-                raise AdapterError(f"{self.path}: {key}: expected none (there is no such thing here), got {json.dumps(value)}")
+                raise AdapterError(f"{self.path}: {key}: expected {NONE}, got {json.dumps(value)}")
 
 
 def read_tensors(folder: Path, names: tuple[str, ...]) -> tuple[Path, dict[str, Tensor]]:
@@ -70,19 +69,4 @@ def read_tensors(folder: Path, names: tuple[str, ...]) -> tuple[Path, dict[str, 
     path = next((folder / name for name in names if (folder / name).exists()), None)
     if path is None:
         raise AdapterError(f"{folder}: expected {' or '.join(names)}, found none")
-    try:
-        tensors = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, TypeError) as error:
-        raise AdapterError(f"{path}: cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
-    except Exception as error:  # pickle.UnpicklingError: the file wants to run code
-        raise AdapterError(f"{path}: expected plain tensors, got {type(error).__name__} (unpickling anything else is refused)") from None
-    if not isinstance(tensors, dict) or not all(isinstance(n, str) and _is_plain(t) for n, t in tensors.items()):
-        raise AdapterError(f"{path}: expected tensors by name, got something else")
-    for name, tensor in tensors.items():  # strides of 0, or an empty dimension, let a small file hold a shape that no memory does
-        if (size := math.prod(max(1, n) for n in tensor.shape) * tensor.element_size()) > path.stat().st_size:
-            raise AdapterError(f"{path}: {name}: expected no more than the file's {path.stat().st_size:,} bytes, got shape {list(tensor.shape)} of {size:,}")
-    return path, dict(tensors)
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+    return path, files.read_tensors(path, AdapterError)

@@ -20,7 +20,7 @@ INERT = ("auto_mapping", "base_model_name_or_path", "inference_mode", "modules_t
 
 def _read_lora(fields: Fields, config: EncoderConfig) -> Method:
     targets = names_in(fields, "target_modules")
-    fields.expect("layers_to_transform")
+    fields.expect("layers_to_transform", list(range(config.layers)))
     fields.expect("bias", "none")
     fields.expect("init_lora_weights", True, False, "gaussian", "eva", "orthogonal")  # others change the base as they begin
     options = {

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .. import methods, weights
 from ..errors import AdapterError, ConfigError
+from ..files import wrong_numbers
 from ..methods import Method
 from ..sites import EncoderConfig, linear_sites
-from ..weights import wrong_numbers
 from .folders import Fields
 
 
@@ -49,8 +49,6 @@ class Table:
             wanted, tensor = self.shape(ours, method), tensors[theirs]
             if tuple(tensor.shape) != wanted:
                 raise AdapterError(f"{path}: {theirs}: expected shape {list(wanted)}, got {list(tensor.shape)}")
-            if not tensor.is_floating_point():
-                raise AdapterError(f"{path}: {theirs}: expected floating-point numbers, got {str(tensor.dtype).removeprefix('torch.')}")
             if wrong := wrong_numbers(tensor):
                 raise AdapterError(f"{path}: {theirs}: {wrong}")
             state[ours] = self.split(tensor, ours, method)

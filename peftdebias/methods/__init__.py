@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..errors import AdapterError, ConfigError
+from ..files import wrong_numbers
 from ..options import SEEDS, checked
 from ..sites import LINEARS, EncoderConfig
-from ..weights import wrong_numbers
 
 LARGEST = 2**24  # parameters that a module may have however small its base: 64 MiB
 
@@ -102,7 +102,7 @@ class Method:
         return {name: p.detach().cpu().contiguous() for name, p in self.parameters().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take saved tensors. Raises AdapterError on a name or shape that does not match."""
+        """Take saved tensors. Raises AdapterError on a name or shape that does not match, and on numbers that are none."""
         own = self.parameters()
         if set(own) != set(state):
             odd = sorted(set(own) ^ set(state))
@@ -110,6 +110,8 @@ class Method:
         for name, parameter in own.items():
             if parameter.shape != state[name].shape:
                 raise AdapterError(f"{self.name} adapter, {name}: expected shape {list(parameter.shape)}, got {list(state[name].shape)}")
+            if wrong := wrong_numbers(state[name], parameter.dtype):
+                raise AdapterError(f"{self.name} adapter, {name}: {wrong}")
             parameter.data = state[name].to(parameter.device, parameter.dtype).clone(memory_format=torch.contiguous_format)
 
     # ---- hooks
@@ -258,9 +260,6 @@ def restored(cls: type[Method], config, encoder_config: EncoderConfig, state: di
     """A method of `config` with the saved tensors `state` in it. Raises ConfigError or AdapterError, before anything of its size is made, where they do not fit:
     a configuration from elsewhere may ask for more than memory holds."""
     outline(cls, config, encoder_config).load(state)
-    for name, tensor in state.items():
-        if wrong := wrong_numbers(tensor):
-            raise AdapterError(f"{name}: {wrong}")
     method = cls(config, encoder_config)
     method.load(state)
     return method

@@ -22,6 +22,7 @@ from torch.nn import Parameter
 
 from ..encoder import Model, parameter_at
 from ..errors import AdapterError, ConfigError
+from ..files import wrong_numbers
 from ..sites import TABLES, EncoderConfig, linear_sites, parameter_size
 from . import Method, base_parameters, finite
 
@@ -158,6 +159,10 @@ class Sparse(Method):
             indices = state.get(f"{site}.indices")
             if site not in known or indices is None or indices.shape != values.shape or values.dim() != 1:
                 raise AdapterError(f"sparse adapter, {site}: expected values and indices of one length for a weight of the base, got something else")
+            if wrong := wrong_numbers(values):
+                raise AdapterError(f"sparse adapter, {site}: {wrong}")
+            if indices.dtype not in (torch.int32, torch.int64):
+                raise AdapterError(f"sparse adapter, {site}: expected indices in int32 or int64, got {str(indices.dtype).removeprefix('torch.')}")
             size = parameter_size(self.encoder_config, site)
             if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < size:
                 raise AdapterError(f"sparse adapter, {site}: expected indices from 0 to {size - 1}, got {int(indices.min())} to {int(indices.max())}")

@@ -1,0 +1,64 @@
+"""Files that others wrote, read with care: tensors by name, JSON objects. Never code, and one line for whatever is wrong with them.
+
+What it adds over safetensors, torch.load and json: `raised`, the kind of error that names the file. It leaves out whose names they are, and which shapes are wanted.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .errors import PeftDebiasError
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def read_tensors(path: Path, raised: type[PeftDebiasError]) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of one that torch.save wrote (by weights_only), by name, on the CPU. Raises on anything more or less."""
+    if path.is_dir():
+        raise raised(f"{path}: expected a file, got a folder")
+    try:
+        tensors = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, TypeError) as error:
+        raise raised(f"{path}: cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+    except Exception as error:  # pickle.UnpicklingError: the file wants to run code
+        raise raised(f"{path}: expected plain tensors, got {type(error).__name__} (unpickling anything else is refused)") from None
+    if not isinstance(tensors, dict) or not all(isinstance(n, str) and _is_plain(t) for n, t in tensors.items()):
+        raise raised(f"{path}: expected tensors by name, got something else")
+    for name, tensor in tensors.items():  # strides of 0, or an empty dimension, let a small file hold a shape that no memory does
+        if (size := math.prod(max(1, n) for n in tensor.shape) * tensor.element_size()) > path.stat().st_size:
+            raise raised(f"{path}: {name}: expected no more than the file's {path.stat().st_size:,} bytes, got shape {list(tensor.shape)} of {size:,}")
+    return dict(tensors)
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+
+
+def wrong_numbers(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
+    """What is wrong with numbers that no answer can be made from, as they are or, if given, as `dtype`; empty where they are floating-point and finite."""
+    if tensor.dtype not in FLOATS:
+        return f"expected floating-point numbers, got {_name(tensor.dtype)}"
+    finite = torch.isfinite(tensor if dtype is None else tensor.to(dtype))
+    if finite.all():
+        return ""
+    return f"expected finite numbers, got {int((~finite).sum())} of {tensor.numel()} that are NaN or infinite" + (f" in {_name(dtype)}" if dtype not in (None, tensor.dtype) else "")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def read_object(path: Path, raised: type[PeftDebiasError]) -> dict:
+    """The JSON object of a file that is there. Raises on anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:  # ValueError: no UTF-8, no JSON, or an integer of thousands of digits
+        raise raised(f"{path}: expected JSON, got {str(error) or type(error).__name__}") from None
+    if not isinstance(values, dict):
+        raise raised(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
