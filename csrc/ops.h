@@ -91,7 +91,7 @@ struct Kernels {
     void (*norm_backward)(const NormBackward& op, int64_t first, int64_t last, float* partial);
     void (*gelu)(const Gelu& op, int64_t first, int64_t last, float* partial);
     void (*adamw)(const AdamW& op, int64_t first, int64_t last);
-    void (*add_rows)(float* sum, const float* rows, int64_t count, int64_t stride, int64_t width);  // sum [width] += each of `count` rows, in order
+    void (*add_rows)(float* sum, const float* rows, int64_t count, int64_t stride, int64_t width);  // sum [width] += the sum of `count` rows
     size_t (*attention_scratch)(const Attention& op, int64_t queries, int64_t keys);               // floats
     void (*attention_forward)(const Attention& op, const Stretch& where, int64_t head, float* scratch);
     void (*attention_backward)(const Attention& op, const Stretch& where, int64_t head, float* prefix, float* scratch);  // prefix: [2, P, W] added to, or null

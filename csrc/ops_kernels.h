@@ -276,15 +276,18 @@ static void adamw(const AdamW& op, int64_t first, int64_t last) {
     }
 }
 
+// Of n <= LANES neighbours in `count` rows; by halves, so that the error grows with the logarithm of the count.
+static vf sum_of_rows(const float* rows, int64_t count, int64_t stride, int64_t n) {
+    if (count > 8) return sum_of_rows(rows, count / 2, stride, n) + sum_of_rows(rows + count / 2 * stride, count - count / 2, stride, n);
+    vf total = {};
+    for (int64_t i = 0; i < count; ++i) total += n == LANES ? load(rows + i * stride) : load(rows + i * stride, n);
+    return total;
+}
+
 static void add_rows(float* sum, const float* rows, int64_t count, int64_t stride, int64_t width) {
     int64_t d = 0;
-    for (; d + LANES <= width; d += LANES) {
-        vf total = load(sum + d);
-        for (int64_t i = 0; i < count; ++i) total += load(rows + i * stride + d);
-        store(sum + d, total);
-    }
-    for (; d < width; ++d)
-        for (int64_t i = 0; i < count; ++i) sum[d] += rows[i * stride + d];
+    for (; d + LANES <= width; d += LANES) store(sum + d, load(sum + d) + sum_of_rows(rows + d, count, stride, LANES));
+    if (const int64_t rest = width - d; rest > 0) store(sum + d, load(sum + d, rest) + sum_of_rows(rows + d, count, stride, rest), rest);
 }
 
 // ---------------------------------------------------------------- mlm_loss (tasks.py)

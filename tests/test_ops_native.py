@@ -161,6 +161,21 @@ def test_gelu(width, bias):
     check(gelu_compiled, gelu_ref, {name: None if t is None else t[:0] if name == "x" else t for name, t in tensors.items()}, ["x"])
 
 
+@pytest.mark.parametrize("rows, width, mean", [(2048, 3072, 0.0), (8192, 768, 0.0), (8192, 768, 1.0)])
+def test_the_gradient_of_gelu_s_bias_over_many_rows(rows, width, mean):
+    """Twice plain torch's own error at most, of single columns and of all."""
+    x, bias, dy = drawn(rows, width), drawn(width, seed=1), mean + drawn(rows, width, seed=2)
+    def of(function, dtype):
+        given = bias.to(dtype).requires_grad_()
+        return torch.autograd.grad(function(x.to(dtype), given), given, dy.to(dtype))[0].double()
+    exact = of(gelu_ref, torch.float64)
+    plain = of(gelu_ref, torch.float32) - exact
+    for level in range(len(LEVELS)):
+        with running(level, 2):
+            found = of(gelu_compiled, torch.float32) - exact
+        assert found.abs().max() <= 2 * plain.abs().max() and found.norm() <= 2 * plain.norm(), LEVELS[level]
+
+
 def test_gelu_over_the_whole_range():
     """Between the twin and z Phi(z): no worse than 3e-7 of z anywhere, the tails and what is no number included."""
     z = torch.cat([torch.linspace(-15, 15, 300_001), torch.tensor([-1e30, -100.0, -0.0, 0.0, 1e-30, 100.0, 1e30])])[None]
