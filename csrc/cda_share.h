@@ -23,6 +23,11 @@ struct Done {  // one replaced stretch
     uint8_t tail[4];
 };
 
+struct Made {  // a variant of the text at hand; mark: of its bytes, where many are compared
+    int64_t start, size;
+    uint64_t mark;
+};
+
 class Share : public Pronouns {
 public:
     int64_t first_source = 0;
@@ -51,7 +56,8 @@ public:
 
 private:
     Buffer out_, afters_;
-    std::vector<int64_t> ends_, sources_, swaps_, starts_;
+    std::vector<int64_t> ends_, sources_, swaps_;
+    std::vector<Made> made_;
     std::vector<int32_t> sizes_, swap_counts_;
     std::vector<Hit> hits_;
     std::vector<Done> done_;
@@ -155,12 +161,22 @@ private:
     // Whether the word before `start` is in one of the sets.
     bool is_barred(const Text& t, int64_t start, uint64_t sets) const {
         int64_t end_before = start;
-        while (end_before > std::max(t.start, start - GAP) && (base_[end_before - 1] == ' ' || base_[end_before - 1] == '-')) --end_before;
+        for (int gap = 0; gap < GAP; ++gap) end_before -= joint_before(end_before, t.start);
         if (end_before == start) return false;
         int64_t begin_before = end_before;
         while (begin_before > t.start && end_before - begin_before <= LONGEST && word_.at(begin_before - 1)) --begin_before;
         const int found = axis->barred.find(base_ + begin_before, end_before - begin_before, request->bytes + request->size);
         return found >= 0 && axis->barred_sets[size_t(found)] & sets;
+    }
+
+    // Bytes of one of cda.JOINTS that ends at `end`; 0 where another character does.
+    int64_t joint_before(int64_t end, int64_t least) const {
+        if (end <= least) return 0;
+        const uint8_t c = base_[end - 1];
+        if (c == ' ' || c == '-' || c == '\t' || c == '\n' || c == '\r') return 1;
+        if (c == 0xA0 && end - 2 >= least && base_[end - 2] == 0xC2) return 2;
+        const bool wide = c == 0x87 || c == 0x89 || c == 0x8A || c == 0x90 || c == 0x91 || c == 0xAF;
+        return wide && end - 3 >= least && base_[end - 3] == 0xE2 && base_[end - 2] == 0x80 ? 3 : 0;
     }
 
     // All variants of a text with hits; how many.
@@ -179,7 +195,7 @@ private:
             wanted = request->max_variants;
             first = int64_t(checksum(base_ + t.start, t.end - t.start) % uint64_t(candidates));
         }
-        starts_.clear();
+        made_.clear();
         const int64_t mark = out_.size();
         const bool kept = request->write != WRITE_NOTHING && request->keep != KEEP_ORIGINALS;
         if (!kept) written(t);
@@ -228,8 +244,9 @@ private:
         }
         piece(t, copied, t.end);
         const int64_t size = out_.size() - start;
-        if (repeats(t, start, size, json || !kept)) return out_.shrink(row), false;
-        starts_.insert(starts_.end(), {start, size});
+        const uint64_t mark = request->one_at_a_time ? mark_of(out_.data() + start, size) : 0;
+        if (repeats(t, start, size, mark, json || !kept)) return out_.shrink(row), false;
+        made_.push_back(Made{start, size, mark});
         part.replaced += int64_t(done_.size());
         if (!kept) return true;
         if (json)
@@ -248,12 +265,24 @@ private:
         original_size_ = out_.size() - original_;
     }
 
-    bool repeats(const Text& t, int64_t start, int64_t size, bool was_written) {
+    bool repeats(const Text& t, int64_t start, int64_t size, uint64_t mark, bool was_written) {
         const auto same = [&](const uint8_t* a, int64_t n) { return n == size && !std::memcmp(a, out_.data() + start, size_t(n)); };
         if (was_written ? same(out_.data() + original_, original_size_) : same(base_ + t.start, t.end - t.start)) return true;
-        for (size_t i = 0; i < starts_.size(); i += 2)
-            if (same(out_.data() + starts_[i], starts_[i + 1])) return true;
+        for (const Made& other : made_)
+            if (other.mark == mark && same(out_.data() + other.start, other.size)) return true;
         return false;
+    }
+
+    // A number that equal bytes share, and others hardly ever.
+    static uint64_t mark_of(const uint8_t* p, int64_t n) {
+        uint64_t found = uint64_t(n);
+        for (uint64_t part; n > 0; n -= 8, p += 8) {
+            part = 0;
+            std::memcpy(&part, p, size_t(std::min<int64_t>(n, 8)));
+            found = (found ^ part) * 0x9E3779B97F4A7C15u;
+            found ^= found >> 29;
+        }
+        return found;
     }
 
     // text[start:end] as it is written.
@@ -334,12 +363,17 @@ private:
             uint32_t code;
             if (next >= t.end) return;
             const int n = decode(base_ + next, base_ + t.end, code);
-            if (axis->characters[code] & SPACE && word_at(next + n, t)) {
+            if (axis->characters[code] & SPACE && word_at(next + n, t) && !quoted(t, hit.start)) {
                 done.end = next;
                 std::memcpy(done.tail, base_ + at, size_t(mark));
                 done.tail[mark] = after & UPPER ? 'S' : 's', done.suffix = mark + 1;
             }
         }
+    }
+
+    // Whether a quotation mark that an apostrophe closes stands before `start`.
+    bool quoted(const Text& t, int64_t start) const {
+        return (start > t.start && base_[start - 1] == '\'') || (start - 3 >= t.start && !std::memcmp(base_ + start - 3, "\xE2\x80\x98", 3));
     }
 
     // CRC-32 as zlib has it.

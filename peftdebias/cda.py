@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from peftdebias.axes import LONGEST_WORD, SHAPES, Axis, is_word_character, upper, word_class
+from peftdebias.axes import LONGEST_WORD, SHAPES, Axis, is_word_character, letter_cases, word_class
 from peftdebias.errors import ConfigError
 
 WINDOW = 64  # characters on either side of a pronoun that its rules may look at; a word that the border cuts counts as the piece inside
 APOSTROPHES = "'\u2019"
 GAP = 3  # spaces and hyphens that may lie between a word and the one that it counts as being behind
+JOINTS = frozenset(" \t\n\r-\u00a0\u2007\u2009\u200a\u2010\u2011\u202f")  # these: of one width and another, breaking lines or not
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,13 +167,9 @@ def rows(family: Family, keep: str = "pairs") -> list[dict]:
 # ---- words
 
 _APOSTROPHES = frozenset(APOSTROPHES)
+_QUOTES = ("'", "\u2018")  # that open what an apostrophe may close
 PRONOUNS = {"her": ("his", "him"), "his": ("her", "hers")}  # what each becomes by the table of pronouns.toml, where it does not stay
 PLURALS = ("men", "people", "children")  # plurals without an s
-_SHAPES = {
-    "lower": lambda word: word,
-    "Capital": lambda word: upper(word[0]) + word[1:],
-    "UPPER": lambda word: "".join(map(upper, word)),
-}
 
 
 class _Pronoun(NamedTuple):
@@ -207,24 +204,20 @@ def lexicon(axis: Axis, only_from: int | None = None) -> Lexicon:
     """With `only_from`, the forms of other columns are found too, so that no piece of one is, and replaced by nothing: ()."""
     if isinstance(axis, str):
         raise ConfigError(f"axis: expected an Axis, as load_axis({axis!r}) gives one, got a text")
-    only = dict(axis.only)
-    entries = []  # (word, what stands in its place, variant by variant, the letter cases it counts in)
+    others = {}  # word -> what stands in its place, variant by variant
     for row in axis.groups:
-        limits = [only[word] for word in row if word in only]
-        shapes = [shape for shape in _SHAPES if all(shape in limit for limit in limits)]
         for column, word in enumerate(row):
-            entries.append((word, row[column + 1 :] + row[:column] if only_from in (None, column) else (), shapes))
-    others = {word: row for word, row, _ in entries}
-    entries += [(word, others[model], only.get(word, SHAPES)) for word, model in axis.like]
-    forms, words = {}, {}
-    for word, row, shapes in entries:
-        for put in map(_SHAPES.get, shapes):
+            others[word] = row[column + 1 :] + row[:column] if only_from in (None, column) else ()
+    others |= {word: others[model] for word, model in axis.like}
+    cases, forms, words = letter_cases(axis), {}, {}
+    for word, row in others.items():
+        for put in map(SHAPES.get, cases[word]):
             if put(word) not in forms:  # of two equal forms (a one-letter word: Capital and UPPER) the first counts
                 forms[put(word)], words[put(word)] = tuple(map(put, row)), word
     if axis.pronouns:
-        for put in _SHAPES.values():
+        for put in SHAPES.values():
             for word, becomes in PRONOUNS.items():
-                if forms[put(word)]:
+                if forms.get(put(word)):
                     forms[put(word)] = _Pronoun(word, {other: (put(other),) for other in becomes} | {word: ()})
     for form in [form for form in forms if "'" in form]:
         curly = form.replace("'", "\u2019")
@@ -232,7 +225,7 @@ def lexicon(axis: Axis, only_from: int | None = None) -> Lexicon:
     barred: dict[str, frozenset[str]] = {}
     for word, before in axis.unless_after:
         row = next((row for row in axis.groups if word in row), (word,))
-        every = frozenset(put(one) for one in before for put in _SHAPES.values())
+        every = frozenset(put(one) for one in before for put in SHAPES.values())
         barred |= {one: barred.get(one, frozenset()) | every for one in row}
     first, tree = "".join(sorted({re.escape(form[0]) for form in forms})), _tree(forms)
     word = word_class()
@@ -264,9 +257,9 @@ def _tree(words: Iterable[str]) -> str:
 
 
 def word_before(text: str, start: int) -> str:
-    """The word that ends before text[start:], one to GAP spaces or hyphens between; "" where there is none, or a longer one than LONGEST_WORD."""
+    """The word that ends before text[start:], one to GAP of JOINTS between; "" where there is none, or a longer one than LONGEST_WORD."""
     end = start
-    while end > max(0, start - GAP) and text[end - 1] in " -":
+    while end > max(0, start - GAP) and text[end - 1] in JOINTS:
         end -= 1
     begin = end
     while begin > max(0, end - LONGEST_WORD - 1) and _word_at(text, begin - 1):
@@ -278,14 +271,15 @@ def _possessive(text: str, start: int, end: int, after: str) -> tuple[int, str]:
     """Where the swap of text[start:end] ends and what it puts, an apostrophe standing at `end`: gentlemen's <-> ladies'.
 
     Only for a joined apostrophe: the 's of a plural without s goes bare before a word in -s, a bare one gets its s before a word in another letter. A
-    bare apostrophe (ladies', James') counts as a possessive when a space and a word follow. Everything else keeps what it has: king's, kings', he's.
+    bare apostrophe (ladies', James') counts as a possessive when a space and a word follow, and none stands before: 'princess' is quoted. Everything else keeps
+    what it has: king's, kings', he's.
     """
     before, mark = text[start:end].lower(), text[end]
     if before.endswith(PLURALS) and after.lower().endswith("s"):
         if text[end + 1 : end + 2] in ("s", "S") and not _word_at(text, end + 2):
             return end + 2, after + mark
     elif takes_bare_apostrophe(before) and not after.lower().endswith("s"):
-        if text[end + 1 : end + 2].isspace() and _word_at(text, end + 2):
+        if text[end + 1 : end + 2].isspace() and _word_at(text, end + 2) and text[max(0, start - 1) : start] not in _QUOTES:
             return end + 1, after + mark + ("S" if after.isupper() else "s")
     return end, after
 

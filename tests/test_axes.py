@@ -267,6 +267,13 @@ def test_a_file_that_is_no_text(tmp_path):
         ('keep_untouched = true\npronouns = true\ngroups = [["he", "she"]]', DataError, r'pronouns = true: expected the rows \["him", "her"\]'),
         ('keep_untouched = true\ngroups = [["a", "b"]]\n[like]\n"a" = "b"', DataError, r"mine\.toml:4: like: 'a' stands in a group too"),
         ('keep_untouched = true\ngroups = [["a", "b"]]\n[like]\nc = "d"', DataError, "like: 'c' is to be treated like 'd': expected a word of the groups"),
+        ("keep_untouched = true\ngroups = " + "[" * 5000, DataError, "expected TOML, got "),
+        ('keep_untouched = true\ngroups = [["rich", "poor"]]\n[only]\nrich = ["lower"]\npoor = ["UPPER"]', DataError, r"only: 'rich' counts in no letter case, since its row has others"),
+        ('keep_untouched = true\ngroups = [["isi", "b"], ["ısı", "c"]]', DataError, r"'ısı' and 'isi' are both written 'ISI': expected words that can be told apart"),
+        ('name = "a\\nb"\nkeep_untouched = true\ngroups = [["a", "b"]]', DataError, r"key 'name': expected printable characters, got 'a\\nb'"),
+        ('columns = ["x\\ny", "z"]\nkeep_untouched = true\ngroups = [["a", "b"]]', DataError, r"key 'columns': expected names of printable characters, got 'x\\ny'"),
+        ('keep_untouched = true\ngroups = [["a", "b"]' + "".join(f', ["c{i}", "d{i}"]' for i in range(65)) + "]\n[unless_after]\n" + "".join(f'c{i} = ["x{i}"]\n' for i in range(65)), DataError,
+         r"mine\.toml:68: unless_after: expected at most 64 words, got 65"),
         ('keep_untouched = true\ngroups = [["a", "b"]]\n[unless_after]\nc = ["x"]', DataError, "unless_after: 'c' is in no group and not under like"),
         ('keep_untouched = true\ngroups = [["a", "b"]]\n[unless_after]\na = "x"', DataError, r"mine\.toml:4: unless_after: 'a': expected a list of words, got 'x'"),
         ('keep_untouched = true\ngroups = [["a", "b"]]\n[unless_after]\na = ["x y"]', DataError, r"unless_after: 'a': 'x y' can never match as a whole word"),
@@ -288,3 +295,9 @@ def test_mistakes_are_named(load, text, error, words):
     with pytest.raises(error, match=words) as raised:
         load(text)
     assert "axis file" in str(raised.value) and "mine.toml" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_pronouns_may_count_in_some_letter_cases(tmp_path):
+    (tmp_path / "small.toml").write_text('keep_untouched = true\npronouns = true\ngroups = [["him", "her"], ["his", "hers"]]\n[only]\nher = ["lower"]\n')
+    axis = load_axis(str(tmp_path / "small.toml"))
+    assert [v.text for v in counterfactuals("Her friend saw her.", axis)] == ["Her friend saw him."]

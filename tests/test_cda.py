@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peftdebias.axes import load_axis, names
+from peftdebias.axes import SHAPES, letter_cases, load_axis, names
 from peftdebias.cda import Counterfactual, Family, Swap, counterfactuals, deciding_rule, families, pronoun_table, rows
 from peftdebias.errors import ConfigError
 
@@ -122,9 +122,22 @@ def test_every_word_has_one_partner_in_every_case():
 
 
 def test_words_that_are_treated_like_another():
+    cases = letter_cases(GENDER)
     for word, model in GENDER.like:
-        form = word.capitalize()
-        assert swap(form).lower() == swap(model if model not in dict(GENDER.only) else model.upper()).lower()
+        form, as_model = (SHAPES[cases[one][-1]](one) for one in (word, model))
+        assert swap(form).lower() == swap(as_model).lower() != form.lower()
+
+
+@pytest.mark.parametrize("text", ["Lady Gaga sang.", "The Lord is my shepherd.", "He grew up in Queens.", "the House of Ladies", "appendix of Chap .", "Roc - A - Fella"])
+def test_names_of_no_sex_stay(text):
+    assert swap(text) == text.replace("He ", "She ")
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("They called her 'princess' by mistake.", "They called him 'prince' by mistake."), ("‘waitress’ in it", "‘waiter’ in it"),
+    ("the princess' crown", "the prince's crown"), ("(princess' crown)", "(prince's crown)"), ("princess' crown", "prince's crown")])
+def test_a_quoted_word_is_no_possessive(text, expected):
+    assert swap(text) == expected
 
 
 # ---- pronouns

@@ -55,8 +55,8 @@ def same_written(a, b):
 
 # ---- texts made to break it
 
-PIECES = [*" '’`-.,:;!?\né\u0301\0_/()\"\\0ßİſ\u212a😀\x1c\x1f\x7f\u3000\u0085\u2028\ud7ff\ue000\uffff\U0010ffff\t\r", " ", " ", "\n\n", "\n \n", "'s", "’s",
-          "' ", "’ x", "the", "own", "of", "and", "to", "was", "told", "Kim", "123", "loving", "really", "Ünal", "himself", "ma'amx", "x" * 40, " " * 63]
+PIECES = [*"\u00a0\u2007\u2009\u200a\u2010\u2011\u202f‘ '’`-.,:;!?\né\u0301\0_/()\"\\0ßİſ\u212a😀\x1c\x1f\x7f\u3000\u0085\u2028\ud7ff\ue000\uffff\U0010ffff\t\r", " ", " ", "\n\n", "\n \n", "'s", "’s",
+          "' ", "’ x", "the\u00a0", "own\u2011", "the\r\n", "the\u202f\u2010- ", "the",  "own", "of", "and", "to", "was", "told", "Kim", "123", "loving", "really", "Ünal", "himself", "ma'amx", "x" * 40, " " * 63]
 
 
 def fuzzed(seed, axis, count=300):

@@ -22,7 +22,13 @@ _KINDS = {str: "a text", bool: "true or false", dict: "a table of words"}
 _NAMES_KEYS = {"description", "columns", "groups"}
 _PRONOUN_ROWS = (("him", "her"), ("his", "hers"))
 LONGEST_WORD = 100  # characters; the longest English dictionary word has 45
-SHAPES = ("lower", "Capital", "UPPER")
+SHAPES = {
+    "lower": lambda word: word,
+    "Capital": lambda word: upper(word[0]) + word[1:],
+    "UPPER": lambda word: "".join(map(upper, word)),
+}
+"""A letter case by name -> the word in it."""
+MOST_BARRED = 64  # words under unless_after: as many as the engine's sets of bits hold
 _LAST = 1 << 30  # the last line that quotes a word: tables stand after the groups
 
 
@@ -142,7 +148,7 @@ def _read(path: Path, kind: str) -> tuple[str, dict]:
         raise DataError(f"{kind} {path}: expected readable UTF-8 text, got {error}") from None
     try:
         return text, tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no TOML, or an integer of thousands of digits
         raise DataError(f"{kind} {path}: expected TOML, got {error}") from None
 
 
@@ -174,13 +180,15 @@ class _Check:
             self.fail(f"key 'name': expected a text to call the axis by, got {name!r}")
         if "/" in name:  # parts the names of measures
             self.fail(f"key 'name': expected a name without /, got {name!r}")
+        if not name.isprintable():
+            self.fail(f"key 'name': expected printable characters, got {name!r}")
         if "keep_untouched" not in table:
             self.fail("key 'keep_untouched' is missing: expected true (texts without an attribute word stay) or false (they are dropped)")
         groups = self.groups(table.get("groups"))
         words = {word for row in groups for word in row}
         if table.get("pronouns") and any(row not in groups for row in _PRONOUN_ROWS):
             self.fail('pronouns = true: expected the rows ["him", "her"] and ["his", "hers"] among the groups')
-        return Axis(
+        axis = Axis(
             name=name,
             groups=groups,
             keep_untouched=table["keep_untouched"],
@@ -192,6 +200,8 @@ class _Check:
             unless_after=self.unless_after(table.get("unless_after", {}), words | set(table.get("like", {}))),
             columns=self.columns(table["columns"], groups) if "columns" in table else (),
         )
+        self.forms(axis)
+        return axis
 
     def names(self, table: dict, axis: Axis) -> tuple[tuple[str, ...], ...]:
         """The rows of a table of first names that fits the axis."""
@@ -213,6 +223,8 @@ class _Check:
         for name in columns:
             if columns.count(name) > 1:
                 self.fail(f"key 'columns' repeats {name!r}: expected every identity once", name, nth=2)
+            if not name.isprintable():
+                self.fail(f"key 'columns': expected names of printable characters, got {name!r}", name)
             if name.isdecimal():
                 self.fail(f"key 'columns': {name!r} is a number: expected a name, for a column may be asked for by its number too", name)
         if len(columns) != (width := max(map(len, groups))):
@@ -271,6 +283,16 @@ class _Check:
                 self.fail(f"only: {word!r}: expected a list out of {', '.join(SHAPES)}, got {shapes!r}", word, nth=_LAST)
         return tuple((word, tuple(shapes)) for word, shapes in only.items())
 
+    def forms(self, axis: Axis):
+        """Every word has a letter case in which it counts, and no other word's form is the same there."""
+        word_of: dict[str, str] = {}
+        for word, shapes in letter_cases(axis).items():
+            if not shapes:
+                self.fail(f"only: {word!r} counts in no letter case, since its row has others: expected one that all have in common", word, nth=_LAST)
+            for form in {shape: SHAPES[shape](word) for shape in shapes}.values():
+                if word_of.setdefault(form, word) != word:
+                    self.fail(f"{word!r} and {word_of[form]!r} are both written {form!r}: expected words that can be told apart, or its swap would be ambiguous", word, nth=_LAST)
+
     def unless_after(self, unless_after: dict, known: set) -> tuple[tuple[str, tuple[str, ...]], ...]:
         for word, before in unless_after.items():
             if word not in known:
@@ -281,7 +303,17 @@ class _Check:
                 self.word(one, f"unless_after: {word!r}")
                 if "'" in one:
                     self.fail(f"unless_after: {word!r}: expected words without an apostrophe, got {one!r}", word, nth=_LAST)
+        if (many := len(unless_after)) > MOST_BARRED:
+            self.fail(f"unless_after: expected at most {MOST_BARRED} words, got {many}", list(unless_after)[MOST_BARRED], nth=_LAST)
         return tuple((word, tuple(before)) for word, before in unless_after.items())
+
+
+def letter_cases(axis: Axis) -> dict[str, list[str]]:
+    """Each word -> the letter cases in which it counts: those that `only` leaves to all words of its row, or to a word under `like`."""
+    only, found = dict(axis.only), {}
+    for row in axis.groups:
+        found |= dict.fromkeys(row, [shape for shape in SHAPES if all(shape in only.get(word, SHAPES) for word in row)])
+    return found | {word: list(only.get(word, SHAPES)) for word, _ in axis.like}
 
 
 def lower(character: str) -> str:
