@@ -7,7 +7,9 @@ config.toml can be given as --config again.
 import math
 
 from .errors import ConfigError
-from .options import SEEDS, at_least, check_seed, flag, option, settings
+from .options import SEEDS, at_least, at_most, check_seed, flag, option, settings
+
+THREADS = 1024  # more than any machine here has, and few enough that their tables fit
 
 
 @settings
@@ -98,6 +100,7 @@ class Upstream(Swapping, Training):
         Training.__post_init__(self)
         at_least(1, self, "steps", "valid_every", "valid_texts", "fresh_head", "shuffle_buffer")
         at_least(0, self, "workers")
+        at_most(THREADS, self, "workers")
         if not self.corpus:
             raise ConfigError("--corpus: expected at least one file, got none")
         if not 0 < self.valid_share < 1:
@@ -240,6 +243,7 @@ class Augment(Swapping):
     def __post_init__(self):
         super().__post_init__()
         at_least(1, self, "threads")
+        at_most(THREADS, self, "threads")
         if self.shard is not None:
             first, slash, last = self.shard.partition("/")
             if not (slash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):

@@ -147,12 +147,12 @@ def called(path) -> str:
 class Lines:
     """Lines without their ends, one after another. `offset` and `count`: the bytes and lines that came so far.
 
-    A line that is no utf-8 is reported and left out. For records of several lines: `begin` is called before one, then `first` is the number of its first
-    line, and `torn` tells whether a line inside was left out.
+    A line that is no utf-8 is reported and left out. For records of several lines, `quoted`: `begin` is called before one, then `first` is the number of its first
+    line, and `torn` tells whether a line of it is no utf-8. That line comes all the same, with U+FFFD for what is none: its quotes open and close fields.
     """
 
-    def __init__(self, path, report: Report = stop):
-        self.path, self.report = path, report
+    def __init__(self, path, report: Report = stop, quoted: bool = False):
+        self.path, self.report, self.quoted = path, report, quoted
         self.offset = self.count = 0
         self.begin()
         with _told(path, 1):
@@ -186,9 +186,11 @@ class Lines:
             try:
                 line = line.decode("utf-8")
             except UnicodeDecodeError as error:
-                self.torn = self.torn or self.first > 0
+                self.torn = True
                 self.report(not_utf8(self.path, self.count, line, error))
-                continue
+                if not self.quoted:
+                    continue
+                line = line.decode("utf-8", "replace")
             self.first = self.first or self.count
             return line.removesuffix("\n").removesuffix("\r")
 

@@ -218,6 +218,14 @@ def at_least(least: int, of, *names: str) -> None:
             raise ConfigError(f"{flag(name)}: expected at least {least}, got {value}")
 
 
+def at_most(most: int, of, *names: str) -> None:
+    """Raises ConfigError on a named field of the settings `of` that is set and more."""
+    for name in names:
+        value = getattr(of, name)
+        if value is not None and not value <= most:
+            raise ConfigError(f"{flag(name)}: expected at most {most}, got {value}")
+
+
 def check_seed(seed: int) -> None:
     """Raises ConfigError on what no generator takes."""
     if not 0 <= seed <= SEEDS:

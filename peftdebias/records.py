@@ -37,7 +37,7 @@ class Record(NamedTuple):
 
 def read(path: str | Path, kind: str, wanted: list[str], report: Report = lines.stop, begin: Place = Place()) -> Iterator[Record]:
     """The records of one file from `begin` on. kind: csv, tsv or jsonl. A corrupt record goes to `report`; a missing column raises DataError."""
-    with contextlib.closing(Lines(path, report)) as source:
+    with contextlib.closing(Lines(path, report, quoted=kind == "csv")) as source:
         if kind == "jsonl":
             source.seek(begin.offset, begin.lines)
             yield from _json_records(source, wanted)
@@ -100,7 +100,8 @@ def _csv_rows(source: Lines) -> Iterator[Record]:
         except StopIteration:
             return
         except csv.Error as error:
-            source.report(f"{_place(source.path, source.first)}: not csv: {error}")
+            if not source.torn:
+                source.report(f"{_place(source.path, source.first)}: not csv: {error}")
             continue
         if not source.torn and (len(row) > 1 or (row and row[0].strip())):
             yield Record(row, source.first, begin, (source.offset, source.count))

@@ -12,6 +12,7 @@ training process or in a background one (worker.py), without torch either way.
 """
 
 import dataclasses
+import os
 import queue
 import sys
 import threading
@@ -91,10 +92,20 @@ class Counts:
 POSITION = ("epoch", "window", "batch", "family", "text", "place")
 
 
-def check_position(position: dict) -> dict:
-    """Raises ConfigError on what no batch came with."""
-    if not isinstance(position, dict) or set(position) != set(POSITION) or not all(isinstance(position[key], int) and position[key] >= 0 for key in POSITION[:-1]):
+def check_position(position: dict, files: tuple[str, ...]) -> dict:
+    """Raises ConfigError on what no batch of these files came with."""
+    def counts(values) -> bool:
+        return all(type(value) is int and value >= 0 for value in values)
+
+    if not isinstance(position, dict) or set(position) != set(POSITION) or not counts(position[key] for key in POSITION[:-1]) or not (
+            (place := position["place"]) is None or isinstance(place, (list, tuple)) and len(place) == len(Place()) and counts(place)):
         raise ConfigError(f"resume: expected a position that came with a batch, a dict of {', '.join(POSITION)}, got {position!r}")
+    if place is not None:
+        if place[0] >= len(files):
+            raise ConfigError(f"resume: expected a position in one of the corpus's {len(files)} files, got one in file {place[0] + 1}")
+        file = files[place[0]]
+        if os.path.isfile(file) and not file.endswith(".gz") and place[1] > (size := os.path.getsize(file)):
+            raise ConfigError(f"resume: expected a position in {file}, of {size} bytes, got one behind {place[1]}")
     return position
 
 

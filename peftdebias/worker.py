@@ -52,6 +52,7 @@ class Epochs:
     def __init__(self, recipe: Recipe, workers: int = 0):
         if workers < 0:
             raise ConfigError(f"workers: expected at least 0, got {workers}")
+        self._files = recipe.files
         self._source = Background(recipe, workers) if workers else Stream(recipe)
         self._events: Iterator | None = None
         self._begins: int | None = None  # the epoch whose beginning comes next
@@ -74,7 +75,7 @@ class Epochs:
 
     def resume(self, position: dict) -> Iterator[Packed]:
         """The batches of position's epoch that come behind it. Raises ConfigError on what is no position."""
-        self._restart(check_position(position)["epoch"], position)
+        self._restart(check_position(position, self._files)["epoch"], position)
         yield from self._batches()
 
     def _batches(self) -> Iterator[Packed]:

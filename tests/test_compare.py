@@ -92,7 +92,7 @@ def test_seeds_are_paired():
     assert found.value == pytest.approx(2) and found.unit == "points" and found.n == 3
     assert (found.low, found.high) == pytest.approx((2 - 4.30265273 / math.sqrt(3), 2 + 4.30265273 / math.sqrt(3)))
     assert found.p == pytest.approx(1 - t_inside(2 * math.sqrt(3), 2)) == pytest.approx(0.0741799, abs=1e-6)
-    assert seed_difference([1, 2], [1, 2]).p == 1 and seed_difference([1, 2], [2, 3]).p == 0
+    assert seed_difference([1, 2], [1, 2]).p == 1 and seed_difference([1, 2], [2, 3]).p == 0.5
     for a, b in (([1], [2]), ([1, 2], [1, 2, 3])):
         with pytest.raises(DataError, match="expected the same two seeds or more of both"):
             seed_difference(a, b)
@@ -129,3 +129,25 @@ def test_paired_differences_of_a_classifier_are_those_of_drawing_examples():
         low, high = np.quantile(change, [0.025, 0.975]) - (0 if name == "accuracy" else change.mean() - exact)
         assert by_name[name].value == pytest.approx(exact, abs=1e-9)
         assert abs(by_name[name].low - low) < 0.2 * (high - low) and abs(by_name[name].high - high) < 0.2 * (high - low)
+
+
+@pytest.mark.parametrize("changed", range(4))
+def test_one_changed_example_is_told_from_nothing_by_no_figure(changed):
+    """Resamples without it have no difference; a shift that moved them off 0 once made a finding of it."""
+    predicted, labels, groups = world(300, classes=5, gap=0.3)
+    other = list(predicted)
+    other[changed] = next(c for c in "01234" if c != predicted[changed])
+    for seed in range(5):
+        found, _ = tally.differences(*(classification_tally(p, labels, groups, classes="01234") for p in (predicted, other)), seed=seed)
+        assert len(found) > 5
+        for one in found:
+            assert one.p > 0.3 and one.low <= 0 <= one.high, one
+
+
+@pytest.mark.parametrize("n", [2, 3, 6])
+def test_seeds_that_all_change_alike(n):
+    """One pair of 262 is 0.38 points, in which every seed may change; float rounding apart they are the same."""
+    first = [55.73 + 0.1 * i for i in range(n)]
+    found = seed_difference(first, [x - 0.39 for x in first], unit="%")
+    assert found.p == 2.0 ** (1 - n) and found.test == "signs of seeds" and found.low == pytest.approx(-0.39)
+    assert found.high == (0 if n < 6 else pytest.approx(-0.39))

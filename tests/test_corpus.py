@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from peftdebias import lines
+from peftdebias import lines, records
 from peftdebias.corpus import Example, Text, chunks, read_examples, read_texts
 from peftdebias.errors import ConfigError, DataError
 from peftdebias.lines import Skipped
@@ -366,3 +366,16 @@ def test_reading_begins_again_at_every_place(kind, unit, file):
     for at, (start, _, _) in enumerate(everything):
         again = [(chunk.start(i), text, place) for chunk in chunks([path, path], unit=unit, start=start) for i, (text, place) in enumerate(zip(chunk.texts, chunk.places()))]
         assert again == everything[at:]
+
+
+@pytest.mark.parametrize("later", ["", '900,"she, said"\n'])
+def test_a_byte_that_is_none_inside_a_quoted_field_costs_its_record_alone(later, tmp_path):
+    path = tmp_path / "torn.csv"
+    rows = b"".join(b"%d,she is number %d\n" % (i, i) for i in range(3, 100))
+    path.write_bytes(b'id,text\n1,he is one\n2,"he is\n\xff bad"\n' + rows + later.encode())
+    said: list[str] = []
+    found = [record.values[0] for record in records.read(path, "csv", ["text"], said.append)]
+    assert found == ["he is one", *(f"she is number {i}" for i in range(3, 100)), *(["she, said"] if later else [])]
+    assert said == [f"{path}:4: expected utf-8, got 0xff at byte 1 of the line"]
+    with pytest.raises(DataError, match=r"torn.csv:4: expected utf-8, got 0xff"):
+        list(records.read(path, "csv", ["text"]))

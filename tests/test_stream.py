@@ -112,9 +112,13 @@ def test_only_positions_are_resumed(file):
         Epochs(recipe(file), -1)
     with Epochs(recipe(file)) as epochs:
         next(epochs.epoch(0))
-        for position in (None, {}, epochs.position | {"batch": -1}, epochs.position | {"batch": "1"}, epochs.position | {"more": 1}):
+        for position in (None, {}, epochs.position | {"batch": -1}, epochs.position | {"batch": "1"}, epochs.position | {"more": 1}, epochs.position | {"place": "x"},
+                         epochs.position | {"place": [0, 0, -1, 0]}, epochs.position | {"place": [0, 0]}):
             with pytest.raises(ConfigError, match="resume: expected a position that came with a batch, a dict of epoch, window, batch, family, text, place, got"):
                 next(epochs.resume(position))
+        for place, words in (([9, 0, 0, 0], "in one of the corpus's 1 files, got one in file 10"), ([0, 10**12, 0, 0], "got one behind 1000000000000")):
+            with pytest.raises(ConfigError, match=f"resume: expected a position .*{words}"):
+                next(epochs.resume(epochs.position | {"place": place}))
 
 
 def test_words_of_the_axis_are_masked_more_where_the_recipe_says_so(file):

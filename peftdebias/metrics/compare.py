@@ -131,17 +131,22 @@ def over_seeds(values, *, name: str = "", unit: str = "1", ideal: float | None =
 
 
 def seed_difference(first, second, *, name: str = "", unit: str = "1", ideal: float | None = None) -> Difference:
-    """second - first over the same seeds in the same order: paired t-test."""
+    """second - first over the same seeds in the same order: paired t-test. Where all seeds change alike, as a figure of few steps may, no spread says how sure
+    that is: then p is that of their signs, 2^(1 - n), and the interval reaches to 0 where p is above 0.05."""
     first, second = np.asarray(first, float), np.asarray(second, float)
     if len(first) != len(second) or len(first) < 2:
         raise DataError(f"{name or 'values'}: expected the same two seeds or more of both, got {len(first)} and {len(second)}")
     change = over_seeds(second - first, name=name)
-    if change.sd == 0:
-        p = 1.0 if change.mean == 0 else 0.0
-    else:
+    low, high, test = change.low, change.high, "paired t over seeds"
+    if change.sd > 1e-12 * max(abs(first).max(), abs(second).max()):
         p = max(0.0, 1 - t_inside(abs(change.mean) / change.sd * math.sqrt(change.n), change.n - 1))  # rounding may end above 1
+    elif (first == second).all():
+        p = 1.0
+    else:
+        p, test = 2.0 ** (1 - change.n), "signs of seeds"
+        low, high = (min(low, 0.0), max(high, 0.0)) if p > 0.05 else (low, high)
     unit = "points" if unit == "%" else unit
-    return Difference(name, float(first.mean()), float(second.mean()), unit, ideal, change.low, change.high, p, "paired t over seeds", change.n)
+    return Difference(name, float(first.mean()), float(second.mean()), unit, ideal, low, high, p, test, change.n)
 
 
 def t_inside(t: float, freedom: int) -> float:

@@ -113,7 +113,8 @@ def differences(first: Tally, second: Tally, *, seed: int = 0, samples: int = 10
 
     p = twice the smaller share of resamples on either side of 0, each counted with one more, at most 1 (Davison & Hinkley 1997, chapter 4), and at least 2^(1 - k) where
     a figure rests on k examples or clusters: less, no test of signs can say of so few, while all of their resamples may lie on one side. The same shift as in `measures`
-    takes the difference of both lifts out.
+    takes the difference of both lifts out. It moves resamples without a difference off 0, so what is told from 0 must be so before it too: p is the larger of both, and an
+    interval that held 0 goes on holding it.
     """
     if len(first.kind) != len(second.kind):
         raise DataError(f"expected the same examples, got {len(first.kind)} and {len(second.kind)}")
@@ -131,16 +132,23 @@ def differences(first: Tally, second: Tally, *, seed: int = 0, samples: int = 10
         if not len(change) or math.isnan(value) or units < 2:
             without.append(figure.name)
             continue
+        p, (low, high) = _two_sided(change), bootstrap.percentile(change)
         if figure.lifted:
-            change = change - (change.mean() - value)
-        low, high = bootstrap.percentile(change)
-        if figure.lifted:
-            low, high = max(low, -figure.most), min(high, figure.most)
-        tail = min((change <= 0).sum(), (change >= 0).sum())
+            moved = change - (change.mean() - value)
+            around = (0.0,) if low <= 0 <= high else ()
+            low, high = bootstrap.percentile(moved)
+            low, high = max(min(low, *around, high), -figure.most), min(max(low, *around, high), figure.most)
+            p = max(p, _two_sided(moved))
         unit = "points" if figure.unit == "%" else figure.unit
         found.append(Difference(figure.name, float(value_a[i]), float(value_b[j]), unit, figure.ideal, low, high,
-                                max(2.0 ** (1 - units), min(1.0, 2 * float(tail + 1) / (len(change) + 1))), "paired bootstrap", figure.n))
+                                max(2.0 ** (1 - units), p), "paired bootstrap", figure.n))
     return found, without
+
+
+def _two_sided(change: np.ndarray) -> float:
+    """How often resampled differences lie on the other side of 0."""
+    tail = min((change <= 0).sum(), (change >= 0).sum())
+    return min(1.0, 2 * float(tail + 1) / (len(change) + 1))
 
 
 def _resamples(tallies: list[Tally], seed: int, samples: int) -> Iterator[list[np.ndarray]]:
