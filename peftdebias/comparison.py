@@ -23,7 +23,7 @@ from .metrics import bare_name, nli
 from .metrics.compare import Spread, classification_tally, mcnemar, mean_tally, over_seeds, seed_difference
 from .metrics.crows_pairs import crows_pairs_tally
 from .metrics.counterfactual import counterfactual_tally
-from .metrics.fprd import fprd_tally
+from .metrics.fprd import TEMPLATES, fprd_tally, frames
 from .metrics.seat import SETS, seat_tally
 from .metrics.stereoset import LABELS, stereoset_tally
 from .metrics.tally import Difference, Tally, differences
@@ -183,7 +183,8 @@ def _fprd(a: Rows, b: Rows) -> tuple[Tally, Tally]:
         for term in found:
             row[index[term]] = True
     name = bare_name(a.name).split("/")[-1]
-    return tuple(fprd_tally(rows.column("predicted"), rows.column("label"), rows.one("positive"), mentioned, terms, name=name).tally for rows in (a, b))
+    clusters = frames(a.column("text"), terms) if name == TEMPLATES else None
+    return tuple(fprd_tally(rows.column("predicted"), rows.column("label"), rows.one("positive"), mentioned, terms, clusters=clusters, name=name).tally for rows in (a, b))
 
 
 def _nli(a: Rows, b: Rows) -> tuple[Tally, Tally]:
@@ -224,7 +225,7 @@ def _loss(a: Rows, b: Rows) -> tuple[Tally, Tally]:
 FIGURES: dict[str, Callable[[Rows, Rows], tuple[Tally, Tally]]] = {
     "classification": _classification,
     "fprd": _fprd,
-    "fprd-iptts": _fprd,
+    TEMPLATES: _fprd,
     "bias-nli": _nli,
     "counterfactual": _counterfactual,
     "crows-pairs/nangia": _crows_pairs,

@@ -24,7 +24,7 @@ from .errors import ConfigError, DataError, ModelError
 from .metrics import Measure, counterfactual, nli
 from .metrics.classification import accuracy, f1, macro_f1
 from .metrics.fairness import fairness
-from .metrics.fprd import fprd, mentions, read_terms
+from .metrics.fprd import TEMPLATES, fprd, frames, mentions, read_terms
 from .metrics.tpr_gap import tpr_gap
 from .tasks import class_probabilities, labelled_samples
 
@@ -96,7 +96,7 @@ def iptts(run: Run, path: str, settings: Evaluate) -> Result:
             raise DataError(f"{e.place}: expected 0 or 1 in column '{IPTTS_LABEL}', got {e.label!r}")
     found = answer_examples(run, settings, examples, path)
     found.predicted = ["1" if label == positive else "0" for label in found.predicted]
-    return _fprd(found, "1", terms, "fprd-iptts", path, settings)
+    return _fprd(found, "1", terms, TEMPLATES, path, settings)
 
 
 def check_asked(name: str, path: str, labels: tuple[str, ...], *, positive: str | None, terms: str | None, neutral: str | None) -> None:
@@ -131,9 +131,10 @@ def _terms(settings: Evaluate, entry: str) -> str:
 
 
 def _fprd(found: Answers, positive: str, terms: list[str], name: str, path: str, settings: Evaluate) -> Result:
-    mentioned = mentions([e.text if e.text_pair is None else f"{e.text}\n{e.text_pair}" for e in found.examples], terms)
+    texts = [e.text if e.text_pair is None else f"{e.text}\n{e.text_pair}" for e in found.examples]
+    mentioned, clusters = mentions(texts, terms), frames(texts, terms) if name == TEMPLATES else None
     try:
-        measured = fprd(found.predicted, [e.label for e in found.examples], positive, mentioned, terms, name=name, seed=settings.seed, samples=settings.samples)
+        measured = fprd(found.predicted, [e.label for e in found.examples], positive, mentioned, terms, clusters=clusters, name=name, seed=settings.seed, samples=settings.samples)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     notes = [f"{path}: terms left out, which no text without the label {positive!r} mentions: {', '.join(measured.left_out)}"] if measured.left_out else []

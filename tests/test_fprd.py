@@ -8,7 +8,7 @@ import pytest
 from peftdebias.axes import word_class
 from peftdebias.errors import DataError
 from peftdebias.metrics import bootstrap
-from peftdebias.metrics.fprd import fprd, mentions, read_terms
+from peftdebias.metrics.fprd import fprd, frames, mentions, read_terms
 
 TERMS = ["gay", "white", "african american", "american", "deaf"]
 
@@ -160,3 +160,35 @@ def test_errors_say_what_was_expected():
         fprd(["1"], ["1"], "1", [[True]], ["gay"])
     with pytest.raises(DataError, match="expected mentions of 2 terms in 1 texts, got 1 in 1"):
         fprd(["1"], ["0"], "1", [[True]], ["gay", "white"])
+
+
+# ---------------------------------------------------------------- texts of one template
+
+def templates(count=40, terms=6, seed=0):
+    """Every template with every term; a template is taken for hateful with all terms or with none, but for one term in some."""
+    random = np.random.default_rng(seed)
+    texts = [f"{TERMS_OF[z].title()} people of town {i} ." for i in range(count) for z in range(terms)]
+    wrong = np.repeat(random.random(count) < 0.4, terms) ^ (np.tile(np.arange(terms), count) == 0) & np.repeat(random.random(count) < 0.3, terms)
+    return texts, wrong.astype(int).astype(str), ["0"] * len(texts)
+
+
+TERMS_OF = ["gay", "white", "african american", "american", "deaf", "old"]
+
+
+def test_texts_of_one_template_have_one_frame():
+    assert frames(["Gay men, GAY!", "african  american men", "Men of Gaytown"], TERMS_OF) == ["_ men, _!", "_ men", "men of gaytown"]
+    texts, *_ = templates()
+    assert len(set(frames(texts, TERMS_OF))) == 40
+
+
+def test_intervals_of_templates_draw_whole_frames():
+    texts, predicted, labels = templates()
+    mentioned, clusters = mentions(texts, TERMS_OF), frames(texts, TERMS_OF)
+    found = {m.name: m for m in fprd(predicted, labels, "1", mentioned, TERMS_OF, clusters=clusters, samples=4000).measures}
+    alone = {m.name: m for m in fprd(predicted, labels, "1", mentioned, TERMS_OF, samples=4000).measures}
+    assert {name: m.value for name, m in found.items()} == pytest.approx({name: m.value for name, m in alone.items()})
+    drawn = np.random.default_rng(3).integers(0, 40, (2000, 40))
+    rates = (np.array(predicted) == "1").reshape(40, 6)[drawn].mean((1, 2)) * 100
+    low, high = np.quantile(rates, [0.025, 0.975])
+    assert abs(found["fprd/fpr"].low - low) < 0.08 * (high - low) and abs(found["fprd/fpr"].high - high) < 0.08 * (high - low)
+    assert found["fprd/fpr"].high - found["fprd/fpr"].low > 1.8 * (alone["fprd/fpr"].high - alone["fprd/fpr"].low)

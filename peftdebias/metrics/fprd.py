@@ -33,6 +33,7 @@ from peftdebias.metrics.classification import aligned
 from peftdebias.metrics.tally import Figure, Tally
 
 HEADERS = ("term", "terms", "identity")
+TEMPLATES = "fprd-iptts"  # what the figures are called on texts that templates made, which hang together: their clusters are `frames`
 
 
 @dataclass(frozen=True)
@@ -87,18 +88,27 @@ def mentions(texts: Sequence[str], terms: Sequence[str]) -> np.ndarray:
     return found
 
 
-def fprd(predicted, labels, positive, mentioned, terms: Sequence[str], *, name: str = "fprd", seed: int = 0, samples: int = 1000, shuffles: int = 1000) -> FPRD:
+def frames(texts: Sequence[str], terms: Sequence[str]) -> list[str]:
+    """The texts in lower case with their terms blanked: those that one template made are equal."""
+    inside = word_class()
+    words = "|".join(r"\s+".join(map(re.escape, term.split())) for term in sorted(terms, key=len, reverse=True))
+    term = re.compile(f"(?<![{inside}])(?:{words})(?![{inside}])")
+    return [term.sub("_", text.lower()) for text in texts]
+
+
+def fprd(predicted, labels, positive, mentioned, terms: Sequence[str], *, clusters=None, name: str = "fprd", seed: int = 0, samples: int = 1000, shuffles: int = 1000) -> FPRD:
     """False positive rate differences over identity terms.
 
     0 means that negatives are taken for positive equally often whatever term they mention. Range [0, number of terms], ideal 0, but read it
     against its floor. FPR: range [0, 100] %, ideal 0. `name` begins the measures' names.
 
-    Intervals: bootstrap over examples; those of the sums are shifted as tally.py says. A term without negatives in a resample counts there as the
-    mean of the others.
+    Intervals: bootstrap over examples, or over whole clusters of them; those of the sums are shifted as tally.py says. A term without negatives in a resample counts
+    there as the mean of the others. The floor shuffles all predictions, whatever the clusters.
 
-    predicted, labels: one value an example, compared as strings. mentioned: bool [N, Z], from `mentions`.
+    predicted, labels: one value an example, compared as strings. mentioned: bool [N, Z], from `mentions`. clusters [N]: what hangs together, as the `frames` of texts
+    made from templates; None: nothing does.
     """
-    counted = fprd_tally(predicted, labels, positive, mentioned, terms, name=name)
+    counted = fprd_tally(predicted, labels, positive, mentioned, terms, clusters=clusters, name=name)
     kept = counted.kept
     found = tally.measures(counted.tally, seed=seed, samples=samples)
     floor = _floor(counted, found[0], f"{name}/shuffled", seed, shuffles)
@@ -119,7 +129,7 @@ class Counted:
     positives: int
 
 
-def fprd_tally(predicted, labels, positive, mentioned, terms: Sequence[str], *, name: str = "fprd") -> Counted:
+def fprd_tally(predicted, labels, positive, mentioned, terms: Sequence[str], *, clusters=None, name: str = "fprd") -> Counted:
     """What `fprd` is computed from. Sums are laid out as (1, negative, false positive) of a text, then the same for the texts that mention each term."""
     predicted, labels = aligned(predicted=predicted, labels=labels)
     mentioned, positive = np.asarray(mentioned, bool), str(positive)
@@ -163,8 +173,14 @@ def fprd_tally(predicted, labels, positive, mentioned, terms: Sequence[str], *, 
                Figure(f"{name}/script", "1", 0.0, len(labels), script, lifted=True, most=len(kept)),
                Figure(f"{name}/fpr", "%", 0.0, n, rate(0)),
                *(Figure(f"{name}/term/{terms[z]}", "%", 0.0, int(count[z]), rate(i)) for i, z in enumerate(kept, 1)))
+    kind, rows = kinds.kind, adds
+    if clusters is not None:
+        _, of = np.unique(clusters, return_inverse=True)
+        order = np.argsort(of, kind="stable")
+        whole = tally.of_rows(np.add.reduceat(adds[kind[order]], np.flatnonzero(np.diff(of[order], prepend=-1)), axis=0), ())
+        kind, rows = whole.kind, whole.adds
     of_negatives = tally.of_rows(mentioned[negative][:, kept].astype(float), ())
-    return Counted(Tally(kinds.kind, kinds.kinds, adds, figures), [terms[z] for z in kept], {term: int(c) for term, c in zip(terms, count)},
+    return Counted(Tally(kind, len(rows), rows, figures), [terms[z] for z in kept], {term: int(c) for term, c in zip(terms, count)},
                    of_negatives.adds, np.bincount(of_negatives.kind), int(wrong.sum()))
 
 
