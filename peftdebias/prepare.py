@@ -32,7 +32,7 @@ _MENTION = re.compile(r"(?<!\w)@\w+")
 class Source:
     """A published file and what its columns mean.
 
-    file: names it may have, the first that is there counts. labels: their label -> ours, others as they are. drop: rows with these labels are no examples
+    file: names it may have, the first that is there counts. labels: their label -> ours; where given, all that there are. drop: rows with these labels are no examples
     (MultiNLI's "-", on which the annotators did not agree). clean: without links and mentions of users.
     """
 
@@ -88,6 +88,8 @@ def read(source: Source, data: Path) -> list[Example]:
     for e in found:
         if e.label in source.drop:
             continue
+        if names and e.label not in names:
+            raise DataError(f"{e.place}: label {e.label!r}: expected one of {', '.join(names)}")
         changes = {"label": names.get(e.label, e.label)}
         if source.clean:
             changes |= {"text": without_links(e.text), "text_pair": e.text_pair and without_links(e.text_pair)}
@@ -95,6 +97,14 @@ def read(source: Source, data: Path) -> list[Example]:
     if not kept:
         raise DataError(f"{path}: expected examples, found none but with the labels {', '.join(source.drop)}")
     return kept
+
+
+def check_labels(known: Sequence[Example], examples: Sequence[Example]) -> None:
+    """Raises DataError at the first of `examples` whose label none of `known`, which are trained on, has."""
+    labels = {e.label for e in known}
+    for e in examples:
+        if e.label not in labels:
+            raise DataError(f"{e.place}: label {e.label!r} is on no text to train on; expected one of {', '.join(sorted(map(str, labels))[:10])}")
 
 
 def read_texts(source: Source, data: Path) -> list[Example]:

@@ -21,6 +21,7 @@ from . import checkpoint, evaluation, extrinsic, methods, phases, prepare, recip
 from .axes import load_axis
 from .config import Downstream, Evaluate, Run, Upstream
 from .errors import ConfigError, PeftDebiasError
+from .metrics import nli
 from .metrics.compare import over_seeds, seed_difference
 from .metrics.tally import Difference
 from .options import build, checked, expect, parse_settings
@@ -132,7 +133,9 @@ class _Runner:
             self._on(entry, None)
         for task in self.recipe.tasks:
             for entry in task.entries:
-                self._on(entry, Path("test"))
+                name, _, path = self._on(entry, Path("test")).partition("=")
+                if name == "bias-nli":
+                    nli.read_pairs(path)
             if task.terms:
                 prepare.find((task.terms,), self.data)
         for source in (self.recipe.text, *self.recipe.sources.values()):
@@ -175,7 +178,11 @@ class _Runner:
                 name, _, path = self._on(entry, Path(settings.test)).partition("=")
                 extrinsic.check_asked(name, path, read.labels, positive=read.positive, terms=task.terms, neutral=task.neutral)
         except PeftDebiasError as error:
-            raise type(error)(f"{self.recipe.path}: [[task]] {task.name}: {error}") from None
+            said = str(error)
+            for name in ("train", "dev", "test"):  # by the file that is the user's, not the one made of it
+                source = self.recipe.sources.get((task.name, name)) or self.recipe.sources[task.name, "train"]
+                said = said.replace(getattr(settings, name), str(prepare.find(source.file, self.data)))
+            raise type(error)(f"{self.recipe.path}: [[task]] {task.name}: {said}") from None
 
     def _on(self, entry: str, test: Path | None) -> str:
         """A measure of the recipe as `--on` takes it."""
@@ -319,6 +326,8 @@ class _Runner:
             self.say(f"  {task.name}: " + ", ".join(f"{name} {prepare.find(source.file, self.data)}" for name, source in sources.items()))
             read = {name: prepare.read(source, self.data) for name, source in sources.items()}
             parts = prepare.splits(read["train"], read.get("dev"), read["test"], dev_share=task.dev_share, train_share=min(1.0, task.epochs * self.settings.scale))
+            for name in ("dev", "test"):
+                prepare.check_labels(parts.train, getattr(parts, name))
             for note in parts.notes:
                 self.say(f"  {task.name}: {note}")
             for name, path in files.items():

@@ -120,3 +120,9 @@ def test_what_is_written_is_what_the_phases_read(tmp_path):
     prepare.write(rows, tmp_path / "t.jsonl")
     back = read_examples(tmp_path / "t.jsonl", text="text", text_pair="text_pair", label="label", group="group")
     assert [(e.text, e.text_pair, e.label, e.group) for e in back] == [(e.text, e.text_pair, e.label, e.group) for e in rows]
+
+
+def test_a_label_that_the_source_does_not_list_is_named_where_it_stands(tmp_path):
+    (tmp_path / "lhc.csv").write_text("text,HateLabel\none,0\ntwo,7\n")
+    with pytest.raises(DataError, match=f"^{tmp_path}/lhc.csv:3: label '7': expected one of 0, 1, 2$"):
+        read(Source(file=("lhc.csv",), label="HateLabel", labels={"0": "0", "1": "0", "2": "1"}), tmp_path)

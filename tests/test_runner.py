@@ -11,6 +11,7 @@ import pytest
 from peftdebias import evaluation, recipe as recipes, runner
 from peftdebias.config import Report, Run
 from peftdebias.errors import ConfigError, DataError
+from peftdebias.metrics.nli import SLOT
 from peftdebias.metrics.compare import over_seeds, seed_difference
 from peftdebias.report import report
 
@@ -164,7 +165,8 @@ def measured(new: str, column: str = "accuracy") -> dict[str, str]:
     (measured('metric = "f1"'), r"\[\[task\]\] jobs: --metric f1: expected --positive with one of .*nurse"),
     (measured('class_weights = "1=10"'), r"\[\[task\]\] jobs: --class-weights 1=10: expected LABEL=WEIGHT"),
     (measured('measures = ["iptts=terms.txt"]\npositive = "nurse"', "fprd-iptts"), r"\[\[task\]\] jobs: terms: expected a file of identity terms for iptts, or identity.csv beside it, got none"),
-    (measured('measures = ["bias-nli=terms.txt"]', "bias-nli"), r"\[\[task\]\] jobs: neutral: expected the label that means neutral, one of .*, got none"),
+    (measured('measures = ["bias-nli=terms.txt"]', "bias-nli"), "terms.txt: expected a folder of word lists, got a file"),
+    (measured('measures = ["bias-nli=lists"]', "bias-nli"), r"\[\[task\]\] jobs: neutral: expected the label that means neutral, one of .*, got none"),
     (measured('measures = ["fprd"]\npositive = "nurse"', "fprd"), r"\[\[task\]\] jobs: terms: expected a file of identity terms for fprd, got none"),
     ({'measure = "tpr-gap/rms"': 'measure = "tprgap/rms"'},
      r"\[\[column\]\] TPR-GAP: measure: expected accuracy, f1, tpr-gap, .*counterfactual or what begins so, which are measured there, got 'tprgap/rms'"),
@@ -175,6 +177,9 @@ def measured(new: str, column: str = "accuracy") -> dict[str, str]:
 def test_what_a_later_unit_would_trip_over_is_seen_before_the_first(changes, words, place, small, tmp_path, monkeypatch):  # noqa: F811
     recipe, data = place
     (data / "terms.txt").write_text("nurse\n")
+    (data / "lists").mkdir()
+    for name, word in (("occupations", "nurse"), ("gendered_words", "woman"), ("templates", "The [WORD] sang.".replace("[WORD]", SLOT))):
+        (data / "lists" / name).write_text(word + "\n")
     text = recipe.read_text()
     for old, new in changes.items():
         assert old in text
@@ -192,7 +197,7 @@ def test_a_label_that_training_lacks_is_seen_before_the_first_unit(place, small,
     (data / "test.jsonl").write_text("".join(rows) + json.dumps(json.loads(rows[0]) | {"profession": "juggler"}) + "\n")
     for phase in ("upstream", "downstream"):
         monkeypatch.setattr(runner.phases, phase, lambda *_: pytest.fail("trained"))
-    with pytest.raises(DataError, match=r"\[\[task\]\] jobs: .*label 'juggler' was not seen in training"):
+    with pytest.raises(DataError, match=rf"^{data}/test.jsonl:{len(rows) + 1}: label 'juggler' is on no text to train on; expected one of "):
         runner.run(Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out")))
 
 
