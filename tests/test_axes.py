@@ -301,3 +301,15 @@ def test_pronouns_may_count_in_some_letter_cases(tmp_path):
     (tmp_path / "small.toml").write_text('keep_untouched = true\npronouns = true\ngroups = [["him", "her"], ["his", "hers"]]\n[only]\nher = ["lower"]\n')
     axis = load_axis(str(tmp_path / "small.toml"))
     assert [v.text for v in counterfactuals("Her friend saw her.", axis)] == ["Her friend saw him."]
+
+
+@pytest.mark.parametrize("line, words", [
+    ('  ["cheap", "poor"],', r"mine\.toml:6: 'poor' stands in groups 1 and 2"),
+    ('  ["cheap", "dear"],\n]\n[like]\n"needy" = "broke"\n[only]\n"rich" = ["lower"]\n[unless_after]\n"needy" = ["the"', r"mine\.toml:9: like: 'needy' is to be treated like 'broke'"),
+    ('  ["cheap", "dear"],\n]\n[like]\n"needy" = "poor"\n[only]\n"needy" = ["upper"]\n[unless_after]\n"needy" = ["the"', r"mine\.toml:11: only: 'needy': expected a list out of"),
+    ('  ["cheap", "dear"],\n]\n[unless_after]\n"poor" = ["Oil"', r"mine\.toml:9: unless_after: 'poor': 'Oil' has a capital letter"),
+])
+def test_the_line_that_is_named_is_that_of_the_mistake(line, words, tmp_path):
+    (tmp_path / "mine.toml").write_text(f'keep_untouched = true\ncolumns = ["rich", "poor"]\n\ngroups = [\n  ["rich", "poor"],\n{line}\n]\n')
+    with pytest.raises((DataError, ConfigError), match=words):
+        load_axis(str(tmp_path / "mine.toml"))

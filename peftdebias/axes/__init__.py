@@ -29,7 +29,6 @@ SHAPES = {
 }
 """A letter case by name -> the word in it."""
 MOST_BARRED = 64  # words under unless_after: as many as the engine's sets of bits hold
-_LAST = 1 << 30  # the last line that quotes a word: tables stand after the groups
 
 
 @dataclass(frozen=True)
@@ -159,11 +158,23 @@ class _Check:
         self.path, self.lines = path, text.splitlines()
         self.where = f"{kind} {path}"
 
-    def fail(self, message: str, word: str = "", nth: int = 1):
-        """Raise; `word` finds the line to name: the nth one that quotes it (the last, if there are fewer)."""
-        quoted = re.compile(rf"""["']{re.escape(word)}["']|^\s*{re.escape(word)}\s*=""")
-        found = [number for number, line in enumerate(self.lines, 1) for _ in quoted.findall(line.split("#")[0])] if word else []
-        line = f":{found[min(nth, len(found)) - 1]}" if found else ""
+    def fail(self, message: str, word: str = "", nth: int = 1, inside: str = "groups"):
+        """Raise; `word` finds the line to name: under the key or table `inside` the one where it is a key, or the nth one that quotes it (the last, if there are fewer)."""
+        quoted, key = re.compile(rf"""["']{re.escape(word)}["']"""), re.compile(rf"""\s*(["']?){re.escape(word)}\1\s*=""")
+        found: list[list[int]] = [[], [], []]  # as a key there, quoted there, quoted anywhere
+        section, in_table = "", False
+        for number, line in enumerate(self.lines if word else [], 1):
+            line = line.split("#")[0]
+            if head := re.fullmatch(r"\s*\[\s*(\w+)\s*\]\s*", line):
+                section, in_table = head[1], True
+            elif not in_table and (head := re.match(r"\s*(\w+)\s*=", line)):
+                section = head[1]
+            times = len(quoted.findall(line))
+            found[0] += [number] * (section == inside and in_table and key.match(line) is not None)
+            found[1] += [number] * (times * (section == inside))
+            found[2] += [number] * times
+        places = next(filter(None, found), [])
+        line = f":{places[min(nth, len(places)) - 1]}" if places else ""
         raise DataError(f"{self.where}{line}: {message}")
 
     def keys(self, table: dict, known: set):
@@ -222,11 +233,11 @@ class _Check:
             self.fail(f"key 'columns': expected a list of names, one for each identity, got {columns!r}")
         for name in columns:
             if columns.count(name) > 1:
-                self.fail(f"key 'columns' repeats {name!r}: expected every identity once", name, nth=2)
+                self.fail(f"key 'columns' repeats {name!r}: expected every identity once", name, nth=2, inside="columns")
             if not name.isprintable():
-                self.fail(f"key 'columns': expected names of printable characters, got {name!r}", name)
+                self.fail(f"key 'columns': expected names of printable characters, got {name!r}", name, inside="columns")
             if name.isdecimal():
-                self.fail(f"key 'columns': {name!r} is a number: expected a name, for a column may be asked for by its number too", name)
+                self.fail(f"key 'columns': {name!r} is a number: expected a name, for a column may be asked for by its number too", name, inside="columns")
         if len(columns) != (width := max(map(len, groups))):
             self.fail(f"key 'columns': expected {width} names, for the longest group has {width} words, got {len(columns)}: {', '.join(columns)}")
         return tuple(columns)
@@ -251,7 +262,7 @@ class _Check:
                 row_of[word] = number
         return tuple(tuple(row) for row in groups)
 
-    def word(self, word, where: str):
+    def word(self, word, where: str, inside: str = "groups"):
         if not isinstance(word, str):
             self.fail(f"{where}: expected a word in quotes, got {word!r}")
         if not word:
@@ -260,27 +271,27 @@ class _Check:
             inner = character == "'" and is_word_character(left) and is_word_character(right)
             if not (inner or is_word_character(character)):
                 why = f"can never match as a whole word, for {character!r} is no part of a word"
-                self.fail(f"{where}: {word!r} {why}: expected letters, digits or an inner '", word)
+                self.fail(f"{where}: {word!r} {why}: expected letters, digits or an inner '", word, inside=inside)
         if word != "".join(map(lower, word)):
-            self.fail(f"{where}: {word!r} has a capital letter: expected lower case (a text's own case is kept)", word)
+            self.fail(f"{where}: {word!r} has a capital letter: expected lower case (a text's own case is kept)", word, inside=inside)
         if len(word) > LONGEST_WORD:
-            self.fail(f"{where}: {word[:20]!r}... has {len(word)} characters: expected at most {LONGEST_WORD}", word)
+            self.fail(f"{where}: {word[:20]!r}... has {len(word)} characters: expected at most {LONGEST_WORD}", word, inside=inside)
 
     def like(self, like: dict, words: set) -> tuple[tuple[str, str], ...]:
         for word, model in like.items():
-            self.word(word, "like")
+            self.word(word, "like", "like")
             if word in words:
-                self.fail(f"like: {word!r} stands in a group too: expected one of the two", word, nth=_LAST)
+                self.fail(f"like: {word!r} stands in a group too: expected one of the two", word, inside="like")
             if not isinstance(model, str) or model not in words:
-                self.fail(f"like: {word!r} is to be treated like {model!r}: expected a word of the groups", word)
+                self.fail(f"like: {word!r} is to be treated like {model!r}: expected a word of the groups", word, inside="like")
         return tuple(like.items())
 
     def only(self, only: dict, known: set) -> tuple[tuple[str, tuple[str, ...]], ...]:
         for word, shapes in only.items():
             if word not in known:
-                self.fail(f"only: {word!r} is in no group and not under like: expected a word of this axis", word, nth=_LAST)
+                self.fail(f"only: {word!r} is in no group and not under like: expected a word of this axis", word, inside="only")
             if not isinstance(shapes, list) or not shapes or any(shape not in SHAPES for shape in shapes):
-                self.fail(f"only: {word!r}: expected a list out of {', '.join(SHAPES)}, got {shapes!r}", word, nth=_LAST)
+                self.fail(f"only: {word!r}: expected a list out of {', '.join(SHAPES)}, got {shapes!r}", word, inside="only")
         return tuple((word, tuple(shapes)) for word, shapes in only.items())
 
     def forms(self, axis: Axis):
@@ -288,23 +299,23 @@ class _Check:
         word_of: dict[str, str] = {}
         for word, shapes in letter_cases(axis).items():
             if not shapes:
-                self.fail(f"only: {word!r} counts in no letter case, since its row has others: expected one that all have in common", word, nth=_LAST)
+                self.fail(f"only: {word!r} counts in no letter case, since its row has others: expected one that all have in common", word, inside="only")
             for form in {shape: SHAPES[shape](word) for shape in shapes}.values():
                 if word_of.setdefault(form, word) != word:
-                    self.fail(f"{word!r} and {word_of[form]!r} are both written {form!r}: expected words that can be told apart, or its swap would be ambiguous", word, nth=_LAST)
+                    self.fail(f"{word!r} and {word_of[form]!r} are both written {form!r}: expected words that can be told apart, or its swap would be ambiguous", word)
 
     def unless_after(self, unless_after: dict, known: set) -> tuple[tuple[str, tuple[str, ...]], ...]:
         for word, before in unless_after.items():
             if word not in known:
-                self.fail(f"unless_after: {word!r} is in no group and not under like: expected a word of this axis", word, nth=_LAST)
+                self.fail(f"unless_after: {word!r} is in no group and not under like: expected a word of this axis", word, inside="unless_after")
             if not isinstance(before, list) or not before:
-                self.fail(f"unless_after: {word!r}: expected a list of words, got {before!r}", word, nth=_LAST)
+                self.fail(f"unless_after: {word!r}: expected a list of words, got {before!r}", word, inside="unless_after")
             for one in before:
-                self.word(one, f"unless_after: {word!r}")
+                self.word(one, f"unless_after: {word!r}", "unless_after")
                 if "'" in one:
-                    self.fail(f"unless_after: {word!r}: expected words without an apostrophe, got {one!r}", word, nth=_LAST)
+                    self.fail(f"unless_after: {word!r}: expected words without an apostrophe, got {one!r}", word, inside="unless_after")
         if (many := len(unless_after)) > MOST_BARRED:
-            self.fail(f"unless_after: expected at most {MOST_BARRED} words, got {many}", list(unless_after)[MOST_BARRED], nth=_LAST)
+            self.fail(f"unless_after: expected at most {MOST_BARRED} words, got {many}", list(unless_after)[MOST_BARRED], inside="unless_after")
         return tuple((word, tuple(before)) for word, before in unless_after.items())
 
 
