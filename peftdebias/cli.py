@@ -160,6 +160,8 @@ def upstream(settings: config.Upstream) -> None:
     outcome = result.outcome
     print(f"validation loss {outcome.before['loss']:.4f} -> {outcome.best['loss']:.4f} nats a masked token at step {outcome.best_step}; "
           f"{outcome.seconds:.0f} s, {outcome.tokens_per_second:,.0f} tokens/s, {100 * outcome.waiting:.1f} % of the steps' time waiting for batches")
+    if outcome.best["loss"] > outcome.before["loss"]:
+        print(f"no step had a lower validation loss than before training: what is saved is that of step {outcome.best_step}; more --steps or another --lr may help")
     print(f"result: {result.out}")
 
 

@@ -415,7 +415,7 @@ def markdown(table: dict) -> str:
     def figure(column: dict, system: str) -> str:
         values = figures(table, column, system)
         theirs = paper.get((system, column["stage"], column["task"], column["title"]))
-        return " ".join(([str(over_seeds(list(values.values())))] if values else []) + ([f"[{theirs:g}]"] if theirs is not None else []))
+        return " ".join(([str(over_seeds(list(values.values())))] if values else []) + ([f"[{theirs:.2f}]"] if theirs is not None else []))
 
     def difference(column: dict, system: str) -> str:
         found = change(table, column, system)

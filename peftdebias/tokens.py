@@ -134,7 +134,8 @@ class Tokenizer:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a model folder: tokenizer.json, else vocab.txt, else vocab.json + merges.txt.
 
-    Lower-casing of a vocab.txt is read from tokenizer_config.json (`do_lower_case`, default true). Raises ModelError that names what is missing.
+    What tokenizer_config.json says (`do_lower_case`, `strip_accents`, `tokenize_chinese_chars`, RoBERTa's `add_prefix_space`) holds, as in transformers, whatever
+    tokenizer.json has; a vocab.txt is lower-cased where it says nothing. Raises ModelError that names what is missing.
     """
     folder = Path(folder)
     settings = {}
@@ -142,7 +143,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         if (folder / "tokenizer_config.json").exists():
             settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         if (folder / "tokenizer.json").exists():
-            return Tokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), settings=settings)
+            return Tokenizer(_as_configured(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), settings), settings=settings)
         if (folder / "vocab.txt").exists():
             return wordpiece(_lines(folder / "vocab.txt"), settings)
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
@@ -152,6 +153,24 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     except Exception as error:  # the tokenizers library raises bare Exception on a malformed file
         raise ModelError(f"{folder}: tokenizer cannot be read: {error}") from None
     raise ModelError(f"{folder}: expected tokenizer.json, vocab.txt, or vocab.json with merges.txt; found none")
+
+
+CONFIGURED = {
+    "normalizer": (normalizers.BertNormalizer, {"do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "handle_chinese_chars"}),
+    "pre_tokenizer": (pre_tokenizers.ByteLevel, {"add_prefix_space": "add_prefix_space"}),
+}
+"""Part of a tokenizer -> its kind, and their setting -> what it is called there."""
+
+
+def _as_configured(backend: tokenizers.Tokenizer, settings: dict) -> tokenizers.Tokenizer:
+    for name, (kind, keys) in CONFIGURED.items():
+        part = getattr(backend, name)
+        changes = {ours: settings[key] for key, ours in keys.items() if key in settings and isinstance(part, kind) and settings[key] != getattr(part, ours)}
+        for ours, value in changes.items():
+            setattr(part, ours, value)
+        if changes:
+            setattr(backend, name, part)
+    return backend
 
 
 def _lines(path: Path) -> list[str]:

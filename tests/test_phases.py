@@ -506,3 +506,10 @@ def test_notes_are_said_before_training_begins(small, tmp_path, monkeypatch):  #
     result = phases.upstream(Upstream(model=str(small.base), axis="gender", corpus=(str(small.corpus),), out=str(tmp_path / "run"), steps=1), said.append)
     assert said == before == result.notes
     assert said[0].startswith("corpus: ") and said[-2] == "device: cpu, float32" and said[-1].startswith("trained: lora, 2,048 parameters in 8 tensors, ")
+
+
+def test_a_module_worse_than_none_is_told(small, tmp_path):  # noqa: F811
+    said = done("upstream", *small.learning(lr=3.0, steps=4, valid_every=4, out=tmp_path / "worse"))
+    assert "no step had a lower validation loss than before training: what is saved is that of step 4" in said.out
+    said = done("upstream", *small.learning(out=tmp_path / "better"))
+    assert "no step had a lower" not in said.out

@@ -252,7 +252,7 @@ def test_a_column_of_a_stage_with_several_tasks_names_its_own(tmp_path):
     assert not any("20.00" in str(row) for b in paper.blocks if b.kind == "table" for row in b.rows)
     for c in table["columns"]:
         c["task"] = None
-    said = cli("report", result_folder(tmp_path / "unnamed", table), "--out", tmp_path / "o.html")
+    said = cli("report", result_folder(tmp_path / "unnamed", table), "--out", tmp_path / "report.html")
     assert said.code == 2 and "column 'F1' of stage downstream: expected one task with f1/1, got ghc, other" in said.err
 
 
@@ -432,7 +432,7 @@ def test_values_that_are_missing_or_not_finite_are_no_numbers(tmp_path):
 
 
 def test_numbers():
-    assert [number(v, u) for v, u in ((12.344, "%"), (-0.001, "points"), (0.01234, "1"), (145.44, "1"), (None, "%"))] == ["12.34", "0.00", "0.012", "145.4", "–"]
+    assert [number(v, u) for v, u in ((12.344, "%"), (-0.001, "points"), (0.01234, "1"), (145.44, "1"), (None, "%"))] == ["12.34", "\u22120.0010", "0.012", "145.4", "–"]
     assert number(1.5, "points", True) == "+1.50" and number(-1.5, "points", True) == "\u22121.50" and number(0.0, "points", True) == "0.00"
     assert [duration(s) for s in (3, 61, 3725)] == ["3 s", "1 min 01 s", "1 h 02 min"]
 
@@ -497,3 +497,16 @@ def test_without_the_extra_one_line_says_how_to_get_it(tmp_path, monkeypatch):
 def test_the_command_says_where_the_report_lies(tmp_path):
     said = done("report", run_folder(tmp_path / "r", "upstream"), "--out", tmp_path / "o.html")
     assert said.out.splitlines() == [f"result: {tmp_path / 'o.html'} and {tmp_path / 'metrics.json'}"] and (tmp_path / "o.html").stat().st_size > 5000
+
+
+def test_the_figures_of_another_page_are_not_replaced(tmp_path):
+    run = run_folder(tmp_path / "r", "upstream")
+    done("report", run, "--out", tmp_path / "a.html")
+    figures = (tmp_path / "metrics.json").read_text()
+    assert json.loads(figures)["page"] == "a.html"
+    said = cli("report", run, "--out", tmp_path / "b.html")
+    assert said.code == 2 and said.err.splitlines()[-1] == (
+        f"peftdebias: --out {tmp_path}/b.html: would replace {tmp_path}/metrics.json, the figures of {tmp_path}/a.html; expected another folder, or that page")
+    assert not (tmp_path / "b.html").exists() and (tmp_path / "metrics.json").read_text() == figures
+    (tmp_path / "a.html").unlink()
+    done("report", run, "--out", tmp_path / "b.html")

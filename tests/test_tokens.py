@@ -361,3 +361,24 @@ def test_weights_are_those_of_words_that_are_one_token(bert, roberta):
 def test_no_text_is_masked_to_nothing():
     ids, rows, targets, counts = mask_flat(np.zeros(0, np.int32), np.zeros(0, np.int32), BIG, np.random.default_rng(0))
     assert len(ids) == len(rows) == len(targets) == len(counts) == 0
+
+
+@pytest.mark.parametrize("settings", [{"do_lower_case": False}, {"strip_accents": False}, {"tokenize_chinese_chars": False}, {"do_lower_case": True}, {}])
+def test_tokenizer_config_json_holds_as_in_transformers(settings, bert, tmp_path):
+    bert.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    kept = {key: value for key, value in config.items() if key not in ("do_lower_case", "strip_accents", "tokenize_chinese_chars")}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(kept | {"do_lower_case": True} | settings))
+    other = outside.library("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    ours = load_tokenizer(tmp_path)
+    assert [e.ids.tolist() for e in ours.encode(TEXTS)] == [other(text)["input_ids"] for text in TEXTS]
+    ours.save(tmp_path)
+    assert [e.ids.tolist() for e in load_tokenizer(tmp_path).encode(TEXTS)] == [e.ids.tolist() for e in ours.encode(TEXTS)]
+
+
+def test_a_space_before_the_first_word_is_put_where_tokenizer_config_json_says_so(roberta, tmp_path):
+    roberta.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_prefix_space": True}))
+    other = outside.library("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).encode(["he said"])[0].ids.tolist() == other("he said")["input_ids"] != roberta.encode(["he said"])[0].ids.tolist()

@@ -94,13 +94,24 @@ def report(settings: Report) -> tuple[Path, Path]:
     for path, mark in ((out, b"<!DOCTYPE html>"), (beside, b'{\n  "format": ')):
         if path.is_file() and not path.read_bytes().startswith(mark):
             raise ConfigError(f"--out {out}: would replace {path}, which is no earlier report; expected another name or folder")
+    if beside.is_file() and (page := _page_of(beside)) != out.name and out.with_name(page).is_file():
+        raise ConfigError(f"--out {out}: would replace {beside}, the figures of {out.with_name(page)}; expected another folder, or that page")
     with contextlib.ExitStack() as opened:
         html, figures_ = (opened.enter_context(writing(str(path))) for path in (out, beside))
         parts = [part for mark, (ident, make) in KINDS.items() if mark in kinds for part in make(kinds[mark], ident, settings)]
         title = parts[0].title if len(parts) == 1 else f"{len(parts)} results"
         html.write(render(title, [(p.title, p.sections) for p in parts], LIMITS, f"peftdebias {__version__}"))
-        figures_.write(json.dumps({"format": FORMAT, "sources": [p.data for p in parts]}, indent=2, ensure_ascii=False) + "\n")
+        figures_.write(json.dumps({"format": FORMAT, "page": out.name, "sources": [p.data for p in parts]}, indent=2, ensure_ascii=False) + "\n")
     return out, beside
+
+
+def _page_of(figures_: Path) -> str:
+    """The name of the page that these figures are of; "report.html" where they do not say."""
+    with contextlib.suppress(ValueError, AttributeError):
+        page = json.loads(figures_.read_text(encoding="utf-8")).get("page")
+        if isinstance(page, str) and page == Path(page).name and page:
+            return page
+    return Report.out
 
 
 def _kinds(paths: tuple[str, ...]) -> dict[str, list[Path]]:

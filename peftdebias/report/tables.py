@@ -122,7 +122,7 @@ def _how(of: dict[str, dict[str, Line]], seeds: dict[str, int]) -> str:
     return " ".join(said)
 
 
-CHANCE = "Where nothing is, one difference in twenty looks apart from 0 by chance; p is not corrected for that."
+CHANCE = "Where nothing is, one difference in twenty looks apart from 0 by chance; p is not corrected for that. Over seeds: of further seeds on this test set, not of another test set."
 
 
 def _differences(found: dict[str, list[Difference]], baseline: str) -> list[Table]:

@@ -1,5 +1,7 @@
 """Numbers, units and names as a report writes them."""
 
+import math
+
 from .page import Cell
 from .reading import Source
 from .results import LOWER_IS_BETTER, Line, is_floor
@@ -31,6 +33,8 @@ def number(value: float | None, unit: str = "%", signed: bool = False) -> str:
     if value is None:
         return "–"
     digits = 2 if unit in ("%", "points") else 1 if abs(value) >= 100 else 3
+    if value and not round(value, digits) and abs(value) >= 1e-6:  # not 0, and not shown as if it were
+        digits = 1 - math.floor(math.log10(abs(value)))
     value = round(value, digits) + 0.0  # no -0.00
     return f"{value:{'+' if signed and value else ''}.{digits}f}".replace("-", "\u2212")
 
