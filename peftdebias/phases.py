@@ -236,8 +236,9 @@ def read_splits(settings: Downstream) -> Splits:
     if settings.metric == "f1":
         if positive is None:
             raise ConfigError(f"--metric f1: expected --positive with one of {', '.join(labels)}")
-        if positive not in {e.label for e in splits["dev"]}:
-            raise DataError(f"{settings.dev}: expected examples with the label {positive!r} for --metric f1, found none")
+        for name, path in paths.items():
+            if positive not in {e.label for e in splits[name]}:
+                raise DataError(f"{path}: expected examples with the label {positive!r} for --metric f1, found none")
     last = "test" if settings.test else "dev"
     # What cannot be measured at the end is said now.
     classification_measures([e.label for e in splits[last]], splits[last], labels, positive, where=paths[last], samples=1)

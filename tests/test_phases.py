@@ -484,13 +484,14 @@ def test_what_cannot_be_measured_at_the_end_is_said_before_training(column, word
     assert list(tree(tmp_path)) == ["t.csv"]
 
 
-def test_f1_as_the_metric_needs_a_positive_label_in_dev(small, tmp_path, monkeypatch):  # noqa: F811
+def test_f1_as_the_metric_needs_a_positive_label_in_every_split(small, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(phases, "train", never)
     (tmp_path / "t.csv").write_text("text,label\nhe is,0\nshe is,1\n")
     (tmp_path / "d.csv").write_text("text,label\nhe is,0\n")
     settings = dict(model=str(small.base), train=str(tmp_path / "t.csv"), dev=str(tmp_path / "d.csv"), text="text", label="label", metric="f1", out=str(tmp_path / "run"))
-    with pytest.raises(DataError, match="d.csv: expected examples with the label '1' for --metric f1, found none"):
-        phases.downstream(Downstream(**settings))
+    for split in ({}, {"dev": str(tmp_path / "t.csv"), "test": str(tmp_path / "d.csv")}):
+        with pytest.raises(DataError, match="d.csv: expected examples with the label '1' for --metric f1, found none"):
+            phases.downstream(Downstream(**settings | split))
     (tmp_path / "t.csv").write_text("text,label\nhe is,a\nshe is,b\n")
     (tmp_path / "d.csv").write_text("text,label\nhe is,a\n")
     with pytest.raises(ConfigError, match="--metric f1: expected --positive with one of a, b"):
