@@ -379,8 +379,8 @@ NO_CLASSIFIER = ("ForTokenClassification", "ForMultipleChoice", "ForQuestionAnsw
 
 def _stored_labels(raw: dict, found: dict[str, Tensor], folder: Path) -> tuple[str, ...]:
     """The labels of the stored classifier of texts; () where there is none, as in the model of another task whose output layer has the same name."""
-    output, kinds = found.get("classifier.output.weight"), raw.get("architectures") or ()
-    if output is None or any(str(kind).endswith(NO_CLASSIFIER) for kind in kinds):
+    output, kinds = found.get("classifier.output.weight"), raw.get("architectures")
+    if output is None or isinstance(kinds, list) and any(str(kind).endswith(NO_CLASSIFIER) for kind in kinds):
         return ()
     names = raw.get("id2label") or {str(i): f"LABEL_{i}" for i in range(output.shape[0])}
     if not isinstance(names, dict) or set(names) != {str(i) for i in range(output.shape[0])}:
