@@ -9,7 +9,7 @@ import math
 from .errors import ConfigError
 from .options import SEEDS, at_least, at_most, check_seed, flag, option, settings
 
-THREADS = 1024  # more than any machine here has, and few enough that their tables fit
+THREADS = 1024  # few enough that what each needs fits in memory
 
 
 @settings

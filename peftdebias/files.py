@@ -35,6 +35,23 @@ def read_tensors(path: Path, raised: type[PeftDebiasError]) -> dict[str, Tensor]
     return dict(tensors)
 
 
+def read_parts(listing: Path, raised: type[PeftDebiasError]) -> dict[str, Tensor]:
+    """The tensors of the files beside an index of Hugging Face's, {"weight_map": {tensor: file}}. Raises where one that it lists is not there."""
+    places = read_object(listing, raised).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) and name == Path(name).name for name in places.values()):
+        raise raised(f"{listing}: expected a weight_map of tensors to names of files beside it, got {short(places)}")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        path = listing.parent / name
+        if not path.exists():
+            raise raised(f"{listing.parent}: expected {name}, found none")
+        part = read_tensors(path, raised)
+        if lost := next((tensor for tensor, file in places.items() if file == name and tensor not in part), None):
+            raise raised(f"{path}: expected the tensor {lost} by {listing.name}, found none")
+        tensors |= part
+    return tensors
+
+
 def _is_plain(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
 
@@ -51,6 +68,12 @@ def wrong_numbers(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def short(value: object) -> str:
+    """A value of JSON in a message of one line."""
+    said = json.dumps(value)
+    return said if len(said) <= 100 else f"{said[:100]}..."
 
 
 def read_object(path: Path, raised: type[PeftDebiasError]) -> dict:

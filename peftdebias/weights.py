@@ -266,31 +266,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         return files.read_tensors(whole, ModelError)
     for listing in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
         if listing.exists():
-            return _parts(listing)
+            return files.read_parts(listing, ModelError)
     if not bins.exists():
         raise ModelError(f"{folder}: expected model.safetensors, model.safetensors.index.json or pytorch_model.bin, found none")
     return files.read_tensors(bins, ModelError)
-
-
-def _parts(listing: Path) -> dict[str, Tensor]:
-    """The tensors that an index lists, of the files beside it."""
-    places = read_object(listing, ModelError).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(name, str) and name == Path(name).name for name in places.values()):
-        raise ModelError(f"{listing}: expected a weight_map of tensors to names of files beside it, got {_short(places)}")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
-        if not (listing.parent / name).exists():
-            raise ModelError(f"{listing.parent}: expected {name}, found none")
-        part = files.read_tensors(listing.parent / name, ModelError)
-        if lost := next((tensor for tensor, file in places.items() if file == name and tensor not in part), None):
-            raise ModelError(f"{listing.parent / name}: expected the tensor {lost} by {listing.name}, found none")
-        tensors |= part
-    return tensors
-
-
-def _short(value: object) -> str:
-    said = json.dumps(value)
-    return said if len(said) <= 100 else f"{said[:100]}..."
 
 
 class _NoInit(TorchFunctionMode):
@@ -314,9 +293,10 @@ def load_model(folder: str | Path, *, mlm: bool | None = None, labels: tuple[str
     folder = find_folder(folder)
     config, raw = read_config(folder)
     tensors = read_tensors(folder)
-    _same_size(tensors, config, folder)
+    _same_layers(tensors, config, folder)
     with _naming(folder):
         found, unknown = from_foreign(tensors, config)
+        _same_sizes(found, config)
     stored_labels = _stored_labels(raw, found, folder)
     if not stored_labels:
         unknown += [name for name in tensors if name.startswith(HEAD_NAMES[config.kind]["classifier.output"] + ".")]
@@ -359,19 +339,18 @@ def load_model(folder: str | Path, *, mlm: bool | None = None, labels: tuple[str
     return model, LoadReport(folder, tuple(new), tuple(unused))
 
 
-def _same_size(tensors: dict[str, Tensor], config: EncoderConfig, folder: Path) -> None:
-    """Raises ModelError where config.json asks for more or fewer layers, or larger tables, than the files hold, before anything of that size is made."""
+def _same_layers(tensors: dict[str, Tensor], config: EncoderConfig, folder: Path) -> None:
+    """Raises ModelError where config.json asks for more or fewer layers than the files hold."""
     layers = {int(found[1]) for name in tensors if (found := re.match(rf"(?:{config.kind}\.)?encoder\.layer\.(\d+)\.", name))}
     if config.layers != len(layers):
         raise ModelError(f"{folder / 'config.json'}: num_hidden_layers: expected {len(layers)}, the layers in the files, got {config.layers}")
-    one = dataclasses.replace(config, layers=1)
-    shapes = {"embeddings.word.weight": (config.vocab, config.hidden), "embeddings.position.weight": (config.max_positions + config.position_offset, config.hidden),
-              "embeddings.segment.weight": (config.segments, config.hidden), "layers.0.feed_forward.up.weight": (config.feed_forward, config.hidden)}
-    names = foreign_names(one)
-    with _naming(folder):
-        for ours, shape in shapes.items():
-            theirs = names[ours.removesuffix(".weight")] + ".weight"
-            _fits(ours, tensors.get(theirs, tensors.get(theirs.removeprefix(config.kind + "."))), shape, one)
+
+
+def _same_sizes(found: dict[str, Tensor], config: EncoderConfig) -> None:
+    """Raises ModelError where config.json asks for other widths or tables than the files hold, before anything of that size is made."""
+    for ours, *shape in (("embeddings.word.weight", config.vocab, config.hidden), ("embeddings.position.weight", config.max_positions + config.position_offset, config.hidden),
+                         ("embeddings.segment.weight", config.segments, config.hidden), ("layers.0.feed_forward.up.weight", config.feed_forward, config.hidden)):
+        _fits(ours, found.get(ours), shape, config)
 
 
 NO_CLASSIFIER = ("ForTokenClassification", "ForMultipleChoice", "ForQuestionAnswering", "ForNextSentencePrediction")
@@ -384,11 +363,11 @@ def _stored_labels(raw: dict, found: dict[str, Tensor], folder: Path) -> tuple[s
         return ()
     names = raw.get("id2label") or {str(i): f"LABEL_{i}" for i in range(output.shape[0])}
     if not isinstance(names, dict) or set(names) != {str(i) for i in range(output.shape[0])}:
-        said = f"names the labels {', '.join(names)}" if isinstance(names, dict) else f"is {_short(names)}"
+        said = f"names the labels {', '.join(names)}" if isinstance(names, dict) else f"is {files.short(names)}"
         raise ModelError(f"{folder}: id2label {said}; expected 0 to {output.shape[0] - 1}, the rows of the classifier")
     labels = tuple(str(names[str(i)]) for i in range(len(names)))
     if len(set(labels)) < len(labels):
-        raise ModelError(f"{folder}: id2label: expected a label of its own for every row of the classifier, got {_short(names)}")
+        raise ModelError(f"{folder}: id2label: expected a label of its own for every row of the classifier, got {files.short(names)}")
     return labels
 
 
