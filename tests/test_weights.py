@@ -1,85 +1,27 @@
 """Every variety of model folder loads bit for bit; what is saved loads in transformers to the same outputs; each error names what and where.
 
-Varieties start from one random model, saved by us (test_names_of_today holds that layout against transformers): tensors are renamed, left out, added and
-stored in other files, and the model that comes back must hold the same bits.
+Varieties start from one random model, saved by us (test_names_of_today holds that layout against transformers): tensors are renamed, left out, added and changed,
+and the model that comes back must hold the same bits. In which files they lie is test_files.py's.
 """
 
 import dataclasses
 import json
 import os
-import pickle
 import re
 
 import pytest
-import safetensors.torch
 import torch
 
 from peftdebias import checkpoint
 from peftdebias.batches import pack
-from peftdebias.encoder import EncoderConfig, Model
 from peftdebias.errors import ModelError
 from peftdebias.tasks import labelled_samples
 from peftdebias.tokens import load_tokenizer, wordpiece
 from peftdebias.weights import LoadReport, find_folder, foreign_config, from_foreign, load, load_model, read_tensors, save_model, to_foreign
 
 from . import outside
-from .outside import HIDDEN, LABELS, LAYERS, VOCAB, assert_close, one_thread, ragged, randomize
-
-KINDS = ("bert", "roberta")
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-
-
-def model_of(kind="bert", mlm=True, labels=(), seed=0, **changes) -> Model:
-    sizes = dict(kind=kind, layers=LAYERS, hidden=HIDDEN, heads=3, feed_forward=41, vocab=VOCAB, max_positions=53, norm_eps=1e-5,
-                 classifier_dropout=0.2, segments=2, pad_id=0, position_offset=0)
-    if kind == "roberta":
-        sizes |= dict(segments=1, pad_id=1, position_offset=2)
-    return randomize(Model(EncoderConfig(**sizes | changes), mlm=mlm, labels=labels), seed).eval()
-
-
-def tensors_of(model):
-    return {name: p.detach() for name, p in model.named_parameters()} | model.carried
-
-
-def assert_same(one, other):
-    assert set(one) == set(other)
-    for name in one:
-        assert one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]), name
-
-
-def store(folder, tensors):
-    """The tensors in a folder beside its config.json, as one safetensors file."""
-    safetensors.torch.save_file({name: t.clone().contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
-
-
-def edit_config(folder, **changes):
-    """Keys of config.json set, or removed with None."""
-    raw = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
-
-
-@pytest.fixture(params=KINDS)
-def saved(request, tmp_path):
-    """(folder, model, its tensors by their names)."""
-    model = model_of(request.param)
-    save_model(model, tmp_path)
-    return tmp_path, model, read_tensors(tmp_path)
-
-
-@pytest.fixture
-def bert(tmp_path):
-    model = model_of()
-    save_model(model, tmp_path)
-    return tmp_path, model, read_tensors(tmp_path)
-
-
-def message(call):
-    """The ModelError's message; it must be one line."""
-    with pytest.raises(ModelError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
+from .outside import HIDDEN, LABELS, LAYERS, VOCAB, assert_close, one_thread, ragged
+from .stored import KINDS, SPECIAL, assert_same, bert, edit_config, head, message, model_of, saved, store, stored_decoder, tensors_of, word_table
 
 # ---------------------------------------------------------------- names
 
@@ -111,19 +53,6 @@ def without_prefix(tensors):
 
 def legacy_norms(tensors):
     return {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t for name, t in tensors.items()}
-
-
-def word_table(tensors):
-    return next(t for name, t in tensors.items() if name.endswith("word_embeddings.weight"))
-
-
-def head(tensors):
-    """(where the decoder is, where the bias of the masked-LM head is)."""
-    return ("lm_head.decoder", "lm_head.bias") if "lm_head.bias" in tensors else ("cls.predictions.decoder", "cls.predictions.bias")
-
-
-def stored_decoder(tensors):
-    return tensors | {head(tensors)[0] + ".weight": word_table(tensors)}
 
 
 def bias_under_decoder(tensors):
@@ -272,121 +201,6 @@ def test_any_stored_dtype_becomes_the_dtype_asked_for(saved, dtype):
     for wanted in (torch.float32, torch.float64):
         found, _ = load_model(folder, dtype=wanted)
         assert_same(tensors_of(found), {name: t.to(dtype).to(wanted) for name, t in tensors_of(model).items()})
-
-
-# ---------------------------------------------------------------- files
-
-
-def in_shards(folder, tensors, write, stem, suffix, count=3):
-    """The tensors over `count` files with an index; the single file goes."""
-    (folder / "model.safetensors").unlink()
-    names = sorted(tensors)
-    where = {name: f"{stem}-{i % count + 1:05}-of-{count:05}.{suffix}" for i, name in enumerate(names)}
-    for file in sorted(set(where.values())):
-        write({name: tensors[name] for name in names if where[name] == file}, folder / file)
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-
-
-def test_sharded_files_with_an_index(saved):
-    folder, model, tensors = saved
-    in_shards(folder, tensors, safetensors.torch.save_file, "model", "safetensors")
-    assert_same(tensors_of(load_model(folder)[0]), tensors_of(model))
-    gone = folder / "model-00002-of-00003.safetensors"
-    gone.unlink()
-    assert message(lambda: load_model(folder)) == f"{folder}: expected model-00002-of-00003.safetensors, found none"
-    for broken, words in (("{", "expected JSON, got "), ("[]", "expected a JSON object, got list"), *((broken, "expected a weight_map of tensors to names of files beside it, got ") for broken in (
-            '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', "{}", '{"weight_map": {"a": "../model.safetensors"}}'))):
-        (folder / "model.safetensors.index.json").write_text(broken)
-        assert message(lambda: load_model(folder)).startswith(f"{folder}/model.safetensors.index.json: {words}")
-
-
-def test_an_index_that_lists_what_its_files_lack_is_refused(bert):
-    folder, _, tensors = bert
-    in_shards(folder, tensors, safetensors.torch.save_file, "model", "safetensors")
-    listing = folder / "model.safetensors.index.json"
-    index = json.loads(listing.read_text())
-    index["weight_map"]["bert.pooler.dense.weight"] = "model-00001-of-00003.safetensors"
-    listing.write_text(json.dumps(index))
-    assert message(lambda: load_model(folder)) == f"{folder}/model-00001-of-00003.safetensors: expected the tensor bert.pooler.dense.weight by model.safetensors.index.json, found none"
-
-
-def test_sharded_pickles_with_an_index(saved):
-    folder, model, tensors = saved
-    in_shards(folder, tensors, torch.save, "pytorch_model", "bin")
-    assert_same(tensors_of(load_model(folder)[0]), tensors_of(model))
-
-
-def test_a_plain_pickle_of_tensors(saved):
-    folder, model, tensors = saved
-    (folder / "model.safetensors").unlink()
-    torch.save(tensors, folder / "pytorch_model.bin")
-    assert_same(tensors_of(load_model(folder)[0]), tensors_of(model))
-    torch.save(stored_decoder(tensors), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)  # as files of 2019 are
-    assert_same(tensors_of(load_model(folder)[0]), tensors_of(model))
-
-
-class Malicious:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_that_wants_to_run_code_is_refused(bert, zipped):
-    folder, _, tensors = bert
-    (folder / "model.safetensors").unlink()
-    trap = folder / "trap"
-    torch.save(tensors | {"x": Malicious(trap)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    assert message(lambda: load_model(folder)) == \
-        f"{folder}/pytorch_model.bin: expected plain tensors, got UnpicklingError (unpickling anything else is refused)"
-    assert not trap.exists()
-    torch.load(folder / "pytorch_model.bin", weights_only=False)
-    assert trap.exists()  # the file was one
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_bare_pickle_is_refused(bert):
-    folder, *_ = bert
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(folder / "trap")))
-    assert "expected plain tensors" in message(lambda: load_model(folder))
-    assert not (folder / "trap").exists()
-
-
-def test_safetensors_are_preferred(saved):
-    folder, model, tensors = saved
-    torch.save({name: t * 0 for name, t in tensors.items()}, folder / "pytorch_model.bin")
-    assert_same(tensors_of(load_model(folder)[0]), tensors_of(model))
-    in_shards(folder, tensors, safetensors.torch.save_file, "model", "safetensors")
-    assert_same(tensors_of(load_model(folder)[0]), tensors_of(model))
-    doubled = {name: t * 2 for name, t in tensors.items()}
-    store(folder, doubled)  # as in transformers, one whole file comes before shards
-    assert_same(read_tensors(folder), doubled)
-
-
-@pytest.mark.parametrize("file, content, words", [
-    ("model.safetensors", b"", "cannot be read: "), ("model.safetensors", b"{}" * 99, "cannot be read: "),
-    ("pytorch_model.bin", b"", "cannot be read: "), ("pytorch_model.bin", b"not a pickle", "expected plain tensors, got UnpicklingError"),
-    ("pytorch_model.bin", b"PK\x03\x04" + b"\0" * 99, "cannot be read: "),
-])
-def test_a_damaged_file_is_an_error(bert, file, content, words):
-    folder, *_ = bert
-    (folder / "model.safetensors").unlink()
-    (folder / file).write_bytes(content)
-    assert f"{folder}/{file}: {words}" in message(lambda: load_model(folder))
-
-
-def test_missing_files_are_named(bert):
-    folder, *_ = bert
-    (folder / "model.safetensors").unlink()
-    assert message(lambda: load_model(folder)) == \
-        f"{folder}: expected model.safetensors, model.safetensors.index.json or pytorch_model.bin, found none"
-    (folder / "config.json").unlink()
-    assert message(lambda: load_model(folder)) == f"{folder}: expected a Hugging Face model folder with config.json, found none"
 
 
 # ---------------------------------------------------------------- what does not fit
@@ -724,14 +538,6 @@ def test_numbers_that_no_answer_can_be_made_from_are_refused(number, tmp_path):
         model.encoder.layers[1].attention.qkv.weight[3, 1:3] = float(number)
     save_model(model, tmp_path)
     with pytest.raises(ModelError, match=r"layers.1.attention.qkv.weight \(bert.encoder.layer.1.attention.self.query.weight\): expected finite numbers, got 2 of \d+ that are NaN or infinite"):
-        load_model(tmp_path)
-
-
-def test_a_folder_in_the_place_of_weights_is_named(tmp_path):
-    save_model(model_of(), tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(ModelError, match=f"^{tmp_path}/model.safetensors: expected a file, got a folder$"):
         load_model(tmp_path)
 
 

@@ -1,0 +1,133 @@
+"""Files that others wrote: shards, pickles and single files give the same bits; code in them does not run; what is damaged or missing is named."""
+
+import json
+import os
+import pickle
+
+import pytest
+import safetensors.torch
+import torch
+
+from peftdebias.weights import load_model, read_tensors
+
+from .outside import one_thread
+from .stored import assert_same, bert, message, saved, store, stored_decoder, tensors_of
+
+
+def in_shards(folder, tensors, write, stem, suffix, count=3):
+    """The tensors over `count` files with an index; the single file goes."""
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    where = {name: f"{stem}-{i % count + 1:05}-of-{count:05}.{suffix}" for i, name in enumerate(names)}
+    for file in sorted(set(where.values())):
+        write({name: tensors[name] for name in names if where[name] == file}, folder / file)
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def test_sharded_files_with_an_index(saved):
+    folder, model, tensors = saved
+    in_shards(folder, tensors, safetensors.torch.save_file, "model", "safetensors")
+    assert_same(tensors_of(load_model(folder)[0]), tensors_of(model))
+    gone = folder / "model-00002-of-00003.safetensors"
+    gone.unlink()
+    assert message(lambda: load_model(folder)) == f"{folder}: expected model-00002-of-00003.safetensors, found none"
+    for broken, words in (("{", "expected JSON, got "), ("[]", "expected a JSON object, got list"), *((broken, "expected a weight_map of tensors to names of files beside it, got ") for broken in (
+            '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', "{}", '{"weight_map": {"a": "../model.safetensors"}}'))):
+        (folder / "model.safetensors.index.json").write_text(broken)
+        assert message(lambda: load_model(folder)).startswith(f"{folder}/model.safetensors.index.json: {words}")
+
+
+def test_an_index_that_lists_what_its_files_lack_is_refused(bert):
+    folder, _, tensors = bert
+    in_shards(folder, tensors, safetensors.torch.save_file, "model", "safetensors")
+    listing = folder / "model.safetensors.index.json"
+    index = json.loads(listing.read_text())
+    index["weight_map"]["bert.pooler.dense.weight"] = "model-00001-of-00003.safetensors"
+    listing.write_text(json.dumps(index))
+    assert message(lambda: load_model(folder)) == f"{folder}/model-00001-of-00003.safetensors: expected the tensor bert.pooler.dense.weight by model.safetensors.index.json, found none"
+
+
+def test_sharded_pickles_with_an_index(saved):
+    folder, model, tensors = saved
+    in_shards(folder, tensors, torch.save, "pytorch_model", "bin")
+    assert_same(tensors_of(load_model(folder)[0]), tensors_of(model))
+
+
+def test_a_plain_pickle_of_tensors(saved):
+    folder, model, tensors = saved
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    assert_same(tensors_of(load_model(folder)[0]), tensors_of(model))
+    torch.save(stored_decoder(tensors), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)  # as files of 2019 are
+    assert_same(tensors_of(load_model(folder)[0]), tensors_of(model))
+
+
+class Malicious:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_wants_to_run_code_is_refused(bert, zipped):
+    folder, _, tensors = bert
+    (folder / "model.safetensors").unlink()
+    trap = folder / "trap"
+    torch.save(tensors | {"x": Malicious(trap)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert message(lambda: load_model(folder)) == \
+        f"{folder}/pytorch_model.bin: expected plain tensors, got UnpicklingError (unpickling anything else is refused)"
+    assert not trap.exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert trap.exists()  # the file was one
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_bare_pickle_is_refused(bert):
+    folder, *_ = bert
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(folder / "trap")))
+    assert "expected plain tensors" in message(lambda: load_model(folder))
+    assert not (folder / "trap").exists()
+
+
+def test_safetensors_are_preferred(saved):
+    folder, model, tensors = saved
+    torch.save({name: t * 0 for name, t in tensors.items()}, folder / "pytorch_model.bin")
+    assert_same(tensors_of(load_model(folder)[0]), tensors_of(model))
+    in_shards(folder, tensors, safetensors.torch.save_file, "model", "safetensors")
+    assert_same(tensors_of(load_model(folder)[0]), tensors_of(model))
+    doubled = {name: t * 2 for name, t in tensors.items()}
+    store(folder, doubled)  # as in transformers, one whole file comes before shards
+    assert_same(read_tensors(folder), doubled)
+
+
+@pytest.mark.parametrize("file, content, words", [
+    ("model.safetensors", b"", "cannot be read: "), ("model.safetensors", b"{}" * 99, "cannot be read: "),
+    ("pytorch_model.bin", b"", "cannot be read: "), ("pytorch_model.bin", b"not a pickle", "expected plain tensors, got UnpicklingError"),
+    ("pytorch_model.bin", b"PK\x03\x04" + b"\0" * 99, "cannot be read: "),
+])
+def test_a_damaged_file_is_an_error(bert, file, content, words):
+    folder, *_ = bert
+    (folder / "model.safetensors").unlink()
+    (folder / file).write_bytes(content)
+    assert f"{folder}/{file}: {words}" in message(lambda: load_model(folder))
+
+
+def test_missing_files_are_named(bert):
+    folder, *_ = bert
+    (folder / "model.safetensors").unlink()
+    assert message(lambda: load_model(folder)) == \
+        f"{folder}: expected model.safetensors, model.safetensors.index.json or pytorch_model.bin, found none"
+    (folder / "config.json").unlink()
+    assert message(lambda: load_model(folder)) == f"{folder}: expected a Hugging Face model folder with config.json, found none"
+
+
+def test_a_folder_in_the_place_of_weights_is_named(bert):
+    folder, *_ = bert
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    assert message(lambda: load_model(folder)) == f"{folder}/model.safetensors: expected a file, got a folder"
