@@ -179,11 +179,13 @@ def unmerge(model: Model) -> None:
 
 @dataclasses.dataclass
 class Folded:
-    """Frozen deltas written into a base that is being trained. anchors: (parameter, rows, D), D dense like parameter[rows]."""
+    """Frozen deltas written into a base that is being trained. anchors: (parameter, rows, D), D dense like parameter[rows], of trained parameters. kept: the
+    others and what they were, since in floats (w + d) - d need not be w."""
 
     model: Model
     names: tuple[str, ...]
     anchors: list[tuple[Parameter, slice, Tensor]]
+    kept: list[tuple[Parameter, Tensor]]
 
     @torch.no_grad()
     def after_step(self, rate_times_decay: dict[int, float]) -> None:
@@ -198,26 +200,33 @@ class Folded:
 
     @torch.no_grad()
     def unfold(self) -> None:
-        """Leave W' - D in the base and let the methods act again."""
+        """Leave W' - D in what was trained, and the rest as it was bit for bit; let the methods act again."""
         for parameter, rows, delta in self.anchors:
             parameter[rows].sub_(delta)
+        for parameter, value in self.kept:
+            parameter.copy_(value)
         hooks = self.model.encoder.hooks
         hooks.off -= set(self.names)
         hooks.refresh()
 
 
 def fold(model: Model) -> Folded:
-    """Fold every attached method that is foldable; the others keep acting through their hooks. See Folded; what it saves: `bench/compare.py full`."""
+    """Fold every attached method that is foldable; the others keep acting through their hooks. What is to be trained must require gradients by now (train_only).
+    See Folded; what it saves: `bench/compare.py full`."""
     hooks = model.encoder.hooks
     names = tuple(name for name, method in hooks.methods.items() if method.foldable and name not in hooks.off)
     anchors: list[tuple[Parameter, slice, Tensor]] = []
+    kept: dict[str, tuple[Parameter, Tensor]] = {}
     with torch.no_grad():
         for name in names:
             for site, delta in _deltas(hooks.methods[name], hooks.methods[name].sites(model.config)):
-                _, parameter, rows = parameter_at(model, site)
+                key, parameter, rows = parameter_at(model, site)
                 dense = add_delta(torch.zeros_like(parameter[rows]), delta)
+                if parameter.requires_grad:
+                    anchors.append((parameter, rows, dense))
+                elif key not in kept:
+                    kept[key] = parameter, parameter.data.clone()
                 parameter[rows].add_(dense)
-                anchors.append((parameter, rows, dense))
     hooks.off |= set(names)
     hooks.refresh()
-    return Folded(model, names, anchors)
+    return Folded(model, names, anchors, list(kept.values()))

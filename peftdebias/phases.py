@@ -267,20 +267,22 @@ def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: N
             notes += cut_note(encoded[name], longest, path)
         model.to(device)
         trained = {n: p for n, p in all_parameters(model).items() if not n.startswith("methods.") and not any(m.keeps(n) for m in model.methods.values())}
+        still = {n: p for n, p in all_parameters(model).items() if not n.startswith("methods.") and n not in trained}
+        stood = patch.checksum(still)
         train_only(model, trained.values())
         notes += [size_note("base and classifier", trained, model), f"device: {device}, {precision}", *_compiling(step)]
         samples = {name: labelled_samples(encoded[name], targets[name]) for name in splits}
         task = Classification(samples["train"], samples["dev"], _validation(labels, positive), settings.metric, seed=settings.seed, batch=settings.batch,
                               weights=read.class_weights)
-        steps = settings.epochs * sum(1 for _ in task.epoch(0))
         folded = patch.fold(model) if settings.fold else None
         _tell(say, notes)
-        outcome = train(model, task, trained, _schedule(settings, steps, None, precision, step), run.event, folded, "downstream")
+        outcome = train(model, task, trained, _schedule(settings, task.steps(settings.epochs), None, precision, step), run.event, folded, "downstream")
         if folded is not None:
             folded.unfold()
         model.to("cpu")
         for name, method in model.methods.items():
             _assert_frozen(f"module {name}", frozen[name], patch.checksum(method.state()))
+        _assert_frozen("untrained part of the base", stood, patch.checksum(still))
         weights.save_model(model, run.path / "model", tokenizer)
         base = checkpoint.describe_base(model)
         for i, adapter in enumerate(adapters):

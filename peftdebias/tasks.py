@@ -227,8 +227,15 @@ class Classification:
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """Every text once, in the order that (seed, number) give."""
-        for items in plan([len(s.ids) for s in self.samples], seed=(self.seed, 0, number), **self.batch):
+        for items in self._plan(number):
             yield pack([self.samples[i] for i in items])
+
+    def steps(self, epochs: int) -> int:
+        """Batches of the first so many epochs; with a budget of tokens each order makes as many as it makes."""
+        return sum(len(self._plan(number)) for number in range(epochs))
+
+    def _plan(self, number: int) -> list[list[int]]:
+        return plan([len(s.ids) for s in self.samples], seed=(self.seed, 0, number), **self.batch)
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """Cross-entropy in nats, the mean over the batch weighted by the labels' weights."""

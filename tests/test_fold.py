@@ -92,6 +92,28 @@ def test_fold_acts_on_what_is_foldable_and_unfold_gives_the_methods_back():
     torch.testing.assert_close(model.class_logits(batch), before, rtol=1e-10, atol=1e-12)
 
 
+def test_what_is_not_trained_comes_back_bit_for_bit():
+    """In float32 (w + d) - d need not be w."""
+    model = Model(TINY, labels=("a", "b"))
+    model.initialize(model, torch.Generator().manual_seed(0))
+    for name, method in (("gender", "bias"), ("race", "bias"), ("age", "lora")):
+        method = methods.create(method, TINY)
+        for p in method.parameters().values():
+            p.data = torch.randn(p.shape)
+        patch.attach(model, name, method)
+    ours = {n: p for n, p in patch.all_parameters(model).items() if not n.startswith("methods.")}
+    for p in ours.values():
+        p.data += 0.01 * torch.randn(p.shape)
+    before = {n: p.detach().clone() for n, p in ours.items()}
+    patch.train_only(model, [p for n, p in ours.items() if ".norm." not in n])
+    folded = patch.fold(model)
+    assert not torch.equal(ours["encoder.layers.0.attention.norm.bias"], before["encoder.layers.0.attention.norm.bias"])
+    folded.after_step({id(p): 0.1 for p in ours.values()})
+    folded.unfold()
+    assert {n for n, p in ours.items() if not torch.equal(p, before[n])} == {
+        n for n in ours if n.startswith("encoder.layers.") and ".norm." not in n and n.endswith((".bias", "qkv.weight"))}
+
+
 @pytest.mark.parametrize("steps,warmup,rates", [(4, 0.5, [0.5, 1.0, 1.0, 0.5]), (3, 0.0, [1.0, 2 / 3, 1 / 3])])
 def test_learning_rate_rises_and_falls_linearly(steps, warmup, rates):
     schedule = Schedule(steps=steps, lr=1.0, warmup=warmup)

@@ -405,6 +405,15 @@ def test_every_text_comes_once_an_epoch_in_an_order_of_the_seed():
     assert ids_of(classification(), 0) != ids_of(classification(), 1)
 
 
+@pytest.mark.parametrize("batch", [{"batch_size": 4}, {"batch_tokens": 21}])
+def test_as_many_steps_as_the_epochs_have_batches(batch):
+    """Every order of the texts makes batches of its own from a budget of tokens."""
+    task = classification(n=400, **batch)
+    counts = [len(list(task.epoch(number))) for number in range(10)]
+    assert (len(set(counts)) > 1) == ("batch_tokens" in batch)
+    assert [task.steps(n) for n in (1, 3, 10)] == [sum(counts[:n]) for n in (1, 3, 10)]
+
+
 def test_probabilities_come_back_in_the_order_of_the_texts():
     task, model = classification(), model_of().train()
     found = class_probabilities(model, task.samples, batch_tokens=20)
