@@ -24,6 +24,7 @@ import numpy
 from . import cda, corpus, holdout, lines, records, sentences
 from .buckets import Families
 from .errors import ConfigError
+from .outputs import digest
 
 FORMAT = 1
 ARRAYS = {"ids": "<i4", "lengths": "<i4", "sizes": "<i4", "sources": "<i8"}
@@ -137,13 +138,8 @@ def key(recipe) -> str:
     tokenizer, axis = recipe.tokenizer, recipe.axis
     code = [Path(module.__file__) for module in (cda, corpus, holdout, lines, records, sentences)] + [Path(cda.__file__).parent / "axes" / "pronouns.toml"]
     about = [
-        FORMAT, [_sha256(path) for path in code], [_sha256(path) for path in recipe.files], recipe.column, recipe.unit, recipe.on_error,
+        FORMAT, [digest(Path(path)) for path in code], [digest(Path(path)) for path in recipe.files], recipe.column, recipe.unit, recipe.on_error,
         repr(dataclasses.replace(axis, description="", source="")), repr(recipe.intervention), recipe.held_out.share, sorted(recipe.held_out.also), recipe.shard,
         tokenizer.backend.to_str(), tokenizer.style, recipe.max_length,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
-
-
-def _sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -54,9 +54,12 @@ class Rows:
     lines: list[int]
 
     def column(self, name: str) -> list:
+        kind, what = {"predicted": (str, "a label as text"), "label": (str, "a label as text"), "probabilities": (dict, "an object")}.get(name.split("_")[0], (object, ""))
         for row, line in zip(self.rows, self.lines):
             if name not in row:
                 raise DataError(f"{place(self.path, line)}: expected {name!r} in a row of {self.name}, got {', '.join(row)}")
+            if not isinstance(row[name], kind):
+                raise DataError(f"{place(self.path, line)}: {name}: expected {what}, got {_short(row[name])}")
         return [row[name] for row in self.rows]
 
     def one(self, name: str):
@@ -274,6 +277,8 @@ def _over_files(paths: tuple[str, ...]) -> tuple[dict[str, dict], list[str]]:
     if not common:
         raise DataError(f"{paths[0]}: expected measures that all {len(paths)} files have, found none")
     notes = [f"{Path(paths[0]).name} and others: left out, not in every file: {', '.join(missing)}"] if missing else []
+    if other := next((name for name in common if len({table[name]["n"] for table in tables}) > 1), None):
+        notes.append(f"{Path(paths[0]).name} and others: {other} is of {', '.join(str(table[other]['n']) for table in tables)} examples: not of one test set?")
     return {name: {"values": [table[name]["value"] for table in tables], "unit": tables[0][name]["unit"], "ideal": tables[0][name]["ideal"]} for name in common}, notes
 
 
@@ -281,7 +286,7 @@ def read_measures(path: str) -> dict[str, dict]:
     """name -> the measure as `evaluate --json` writes it."""
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))["measures"]
-        return {row["name"]: {key: row[key] for key in ("value", "unit", "ideal")} for row in rows}
+        return {row["name"]: {key: row[key] for key in ("value", "unit", "ideal", "n")} for row in rows}
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, ValueError, KeyError, TypeError):

@@ -132,6 +132,9 @@ class Downstream(Training):
     def __post_init__(self):
         super().__post_init__()
         at_least(1, self, "epochs")
+        columns = [self.text, *([self.text_pair] if self.text_pair else []), *self.label.split(",")]
+        if twice := next((name for name in columns if columns.count(name) > 1), None):
+            raise ConfigError(f"--text, --text-pair, --label: expected columns of their own, got {twice} twice")
 
 
 @settings

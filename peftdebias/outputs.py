@@ -4,6 +4,7 @@ What it leaves out: what is in them.
 """
 
 import contextlib
+import hashlib
 import os
 import shutil
 import sys
@@ -127,7 +128,7 @@ def partial_of(path: Path) -> Path:
 
 
 def keep_apart(outs: dict[str, str | Path | None], inputs: Iterable[str | Path | None], folders: bool = False) -> None:
-    """Raises ConfigError where a file to write is one that is read, or two of them are one; with `folders`, where a folder to write is or holds what is read.
+    """Raises ConfigError where a file to write is one that is read, or is called .gz, or two of them are one; with `folders`, where a folder to write is or holds what is read.
 
     outs: what asks for it ("--out") -> where it goes; None and "-" are standard output. inputs: files and folders that are read; None is none, "-" standard
     input. A file that is there already is replaced, if nothing reads it.
@@ -135,6 +136,8 @@ def keep_apart(outs: dict[str, str | Path | None], inputs: Iterable[str | Path |
     outs = {flag: Path(out) for flag, out in outs.items() if out not in (None, "-")}
     there = [path for name in inputs if name is not None and os.path.exists(path := Path("/dev/stdin" if str(name) == "-" else name))]
     for flag, out in outs.items():
+        if out.suffix == ".gz" and not folders:
+            raise ConfigError(f"{flag} {out}: expected a name without .gz: what is written is not compressed")
         at_stake = os.path.exists(out)
         if at_stake and not (out.is_dir() if folders else out.is_file()):  # a device such as /dev/null keeps nothing
             continue
@@ -153,3 +156,11 @@ def tables(*names: str | None) -> list[str]:
 def files_in(folder: str | Path) -> list[Path]:
     """Every file in a folder and below."""
     return [path for path in Path(folder).rglob("*") if path.is_file()]
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, or of the names and contents of the files in a folder and below."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256("".join(f"{each.relative_to(path)} {digest(each)}\n" for each in sorted(files_in(path))).encode()).hexdigest()

@@ -43,6 +43,7 @@ from .worker import Epochs, default_workers
 
 CHUNK = 4096  # texts tokenised together
 FEW = 20  # held-out families, fewer than which say little
+MOST_GRADES = 20  # labels that may be fractions, as grades in halves are; more of them are measurements
 
 
 @dataclasses.dataclass
@@ -230,6 +231,8 @@ def read_splits(settings: Downstream) -> Splits:
     labels = tuple(sorted({e.label for e in splits["train"]}, key=_natural))
     if len(labels) < 2:
         raise DataError(f"{settings.train}: expected at least two labels in the column {settings.label}, got {labels[0]!r} alone")
+    if len(labels) > MOST_GRADES and all(map(_is_number, labels)) and not all(map(str.isdecimal, labels)):
+        raise DataError(f"{settings.train}: expected classes in the column {settings.label}, got {len(labels)} numbers such as {labels[1]}; what is trained is no regression")
     targets = {name: label_indices([e.label for e in examples], labels, [e.place for e in examples]) for name, examples in splits.items()}
     positive = positive_label(labels, settings.positive)
     class_weights = parse_class_weights(settings.class_weights, labels)
@@ -298,6 +301,13 @@ def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: N
 
 def _read(settings: Downstream, path: str):
     return corpus.read_examples(path, text=settings.text, label=settings.label.split(","), text_pair=settings.text_pair, group=settings.group)
+
+
+def _is_number(label: str) -> bool:
+    try:
+        return math.isfinite(float(label))
+    except ValueError:
+        return False
 
 
 def _natural(label: str) -> tuple:

@@ -99,12 +99,13 @@ def read(source: Source, data: Path) -> list[Example]:
     return kept
 
 
-def check_labels(known: Sequence[Example], examples: Sequence[Example]) -> None:
-    """Raises DataError at the first of `examples` whose label none of `known`, which are trained on, has."""
+def check_labels(known: Sequence[Example], examples: Sequence[Example], share: float = 1.0) -> None:
+    """Raises DataError at the first of `examples` whose label none of `known`, which are trained on, has. share: how much of the training split `known` is."""
+    part = f" ({100 * share:.3g} % of the training split)" if share < 1 else ""
     labels = {e.label for e in known}
     for e in examples:
         if e.label not in labels:
-            raise DataError(f"{e.place}: label {e.label!r} is on no text to train on; expected one of {', '.join(sorted(map(str, labels))[:10])}")
+            raise DataError(f"{e.place}: label {e.label!r} is on no text to train on{part}; expected one of {', '.join(sorted(map(str, labels))[:10])}")
 
 
 def read_texts(source: Source, data: Path) -> list[Example]:
@@ -141,8 +142,14 @@ def _readable(path: Path, columns: Sequence[str]) -> Iterator[Path]:
         copy = Path(folder) / "table.jsonl"
         with open(copy, "w", encoding="utf-8") as out:
             for batch in table.iter_batches(columns=list(columns)):
-                out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch.to_pylist())
-        yield copy
+                for row in batch.to_pylist():
+                    if wrong := next((name for name, value in row.items() if not isinstance(value, (str, bool, int, float, type(None)))), None):
+                        raise DataError(f"{path}: column '{wrong}': expected texts or numbers, got {table.schema_arrow.field(wrong).type}")
+                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        try:
+            yield copy
+        except DataError as error:
+            raise DataError(str(error).replace(str(copy), str(path))) from None
 
 
 @dataclasses.dataclass

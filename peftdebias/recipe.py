@@ -11,6 +11,7 @@ A measure is an entry of `evaluate --on`: NAME=FILE with a file of the data fold
 """
 
 import dataclasses
+import re
 import tomllib
 from pathlib import Path
 
@@ -111,6 +112,11 @@ class Recipe:
         return Path(self.path).stem
 
 
+def unit_name(task: str | None, system: str) -> str:
+    """What a system's files are called after, in the upstream phase (task None) or on a task, before the seed."""
+    return f"{'upstream' if task is None else task}-{system.lower().replace(' ', '-')}"
+
+
 def find(name: str) -> Path:
     """The recipe file called `name`, or the shipped one. Raises ConfigError that lists those."""
     path = Path(name)
@@ -197,11 +203,26 @@ class _Reader:
             self.fail("[upstream]: expected either file or train_of")
         return learning, self.table(Source, own, "[upstream]") if own else None
 
+    def check_names(self, recipe: Recipe) -> None:
+        """Files, flags and tables tell systems and tasks by their names alone."""
+        tasks, systems = [task.name for task in recipe.tasks], [system.name for system in recipe.systems]
+        for name in (*tasks, *systems):
+            if not re.fullmatch(r"\w[\w .+()-]*", name):
+                self.fail(f"name: expected letters, digits, spaces and . _ + ( ) -, a letter or digit first, got {name!r}")
+        for told in ([*tasks, *systems, recipe.base, "upstream"], [unit_name(task, system) for task in (None, *tasks) for system in systems]):
+            seen: dict[str, str] = {}
+            for name in told:
+                key = re.sub("[ _]", "-", name.lower())
+                if key in seen:
+                    self.fail(f"name: expected systems, tasks, the base and upstream to have names that tell them apart, also as task-system, got {seen[key]!r} and {name!r}")
+                seen[key] = name
+
     def check(self, recipe: Recipe) -> None:
         names = [task.name for task in recipe.tasks]
         for what, found in (("[[task]]", names), ("[[system]]", [s.name for s in recipe.systems])):
             if len(set(found)) < len(found) or not found:
                 self.fail(f"{what}: expected one or more, each with a name of its own, got {', '.join(found) or 'none'}")
+        self.check_names(recipe)
         for task in recipe.tasks:
             if task.stage not in STAGES:
                 self.fail(f"[[task]] {task.name}: stage: expected one of {', '.join(STAGES)}, got {task.stage!r}")

@@ -1,6 +1,6 @@
 """Run a recipe: `run`, for the command line and the Python API. All systems, seeds, phases and measures, taken up again where it was stopped.
 
-    OUT/recipe.json      what was asked for; another recipe, scale or model is refused there
+    OUT/recipe.json      what was asked for; another recipe, scale or model is refused there, as are other files than those of OUT/read.json
     OUT/data/            the prepared splits                       OUT/runs/UNIT/       run folders
     OUT/rows/UNIT.json   measures of a unit that is done           OUT/examples/UNIT.jsonl
     OUT/results.json     all of it, for `report`                   OUT/results.md       the paper's table beside the paper's own numbers
@@ -25,7 +25,7 @@ from .metrics import nli
 from .metrics.compare import over_seeds, seed_difference
 from .metrics.tally import Difference
 from .options import build, checked, expect, parse_settings
-from .outputs import alone, write_text
+from .outputs import alone, digest, write_text
 from .recipe import Column, Recipe, System, Task
 from .training import pick_device
 
@@ -46,7 +46,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        return f"{'upstream' if self.task is None else self.task.name}-{self.system.name.lower().replace(' ', '-')}-{self.seed}"
+        return f"{recipes.unit_name(None if self.task is None else self.task.name, self.system.name)}-{self.seed}"
 
 
 @dataclasses.dataclass
@@ -157,7 +157,7 @@ class _Runner:
         """Everything that these units read, before the first of them trains, and whether the labels tell what is asked of them."""
         if not units:
             return
-        weights.find_folder(self.settings.model)
+        self._same_files()
         load_axis(self.recipe.axis)
         pick_device(self.settings.device)
         if any(unit.task is None and unit.system.method is not None for unit in units):
@@ -170,6 +170,21 @@ class _Runner:
                 if same not in seen:
                     self._check_labels(unit.task, settings)
                 seen.add(same)
+
+    def _same_files(self) -> None:
+        """Notes the sha256 of the files that are read, the model's and of the data folder what is named, or sees that they are what they were."""
+        found = [prepare.find(source.file, self.data) for source in (self.recipe.text, *self.recipe.sources.values()) if source is not None]
+        entries = [*self.recipe.upstream.measures, *(entry for task in self.recipe.tasks for entry in task.entries)]
+        found += [Path(self._on(entry, None).partition("=")[2]) for entry in entries if "=" in entry]
+        found += [prepare.find((task.terms,), self.data) for task in self.recipe.tasks if task.terms]
+        found += sorted(path for path in weights.find_folder(self.settings.model).iterdir() if path.suffix in (".json", ".txt", ".safetensors", ".bin"))
+        now = {str(path): digest(path) for path in dict.fromkeys(found)}
+        path = self.out / "read.json"  # not recipe.json, which is locked as the file that it is
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
+        if changed := next((name for name in (*now, *before) if now.get(name) != before.get(name)), None):
+            raise ConfigError(f"--out {self.out}: holds results with another {changed} than there is now; expected the same as before or another folder")
+        if not path.exists():
+            write_text(path, json.dumps(now, indent=2) + "\n")
 
     def _check_labels(self, task: Task, settings: Downstream) -> None:
         try:
@@ -201,6 +216,7 @@ class _Runner:
                  "upstream": self.overrides["upstream"], "downstream": self.overrides["downstream"]}
         asked = json.loads(json.dumps(asked))
         path = self.out / "recipe.json"
+        self.made = not self.out.exists()
         if path.exists():
             there = json.loads(path.read_text(encoding="utf-8"))
             for key in asked:
@@ -219,7 +235,10 @@ class _Runner:
     def give_back(self) -> None:
         """Leaves nothing behind where nothing was done."""
         if not any(any((self.out / folder).iterdir()) for folder in ("rows", "runs")):
-            shutil.rmtree(self.out)
+            for path in self.out.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if self.made:
+                self.out.rmdir()
 
     def units(self) -> list[Unit]:
         """In the order in which they are done: seed by seed, so that a table half done is fair to all systems. The base itself has no seeds upstream."""
@@ -325,9 +344,10 @@ class _Runner:
             sources = {name: source for name in files if (source := self.recipe.sources.get((task.name, name)))}
             self.say(f"  {task.name}: " + ", ".join(f"{name} {prepare.find(source.file, self.data)}" for name, source in sources.items()))
             read = {name: prepare.read(source, self.data) for name, source in sources.items()}
-            parts = prepare.splits(read["train"], read.get("dev"), read["test"], dev_share=task.dev_share, train_share=min(1.0, task.epochs * self.settings.scale))
+            share = min(1.0, task.epochs * self.settings.scale)
+            parts = prepare.splits(read["train"], read.get("dev"), read["test"], dev_share=task.dev_share, train_share=share)
             for name in ("dev", "test"):
-                prepare.check_labels(parts.train, getattr(parts, name))
+                prepare.check_labels(parts.train, getattr(parts, name), share)
             for note in parts.notes:
                 self.say(f"  {task.name}: {note}")
             for name, path in files.items():

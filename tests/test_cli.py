@@ -140,6 +140,10 @@ class Bad:
     def labelled(self, name, rows, header="hard_text,profession,gender"):
         return self.file(name, header + "\n" + "".join(row + "\n" for row in rows))
 
+    def scored(self, name, predicted, probabilities):
+        row = {"measure": "classification", "place": "t:1", "text": "he", "label": "a", "group": None, "predicted": predicted, "probabilities": probabilities, "positive": None}
+        return self.file(name, json.dumps(row) + "\n")
+
     def model(self, name, **changes):
         return save_bert(self.folder / name, tokenizer_of(demonstration.World(seed=3)), **changes)
 
@@ -175,6 +179,9 @@ SWEEP = {
                                "t.csv:2: label 'pilot' was not seen in training"),
     "one label only": (lambda b: b.down(train=b.labelled("t.csv", ["he is,nurse,m", "she is,nurse,f"])),
                        "t.csv: expected at least two labels in the column profession, got 'nurse' alone"),
+    "measurements for labels": (lambda b: b.down(train=b.labelled("t.csv", [f"he is,{i / 4:.3f},m" for i in range(21)])),
+                                "t.csv: expected classes in the column profession, got 21 numbers such as 0.250; what is trained is no regression$"),
+    "a column twice": (lambda b: b.down(label="hard_text"), "--text, --text-pair, --label: expected columns of their own, got hard_text twice"),
     "missing text column": (lambda b: b.down(text="body"), "train.jsonl:1: no column 'body'; columns: hard_text, profession, gender"),
     "missing label column": (lambda b: b.down(label="job"), "train.jsonl:1: no column 'job'"),
     "missing group column": (lambda b: b.down(test=b.labelled("t.csv", ["he,nurse"], "hard_text,profession")),
@@ -195,6 +202,8 @@ SWEEP = {
                              "key 'name': expected a name without /, got 'a/b'"),
     "an axis of two parts, import": (lambda b: ["import", b.folder, "--model", b.small.base, "--axis", "a/b", "--out", b.out / "r"], "--axis: expected a name without /, got 'a/b'"),
     "the same file compared": (lambda b: ["compare", "--seeds", b.file("m.json", "{}"), b.folder / "." / "m.json"], "m.json: given twice; expected each file once"),
+    "a prediction by number": (lambda b: ["compare", b.scored("a.jsonl", "a", {"a": 1.0, "b": 0.0}), b.scored("b.jsonl", 0, {"a": 1.0, "b": 0.0})], r"b.jsonl:1: predicted: expected a label as text, got 0$"),
+    "a list of probabilities": (lambda b: ["compare", b.scored("a.jsonl", "a", {"a": 1.0, "b": 0.0}), b.scored("b.jsonl", "a", [{"a": 1.0}])], r"b.jsonl:1: probabilities: expected an object, got \[\{.*\}\]$"),
     "a missing file compared": (lambda b: ["compare", b.folder / "a.jsonl", b.folder / "b.jsonl"], "a.jsonl: no such file$"),
     "a full device": (lambda b: ["augment", "--axis", "gender", b.small.corpus, "--out", "/dev/full"], "the results cannot be written: No space left on device$"),
     "a column of no table": (lambda b: b.up(column="body"), "--column body: expected a csv, tsv or jsonl file to take it from, got txt alone"),

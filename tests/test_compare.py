@@ -1,10 +1,13 @@
 """McNemar and Student's t against hand computations and published tables; tallies of a classifier give what classification.py, tpr_gap.py and fairness.py give."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
+from peftdebias import comparison
+from peftdebias.config import Compare
 from peftdebias.errors import DataError
 from peftdebias.metrics import tally
 from peftdebias.metrics.classification import accuracy, f1, macro_f1
@@ -85,6 +88,14 @@ def test_p_over_seeds_is_never_below_0():
     random = np.random.default_rng(0)
     found = [seed_difference(np.zeros(n), 1 + 1e-9 * random.normal(size=n)).p for n in random.integers(7, 12, 300)]
     assert min(found) == 0 and max(found) < 1e-12
+
+
+def test_files_of_one_system_on_several_test_sets_are_told(tmp_path):
+    for name, n in (("a", 20), ("b", 20), ("c", 1)):
+        row = {"name": "accuracy", "value": 50.0 + n, "unit": "%", "ideal": 100.0, "low": None, "high": None, "n": n}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"measures": [row]}))
+    notes = [comparison.compare(Compare(files=tuple(str(tmp_path / f"{name}.json") for name in names), seeds=True)).notes for names in ("ab", "ac")]
+    assert notes == [[], ["a.json and others: accuracy is of 20, 1 examples: not of one test set?"]]
 
 
 def test_seeds_are_paired():

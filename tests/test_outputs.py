@@ -100,6 +100,8 @@ def test_what_is_read_is_not_written(tmp_path):
             keep_apart({"--out": out}, [None, read])
     with pytest.raises(ConfigError, match=f"^--out {tmp_path}: is read, as {read}"):  # the folder holds it
         keep_apart({"--out": tmp_path}, [read], folders=True)
+    with pytest.raises(ConfigError, match=f"^--out {other}.gz: expected a name without .gz: what is written is not compressed$"):
+        keep_apart({"--out": f"{other}.gz"}, [read])
     with pytest.raises(ConfigError, match=f"^--stats {other}: is the place of --out too; expected two$"):
         keep_apart({"--stats": other, "--out": str(other)}, [read])
     keep_apart({"--out": other, "--stats": None, "--json": "-"}, [read, "-", tmp_path / "missing"])

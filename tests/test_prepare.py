@@ -1,7 +1,10 @@
 """Public data sets as splits: what is read, renamed, cleaned, carved and refused."""
 
+import datetime
+import decimal
 import json
 import pickle
+import re
 
 import pytest
 
@@ -47,6 +50,11 @@ def test_parquet_is_read_as_its_jsonl_would_be(tmp_path):
     assert [e.text for e in read_texts(source, tmp_path)] == table["hard_text"]
     with pytest.raises(DataError, match="train.parquet: no column 'text'; columns: hard_text, profession, gender, other"):
         read(Source(file=("train.parquet",)), tmp_path)
+    for values, words in (([b"a", b"b"], "column 'label': expected texts or numbers, got binary"), ([datetime.date(2023, 12, 6)] * 2, "got date32"), ([decimal.Decimal(1)] * 2, "got decimal128"),
+                          ([["a"]] * 2, "got list"), (["a", None], "^" + re.escape(f"{tmp_path}/typed.parquet:2: empty label in column 'label'"))):
+        parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": values}), tmp_path / "typed.parquet")
+        with pytest.raises(DataError, match=words):
+            read(Source(file=("typed.parquet",), label="label"), tmp_path)
     (tmp_path / "bad.parquet").write_bytes(b"no")
     with pytest.raises(DataError, match="bad.parquet: not parquet: "):
         read(Source(file=("bad.parquet",)), tmp_path)

@@ -1,5 +1,6 @@
 """Recipes: what is refused before anything is trained, and a small one from end to end, stopped, taken up again, and its table."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -10,7 +11,7 @@ import pytest
 
 from peftdebias import evaluation, recipe as recipes, runner
 from peftdebias.config import Report, Run
-from peftdebias.errors import ConfigError, DataError
+from peftdebias.errors import ConfigError, DataError, PeftDebiasError
 from peftdebias.metrics.nli import SLOT
 from peftdebias.metrics.compare import over_seeds, seed_difference
 from peftdebias.report import report
@@ -125,6 +126,14 @@ def test_the_shipped_recipes_are_whole():
     ('measure = "accuracy"', 'measure = "accuracy"\ntask = "x"', r"\[\[column\]\] accuracy: task: expected one of jobs, moved, got 'x'"),
     ("paper = { FT = 13.05 }", "paper = { FX = 13.05 }", r"\[\[column\]\] TPR-GAP: paper: expected a number for each of BERT, FT, Full-Debias, LoRA, got FX = 13.05"),
     ("[upstream]", "[upstream", "expected TOML, got"),
+    ('name = "LoRA"', 'name = "../LoRA"', r"name: expected letters, digits, spaces and . _ \+ \( \) -, a letter or digit first, got '../LoRA'"),
+    ('name = "jobs"', 'name = "/tmp/jobs"', "got '/tmp/jobs'"),
+    ('name = "LoRA"', 'name = "full debias"', "expected systems, tasks, the base and upstream to have names that tell them apart, also as task-system, got 'Full-Debias' and 'full debias'"),
+    ('name = "LoRA"', 'name = "BERT"', "got 'BERT' and 'BERT'"),
+    ('name = "LoRA"', 'name = "moved"', "got 'moved' and 'moved'"),
+    ('name = "moved"', 'name = "upstream"', "got 'upstream' and 'upstream'"),
+    ('name = "moved"', 'name = "jobs-Full"\nstage = "transfer"\ntrain = { file = ["a"], label = "b" }\ntest = { file = ["a"], label = "b" }\n[[system]]\nname = "Debias"\n[[task]]\nname = "moved"',
+     "got 'jobs-full-debias' and 'jobs-Full-debias'"),
 ])  # fmt: skip
 def test_a_recipe_that_is_wrong_is_refused_in_one_line(old, new, words, tmp_path):
     assert old in RECIPE
@@ -304,6 +313,29 @@ def test_what_was_prepared_before_the_first_unit_was_done_is_kept_too(place, sma
         runner.run(settings)
     assert (tmp_path / "out" / "recipe.json").exists()
     assert len(runner.run(settings).table["rows"]) == 3
+
+
+def test_files_that_changed_are_not_mixed_with_what_was_learnt_on_them(place, small, tmp_path):  # noqa: F811
+    recipe, data = place
+    shutil.copytree(small.base, tmp_path / "base")
+    settings = Run(recipe=str(recipe), model=str(tmp_path / "base"), data=str(data), out=str(tmp_path / "out"), scale=0.02, seeds=1, systems=("FT",))
+    runner.run(settings)
+    more = dataclasses.replace(settings, seeds=2)
+    for changed in (tmp_path / "base" / "model.safetensors", data / "test.jsonl", data / small.pairs.name):
+        before = changed.read_bytes()
+        changed.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        with pytest.raises(ConfigError, match=re.escape(f"--out {tmp_path}/out: holds results with another {changed} than there is now; expected the same as before or another folder")):
+            runner.run(more)
+        changed.write_bytes(before)
+    assert {row["seed"] for row in runner.run(more).table["rows"]} == {0, 1}
+
+
+def test_an_empty_folder_of_the_users_stays_where_nothing_was_done(place, small, tmp_path):  # noqa: F811
+    recipe, data = place
+    (tmp_path / "out").mkdir()
+    with pytest.raises(PeftDebiasError):
+        runner.run(Run(recipe=str(recipe), model=str(tmp_path), data=str(data), out=str(tmp_path / "out")))
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_below_one_epoch_a_share_of_the_training_file_is_taken(place, small, tmp_path):  # noqa: F811
