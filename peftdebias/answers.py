@@ -9,7 +9,7 @@ import numpy
 
 from . import corpus
 from .checkpoint import Run
-from .config import Evaluate, Predict
+from .config import LEAST, Evaluate, Predict
 from .corpus import Example
 from .encoder import Model
 from .errors import ConfigError, ModelError
@@ -19,7 +19,6 @@ from .tokens import Tokenizer
 
 TRUE_LABELS = ("1", "true", "yes")
 LONGEST = 256  # tokens, where neither the caller nor the run says
-LEAST = 3  # tokens that a model has to have room for beside its modules
 
 
 @dataclasses.dataclass

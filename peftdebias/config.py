@@ -10,6 +10,7 @@ from .errors import ConfigError
 from .options import SEEDS, at_least, at_most, check_seed, flag, option, settings
 
 THREADS = 1024  # few enough that what each needs fits in memory
+LEAST = 3  # tokens of a text: the special ones and one more
 
 
 @settings
@@ -49,7 +50,8 @@ class Training:
     def __post_init__(self):
         if self.batch_size is not None and self.batch_tokens is not None:
             raise ConfigError("--batch-size and --batch-tokens: expected one of them, got both")
-        at_least(1, self, "batch_size", "batch_tokens", "max_length")
+        at_least(1, self, "batch_size", "batch_tokens")
+        at_least(LEAST, self, "max_length")
         check_seed(self.seed)
         at_least(0, self, "weight_decay")
         for name in ("lr", "weight_decay"):
@@ -166,7 +168,8 @@ class Evaluate:
     examples: str | None = option("write the scores of every example there, as jsonl", None, metavar="FILE")
 
     def __post_init__(self):
-        at_least(1, self, "max_length", "batch_tokens", "samples")
+        at_least(1, self, "batch_tokens", "samples")
+        at_least(LEAST, self, "max_length")
         at_least(0, self, "max_pairs")
         check_seed(self.seed)
 
@@ -224,7 +227,8 @@ class Predict:
     device: str = option("cpu, cuda, ...; auto takes a GPU where there is one", "auto")
 
     def __post_init__(self):
-        at_least(1, self, "max_length", "batch_tokens")
+        at_least(1, self, "batch_tokens")
+        at_least(LEAST, self, "max_length")
 
 
 @settings
@@ -268,7 +272,7 @@ class Methods:
     max_length: int = option("longest text in tokens, for which a prompt leaves room", 256)
 
     def __post_init__(self):
-        at_least(1, self, "max_length")
+        at_least(LEAST, self, "max_length")
 
 
 @settings

@@ -152,7 +152,7 @@ def _to_label(run: Run, settings: Predict) -> tuple[list[str], list[str] | None]
     source, text, pair = settings.file or "-", settings.text or run.config.get("text"), settings.text_pair or run.config.get("text_pair")
     plain = source == "-" or (Path(source).name.lower().removesuffix(".gz").endswith(".txt") and settings.text is None)
     if plain and pair:
-        raise ConfigError(f"{settings.file or 'standard input'}: expected a csv, tsv or jsonl file with the columns {text} and {pair}, since the run labels pairs")
+        raise ConfigError(f"{settings.file or 'standard input'}: expected a csv, tsv or jsonl file with the columns {text} and {pair}, since the run labels pairs (a txt file with tabs and a header is one with --text)")
     check_pairs(settings.run, run, bool(pair))
     if plain:
         return [t.text for t in corpus.read_texts([source])], None

@@ -224,7 +224,7 @@ def _texts(run: Run, path: str, settings: Evaluate) -> list[Example]:
     text, pair = column(run, settings, "text"), column(run, settings, "text_pair")
     if Path(path).name.lower().removesuffix(".gz").endswith(".txt") and settings.text is None:
         if pair:
-            raise ConfigError(f"{path}: expected a csv, tsv or jsonl file with the columns {text} and {pair}, since the run labels pairs")
+            raise ConfigError(f"{path}: expected a csv, tsv or jsonl file with the columns {text} and {pair}, since the run labels pairs (a txt file with tabs and a header is one with --text)")
         return [Example(t.text, None, None, None, t.place) for t in corpus.read_texts([path])]
     return corpus.read_examples(path, text=text or "text", text_pair=pair)
 

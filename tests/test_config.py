@@ -196,7 +196,7 @@ def test_all_that_is_missing_is_named_as_it_is_typed():
     (Upstream, UPSTREAM, {"seed": -1}, "--seed: expected a whole number from 0 to 9223372036854775807, got -1"),
     (Upstream, UPSTREAM, {"weight_decay": -0.1}, "--weight-decay: expected at least 0"),
     (Upstream, UPSTREAM, {"warmup": 1.5}, "--warmup: expected a share from 0 to 1"),
-    (Upstream, UPSTREAM, {"max_length": 0}, "--max-length: expected at least 1"),
+    (Upstream, UPSTREAM, {"max_length": 2}, "--max-length: expected at least 3"),
     (Downstream, DOWNSTREAM, {"epochs": 0}, "--epochs: expected at least 1"),
     (Evaluate, {"model": "m"}, {"samples": 0}, "--samples: expected at least 1"),
     (Evaluate, {"model": "m"}, {"seed": -2}, "--seed: expected a whole number from 0"),
@@ -217,7 +217,7 @@ def test_all_that_is_missing_is_named_as_it_is_typed():
     (Upstream, UPSTREAM, {"lr": float("inf")}, "--lr: expected a finite number, got inf"),
     (Upstream, UPSTREAM, {"weight_decay": float("inf")}, "--weight-decay: expected a finite number, got inf"),
     (Predict, {"run": "r"}, {"batch_tokens": 0}, "--batch-tokens: expected at least 1"),
-    (Predict, {"run": "r"}, {"max_length": -5}, "--max-length: expected at least 1"),
+    (Predict, {"run": "r"}, {"max_length": -5}, "--max-length: expected at least 3"),
     (Demo, {}, {"strength": 1.2}, "--strength: expected a strength from 0 to 1, got 1.2"),
     (Demo, {}, {"label_strength": -1.0}, "--label-strength: expected a strength"),
 ])  # fmt: skip
