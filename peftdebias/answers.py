@@ -4,6 +4,7 @@ What it leaves out: what a measure makes of the answers.
 """
 
 import dataclasses
+from pathlib import Path
 
 import numpy
 
@@ -48,6 +49,20 @@ class Answers:
             found.append({"measure": measure, "place": e.place, **texts, "label": e.label, "group": e.group, "predicted": predicted,
                           "probabilities": dict(zip(self.known, row.tolist())), **more})
         return found
+
+
+def is_plain(source: str, named: str | None, columns: tuple[str | None, str | None]) -> bool:
+    """Whether a source is one text a line: standard input ("-"), or a txt file of which no column is named. columns: the text's and the second text's.
+
+    Raises ConfigError where it is and there have to be two texts.
+    """
+    txt = Path(source).name.lower().removesuffix(".gz").endswith(".txt")
+    if source != "-" and (not txt or named is not None):
+        return False
+    if columns[1]:
+        way = f" (a txt file with tabs: --text {columns[0]})" if txt else ""
+        raise ConfigError(f"{'standard input' if source == '-' else source}: expected a csv, tsv or jsonl file with the columns {columns[0]} and {columns[1]}, since the run labels pairs{way}")
+    return True
 
 
 def check_pairs(what: str, run: Run, pairs: bool) -> None:

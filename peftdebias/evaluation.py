@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import checkpoint, corpus, extrinsic, intrinsic
-from .answers import LONGEST, Result, check_pairs, cut_note, encode_examples, longest_of, max_length, positive_label
+from .answers import LONGEST, Result, check_pairs, cut_note, encode_examples, is_plain, longest_of, max_length, positive_label
 from .checkpoint import Run
 from .config import Evaluate, Predict
 from .errors import ConfigError, DataError, ModelError
@@ -150,9 +150,7 @@ def predict(settings: Predict) -> list[str]:
 def _to_label(run: Run, settings: Predict) -> tuple[list[str], list[str] | None]:
     """(texts, second texts or None). Columns default to the run's own; a txt file and standard input have none, unless --text names one."""
     source, text, pair = settings.file or "-", settings.text or run.config.get("text"), settings.text_pair or run.config.get("text_pair")
-    plain = source == "-" or (Path(source).name.lower().removesuffix(".gz").endswith(".txt") and settings.text is None)
-    if plain and pair:
-        raise ConfigError(f"{settings.file or 'standard input'}: expected a csv, tsv or jsonl file with the columns {text} and {pair}, since the run labels pairs (a txt file with tabs and a header is one with --text)")
+    plain = is_plain(source, settings.text, (text, pair))
     check_pairs(settings.run, run, bool(pair))
     if plain:
         return [t.text for t in corpus.read_texts([source])], None

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy
 
 from . import axes, corpus
-from .answers import Answers, Result, answer, answer_examples, column, cut_note, encode_examples, longest_of, needs_classifier, positive_label
+from .answers import Answers, Result, answer, answer_examples, column, cut_note, encode_examples, is_plain, longest_of, needs_classifier, positive_label
 from .axes import Axis
 from .cda import Counterfactual, counterfactuals
 from .checkpoint import Run
@@ -222,9 +222,7 @@ def _axis(run: Run, settings: Evaluate, entry: str) -> Axis:
 
 def _texts(run: Run, path: str, settings: Evaluate) -> list[Example]:
     text, pair = column(run, settings, "text"), column(run, settings, "text_pair")
-    if Path(path).name.lower().removesuffix(".gz").endswith(".txt") and settings.text is None:
-        if pair:
-            raise ConfigError(f"{path}: expected a csv, tsv or jsonl file with the columns {text} and {pair}, since the run labels pairs (a txt file with tabs and a header is one with --text)")
+    if is_plain(path, settings.text, (text, pair)):
         return [Example(t.text, None, None, None, t.place) for t in corpus.read_texts([path])]
     return corpus.read_examples(path, text=text or "text", text_pair=pair)
 

@@ -231,7 +231,8 @@ def read_splits(settings: Downstream) -> Splits:
     labels = tuple(sorted({e.label for e in splits["train"]}, key=_natural))
     if len(labels) < 2:
         raise DataError(f"{settings.train}: expected at least two labels in the column {settings.label}, got {labels[0]!r} alone")
-    if len(labels) > MOST_GRADES and all(map(_is_number, labels)) and not all(map(str.isdecimal, labels)):
+    numbers = [_number(label) for label in labels]
+    if len(labels) > MOST_GRADES and all(map(math.isfinite, numbers)) and not all(map(float.is_integer, numbers)):
         raise DataError(f"{settings.train}: expected classes in the column {settings.label}, got {len(labels)} numbers such as {labels[1]}; what is trained is no regression")
     targets = {name: label_indices([e.label for e in examples], labels, [e.place for e in examples]) for name, examples in splits.items()}
     positive = positive_label(labels, settings.positive)
@@ -303,11 +304,12 @@ def _read(settings: Downstream, path: str):
     return corpus.read_examples(path, text=settings.text, label=settings.label.split(","), text_pair=settings.text_pair, group=settings.group)
 
 
-def _is_number(label: str) -> bool:
+def _number(label: str) -> float:
+    """NaN where it is none."""
     try:
-        return math.isfinite(float(label))
+        return float(label)
     except ValueError:
-        return False
+        return math.nan
 
 
 def _natural(label: str) -> tuple:

@@ -136,14 +136,16 @@ class _Runner:
                 name, _, path = self._on(entry, Path("test")).partition("=")
                 if name == "bias-nli":
                     nli.read_pairs(path)
-            if task.terms:
-                prepare.find((task.terms,), self.data)
-        for source in (self.recipe.text, *self.recipe.sources.values()):
-            if source is not None:
-                prepare.find(source.file, self.data)
-
+        self._named()
         for column in self.recipe.columns:
             self._check_column(column)
+
+    def _named(self) -> list[Path]:
+        """Where in the data folder everything lies that the recipe names. Raises DataError on what is not there."""
+        found = [prepare.find(source.file, self.data) for source in (self.recipe.text, *self.recipe.sources.values()) if source is not None]
+        entries = [*self.recipe.upstream.measures, *(entry for task in self.recipe.tasks for entry in task.entries)]
+        found += [Path(self._on(entry, None).partition("=")[2]) for entry in entries if "=" in entry]
+        return found + [prepare.find((task.terms,), self.data) for task in self.recipe.tasks if task.terms]
 
     def _check_column(self, column: Column) -> None:
         tasks = [task for task in self.recipe.tasks if task.stage == column.stage and column.task in (None, task.name)]
@@ -173,12 +175,8 @@ class _Runner:
 
     def _same_files(self) -> None:
         """Notes the sha256 of the files that are read, the model's and of the data folder what is named, or sees that they are what they were."""
-        found = [prepare.find(source.file, self.data) for source in (self.recipe.text, *self.recipe.sources.values()) if source is not None]
-        entries = [*self.recipe.upstream.measures, *(entry for task in self.recipe.tasks for entry in task.entries)]
-        found += [Path(self._on(entry, None).partition("=")[2]) for entry in entries if "=" in entry]
-        found += [prepare.find((task.terms,), self.data) for task in self.recipe.tasks if task.terms]
-        found += sorted(path for path in weights.find_folder(self.settings.model).iterdir() if path.suffix in (".json", ".txt", ".safetensors", ".bin"))
-        now = {str(path): digest(path) for path in dict.fromkeys(found)}
+        model = sorted(path for path in weights.find_folder(self.settings.model).iterdir() if path.suffix in (".json", ".txt", ".safetensors", ".bin"))
+        now = {str(path): digest(path) for path in dict.fromkeys([*self._named(), *model])}
         path = self.out / "read.json"  # not recipe.json, which is locked as the file that it is
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
         if changed := next((name for name in (*now, *before) if now.get(name) != before.get(name)), None):
