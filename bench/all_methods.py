@@ -42,6 +42,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=("none", *METHODS), choices=("none", *METHODS))
     a = parser.parse_args()
     model, data = a.shared / "models" / "bert-tiny-mlm", a.shared / "data"
+    if not (data / "ghc" / "ghc_train.tsv").is_file():
+        parser.error(f"shared: {data / 'ghc' / 'ghc_train.tsv'}: no such file")
     a.out.mkdir(parents=True, exist_ok=True)
     train, dev = carve_dev(data / "ghc" / "ghc_train.tsv", a.out)
     crows = f"--on crows-pairs={data}/crows_pairs/crows_pairs_anonymized.csv"

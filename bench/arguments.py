@@ -23,6 +23,16 @@ def existing_folder(word: str) -> Path:
     return Path(word)
 
 
+def results_file(word: str) -> Path:
+    """A `type` of add_argument: where rows are to be written, FILE.json in a folder that is there or can be made."""
+    path = Path(word)
+    if path.suffix != ".json":
+        raise argparse.ArgumentTypeError(f"{word}: expected a file name that ends in .json")
+    if path.is_dir() or not next(folder for folder in path.absolute().parents if folder.exists()).is_dir():
+        raise argparse.ArgumentTypeError(f"{word}: expected a file in a folder, {'got a folder' if path.is_dir() else 'a file is in its way'}")
+    return path
+
+
 def positive(word: str) -> int:
     """A `type` of add_argument: a whole number, at least 1."""
     try:

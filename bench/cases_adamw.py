@@ -49,7 +49,7 @@ def adamw(form: str) -> Callable[[Setting], Work]:
                 fresh.step()
             return {"values": torch.cat([p.detach() for p in group["params"]])}
 
-        return Work(optimizer.step, results, roof=((0.0, 9.0 * 4 * setting.x),), limit="the gradients are gathered into one tensor first",
+        return Work(optimizer.step, results, roof=((0.0, 7.0 * 4 * setting.x),), limit="the gradients are gathered into one tensor first",
                     capture=None if form == "torch" else optimizer.apply, extra={"setting": f"{int(setting.x)} values in {len(shapes)} vectors, float32"})
 
     return build

@@ -109,7 +109,7 @@ def trained(form: str, block: bool = False) -> Callable[[Setting], Work]:
         product = 2.0 * t * d * inner, float(e * t * (d + inner)) + 4.0 * d * inner
         wide = float(e * t * inner)
         words = f"x [T, {d}], {', '.join(f'W [{o}, {i}]' for _, o, i in linears)} and biases in float32{', GELU between them' if block else ''}; forward, and backward to all"
-        return full(setting, forward, given, tuple(given), words, tokens=t, roof=(product,) * (3 * len(linears)) + (((0.0, 2 * wide), (0.0, 3 * wide)) if block else ()),
+        return full(setting, forward, given, tuple(given), words, tokens=t, roof=(product,) * (3 * len(linears)) + (((0.0, 2 * wide), (0.0, 3 * wide)) if block and form != "fused" else ()),
                     limit="library GEMMs, of which dW sums over T")
 
     return build

@@ -25,13 +25,14 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 
 from bench import bars, install, lanes, measure, plots, rows  # noqa: E402
-from bench.arguments import Parser, complain, positive, say  # noqa: E402
+from bench.arguments import Parser, complain, positive, results_file, say  # noqa: E402
 from bench.case import SIZES, Case, Provider, Setting  # noqa: E402
 from bench.cases_steps import needed_flops  # noqa: E402
 from bench.process import Process  # noqa: E402
 from bench.run import check, title  # noqa: E402
 from peftdebias.kernels import dispatch  # noqa: E402
 from peftdebias.ops import linear  # noqa: E402
+from peftdebias.outputs import write_text  # noqa: E402
 
 GEMM = (1024, 768, 3072)  # rows, inside, outside of the products whose best rate is the ceiling
 REPEATS, PAIRS = 5, 15
@@ -127,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--batches", type=positive, metavar="N", help="batches in one pass (default: by size)")
     top.add_argument("--compile", action="store_true", help="with the compiled dress (slow to start)")
     top.add_argument("--adapters-venv", type=Path, metavar="DIR", help="a virtual environment with AdapterHub's `adapters`; without it the adapters are put into transformers by hand")
-    top.add_argument("--out", type=Path, metavar="FILE.json", help="write the rows there, FILE.md and FILE.svg beside it")
+    top.add_argument("--out", type=results_file, metavar="FILE.json", help="write the rows there, FILE.md and FILE.svg beside it")
     return top
 
 
@@ -144,8 +145,6 @@ def main(argv: list[str] | None = None) -> int:
     for size in arguments.size.split(","):
         if size not in SIZES:
             return complain(f"no size {size!r}; expected one of {', '.join(SIZES)}")
-    if arguments.out and (arguments.out.suffix != ".json" or arguments.out.is_dir()):
-        return complain(f"--out {arguments.out}: expected a file name that ends in .json")
     hub = arguments.adapters_venv and interpreter(arguments.adapters_venv)
     if arguments.adapters_venv and not hub:
         return complain(f"--adapters-venv {arguments.adapters_venv}: expected a virtual environment whose bin/python imports adapters, torch and transformers")
@@ -168,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.out:
         drawn = arguments.out.with_suffix(".svg")
         rows.write(arguments.out, found, heading, notes, {drawn.name: plots.describe(found)})
-        drawn.write_text(plots.draw(found), encoding="utf-8")
+        write_text(drawn, plots.draw(found))
         say(f"result: {arguments.out}, {arguments.out.with_suffix('.md')} and {drawn}")
     return 0
 

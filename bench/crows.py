@@ -25,9 +25,10 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 
 from bench import rows  # noqa: E402
-from bench.arguments import Parser, existing_file, existing_folder, positive  # noqa: E402
+from bench.arguments import Parser, complain, existing_file, existing_folder, positive  # noqa: E402
 from peftdebias import questions, weights  # noqa: E402
 from peftdebias.encoder import EncoderConfig, Model  # noqa: E402
+from peftdebias.errors import PeftDebiasError  # noqa: E402
 from peftdebias.kernels import dispatch  # noqa: E402
 from peftdebias.metrics import crows_pairs  # noqa: E402
 from peftdebias.ops import linear  # noqa: E402
@@ -113,8 +114,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=positive, default=5)
     a = parser.parse_args()
     torch.set_num_threads(1)
-    loaded = weights.load(a.model, mlm=True, labels=())
-    every = crows_pairs.read_pairs(a.file)
+    try:
+        loaded, every = weights.load(a.model, mlm=True, labels=()), crows_pairs.read_pairs(a.file)
+    except PeftDebiasError as error:
+        sys.exit(complain(str(error)))
     pairs = every[::max(1, len(every) // a.pairs)][:a.pairs]
     six = Model(EncoderConfig(kind="bert", layers=6, hidden=384, heads=12, feed_forward=1536, vocab=loaded.model.config.vocab, max_positions=512), mlm=True)
     six.initialize(six, torch.Generator().manual_seed(0))

@@ -2,7 +2,7 @@
 (kernels/fused/dispatch.json).
 
 A line of the table is one device, dtype, size and dropout or none, with the median milliseconds of forward and backward (of LoRA's gradients: their own), by the device's clock, by every form that was timed
-there; of one that is in several of the files the last one's. Lines of what the given files measured are replaced, the others stay; rows of a dry run, of a CPU, and providers that are no form of ours are passed over.
+there; of a form that is in several of the files, or was in the table, the last one's. What the given files did not measure stays; rows of a dry run, of a CPU, and providers that are no form of ours are passed over.
 Exit code 0; 2 where a file cannot be read or holds nothing of the kind, and then nothing is written.
 """
 
@@ -14,11 +14,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import rows  # noqa: E402
-from bench.arguments import Parser, complain, say  # noqa: E402
+from bench.arguments import Parser, complain, results_file, say  # noqa: E402
 from bench.case import RANK, SIZES  # noqa: E402
 from bench.cases_attention import ATTENTION_CASES  # noqa: E402
 from bench.cases_attention import FORMS as ATTENTION_FORMS  # noqa: E402
 from peftdebias.kernels import dispatch  # noqa: E402
+from peftdebias.outputs import write_text  # noqa: E402
 
 CASES = {"lora_linear": ("lora_linear", "hidden", False), "lora_linear_wide": ("lora_linear", "feed_forward", False), "lora_dropout": ("lora_linear", "hidden", True),
          "lora_grads": ("lora_grads", "hidden", False), "lora_grads_two": ("lora_grads", "hidden", False),
@@ -62,13 +63,14 @@ def _about(line: dict) -> dict:
 def main(argv: list[str] | None = None) -> int:
     top = Parser(prog="bench/dispatch_table.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("files", nargs="+", type=Path, metavar="FILE.json", help="rows that bench/gpu.py wrote")
-    top.add_argument("--out", type=Path, default=dispatch.TABLE, metavar="FILE.json", help="the table (default: the one that peftdebias reads)")
+    top.add_argument("--out", type=results_file, default=dispatch.TABLE, metavar="FILE.json", help="the table (default: the one that peftdebias reads)")
     arguments = top.parse_args(argv)
     made: dict[str, dict[tuple, dict]] = {}
     for path in arguments.files:
         try:
             for op, new in lines(rows.read(path)).items():
-                made.setdefault(op, {}).update(new)
+                for about, line in new.items():
+                    made.setdefault(op, {}).setdefault(about, line)["ms"].update(line["ms"])
         except OSError as error:
             return complain(f"{path}: {(error.strerror or str(error)).lower()}")
         except (ValueError, TypeError, KeyError, AttributeError):
@@ -78,12 +80,17 @@ def main(argv: list[str] | None = None) -> int:
         return complain(f"{', '.join(map(str, arguments.files))}: expected measured times of {', '.join([*CASES, *ATTENTION_CASES])} on a GPU, found none")
     try:
         kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+        of_before = [(op, line, _about(line)) for op, table in kept.items() for line in table]
     except ValueError as error:
         return complain(f"{arguments.out}: expected a table, got {error}")
+    except (TypeError, AttributeError):
+        return complain(f"{arguments.out}: expected a table, got something else")
+    for op, line, about in of_before:
+        if again := next((new for new in found.get(op, []) if _about(new) == about), None):
+            again["ms"] = {form: ms for form, ms in line["ms"].items() if form in dispatch.FORMS[op]} | again["ms"]
     table = kept | {op: [line for line in kept.get(op, []) if _about(line) not in map(_about, of)] + of for op, of in found.items()}
-    partial = arguments.out.with_name(arguments.out.name + ".partial")
-    partial.write_text(json.dumps(table, indent=1) + "\n")
-    partial.replace(arguments.out)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(arguments.out, json.dumps(table, indent=1) + "\n")
     every = [line for of in found.values() for line in of]
     say(f"result: {arguments.out}: {len(every)} lines of {', '.join(sorted({line['device'] for line in every}))}")
     return 0

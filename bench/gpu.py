@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from bench import ROOT, curves, measure, roofline, rows  # noqa: E402
-from bench.arguments import Parser, complain, positive, say  # noqa: E402
+from bench.arguments import Parser, above_zero, complain, positive, results_file, say  # noqa: E402
 from bench.aside import together  # noqa: E402
 from bench.case import SIZES, Case, Provider, Setting  # noqa: E402
 from bench.cases import CASES  # noqa: E402
@@ -86,15 +86,16 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--check", action="store_true", help="equality alone; nothing is timed and no file is written")
     top.add_argument("--size", default="base", choices=SIZES, help="the base model (default base)")
     top.add_argument("--repeats", type=positive, default=15, metavar="N", help="times that every provider is timed (default 15)")
-    top.add_argument("--minutes", type=float, default=8.0, metavar="M", help="budget of the whole run (default 8); compiled baselines are left out first")
+    top.add_argument("--minutes", type=above_zero, default=8.0, metavar="M", help="budget of the whole run (default 8); compiled baselines are left out first")
     top.add_argument("--compile", action=argparse.BooleanOptionalAction, help="with torch.compile as a further baseline (default: on a GPU)")
-    top.add_argument("--out", type=Path, metavar="FILE.json", help="default bench/results/DEVICE.json, with --steps, --only and --shapes what these say behind DEVICE")
+    top.add_argument("--out", type=results_file, metavar="FILE.json", help="default bench/results/DEVICE.json, with --steps, --size, --no-compile, --only and --shapes what these say behind DEVICE")
     return top
 
 
 def file_name(device: str, arguments: argparse.Namespace) -> str:
-    """Of the rows: a run of some cases, or of some shapes, leaves the file of the whole run alone."""
-    some = [arguments.only.replace(",", "+")] if arguments.only else []
+    """Of the rows: a run of some cases or shapes, of another base model or without torch.compile leaves the file of the whole run alone."""
+    some = ([arguments.size] if arguments.size != "base" else []) + (["uncompiled"] if arguments.compile is False else [])
+    some += [arguments.only.replace(",", "+")] if arguments.only else []
     some += [arguments.shapes.replace(",", "+")] if arguments.shapes else []
     return "-".join([device, *(["steps"] if arguments.steps else []), *some]) + ".json"
 
@@ -164,9 +165,12 @@ def stem(case: Case) -> str:
     return case.name.split()[0]
 
 
+CEILINGS = {"gemm", "copy"}
+
+
 def chosen(entries: Plan, only: str | None) -> Plan:
     names = only.split(",") if only else []
-    return [(case, setting) for case, setting in entries if not names or case.name in ("gemm", "copy") or any(stem(case) == n or case.name.startswith(n + "_") for n in names)]
+    return [(case, setting) for case, setting in entries if not names or case.name in CEILINGS or any(stem(case) == n or case.name.startswith(n + "_") for n in names)]
 
 
 def affordable(case: Case, providers: dict[str, Provider], trouble: Callable[[str], str | None], say: Callable[[str], None] = say) -> dict[str, Provider]:
@@ -233,8 +237,9 @@ def compiled_at(entries: Plan, providers: dict[str, dict[str, Provider]]) -> lis
 
 
 def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict, repeats: int, clock: Clock, red: dict[str, str],
-          trouble: Callable[[tuple[str, float, str]], str | None], say: Callable[[str], None] = say) -> list[rows.Row]:
-    """Rows of every case that is not red; one that fails becomes red, at that shape alone. trouble: of what is compiled, as `affordable` asks. say: hears what is left out."""
+          trouble: Callable[[tuple[str, float, str]], str | None], say: Callable[[str], None] = say, keep: Callable[[list[rows.Row]], None] = lambda found: None) -> list[rows.Row]:
+    """Rows of every case that is not red; one that fails becomes red, at that shape alone. trouble: of what is compiled, as `affordable` asks. say: hears what is left out.
+    keep: gets all that there is after every case."""
     found = []
     for case, setting in entries:
         if red.keys() & {stem(case), case.name}:
@@ -247,6 +252,7 @@ def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict
         share = shares.get((stem(case), setting.x)) or next((s for (name, _), s in shares.items() if name == stem(case)), None)
         with _noting(case, setting, red, case.name):
             found += measure.time_case(case, setting, taking, repeats, shares=share, say=say)
+            keep(found)
     return found
 
 
@@ -326,10 +332,6 @@ def main(argv: list[str] | None = None) -> int:
     for name in arguments.only.split(",") if arguments.only else ():
         if name not in known:
             return complain(f"--only: no case {name!r}; expected some of {', '.join(CASES)}")
-    if not arguments.minutes > 0:
-        return complain(f"--minutes: expected more than 0, got {arguments.minutes:g}")
-    if arguments.out and (arguments.out.suffix != ".json" or arguments.out.is_dir()):
-        return complain(f"--out {arguments.out}: expected a file name that ends in .json")
     for name in shapes_of(arguments):
         if name not in SHAPES:
             return complain(f"--shapes: no shape {name!r}; expected some of {', '.join(SHAPES)}")
@@ -340,41 +342,55 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         say("no CUDA device here: not measured")
         return 2
-    clock, lacking = Clock(arguments.minutes, arguments.steps), []
+    clock, lacking, red = Clock(arguments.minutes, arguments.steps), [], {}
+    heading = "Dry run of bench/gpu.py: the figures mean nothing" if arguments.dry_run else f"Measured by bench/gpu.py on {rows.device_name(torch.device(arguments.device))}"
+    out = arguments.out or (None if arguments.dry_run else ROOT / "bench" / "results" / file_name(rows.slug(torch.device(arguments.device)), arguments))
+    partial = out and out.with_suffix(".partial.json")
 
     def heard(line: str) -> None:
         lacking.extend([line] if "not measured: " in line else [])
         say(line)
 
+    def written(found: list[rows.Row], path: Path | None, more: Sequence[str] = ()) -> str:
+        """The rows with what they say together, in a file where there is to be one; its tables."""
+        found = roofline.with_shares(found)
+        if arguments.dry_run:
+            found = [dataclasses.replace(row, extra_config={**row.extra_config, "dry_run": True}) for row in found]
+        notes = {"Targets": roofline.targets(found), f"Below {roofline.GOOD:.0f} % of the roofline": roofline.limits(found), "Red: not equal, or failed": [*red.values()],
+                 "Not measured": [*lacking, *more]}
+        if path:
+            rows.write(path, found, heading, notes)
+        return f"# {heading}\n\n{rows.table(found, notes)}"
+
     with tempfile.TemporaryDirectory(prefix="peftdebias-bench-") as folder:
         run = Run(arguments, Path(folder), heard)
+        asked = set(arguments.only.split(",") if arguments.only else ()) - (set() if arguments.check else CEILINGS)
+        if asked and all(case.name in CEILINGS for case, _ in (run.to_check if arguments.check else run.to_time)):
+            return complain(f"--only {arguments.only}: expected a case that is {'checked' if arguments.check else 'timed'} here, got none")
         if run.device.type == "cuda":
-            red, shares, ahead = beforehand(run, clock)
+            wrong, shares, ahead = beforehand(run, clock)
             trouble = ahead.get
         else:
-            red, shares = run.equality(clock)
+            wrong, shares = run.equality(clock)
             wanted = compiled_at(run.to_time, run.providers)
             trouble = lambda key: clock.reason() if key in wanted else None  # noqa: E731
-        found = [] if arguments.check else roofline.with_shares(timed(run.to_time, run.providers, shares, arguments.repeats, clock, red, trouble, heard))
-    wrong = [*red.values()]
+        red.update(wrong)
+        found = [] if arguments.check else timed(run.to_time, run.providers, shares, arguments.repeats, clock, red, trouble, heard,
+                                                 keep=lambda found: written(found, partial, ["the rest: the run did not come to its end"]))
     if arguments.check:
-        print("\n".join(wrong) or f"{len(run.to_check)} checks, all equal")
-        return 1 if wrong else 0
-    if not found and not wrong:
+        print("\n".join(red.values()) or f"{len(run.to_check)} checks, all equal")
+        return 1 if red else 0
+    if not found and not red:
         return complain(f"--minutes {arguments.minutes:g}: too little for any figure")
-    if arguments.dry_run:
-        found = [dataclasses.replace(row, extra_config={**row.extra_config, "dry_run": True}) for row in found]
     if not found:
-        print("\n".join(wrong))
+        print("\n".join(red.values()))
         return 1
-    heading = "Dry run of bench/gpu.py: the figures mean nothing" if arguments.dry_run else f"Measured by bench/gpu.py on {found[0].device_name}"
-    notes = {"Targets": roofline.targets(found), f"Below {roofline.GOOD:.0f} % of the roofline": roofline.limits(found), "Red: not equal, or failed": wrong, "Not measured": lacking}
-    print(f"# {heading}\n\n{rows.table(found, notes)}")
-    out = arguments.out or (None if arguments.dry_run else ROOT / "bench" / "results" / file_name(rows.slug(run.device), arguments))
+    print(written(found, out))
     if out:
-        rows.write(out, found, heading, notes)
+        for path in (partial, partial.with_suffix(".md")):
+            path.unlink(missing_ok=True)
         say(f"result: {out} and {out.with_suffix('.md')}")
-    return 1 if wrong else 0
+    return 1 if red else 0
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from .case import Case, Provider, Setting, Work
 from .poison import poisoned
 
 SAMPLE_SECONDS = 0.02  # a timed sample lasts at least this long: quick calls are repeated inside it
-WARM_UP = 1
+WARM_UP = 2  # passes of one op: the first loads or compiles something, the second tells how many a sample takes
 WARM_UP_STEPS = 3  # passes of whole steps on a GPU: a shape trains eagerly in the first, is captured in the second (peftdebias/graphs.py), and replayed from the third on
 LOAD_AT_START = round(os.getloadavg()[0], 2)  # later the load average holds this run's own threads too
 
@@ -213,7 +213,7 @@ def seconds(work: Work, passes: int, device: torch.device) -> float:
 
 def warmed_up(case: Case, work: Work, device: torch.device) -> float:
     """Runs the first passes, which compile, capture or load something; seconds of the last of them."""
-    for _ in range(WARM_UP_STEPS if device.type == "cuda" and case.mode == "step" else WARM_UP):
+    for _ in range(WARM_UP if case.mode != "step" else WARM_UP_STEPS if device.type == "cuda" else 1):
         once = seconds(work, 1, device)
     return once
 

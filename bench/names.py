@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.arguments import Parser, existing_folder, positive  # noqa: E402
+from peftdebias.errors import DataError  # noqa: E402
 
 SHARE = 0.95  # of a name's bearers have the gender that it stands for
 YEARS = (1916, 2015)
@@ -43,11 +44,11 @@ def counts(folder: Path, first: int, last: int) -> Counter:
     for year in range(first, last + 1):
         path = folder / f"yob{year}.txt"
         if not path.is_file():
-            sys.exit(f"names: {path}: expected a file for each of the years {first} to {last}, found none")
+            raise DataError(f"{path}: expected a file for each of the years {first} to {last}, found none")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             found = re.fullmatch(r"(\w+),([FM]),(\d+)", line.strip())
             if not found:
-                sys.exit(f"names: {path}:{number}: expected NAME,F or M,COUNT, got {line[:60]!r}")
+                raise DataError(f"{path}:{number}: expected NAME,F or M,COUNT, got {line[:60]!r}")
             total[found[1].lower(), found[2]] += int(found[3])
     return total
 
@@ -64,7 +65,7 @@ def table(total: Counter, first: int, last: int, pairs: int) -> str:
     """The TOML text of the table: its header says how it was made, and which of the names within its ranks were left out."""
     rows = list(zip(ranked(total, "M"), ranked(total, "F")))[:pairs]
     if len(rows) < pairs:
-        sys.exit(f"names: expected {pairs} names of each gender, found {len(rows)} in the years {first} to {last}")
+        raise DataError(f"expected {pairs} names of each gender, found {len(rows)} in the years {first} to {last}")
     lowest = {"M": rows[-1][0][1], "F": rows[-1][1][1]}
     within = {name for (name, gender), n in total.items() if n >= lowest[gender]}
     ratios = sorted(male[1] / female[1] for male, female in rows)
@@ -105,7 +106,10 @@ def main():
     parser.add_argument("--years", type=int, nargs=2, default=YEARS, metavar=("FIRST", "LAST"), help="default: %(default)s")
     parser.add_argument("--pairs", type=positive, default=PAIRS, help="default: %(default)s")
     arguments = parser.parse_args()
-    print(table(counts(arguments.folder, *arguments.years), *arguments.years, arguments.pairs))
+    try:
+        print(table(counts(arguments.folder, *arguments.years), *arguments.years, arguments.pairs))
+    except DataError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.arguments import Parser, complain, existing_file  # noqa: E402
 from bench.rows import Row, number, read  # noqa: E402
+from peftdebias.outputs import write_text  # noqa: E402
 
 WIDTH, LEFT, RIGHT = 820, 270, 200  # of the picture; of the names; of the numbers behind the longest bar
 BAR, STEP, HEAD, FOOT = 16, 24, 34, 34  # heights: of a bar, from bar to bar, above and below those of a panel
@@ -79,22 +81,19 @@ def _add(root, tag: str, text: str | None = None, **attributes) -> None:
     element.text = text
 
 
-def main(argv: list[str]) -> int:
-    if not argv or any(not name.endswith(".json") for name in argv):
-        print("usage: python bench/plots.py FILE.json...", file=sys.stderr)
-        return 2
-    for path in map(Path, argv):
+def main(argv: list[str] | None = None) -> int:
+    top = Parser(prog="bench/plots.py", description=__doc__.splitlines()[0])
+    top.add_argument("files", nargs="+", type=existing_file, metavar="FILE.json")
+    for path in top.parse_args(argv).files:
         try:
             found = read(path)
         except (OSError, ValueError, TypeError) as error:
-            print(f"bench: {path}: expected the rows of a benchmark, got {error}", file=sys.stderr)
-            return 2
+            return complain(f"{path}: expected the rows of a benchmark, got {error}")
         if not panels(found):
-            print(f"bench: {path}: expected steps with a floor, as bench/compare.py writes them, found none", file=sys.stderr)
-            return 2
-        path.with_suffix(".svg").write_text(draw(found), encoding="utf-8")
+            return complain(f"{path}: expected steps with a floor, as bench/compare.py writes them, found none")
+        write_text(path.with_suffix(".svg"), draw(found))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -24,7 +24,7 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 
 from bench import measure, rows  # noqa: E402
-from bench.arguments import Parser, complain, positive, say  # noqa: E402
+from bench.arguments import Parser, complain, positive, results_file, say  # noqa: E402
 from bench.case import SIZES, output_bound  # noqa: E402
 from bench.cases_predict import ONE_CALL, PREDICTORS, THEIRS, WHOLE_FILE, Predictor, Task, forward_flops  # noqa: E402
 from bench.compare import gemm_rates  # noqa: E402
@@ -112,7 +112,7 @@ def metrics_of(passes: list[list[float]], texts: int) -> dict[str, list[float]]:
         return [middle, low, high]
 
     found = {"time": over([1000 * float(numpy.median(calls)) for calls in passes]), "texts": over([texts / sum(calls) for calls in passes])}
-    if len(passes[0]) > 1:
+    if len(passes[0]) >= 100:
         found["p99"] = over([1000 * float(numpy.quantile(calls, 0.99)) for calls in passes])
     return found
 
@@ -160,8 +160,12 @@ def measured(task: Task, arguments) -> tuple[list[rows.Row], list[str]]:
     table, parts = Table(task, lengths, shares), arguments.only or PARTS
     names = [name for name in available() if ("calls" in parts and name in ONE_CALL) or ("file" in parts and name in WHOLE_FILE)]
     lanes = {name: Process(name, [sys.executable, __file__, "--serve", name, json.dumps(dataclasses.asdict(task))]) for name in names}
+    if not any(name.startswith("transformers") for name in names):
+        say("transformers and peft: not installed, ours is timed alone")
     for batch, count in ((1, arguments.singles), (LARGE, arguments.large)) if "calls" in parts else ():
         count = min(count, len(texts))
+        batch = min(batch, count)
+        count -= count % batch  # calls of one size
         say(f"calls of {batch}: timing")
         for name, passes in in_turns({n: lanes[n] for n in names if n in ONE_CALL}, f"calls {batch} {count}", arguments.repeats).items():
             table.add("predict_calls", names[0], name, ("texts a call", batch), metrics_of(passes, count), repeats=arguments.repeats, calls=len(passes[0]))
@@ -203,12 +207,10 @@ def main(argv: list[str] | None = None) -> int:
     for flag, value, what in (("--texts", 10000, "of the whole file"), ("--singles", 200, "texts in a pass of single calls"), ("--large", 1024, f"texts in a pass of calls of {LARGE}"),
                               ("--repeats", 5, "passes of calls"), ("--file-repeats", 3, "passes of the whole file")):
         top.add_argument(flag, type=positive, default=value, metavar="N", help=f"{what} (default {value})")
-    top.add_argument("--out", type=Path, metavar="FILE.json")
+    top.add_argument("--out", type=results_file, metavar="FILE.json")
     arguments = top.parse_args(argv)
     if not 8 <= arguments.longest <= SIZES[arguments.size].positions:
         return complain(f"--longest: expected 8 to {SIZES[arguments.size].positions} for the size {arguments.size}, got {arguments.longest}")
-    if arguments.out and arguments.out.suffix != ".json":
-        return complain(f"--out {arguments.out}: expected a file name that ends in .json")
     with tempfile.TemporaryDirectory(prefix="peftdebias-bench-") as folder:
         task = Task(arguments.size, arguments.tokenizer, arguments.file, arguments.column, arguments.texts, arguments.longest, folder)
         try:

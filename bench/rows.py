@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from peftdebias.outputs import write_text
+
 from . import ROOT
 
 MODES = ("forward", "backward", "full", "step", "predict")
@@ -109,9 +111,9 @@ def now() -> str:
 def write(path: Path, rows: Sequence[Row], title: str, notes: dict[str, Sequence[str]] | None = None, drawings: dict[str, str] | None = None) -> None:
     """FILE.json with the rows, one a line, and beside it FILE.md with their tables. drawings: file name -> what it shows, linked above the tables."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join(json.dumps(dataclasses.asdict(row)) for row in rows) + "\n]\n", encoding="utf-8")
+    write_text(path, "[\n" + ",\n".join(json.dumps(dataclasses.asdict(row)) for row in rows) + "\n]\n")
     links = "".join(f"![{words}]({name})\n\n" for name, words in (drawings or {}).items())
-    path.with_suffix(".md").write_text(f"# {title}\n\n{links}{table(rows, notes)}\n", encoding="utf-8")
+    write_text(path.with_suffix(".md"), f"# {title}\n\n{links}{table(rows, notes)}\n")
 
 
 def read(path: Path) -> list[Row]:

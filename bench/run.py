@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import measure, rows  # noqa: E402
-from bench.arguments import Parser, complain, positive, say  # noqa: E402
+from bench.arguments import Parser, complain, positive, results_file, say  # noqa: E402
 from bench.case import SIZES, Case, Setting  # noqa: E402
 from bench.cases import CASES  # noqa: E402
 from bench.profiled import ops_table  # noqa: E402
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--repeats", type=positive, metavar="N", help="times that every provider is timed (default: by size, " +
                      ", ".join(f"{name} {size.repeats}" for name, size in SIZES.items()) + ")")
     top.add_argument("--batches", type=positive, metavar="N", help="batches in one pass of a step (default: by size)")
-    top.add_argument("--out", type=Path, metavar="FILE.json", help="write the rows there, and FILE.md beside it")
+    top.add_argument("--out", type=results_file, metavar="FILE.json", help="write the rows there, and FILE.md beside it")
     top.add_argument("--compile", action="store_true", help="with torch.compile as a further baseline (slow to start on a CPU)")
     top.add_argument("--memory", action="store_true", help="with peak memory, every provider of a step in a fresh process")
     top.add_argument("--profile", metavar="PROVIDER", help="in place of the times of all: those of one provider, and the ops that they go to (torch's profiler)")
@@ -45,8 +45,6 @@ def main(argv: list[str] | None = None) -> int:
         for name in given:
             if name not in known:
                 return complain(f"no {kind} {name!r}; expected one of {', '.join(CASES if kind == 'case' else SIZES)}")
-    if arguments.out and (arguments.out.suffix != ".json" or arguments.out.is_dir()):
-        return complain(f"--out {arguments.out}: expected a file name that ends in .json")
     if arguments.profile and (wrong := not_to_profile(arguments, [CASES[name] for name in chosen])):
         return complain(wrong)
     if arguments.list:

@@ -22,7 +22,7 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 
 from bench import measure, rows  # noqa: E402
-from bench.arguments import Parser, complain, positive, say  # noqa: E402
+from bench.arguments import Parser, complain, positive, results_file, say  # noqa: E402
 from bench.case import Provider, Setting, Work  # noqa: E402
 from bench.cases_scale import GROWTHS, SAVING, SMALL, Shape, build  # noqa: E402
 
@@ -183,13 +183,11 @@ def main(argv: list[str] | None = None) -> int:
     top.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(GROWTHS)} (default all)")
     top.add_argument("--repeats", type=positive, default=5, metavar="N", help="times that every point is timed (default 5)")
     top.add_argument("--small", action="store_true", help="two points a curve of a tiny model: the path, not a measurement")
-    top.add_argument("--out", type=Path, metavar="FILE.json", help="write the rows there; FILE.md and FILE.svg beside it")
+    top.add_argument("--out", type=results_file, metavar="FILE.json", help="write the rows there; FILE.md and FILE.svg beside it")
     arguments = top.parse_args(argv)
     for name in arguments.names:
         if name not in GROWTHS:
             return complain(f"no curve {name!r}; expected some of {', '.join(GROWTHS)}")
-    if arguments.out and arguments.out.suffix != ".json":
-        return complain(f"--out {arguments.out}: expected a file name that ends in .json")
     changes, found = dict(layers=1, hidden=64, vocab=97, sequences=2, length=32, rank=2) if arguments.small else {}, []
     with tempfile.TemporaryDirectory(prefix="peftdebias-bench-") as folder:
         for name in arguments.names or GROWTHS:

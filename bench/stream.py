@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from arguments import Parser, above_zero, existing_file, existing_folder, positive  # noqa: E402
+from arguments import Parser, above_zero, complain, existing_file, existing_folder, positive  # noqa: E402
+from peftdebias.errors import PeftDebiasError  # noqa: E402
 
 
 def shared() -> Path:
@@ -107,8 +109,11 @@ def memory(arguments) -> None:
                 peak: dict = {"pss": 0, "own": 0}
                 watcher = threading.Thread(target=watch, args=(process, peak))
                 watcher.start()
-                said = json.loads(process.communicate()[0])
-                watcher.join()
+                try:
+                    said = json.loads(process.communicate()[0])
+                finally:
+                    process.terminate()  # where this one was stopped
+                    watcher.join()
                 show(measure="memory", what=what, gigabytes=gigabytes, peak_mb=round(peak["own"] / 1e6, 1), processes=peak["processes"], peak_pss_mb=round(peak["pss"] / 1e6, 1), **said)
 
 
@@ -175,7 +180,9 @@ def waiting(arguments) -> None:
         with tempfile.TemporaryDirectory(prefix="peftdebias-stream-") as folder:
             words = ["upstream", "--model", arguments.model, "--axis", "gender", "--corpus", arguments.corpus, "--steps", arguments.steps, "--valid-every", arguments.steps,
                      "--valid-texts", 50, "--set", "rank=4", "--shuffle-buffer", buffer, "--workers", arguments.threads, "--out", Path(folder) / "run"]
-            subprocess.run([sys.executable, "-m", "peftdebias", *map(str, words)], check=True, capture_output=True, cwd=ROOT)
+            done = subprocess.run([sys.executable, "-m", "peftdebias", *map(str, words)], capture_output=True, text=True, cwd=ROOT)
+            if done.returncode:
+                sys.exit(complain((done.stderr.splitlines() or ["upstream failed"])[-1].removeprefix("peftdebias: ")))
             events = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
         steps = [event for event in events if event["event"] == "step"]
         show(measure="waiting", model=Path(arguments.model).name, shuffle_buffer=buffer, workers=arguments.threads, steps=arguments.steps, seconds=events[-1]["seconds"],
@@ -208,7 +215,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "speed":  # before the tokenizer starts its threads
         os.environ |= {"RAYON_NUM_THREADS": str(arguments.threads), "TOKENIZERS_PARALLELISM": "true"}
-    arguments.run(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was made is taken away
+    try:
+        arguments.run(arguments)
+    except PeftDebiasError as error:
+        sys.exit(complain(str(error)))
 
 
 if __name__ == "__main__":

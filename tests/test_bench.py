@@ -244,6 +244,10 @@ def test_peak_memory_sees_what_a_pass_takes(bench, tmp_path):
     ("gpu", ["--steps", "--shapes", "32x128,1x2"], "--shapes: no shape '1x2'; expected some of 128x128, 128x256, 32x128"),
     ("gpu", ["--shapes", "32x128"], "--shapes: expected --steps beside it"),
     ("gpu", ["--minutes", "0"], "--minutes: expected more than 0, got 0"),
+    ("gpu", ["--minutes", "inf"], "--minutes: expected more than 0, got inf"),
+    ("gpu", ["--device", "cpu", "--dry-run", "--check", "--only", "gemm"], "--only gemm: expected a case that is checked here, got none"),
+    ("gpu", ["--device", "cpu", "--dry-run", "--steps", "--only", "gelu"], "--only gelu: expected a case that is timed here, got none"),
+    ("gpu", ["--out", f"{__file__}/rows.json"], "expected a file in a folder, a file is in its way"),
 ])
 def test_bad_arguments_get_one_line_and_exit_code_2(bench, capsys, script, words, shown):
     try:
@@ -325,8 +329,38 @@ def test_what_a_kernel_leaves_unwritten_is_red(bench, monkeypatch):
 
 def test_rows_of_some_cases_have_a_file_of_their_own(bench):
     named = lambda *argv: bench.gpu.file_name("nvidia-x", bench.gpu.parser().parse_args(argv))  # noqa: E731
-    assert [named(), named("--steps"), named("--only", "lora,embed"), named("--steps", "--only", "lora_step", "--shapes", "128x128,32x128")] == [
-        "nvidia-x.json", "nvidia-x-steps.json", "nvidia-x-lora+embed.json", "nvidia-x-steps-lora_step-128x128+32x128.json"]
+    assert [named(), named("--steps"), named("--only", "lora,embed"), named("--steps", "--only", "lora_step", "--shapes", "128x128,32x128"), named("--size", "small", "--no-compile")] == [
+        "nvidia-x.json", "nvidia-x-steps.json", "nvidia-x-lora+embed.json", "nvidia-x-steps-lora_step-128x128+32x128.json", "nvidia-x-small-uncompiled.json"]
+
+
+def test_a_run_that_is_stopped_leaves_what_it_had_measured(bench, quick, monkeypatch, tmp_path):
+    """Beside the place of the whole run's rows, which stays as it was."""
+    time_case, out = bench.measure.time_case, tmp_path / "rows.json"
+
+    def stopped(case, *rest, **options):
+        if case.name == "sparse_add":
+            raise KeyboardInterrupt
+        return time_case(case, *rest, **options)
+
+    out.write_text("an earlier run")
+    words = ["--device", "cpu", "--dry-run", "--repeats", "1", "--only", "sparse_add", "--out", str(out)]
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr(bench.measure, "time_case", stopped)
+        bench.gpu.main(words)
+    partial = tmp_path / "rows.partial.json"
+    assert {row.kernel_name for row in bench.rows.read(partial)} == {"gemm", "copy"} and out.read_text() == "an earlier run"
+    assert "the rest: the run did not come to its end" in partial.with_suffix(".md").read_text()
+    assert bench.gpu.main(words) == 0
+    assert {row.kernel_name for row in bench.rows.read(out)} == {"gemm", "copy", "sparse_add"} and not list(tmp_path.glob("*.partial.*"))
+
+
+def test_the_least_that_an_op_reads_and_writes(bench, tmp_path):
+    """AdamW: p, g, m and v in, p, m and v out. A block whose GELU is behind its products has no passes of its own for it."""
+    cases, setting = bench.cases.CASES, lambda x: bench.case.Setting("micro", x, tmp_path, stand_in=True)  # noqa: E731
+    assert cases["sparse_adamw"].providers["torch.optim.AdamW, fused"].build(setting(300)).roof == ((0.0, 7.0 * 4 * 300),)
+    for name in ("feed_forward", "trained_feed_forward"):
+        library, fused = (cases[name].providers[f"peftdebias, {form}"].build(setting(7)).roof for form in ("library", "fused"))
+        assert len(library) == len(fused) + 2 and library[:len(fused)] == fused and all(flops for flops, _ in fused)
 
 
 def test_out_of_time_leaves_out_and_says_so(bench, quick, capsys):

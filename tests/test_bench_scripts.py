@@ -71,6 +71,8 @@ def test_crows_pairs(shared):
     (("stream.py", "speed", "--repeats", "0"), "--repeats: expected at least 1, got 0"),
     (("all_methods.py", "/nowhere", "out"), "shared: /nowhere: no such folder"),
     (("bug_gender.py", "/nowhere", "out"), "shared: /nowhere: no such folder"),
+    (("all_methods.py", "/proc", "out"), "shared: /proc/data/ghc/ghc_train.tsv: no such file"),
+    (("stream.py", "waiting", "--model", "/proc/self", "--steps", "1"), "/proc/self: expected a Hugging Face model folder with config.json, found none"),
     pytest.param(("cda.py", "/nowhere"), "file: /nowhere: no such file", marks=pytest.mark.slow),
     pytest.param(("crows.py", "/nowhere", "/nowhere"), "file: /nowhere: no such file", marks=pytest.mark.slow),
     pytest.param(("curves.py", "--steps", "0"), "--steps: expected at least 1, got 0", marks=pytest.mark.slow),

@@ -42,7 +42,7 @@ def test_what_was_measured_is_what_is_picked(tmp_path, monkeypatch, fresh):
                    row("lora_linear", "epilogue", 65536, 0.1, metric_name="rate"), row("lora_linear", "other", 65536, 0.1), row("adapter", "epilogue", 65536, 0.1),
                    row("lora_linear", "epilogue", 65536, 0.1, provider="peft")]
     rows.write(tmp_path / "x.json", MEASURED + passed_over, "x")
-    old = {"device": "NVIDIA X", "dtype": "bfloat16", "dropout": False, "rows": 4096, "inside": 768, "outside": 768, "rank": 8, "ms": {"library": 1.0}}
+    old = {"device": "NVIDIA X", "dtype": "bfloat16", "dropout": False, "rows": 4096, "inside": 768, "outside": 768, "rank": 8, "ms": {"epilogue": 9.0}}
     out = tmp_path / "dispatch.json"
     out.write_text(json.dumps({"lora_linear": [old, old | {"device": "NVIDIA Z"}, old | {"rows": 1, "inside": 1, "outside": 1}]}))  # one that is measured now, two that are not
     assert dispatch_table.main([str(tmp_path / "x.json"), "--out", str(out)]) == 0
@@ -104,6 +104,18 @@ def test_of_two_files_the_later_measurement_counts(tmp_path):
     out = tmp_path / "dispatch.json"
     assert dispatch_table.main([str(tmp_path / "old.json"), str(tmp_path / "new.json"), "--out", str(out)]) == 0
     assert {line["rows"]: line["ms"]["written"] for line in json.loads(out.read_text())["lora_linear"]} == {4096: 1.0, 1: 2.0, 65536: 2.0}
+
+
+def test_a_form_that_is_measured_again_leaves_the_others(tmp_path):
+    """In several files, and in the table that is there; a form that there is no more goes."""
+    out = tmp_path / "dispatch.json"
+    rows.write(tmp_path / "both.json", [row("lora_grads", "twice", 4096, 1.0), row("lora_grads", "once", 4096, 2.0)], "x")
+    rows.write(tmp_path / "one.json", [row("lora_grads", "once", 4096, 1.5)], "x")
+    for files in (["both", "one"], ["one"]):
+        assert dispatch_table.main([*(str(tmp_path / f"{name}.json") for name in files), "--out", str(out)]) == 0
+        (line,) = json.loads(out.read_text())["lora_grads"]
+        assert line["ms"] == {"twice": 1.0, "once": 1.5}
+        out.write_text(json.dumps({"lora_grads": [line | {"ms": line["ms"] | {"gone": 0.1}}]}))
 
 
 def test_the_committed_table_can_be_read(fresh):

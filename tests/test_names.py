@@ -209,5 +209,5 @@ def test_the_table_can_be_made_again(bench, tmp_path, capsys, monkeypatch):
 def test_counts_that_are_not_those_of_the_administration(bench, tmp_path, years, pairs, words):
     (tmp_path / "yob1999.txt").write_text("Anna,F,20\nZoë;F;30\n", encoding="utf-8")
     (tmp_path / "yob2000.txt").write_text("Anna,F,20\nTom,M,7\nBob,M,5\n", encoding="utf-8")
-    with pytest.raises(SystemExit, match=words):
+    with pytest.raises(DataError, match=words):
         bench.table(bench.counts(tmp_path, *years), *years, pairs)
