@@ -93,12 +93,18 @@ def test_rows_bars_and_ceiling(bench, task, left_out, capsys, tmp_path, monkeypa
     rows, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert all(set(row) == FIELDS and row["mode"] == "predict" and row["y_20"] <= row["y_50"] <= row["y_80"] for row in rows)
     calls = {(row["provider"], row["x_value"], row["metric_name"]) for row in rows if row["kernel_name"] == "predict_calls"}
-    assert calls == {(name, x, metric) for name in one_call for x in (1, 256) for metric in (("time", "texts", "p99") if x == 1 else ("time", "texts"))}
+    assert calls == {(name, x, metric) for name in one_call for x in (1, 40) for metric in ("time", "texts")}  # calls are as large as they are, and fewer than 100
     times = {row["provider"]: row for row in rows if row["kernel_name"] == "predict_file" and row["metric_name"] == "time"}
     ceiling = times[bench.predict.CEILING]
     assert set(times) == {*whole_file, bench.predict.CEILING}
     assert ceiling["y_50"] == pytest.approx(ceiling["extra_config"]["floor_ms"] + ceiling["extra_config"]["tokenizer_ms"]) and ceiling["extra_config"]["floor_ms"] > 0
     assert "## The whole file" in printed and "asked for at least 1.4" in printed and "random weights" in printed and "mean" in printed
+
+
+def test_a_hundred_calls_have_a_slowest(bench):
+    found = bench.predict.metrics_of([[0.001] * 98 + [0.003] * 2, [0.002] * 100, [0.001] * 100], 100)
+    assert found["time"][0] == pytest.approx(1.0) and found["p99"][0] == pytest.approx(2.0) and found["texts"][0] == pytest.approx(100 / 0.104)
+    assert set(bench.predict.metrics_of([[0.001] * 99], 99)) == {"time", "texts"}
 
 
 def test_bars_say_met_and_not_met(bench):
