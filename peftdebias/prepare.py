@@ -168,27 +168,36 @@ def in_dev(text: str, share: float) -> bool:
 
 
 def splits(train: list[Example], dev: list[Example] | None, test: list[Example], *, dev_share: float = 0.1, train_share: float = 1.0) -> Splits:
-    """Splits that share no text: train loses the texts of test and dev; where there is no dev, a share of train's texts, chosen by hash, becomes it.
+    """Splits that share no text, each without the examples that have none: dev loses the texts of test, train those of both; where there is no dev, a share of
+    train's texts, chosen by hash, becomes it.
 
     train_share < 1 keeps that share of train, drawn with seed 0. Raises DataError where a split has no example.
     """
     def key(e: Example) -> str:
         return e.text if e.text_pair is None else f"{e.text}\t{e.text_pair}"
 
-    notes, seen = [], {key(e) for e in test}
-    kept = [e for e in train if key(e) not in seen]
-    if len(kept) < len(train):
-        notes.append(f"train: {len(train) - len(kept)} of {len(train)} examples whose text is in the test split were left out")
+    notes = []
+
+    def without(name: str, examples: list[Example], unwanted, what: str) -> list[Example]:
+        kept = [e for e in examples if not unwanted(e)]
+        if len(kept) < len(examples):
+            notes.append(f"{name}: {len(examples) - len(kept)} of {len(examples)} examples {what} were left out")
+        return kept
+
+    def of(split: list[Example]):
+        texts = {key(e) for e in split}
+        return lambda e: key(e) in texts
+
+    given = {"train": train, "dev": dev, "test": test}
+    given = {name: part and without(name, part, _is_blank, "without text, or of nothing but what is cleaned away,") for name, part in given.items()}
+    test, kept = given["test"], without("train", given["train"], of(given["test"]), "whose text is in the test split")
     if dev is None:
         dev = [e for e in kept if in_dev(key(e), dev_share)]
         kept = [e for e in kept if not in_dev(key(e), dev_share)]
         notes.append(f"dev: {len(dev)} examples of train, {100 * dev_share:g} % of its texts chosen by hash")
     else:
-        chosen = {key(e) for e in dev}
-        both = [e for e in kept if key(e) in chosen]
-        if both:
-            kept = [e for e in kept if key(e) not in chosen]
-            notes.append(f"train: {len(both)} examples whose text is in the dev split were left out")
+        dev = without("dev", given["dev"], of(test), "whose text is in the test split")
+        kept = without("train", kept, of(dev), "whose text is in the dev split")
     if train_share < 1:
         number = max(1, round(train_share * len(kept)))
         kept = [kept[i] for i in sorted(random.Random(0).sample(range(len(kept)), number))] if kept else kept
@@ -197,6 +206,10 @@ def splits(train: list[Example], dev: list[Example] | None, test: list[Example],
         if not part:
             raise DataError(f"{name}: expected examples, got none")
     return Splits(kept, dev, test, notes)
+
+
+def _is_blank(e: Example) -> bool:
+    return not e.text.strip() or e.text_pair is not None and not e.text_pair.strip()
 
 
 def write(examples: Sequence[Example], path: Path) -> None:

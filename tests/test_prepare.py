@@ -113,6 +113,24 @@ def test_splits_share_no_text():
     assert [(e.text, e.text_pair) for e in pairs.train] == [("text 1", "b"), ("text 2", "a")]
 
 
+def test_a_published_dev_split_loses_the_texts_of_test():
+    made = splits([example(i) for i in range(9)], [example(5), example(20), example(21)], [example(20), example(30)])
+    assert [e.text for e in made.dev] == ["text 5", "text 21"]
+    assert [e.text for e in made.train] == [f"text {i}" for i in range(9) if i != 5] and [e.text for e in made.test] == ["text 20", "text 30"]
+    assert made.notes == ["dev: 1 of 3 examples whose text is in the test split were left out", "train: 1 of 9 examples whose text is in the dev split were left out"]
+    with pytest.raises(DataError, match="dev: expected examples, got none"):
+        splits([example(1)], [example(2)], [example(2)])
+
+
+def test_examples_without_text_are_in_no_split():
+    blank = Example("", None, "0", None, "f:b")
+    made = splits([blank, example(1), blank], [example(2), blank], [blank, example(3)])
+    assert [[e.text for e in part] for part in (made.train, made.dev, made.test)] == [["text 1"], ["text 2"], ["text 3"]]
+    assert made.notes == [f"{name}: {n} examples without text, or of nothing but what is cleaned away, were left out" for name, n in (("train", "2 of 3"), ("dev", "1 of 2"), ("test", "1 of 2"))]
+    pairs = splits([example(1, " "), example(1, "a")], [example(2, "b")], [example(3, "c"), example(3, "")])
+    assert [e.text_pair for e in pairs.train + pairs.test] == ["a", "c"]
+
+
 def test_a_share_of_train_is_the_same_each_time():
     train, test = [example(i) for i in range(300)], [example(1000)]
     small = splits(train, [example(2000)], test, train_share=0.1)
