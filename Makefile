@@ -57,5 +57,5 @@ $(VENV)/.test: $(VENV)/.package
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs/demo build dist *.egg-info .pytest_cache
-	find peftdebias kernels bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf $(VENV) runs/demo build dist *.egg-info .pytest_cache peftdebias/_native*.so
+	find peftdebias kernels recipes bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

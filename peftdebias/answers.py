@@ -18,7 +18,6 @@ from .metrics import Measure
 from .tasks import class_probabilities, label_indices, labelled_samples
 from .tokens import Tokenizer
 
-TRUE_LABELS = ("1", "true", "yes")
 LONGEST = 256  # tokens, where neither the caller nor the run says
 
 
@@ -98,12 +97,12 @@ def encode_examples(tokenizer: Tokenizer, examples, longest: int) -> list:
 
 
 def positive_label(labels: tuple[str, ...], wanted: str | None) -> str | None:
-    """The label F1 is of: the one asked for, else 1, true or yes of two labels, else None. Raises ConfigError on an unknown one."""
+    """The label F1 is of: the one asked for, else 1, 1.0, true or yes (in any case) of two labels, else None. Raises ConfigError on an unknown one."""
     if wanted is not None and wanted not in labels:
         raise ConfigError(f"--positive: expected one of {', '.join(labels)}, got {wanted!r}")
     if wanted is not None or len(labels) != 2:
         return wanted
-    return next((label for label in labels if label.lower() in TRUE_LABELS), None)
+    return next((label for label in labels if label.lower() in corpus.TRUE), None)
 
 
 def column(run: Run, settings: Evaluate, name: str) -> str | None:

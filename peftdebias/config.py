@@ -126,7 +126,7 @@ class Downstream(Training):
     group: str | None = option("column with the protected group of each text's subject (m/f, say), for TPR-GAP", None, metavar="COL")
     class_weights: str | None = option("weights of the labels in the loss, e.g. 0=1,1=10 (default 1 each)", None, metavar="A=W,...")
     metric: str = option("what chooses the best epoch", "accuracy", choices=("accuracy", "f1", "macro-f1"))
-    positive: str | None = option("the label that F1 is of (default: 1, true or yes of two labels)", None, metavar="LABEL")
+    positive: str | None = option("the label that F1 is of (default: 1, 1.0, true or yes of two labels)", None, metavar="LABEL")
     epochs: int = option("passes over the training file", 10)
     lr: float = option("peak learning rate", 2e-5)
     fold: bool = option("train W + delta in place of W where a frozen module allows it: the same training, faster", True)
@@ -209,8 +209,8 @@ class Run:
 
     def __post_init__(self):
         at_least(1, self, "seeds")
-        if not self.scale > 0:
-            raise ConfigError(f"--scale: expected more than 0, got {self.scale}")
+        if not 0 < self.scale < math.inf:
+            raise ConfigError(f"--scale: expected a finite number above 0, got {self.scale}")
 
 
 @settings

@@ -31,7 +31,7 @@ from peftdebias.lines import place as _place
 from peftdebias.records import Record, json_type
 
 UNITS = ("line", "sentence", "document")
-TRUE = ("1", "1.0", "true", "yes")  # in any case, where a label is "any of these columns"
+TRUE = ("1", "1.0", "true", "yes")  # in any case
 FALSE = ("0", "0.0", "false", "no")
 
 

@@ -30,6 +30,8 @@ LEARNING_RATES = {"pretraining": 1e-3, "upstream": 3e-3, "downstream": 5e-4}
 MARK = "demo.json"
 RUNS = ("gender", "plain", "debiased")
 """The run folders that a demo leaves."""
+MADE = ("world", "base", *RUNS, "report.html", "metrics.json")
+"""All that a demo, or the report of one, leaves beside its mark."""
 SCORING = "crows-pairs/bias-bench/all"
 
 
@@ -76,7 +78,11 @@ def demo(settings: Demo, say=lambda line: None) -> str:
     about = {"strength": settings.strength, "label_strength": settings.label_strength, "seed": settings.seed}
     if (out / MARK).exists():
         say(f"{out}: an earlier demo, replaced")
-        shutil.rmtree(out)
+        for path in (out / name for name in MADE):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out {out}: exists and is no earlier demo; expected a new folder")
     try:

@@ -47,7 +47,8 @@ class HeldOut:
 
 
 def choose(read: Read, axis: Axis, intervention: Intervention, share: float, wanted: int, files: str) -> tuple[HeldOut, list[str]]:
-    """(the rule, the texts of the first `wanted` held-out families), with words of the axis on both sides.
+    """(the rule, the texts of the first `wanted` held-out families), with words of the axis on both sides: where none of these has any, the first held-out one
+    that has takes the last place.
 
     Raises DataError where no text has such words, or one family alone; `files` names the corpus. Where no held-out family has any (a corpus of a few
     lines), the first that has is held out too.
@@ -59,8 +60,8 @@ def choose(read: Read, axis: Axis, intervention: Intervention, share: float, wan
         texts += len(chunk)
         for family in swap.families(chunk):
             aside = rule(family)
-            if aside and len(held) < wanted:
-                held.append(family.text)
+            if aside:
+                _take(held, family, wanted, held_touched)
             if family.variants and aside:
                 held_touched = True
             elif family.variants and first is None:
@@ -77,10 +78,20 @@ def choose(read: Read, axis: Axis, intervention: Intervention, share: float, wan
         return rule, held
     rule, held = HeldOut(share, frozenset([first])), []
     for chunk in read():
-        held += [family.text for family in swap.families(chunk) if rule(family)][: wanted - len(held)]
-        if len(held) >= wanted:
+        for family in filter(rule, swap.families(chunk)):
+            _take(held, family, wanted, held_touched)
+            held_touched = held_touched or bool(family.variants)
+        if len(held) >= wanted and held_touched:
             break
     return rule, held
+
+
+def _take(held: list[str], family: Family, wanted: int, touched: bool) -> None:
+    """Puts the family's text into `held` where there is room, or where it is the first with words of the axis."""
+    if len(held) >= wanted and family.variants and not touched:
+        del held[-1]
+    if len(held) < wanted:
+        held.append(family.text)
 
 
 def beside(read: Read, valid: Sequence[str], axis: Axis, intervention: Intervention, files: str, valid_files: str) -> HeldOut:

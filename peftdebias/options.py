@@ -10,6 +10,7 @@ import os
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import ConfigError
@@ -210,12 +211,12 @@ def _read_toml(cls: type, path: Path) -> dict:
     return checked(cls, values, f"{path}: ")
 
 
-def at_least(least: int, of, *names: str) -> None:
-    """Raises ConfigError on a named field of the settings `of` that is set and less."""
+def at_least(least: int, of, *names: str, called: Callable[[str], str] = flag) -> None:
+    """Raises ConfigError on a named field of the settings `of` that is set and less. called: what the message calls a field."""
     for name in names:
         value = getattr(of, name)
         if value is not None and not value >= least:
-            raise ConfigError(f"{flag(name)}: expected at least {least}, got {value}")
+            raise ConfigError(f"{called(name)}: expected at least {least}, got {value}")
 
 
 def at_most(most: int, of, *names: str) -> None:

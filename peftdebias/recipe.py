@@ -11,13 +11,15 @@ A measure is an entry of `evaluate --on`: NAME=FILE with a file of the data fold
 """
 
 import dataclasses
+import math
 import re
 import tomllib
 from pathlib import Path
 
 from . import methods
+from .config import LEAST
 from .errors import ConfigError
-from .options import KINDS, checked
+from .options import KINDS, at_least, checked
 from .prepare import Source
 
 STAGES = ("downstream", "transfer")
@@ -53,6 +55,10 @@ class Learning:
     measures: tuple[str, ...] = ()
     max_pairs: int = 20000
 
+    def __post_init__(self):
+        at_least(1, self, "steps", "valid_every", called=str)
+        _check_schedule(self)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
@@ -74,10 +80,24 @@ class Task:
     neutral: str | None = None
     max_pairs: int = 20000
 
+    def __post_init__(self):
+        at_least(1, self, "epochs", called=str)
+        _check_schedule(self)
+        if not 0 < self.dev_share < 1:
+            raise ConfigError(f"dev_share: expected more than 0 and less than 1, got {self.dev_share}")
+
     @property
     def entries(self) -> tuple[str, ...]:
         """All of its measures."""
         return *self.measures, *self.measures_without_examples
+
+
+def _check_schedule(part: Learning | Task) -> None:
+    at_least(1, part, "batch_size", called=str)
+    at_least(LEAST, part, "max_length", called=str)
+    at_least(0, part, "max_pairs", called=str)
+    if not 0 < part.lr < math.inf:
+        raise ConfigError(f"lr: expected a finite number above 0, got {part.lr}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,8 +207,10 @@ class _Reader:
         if table:
             self.fail(f"unknown key {next(iter(table))!r}; expected title, axis, seeds, base, [upstream], [[task]], [[system]], [[column]]")
         for key, kind in (("title", str), ("axis", str), ("base", str), ("seeds", int)):
-            if not isinstance(plain[key], kind):
+            if not isinstance(plain[key], kind) or isinstance(plain[key], bool):
                 self.fail(f"{key}: expected {KINDS[kind]}, got {plain[key]!r}")
+        if plain["seeds"] < 1:
+            self.fail(f"seeds: expected at least 1, got {plain['seeds']}")
         found = Recipe(self.path, **plain, systems=systems, upstream=upstream, text=text, tasks=tuple(tasks), sources=sources, columns=columns)
         self.check(found)
         return found

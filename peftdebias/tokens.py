@@ -34,13 +34,14 @@ class Encoded:
 
 
 class Tokenizer:
-    """A tokenizer and the ids of its special tokens. style: "bert" ([CLS] a [SEP] b [SEP], segments 0 and 1) or "roberta" (<s> a </s></s> b </s>)."""
+    """A tokenizer and the ids of its special tokens. style: "bert" ([CLS] a [SEP] b [SEP], segments 0 and 1 where the model has two) or "roberta" (<s> a </s></s> b </s>)."""
 
     def __init__(self, backend: tokenizers.Tokenizer, style: str | None = None, settings: dict | None = None):
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         self.settings = dict(settings or {})
+        self.segments = 2  # that the model knows; with one, pairs have no second
         self.style = style or ("roberta" if backend.token_to_id("<mask>") is not None else "bert")
         ids = {}
         for role, default in STYLES[self.style].items():
@@ -119,7 +120,7 @@ class Tokenizer:
         tail = [self.sep_id] if b is None else [*b, self.sep_id]
         ids = head + middle + tail
         segments = None
-        if b is not None and self.style == "bert":
+        if b is not None and self.style == "bert" and self.segments > 1:
             segments = numpy.array([0] * (len(head) + 1) + [1] * len(tail), dtype=numpy.int32)
         return Encoded(numpy.array(ids, dtype=numpy.int32), segments, max(0, length - room))
 

@@ -391,6 +391,7 @@ def load(folder: str | Path, **options) -> Loaded:
     tokenizer = load_tokenizer(report.folder)
     if tokenizer.vocab_size > model.config.vocab:
         raise ModelError(f"{report.folder}: tokenizer has {tokenizer.vocab_size} tokens; expected at most the model's vocabulary of {model.config.vocab}")
+    tokenizer.segments = model.config.segments
     return Loaded(model, tokenizer, report)
 
 

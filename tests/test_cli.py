@@ -446,9 +446,12 @@ def test_the_demo_ends_in_a_table_and_can_be_run_again(tmp_path, monkeypatch):
     for run, names in (("gender", ("evaluation.json", "evaluation-base.json", "examples.jsonl", "examples-base.jsonl")), ("plain", ("evaluation.json", "examples.jsonl"))):
         assert all((out / run / name).exists() for name in names)
     (out / "demo.json").write_text('{"rows": null}')  # as after Ctrl-C
+    (out / "mine").mkdir()
+    (out / "mine" / "notes.txt").write_text("mine")
     monkeypatch.setattr(demonstration, "pretrain", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     said = cli("demo", "--out", out)
     assert said.code == 130 and f"{out}: an earlier demo, replaced" in said.err and (out / "demo.json").exists()
+    assert (out / "mine" / "notes.txt").read_text() == "mine" and {p.name for p in out.iterdir()} == {"mine", "world", "demo.json"}  # what is no demo's stays
 
 
 # ---------------------------------------------------------------- real processes

@@ -46,6 +46,18 @@ def test_a_cuda_device_would_get_triton(monkeypatch):
         kernels._registry.update(before)
 
 
+def test_rows_that_no_kernel_takes_are_left_to_the_twins(monkeypatch):
+    monkeypatch.setattr(kernels, "missing", lambda op, kind, device="cuda": "")
+    monkeypatch.setattr(kernels, "_registry", {(op, kind): kind for op in kernels.TRITON for kind in ("native", "triton")})
+    for op, most in kernels.WIDEST.items():
+        chosen = [kernels.choose(op, reference="twin", device="cuda", width=width) for width in (1, most, most + 1)]
+        assert chosen == ["triton", "triton", "twin"] and kernels.choose(op, reference="twin", width=most + 1) == "native"
+        assert kernels.decide(op, "cuda", True)[1] == f"the kernel takes at most {most} columns; plain torch does its work"
+        with kernels.use("triton"):  # by name: it says itself what it cannot take
+            assert kernels.choose(op, reference="twin", device="cuda", width=most + 1) == "triton"
+    assert kernels.choose("gelu", reference="twin", device="cuda", width=10 ** 6) == "triton"
+
+
 def test_without_triton_the_twins_do_the_work(monkeypatch):
     monkeypatch.setattr(kernels, "no_triton", lambda: "triton is not installed")
     assert kernels.decide("lora_linear", torch.device("cuda")) == ("torch", "triton is not installed; plain torch does its work")

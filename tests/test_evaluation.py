@@ -131,7 +131,7 @@ def test_what_cannot_be_measured_is_left_out_or_named_with_its_file():
         classification_measures(["0"], [example("0", "f")], ("0", "1"), where="f.csv", samples=5)
 
 
-@pytest.mark.parametrize("labels,wanted,found", [(("0", "1"), None, "1"), (("no", "Yes"), None, "Yes"), (("a", "b"), None, None), (("a", "b"), "a", "a"), (("0", "1", "2"), None, None),
+@pytest.mark.parametrize("labels,wanted,found", [(("0", "1"), None, "1"), (("no", "Yes"), None, "Yes"), (("0.0", "1.0"), None, "1.0"), (("a", "b"), None, None), (("a", "b"), "a", "a"), (("0", "1", "2"), None, None),
                                                  (("0", "1", "2"), "2", "2")])  # fmt: skip
 def test_which_label_f1_is_of(labels, wanted, found):
     assert positive_label(labels, wanted) == found

@@ -74,6 +74,21 @@ def test_the_share_is_that_of_families_and_not_that_of_development_examples():
     assert abs(held / len(left) - 0.1) < 4 * (0.1 * 0.9 / len(left)) ** 0.5
 
 
+def test_a_corpus_of_few_words_has_one_of_them_on_either_side():
+    """An axis that keeps untouched texts: the first `wanted` held-out families may all be without words."""
+    race = load_axis("race")
+    assert race.keep_untouched
+    texts = [f"the house {i} is old" for i in range(300)]
+    texts += [f"the black doctor is number {i}" for i in range(60)]
+    rule, held = choose(reading(texts)[0], race, PAPER, 0.2, 5, "f")
+    aside = [t for t in texts if rule(family_of(t, race))]
+    first = next(t for t in aside if "black" in t)
+    assert held == [*aside[:4], first] and "black" not in "".join(aside[:5])
+    texts = texts[:300] + ["the black doctor is here", "the asian lawyer is there"]
+    rule, held = choose(reading(texts)[0], race, PAPER, 0.02, 3, "f")
+    assert len(held) == 3 and sum("black" in t or "asian" in t for t in held) == 1 and all(rule(family_of(t, race)) for t in held)
+
+
 def test_without_a_held_out_text_that_has_words_the_first_such_family_is_taken():
     texts = ["it is", "he is", "she was", "it was", "he is ", "she is"]
     rule, held = choose(reading(texts)[0], GENDER, PAPER, 1e-9, 9, "f")

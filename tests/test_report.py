@@ -3,6 +3,7 @@
 How it looks and behaves in a browser is test_report_page.py's business.
 """
 
+import dataclasses
 import importlib.util
 import json
 import random
@@ -189,6 +190,10 @@ def test_the_command_of_a_run_makes_its_configuration_again(tmp_path):
     words = shlex.split(reading.command_line(reading.read_run(folder)))
     given = vars(command_line_module.parser().parse_args(words[1:]))
     assert words[:2] == ["peftdebias", "upstream"] and options.resolve(config.Upstream, {k: v for k, v in given.items() if k != "command"}) == chosen
+    chosen = dataclasses.replace(chosen, set={"positioned": True, "reparametrised": False, "length": 3})
+    (folder / "config.toml").write_text(tomli_w.dumps({"command": "upstream"} | options.as_plain(chosen)))
+    given = vars(command_line_module.parser().parse_args(shlex.split(reading.command_line(reading.read_run(folder)))[1:]))
+    assert options.resolve(config.Upstream, {k: v for k, v in given.items() if k != "command"}) == chosen
     down = config.Downstream(model="m", train="a", dev="b", text="t", label="l", out="o", fold=False, class_weights="0=1,1=10")
     (folder / "config.toml").write_text(tomli_w.dumps({"command": "downstream"} | options.as_plain(down)))
     words = shlex.split(reading.command_line(reading.read_run(folder)))

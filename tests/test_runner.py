@@ -115,6 +115,14 @@ def test_the_shipped_recipes_are_whole():
 @pytest.mark.parametrize("old,new,words", [
     ('title = "small"', "", "title: expected a text, got None"),
     ('axis = "gender"', 'axis = "gender"\nfoo = 1', "unknown key 'foo'; expected title, axis"),
+    ("seeds = 2", "seeds = 0", "seeds: expected at least 1, got 0"),
+    ("seeds = 2", "seeds = true", "seeds: expected a whole number, got True"),
+    ("steps = 30", "steps = -5", r"\[upstream\]: steps: expected at least 1, got -5"),
+    ("lr = 1e-2", "lr = inf", r"\[upstream\]: lr: expected a finite number above 0, got inf"),
+    ("steps = 30", "steps = 30\nmax_length = 2", r"\[upstream\]: max_length: expected at least 3, got 2"),
+    ("epochs = 10\n", "epochs = -3\n", r"\[\[task\]\] moved: epochs: expected at least 1, got -3"),
+    ('name = "moved"', 'name = "moved"\nbatch_size = 0', r"\[\[task\]\] moved: batch_size: expected at least 1, got 0"),
+    ('name = "moved"', 'name = "moved"\ndev_share = 1.0', r"\[\[task\]\] moved: dev_share: expected more than 0 and less than 1, got 1.0"),
     ("seeds = 2", 'seeds = "2"', "seeds: expected a whole number, got '2'"),
     ("steps = 30", 'steps = "many"', r"\[upstream\]: steps: expected a whole number, got 'many'"),
     ("steps = 30", "step = 30", r"\[upstream\]: unknown key 'step'"),
@@ -145,7 +153,8 @@ def test_a_recipe_that_is_wrong_is_refused_in_one_line(old, new, words, tmp_path
 
 @pytest.mark.parametrize("flags,words", [
     (["nothing"], "nothing: expected a recipe file or one of biasbios, bug, ghc, lhc, mnli, found none"),
-    (["--scale", "0"], "--scale: expected more than 0, got 0.0"),
+    (["--scale", "0"], "--scale: expected a finite number above 0, got 0.0"),
+    (["--scale", "inf"], "--scale: expected a finite number above 0, got inf"),
     (["--systems", "LoRA", "X"], "--systems X: expected one of FT, Full-Debias, LoRA"),
     (["--upstream", "lt=1"], "--upstream lt: unknown key 'lt'"),
     (["--downstream", "lr=fast"], "--downstream lr: lr: expected a number, got 'fast'"),

@@ -9,11 +9,13 @@ import json
 import os
 import re
 
+import numpy
 import pytest
 import torch
 
 from peftdebias import checkpoint
-from peftdebias.batches import pack
+from peftdebias.batches import Sample, pack
+from peftdebias.encoder import Model
 from peftdebias.errors import ModelError
 from peftdebias.tasks import labelled_samples
 from peftdebias.tokens import load_tokenizer, wordpiece
@@ -338,6 +340,19 @@ def test_a_tokenizer_larger_than_the_vocabulary_names_both(bert):
     assert message(lambda: load(folder)) == f"{folder}: tokenizer has 98 tokens; expected at most the model's vocabulary of 97"
     (folder / "vocab.txt").unlink()
     assert message(lambda: load(folder)) == f"{folder}: expected tokenizer.json, vocab.txt, or vocab.json with merges.txt; found none"
+
+
+def test_a_model_of_one_segment_gets_pairs_without_a_second(tmp_path):
+    config = dataclasses.replace(model_of().config, segments=1)
+    model = Model(config, mlm=False)
+    model.initialize(model, torch.Generator().manual_seed(0))
+    save_model(model, tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, *(f"w{i}" for i in range(VOCAB - 5))]) + "\n")
+    loaded = load(tmp_path)
+    (pair,) = loaded.tokenizer.encode(["w1 w2"], ["w3"])
+    assert pair.segments is None and len(pair.ids) == 6
+    batch = pack([Sample(pair.ids, numpy.arange(6), None, pair.segments)])
+    assert loaded.model.encoder(batch).shape == (6, config.hidden)
 
 
 # ---------------------------------------------------------------- saving

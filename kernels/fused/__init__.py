@@ -42,6 +42,9 @@ TRITON: dict[str, str] = {
 }
 """op -> the file here whose import registers its Triton implementation."""
 
+WIDEST = {"attention": 128, "embed": 4096, "norm": 4096}
+"""op -> the columns of a row (attention: of a head) that its Triton implementation takes at most."""
+
 LEAST = (8, 0)
 """The compute capability from which on the kernels run: the first that multiplies tiles of bf16."""
 
@@ -85,20 +88,22 @@ class NoKernel(LookupError):
     """A kind that was asked for by name has no such op here."""
 
 
-def choose(op: str, reference, device=None):
+def choose(op: str, reference, device=None, width: int = 1):
     """The implementation of `op` to call now. `reference` is the caller's plain-torch twin.
 
-    device: the torch.device the tensors live on; None is a CPU. Raises NoKernel where a forced kind has no such op.
+    device: the torch.device the tensors live on; None is a CPU. width: columns of the tensors' rows, for the ops of WIDEST. Raises NoKernel where a forced kind has
+    no such op.
     """
-    kind, why = decide(op, device)
+    kind, why = decide(op, device, width > WIDEST.get(op, width))
     if kind is None:
         raise NoKernel(why)
     return reference if kind == "torch" else _registry[op, kind]
 
 
 @torch.compiler.assume_constant_result  # under torch.compile: what is asked for when it traces
-def decide(op: str, device=None) -> tuple[str | None, str]:
-    """(the kind that `choose` takes for `op` on `device`, why, in words); None where it would raise, and what it would say."""
+def decide(op: str, device=None, too_wide: bool = False) -> tuple[str | None, str]:
+    """(the kind that `choose` takes for `op` on `device`, why, in words); None where it would raise, and what it would say. too_wide: of rows above WIDEST, which a
+    Triton implementation that is asked for by name refuses itself."""
     kind, device = setting(), torch.device(device or "cpu")
     if kind == "torch":
         return "torch", "asked for by name"
@@ -106,7 +111,7 @@ def decide(op: str, device=None) -> tuple[str | None, str]:
         if transformed():
             return "torch", "torch.func or forward mode asks for more than a backward, which plain torch has"
         kind = "triton" if device.type == "cuda" else "native"
-        trouble = missing(op, kind, device)
+        trouble = missing(op, kind, device) or (f"the kernel takes at most {WIDEST[op]} columns" if too_wide and kind == "triton" else "")
         if not trouble:
             return kind, f"the fastest on {device.type}"
         return "torch", f"{trouble}; plain torch does its work"

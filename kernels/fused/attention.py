@@ -42,14 +42,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import register
+from . import WIDEST, register
 from .attention_mask import draw, kept_of, line_of, place_of, words_of
 from .attention_mask import spec as mask_spec
 from .dropout_ref import Drop, threshold_of
 from .op import op
 from .tiles import DTYPES, Spec, arch_of, ceil_div, dot, expect, on, power, product_dtype, sum_spec, sum_stretches
 
-WIDEST = 128  # W
 STRETCH = 256  # query rows that one program sums for the gradients of the prefix, at least
 MOST_STRETCHES = 16
 
@@ -513,8 +512,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, spans, prefix: tuple[Te
     query, key, value = (x.to(product_dtype(x)) for x in (query, key, value))
     expect("attention", "query", query, (spans.queries, -1, -1))
     heads, width = query.shape[1:]
-    if not 1 <= width <= WIDEST:
-        raise ValueError(f"attention, query: expected a head width of 1 to {WIDEST}, got {width}")
+    if not 1 <= width <= WIDEST["attention"]:
+        raise ValueError(f"attention, query: expected a head width of 1 to {WIDEST['attention']}, got {width}")
     for name, tensor in (("key", key), ("value", value)):
         expect("attention", name, tensor, (spans.keys, heads, width), (query.dtype,), query.device)
     for name, sums in (("cu_queries", spans.cu_queries), ("cu_keys", spans.cu_keys)):

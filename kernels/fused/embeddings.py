@@ -33,10 +33,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import register
+from . import WIDEST, register
 from .dropout import keep
 from .dropout_ref import Drop, threshold_of
-from .norm import STRETCHES, WIDEST, backward_kernel, centre, columns_of, is_tight, norm_backward, registers, spec_of, tiles_for, vector_of
+from .norm import STRETCHES, backward_kernel, centre, columns_of, is_tight, norm_backward, registers, spec_of, tiles_for, vector_of
 from .op import op
 from .tiles import DTYPES, Spec, arch_of, ceil_div, expect, on, product_dtype, rows_together, sum_spec
 
@@ -153,8 +153,8 @@ def embed(ids: Tensor, places: Tensor, word: Tensor, placed: Tensor, gain: Tenso
     ValueError that names what it cannot take."""
     expect("embed", "word", word, (-1, -1))
     width = word.shape[1]
-    if not 1 <= width <= WIDEST:
-        raise ValueError(f"embed, word: expected 1 to {WIDEST} columns, got {width}")
+    if not 1 <= width <= WIDEST["embed"]:
+        raise ValueError(f"embed, word: expected 1 to {WIDEST['embed']} columns, got {width}")
     expect("embed", "placed", placed, (-1, width), device=word.device)
     expect("embed", "ids", ids, (-1,), (torch.int64,), word.device)
     expect("embed", "places", places, (ids.shape[0],), (torch.int64,), word.device)

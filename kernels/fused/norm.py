@@ -32,13 +32,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import register, watched
+from . import WIDEST, register, watched
 from .dropout import keep
 from .dropout_ref import Drop, threshold_of
 from .op import first_order, op
 from .tiles import DTYPES, Spec, arch_of, ceil_div, expect, on, power, product_dtype, rows_together, sum_spec, sum_stretches
 
-WIDEST = 4096  # D of a row, and elements that a program holds at a time
+HELD = 4096  # elements that a program holds at a time
 STRETCHES = 768  # at most that many partial sums of a column: a few programs for each multiprocessor of a GPU
 
 
@@ -169,9 +169,9 @@ def tiles_for(width: int, sums: bool = False) -> dict[str, int]:
     2048 elements a program or one row; another is one part, 32 elements a thread, half as many where `sums` of columns stay in registers beside them, and half of that above 1024."""
     block = power(width)
     if block >= 64 and 3 * block // 4 >= width:
-        rows, block = max(1, min(16, WIDEST // 2 // block)), block // 4
+        rows, block = max(1, min(16, HELD // 2 // block)), block // 4
         return {"ROWS": rows, "PARTS": 3, "BD": block, "WHOLE": 3 * block == width, "num_warps": max(1, rows * block // 256)}
-    rows = max(1, min(16, WIDEST // block))
+    rows = max(1, min(16, HELD // block))
     return {"ROWS": rows, "PARTS": 1, "BD": block, "WHOLE": block == width, "num_warps": max(1, rows * block // (1024 >> (sums + (block > 1024))))}
 
 
@@ -328,8 +328,8 @@ def norm(hidden: Tensor, residual: Tensor | None, gain: Tensor, bias: Tensor, ep
     head of this file. Raises ValueError that names what it cannot take."""
     expect("norm", "hidden", hidden, (-1, -1))
     width = hidden.shape[1]
-    if not 1 <= width <= WIDEST:
-        raise ValueError(f"norm, hidden: expected 1 to {WIDEST} columns, got {width}")
+    if not 1 <= width <= WIDEST["norm"]:
+        raise ValueError(f"norm, hidden: expected 1 to {WIDEST['norm']} columns, got {width}")
     if residual is not None:
         expect("norm", "residual", residual, tuple(hidden.shape), device=hidden.device)
     expect("norm", "gain", gain, (width,), device=hidden.device)

@@ -71,8 +71,9 @@ def attention_varlen(query: Tensor, key: Tensor, value: Tensor, spans: Spans, pr
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: Prefix | None = None, drop: Drop | None = None) -> Tensor:
-    """attention_ref by the implementation that `kernels` chooses for the tensors' device, in the form that `dispatch` picks; no kernel takes float64."""
-    op = attention_padded if query.dtype == torch.float64 else kernels.choose("attention", reference=attention_padded, device=query.device)
+    """attention_ref by the implementation that `kernels` chooses for the tensors' device, in the form that `dispatch` picks; no kernel takes float64, nor Triton's wider heads
+    than kernels.WIDEST."""
+    op = attention_padded if query.dtype == torch.float64 else kernels.choose("attention", reference=attention_padded, device=query.device, width=query.shape[2])
     if op is not attention_padded and kernels.decide("attention", query.device)[0] == "triton":
         op = {"fused": op, "padded": attention_padded, "varlen": attention_varlen}[_form(query, key, spans, prefix, drop)]
     return op(query, key, value, spans, prefix, drop)

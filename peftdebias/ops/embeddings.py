@@ -20,7 +20,7 @@ def embed_ref(ids: Tensor, places: Tensor, word: Tensor, placed: Tensor, gain: T
 def embed(ids: Tensor, places: Tensor, word: Tensor, placed: Tensor, gain: Tensor, bias: Tensor, epsilon: float, drop: Drop | None = None) -> Tensor:
     """embed_ref by the implementation that `kernels` chooses for the tensors' device; no kernel takes float64."""
     plain = torch.float64 in (word.dtype, placed.dtype)
-    return (embed_ref if plain else kernels.choose("embed", reference=embed_ref, device=word.device))(ids, places, word, placed, gain, bias, epsilon, drop)
+    return (embed_ref if plain else kernels.choose("embed", reference=embed_ref, device=word.device, width=word.shape[-1]))(ids, places, word, placed, gain, bias, epsilon, drop)
 
 
 @compiled.register("embed")

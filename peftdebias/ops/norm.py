@@ -30,7 +30,7 @@ def norm_ref(hidden: Tensor, residual: Tensor | None, gain: Tensor, bias: Tensor
 def norm(hidden: Tensor, residual: Tensor | None, gain: Tensor, bias: Tensor, epsilon: float, drop: Drop | None = None, fork: bool = False) -> Tensor | Forked:
     """norm_ref by the implementation that `kernels` chooses for the tensors' device; no kernel takes float64."""
     plain = hidden.dtype == torch.float64
-    return (norm_ref if plain else kernels.choose("norm", reference=norm_ref, device=hidden.device))(hidden, residual, gain, bias, epsilon, drop, fork)
+    return (norm_ref if plain else kernels.choose("norm", reference=norm_ref, device=hidden.device, width=hidden.shape[-1]))(hidden, residual, gain, bias, epsilon, drop, fork)
 
 
 @compiled.register("norm")
