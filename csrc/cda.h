@@ -77,7 +77,7 @@ constexpr int ABI = 3;  // of the whole library: this C ABI and that of ops.h
 constexpr int WINDOW = 64;  // cda.WINDOW
 constexpr int GAP = 3;      // cda.GAP
 constexpr int LONGEST = 400;  // bytes of axes.LONGEST_WORD characters at most
-enum { OK = 0, NO_MEMORY = 1, NO_THREAD = 2 };
+enum { OK = 0, NO_MEMORY = 1 };
 enum { WORD = 1, SPACE = 2 };
 enum { PLURAL_NO_S = 1, ENDS_IN_S = 2, BARE = 4, UPPER = 8 };
 

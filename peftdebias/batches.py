@@ -154,6 +154,7 @@ class Batch:
     the rows asked for. targets: int64 [M] (masked tokens) or labels [B], IGNORED among them, or None. lengths, row_lengths: host tuples of B
     entries, tokens and rows asked for of each sequence. max_length: the longest. family: int64 [B], the source text each member came from.
 
+    firsts: whether the first token of each sequence, which a classifier reads, is all that is asked for.
     cu_rows: int32 [B+1], the rows of each sequence; None: row_lengths says it. bounds: of a batch in a fixed shape (shapes.py), whose lengths the host does not know.
     """
 
@@ -167,6 +168,7 @@ class Batch:
     row_lengths: tuple[int, ...]
     max_length: int
     family: Tensor
+    firsts: bool = False
     cu_rows: Tensor | None = None
     bounds: Bounds | None = None
 
@@ -248,6 +250,7 @@ def pack(samples: Sequence[Sample]) -> Batch:
         row_lengths=row_lengths,
         max_length=max(lengths, default=0),
         family=torch.tensor([s.family for s in samples], dtype=torch.int64),
+        firsts=bool(samples) and all(len(s.rows) == 1 and s.rows[0] == 0 for s in samples),
     )
 
 
@@ -279,7 +282,7 @@ def with_inserted(batch: Batch, count: int, first_row: bool = False) -> tuple[Te
 
     order: rows of [the vectors, once for every text; hidden] end to end, to gather with. It names no row twice, so the backward of the gather adds nothing up: on a GPU
     that would be a sum in another order every time. The rows asked for move with the text; with `first_row` the first vector before a text
-    is asked for where the text's first token was. ids, positions and segments keep describing the text.
+    is asked for where the text's first token was, in a batch of `firsts`. ids, positions and segments keep describing the text.
     """
     owner, of_row = sequence_of(batch.cu_seqlens, total := batch.spans.keys), sequence_of(batch.row_spans.cu_queries, batch.rows.shape[0])
     device, sequences = batch.ids.device, batch.cu_seqlens.shape[0] - 1
@@ -288,7 +291,7 @@ def with_inserted(batch: Batch, count: int, first_row: bool = False) -> tuple[Te
     order.index_copy_(0, torch.arange(total, device=device) + (owner + 1) * count, torch.arange(total, device=device) + sequences * count)
     order.index_copy_(0, ((batch.cu_seqlens[:-1] + before * count)[:, None] + inserted).flatten(), torch.arange(sequences * count, device=device))
     rows = batch.rows + (of_row + 1) * count
-    if first_row:
+    if first_row and batch.firsts:
         place = batch.rows - batch.cu_seqlens[:-1].long().index_select(0, of_row)
         already = (total - batch.ids.shape[0]) // max(1, sequences)  # vectors that stand there before
         rows = torch.where((place == 0) | (place == already), rows - place - count, rows)

@@ -2,7 +2,7 @@ r"""Counterfactual data augmentation: a text with the identity words of one axis
 
 What it adds over axes/: how a word is found in a text, how its letter case is kept, and which pronoun `her` and `his` stand for. This plain Python is
 the specification; an engine in another language has to equal it character for character, and reads the same tables (axes/*.toml).
-Left out: a part-of-speech tagger, agreement ("an Asian", "a Asian"), first names, coreference: every attribute word is swapped, whoever it means.
+Left out: a part-of-speech tagger, agreement ("an Asian", "a Asian"), coreference: every attribute word is swapped, whoever it means.
 
 A word is a run of word characters (`axes.word_class`); a swap replaces whole words only, in one of three letter cases: lower, Capital, UPPER. A word
 in any other case (hE, kINg) is somebody's own spelling and is left alone. Possessives and contractions (king's, she'll, both ' and U+2019, joined or

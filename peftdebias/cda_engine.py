@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peftdebias import cda, native
-from peftdebias.axes import Axis, word_class
+from peftdebias.axes import MOST_BARRED, Axis, word_class
 from peftdebias.cda import KEEP, PAPER, Counterfactual, Family, Intervention, Swap, counterfactuals
+from peftdebias.errors import ConfigError
 
 BLOCK = 8 << 20  # bytes of text that go to the engine together
 EVERYTHING = 2**62
@@ -335,7 +336,9 @@ def _tables(axis: Axis, only_from: int | None) -> tuple["_Tables", list[str]]:
             rows += form.choices.values()
             pronouns.append(1 + list(cda.PRONOUNS).index(form.word))
     choices = [choice for row in rows for choice in row]
-    sets = list(dict.fromkeys(lexicon.unless_after.values()))[:64]  # no more: an axis has a handful
+    sets = list(dict.fromkeys(lexicon.unless_after.values()))
+    if len(sets) > MOST_BARRED:  # an Axis that came from no file
+        raise ConfigError(f"axis {axis.name}: unless_after: expected at most {MOST_BARRED} sets of words, got {len(sets)}")
     barred = sorted(set().union(*sets))
     rules = _pronoun_tables() if axis.pronouns else {
         "tokens": _strings(()), "token_class": array("i"), "capital_class": array("i", [0]), "allowed": array("Q", [0] * 5), "pronoun_rules": array("Q", [0] * 2),

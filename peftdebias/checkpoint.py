@@ -22,14 +22,13 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import safetensors.torch
 import tomli_w
 import torch
 
 from . import __version__, methods, patch, weights
 from .encoder import Model
 from .errors import AdapterError, ConfigError, ModelError
-from .files import read_object, read_tensors
+from .files import read_object, read_tensors, write_tensors
 from .methods import Method
 from .options import checked
 from .outputs import files_in, keep_apart, tables, writing_folder
@@ -64,7 +63,7 @@ class Adapter:
 def save_adapter(folder: Path, method: Method, axis: str, base: dict, about: dict | None = None) -> None:
     """Write adapter.json and adapter.safetensors. base: describe_base of the model it belongs to."""
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(method.state(), folder / "adapter.safetensors", metadata={"format": "pt"})
+    write_tensors(method.state(), folder / "adapter.safetensors")
     header = {"format": FORMAT, "method": method.name, "axis": axis, "config": dataclasses.asdict(method.saved_config()), "base": base} | (about or {})
     (folder / "adapter.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 

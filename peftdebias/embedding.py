@@ -342,15 +342,14 @@ class Padded(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids int64 [B, S], mask int64 or bool [B, S] -> as `what` says."""
         there = mask.ne(0)  # [B, S]
-        hidden, before, beginning = self._encode(ids, there), len(self.vectors), self._first(there)
+        hidden, before = self._encode(ids, there), len(self.vectors)
         if self.what == "predict" or (self.what == "encode" and self.pooling == "first"):
+            beginning = self._first(there)
             x = (hidden[:, before:] * beginning.to(hidden.dtype)[:, :, None]).sum(1) if self.first == before else hidden[:, self.first]  # [B, D]
             if self.what == "encode":
                 return x
             return self._linear("classifier.output", torch.tanh(self._linear("classifier.dense", x)))
         x = hidden[:, before:]
-        if self.first != before:
-            x = torch.where(beginning[:, :, None], hidden[:, self.first:self.first + 1], x)
         if self.what == "encode":
             weight = there.to(x.dtype)[:, :, None]
             return (x * weight).sum(1) / weight.sum(1)

@@ -1,10 +1,12 @@
-"""Files that others wrote, read with care: tensors by name, JSON objects. Never code, and one line for whatever is wrong with them.
+"""Tensors by name and JSON objects: files that others wrote read with care, never code, one line for whatever is wrong with them; files of tensors written.
 
 What it adds over safetensors, torch.load and json: `raised`, the kind of error that names the file. It leaves out whose names they are, and which shapes are wanted.
 """
 
 import json
 import math
+import os
+import re
 from pathlib import Path
 
 import safetensors.torch
@@ -50,6 +52,16 @@ def read_parts(listing: Path, raised: type[PeftDebiasError]) -> dict[str, Tensor
             raise raised(f"{path}: expected the tensor {lost} by {listing.name}, found none")
         tensors |= part
     return tensors
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A .safetensors file. Raises OSError with the file's name, of a full disk say."""
+    try:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if found := re.search(r"(.*)\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[2]), os.strerror(int(found[2])), str(path)) from None
+        raise
 
 
 def _is_plain(value: object) -> bool:

@@ -66,5 +66,5 @@ def fill(batch: Batch, shape: Shape) -> Batch:
     return Batch(ids=filled(batch.ids, shape.tokens), positions=torch.cat([batch.positions, *(torch.arange(n) for n in dummies)]),
                  segments=filled(batch.segments, shape.tokens), cu_seqlens=filled(torch.cat([batch.cu_seqlens, bounds]), shape.sequences + 1, shape.tokens),
                  rows=filled(batch.rows, shape.rows, min(len(batch.ids), shape.tokens - 1)), targets=filled(batch.targets, shape.rows, IGNORED), lengths=(), row_lengths=(),
-                 max_length=shape.longest, family=filled(batch.family, shape.sequences, -1), cu_rows=filled(row_bounds, shape.sequences + 1, shape.rows),
+                 max_length=shape.longest, family=filled(batch.family, shape.sequences, -1), firsts=batch.firsts, cu_rows=filled(row_bounds, shape.sequences + 1, shape.rows),
                  bounds=Bounds(shape.tokens, shape.longest, shape.most_rows))

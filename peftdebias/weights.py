@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -20,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from . import files
 from .encoder import EncoderConfig, Model
 from .errors import ModelError
-from .files import read_object, wrong_numbers
+from .files import read_object, wrong_numbers, write_tensors
 from .tokens import Tokenizer, load_tokenizer
 
 FILES = ("config.json", "*.safetensors", "*.bin", "*.index.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
@@ -402,7 +401,7 @@ def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = N
     ours = {name.removeprefix("encoder."): p.detach().cpu() for name, p in model.named_parameters()}
     if model.classifier is None:
         ours |= model.carried
-    safetensors.torch.save_file(to_foreign(ours, model.config), folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(to_foreign(ours, model.config), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(foreign_config(model), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save(folder)

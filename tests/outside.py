@@ -172,7 +172,7 @@ def spelled_out(model: Model, batch: Batch, head: str, *, weights=None, linear=N
 
     weights: by our names, in place of the model's own. linear(site, x, W, b), block(site, hidden, residual, norm): in place of x W^T + b and of hidden.
     prefix(layer): keys and values [P, H, W] before each text's own. prompt [P, D]: rows before each text's words, position and segment included if they
-    have any. shift: of the text's positions. first_row: "prompt" answers with the prompt's first row where the text's first token is asked for.
+    have any. shift: of the text's positions. first_row: "prompt" answers with the prompt's first row where the texts' first tokens are all that is asked for.
     """
     c, p = model.config, dict(model.named_parameters()) | {f"encoder.{name}": tensor for name, tensor in (weights or {}).items()}
     activation = torch.nn.functional.gelu  # what all models of the tests have
@@ -210,7 +210,7 @@ def spelled_out(model: Model, batch: Batch, head: str, *, weights=None, linear=N
             x = joined(site, module(f"{site}.output", torch.cat(heads, -1)), x)
             site = f"layers.{i}.feed_forward"
             x = joined(site, module(f"{site}.down", activation(module(f"{site}.up", x))), x)
-        answers += [x[0 if first_row == "prompt" and row == starts[b] else row - starts[b] + before] for row in rows.tolist()]
+        answers += [x[0 if first_row == "prompt" and batch.rows.tolist() == starts[:-1] else row - starts[b] + before] for row in rows.tolist()]
     x = torch.stack(answers)
     if head == "class":
         return torch.tanh(x @ p["classifier.dense.weight"].T + p["classifier.dense.bias"]) @ p["classifier.output.weight"].T + p["classifier.output.bias"]

@@ -37,8 +37,8 @@ def test_every_field_of_a_batch_made_by_hand():
     assert equal(batch.targets, [7, 8, 9, 10])
     assert equal(batch.family, [5, 5, 2])
     assert (batch.lengths, batch.row_lengths, batch.max_length) == ((3, 1, 4), (1, 1, 2), 4)
-    assert {f.name for f in dataclasses.fields(batch)} == {  # CONTRACTS.md, the host's row_lengths, and what a device or a bucket needs
-        "ids", "positions", "segments", "cu_seqlens", "rows", "targets", "lengths", "row_lengths", "max_length", "family", "cu_rows", "bounds"}
+    assert {f.name for f in dataclasses.fields(batch)} == {  # CONTRACTS.md, the host's row_lengths, what a classifier reads, and what a device or a bucket needs
+        "ids", "positions", "segments", "cu_seqlens", "rows", "targets", "lengths", "row_lengths", "max_length", "family", "firsts", "cu_rows", "bounds"}
 
 
 def test_a_batch_packed_in_numpy_is_the_same_batch():

@@ -81,7 +81,7 @@ def in_rectangle(batch: Batch, left: bool = False, seed: int = 0) -> tuple[Tenso
 def packed_answers(model: Model, what: str, pooling: str = "first") -> tuple[Batch, Tensor]:
     """(a ragged batch that asks for every row, what the packed model says of it: [B, C], [T, V] or [B, D])."""
     every = ragged(rows="all")
-    first = dataclasses.replace(every, rows=every.cu_seqlens[:-1].long(), row_lengths=(1,) * len(every.lengths))
+    first = dataclasses.replace(every, rows=every.cu_seqlens[:-1].long(), row_lengths=(1,) * len(every.lengths), firsts=True)
     if what == "fill_mask":
         return every, model.mlm_logits(every)
     if what == "encode" and pooling == "mean":
@@ -436,7 +436,7 @@ def test_an_exported_file_runs_without_this_package(folders, tmp_path):
     for (ids, mask), *found in zip(asked, *(answers[what] for what in ("predict", "fill_mask", "encode"))):
         samples = [peftdebias.batches.Sample(row[m.bool()].numpy(), numpy.arange(int(m.sum()))) for row, m in zip(ids, mask)]
         every = peftdebias.batches.pack(samples)
-        first = dataclasses.replace(every, rows=every.cu_seqlens[:-1].long(), row_lengths=(1,) * len(samples))
+        first = dataclasses.replace(every, rows=every.cu_seqlens[:-1].long(), row_lengths=(1,) * len(samples), firsts=True)
         with torch.no_grad():
             assert_close(found[0], model.run.model.class_logits(first), "predict", logits=True)
             assert_close(found[1][mask.bool()], model.run.model.mlm_logits(every), "fill_mask", logits=True)

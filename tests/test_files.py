@@ -1,5 +1,6 @@
 """Files that others wrote: shards, pickles and single files give the same bits; code in them does not run; what is damaged or missing is named."""
 
+import errno
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from peftdebias.files import write_tensors
 from peftdebias.weights import load_model, read_tensors
 
 from .outside import one_thread
@@ -131,3 +133,18 @@ def test_a_folder_in_the_place_of_weights_is_named(bert):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").mkdir()
     assert message(lambda: load_model(folder)) == f"{folder}/model.safetensors: expected a file, got a folder"
+
+
+def test_a_file_that_cannot_be_written_whole_is_named(tmp_path):
+    """As on a full disk: the system's own error, by the file, and not the library's."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            write_tensors({"a": torch.zeros(4096)}, tmp_path / "a.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.errno == errno.EFBIG and error.value.filename == str(tmp_path / "a.safetensors")
+    with pytest.raises(FileNotFoundError):
+        write_tensors({}, tmp_path / "none" / "a.safetensors")

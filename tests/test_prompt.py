@@ -53,13 +53,15 @@ def test_two_positioned_ones_share_the_positions_out():
 
 @pytest.mark.parametrize("outer,inner,place", [("text", "text", 7), ("text", "prompt", 5), ("prompt", "text", 0), ("prompt", "prompt", 0)])
 def test_where_a_classifier_reads_behind_two_prompts(outer, inner, place):
-    """The row that is read moves to a prompt's first vector where the prompt says so; other rows asked for stay with their tokens."""
-    batch = ragged(rows="all")
-    for count, first_row in ((2, inner), (5, outer)):  # put in from the last to the first
-        _, batch = with_inserted(batch, count, first_row == "prompt")
-    starts = batch.cu_seqlens[:-1].tolist()
-    expected = [start + (place if i == 0 else i + 7) for start, n in zip(starts, LENGTHS) for i in range(n)]
-    assert batch.rows.tolist() == expected and batch.lengths == tuple(n + 7 for n in LENGTHS) and batch.max_length == max(LENGTHS) + 7
+    """The row that is read moves to a prompt's first vector where the prompt says so; where more is asked for, a mean over the text say, every row is the text's own."""
+    for rows in ("first", "all"):
+        batch = ragged(rows=rows)
+        assert batch.firsts == (rows == "first")
+        for count, first_row in ((2, inner), (5, outer)):  # put in from the last to the first
+            _, batch = with_inserted(batch, count, first_row == "prompt")
+        starts = batch.cu_seqlens[:-1].tolist()
+        expected = [start + place for start in starts] if rows == "first" else [start + i + 7 for start, n in zip(starts, LENGTHS) for i in range(n)]
+        assert batch.rows.tolist() == expected and batch.lengths == tuple(n + 7 for n in LENGTHS) and batch.max_length == max(LENGTHS) + 7
 
 
 def test_vectors_are_gathered_before_each_text():

@@ -4,11 +4,10 @@ import json
 import re
 from pathlib import Path
 
-import safetensors.torch
-
 from .. import weights
 from ..encoder import Model
 from ..errors import AdapterError
+from ..files import write_tensors
 from ..methods import Method
 from ..sites import EncoderConfig
 from .folders import CONFIG, Fields, Foreign, read_tensors
@@ -171,5 +170,5 @@ def write(folder: Path, method: Method, model: Model, base: str | None = None) -
         theirs = weights.to_foreign(head, model.config)
         tensors |= {f"base_model.{'model.' if stem else ''}{n}": t for n, t in theirs.items() if n.startswith("classifier.")}
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(tensors, folder / FILES[0], metadata={"format": "pt"})
+    write_tensors(tensors, folder / FILES[0])
     (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -40,7 +40,7 @@ def export_adapter(run: str | Path, form: str, out: str | Path, overwrite: bool 
             if form == "merged":
                 write_merged(folder, loaded)
             elif len(modules) > 1:
-                raise AdapterError(f"{run}: a peft folder holds one module; expected one, got {' and '.join(modules)} (--as merged takes several)")
+                raise AdapterError(f"{run}: a peft folder holds one module; expected one, got {' and '.join(modules)}; {_other_forms(modules)}")
             else:
                 peft.write(folder, *loaded.model.methods.values(), loaded.model, str((run / "model").resolve()) if (run / "model").is_dir() else config["model"])
         (folder / "README.md").write_text(card(run, config, form), encoding="utf-8")

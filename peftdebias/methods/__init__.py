@@ -1,11 +1,12 @@
 """What a method is, and the methods there are.
 
 A method is a value, never a branch: loops, tasks, checkpoint and command line call this Protocol and name no method. It says which sites of the encoder
-it takes hold of, owns a few parameters, and offers any of six hooks. Adding one is a file here and a line in METHODS.
+it takes hold of, owns a few parameters, and offers any of these hooks. Adding one is a file here and a line in METHODS.
 
-    linear, delta    lora (a product, and its delta), bias (a delta)        block        adapter
-    scale            ia3                                                    key_value    prefix
-    learn            what trains itself in its own way                      embed        prompt
+    linear, delta, low_rank    lora (a product, its delta, and that as two factors)    block        adapter
+    delta                      bias, sparse                                            key_value    prefix
+    scale                      ia3                                                     embed        prompt
+    learn, keeps               what trains itself in its own way, and what it lets rest downstream: sparse
 
 Letters: T tokens, D hidden, H heads, W head width, P prefix length.
 """
@@ -17,7 +18,7 @@ import importlib
 import math
 import numbers
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy
 import torch
@@ -28,6 +29,10 @@ from ..errors import AdapterError, ConfigError
 from ..files import wrong_numbers
 from ..options import SEEDS, checked
 from ..sites import LINEARS, EncoderConfig
+
+if TYPE_CHECKING:
+    from ..batches import Batch
+    from ..encoder import Model
 
 LARGEST = 2**24  # parameters that a module may have however small its base: 64 MiB
 

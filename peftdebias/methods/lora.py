@@ -6,7 +6,7 @@ x [T, in], W [out, in] frozen, A [r, in] drawn, B [out, r] zero at the start: an
 y = x (W + s B A)^T + b: mergeable and foldable. Dropout acts while the module is trained, and only then; a frozen module never drops.
 
 The room: this file (specification, module), written.py (W' = W + s B A once a pass, or the pieces beside one product), kernels/fused/lora_write.py, lora_thin.py, lora.py and lora_grads.py (Triton), tests/test_lora.py,
-tests/test_written.py and tests/kernel_checks/check_lora.py (proof), bench/cases.py (rows).
+tests/test_written.py and tests/kernel_checks/check_lora.py (proof), bench/cases_kernels.py, cases_native.py and cases_steps.py (rows).
 Left out: embeddings, biases trained beside it (methods/bias.py is a module of its own), ranks that differ from site to site.
 """
 

@@ -27,7 +27,8 @@ from . import Method
 class PromptConfig:
     """length: P >= 1. positioned: the vectors take positions 0 to P - 1 and segment 0, the text follows.
 
-    first_row: where a classifier reads, at the "text"'s first token or the "prompt"'s, this module's, first vector, also behind another's.
+    first_row: where a classifier reads, at the "text"'s first token or the "prompt"'s, this module's, first vector, also behind another's;
+    masked tokens and means over a text are the text's own in either case.
     """
 
     length: int = 20

@@ -13,13 +13,13 @@ MOST_PANELS = 6  # scatter plots of a stage
 MOST_ROWS = 40  # of a dot plot; the table has all
 
 
-def _pairs(source: Source, stage: str, task: str, of: dict[str, dict[str, Line]]) -> tuple[str | None, list[str]]:
+def _pairs(source: Source, stage: str, of: dict[str, dict[str, Line]]) -> tuple[str | None, list[str]]:
     """(measure of quality, measures of bias) of a stage: those of the paper's columns, else one of each family."""
     names = list(dict.fromkeys(name for found in of.values() for name in found))
     listed = [c["measure"] for c in source.columns if c["stage"] == stage and c["measure"] in names]
     names = listed if any(map(is_quality, listed)) and not all(map(is_quality, listed)) else names
     quality = [n for n in names if is_quality(n)]
-    best = next((n for n in quality if of_family(n) != "f1" or n != "f1/macro"), quality[0] if quality else None)
+    best = next((n for n in quality if n != "f1/macro"), quality[0] if quality else None)
     bias, families = [], set()
     for name in names:
         if not is_quality(name) and not is_floor(name) and "/class/" not in name and "/term/" not in name and (name in listed or of_family(name) not in families):
@@ -38,7 +38,7 @@ def trade_off(source: Source, ident: str) -> Section | None:
     blocks = []
     for number_, (stage, task) in enumerate(source.stages()):
         of = {system: lines(answers) for system, answers in source.of(stage, task).items()}
-        quality, bias = _pairs(source, stage, task, of)
+        quality, bias = _pairs(source, stage, of)
         made, rows = [], []
         for i, name in enumerate(bias):
             points = [(system, found[quality], found[name]) for system, found in of.items() if quality in found and name in found]

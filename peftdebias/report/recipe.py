@@ -28,7 +28,7 @@ def source_of_recipe(folder: Path) -> Source:
     """results.json in `folder`. Raises DataError that names what does not fit."""
     path = folder / "results.json"
     found = _checked(path)
-    answered = [_answer(folder, path, i, row, found) for i, row in enumerate(found["rows"])]
+    answered = [_answer(folder, path, i, row) for i, row in enumerate(found["rows"])]
     seen: dict[tuple, int] = {}
     for i, a in enumerate(answered):
         key = (a.system, a.seed, a.stage, a.task)
@@ -87,7 +87,7 @@ def _has(row, keys: dict[str, type], where: str) -> None:
             raise DataError(f"{where}: expected {key!r} to be {'a text' if kind is str else 'a list' if kind is list else 'a whole number'}, got {short(row.get(key))}")
 
 
-def _answer(folder: Path, path: Path, i: int, row: dict, found: dict) -> Answered:
+def _answer(folder: Path, path: Path, i: int, row: dict) -> Answered:
     where = f"{path}: rows[{i}]"
     run, examples = (folder / row[key] if isinstance(row.get(key), str) else None for key in ("run", "examples"))
     if examples is not None and not examples.is_file():

@@ -22,12 +22,12 @@ def placed(monkeypatch):
     """Puts the kernels named in MINE to work wherever the model runs, and counts what is called."""
     called, choose = [], kernels.choose
 
-    def fused(op, reference, device=None):
+    def fused(op, reference, device=None, width=1):
         if op not in MINE:
-            return choose(op, reference, device)
+            return choose(op, reference, device, width)
         called.append(op)
         with kernels.use("triton"):
-            return choose(op, reference, device)
+            return choose(op, reference, device, width)
 
     return called, lambda: monkeypatch.setattr(kernels, "choose", fused), monkeypatch.undo
 

@@ -18,12 +18,12 @@ def step(options: dict, kind: str, dtype: torch.dtype, draw: int, monkeypatch) -
     """Logits and gradients of one upstream step with OPS of one kind and the others as their twins, and which of OPS were asked for. The same float32 numbers in any dtype."""
     called, choose = [], kernels.choose
 
-    def chosen(op, reference, device=None):
+    def chosen(op, reference, device=None, width=1):
         if op not in OPS:
-            return choose(op, reference, device)
+            return choose(op, reference, device, width)
         called.append(op)
         with kernels.use(kind):
-            return choose(op, reference, device)
+            return choose(op, reference, device, width)
 
     model, generator = Model(CONFIG, mlm=True).to(DEVICE), torch.Generator().manual_seed(draw)
     method = methods.create("lora", CONFIG, options=options)
