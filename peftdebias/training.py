@@ -25,6 +25,7 @@ from .patch import Folded
 from .step import Compiled, Step
 
 LOG_EVERY = 10
+TOLD_EVERY = 60.0  # seconds, where there is no terminal for a bar
 STEPS = {"eager": Step, "graph": Graphed, "compiled": Compiled}
 FLAT = {"native": 2 ** 24, "triton": 2 ** 22}
 """Kind of kernel -> values of a module at most, gathered into one tensor; a whole base has large tensors, which are better left where they are."""
@@ -165,7 +166,8 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
 
         one_step = STEPS[schedule.step](model, task, optimizer, parameters, clip=schedule.clip, precision=schedule.precision, pull=pull, say=note)
         step, epoch, tokens = 0, 0, 0
-        started, losses = time.perf_counter(), []
+        told = started = time.perf_counter()
+        losses = []
         waited = validated = 0.0  # seconds
         bar.unpause()
         while step < schedule.steps:
@@ -192,6 +194,9 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
                     speed, waiting = tokens / elapsed, waited / (elapsed - validated)
                     log(event="step", step=step, loss=mean, lr=rate, tokens_per_second=round(speed), waiting=round(waiting, 4))
                     bar.set_postfix(loss=f"{mean:.4f}", tokens=f"{speed:.0f}/s", waiting=f"{100 * waiting:.1f}%")
+                    if bar.disable and started + elapsed - told >= TOLD_EVERY and step < schedule.steps:
+                        told = started + elapsed
+                        print(f"{label or 'training'}: step {step} of {schedule.steps}, loss {mean:.4f}, {elapsed / step * (schedule.steps - step) / 60:.1f} minutes left", file=sys.stderr, flush=True)
                     losses = []
                 if (schedule.validate_every and step % schedule.validate_every == 0) or step == schedule.steps:
                     asked = time.perf_counter()
@@ -216,7 +221,7 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
 
 
 def _bar(steps: int, label: str) -> tqdm:
-    """Steps done and time left, on standard error; quiet when that is no terminal."""
+    """Steps done and time left, on standard error; no bar when that is no terminal (`train` prints a line every TOLD_EVERY then)."""
     return tqdm(total=steps, desc=label, unit="step", disable=None, dynamic_ncols=True)
 
 

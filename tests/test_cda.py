@@ -4,12 +4,13 @@ import importlib.util
 import random
 import re
 import time
+import zlib
 from pathlib import Path
 
 import pytest
 
 from peftdebias.axes import SHAPES, letter_cases, load_axis, names
-from peftdebias.cda import Counterfactual, Family, Swap, counterfactuals, deciding_rule, families, pronoun_table, rows
+from peftdebias.cda import Counterfactual, Family, Intervention, Swap, counterfactuals, deciding_rule, families, pronoun_table, rows
 from peftdebias.errors import ConfigError
 
 GENDER, RACE, GROUP = load_axis("gender"), load_axis("race"), load_axis("group")
@@ -371,3 +372,13 @@ def test_the_benchmark_counts_what_it_says(bench):
 def test_an_axis_is_not_its_name():
     with pytest.raises(ConfigError, match=r"^axis: expected an Axis, as load_axis\('gender'\) gives one, got a text$"):
         counterfactuals("she is", "gender")
+
+
+@pytest.mark.parametrize("text", ["the black doctor", "An Asian man and his son", "three white nurses", "African"])
+@pytest.mark.parametrize("most", [1, 2])
+def test_fewer_variants_are_neighbours_from_a_place_that_the_text_says(text, most):
+    """CRC-32 of the text, so that over a corpus every column of a row comes as often."""
+    axis = load_axis("race")
+    every, some = counterfactuals(text, axis), counterfactuals(text, axis, Intervention(max_variants=most))
+    first = zlib.crc32(text.encode())
+    assert len(every) > 1 and some == [every[i] for i in sorted((first + j) % len(every) for j in range(most))]

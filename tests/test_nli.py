@@ -36,6 +36,13 @@ def test_all_pairs_of_your_own_lists(tmp_path):
     assert len(pairs) == 8 and [tuple(pair) for pair in pairs] == expected
 
 
+def test_an_article_fits_its_word(tmp_path):
+    folder = authors_lists(tmp_path)
+    (folder / "nouns" / "objects" / "food").write_text("apple\negg\nice\nolive\nugli\nEclair\nbagel\nyam\n")
+    written = {" ".join(pair.premise.split()[-2:]) for pair in nli.read_pairs(folder) if " ate " in pair.premise}
+    assert written == {"an apple.", "an egg.", "an ice.", "an olive.", "an ugli.", "an Eclair.", "a bagel.", "a yam."}
+
+
 def test_the_authors_layout(tmp_path):
     pairs = nli.read_pairs(authors_lists(tmp_path))
     endings = ["can afford an apple", "can afford a bagel", "can afford a car", "spoke to an adult", "spoke to a king", "spoke to a teen", "drove a car", "ate an apple", "ate a bagel"]

@@ -236,6 +236,22 @@ def test_only_what_is_left_to_do_is_asked_for(place, small, tmp_path):  # noqa: 
     assert said.code == 2 and "no such folder" in said.err.splitlines()[-1]
 
 
+def test_differences_are_to_the_base_and_paired_by_seed():
+    def row(system, seed, stage, value):
+        return {"system": system, "seed": seed, "stage": stage, "task": None if stage == "upstream" else "jobs", "measures": [{"name": "m", "value": value}]}
+
+    up, down = ({"stage": stage, "task": None, "title": "M", "measure": "m", "unit": "%", "ideal": 0.0} for stage in ("upstream", "downstream"))
+    table = {"base": "BERT", "baseline": "FT", "rows": [
+        row("BERT", 0, "upstream", 50.0), row("LoRA", 0, "upstream", 47.0), row("LoRA", 1, "upstream", 48.0),
+        row("FT", 1, "downstream", 10.0), row("FT", 0, "downstream", 20.0), row("LoRA", 0, "downstream", 21.0), row("LoRA", 1, "downstream", 14.0), row("LoRA", 2, "downstream", 99.0)]}
+    found = runner.change(table, up, "LoRA")  # the untrained base is one, whatever the seed
+    assert (found.first, found.second, found.value, found.n) == (50.0, 47.5, -2.5, 2) and found.low < -2.5 < found.high
+    found = runner.change(table, down, "LoRA")  # 1 and 4; the seed that plain fine-tuning has not is left out
+    assert (found.first, found.second, found.value, found.n) == (15.0, 17.5, 2.5, 2)
+    assert runner.change(table, up, "BERT") is None and runner.change(table, down, "FT") is None
+    assert runner.change({**table, "baseline": None}, down, "LoRA") is None
+
+
 def test_a_column_that_nobody_fills_is_named_and_the_table_claims_nothing_of_a_paper(place, small, tmp_path):  # noqa: F811
     recipe, data = place
     text = recipe.read_text().replace('measure = "tpr-gap/rms"', 'measure = "tpr-gap/class/judge"')

@@ -285,6 +285,12 @@ def test_how_many_are_chosen(n, share, expected):
     assert len(masked(n, share=share)[2]) == expected
 
 
+def test_15_percent_are_chosen_where_nobody_says_how_many():
+    chosen = [len(mask_tokens(np.arange(5, 5 + n, dtype=np.int32), BIG, np.random.default_rng(0))[1]) for n in (100, 900, 7)]
+    ids = np.arange(5, 905, dtype=np.int32)
+    assert chosen == [15, 135, 1] and mask_flat(ids, np.array([900]), BIG, np.random.default_rng(0))[3].tolist() == [135]
+
+
 def test_a_text_of_special_tokens_only_gets_no_rows():
     text = np.array([2, 3], dtype=np.int32)
     read, rows, targets = mask_tokens(text, BIG, np.random.default_rng(0))

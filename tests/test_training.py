@@ -257,6 +257,15 @@ def test_the_progress_bar_is_for_terminals_only(screen):
         assert "20/20" in said and "loss=" in said and "tokens=" in said and said.endswith("\n")
 
 
+def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch):
+    monkeypatch.setattr(training, "TOLD_EVERY", 0.0)
+    for screen, lines in ((io.StringIO, ["training: step 10 of 35, loss ", "training: step 20 of 35, loss ", "training: step 30 of 35, loss "]), (Terminal, [])):
+        with contextlib.redirect_stderr(screen()) as err:
+            run(Plain(), steps=35)
+        said = [line for line in err.getvalue().splitlines() if "of 35" in line]
+        assert len(said) == len(lines) and all(line.startswith(start) and line.endswith(" 0.0 minutes left") for line, start in zip(said, lines))
+
+
 def test_the_progress_bar_is_closed_before_an_error_is_told():
     class Task(Plain):
         def loss(self, model, batch):
