@@ -170,3 +170,10 @@ def test_refusals(files, monkeypatch, flags, why):
     before = tree(files)
     said = cli("augment", "--axis", "gender", *flags, *([] if flags[-1] in ("-", "no-*.txt", "b.csv") else ["a.txt"]), "--out", "o.jsonl")
     assert said.code == 2 and why in said.err.splitlines()[-1] and tree(files) == before
+
+
+@pytest.mark.parametrize("unit", ["line", "sentence"])
+def test_a_byte_order_mark_is_no_part_of_the_first_text(unit, tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffHe sings.\nShe sang.\n".encode())
+    rows = done("augment", "--axis", "gender", "--unit", unit, tmp_path / "a.txt").rows
+    assert [(r["text"], r["counterfactual"]) for r in rows] == [("He sings.", "She sings."), ("She sang.", "He sang.")]

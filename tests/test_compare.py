@@ -98,6 +98,21 @@ def test_files_of_one_system_on_several_test_sets_are_told(tmp_path):
     assert notes == [[], ["a.json and others: accuracy is of 20, 1 examples: not of one test set?"]]
 
 
+@pytest.mark.parametrize("change,words", [
+    ({"text": "she is"}, r'/b.jsonl:2: expected the example of .*/a.jsonl:2, got another text: "she is" instead of "he is"$'),
+    ({"label": "y"}, 'got another label: "y" instead of "x"$'), ({"extra": 1}, "got another extra: 1 instead of null$"), (None, "expected the 2 examples of classification that .*/a.jsonl has, got 1$"),
+])  # fmt: skip
+def test_other_examples_are_not_compared(change, words, tmp_path):
+    row = {"measure": "classification", "place": "f:1", "text": "he is", "label": "x", "group": None, "predicted": "x", "probabilities": {"x": 0.75, "y": 0.25}, "positive": None}
+    files = {"a": [row, row], "b": [row, *([] if change is None else [row | change])], "c": [row, row | {"predicted": "y", "place": "g:2", "probabilities": {"x": 0.25, "y": 0.75}}]}
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(DataError, match=words):
+        comparison.compare_examples(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
+    found = comparison.compare_examples(str(tmp_path / "a.jsonl"), str(tmp_path / "c.jsonl")).differences  # another answer is no other example
+    assert [(d.first, d.second) for d in found if d.name == "accuracy"] == [(100.0, 50.0)]
+
+
 def test_seeds_are_paired():
     found = seed_difference([50, 60, 70], [52, 61, 73], name="f1", unit="%")  # 2, 1, 3: mean 2, sd 1
     assert found.value == pytest.approx(2) and found.unit == "points" and found.n == 3

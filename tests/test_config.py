@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import typing
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import tomli_w
 
 import peftdebias
-from peftdebias import cli, config, options
+from peftdebias import cli, config, options, recipe
 from peftdebias.axes import load_axis
 from peftdebias.config import Augment, Demo, Downstream, Evaluate, Predict, Upstream
 from peftdebias.errors import ConfigError
@@ -78,6 +79,15 @@ def toml(tmp_path):
         (tmp_path / "c.toml").write_text(text)
         return str(tmp_path / "c.toml")
     return write
+
+
+def test_the_papers_schedule_is_the_default():
+    """PAPER.md: upstream 10 000 steps, validated every 1000, at 5e-5 (the scripts') or, in a recipe, 1e-5 (the paper's); downstream 10 epochs at 2e-5; batches of 32."""
+    defaults = {cls: {f.name: f.default for f in dataclasses.fields(cls)} for cls in (Upstream, Downstream, recipe.Learning, recipe.Task)}
+    assert [defaults[cls][key] for cls, key in itertools.product((Upstream, recipe.Learning), ("steps", "valid_every", "lr"))] == [10000, 1000, 5e-5, 10000, 1000, 1e-5]
+    assert [defaults[cls][key] for cls, key in itertools.product((Downstream, recipe.Task), ("epochs", "lr", "metric"))] == [10, 2e-5, "accuracy"] * 2
+    assert all(defaults[cls]["batch_size"] == 32 for cls in (recipe.Learning, recipe.Task)) and Upstream(**UPSTREAM).batch == {"batch_size": 32}
+    assert all(d["max_length"] == 256 for d in defaults.values()) and all(defaults[cls]["warmup"] == 0.1 and defaults[cls]["clip"] == 1.0 for cls in (Upstream, Downstream))
 
 
 def test_a_flag_wins_over_the_file_over_the_default(toml):

@@ -15,6 +15,7 @@ from peftdebias.config import MEASURES, Evaluate
 from peftdebias.corpus import Example, read_examples
 from peftdebias.errors import ConfigError, DataError
 from peftdebias.evaluation import classification_measures, cut_note, parse_on, positive_label
+from peftdebias.metrics import bootstrap
 from peftdebias.tasks import masked_samples
 from peftdebias.tokens import Encoded
 
@@ -76,6 +77,9 @@ def test_perplexity_is_its_definition(small, tmp_path):  # noqa: F811
     assert found["mlm-loss"]["value"] == pytest.approx(loss, rel=1e-5) and found["perplexity"]["value"] == pytest.approx(numpy.exp(loss), rel=1e-4)
     assert found["mlm-loss"]["low"] < loss < found["mlm-loss"]["high"] and found["mlm-loss"]["n"] == len(texts) and found["mlm-loss"]["unit"] == "nats"
     rows = lines(tmp_path / "e.jsonl")
+    counts = numpy.array([r["tokens"] for r in rows])
+    low, high = bootstrap.interval(lambda drawn: numpy.array(nll)[drawn].sum() / counts[drawn].sum(), len(texts), seed=3)  # of tokens, texts drawn
+    assert (found["mlm-loss"]["low"], found["mlm-loss"]["high"]) == pytest.approx((low, high), rel=1e-5) and len(set(counts)) > 1
     assert [r["text"] for r in rows] == texts and [r["nll"] for r in rows] == pytest.approx(nll, rel=1e-5) and [r["tokens"] for r in rows] == [len(s.targets) for s in samples]
     done("evaluate", small.base, "--on", f"perplexity={small.heldout}", "--seed", 4, "--json", tmp_path / "other.json")
     assert by_name(tmp_path / "other.json")["mlm-loss"]["value"] != found["mlm-loss"]["value"]

@@ -78,6 +78,13 @@ def test_a_perfect_model_has_equal_odds_but_not_parity():
     assert found["equalized-odds"].value == found["equalized-odds"].high == 0 and found["demographic-parity"].value == 50
 
 
+def test_what_labels_and_groups_share_is_no_part_of_paritys_floor():
+    """Shuffled among all examples; within the labels, as for equalised odds, a perfect model would keep its whole gap."""
+    labels, groups = ["1"] * 90 + ["0"] * 10 + ["1"] * 10 + ["0"] * 90, ["f"] * 100 + ["m"] * 100
+    found = {m.name: m for m in fairness(labels, labels, groups).measures}
+    assert found["demographic-parity"].value == 80 and found["demographic-parity/shuffled"].high < 25
+
+
 def test_floors_are_the_figures_under_shuffled_groups():
     predicted, labels, groups = (np.array(column) for column in world(classes=2, groups=2, gap=0.45))
     found = {m.name: m for m in fairness(predicted, labels, groups).measures}
