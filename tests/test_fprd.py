@@ -177,6 +177,7 @@ TERMS_OF = ["gay", "white", "african american", "american", "deaf", "old"]
 
 def test_texts_of_one_template_have_one_frame():
     assert frames(["Gay men, GAY!", "african  american men", "Men of Gaytown"], TERMS_OF) == ["_ men, _!", "_ men", "men of gaytown"]
+    assert frames(["African American men", "african men"], ["african", "african american"]) == ["_ men", "_ men"]  # the longest term that is there
     texts, *_ = templates()
     assert len(set(frames(texts, TERMS_OF))) == 40
 

@@ -22,6 +22,7 @@ from peftdebias.holdout import HeldOut
 from peftdebias.phases import parse_class_weights
 from peftdebias.tasks import class_probabilities, labelled_samples
 from peftdebias.testbed import World
+from peftdebias.training import Schedule
 
 from .outside import one_thread  # noqa: F401
 from .small import POSITIONS, cli, done, flags_of, lines, save_bert, sha256, small, tokenizer_of, tree  # noqa: F401
@@ -482,6 +483,13 @@ def test_what_cannot_be_measured_at_the_end_is_said_before_training(column, word
     with pytest.raises(DataError, match=f"^{path}: {words}"):
         phases.downstream(settings)
     assert list(tree(tmp_path)) == ["t.csv"]
+
+
+def test_every_setting_of_a_schedule_is_handed_on():
+    asked = dict(lr=3e-4, warmup=0.25, weight_decay=0.05, clip=0.3, save_memory=True, seed=9)
+    for settings in (Upstream(model="m", axis="gender", corpus=("c",), out="o", **asked), Downstream(model="m", train="t", dev="d", text="a", label="b", out="o", **asked)):
+        found = phases._schedule(settings, 70, 20, "bf16", "compiled")
+        assert found == Schedule(steps=70, validate_every=20, precision="bf16", step="compiled", **asked)
 
 
 def test_f1_as_the_metric_needs_a_positive_label_in_every_split(small, tmp_path, monkeypatch):  # noqa: F811

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from peftdebias import patch
+from peftdebias.checkpoint import describe_base, load_adapter, save_adapter
 from peftdebias.errors import ConfigError, ModelError
 from peftdebias.methods import create, prefix
 from peftdebias.methods.prefix import PrefixConfig, prefix_mlp_ref
@@ -79,6 +80,15 @@ def test_its_files_are_flat():
     assert method.saved_config() == PrefixConfig(length=5, inner=11, positioned=True)
     assert method.count() == 2 * LAYERS * 5 * HIDDEN < sum(p.numel() for p in method.parameters().values())
     assert set(create("prefix", model.config).parameters()) == set(wanted)
+
+
+def test_a_saved_mlp_is_loaded_as_what_it_gave(tmp_path):
+    model = drawn_model()
+    method = attached(model, "gender", "prefix", length=5, reparametrised=True, inner=11)
+    save_adapter(tmp_path / "adapter", method, "gender", describe_base(model))
+    loaded = load_adapter(tmp_path / "adapter", model).method
+    assert loaded.config == PrefixConfig(length=5, inner=11) and not loaded.config.reparametrised
+    assert all(loaded.values[name].equal(tensor.float()) for name, tensor in method.state().items()) and len(loaded.values) == 2 * LAYERS
 
 
 def test_reference_gradients():

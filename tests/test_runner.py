@@ -40,6 +40,7 @@ steps = 30
 valid_every = 20
 lr = 1e-2
 batch_size = 16
+max_length = 100
 measures = ["crows-pairs=PAIRS"]
 ''' + TASK + '''
 [[task]]
@@ -119,7 +120,7 @@ def test_the_shipped_recipes_are_whole():
     ("seeds = 2", "seeds = true", "seeds: expected a whole number, got True"),
     ("steps = 30", "steps = -5", r"\[upstream\]: steps: expected at least 1, got -5"),
     ("lr = 1e-2", "lr = inf", r"\[upstream\]: lr: expected a finite number above 0, got inf"),
-    ("steps = 30", "steps = 30\nmax_length = 2", r"\[upstream\]: max_length: expected at least 3, got 2"),
+    ("max_length = 100", "max_length = 2", r"\[upstream\]: max_length: expected at least 3, got 2"),
     ("epochs = 10\n", "epochs = -3\n", r"\[\[task\]\] moved: epochs: expected at least 1, got -3"),
     ('name = "moved"', 'name = "moved"\nbatch_size = 0', r"\[\[task\]\] moved: batch_size: expected at least 1, got 0"),
     ('name = "moved"', 'name = "moved"\ndev_share = 1.0', r"\[\[task\]\] moved: dev_share: expected more than 0 and less than 1, got 1.0"),
@@ -258,6 +259,8 @@ def test_a_column_that_nobody_fills_is_named_and_the_table_claims_nothing_of_a_p
     recipe.write_text("".join(line for line in text.splitlines(keepends=True) if not line.startswith("paper = ")))
     said = done("run", recipe, "--model", small.base, "--data", data, "--out", tmp_path / "out", "--scale", 0.02, "--seeds", 2, "--systems", "LoRA")
     assert "[[column]] TPR-GAP: no unit has tpr-gap/class/judge" in said.err.splitlines()
+    kept = {name: sum(1 for _ in open(tmp_path / "out" / "data" / f"{name}-train.jsonl")) for name in ("jobs", "moved")}
+    assert [f"  {name}: train: {kept[name]} examples, {share} % of it" in said.err.splitlines() for name, share in (("jobs", 40), ("moved", 20))] == [True, True]  # 20 and 10 epochs
     assert "Scale 0.02 of the recipe's schedule" in said.out and "over the seeds.\n" in said.out and "paper" not in said.out and "Differences" not in said.out and "None" not in said.out
 
 
@@ -297,7 +300,7 @@ def test_a_recipe_stopped_and_taken_up_again(place, small, tmp_path, monkeypatch
     assert said.out.startswith("# small\n\nScale 0.1 of the paper's schedule; downstream: moved epochs 3, LoRA batch_size 8; base base; 2 seeds; 17 of 17 units done") and "result: " in said.out
 
     settings = {row["run"]: tomllib.loads((out / row["run"] / "config.toml").read_text()) for row in table["rows"] if row["run"]}
-    assert {s["steps"] for name, s in settings.items() if "upstream" in name} == {3}
+    assert {(s["steps"], s["batch_size"], s["max_length"]) for name, s in settings.items() if "upstream" in name} == {(3, 16, 100)}
     assert settings["runs/upstream-full-debias-0"]["lr"] == 1e-4 and settings["runs/upstream-lora-1"]["lr"] == 1e-2
     assert {s["epochs"] for name, s in settings.items() if name.startswith("runs/jobs")} == {2} and {s["epochs"] for name, s in settings.items() if "moved" in name} == {3}
     assert settings["runs/jobs-lora-0"]["batch_size"] == 8 and settings["runs/jobs-ft-0"]["batch_size"] == 32
