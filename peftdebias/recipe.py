@@ -260,8 +260,9 @@ class _Reader:
         for column in recipe.columns:
             if column.stage not in ("upstream", *STAGES):
                 self.fail(f"[[column]] {column.title}: stage: expected one of upstream, {', '.join(STAGES)}, got {column.stage!r}")
-            if column.task is not None and column.task not in names:
-                self.fail(f"[[column]] {column.title}: task: expected one of {', '.join(names)}, got {column.task!r}")
+            own = [task.name for task in recipe.tasks if task.stage == column.stage]
+            if column.task not in (own if len(own) > 1 else [None, *own]):  # the one that is meant is told, or the only one
+                self.fail(f"[[column]] {column.title}: task: expected {'one of ' + ', '.join(own) if own else 'none in this stage'}, got {column.task or 'none'!r}")
             for name, value in (column.paper or {}).items():
                 if not isinstance(value, (int, float)) or name not in (recipe.base, *(s.name for s in recipe.systems)):
                     self.fail(f"[[column]] {column.title}: paper: expected a number for each of {recipe.base}, {', '.join(s.name for s in recipe.systems)}, got {name} = {value!r}")

@@ -86,6 +86,7 @@ def test_a_bare_apostrophe_gets_its_s(mark):
         ("he 's the king 's son", "she 's the queen 's daughter"),  # tokenised text
         ("the gentlemen's room", "the ladies' room"),  # the one rule: a plural without s, a plural with
         ("the ladies' room", "the gentlemen's room"),
+        ("the gentlemen'sx room", "the ladies'sx room"),  # whose s begins a word is no possessive
         ("it is 'his' now, the brothers' room", "it is 'her' now, the sisters' room"),
         ("THE LADIES' ROOM", "THE GENTLEMEN'S ROOM"),
         ("the princess's horse", "the prince's horse"),
@@ -198,6 +199,24 @@ def test_the_table_sees_no_difference_between_male_and_female():
     for male, female in GENDER.groups:
         if male not in ("him", "his"):
             assert _classes(male) == _classes(female), (male, female)
+
+
+@pytest.mark.parametrize("token,kinds", [
+    ("walking", "ING"), ("being", ""), ("king", ""), ("quickly", "LY"), ("fly", ""), ("walked", "ED"), ("bed", ""), ("need", ""), ("agreed", ""), ("useful", "ADJ"), ("able", ""), ("12", "NUMBER")])
+def test_classes_by_spelling(token, kinds):
+    from peftdebias.cda import _by_spelling
+
+    bits = pronoun_table().bits
+    assert {name for name, bit in bits.items() if name.isupper() and _by_spelling(bits, token) & bit} == {"WORD", *kinds.split()}
+
+
+def test_a_word_of_the_longest_length_is_seen_before_another():
+    from peftdebias.cda import LONGEST_WORD, word_before
+
+    for n, found in ((LONGEST_WORD, "a" * LONGEST_WORD), (LONGEST_WORD + 1, "")):
+        text = "- " + "a" * n + " years"
+        assert word_before(text, len(text) - 5) == found
+    assert word_before("x   men", 4) == "x" and word_before("x    men", 5) == "" == word_before("xmen", 1)  # one to three joints between
 
 
 def test_the_window_is_bounded():

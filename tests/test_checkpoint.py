@@ -53,6 +53,17 @@ def test_an_adapter_comes_back_as_it_was(saved):
     assert load_adapter(saved.parent, model_of()).folder == saved  # RUN stands for RUN/adapter
 
 
+def test_another_base_is_taken_by_force_alone(saved):
+    other = model_of()
+    with torch.no_grad():
+        other.encoder.layers[0].feed_forward.up.bias[0] += 1
+    with pytest.raises(AdapterError, match="made for the base with checksum .*--force"):
+        load_adapter(saved, other)
+    with pytest.warns(UserWarning, match="made for the base with checksum .*; going on by force"):
+        found = load_adapter(saved, other, force=True)
+    assert found.method.count() == load_adapter(saved, model_of()).method.count()
+
+
 def test_the_files_are_what_contracts_say(saved):
     header = json.loads((saved / "adapter.json").read_text())
     assert sorted(p.name for p in saved.iterdir()) == ["adapter.json", "adapter.safetensors"]

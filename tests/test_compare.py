@@ -110,7 +110,7 @@ def test_other_examples_are_not_compared(change, words, tmp_path):
     with pytest.raises(DataError, match=words):
         comparison.compare_examples(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
     found = comparison.compare_examples(str(tmp_path / "a.jsonl"), str(tmp_path / "c.jsonl")).differences  # another answer is no other example
-    assert [(d.first, d.second) for d in found if d.name == "accuracy"] == [(100.0, 50.0)]
+    assert [(d.first, d.second, d.test) for d in found if d.name == "accuracy"] == [(100.0, 50.0, "McNemar, exact (1 : 0)")]
 
 
 def test_seeds_are_paired():

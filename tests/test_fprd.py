@@ -52,6 +52,12 @@ def test_fprd_and_the_scripts_variant_are_their_definitions():
     assert found["fprd"].n == (labels == "0").sum() and {m.ideal for m in found.values()} == {0.0, None}
 
 
+def test_the_floor_is_drawn_by_the_seed():
+    found = [fprd(*world()[:2], "1", world()[2], TERMS, seed=seed, samples=10, shuffles=50).measures for seed in (1, 1, 2)]
+    first, again, other = (next(m for m in measures if m.name == "fprd/shuffled") for measures in found)
+    assert (first.value, first.low, first.high) == (again.value, again.low, again.high) and first.value != other.value and first.low < first.value < first.high
+
+
 def test_a_small_table_by_hand():
     # negatives: a gay, taken for hateful; a white; b none; c gay. FPR 1/4, gay 1/2, white 0: |1/2 - 1/4| + |0 - 1/4| = 1/2
     predicted, labels = ["1", "0", "0", "0", "1"], ["0", "0", "0", "0", "1"]

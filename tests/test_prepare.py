@@ -4,6 +4,7 @@ import datetime
 import decimal
 import json
 import pickle
+import random
 import re
 
 import pytest
@@ -135,6 +136,7 @@ def test_a_share_of_train_is_the_same_each_time():
     train, test = [example(i) for i in range(300)], [example(1000)]
     small = splits(train, [example(2000)], test, train_share=0.1)
     assert len(small.train) == 30 and small.train == splits(train, [example(2000)], test, train_share=0.1).train and small.notes[-1] == "train: 30 examples, 10 % of it"
+    assert small.train == [train[i] for i in sorted(random.Random(0).sample(range(300), 30))]  # the same for all systems and seeds, and from year to year
     with pytest.raises(DataError, match="train: expected examples, got none"):
         splits([example(1)], [example(2)], [example(1)])
 

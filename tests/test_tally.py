@@ -6,7 +6,7 @@ import pytest
 from peftdebias.errors import DataError
 from peftdebias.metrics import bootstrap, tally
 from peftdebias.metrics.compare import mean_tally
-from peftdebias.metrics.tally import Difference, Figure, Tally, differences, measures, of_rows, ratio
+from peftdebias.metrics.tally import Difference, Figure, Tally, differences, measures, of_rows, ratio, values
 
 
 def some(n=401, seed=0):
@@ -16,6 +16,11 @@ def some(n=401, seed=0):
 
 def means(x, w, name="mean"):
     return mean_tally(name, x, w, unit="%", ideal=None)
+
+
+def test_the_number_of_a_mean_is_of_what_has_a_weight():
+    kept = means([1.0, 0.0, 5.0], [2.0, 0.0, 1.0])
+    assert kept.figures[0].n == 2 and values(kept) == [2.0]  # (1 + 5) / (2 + 1)
 
 
 def test_equal_rows_are_one_kind():

@@ -355,6 +355,8 @@ def test_a_weighted_token_is_chosen_as_much_likelier_as_its_weight_says():
 
 
 def test_weights_are_those_of_words_that_are_one_token(bert, roberta):
+    cased = wordpiece([*STYLES["bert"].values(), "he", "He", "HE", "hE", "nurse"], {"do_lower_case": False})
+    assert mask_weights(cased, ["he"], 5.0).tolist() == [1.0] * 5 + [5.0, 5.0, 5.0, 1.0, 1.0]
     tokenizer = wordpiece([*STYLES["bert"].values(), "he", "she", "nurse", "grand", "##mother"])
     weights = mask_weights(tokenizer, ["He", "she", "grandmother", "absent"], 5.0)
     word = {i: w for w, i in tokenizer.backend.get_vocab().items()}

@@ -86,6 +86,11 @@ def test_the_floor_is_the_rms_under_groups_shuffled_within_class():
     assert result.floor.ideal is None
 
 
+def test_the_floor_is_drawn_by_the_seed():
+    first, again, other = (tpr_gap(*world(300), samples=10, shuffles=50, seed=seed).floor for seed in (1, 1, 2))
+    assert first.value == again.value != other.value and first.low < first.value < first.high
+
+
 def test_without_a_gap_the_rms_lies_in_the_range_of_its_floor():
     inside = 0
     for seed in range(40):

@@ -288,6 +288,7 @@ def test_the_rate_rises_to_the_peak_and_falls_to_one_last_step():
     assert numpy.diff(rates[10:]) == pytest.approx(-2.0 / 90)
     assert [Schedule(steps=1, lr=3.0, warmup=w).rate(1) for w in (0, 0.1, 1)] == [3.0, 3.0, 3.0]
     assert Schedule(steps=4, lr=1.0, warmup=1.0).rate(4) == 1.0
+    assert Schedule(steps=20, lr=1.0).rate(1) == 0.5 == Schedule(steps=16, lr=1.0).rate(1)  # a tenth, rounded: 2 steps
 
 
 def test_devices_and_precisions_that_are_not_here(monkeypatch):
