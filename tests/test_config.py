@@ -86,6 +86,7 @@ def test_the_papers_schedule_is_the_default():
     defaults = {cls: {f.name: f.default for f in dataclasses.fields(cls)} for cls in (Upstream, Downstream, recipe.Learning, recipe.Task)}
     assert [defaults[cls][key] for cls, key in itertools.product((Upstream, recipe.Learning), ("steps", "valid_every", "lr"))] == [10000, 1000, 5e-5, 10000, 1000, 1e-5]
     assert [defaults[cls][key] for cls, key in itertools.product((Downstream, recipe.Task), ("epochs", "lr", "metric"))] == [10, 2e-5, "accuracy"] * 2
+    assert (defaults[Upstream]["valid_share"], defaults[Upstream]["valid_texts"], defaults[Upstream]["attribute_weight"]) == (0.02, 500, 1.0)
     assert all(defaults[cls]["batch_size"] == 32 for cls in (recipe.Learning, recipe.Task)) and Upstream(**UPSTREAM).batch == {"batch_size": 32}
     assert all(d["max_length"] == 256 for d in defaults.values()) and all(defaults[cls]["warmup"] == 0.1 and defaults[cls]["clip"] == 1.0 for cls in (Upstream, Downstream))
 

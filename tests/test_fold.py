@@ -90,6 +90,9 @@ def test_fold_acts_on_what_is_foldable_and_unfold_gives_the_methods_back():
     folded.unfold()
     assert model.encoder.hooks.at("layers.0.attention.query")
     torch.testing.assert_close(model.class_logits(batch), before, rtol=1e-10, atol=1e-12)
+    with model.without("gender"):  # what is off is not folded in
+        plain = model.class_logits(batch)
+        assert patch.fold(model).names == () and model.class_logits(batch).equal(plain) and not plain.equal(before)
 
 
 def test_what_is_not_trained_comes_back_bit_for_bit():

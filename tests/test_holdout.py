@@ -122,5 +122,6 @@ def test_what_files_of_their_own_validate_with_is_not_trained_on():
 def test_a_validation_file_is_read_as_far_as_needed():
     read, taken = reading(many(300))
     assert first_families(read, GENDER, PAPER, 4, "v") == ["he was 1", "he was 2", "he was 4", "he was 5"] and taken == [0, 3]
+    assert first_families(reading(many(300), size=50)[0], GENDER, PAPER, 4, "v") == ["he was 1", "he was 2", "he was 4", "he was 5"]  # no more than wanted
     with pytest.raises(DataError, match="^v: expected words of the axis gender, found none in 3 texts$"):
         first_families(reading(["it"] * 3)[0], GENDER, PAPER, 4, "v")

@@ -338,7 +338,7 @@ def test_what_a_method_is_where_nobody_says():
     made = {name: method_class(name).Config() for name in METHODS}
     assert (made["lora"].rank, made["lora"].alpha, made["lora"].targets, made["lora"].dropout) == (8, None, ("attention.query", "attention.value"), 0.0)
     assert (made["adapter"].architecture, made["adapter"].bottleneck, made["adapter"].activation, made["adapter"].scale) == ("pfeiffer", 16, "relu", 1.0)
-    assert (made["prefix"].length, made["prefix"].reparametrised, made["prefix"].positioned) == (30, False, False)
+    assert (made["prefix"].length, made["prefix"].reparametrised, made["prefix"].inner, made["prefix"].positioned) == (30, False, 512, False)
     assert (made["prompt"].length, made["prompt"].positioned, made["prompt"].first_row) == (20, False, "text")
     assert (made["ia3"].outputs, made["ia3"].inputs) == (("attention.key", "attention.value"), ("feed_forward.down",))
     assert (made["sparse"].k, made["sparse"].l1, made["sparse"].first_rate) == (None, 0.1, 1.0)
@@ -346,9 +346,11 @@ def test_what_a_method_is_where_nobody_says():
 
 def test_what_is_drawn_has_the_spread_that_its_file_says():
     config = dataclasses.replace(SHAPES["bert-base"], initializer_range=0.05)
-    flat, mlp, prompt = (create(name, config, options=options).values for name, options in
-                         (("prefix", {"length": 20}), ("prefix", {"length": 20, "reparametrised": True, "inner": 100}), ("prompt", {"length": 100})))
-    for drawn, spread in ((flat["layers.3.value"], 0.05), (flat["layers.0.key"], 0.05), (prompt["vectors"], 0.05), (mlp["embedding"], 1.0),
+    flat, mlp, prompt, lora = (create(name, config, options=options).values for name, options in (
+        ("prefix", {"length": 20}), ("prefix", {"length": 20, "reparametrised": True, "inner": 100}), ("prompt", {"length": 100}), ("lora", {"rank": 50})))
+    a = next(value for name, value in lora.items() if value.shape == (50, 768))
+    assert a.abs().max() <= 768 ** -0.5
+    for drawn, spread in ((flat["layers.3.value"], 0.05), (flat["layers.0.key"], 0.05), (prompt["vectors"], 0.05), (a, 768 ** -0.5 / 3 ** 0.5), (mlp["embedding"], 1.0),
                           (mlp["down.weight"], 768 ** -0.5 / 3 ** 0.5), (mlp["up.weight"], 100 ** -0.5 / 3 ** 0.5)):  # uniform in +-b: b / sqrt(3)
         n = drawn.numel()
         assert abs(drawn.std().item() / spread - 1) < 4 / (2 * n) ** 0.5 and abs(drawn.mean().item()) < 4 * spread / n ** 0.5
