@@ -1,5 +1,7 @@
 """FPRD against its definition as loops; what a mention is; terms left out; the script's variant; the floor; intervals."""
 
+import csv
+import json
 import re
 
 import numpy as np
@@ -7,8 +9,10 @@ import pytest
 
 from peftdebias.axes import word_class
 from peftdebias.errors import DataError
-from peftdebias.metrics import bootstrap
-from peftdebias.metrics.fprd import fprd, frames, mentions, read_terms
+from peftdebias.metrics import bootstrap, tally
+from peftdebias.metrics.fprd import fprd, fprd_tally, frames, mentions, read_terms
+
+from .small import done, flags_of, small  # noqa: F401
 
 TERMS = ["gay", "white", "african american", "american", "deaf"]
 
@@ -199,3 +203,54 @@ def test_intervals_of_templates_draw_whole_frames():
     low, high = np.quantile(rates, [0.025, 0.975])
     assert abs(found["fprd/fpr"].low - low) < 0.08 * (high - low) and abs(found["fprd/fpr"].high - high) < 0.08 * (high - low)
     assert found["fprd/fpr"].high - found["fprd/fpr"].low > 1.8 * (alone["fprd/fpr"].high - alone["fprd/fpr"].low)
+
+
+# ---------------------------------------------------------------- through the commands
+
+WORDS = ["guard", "he", "his", "nurse", "she"]  # sorted, as `compare` counts them: resamples are drawn in that order
+FRAMES = ["{} is a judge .", "the poet saw {} .", "{} kneads dough .", "a surgeon and {} .", "{} works late .", "it is {} ."]
+
+
+@pytest.fixture(scope="module")
+def answered(small, tmp_path_factory):  # noqa: F811
+    """Two classifiers of labels of their own, and what `evaluate` says of them: a folder with a and b .json and .jsonl."""
+    root = tmp_path_factory.mktemp("answered")
+    header, *rows = list(csv.reader(small.binary.read_text().splitlines()))
+    with open(root / "train.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["text", "kind"], *([text, "hate" if i % 3 == 0 else "none"] for i, (text, _) in enumerate(rows))])
+    with open(root / "templates.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["Text", "bin_label"], *([frame.format(word), i % 4 // 3] for i, frame in enumerate(FRAMES) for word in WORDS)])
+    (root / "terms.txt").write_text("\n".join(WORDS) + "\n")
+    for seed, name in enumerate("ab"):
+        done("downstream", *flags_of(dict(model=small.base, train=root / "train.csv", dev=root / "train.csv", text="text", label="kind", positive="hate", epochs=6, lr=3e-3, seed=seed,
+                                          class_weights="hate=2", out=root / name)))
+        done("evaluate", root / name, "--on", f"fprd={root / 'train.csv'}", "--on", f"iptts={root / 'templates.csv'}", "--terms", root / "terms.txt", "--seed", 3,
+             "--json", root / f"{name}.json", "--examples", root / f"{name}.jsonl")
+    return root
+
+
+def rows_of(folder, name, measure):
+    return [row for row in map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines()) if row["measure"] == measure]
+
+
+@pytest.mark.parametrize("measure,positive", [("fprd", "hate"), ("fprd-iptts", "1")])
+def test_evaluate_and_compare_measure_what_the_definitions_say(measure, positive, answered):
+    """Of templates, what a run calls hateful is 1, and whole frames are drawn."""
+    counted = []
+    for name in "ab":
+        rows = rows_of(answered, name, measure)
+        texts, labels, predicted = ([row[key] for row in rows] for key in ("text", "label", "predicted"))
+        assert set(predicted) == {positive, "0" if positive == "1" else "none"} and set(labels) == set(predicted)
+        likeliest = [max(row["probabilities"], key=row["probabilities"].get) for row in rows]
+        assert [p == positive for p in predicted] == [p == "hate" for p in likeliest]
+        mentioned, clusters = mentions(texts, WORDS), frames(texts, WORDS) if measure == "fprd-iptts" else None
+        expected = {m.name: m for m in fprd(predicted, labels, positive, mentioned, WORDS, clusters=clusters, name=measure, seed=3).measures}
+        found = {m["name"]: m for m in json.loads((answered / f"{name}.json").read_text())["measures"] if m["name"].split("/")[0] == measure}
+        assert found == {key: m.as_json() for key, m in expected.items()} and found[measure]["value"] > 0
+        if clusters:
+            assert found[measure]["high"] != fprd(predicted, labels, positive, mentioned, WORDS, name=measure, seed=3).measures[0].high
+        counted.append(fprd_tally(predicted, labels, positive, mentioned, WORDS, clusters=clusters, name=measure).tally)
+    done("compare", answered / "a.jsonl", answered / "b.jsonl", "--seed", 3, "--json", answered / "d.json")
+    (expected,) = [d for d in tally.differences(*counted, seed=3)[0] if d.name == measure]
+    (found,) = [d for d in json.loads((answered / "d.json").read_text())["differences"] if d["name"] == measure]
+    assert (found["difference"], found["low"], found["high"]) == pytest.approx((expected.value, expected.low, expected.high))
