@@ -1,13 +1,19 @@
 """Bias-NLI: pairs from word lists in both layouts, sampling, which label is neutral, measures against loops, intervals by occupation."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from peftdebias.batches import pack
+from peftdebias.checkpoint import load_run
 from peftdebias.errors import ConfigError, DataError
-from peftdebias.metrics import nli
+from peftdebias.metrics import nli, tally
+from peftdebias.tasks import labelled_samples
+
+from .small import done, flags_of, small  # noqa: F401
 
 AUTHORS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "bias_nli" / "word_lists"
 
@@ -132,3 +138,32 @@ def test_errors_say_what_was_expected():
         nli.measures([], [], [])
     with pytest.raises(DataError, match="expected as many answers and occupations as probabilities, 2, got 1 and 2"):
         nli.measures([0.5, 0.5], [True], ["a", "b"])
+
+
+# ---------------------------------------------------------------- through the commands
+
+def test_evaluate_asks_every_pair_and_compare_counts_the_same(small, tmp_path):  # noqa: F811
+    lists = own_lists(tmp_path / "lists", occupations="nurse\nguard\njudge\npoet\n", gendered_words="man\nwoman\n", templates="The {} kneads dough .\nI saw the {} .\n{} works .\n")
+    for seed, name in enumerate("ab"):
+        done("downstream", *flags_of(dict(model=small.base, train=small.paired, dev=small.paired, text="first", text_pair="second", label="same", epochs=3, lr=3e-3, seed=seed,
+                                          out=tmp_path / name)))
+        said = done("evaluate", tmp_path / name, "--on", f"bias-nli={lists}", "--neutral", "yes", "--seed", 3, "--json", tmp_path / f"{name}.json",
+                    "--examples", tmp_path / f"{name}.jsonl")
+        assert f"{lists}: 24 of 24 pairs; 4 occupations; neutral is the label 'yes'" in said.err
+    pairs, counted = list(nli.read_pairs(lists)), []
+    for name in "ab":
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert [(row["text"], row["text_pair"], row["occupation"], row["gendered"]) for row in rows] == [(p.premise, p.hypothesis, p.occupation, p.gendered) for p in pairs]
+        run = load_run(tmp_path / name)
+        yes = [float(run.model.class_logits(pack(labelled_samples(run.tokenizer.encode([p.premise], [p.hypothesis])))).detach().double().softmax(-1)[0, 1]) for p in pairs]
+        assert run.model.classifier.labels == ("no", "yes") and [row["probabilities"]["yes"] for row in rows] == pytest.approx(yes, abs=1e-6)
+        assert [row["predicted"] for row in rows] == ["yes" if p > 0.5 else "no" for p in yes] and {row["neutral"] for row in rows} == {"yes"}
+        given = [row["probabilities"]["yes"] for row in rows], [p > 0.5 for p in yes], [p.occupation for p in pairs]
+        assert json.loads((tmp_path / f"{name}.json").read_text())["measures"] == [m.as_json() for m in nli.measures(*given, seed=3)]
+        counted.append(nli.nli_tally(*given))
+    done("compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--seed", 3, "--json", tmp_path / "d.json")
+    found = {d["name"]: (d["difference"], d["low"], d["high"]) for d in json.loads((tmp_path / "d.json").read_text())["differences"]}
+    assert found == {d.name: pytest.approx((d.value, d.low, d.high)) for d in tally.differences(*counted, seed=3)[0]} and len(found) == 4
+    said = done("evaluate", tmp_path / "a", "--on", f"bias-nli={lists}", "--neutral", "yes", "--max-pairs", 7, "--seed", 5, "--examples", tmp_path / "few.jsonl")
+    few = [(row["text"], row["text_pair"]) for row in map(json.loads, (tmp_path / "few.jsonl").read_text().splitlines())]
+    assert few == [(pairs[i].premise, pairs[i].hypothesis) for i in nli.read_pairs(lists).numbers(7, 5)] and "7 of 24 pairs, a sample with seed 5" in said.err
