@@ -59,8 +59,8 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        if found := re.search(r"(.*)\(os error (\d+)\)", str(error)):
-            raise OSError(int(found[2]), os.strerror(int(found[2])), str(path)) from None
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
         raise
 
 

@@ -188,15 +188,16 @@ def splits(train: list[Example], dev: list[Example] | None, test: list[Example],
         texts = {key(e) for e in split}
         return lambda e: key(e) in texts
 
-    given = {"train": train, "dev": dev, "test": test}
-    given = {name: part and without(name, part, _is_blank, "without text, or of nothing but what is cleaned away,") for name, part in given.items()}
-    test, kept = given["test"], without("train", given["train"], of(given["test"]), "whose text is in the test split")
+    train, dev, test = (part and without(name, part, _is_blank, "without text, or of nothing but what is cleaned away,")
+                        for name, part in (("train", train), ("dev", dev), ("test", test)))
+    in_test = of(test)
+    kept = without("train", train, in_test, "whose text is in the test split")
     if dev is None:
         dev = [e for e in kept if in_dev(key(e), dev_share)]
         kept = [e for e in kept if not in_dev(key(e), dev_share)]
         notes.append(f"dev: {len(dev)} examples of train, {100 * dev_share:g} % of its texts chosen by hash")
     else:
-        dev = without("dev", given["dev"], of(test), "whose text is in the test split")
+        dev = without("dev", dev, in_test, "whose text is in the test split")
         kept = without("train", kept, of(dev), "whose text is in the dev split")
     if train_share < 1:
         number = max(1, round(train_share * len(kept)))

@@ -185,7 +185,7 @@ def read_training(path: Path) -> tuple[list[Stretch], dict]:
     return stretches, final
 
 
-def _literal(value) -> str:
+def _spelled(value) -> str:
     """As options.parse_settings reads it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -200,7 +200,7 @@ def command_line(run: RunFiles) -> str:
             continue
         name = flag(key)
         if isinstance(value, dict):
-            words += [w for k, v in value.items() for w in (name, f"{k}={','.join(map(_literal, v if isinstance(v, list) else [v]))}")]
+            words += [w for k, v in value.items() for w in (name, f"{k}={','.join(map(_spelled, v if isinstance(v, list) else [v]))}")]
         elif isinstance(value, bool):
             words.append(name if value else name.replace("--", "--no-", 1))
         elif isinstance(value, list):
