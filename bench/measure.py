@@ -430,7 +430,8 @@ def _rows(case: Case, setting: Setting, provider: str, work: Work, samples: list
 # ---------------------------------------------------------------- memory on a CPU
 
 def cpu_peak(provider: Provider, setting: Setting) -> float | None:
-    """MiB that one pass takes at most above what the process held once the weights were loaded. Linux only (None elsewhere).
+    """MiB that one pass takes at most above what the process held once the weights were loaded, optimizer state counted wherever it is made (Work.state). Linux only (None
+    elsewhere).
 
     For a fresh process: Linux keeps the largest resident size of a process; it is set back here after loading, when freed memory was given back.
     """
@@ -448,4 +449,4 @@ def cpu_peak(provider: Provider, setting: Setting) -> float | None:
 
     before = mib("VmRSS")
     work.run()
-    return mib("VmHWM") - before
+    return mib("VmHWM") - before + work.state / 2 ** 20

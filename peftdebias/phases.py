@@ -7,6 +7,7 @@ What it adds over training.py: reading the data, building model and task, provin
 It names no method and no axis.
 """
 
+import collections
 import contextlib
 import dataclasses
 import glob
@@ -43,6 +44,7 @@ from .worker import Epochs, default_workers
 
 CHUNK = 4096  # texts tokenised together
 FEW = 20  # held-out families, fewer than which say little
+MOST_LABELS_TOLD = 8
 MOST_GRADES = 20  # labels that may be fractions, as grades in halves are; more of them are measurements
 
 
@@ -223,6 +225,15 @@ class Splits:
     class_weights: list[float] | None
     last: str
 
+    def lines(self) -> list[str]:
+        """How many examples there are, of each label."""
+        found = []
+        for name, path in self.paths.items():
+            counts = collections.Counter(e.label for e in self.splits[name])
+            of_each = [f"{counts[label]:,} with the label {label}" for label in self.labels] if len(self.labels) <= MOST_LABELS_TOLD else [f"{len(self.labels)} labels"]
+            found.append(f"{name}: {path}, {len(self.splits[name]):,} examples, {', '.join(of_each)}")
+        return found
+
 
 def read_splits(settings: Downstream) -> Splits:
     """Read, and checked as far as that goes without a model. Raises DataError or ConfigError."""
@@ -262,7 +273,9 @@ def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: N
         paths, splits, labels, targets, positive, last = read.paths, read.splits, read.labels, read.targets, read.positive, read.last
         loaded = _load_base(settings, mlm=False, labels=labels)
         model, tokenizer = loaded.model, loaded.tokenizer
-        notes = loaded.report.lines()
+        notes = [*read.lines(), *loaded.report.lines()]
+        _tell(say, notes)  # tokenising many takes its time
+        told = len(notes)
         adapters = checkpoint.attach_adapters(model, settings.adapter, settings.force)
         frozen = {name: patch.checksum(m.state()) for name, m in model.methods.items()}
         longest = max_length(model, settings.max_length)
@@ -279,7 +292,7 @@ def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: N
         task = Classification(samples["train"], samples["dev"], _validation(labels, positive), settings.metric, seed=settings.seed, batch=settings.batch,
                               weights=read.class_weights)
         folded = patch.fold(model) if settings.fold else None
-        _tell(say, notes)
+        _tell(say, notes[told:])
         outcome = train(model, task, trained, _schedule(settings, task.steps(settings.epochs), None, precision, step), run.event, folded, "downstream")
         if folded is not None:
             folded.unfold()

@@ -225,6 +225,8 @@ def test_peak_memory_sees_what_a_pass_takes(bench, tmp_path):
     work = bench.case.Work(run=lambda: torch.ones(40 * 2 ** 18).sum(), results=dict)  # 40 MiB
     peak = bench.measure.cpu_peak(bench.case.Provider(lambda setting: work), bench.case.Setting("micro", 1, tmp_path))
     assert peak is None or 38 < peak < 60  # None: not on Linux, or not allowed
+    with_state = bench.measure.cpu_peak(bench.case.Provider(lambda setting: dataclasses.replace(work, state=100 * 2 ** 20)), bench.case.Setting("micro", 1, tmp_path))
+    assert peak is None or 138 < with_state < 160
 
 
 # ---------------------------------------------------------------- the commands

@@ -517,6 +517,19 @@ def test_notes_are_said_before_training_begins(small, tmp_path, monkeypatch):  #
     assert said[0].startswith("corpus: ") and said[-2] == "device: cpu, float32" and said[-1].startswith("trained: lora, 2,048 parameters in 8 tensors, ")
 
 
+def test_downstream_says_what_it_read_before_it_tokenises(small, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "t.csv").write_text("text,label\nhe is,0\nshe is,1\nhe was,0\n")
+    (tmp_path / "d.csv").write_text("text,label\n" + "".join(f"he is,{i % 9}\n" for i in range(18)))
+    said, before = [], []
+    original = phases.encode_examples
+    monkeypatch.setattr(phases, "encode_examples", lambda *a: (before.append(list(said)), original(*a))[1])
+    phases.downstream(Downstream(model=str(small.base), train=str(tmp_path / "t.csv"), dev=str(tmp_path / "t.csv"), text="text", label="label", epochs=1, out=str(tmp_path / "a")), said.append)
+    assert before[0][:2] == [f"{name}: {tmp_path / 't.csv'}, 3 examples, 2 with the label 0, 1 with the label 1" for name in ("train", "dev")]
+    assert said[:len(before[0])] == before[0] and len(said) == len(set(said))
+    settings = Downstream(model="", train=str(tmp_path / "d.csv"), dev=str(tmp_path / "d.csv"), text="text", label="label", out="")
+    assert phases.read_splits(settings).lines()[1] == f"dev: {tmp_path / 'd.csv'}, 18 examples, 9 labels"
+
+
 def test_a_module_worse_than_none_is_told(small, tmp_path):  # noqa: F811
     said = done("upstream", *small.learning(lr=3.0, steps=4, valid_every=4, out=tmp_path / "worse"))
     assert "no step had a lower validation loss than before training: what is saved is that of step 4" in said.out
