@@ -22,7 +22,6 @@ import dataclasses
 import os
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ from bench.aside import together  # noqa: E402
 from bench.case import SIZES, Case, Provider, Setting  # noqa: E402
 from bench.cases import CASES  # noqa: E402
 from bench.cases_steps import STEP_CASES  # noqa: E402
+from bench.clock import Clock  # noqa: E402
 from bench.run import check, title  # noqa: E402
 
 Plan = list[tuple[Case, Setting]]
@@ -55,26 +55,6 @@ DRY = {"lora_linear": 37, "lora_frozen": 37, "lora_linear_wide": 13, "lora_froze
        "attention_dropout": 3, "attention_prefix": 3}
 
 
-class Clock:
-    """The budget of a whole run. Past `early` of it nothing more is compiled, past `late` no case is begun: what is left out is said."""
-
-    late = 0.9
-
-    def __init__(self, minutes: float, steps: bool):
-        self.started, self.seconds, self.early = time.monotonic(), 60 * minutes, 0.5 if steps else 0.4
-
-    def left(self, share: float) -> float:
-        """Seconds until so much of it is over."""
-        return share * self.seconds - (time.monotonic() - self.started)
-
-    def before(self, share: float) -> bool:
-        return self.left(share) > 0
-
-    def reason(self) -> str:
-        """Why nothing is compiled any more; empty where it is."""
-        return "" if self.before(self.early) else f"the run has used {self.early:.0%} of its time"
-
-
 def parser() -> argparse.ArgumentParser:
     top = Parser(prog="bench/gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu only with --dry-run")
@@ -88,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--repeats", type=positive, default=15, metavar="N", help="times that every provider is timed (default 15)")
     top.add_argument("--minutes", type=above_zero, default=8.0, metavar="M", help="budget of the whole run (default 8); compiled baselines are left out first")
     top.add_argument("--compile", action=argparse.BooleanOptionalAction, help="with torch.compile as a further baseline (default: on a GPU)")
+    top.add_argument("--apart", action=argparse.BooleanOptionalAction, help="equality and torch.compile in processes of their own, side by side (default: on a GPU)")
     top.add_argument("--out", type=results_file, metavar="FILE.json", help="default bench/results/DEVICE.json, with --steps, --size, --no-compile, --only and --shapes what these say behind DEVICE")
     return top
 
@@ -251,7 +232,7 @@ def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict
         taking = affordable(case, of_case(case, providers), lambda name: trouble((case.name, setting.x, name)), say)
         share = shares.get((stem(case), setting.x)) or next((s for (name, _), s in shares.items() if name == stem(case)), None)
         with _noting(case, setting, red, case.name):
-            found += measure.time_case(case, setting, taking, repeats, shares=share, say=say)
+            found += measure.time_case(case, setting, taking, repeats, shares=share, say=say, failed=lambda line: red.update({case.name: line}))
             keep(found)
     return found
 
@@ -311,9 +292,10 @@ def beforehand(run: Run, clock: Clock) -> tuple[dict[str, str], dict, dict[tuple
     keys = [] if run.arguments.check else compiled_at(run.to_time, run.providers)
     given, threads = (run.arguments, run.folder), max(1, torch.get_num_threads() // workers)
     say(f"{len(stems)} checks and {len(keys)} times torch.compile, {workers} at a time")
-    checks, left = clock.late if run.arguments.check or workers == 1 else clock.early, clock.left
+    unhurried, left = run.arguments.check or workers == 1, clock.left
+    checks, most = (clock.late, clock.late) if unhurried else (clock.early, clock.patient)
     found = together([("bench.gpu:check_job", (*given, name, clock, threads), left(checks)) for name in stems]
-                     + [("bench.gpu:compile_job", (*given, key), left(clock.early)) for key in keys], workers, left(clock.late))
+                     + [("bench.gpu:compile_job", (*given, key), left(clock.early)) for key in keys], workers, left(most))
     red, shares, unready = {}, {}, clock.reason() or "it had no time"
     for name, answer in zip(stems, found):
         wrong, of_stem = answer if isinstance(answer, tuple) else ({name: f"{name}: not checked: {answer or unready}"}, {})
@@ -367,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
         asked = set(arguments.only.split(",") if arguments.only else ()) - (set() if arguments.check else CEILINGS)
         if asked and all(case.name in CEILINGS for case, _ in (run.to_check if arguments.check else run.to_time)):
             return complain(f"--only {arguments.only}: expected a case that is {'checked' if arguments.check else 'timed'} here, got none")
-        if run.device.type == "cuda":
+        if run.device.type == "cuda" if arguments.apart is None else arguments.apart:
             wrong, shares, ahead = beforehand(run, clock)
             trouble = ahead.get
         else:

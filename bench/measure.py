@@ -166,17 +166,22 @@ def _unequal(case: Case, setting: Setting, words: str, found: list[Difference]) 
 
 
 @contextlib.contextmanager
-def _compiler_may_fail(case: Case, name: str, providers: dict[str, Provider], say: Callable[[str], None]):
-    """torch.compile needs a compiler and may not know a model: then that provider is not measured, and the others go on."""
+def _compiler_may_fail(case: Case, name: str, providers: dict[str, Provider], say: Callable[[str], None], failed: Callable[[str], None] | None = None):
+    """torch.compile needs a compiler and may not know a model: then that provider is not measured, and the others go on. So they do where another fails and `failed` is there
+    to hear of it."""
     try:
         yield
     except Unequal:
         raise
     except Exception as error:
-        if not providers[name].compiled:
+        compiled = providers[name].compiled
+        if not compiled and failed is None:
             raise
         del providers[name]
-        say(f"{case.name}: {name} is not measured: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        line = f"{case.name}: {name} is not measured: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        say(line)
+        if not compiled:
+            failed(line)
 
 
 @contextlib.contextmanager
@@ -310,8 +315,11 @@ def _finish(device: torch.device) -> None:
 
 
 def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repeats: int, *, shares: dict[str, float] | None = None,
-              memory: Callable[[str], float | None] | None = None, say: Callable[[str], None] = lambda line: None) -> list[rows.Row]:
+              memory: Callable[[str], float | None] | None = None, say: Callable[[str], None] = lambda line: None,
+              failed: Callable[[str], None] | None = None) -> list[rows.Row]:
     """Rows of all providers. They take turns within every repeat, each repeat starting with another, so that noise hits all alike.
+
+    failed: hears of a provider, other than a compiled one, that raises in its first passes, and the others are timed; without it that is raised.
 
     A single op on a GPU (it has a roof) has two times: that of its CUDA graph by the device's clock, cold cache, and the wall-clock of an eager launch. Anything else
     has wall-clock time alone.
@@ -329,7 +337,7 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
         if not provider.takes(setting.precision):
             say(f"{case.name}: {name} is not measured: it takes {' and '.join(provider.precisions)}, not {setting.precision}")
             continue
-        with _compiler_may_fail(case, name, providers, say), _memory_may_end(case, name, device, say):
+        with _compiler_may_fail(case, name, providers, say, failed), _memory_may_end(case, name, device, say):
             works[name], passes[name], peak, launch = _made(case, setting, name, provider, say)
             if peak is not None:
                 peaks[name], reserved[name] = peak

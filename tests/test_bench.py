@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 import weakref
 from pathlib import Path
 
@@ -197,6 +198,23 @@ def test_a_provider_that_has_too_little_memory_is_left_out(bench, tmp_path):
     found = bench.measure.time_case(case, setting, {"large": bench.case.Provider(large), first: one}, 1, say=said.append)
     assert {row.provider for row in found} == {first} and said == ["gelu: large is not measured: out of memory"]
     assert bench.measure.time_case(case, setting, {"large": bench.case.Provider(large)}, 1, say=said.append) == []
+
+
+def test_a_provider_that_fails_takes_nothing_from_the_others(bench, quick, monkeypatch, capsys, tmp_path):
+    """Ours, so the run ends red; what the others take is measured. Without somebody to hear of it, it is raised."""
+    case, out, work = bench.cases.CASES["sparse_add"], tmp_path / "rows.json", bench.case.Work(lambda: 1 / 0, dict)
+    name, ours = next((name, p) for name, p in case.providers.items() if p.kernels)
+    setting = bench.case.Setting("micro", 7, tmp_path, stand_in=True)
+    with pytest.raises(ZeroDivisionError):
+        bench.measure.time_case(case, setting, {name: dataclasses.replace(ours, build=lambda setting: work)}, 1)
+    time_case = bench.measure.time_case
+    monkeypatch.setattr(bench.measure, "time_case", lambda c, s, providers, *a, **k: time_case(
+        c, s, {n: dataclasses.replace(p, build=lambda setting: work) if n == name and c.name == case.name else p for n, p in providers.items()}, *a, **k))
+    assert bench.gpu.main(["--device", "cpu", "--dry-run", "--repeats", "1", "--only", "sparse_add", "--out", str(out)]) == 1
+    others = {n for n in case.providers if n != name and not case.providers[n].compiled}
+    assert others and {row["provider"] for row in json.loads(out.read_text()) if row["kernel_name"] == "sparse_add"} == others
+    line = f"sparse_add: {name} is not measured: ZeroDivisionError: division by zero"
+    assert line in capsys.readouterr().err and out.with_suffix(".md").read_text().split("## Red")[1].split("##")[0].count(line) == 1
 
 
 def test_a_provider_that_a_device_refuses_is_left_out(bench):
@@ -627,8 +645,23 @@ def test_checks_beside_each_other_find_what_one_process_finds(bench, tmp_path, c
     alone = run.equality(bench.gpu.Clock(8, False))
     assert bench.gpu.beforehand(run, bench.gpu.Clock(8, False)) == (*alone, {}) and set(alone[1]) == {("sparse_add", 7), ("mlm_loss", 13)} and not alone[0]
     assert "2 checks and 0 times torch.compile, 1 at a time" in capsys.readouterr().err
+    done = subprocess.run([sys.executable, ROOT / "bench" / "gpu.py", "--device", "cpu", "--dry-run", "--apart", "--only", "sparse_add,mlm_loss", "--check"], text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, "2 checks, all equal\n"), done.stderr  # by name, where the script is `__main__` and its processes have another
     red, shares, _ = bench.gpu.beforehand(run, bench.gpu.Clock(1e-9, False))
     assert shares == {} and red == {name: f"{name}: not checked: the run has used 40% of its time" for name in ("sparse_add", "mlm_loss")}
+
+
+def test_nobody_waits_for_a_job_that_does_not_end(bench, tmp_path, monkeypatch):
+    """Where several are at work: past its minutes for that, the timings have theirs."""
+    run = bench.gpu.Run(bench.gpu.parser().parse_args(["--device", "cpu", "--dry-run", "--only", "sparse_add"]), tmp_path)
+    given = []
+    monkeypatch.setattr(bench.gpu, "together", lambda calls, workers, most: given.append((calls[0][2], workers, most)) or [None] * len(calls))
+    monkeypatch.setattr(bench.gpu.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(bench.gpu.torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=139 * 2 ** 30))
+    for device in ("cuda", "cpu"):  # one at a time is waited for
+        run.device = torch.device(device)
+        bench.gpu.beforehand(run, bench.gpu.Clock(10, False))
+    assert given == [(pytest.approx(240, abs=1), 8, pytest.approx(330, abs=1)), (pytest.approx(540, abs=1), 1, pytest.approx(540, abs=1))]
 
 
 @pytest.mark.slow
