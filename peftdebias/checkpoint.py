@@ -200,7 +200,12 @@ def writing_run(out: str | Path, command: str, values: dict, overwrite: bool = F
     if overwrite and is_run(out):
         keep_apart({"--out": out}, _sources(values), folders=True)
     with writing_folder(Path(out), overwrite, "run folder", lambda there: is_run(there) or (there.is_dir() and not any(there.iterdir()))) as partial:
-        (partial / "config.toml").write_text(tomli_w.dumps({"command": command} | values), encoding="utf-8")
+        config = tomli_w.dumps({"command": command} | values)
+        try:
+            (partial / "config.toml").write_text(config, encoding="utf-8")
+        except UnicodeEncodeError as error:
+            line = config[config.rfind("\n", 0, error.start) + 1:].partition("\n")[0]
+            raise ConfigError(f"{line!a}: expected names in UTF-8 (in the locale C, PYTHONUTF8=1 reads them as such)") from None
         (partial / "versions.json").write_text(json.dumps(versions(device) | chosen, indent=2) + "\n", encoding="utf-8")
         yield RunFolder(partial)
 

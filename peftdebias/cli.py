@@ -7,7 +7,6 @@ go to standard output (utf-8) or to files, everything else for people to standar
 import argparse
 import contextlib
 import dataclasses
-import errno
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 
 from . import __version__, config, options
 from .errors import ConfigError, PeftDebiasError
+from .outputs import FULL
 
 EXAMPLES = {
     "demo": "peftdebias demo --out runs/demo",
@@ -37,9 +37,6 @@ EXAMPLES = {
 }
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, as all of ours are; flags are written out, so that a new one breaks nobody's script."""
 
@@ -51,9 +48,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 on bad input, 130 or 143 where a signal stopped it (SIGINT, SIGTERM), which leaves nothing half-written."""
+    """Run one command; returns the exit code: 0, 2 on bad input, 130, 143 or 129 where a signal stopped it (SIGINT, SIGTERM, SIGHUP), which leaves nothing half-written."""
     arguments = vars(parser().parse_args(argv))
     command, settings = COMMANDS[arguments.pop("command")]
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))  # None where the caller closed it
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8")
     try:
@@ -84,8 +82,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"peftdebias: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print("peftdebias: stopped", file=sys.stderr)
-        return 143 if isinstance(stop, _Terminated) else 130
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print("peftdebias: stopped", file=sys.stderr)
+        return 128 + stop.number if isinstance(stop, _Terminated) else 130
     except (MemoryError, RuntimeError) as error:
         why = _no_memory(error)
         if why is None:
@@ -102,6 +101,8 @@ def _no_memory(error: Exception) -> str | None:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return ". ".join(said.split(". ")[1:3]).rstrip(".") or said  # how much was asked for, how much the device has
+    if "could not create a primitive" in said:  # oneDNN, where its code finds no room
+        return said
     return said[said.index("DefaultCPUAllocator"):] if "DefaultCPUAllocator" in said else None
 
 
@@ -113,26 +114,37 @@ def _less(settings: type) -> str:
     return f"{less}, and so does --save-memory" if "save_memory" in names else less
 
 
+STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM."""
+    """By a signal other than Ctrl-C's. number: which."""
+
+    def __init__(self, number: int):
+        self.number = number
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Inside the `with` block SIGTERM (kill, a scheduler, a container that ends) raises, as Ctrl-C does; in another thread than the first it cannot."""
+    """Inside the `with` block SIGTERM (kill, a scheduler, a container that ends) and SIGHUP (a terminal that is gone; not under nohup) raise, as Ctrl-C does; in another thread
+    than the first they cannot."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number, frame):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the next would break off the tidying
-        raise _Terminated
+        for each in taken:
+            signal.signal(each, signal.SIG_IGN)  # once is enough: the next would break off the tidying
+        raise _Terminated(number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    taken = [number for number in STOPPING if signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -331,8 +343,13 @@ def show(settings) -> None:
 
 
 def say(line: str) -> None:
-    """A line for people."""
-    print(line, file=sys.stderr, flush=True)
+    """A line for people; work does not end where nobody can read it."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 def wait_for_input() -> None:

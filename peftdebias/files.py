@@ -24,9 +24,11 @@ def read_tensors(path: Path, raised: type[PeftDebiasError]) -> dict[str, Tensor]
     if path.is_dir():
         raise raised(f"{path}: expected a file, got a folder")
     try:
+        path.open("rb").close()  # safetensors says of a file that may not be read that it is not there
         tensors = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, TypeError) as error:
-        raise raised(f"{path}: cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+        said = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise raised(f"{path}: cannot be read: {said}") from None
     except Exception as error:  # pickle.UnpicklingError: the file wants to run code
         raise raised(f"{path}: expected plain tensors, got {type(error).__name__} (unpickling anything else is refused)") from None
     if not isinstance(tensors, dict) or not all(isinstance(n, str) and _is_plain(t) for n, t in tensors.items()):

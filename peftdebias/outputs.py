@@ -4,10 +4,14 @@ What it leaves out: what is in them.
 """
 
 import contextlib
+import errno
+import glob
 import hashlib
 import os
+import re
 import shutil
 import sys
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +21,8 @@ try:
     import fcntl
 except ImportError:  # not POSIX
     fcntl = None
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -34,15 +40,16 @@ def writing(path: str | None) -> Iterator:
         return
     partial = partial_of(target)
     try:
-        file = open(partial, "w", encoding="utf-8")
+        with _held(partial, partial.touch):
+            with open(partial, "w", encoding="utf-8") as file:
+                yield file
+            partial.replace(target)
+    except _NotMade as error:
+        raise ConfigError(f"{path}: cannot be written: {error}") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
-    try:
-        with file:
-            yield file
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+        if error.filename is None and error.errno in FULL:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 @contextlib.contextmanager
@@ -53,7 +60,7 @@ def alone(path: Path, what: str) -> Iterator[None]:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _tidy(path.parent)
+                _tidy(path.parent.rglob(".*.partial-*"))
             except BlockingIOError:
                 raise ConfigError(f"{what}: another process is at work there; expected it to end first, or another folder") from None
             except OSError:  # a file system without locks
@@ -61,22 +68,53 @@ def alone(path: Path, what: str) -> Iterator[None]:
         yield
 
 
-def _tidy(folder: Path) -> None:
-    """Remove what `partial_of` named for processes that are no more."""
-    for left in list(folder.rglob(".*.partial-*")):
-        number = left.name.rpartition("-")[2]
-        if number.isdecimal() and not _lives(int(number)):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+class _NotMade(Exception):
+    """Why a partial cannot be made."""
 
 
-def _lives(process: int) -> bool:
+@contextlib.contextmanager
+def _held(partial: Path, make: Callable[[], object]) -> Iterator[None]:
+    """`make` makes a partial, which `_tidy` leaves alone while the block runs: it is locked, where the system knows such locks. What is there of it when the block ends is
+    removed, and at the start what killed processes left of the same result. Raises _NotMade."""
+    descriptor = None
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # another user's; no number that a process can have
-        pass
-    return True
+        _tidy(partial.parent.glob(glob.escape(partial.name.rpartition("-")[0]) + "-*"))
+        while True:
+            make()
+            if fcntl is None:
+                break
+            descriptor = os.open(partial, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.path.exists(partial):
+                break
+            os.close(descriptor)  # somebody tidied before it was locked
+    except OSError as error:
+        raise _NotMade(error.strerror) from None
+    try:
+        yield
+    finally:
+        _remove(partial)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _tidy(found: Iterable[Path]) -> None:
+    """Remove those of these partials that nobody writes any more: whom the lock was of is gone, on whatever machine."""
+    for left in list(found) if fcntl is not None else ():
+        if not re.search(r"\.partial-[0-9a-z]+$", left.name):
+            continue
+        with contextlib.suppress(OSError):
+            descriptor = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(left)
+            finally:
+                os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -100,31 +138,35 @@ def writing_folder(out: Path, overwrite: bool, what: str, replaceable: Callable[
 
     check()
     target = Path(os.path.realpath(out))  # a link stays one
-    partial, old = partial_of(target), target.with_name(f".{target.name}.old-{os.getpid()}")
+    partial = partial_of(target)
+    old = partial.with_name(partial.name.replace(".partial-", ".old-"))
     made = [folder for folder in partial.parents if not os.path.exists(folder)]  # by us, the innermost first
     try:
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
-        yield partial
-        check()  # somebody may have come first
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
+        with _held(partial, lambda: partial.mkdir(parents=True)):
+            yield partial
+            check()  # somebody may have come first
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+    except _NotMade as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error}") from None
     finally:
         if os.path.exists(old) and not os.path.exists(target):  # stopped between the two
             old.rename(target)
         shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)
         for folder in made:
             with contextlib.suppress(OSError):  # with the result in it, it stays
                 folder.rmdir()
 
 
 def partial_of(path: Path) -> Path:
-    """Where `path` is written until it is whole: hidden, beside it."""
-    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+    """Where `path` is written until it is whole: hidden, beside it, by another name at every call, since processes of two machines or containers may have one number."""
+    return path.with_name(f".{_short(path.name)}.partial-{uuid.uuid4().hex[:12]}")
+
+
+def _short(name: str) -> str:
+    """With what partial_of adds it is still a name that file systems take (255 bytes)."""
+    return os.fsdecode(os.fsencode(name)[:200])
 
 
 def keep_apart(outs: dict[str, str | Path | None], inputs: Iterable[str | Path | None], folders: bool = False) -> None:

@@ -274,11 +274,11 @@ def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: N
         loaded = _load_base(settings, mlm=False, labels=labels)
         model, tokenizer = loaded.model, loaded.tokenizer
         notes = [*read.lines(), *loaded.report.lines()]
-        _tell(say, notes)  # tokenising many takes its time
-        told = len(notes)
         adapters = checkpoint.attach_adapters(model, settings.adapter, settings.force)
         frozen = {name: patch.checksum(m.state()) for name, m in model.methods.items()}
         longest = max_length(model, settings.max_length)
+        _tell(say, notes)  # now, as tokenising many takes its time
+        told = len(notes)
         encoded = {name: encode_examples(tokenizer, examples, longest) for name, examples in splits.items()}
         for name, path in paths.items():
             notes += cut_note(encoded[name], longest, path)

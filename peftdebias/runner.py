@@ -20,7 +20,8 @@ from pathlib import Path
 from . import checkpoint, evaluation, extrinsic, methods, phases, prepare, recipe as recipes, weights
 from .axes import load_axis
 from .config import Downstream, Evaluate, Run, Upstream
-from .errors import ConfigError, PeftDebiasError
+from .errors import ConfigError, DataError, PeftDebiasError
+from .files import read_object
 from .metrics import nli
 from .metrics.compare import over_seeds, seed_difference
 from .metrics.tally import Difference
@@ -69,8 +70,7 @@ def run(settings: Run, say: Say = lambda line: None) -> Results:
 
 def _run(runner: "_Runner") -> Results:
     recipe, settings, say, units = runner.recipe, runner.settings, runner.say, runner.units()
-    done = sum(runner.row(unit).exists() for unit in units)
-    say(f"{recipe.title}: {len(units)} units, {done} of them done before; scale {settings.scale:g}")
+    say(f"{recipe.title}: {len(units)} units, {len(runner.rows(units))} of them done before; scale {settings.scale:g}")
     try:
         runner.prepare([unit for unit in units if not runner.row(unit).exists()])
         for number, unit in enumerate(units, 1):
@@ -178,7 +178,7 @@ class _Runner:
         model = sorted(path for path in weights.find_folder(self.settings.model).iterdir() if path.suffix in (".json", ".txt", ".safetensors", ".bin"))
         now = {str(path): digest(path) for path in dict.fromkeys([*self._named(), *model])}
         path = self.out / "read.json"  # not recipe.json, which is locked as the file that it is
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
+        before = read_object(path, ConfigError) if path.exists() else now
         if changed := next((name for name in (*now, *before) if now.get(name) != before.get(name)), None):
             raise ConfigError(f"--out {self.out}: holds results with another {changed} than there is now; expected the same as before or another folder")
         if not path.exists():
@@ -216,7 +216,7 @@ class _Runner:
         path = self.out / "recipe.json"
         self.made = not self.out.exists()
         if path.exists():
-            there = json.loads(path.read_text(encoding="utf-8"))
+            there = read_object(path, ConfigError)
             for key in asked:
                 if there.get(key) != asked[key]:
                     what = "another recipe" if key == "recipe" else f"{key} {there.get(key)}"
@@ -249,6 +249,10 @@ class _Runner:
         return found
 
     # ---- where things lie
+
+    def rows(self, units: list[Unit]) -> list[dict]:
+        """Those of the units that are done. Raises DataError on a file that is not whole; without it its unit is done again."""
+        return [read_object(self.row(unit), DataError) for unit in units if self.row(unit).exists()]
 
     def row(self, unit: Unit) -> Path:
         return self.out / "rows" / f"{unit.name}.json"
@@ -338,7 +342,7 @@ class _Runner:
     def _splits(self, task: Task) -> dict[str, Path]:
         """The prepared files of a task, made once."""
         files = {name: self.out / "data" / f"{task.name}-{name}.jsonl" for name in ("train", "dev", "test")}
-        if not all(path.exists() for path in files.values()):
+        if not all([self._stands(path) for path in files.values()]):
             sources = {name: source for name in files if (source := self.recipe.sources.get((task.name, name)))}
             self.say(f"  {task.name}: " + ", ".join(f"{name} {prepare.find(source.file, self.data)}" for name, source in sources.items()))
             read = {name: prepare.read(source, self.data) for name, source in sources.items()}
@@ -349,27 +353,40 @@ class _Runner:
             for note in parts.notes:
                 self.say(f"  {task.name}: {note}")
             for name, path in files.items():
-                prepare.write(getattr(parts, name), path)
+                self._prepared(getattr(parts, name), path)
         return files
+
+    def _stands(self, path: Path) -> bool:
+        """Whether a prepared file is there, as it was made. It is said of one that is not."""
+        made = path.with_suffix(".sha256")
+        if path.exists() and made.exists() and made.read_text(encoding="utf-8", errors="replace").strip() != digest(path):
+            self.say(f"  {path}: is not as it was made; made again")
+            return False
+        return path.exists()
+
+    @staticmethod
+    def _prepared(examples: list, path: Path) -> None:
+        prepare.write(examples, path)
+        write_text(path.with_suffix(".sha256"), f"{digest(path)}\n")
 
     def _text(self) -> Path:
         """The text of the upstream phase: a file of its own, or a task's whole training split, whatever the scale."""
         path = self.out / "data" / "upstream.jsonl"
-        if not path.exists():
+        if not self._stands(path):
             if (source := self.recipe.text) is not None:
                 found = prepare.read_texts(source, self.data)
             else:
                 task = next(t for t in self.recipe.tasks if t.name == self.recipe.upstream.train_of)
                 read = {name: prepare.read(s, self.data) for name in ("train", "dev", "test") if (s := self.recipe.sources.get((task.name, name)))}
                 found = prepare.splits(read["train"], read.get("dev"), read["test"], dev_share=task.dev_share).train
-            prepare.write([dataclasses.replace(e, text_pair=None, label=None, group=None) for e in found], path)
+            self._prepared([dataclasses.replace(e, text_pair=None, label=None, group=None) for e in found], path)
         return path
 
     # ---- the table
 
     def write(self, units: list[Unit]) -> dict:
         """results.json and results.md of what is done so far."""
-        rows = [json.loads(self.row(unit).read_text(encoding="utf-8")) for unit in units if self.row(unit).exists()]
+        rows = self.rows(units)
         names = [self.recipe.base, *(system.name for system in self.systems)]
         of = {m["name"]: m for row in rows for m in row["measures"]}
         columns = [dataclasses.asdict(c) | {"unit": of.get(c.measure, {}).get("unit"), "ideal": of.get(c.measure, {}).get("ideal")} for c in self.recipe.columns]

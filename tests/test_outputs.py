@@ -1,6 +1,7 @@
 """Results: files whole or not at all, and never in the place of what they are made from, whichever command writes them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -189,15 +190,49 @@ def test_results_may_lie_in_the_run_they_are_of_and_be_made_again(small, runs): 
         done("evaluate", runs / "jobs", "--on", f"classification={small.test}", "--json", runs / "jobs" / "tokenizer-test.json")
 
 
-def test_what_a_killed_process_left_is_removed_by_who_is_alone_there(tmp_path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
+KILLED = """
+import sys
+from pathlib import Path
+from peftdebias.outputs import writing, writing_folder
+with writing(sys.argv[1]) as file, writing_folder(Path(sys.argv[2]), True, "run", lambda there: True) as folder:
+    file.write("half")
+    (folder / "half").write_text("half")
+    print("there", flush=True)
+    sys.stdin.read()
+"""
+
+
+def partials(folder: Path) -> list[str]:
+    return sorted(path.name.rpartition("-")[0] for path in folder.rglob(".*.partial-*"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="knows no such locks")
+@pytest.mark.parametrize("by", ["who writes it anew", "who is alone above"])
+def test_what_a_killed_process_left_is_removed(tmp_path, by):
+    """And what another one writes still is not, whatever its number: in a container all have the same."""
+    place, run = tmp_path / "runs" / "f.json", tmp_path / "runs" / ("x" * 240)
+    place.parent.mkdir()
     (tmp_path / "recipe.json").write_text("{}")
-    left = [tmp_path / "runs" / f".a.partial-{gone.pid}", tmp_path / f".b.json.partial-{gone.pid}"]
-    kept = [tmp_path / f".c.json.partial-{os.getpid()}", tmp_path / ".d.partial-x", tmp_path / f".e.old-{gone.pid}", tmp_path / "runs" / f"f.partial-{gone.pid}"]
-    for path in (left[0], kept[3]):
-        path.mkdir(parents=True)
-    for path in (left[0] / "config.toml", left[1], *kept[:3]):
+    kept = [tmp_path / ".d.partial-x.pt2", tmp_path / ".e.old-1", tmp_path / "runs" / "f.partial-1"]
+    for path in kept:
         path.write_text("x")
-    with alone(tmp_path / "recipe.json", "--out x"):
-        assert not any(path.exists() for path in left) and all(path.exists() for path in kept)
+    writer = subprocess.Popen([sys.executable, "-c", KILLED, place, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    there = [".f.json.partial", f".{'x' * 200}.partial"]
+
+    def anew() -> list[str]:
+        if by == "who is alone above":
+            with alone(tmp_path / "recipe.json", "--out x"):
+                return partials(tmp_path / "runs")
+        with writing(str(place)) as file, folder(run) as made:
+            file.write("whole")
+            (made / "a").write_text("whole")
+            return partials(tmp_path / "runs")
+
+    own = there if by == "who writes it anew" else []
+    assert writer.stdout.readline() == "there\n" and partials(tmp_path / "runs") == there
+    assert anew() == sorted(there + own)
+    shutil.rmtree(run, ignore_errors=True)
+    writer.kill()
+    writer.communicate()
+    assert partials(tmp_path / "runs") == there
+    assert anew() == own and partials(tmp_path / "runs") == [] and all(path.exists() for path in kept)

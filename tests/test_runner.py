@@ -361,6 +361,26 @@ def test_files_that_changed_are_not_mixed_with_what_was_learnt_on_them(place, sm
     assert {row["seed"] for row in runner.run(more).table["rows"]} == {0, 1}
 
 
+def test_what_is_damaged_in_its_own_folder_is_named_or_made_again(place, small, tmp_path):  # noqa: F811
+    recipe, data = place
+    flags = ["run", recipe, "--model", small.base, "--data", data, "--out", tmp_path / "out", "--scale", 0.02, "--systems", "FT"]
+    done(*flags, "--seeds", 1)
+    row = next(path for path in (tmp_path / "out" / "rows").iterdir() if path.name.startswith("jobs"))
+    for path in (tmp_path / "out" / "recipe.json", tmp_path / "out" / "read.json", row):
+        whole = path.read_bytes()
+        for damaged in (b"", whole[:40]):
+            path.write_bytes(damaged)
+            said = cli(*flags, "--seeds", 2)
+            assert said.code == 2 and said.err.splitlines()[-1].startswith(f"peftdebias: {path}: expected JSON, got "), said.err
+        path.write_bytes(whole)
+    prepared = [tmp_path / "out" / "data" / f"jobs-{name}.jsonl" for name in ("train", "dev")]
+    made = [path.read_bytes() for path in prepared]
+    prepared[0].write_bytes(made[0].partition(b"\n")[2])
+    prepared[1].write_bytes(b"")
+    said = done(*flags, "--seeds", 2)
+    assert [path.read_bytes() for path in prepared] == made and all(said.err.count(f"{path}: is not as it was made; made again") == 1 for path in prepared)
+
+
 def test_an_empty_folder_of_the_users_stays_where_nothing_was_done(place, small, tmp_path):  # noqa: F811
     recipe, data = place
     (tmp_path / "out").mkdir()

@@ -128,9 +128,10 @@ def _draw(found: dict, out: Path) -> list[str]:
         return [f"no drawing: it needs {error.name} (pip install 'peftdebias[report]')"]
     for kind in ("svg", "png"):
         place = out / f"testbed.{kind}"
+        partial = partial_of(place)
         try:
-            figure.savefig(partial_of(place), dpi=150, format=kind)
-            partial_of(place).replace(place)
+            figure.savefig(partial, dpi=150, format=kind)
+            partial.replace(place)
         finally:
-            partial_of(place).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
     return []
