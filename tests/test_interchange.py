@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -97,6 +98,23 @@ def test_the_card(runs, tmp_path):
     done("export", runs / "lora", "--as", "peft", "--out", tmp_path / "b")
     assert re.search(r"\n- masked-LM loss on held-out texts, nats a masked token: \d\.\d{4} before, \d\.\d{4} at step \d+\n", (tmp_path / "b" / "README.md").read_text())
     assert "corpus" in (tmp_path / "b" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name,onto", [("lora", "AutoModelForMaskedLM"), ("debiased", "AutoModelForSequenceClassification"), ("prefix", "AutoModel")])
+def test_a_peft_folder_is_loaded_as_its_card_says(name, onto, runs, tmp_path):
+    transformers, peft = library("transformers"), library("peft")
+    done("export", runs / name, "--as", "peft", "--out", tmp_path / "b")
+    called = re.search(r"\n- load: `PeftModel.from_pretrained\((\w+).from_pretrained\(BASE\), FOLDER\)`;", (tmp_path / "b" / "README.md").read_text())
+    assert called[1] == onto
+    base = json.loads((tmp_path / "b" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        other = peft.PeftModel.from_pretrained(getattr(transformers, onto).from_pretrained(base), tmp_path / "b").double().eval()
+    assert not any("adapter keys" in str(warning.message) for warning in heard)
+    if name != "prefix":
+        head, theirs = ("mlm", mlm_logits) if name == "lora" else ("class", class_logits)
+        expected, batch = outputs(runs / name, head=head)
+        assert_close(theirs(other, batch), expected.double(), logits=True)
 
 
 @pytest.mark.parametrize("name,form,words", [

@@ -8,8 +8,8 @@ from .. import __version__, checkpoint
 LIMITS = "The benchmarks have positive predictive power only: they can show bias, never its absence. Gender is treated as binary, and the word lists are narrow."
 
 
-def card(run: Path, config: dict, form: str) -> str:
-    """README.md of an exported folder: axis, method, base, data, figures of the run's last event, limits."""
+def card(run: Path, config: dict, form: str, onto: str | None = None) -> str:
+    """README.md of an exported folder: axis, method, base, data, figures of the run's last event, limits. onto: the class of transformers that a peft folder is loaded onto."""
     headers = [checkpoint.read_header(f) for f in checkpoint.adapter_folders(run)]
     axes = sorted({h["axis"] for h in headers} | ({config["axis"]} if "axis" in config else set()))
     what = [f"{h['method']} ({', '.join(f'{k} {v}' for k, v in h['config'].items() if v is not None)}), learnt on the axis {h['axis']}"
@@ -21,6 +21,9 @@ def card(run: Path, config: dict, form: str) -> str:
              began + (", its modules merged into the weights." if form == "merged" else "."), "",
              *(f"- module: {w}" for w in what), *([] if what else [f"- method: {config.get('method', 'full fine-tuning')}, the whole base"])]
     lines.append(f"- base: {config.get('model', '')}{base}")
+    if onto:
+        lines.append(f"- load: `PeftModel.from_pretrained({onto}.from_pretrained(BASE), FOLDER)`; on a model of another class its names may find no place, and peft then warns and "
+                     "leaves the base as it was")
     data = [Path(f).name for key in ("corpus", "train", "dev", "test") for f in ([config[key]] if isinstance(config.get(key), str) else config.get(key, []))]
     lines += [f"- data: {', '.join(data) or 'not recorded'}", "", "## Figures", "", *(_figures(run) or ["None recorded."]), "", "## Limits", "", LIMITS, ""]
     return "\n".join(lines)

@@ -148,8 +148,9 @@ def _is_head(name: str, config: EncoderConfig) -> bool:
     return any(name.startswith(stem + ".") for stem in weights.HEAD_NAMES[config.kind].values())
 
 
-def write(folder: Path, method: Method, model: Model, base: str | None = None) -> None:
-    """A peft folder with `method` and, as their classifiers have it, the model's classifier. Raises AdapterError, by name, on what peft has no words for."""
+def write(folder: Path, method: Method, model: Model, base: str | None = None) -> str:
+    """A peft folder with `method` and, as their classifiers have it, the model's classifier. Returns the class of transformers that it is loaded onto. Raises AdapterError, by
+    name, on what peft has no words for."""
     table = next((t for t in TABLES.values() if t.ours == method.name), None)
     if table is None:
         merged = "; --as merged writes it into the weights" if method.mergeable else ""
@@ -172,3 +173,4 @@ def write(folder: Path, method: Method, model: Model, base: str | None = None) -
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(tensors, folder / FILES[0])
     (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return {"SEQ_CLS": "AutoModelForSequenceClassification", "FEATURE_EXTRACTION": "AutoModel", None: "AutoModelForMaskedLM"}[task]

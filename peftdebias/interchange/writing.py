@@ -29,6 +29,7 @@ def export_adapter(run: str | Path, form: str, out: str | Path, overwrite: bool 
     config = checkpoint.read_config(run)
     keep_apart({"--out": out}, [run, *checkpoint.files_of(run)], folders=True)
     with writing_folder(Path(out), overwrite, "exported folder", _is_export) as folder:
+        onto = None
         if form == "hf":
             if modules:
                 raise AdapterError(f"{run}: a model folder cannot hold its {' and '.join(modules)}; {_other_forms(modules)}")
@@ -42,8 +43,8 @@ def export_adapter(run: str | Path, form: str, out: str | Path, overwrite: bool 
             elif len(modules) > 1:
                 raise AdapterError(f"{run}: a peft folder holds one module; expected one, got {' and '.join(modules)}; {_other_forms(modules)}")
             else:
-                peft.write(folder, *loaded.model.methods.values(), loaded.model, str((run / "model").resolve()) if (run / "model").is_dir() else config["model"])
-        (folder / "README.md").write_text(card(run, config, form), encoding="utf-8")
+                onto = peft.write(folder, *loaded.model.methods.values(), loaded.model, str((run / "model").resolve()) if (run / "model").is_dir() else config["model"])
+        (folder / "README.md").write_text(card(run, config, form, onto), encoding="utf-8")
     return Path(out)
 
 
