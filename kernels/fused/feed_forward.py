@@ -10,7 +10,8 @@ With dy the gradient of y:
     dz = (dy W2) gelu'(z)        dx = dz W1        dW1 = dz^T x, db1 = sum_t dz        dW2 = dy^T a, db2 = sum_t dy        (linear_trained.py says how, and what of x is kept)
 
 Kept for the backward: x W1^T and no a, and nothing where nobody wants a gradient. A trained W2 needs a again: whoever computes dz has all that it is made of, and writes it once
-more. No saved tensor is overwritten.
+more, in the form "library" over x W1^T, which nobody needs then: a second backward of the same forward (retain_graph) is torch's error about a tensor that was overwritten. No
+other saved tensor is.
 
 Forms, picked by dispatch.py. "library": the products are the library's, and GELU and its gradient run over their results (gelu.py), each of them a pass of the memory's over
 [T, inner]. "fused": `up_kernel` is the first product and GELU, `down_kernel` dy W2 and the gradient of GELU, each by the loop of product.py; the pass is saved, and what a library's

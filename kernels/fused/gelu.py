@@ -91,7 +91,7 @@ def forward_kernel(x, bias, y, T, F, x_stride, BT: tl.constexpr, BF: tl.constexp
 
 @triton.jit
 def backward_kernel(dy, x, bias, dx, y, partial, T, F, dy_stride, x_stride, tiles, BT: tl.constexpr, BF: tl.constexpr):
-    """dy, x [T, F], bias [F] or None -> dx [T, F], which may be dy, y [T, F] once more, and partial fp32 [stretches, F], the sums of dx: each unless None. Programs
+    """dy, x [T, F], bias [F] or None -> dx [T, F], which may be dy, y [T, F] once more, which may be x, and partial fp32 [stretches, F], the sums of dx: each unless None. Programs
     (stretch of `tiles` tiles of BT rows, column tile)."""
     columns = tl.program_id(1) * BF + tl.arange(0, BF)
     first = tl.program_id(0).to(tl.int64) * tiles * BT
@@ -186,8 +186,12 @@ def _launch_backward(dy: Tensor, x: Tensor, bias: Tensor | None, dx: Tensor | No
 
 
 def backward_with_output(dy: Tensor, x: Tensor, bias: Tensor | None, of_bias: bool, of_output: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(dx [T, F], dbias fp32 [F] or empty, y [T, F] or None) for whoever saved x and no y. dy [T, F], contiguous: dx is written over it."""
-    y, (_, dbias) = torch.empty(x.shape, dtype=x.dtype, device=x.device) if of_output else None, _gradients(x, False, of_bias)
+    """(dx [T, F], dbias fp32 [F] or empty, y [T, F] or None) for whoever saved x and no y, and has no use for x any more. dy and x [T, F], contiguous: dx is written over dy,
+    y over x, so that autograd hears of it."""
+    (_, dbias), y = _gradients(x, False, of_bias), None
+    if of_output:
+        torch.autograd.graph.increment_version(x)
+        y = x.detach()
     _launch_backward(dy, x, bias, dy, y, dbias)
     return dy, dbias, y
 
