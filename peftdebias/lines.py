@@ -98,7 +98,8 @@ def kind(path) -> str:
     found = name.rpartition(".")[2]
     if found not in FORMATS or "." not in name:
         expected = ", ".join("." + known for known in FORMATS)
-        raise DataError(f"{path}: expected a file named {expected}, or one of these with .gz, got '{Path(name).suffix}'")
+        pipe = "; of standard input lines of text are read, by augment and upstream as -, by predict without FILE" if path.is_fifo() else ""
+        raise DataError(f"{path}: expected a file named {expected}, or one of these with .gz, got '{Path(name).suffix}'{pipe}")
     return found
 
 

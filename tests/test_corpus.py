@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 import re
 from collections import Counter
 
@@ -141,6 +142,8 @@ def test_errors_of_files(tmp_path, file):
     assert message(lambda: read_texts([pickle])) == (
         f"{pickle}: expected a file named .txt, .csv, .tsv, .jsonl, or one of these with .gz, got '.pkl'"
     )
+    os.mkfifo(tmp_path / "pipe")  # `<(...)` of a shell: what it holds is not read to find out
+    assert message(lambda: read_texts([tmp_path / "pipe"])).endswith("got ''; of standard input lines of text are read, by augment and upstream as -, by predict without FILE")
     for name, content in [("a.txt", ""), ("b.txt", "\n \n"), ("a.csv", "text\n"), ("a.jsonl", ""), ("a.tsv", "text\tl\n")]:
         path = file(name, content)
         assert message(lambda: read_texts([path])) == f"no text in {path}"
