@@ -378,7 +378,7 @@ def test_a_bug_keeps_its_traceback(small, monkeypatch, tmp_path):  # noqa: F811
 def test_a_signal_leaves_nothing_half_written(name, code, small, tmp_path):  # noqa: F811
     out = tmp_path / "run"
     command = subprocess.Popen([sys.executable, "-m", "peftdebias", "upstream", *small.learning(steps=3000, valid_every=3000, out=out)], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored behind a shell's &
+                               stderr=subprocess.PIPE, text=True, preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)])  # ignored behind a shell's & or nohup
     heard = iter(command.stderr.readline, "")
     assert any(line.startswith("trained: ") for line in heard) and list(tmp_path.iterdir())  # the folder that is not whole yet
     command.send_signal(getattr(signal, name))
