@@ -231,9 +231,12 @@ def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict
         say(f"{title(case, setting)}: timing")
         taking = affordable(case, of_case(case, providers), lambda name: trouble((case.name, setting.x, name)), say)
         share = shares.get((stem(case), setting.x)) or next((s for (name, _), s in shares.items() if name == stem(case)), None)
+        failures = []
         with _noting(case, setting, red, case.name):
-            found += measure.time_case(case, setting, taking, repeats, shares=share, say=say, failed=lambda line: red.update({case.name: line}))
+            found += measure.time_case(case, setting, taking, repeats, shares=share, say=say, failed=failures.append)
             keep(found)
+        if failures:
+            red[case.name] = "\n".join([*failures, *([red[case.name]] if case.name in red else [])])
     return found
 
 

@@ -107,7 +107,7 @@ def check(case: Case, setting: Setting, providers: dict[str, Provider], say: Cal
     for name, provider in list(providers.items()):
         if not provider.compared or not provider.takes(setting.precision):
             continue
-        with _compiler_may_fail(case, name, providers, say):
+        with _may_fail(case, name, providers, say):
             got = unwritten_seen(name, provider, setting) if case.rounded and provider.kernels and results is in_this_process else results(name, provider, setting)
             if expected is None:
                 expected, baseline = got, name
@@ -166,7 +166,7 @@ def _unequal(case: Case, setting: Setting, words: str, found: list[Difference]) 
 
 
 @contextlib.contextmanager
-def _compiler_may_fail(case: Case, name: str, providers: dict[str, Provider], say: Callable[[str], None], failed: Callable[[str], None] | None = None):
+def _may_fail(case: Case, name: str, providers: dict[str, Provider], say: Callable[[str], None], failed: Callable[[str], None] | None = None):
     """torch.compile needs a compiler and may not know a model: then that provider is not measured, and the others go on. So they do where another fails and `failed` is there
     to hear of it."""
     try:
@@ -337,7 +337,7 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
         if not provider.takes(setting.precision):
             say(f"{case.name}: {name} is not measured: it takes {' and '.join(provider.precisions)}, not {setting.precision}")
             continue
-        with _compiler_may_fail(case, name, providers, say, failed), _memory_may_end(case, name, device, say):
+        with _may_fail(case, name, providers, say, failed), _memory_may_end(case, name, device, say):
             works[name], passes[name], peak, launch = _made(case, setting, name, provider, say)
             if peak is not None:
                 peaks[name], reserved[name] = peak

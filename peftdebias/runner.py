@@ -96,6 +96,7 @@ def _run(runner: "_Runner") -> Results:
 class _Runner:
     def __init__(self, recipe: Recipe, settings: Run, say: Say):
         self.recipe, self.settings, self.say, self.out, self.data = recipe, settings, say, Path(settings.out), Path(settings.data)
+        self.whole: set[Path] = set()  # prepared files
         if not self.data.is_dir():
             raise ConfigError(f"--data {self.data}: expected a folder, found none")
         self.systems = self._chosen()
@@ -353,19 +354,22 @@ class _Runner:
             for note in parts.notes:
                 self.say(f"  {task.name}: {note}")
             for name, path in files.items():
-                self._prepared(getattr(parts, name), path)
+                self._write_prepared(getattr(parts, name), path)
         return files
 
     def _stands(self, path: Path) -> bool:
-        """Whether a prepared file is there, as it was made. It is said of one that is not."""
+        """Whether a prepared file is there, as it was made; looked at once a run. It is said of one that is not."""
+        if path in self.whole:
+            return True
         made = path.with_suffix(".sha256")
         if path.exists() and made.exists() and made.read_text(encoding="utf-8", errors="replace").strip() != digest(path):
             self.say(f"  {path}: is not as it was made; made again")
-            return False
-        return path.exists()
+        elif path.exists():
+            self.whole.add(path)
+        return path in self.whole
 
     @staticmethod
-    def _prepared(examples: list, path: Path) -> None:
+    def _write_prepared(examples: list, path: Path) -> None:
         prepare.write(examples, path)
         write_text(path.with_suffix(".sha256"), f"{digest(path)}\n")
 
@@ -379,7 +383,7 @@ class _Runner:
                 task = next(t for t in self.recipe.tasks if t.name == self.recipe.upstream.train_of)
                 read = {name: prepare.read(s, self.data) for name in ("train", "dev", "test") if (s := self.recipe.sources.get((task.name, name)))}
                 found = prepare.splits(read["train"], read.get("dev"), read["test"], dev_share=task.dev_share).train
-            self._prepared([dataclasses.replace(e, text_pair=None, label=None, group=None) for e in found], path)
+            self._write_prepared([dataclasses.replace(e, text_pair=None, label=None, group=None) for e in found], path)
         return path
 
     # ---- the table

@@ -9,9 +9,9 @@ With dy the gradient of y and phi the density of the normal distribution:
 
     dx = dy (Phi(z) + z phi(z)),    phi(z) = exp(-z^2 / 2) / sqrt(2 pi)        dbias = sum_t dx
 
-Saved for the backward: x and bias, and nothing where nobody wants a gradient; z and the slope are computed again. No saved tensor is overwritten. A frozen bias
-has no gradient, a trained one the sums of dx before it is rounded: a program sums a stretch of T, tiles.sum_stretches adds the stretches in their order, so
-they repeat bit for bit.
+Saved for the backward: x and bias, and nothing where nobody wants a gradient; z and the slope are computed again. The op overwrites no saved tensor;
+`backward_with_output` does what feed_forward.py saved. A frozen bias has no gradient, a trained one the sums of dx before it is rounded: a program sums a stretch of T,
+tiles.sum_stretches adds the stretches in their order, so they repeat bit for bit.
 What limits it: memory. Alone it saves the pass of the bias; as the product's epilogue it would save its own, and risk the product.
 
 The room: peftdebias/ops/gelu.py (specification), this file, tests/kernel_checks/check_gelu.py (proof). Letters: T rows, F columns.
