@@ -1,7 +1,6 @@
 """bench/compare.py: a floor that torch's own count confirms, both stages of sparse fine-tuning, a provider under another interpreter, bars, drawing. No figure is looked at."""
 
 import dataclasses
-import importlib
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -11,21 +10,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from .benched import modules
 from .outside import one_thread  # noqa: F401  (a fixture: small models on one thread)
 
-ROOT = Path(__file__).resolve().parent.parent
 HUB = "/somewhere/bin/python"
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """The modules of bench/ by name; the checkout's root is on the path while they are imported."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        names = ("bars", "case", "cases_sparse", "cases_steps", "compare", "install", "lanes", "measure", "plots", "rows")
-        return type("bench", (), {name: importlib.import_module(f"bench.{name}") for name in names})
-    finally:
-        sys.path.remove(str(ROOT))
+bench = modules("bars", "case", "cases_sparse", "cases_steps", "compare", "install", "lanes", "measure", "plots", "rows")
 
 
 @pytest.fixture

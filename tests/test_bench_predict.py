@@ -1,6 +1,5 @@
 """bench/predict.py and bench/scale.py at tiny sizes: equality before time, rows with their schema, what is computed from them. No figure is looked at."""
 
-import importlib
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -12,21 +11,11 @@ import torch
 from peftdebias.encoder import EncoderConfig, Model
 from peftdebias.tokens import load_tokenizer
 
+from .benched import FIELDS, modules
 from .outside import library, one_thread  # noqa: F401
 from .small import small  # noqa: F401
 
-ROOT = Path(__file__).resolve().parent.parent
-FIELDS = {"kernel_name", "provider", "mode", "metric_name", "metric_unit", "x_name", "x_value", "y_50", "y_20", "y_80", "extra_config", "device_name", "torch_version",
-          "triton_version", "commit", "timestamp"}
-
-
-@pytest.fixture(scope="module")
-def bench():
-    sys.path.insert(0, str(ROOT))
-    try:
-        return type("bench", (), {name: importlib.import_module(f"bench.{name}") for name in ("cases_predict", "cases_scale", "compare", "measure", "predict", "process", "rows", "scale")})
-    finally:
-        sys.path.remove(str(ROOT))
+bench = modules("cases_predict", "cases_scale", "compare", "measure", "predict", "process", "rows", "scale")
 
 
 @pytest.fixture
@@ -91,7 +80,7 @@ def test_rows_bars_and_ceiling(bench, task, left_out, capsys, tmp_path, monkeypa
     out = tmp_path / "rows.json"
     assert bench.predict.main(words_of(task, "--out", str(out))) == 0
     rows, printed = json.loads(out.read_text()), capsys.readouterr().out
-    assert all(set(row) == FIELDS and row["mode"] == "predict" and row["y_20"] <= row["y_50"] <= row["y_80"] for row in rows)
+    assert all(list(row) == FIELDS and row["mode"] == "predict" and row["y_20"] <= row["y_50"] <= row["y_80"] for row in rows)
     calls = {(row["provider"], row["x_value"], row["metric_name"]) for row in rows if row["kernel_name"] == "predict_calls"}
     assert calls == {(name, x, metric) for name in one_call for x in (1, 40) for metric in ("time", "texts")}  # calls are as large as they are, and fewer than 100
     times = {row["provider"]: row for row in rows if row["kernel_name"] == "predict_file" and row["metric_name"] == "time"}
@@ -195,7 +184,7 @@ def test_curves_rows_and_a_drawing(bench, capsys, tmp_path):
     out = tmp_path / "scale.json"
     assert bench.scale.main(["--small", "--repeats", "1", "--out", str(out)]) == 0
     rows, printed = json.loads(out.read_text()), capsys.readouterr().out
-    assert all(set(row) == FIELDS and row["y_50"] > 0 for row in rows if row["metric_name"] != "peak memory")
+    assert all(list(row) == FIELDS and row["y_50"] > 0 for row in rows if row["metric_name"] != "peak memory")
     assert {row["x_name"] for row in rows} == set(bench.cases_scale.GROWTHS) and all("fit" in row["extra_config"] for row in rows if row["metric_name"] == "time")
     saved = {(row["provider"], row["x_value"]): row["y_50"] for row in rows if row["kernel_name"] == "scale_layers" and row["metric_name"] == "saved for backward"}
     assert saved[bench.cases_scale.SAVING, 2] < saved["peftdebias", 2] and saved["peftdebias", 2] > saved["peftdebias", 1]
