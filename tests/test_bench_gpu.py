@@ -4,11 +4,9 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from peftdebias import evaluation, recipe as recipes, runner
+from peftdebias import evaluation, recipe as recipes, recipe_table, runner
 from peftdebias.config import Report, Run
 from peftdebias.errors import ConfigError, DataError, PeftDebiasError
 from peftdebias.metrics.nli import SLOT
@@ -248,12 +248,12 @@ def test_differences_are_to_the_base_and_paired_by_seed():
     table = {"base": "BERT", "baseline": "FT", "rows": [
         row("BERT", 0, "upstream", 50.0), row("LoRA", 0, "upstream", 47.0), row("LoRA", 1, "upstream", 48.0),
         row("FT", 1, "downstream", 10.0), row("FT", 0, "downstream", 20.0), row("LoRA", 0, "downstream", 21.0), row("LoRA", 1, "downstream", 14.0), row("LoRA", 2, "downstream", 99.0)]}
-    found = runner.change(table, up, "LoRA")  # the untrained base is one, whatever the seed
+    found = recipe_table.change(table, up, "LoRA")  # the untrained base is one, whatever the seed
     assert (found.first, found.second, found.value, found.n) == (50.0, 47.5, -2.5, 2) and found.low < -2.5 < found.high
-    found = runner.change(table, down, "LoRA")  # 1 and 4; the seed that plain fine-tuning has not is left out
+    found = recipe_table.change(table, down, "LoRA")  # 1 and 4; the seed that plain fine-tuning has not is left out
     assert (found.first, found.second, found.value, found.n) == (15.0, 17.5, 2.5, 2)
-    assert runner.change(table, up, "BERT") is None and runner.change(table, down, "FT") is None
-    assert runner.change({**table, "baseline": None}, down, "LoRA") is None
+    assert recipe_table.change(table, up, "BERT") is None and recipe_table.change(table, down, "FT") is None
+    assert recipe_table.change({**table, "baseline": None}, down, "LoRA") is None
 
 
 def test_a_column_that_nobody_fills_is_named_and_the_table_claims_nothing_of_a_paper(place, small, tmp_path):  # noqa: F811
@@ -316,13 +316,13 @@ def test_a_recipe_stopped_and_taken_up_again(place, small, tmp_path, monkeypatch
 
     gap = table["columns"][1]
     assert gap["unit"] == "points" and gap["ideal"] == 0.0
-    values = runner.figures(table, gap, "LoRA")
+    values = recipe_table.figures(table, gap, "LoRA")
     assert values == {row["seed"]: m["value"] for row in table["rows"] if row["run"] in ("runs/jobs-lora-0", "runs/jobs-lora-1") for m in row["measures"] if m["name"] == "tpr-gap/rms"}
     assert f"| {over_seeds(list(values.values()))} |" in said.out and " [13.05] |" in said.out
-    plain, found = runner.figures(table, gap, "FT"), runner.change(table, gap, "LoRA")
+    plain, found = recipe_table.figures(table, gap, "FT"), recipe_table.change(table, gap, "LoRA")
     assert found == seed_difference([plain[0], plain[1]], [values[0], values[1]], name="tpr-gap/rms", unit="points", ideal=0.0)
     crows = table["columns"][0]
-    assert len(runner.figures(table, crows, "BERT")) == 1 and runner.change(table, crows, "LoRA").n == 2 and runner.change(table, crows, "BERT") is None
+    assert len(recipe_table.figures(table, crows, "BERT")) == 1 and recipe_table.change(table, crows, "LoRA").n == 2 and recipe_table.change(table, crows, "BERT") is None
 
     said = cli(*flags[:-4], "--scale", "0.2")
     assert said.code == 2 and said.err.splitlines()[-1] == f"peftdebias: --out {out}: holds results with scale 0.1; expected the same as before or another folder"
@@ -397,4 +397,4 @@ def test_below_one_epoch_a_share_of_the_training_file_is_taken(place, small, tmp
     row = next(row for row in found["rows"] if row["task"] == "moved")
     trained = (tmp_path / "out" / "data" / "moved-train.jsonl").read_text().splitlines()
     assert len(trained) == round(0.2 * 50) and tomllib.loads((tmp_path / "out" / row["run"] / "config.toml").read_text())["epochs"] == 1
-    assert [row["stage"] for row in found["rows"]] == ["upstream", "downstream", "transfer"] and runner.change(found, found["columns"][1], "FT") is None
+    assert [row["stage"] for row in found["rows"]] == ["upstream", "downstream", "transfer"] and recipe_table.change(found, found["columns"][1], "FT") is None
