@@ -21,6 +21,7 @@ STYLES = {
     "bert": {"cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]", "pad": "[PAD]", "unk": "[UNK]"},
     "roberta": {"cls": "<s>", "sep": "</s>", "mask": "<mask>", "pad": "<pad>", "unk": "<unk>"},
 }
+ADDED = ("single_word", "lstrip", "rstrip", "normalized", "special")  # flags of an added token
 MASK_SHARE = 0.15
 
 
@@ -46,10 +47,10 @@ class Tokenizer:
         ids = {}
         for role, default in STYLES[self.style].items():
             given = self.settings.get(f"{role}_token", default)
-            given = given["content"] if isinstance(given, dict) else given
-            ids[role] = backend.token_to_id(given or default)
+            given = _content(given or default)
+            ids[role] = backend.token_to_id(given)
             if ids[role] is None and role != "unk":
-                raise ModelError(f"tokenizer: expected a {role} token {given or default!r} in the vocabulary, got none")
+                raise ModelError(f"tokenizer: expected a {role} token {given!r} in the vocabulary, got none")
         self.cls_id, self.sep_id, self.mask_id, self.pad_id, self.unk_id = (ids[r] for r in ("cls", "sep", "mask", "pad", "unk"))
         self.special_ids = numpy.array(sorted({i for i in ids.values() if i is not None}))
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1  # one more than the highest id
@@ -124,11 +125,15 @@ class Tokenizer:
             segments = numpy.array([0] * (len(head) + 1) + [1] * len(tail), dtype=numpy.int32)
         return Encoded(numpy.array(ids, dtype=numpy.int32), segments, max(0, length - room))
 
-    def save(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json as transformers reads them."""
+    def save(self, folder: Path, longest: int | None = None) -> None:
+        """Write tokenizer.json and tokenizer_config.json as transformers reads them. longest: tokens that the model has positions for, more than which truncation leaves nowhere."""
         self.backend.save(str(folder / "tokenizer.json"))
         names = {f"{role}_token": self.settings.get(f"{role}_token") or token for role, token in STYLES[self.style].items()}
         names["tokenizer_class"] = "RobertaTokenizer" if self.style == "roberta" else "BertTokenizer"
+        if "added_tokens_decoder" in self.settings:  # all of them: transformers then asks nobody else
+            names["added_tokens_decoder"] = {str(i): {flag: getattr(token, flag) for flag in ("content", *ADDED)} for i, token in self.backend.get_added_tokens_decoder().items()}
+        if longest is not None:
+            names["model_max_length"] = min(self.settings.get("model_max_length") or longest, longest)
         (folder / "tokenizer_config.json").write_text(json.dumps({**self.settings, **names}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -139,12 +144,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     tokenizer.json has; a vocab.txt is lower-cased where it says nothing. Raises ModelError that names what is missing.
     """
     folder = Path(folder)
-    settings = {}
     try:
-        if (folder / "tokenizer_config.json").exists():
-            settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings = _settings(folder)
         if (folder / "tokenizer.json").exists():
-            return Tokenizer(_as_configured(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), settings), settings=settings)
+            backend = _as_configured(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), settings)
+            return Tokenizer(_with_added(backend, settings), settings=settings)
         if (folder / "vocab.txt").exists():
             return wordpiece(_lines(folder / "vocab.txt"), settings)
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
@@ -154,6 +158,43 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     except Exception as error:  # the tokenizers library raises bare Exception on a malformed file
         raise ModelError(f"{folder}: tokenizer cannot be read: {error}") from None
     raise ModelError(f"{folder}: expected tokenizer.json, vocab.txt, or vocab.json with merges.txt; found none")
+
+
+def _settings(folder: Path) -> dict:
+    """tokenizer_config.json; unless it lists the added tokens, special_tokens_map.json and added_tokens.json hold too, as in transformers."""
+    found, mapped, added = (json.loads(path.read_text(encoding="utf-8")) if (path := folder / name).exists() else {}
+                            for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"))
+    if "added_tokens_decoder" in found:
+        return found
+    typed = lambda token: {"__type": "AddedToken", **token} if isinstance(token, dict) else token  # noqa: E731  as tokenizer_config.json says it
+    found |= {key: [typed(token) for token in value] if isinstance(value, list) else typed(value) for key, value in mapped.items()}
+    special = _special(found)
+    return found | ({"added_tokens_decoder": {str(i): {"content": t, "special": t in special, "normalized": t not in special} for t, i in added.items()}} if added else {})
+
+
+def _content(token: str | dict) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _special(settings: dict) -> list[str]:
+    """The special tokens that settings name, those of the roles and others."""
+    others = [token for key in ("additional_special_tokens", "extra_special_tokens") if isinstance(named := settings.get(key), list) for token in named]
+    return list(dict.fromkeys(_content(token) for token in [*(settings.get(f"{role}_token") for role in STYLES["bert"]), *others] if token))
+
+
+def _with_added(backend: tokenizers.Tokenizer, settings: dict) -> tokenizers.Tokenizer:
+    """With the tokens that settings add, those found whole in a text. Raises ModelError where one has another id than they say."""
+    listed = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
+    there = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for place, token in sorted(listed.items()):
+        if token["content"] not in there:
+            flags = {key: bool(token[key]) for key in ADDED if key in token}
+            (backend.add_special_tokens if flags.get("special") else backend.add_tokens)([tokenizers.AddedToken(token["content"], **flags)])
+        if (found := backend.token_to_id(token["content"])) != place:
+            raise ModelError(f"tokenizer: added token {token['content']!r}: expected the id {place} by its list, got {found} after the vocabulary")
+    there = {token.content for token in backend.get_added_tokens_decoder().values()}
+    backend.add_special_tokens([token for token in _special(settings) if token not in there and backend.token_to_id(token) is not None])
+    return backend
 
 
 CONFIGURED = {
@@ -190,9 +231,10 @@ def wordpiece(vocabulary: Iterable[str], settings: dict | None = None) -> Tokeni
                                                     handle_chinese_chars=settings.get("tokenize_chinese_chars", True))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    backend.add_special_tokens([t for t in STYLES["bert"].values() if t in ids])
-    tokenizer = Tokenizer(backend, "bert", settings)
-    backend.post_processor = tokenizers.processors.BertProcessing(("[SEP]", tokenizer.sep_id), ("[CLS]", tokenizer.cls_id))
+    backend.add_special_tokens([t for role, t in STYLES["bert"].items() if t in ids and not settings.get(f"{role}_token")])
+    tokenizer = Tokenizer(_with_added(backend, settings), "bert", settings)
+    sep, cls = (backend.id_to_token(i) for i in (tokenizer.sep_id, tokenizer.cls_id))
+    backend.post_processor = tokenizers.processors.BertProcessing((sep, tokenizer.sep_id), (cls, tokenizer.cls_id))
     return tokenizer
 
 
@@ -200,11 +242,12 @@ def _byte_bpe(folder: Path, settings: dict) -> Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.get("add_prefix_space", False))
     backend.decoder = decoders.ByteLevel()
-    special = [t for role, t in STYLES["roberta"].items() if role != "mask" and backend.token_to_id(t) is not None]
+    special = [t for role, t in STYLES["roberta"].items() if role != "mask" and backend.token_to_id(t) is not None and not settings.get(f"{role}_token")]
     # RoBERTa's mask takes the space before it, so that " <mask>" is one token.
     backend.add_special_tokens([*special, tokenizers.AddedToken("<mask>", lstrip=True, special=True)])
-    tokenizer = Tokenizer(backend, "roberta", settings)
-    backend.post_processor = tokenizers.processors.RobertaProcessing(("</s>", tokenizer.sep_id), ("<s>", tokenizer.cls_id))
+    tokenizer = Tokenizer(_with_added(backend, settings), "roberta", settings)
+    sep, cls = (backend.id_to_token(i) for i in (tokenizer.sep_id, tokenizer.cls_id))
+    backend.post_processor = tokenizers.processors.RobertaProcessing((sep, tokenizer.sep_id), (cls, tokenizer.cls_id))
     return tokenizer
 
 

@@ -177,6 +177,14 @@ def _named(ours: str, config: EncoderConfig) -> str:
 
 # ---------------------------------------------------------------- configuration
 
+KEYS = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads", "feed_forward": "intermediate_size", "vocab": "vocab_size",
+        "max_positions": "max_position_embeddings", "segments": "type_vocab_size", "activation": "hidden_act", "norm_eps": "layer_norm_eps", "dropout": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob", "classifier_dropout": "classifier_dropout", "pad_id": "pad_token_id", "tied": "tie_word_embeddings",
+        "initializer_range": "initializer_range"}
+"""Field of EncoderConfig -> its name in config.json."""
+REQUIRED = ("layers", "hidden", "heads", "feed_forward", "vocab", "max_positions")
+
+
 def read_config(folder: Path) -> tuple[EncoderConfig, dict]:
     """(our configuration, the raw one) of a folder's config.json. Raises ModelError on another model type or a feature that is not here."""
     path = folder / "config.json"
@@ -195,20 +203,16 @@ def read_config(folder: Path) -> tuple[EncoderConfig, dict]:
     pad = raw.get("pad_token_id")
     pad = (0 if kind == "bert" else 1) if pad is None else pad
     offset = pad + 1 if kind == "roberta" else 0
-    dropout = raw.get("hidden_dropout_prob", 0.1)
-    classifier_dropout = raw.get("classifier_dropout")
+    if missing := next((key for ours, key in KEYS.items() if ours in REQUIRED and key not in raw), None):
+        raise ModelError(f"{path}: expected the key {missing!r}, found none")
+    given = {ours: raw[key] for ours, key in KEYS.items() if key in raw} | {"pad_id": pad, "max_positions": raw[KEYS["max_positions"]] - offset, "position_offset": offset}
+    if given.get("classifier_dropout") is None:
+        given["classifier_dropout"] = given.get("dropout", EncoderConfig.dropout)
     try:
-        config = EncoderConfig(
-            kind=kind, layers=raw["num_hidden_layers"], hidden=raw["hidden_size"], heads=raw["num_attention_heads"], feed_forward=raw["intermediate_size"],
-            vocab=raw["vocab_size"], max_positions=raw["max_position_embeddings"] - offset, segments=raw.get("type_vocab_size", 2),
-            position_offset=offset, activation=raw.get("hidden_act", "gelu"), norm_eps=raw.get("layer_norm_eps", 1e-12), dropout=dropout,
-            attention_dropout=raw.get("attention_probs_dropout_prob", 0.1),
-            classifier_dropout=dropout if classifier_dropout is None else classifier_dropout, pad_id=pad,
-            tied=raw.get("tie_word_embeddings", True), initializer_range=raw.get("initializer_range", 0.02))
-    except KeyError as error:
-        raise ModelError(f"{path}: expected the key {error}, found none") from None
+        config = EncoderConfig(kind=kind, **given)
     except ModelError as error:
-        raise ModelError(f"{path}: {error}") from None
+        name, colon, said = str(error).partition(": ")
+        raise ModelError(f"{path}: {KEYS.get(name, name)}{colon}{said}") from None
     return config, raw
 
 
@@ -217,12 +221,9 @@ def foreign_config(model: Model) -> dict:
     c = model.config
     head = "ForSequenceClassification" if model.classifier else "ForMaskedLM" if model.mlm else "Model"
     raw = {
-        "architectures": [ARCHITECTURES[c.kind] + head], "model_type": c.kind, "num_hidden_layers": c.layers, "hidden_size": c.hidden,
-        "num_attention_heads": c.heads, "intermediate_size": c.feed_forward, "vocab_size": c.vocab,
-        "max_position_embeddings": c.max_positions + c.position_offset, "type_vocab_size": c.segments, "hidden_act": c.activation,
-        "layer_norm_eps": c.norm_eps, "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": c.attention_dropout,
-        "classifier_dropout": c.classifier_dropout, "pad_token_id": c.pad_id, "tie_word_embeddings": model.mlm is None or model.mlm.decoder is None,
-        "initializer_range": c.initializer_range, "dtype": str(model.encoder.embeddings.word.weight.dtype).removeprefix("torch."),
+        **{key: getattr(c, ours) for ours, key in KEYS.items()}, "architectures": [ARCHITECTURES[c.kind] + head], "model_type": c.kind,
+        "max_position_embeddings": c.max_positions + c.position_offset, "tie_word_embeddings": model.mlm is None or model.mlm.decoder is None,
+        "dtype": str(model.encoder.embeddings.word.weight.dtype).removeprefix("torch."),
     }
     if c.kind == "roberta":
         raw |= {"bos_token_id": 0, "eos_token_id": 2}
@@ -309,7 +310,7 @@ def load_model(folder: str | Path, *, mlm: bool | None = None, labels: tuple[str
         raise ModelError(f"{folder}: expected a masked-LM head (cls.predictions or lm_head), found none; upstream training needs one (--fresh-head N trains a new one)")
     mlm = has_mlm if mlm is None else mlm
     decoder, word = found.pop("mlm.decoder.weight", None), found.get("embeddings.word.weight")
-    # As transformers does: what the files hold wins over `tie_word_embeddings`; without a stored decoder there is nothing to untie.
+    # What the files hold wins over `tie_word_embeddings`, as in transformers; without a stored decoder, for which transformers would draw one, it is tied.
     same = decoder is None or (word is not None and decoder.shape == word.shape and torch.equal(decoder, word))
     config = dataclasses.replace(config, tied=decoder is None or (same and config.tied))
     if decoder is not None and mlm and not config.tied:
@@ -318,6 +319,8 @@ def load_model(folder: str | Path, *, mlm: bool | None = None, labels: tuple[str
         model = Model(config, mlm=mlm, labels=labels)
     model = model.to(dtype).eval()
     generator, new = torch.Generator().manual_seed(seed), []
+    if mlm and decoder is None and not raw.get("tie_word_embeddings", True):
+        new.append("mlm.decoder (tied to the words instead, though config.json does not tie it)")
     for part, module in (("mlm", model.mlm), ("classifier", model.classifier)):
         if module is not None:
             model.initialize(module, generator)
@@ -379,6 +382,8 @@ def check_single_label(raw: dict, folder: Path) -> None:
 def _answers(raw: dict, found: dict[str, Tensor], config: EncoderConfig, folder: Path) -> None:
     """Raises ModelError unless the stored classifier is whole and gives one label a text."""
     check_single_label(raw, folder)
+    if (rows := len(found["classifier.output.weight"])) < 2:
+        raise ModelError(f"{folder}: {_named('classifier.output.weight', config)}: expected a row a label, two or more, got {rows} (a regression)")
     for ours in ("classifier.dense.weight", "classifier.dense.bias", "classifier.output.bias"):
         if ours not in found:
             raise ModelError(f"{folder}: expected the tensor {_named(ours, config)} beside the classifier's {_named('classifier.output.weight', config)}, found none")
@@ -404,5 +409,5 @@ def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = N
     write_tensors(to_foreign(ours, model.config), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(foreign_config(model), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if tokenizer is not None:
-        tokenizer.save(folder)
+        tokenizer.save(folder, model.config.max_positions)
     return folder

@@ -95,21 +95,60 @@ def test_the_card(runs, tmp_path):
     for words in ("# Debiasing: gender", "module: lora (rank 2", "learnt on the axis gender", "- base: ", "train.jsonl", "- accuracy: ", "## Limits",
                   "never its absence", "Gender is treated as binary", "word lists are narrow"):
         assert words in text, words
+    described = r"bert, \d layers, hidden \d+, sha256 [0-9a-f]{12}"
+    base = checkpoint.read_config(runs / "lora")["model"]
+    assert f"\n- base: {base}\n" in text and "\n- texts: the run cuts them at " in text and "beside" not in text  # what the module's header describes is the run's model
+    done("export", runs / "debiased", "--as", "peft", "--out", tmp_path / "c")
+    assert re.search(rf"\n- base: {runs / 'debiased' / 'model'} \({described}\), trained from {base}\n", (tmp_path / "c" / "README.md").read_text())
     done("export", runs / "lora", "--as", "peft", "--out", tmp_path / "b")
+    assert re.search(rf"\n- base: {base} \({described}\)\n", (tmp_path / "b" / "README.md").read_text())
     assert re.search(r"\n- masked-LM loss on held-out texts, nats a masked token: \d\.\d{4} before, \d\.\d{4} at step \d+\n", (tmp_path / "b" / "README.md").read_text())
     assert "corpus" in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_the_card_names_what_a_module_was_learnt_beside(runs, small, tmp_path):  # noqa: F811
+    done("upstream", *small.learning(method="bias", set=None, adapter=runs / "prefix", steps=2), "--out", tmp_path / "onto")
+    done("export", tmp_path / "onto", "--as", "merged", "--out", tmp_path / "a")
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert f"\n- learnt and measured beside: {runs / 'prefix'}, not part of this folder\n" in text
+    longest = json.loads((small.base / "config.json").read_text())["max_position_embeddings"]  # of 256 that were allowed
+    assert f"\n- texts: the run cuts them at {longest} tokens (`truncation=True, max_length={longest}`)\n" in text
+
+
+def test_the_card_says_how_long_a_text_can_be(runs, small, tmp_path):  # noqa: F811
+    """A positioned prefix of 3 takes three positions of the model's."""
+    positions = json.loads((small.base / "config.json").read_text())["max_position_embeddings"]
+    done("upstream", *small.learning(method="prefix", set=["length=3", "positioned=true"], max_length=positions, steps=2), "--out", tmp_path / "long")
+    done("export", tmp_path / "long", "--as", "peft", "--out", tmp_path / "a")
+    assert f"the run cuts them at {positions - 3} tokens" in (tmp_path / "a" / "README.md").read_text()
+    done("upstream", *small.learning(method="lora", set="rank=2", steps=2), "--out", tmp_path / "lora")
+    done("export", tmp_path / "lora", "--as", "merged", "--out", tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())["model_max_length"] == positions
+
+
+@pytest.mark.parametrize("spoil,words", [
+    (lambda model: (model / "model.safetensors").unlink(), "model: expected model.safetensors, model.safetensors.index.json or pytorch_model.bin, found none"),
+    (lambda model: (model / "model.safetensors").write_bytes(b"xx"), "model.safetensors: "), (shutil.rmtree, "model")])
+def test_a_damaged_model_is_not_handed_on(spoil, words, runs, tmp_path):
+    shutil.copytree(runs / "plain", tmp_path / "run")
+    spoil(tmp_path / "run" / "model")
+    said = cli("export", tmp_path / "run", "--as", "hf", "--out", tmp_path / "out")
+    assert said.code == 2 and f"{tmp_path}/run/model" in said.err.splitlines()[-1] and words in said.err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize("name,onto", [("lora", "AutoModelForMaskedLM"), ("debiased", "AutoModelForSequenceClassification"), ("prefix", "AutoModel")])
 def test_a_peft_folder_is_loaded_as_its_card_says(name, onto, runs, tmp_path):
     transformers, peft = library("transformers"), library("peft")
     done("export", runs / name, "--as", "peft", "--out", tmp_path / "b")
-    called = re.search(r"\n- load: `PeftModel.from_pretrained\((\w+).from_pretrained\(BASE\), FOLDER\)`;", (tmp_path / "b" / "README.md").read_text())
+    card = (tmp_path / "b" / "README.md").read_text()
+    called = re.search(r"\n- load: `PeftModel.from_pretrained\((\w+).from_pretrained\('(.+)', dtype=torch.float32\), FOLDER\)`;", card)
     assert called[1] == onto
-    base = json.loads((tmp_path / "b" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = called[2]
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["base_model_name_or_path"] == base and f"base_model: {json.dumps(base)}\n" in card
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        other = peft.PeftModel.from_pretrained(getattr(transformers, onto).from_pretrained(base), tmp_path / "b").double().eval()
+        other = peft.PeftModel.from_pretrained(getattr(transformers, onto).from_pretrained(base, dtype=torch.float32), tmp_path / "b").double().eval()
     assert not any("adapter keys" in str(warning.message) for warning in heard)
     if name != "prefix":
         head, theirs = ("mlm", mlm_logits) if name == "lora" else ("class", class_logits)

@@ -390,3 +390,41 @@ def test_a_space_before_the_first_word_is_put_where_tokenizer_config_json_says_s
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_prefix_space": True}))
     other = outside.library("transformers").AutoTokenizer.from_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).encode(["he said"])[0].ids.tolist() == other("he said")["input_ids"] != roberta.encode(["he said"])[0].ids.tolist()
+
+
+# ---------------------------------------------------------------- tokens that were added
+
+NEW = {"content": "[PERSON]", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+
+
+@pytest.mark.parametrize("kind,files", [
+    ("bert", {"added_tokens.json": {"[PERSON]": 30522, "<ent>": 30523}}),
+    ("bert", {"added_tokens.json": {"[PERSON]": 30522}, "special_tokens_map.json": {"additional_special_tokens": ["[PERSON]", "[unused3]"]}}),
+    ("bert", {"tokenizer_config.json": {"added_tokens_decoder": {"30522": NEW}}}),
+    ("bert", {"special_tokens_map.json": {"cls_token": "[unused1]", "mask_token": {"content": "[unused9]", "lstrip": True, "normalized": False}}}),
+    ("bert", {"special_tokens_map.json": {"cls_token": "[unused1]"}, "tokenizer_config.json": {"cls_token": "[unused2]"}}),
+    ("roberta", {"added_tokens.json": {"<ent>": 50265}}),
+])  # fmt: skip
+def test_added_and_special_tokens_are_those_of_transformers(kind, files, bert, roberta, shared, tmp_path):
+    """Of a folder without tokenizer.json, and of what is saved of it."""
+    library = outside.library("transformers")
+    write_vocab_txt(tmp_path, bert) if kind == "bert" else write_byte_bpe(tmp_path, shared)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    texts = ["He said [PERSON] met a <ent>nurse</ent>.<ent> twice", "a [unused3]b [unused1] [unused2]", "[CLS] [unused9] [MASK]"]
+    theirs = {"bert": library.BertTokenizer, "roberta": library.RobertaTokenizer}[kind]
+    ours, expected = load_tokenizer(tmp_path), theirs.from_pretrained(tmp_path)
+    assert ids(ours.encode(texts)) == [expected(text)["input_ids"] for text in texts] != ids({"bert": bert, "roberta": roberta}[kind].encode(texts))
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    ours.save(saved)
+    again = theirs.from_pretrained(saved)
+    assert ids(load_tokenizer(saved).encode(texts)) == [again(text)["input_ids"] for text in texts] == ids(ours.encode(texts))
+    assert (again.cls_token, again.mask_token) == (expected.cls_token, expected.mask_token)
+
+
+def test_an_added_token_with_another_id_is_refused(bert, tmp_path):
+    write_vocab_txt(tmp_path, bert)
+    (tmp_path / "added_tokens.json").write_text('{"[PERSON]": 30600}')
+    with pytest.raises(ModelError, match=rf"{tmp_path}: tokenizer: added token '\[PERSON\]': expected the id 30600 by its list, got 30522 after the vocabulary"):
+        load_tokenizer(tmp_path)

@@ -122,7 +122,9 @@ def test_an_equal_decoder_is_tied_only_where_the_configuration_ties(saved):
     found, _ = load_model(folder)
     assert torch.equal(found.mlm.decoder.weight, word_table(tensors))
     store(folder, tensors)  # nothing stored to untie
-    assert load_model(folder)[0].mlm.decoder is None
+    found, report = load_model(folder)
+    assert found.mlm.decoder is None and report.missed() == [f"{folder}: new, not in the files: mlm.decoder (tied to the words instead, though config.json does not tie it)"]
+    assert load_model(folder, mlm=False)[1].lines() == [f"{folder}: in the files, not used: " + ", ".join(sorted(f"mlm.{n}" for n in ("bias", "dense.bias", "dense.weight", "norm.bias", "norm.weight")))]
 
 
 @pytest.mark.parametrize("order", [list, reversed])
@@ -291,18 +293,18 @@ def test_shapes_that_match_only_together_do_not(bert):
     (dict(model_type=None), "model_type: expected bert or roberta, got None"),
     (dict(hidden_size=None), "expected the key 'hidden_size', found none"),
     (dict(num_attention_heads=5), "hidden size 21: expected a multiple of the number of heads, got 5 heads"),
-    (dict(vocab_size="97"), "vocab: expected a whole number of at least 1, got '97'"),
-    (dict(hidden_act="mish"), "activation: expected one of gelu, gelu_new, relu, silu, got 'mish'"),
+    (dict(vocab_size="97"), "vocab_size: expected a whole number of at least 1, got '97'"),
+    (dict(hidden_act="mish"), "hidden_act: expected one of gelu, gelu_new, relu, silu, got 'mish'"),
     (dict(position_embedding_type="relative_key"), "position_embedding_type: expected 'absolute', got 'relative_key'"),
     (dict(is_decoder=True), "is_decoder: expected False, got True"),
-    (dict(layer_norm_eps="1e-12"), "norm_eps: expected a number from 0, got '1e-12'"),
-    (dict(layer_norm_eps=-1), "norm_eps: expected a number from 0, got -1"),
-    (dict(hidden_dropout_prob=2), "dropout: expected a number from 0 to below 1, got 2"),
-    (dict(attention_probs_dropout_prob="a"), "attention_dropout: expected a number from 0 to below 1, got 'a'"),
+    (dict(layer_norm_eps="1e-12"), "layer_norm_eps: expected a number from 0, got '1e-12'"),
+    (dict(layer_norm_eps=-1), "layer_norm_eps: expected a number from 0, got -1"),
+    (dict(hidden_dropout_prob=2), "hidden_dropout_prob: expected a number from 0 to below 1, got 2"),
+    (dict(attention_probs_dropout_prob="a"), "attention_probs_dropout_prob: expected a number from 0 to below 1, got 'a'"),
     (dict(initializer_range="x"), "initializer_range: expected a number from 0, got 'x'"),
     (dict(max_position_embeddings="x"), "max_position_embeddings: expected a whole number, got 'x'"),
     (dict(pad_token_id=[0]), "pad_token_id: expected a whole number, got [0]"),
-    (dict(hidden_act=["gelu"]), "activation: expected one of gelu, gelu_new, relu, silu, got ['gelu']"),
+    (dict(hidden_act=["gelu"]), "hidden_act: expected one of gelu, gelu_new, relu, silu, got ['gelu']"),
     (dict(model_type=["bert"]), "model_type: expected bert or roberta, got ['bert']"),
 ])
 def test_a_configuration_that_does_not_fit_says_so(bert, changes, words):
@@ -575,6 +577,13 @@ def test_the_output_layer_of_another_task_is_no_classifier_of_texts(head, tmp_pa
     edit_config(tmp_path, architectures=[f"BertFor{head}"])
     model, report = load_model(tmp_path)
     assert model.classifier is None and {"classifier.weight", "classifier.bias"} <= set(report.unused) and not report.missed()
+
+
+def test_a_classifier_of_one_row_answers_no_label(tmp_path):
+    """As rerankers have one, without a problem_type."""
+    save_model(model_of("bert", labels=("score",)), tmp_path)
+    assert message(lambda: load_model(tmp_path)) == (f"{tmp_path}: classifier.output.weight (classifier.weight): expected a row a label, two or more, got 1 (a regression)")
+    assert load_model(tmp_path, labels=("a", "b"))[1].new == ("classifier.output.weight", "classifier.output.bias")
 
 
 @pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])

@@ -8,22 +8,32 @@ from .. import __version__, checkpoint
 LIMITS = "The benchmarks have positive predictive power only: they can show bias, never its absence. Gender is treated as binary, and the word lists are narrow."
 
 
-def card(run: Path, config: dict, form: str, onto: str | None = None) -> str:
-    """README.md of an exported folder: axis, method, base, data, figures of the run's last event, limits. onto: the class of transformers that a peft folder is loaded onto."""
+def card(run: Path, config: dict, form: str, base: str, longest: int, onto: str | None = None) -> str:
+    """README.md of an exported folder: axis, method, base, data, figures of the run's last event, limits.
+
+    base: the model that a peft folder lies on, or the one that the run began from. longest: tokens at which the run cuts a text. onto: the class of transformers that
+    a peft folder is loaded onto.
+    """
     headers = [checkpoint.read_header(f) for f in checkpoint.adapter_folders(run)]
     axes = sorted({h["axis"] for h in headers} | ({config["axis"]} if "axis" in config else set()))
     what = [f"{h['method']} ({', '.join(f'{k} {v}' for k, v in h['config'].items() if v is not None)}), learnt on the axis {h['axis']}"
             + (f", read from a folder of {h['origin']['library']}" if "origin" in h else "") for h in headers]
     began = f"Written by peftdebias {__version__} from a run of `{config.get('command', '')}`"
-    base = "".join(f" ({b['type']}, {b['layers']} layers, hidden {b['hidden']}, sha256 {(b.get('sha256') or 'unknown')[:12]})" for b in [h["base"] for h in headers[:1]])
-    lines = ["---", f"library_name: {'peft' if form == 'peft' else 'transformers'}", f"base_model: {json.dumps(config.get('model', ''))}",
+    of_run = base != config.get("model", "")
+    described = of_run or not (run / "model").is_dir()  # a module's header tells of the model that it lies on
+    about = "".join(f" ({b['type']}, {b['layers']} layers, hidden {b['hidden']}, sha256 {(b.get('sha256') or 'unknown')[:12]})" for b in [h["base"] for h in headers[:1]] if described)
+    lines = ["---", f"library_name: {'peft' if form == 'peft' else 'transformers'}", f"base_model: {json.dumps(base)}",
              "tags: [peftdebias, debiasing]", "---", "", f"# Debiasing: {', '.join(axes) or 'none'}", "",
              began + (", its modules merged into the weights." if form == "merged" else "."), "",
              *(f"- module: {w}" for w in what), *([] if what else [f"- method: {config.get('method', 'full fine-tuning')}, the whole base"])]
-    lines.append(f"- base: {config.get('model', '')}{base}")
+    lines.append(f"- base: {base}{about}" + (f", trained from {config['model']}" if of_run and config.get("model") else ""))
+    if config.get("command") == "upstream" and config.get("adapter"):
+        beside = [config["adapter"]] if isinstance(config["adapter"], str) else config["adapter"]
+        lines.append(f"- learnt and measured beside: {', '.join(beside)}, not part of this folder")
     if onto:
-        lines.append(f"- load: `PeftModel.from_pretrained({onto}.from_pretrained(BASE), FOLDER)`; on a model of another class its names may find no place, and peft then warns and "
-                     "leaves the base as it was")
+        lines.append(f"- load: `PeftModel.from_pretrained({onto}.from_pretrained({base!r}, dtype=torch.float32), FOLDER)`; on a model of another class or base its names may find no "
+                     "place, and peft then warns and leaves the base as it was, or its answers are others")
+    lines.append(f"- texts: the run cuts them at {longest} tokens (`truncation=True, max_length={longest}`)")
     data = [Path(f).name for key in ("corpus", "train", "dev", "test") for f in ([config[key]] if isinstance(config.get(key), str) else config.get(key, []))]
     lines += [f"- data: {', '.join(data) or 'not recorded'}", "", "## Figures", "", *(_figures(run) or ["None recorded."]), "", "## Limits", "", LIMITS, ""]
     return "\n".join(lines)

@@ -29,10 +29,11 @@ def export_adapter(run: str | Path, form: str, out: str | Path, overwrite: bool 
     config = checkpoint.read_config(run)
     keep_apart({"--out": out}, [run, *checkpoint.files_of(run)], folders=True)
     with writing_folder(Path(out), overwrite, "exported folder", _is_export) as folder:
-        onto = None
+        onto, base = None, config.get("model", "")
         if form == "hf":
             if modules:
                 raise AdapterError(f"{run}: a model folder cannot hold its {' and '.join(modules)}; {_other_forms(modules)}")
+            loaded = checkpoint.load_run(run)
             shutil.copytree(run / "model", folder, dirs_exist_ok=True)
         elif not modules:
             raise AdapterError(f"{run}: expected a run with a module, found none; --as hf writes its model")
@@ -43,8 +44,10 @@ def export_adapter(run: str | Path, form: str, out: str | Path, overwrite: bool 
             elif len(modules) > 1:
                 raise AdapterError(f"{run}: a peft folder holds one module; expected one, got {' and '.join(modules)}; {_other_forms(modules)}")
             else:
-                onto = peft.write(folder, *loaded.model.methods.values(), loaded.model, str((run / "model").resolve()) if (run / "model").is_dir() else config["model"])
-        (folder / "README.md").write_text(card(run, config, form, onto), encoding="utf-8")
+                base = str((run / "model").resolve()) if (run / "model").is_dir() else base
+                onto = peft.write(folder, *loaded.model.methods.values(), loaded.model, base)
+        positions = loaded.model.config.max_positions - loaded.model.encoder.hooks.position_shift
+        (folder / "README.md").write_text(card(run, config, form, base, min(positions, config.get("max_length", positions)), onto), encoding="utf-8")
     return Path(out)
 
 
