@@ -87,7 +87,7 @@ class Spans:
     @lazy
     def host_lengths(self) -> Tensor:
         """int64 [2, B], on the host: query_lengths and key_lengths."""
-        return torch.tensor((self.query_lengths, self.key_lengths), dtype=torch.int64)
+        return torch.tensor((self.query_lengths, self.key_lengths), dtype=torch.int64, device="cpu")
 
     @lazy
     def query_places(self) -> Tensor:
@@ -223,14 +223,28 @@ class Staged:
         return dataclasses.replace(self.batch, **{name: place.view(part.dtype)[:part.numel()] for name, part, place in zip(self.names, like, flat.split(self.sizes))})
 
 
+def _trouble(sample: Sample) -> str:
+    """What a sample's arrays are not, in words; "" where all is well."""
+    tokens, rows = numpy.asarray(sample.ids), numpy.asarray(sample.rows)
+    wanted = (("ids", tokens, tokens.size), ("rows", rows, rows.size), ("segments", sample.segments, tokens.size), ("targets", sample.targets, rows.size))
+    for name, given, size in wanted:
+        array = numpy.asarray(given)
+        if given is not None and (array.shape != (size,) or size and array.dtype.kind not in "iu"):
+            return f"{name}: expected {size} integers, got {array.dtype} of shape {list(array.shape)}"
+    if rows.size and not (0 <= rows.min() and rows.max() < tokens.size and (rows[1:] >= rows[:-1]).all()):
+        return f"expected rows from 0 to {tokens.size - 1}, ascending, got {', '.join(map(str, rows[:5].tolist()))}{', ...' if rows.size > 5 else ''}"
+    return ""
+
+
 def pack(samples: Sequence[Sample]) -> Batch:
-    """One Batch of the samples, in their order. Targets are packed where every sample has them. Raises ModelError on what is no Sample, and on rows it does not have."""
+    """One Batch of the samples, in their order. Targets are packed where every sample has them. Raises ModelError on what is no Sample, and on arrays of another kind or
+    size than it says, or rows it does not have."""
     samples = list(samples) if isinstance(samples, Iterable) else [samples]
     for number, sample in enumerate(samples):
         if not isinstance(sample, Sample):
             raise ModelError(f"pack: expected a list of Sample, got {type(sample).__name__} at {number}")
-        if len(sample.rows) and not 0 <= sample.rows[0] <= sample.rows[-1] < len(sample.ids):
-            raise ModelError(f"pack: sample {number}: expected rows from 0 to {len(sample.ids) - 1}, ascending, got {int(sample.rows[0])} to {int(sample.rows[-1])}")
+        if trouble := _trouble(sample):
+            raise ModelError(f"pack: sample {number}: {trouble}")
     lengths = tuple(len(s.ids) for s in samples)
     row_lengths = tuple(len(s.rows) for s in samples)
     starts = numpy.concatenate(([0], numpy.cumsum(lengths, dtype=numpy.int64)))

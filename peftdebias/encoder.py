@@ -80,7 +80,9 @@ class ClassifierHead(nn.Module):
 
     def __init__(self, config: EncoderConfig, labels: tuple[str, ...]):
         super().__init__()
-        self.labels = labels
+        if isinstance(labels, str) or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
+            raise ModelError(f"labels: expected names, each another one, got {labels!r}")
+        self.labels = tuple(labels)
         self.dense = nn.Linear(config.hidden, config.hidden)
         self.output = nn.Linear(config.hidden, len(labels))
 
@@ -107,6 +109,8 @@ class Encoder(nn.Module):
         """
         if not isinstance(batch, Batch):
             raise ModelError(f"expected a Batch, as batches.pack(samples) makes one, got {type(batch).__name__}")
+        if batch.ids.device != (place := self.embeddings.word.weight.device):
+            raise ModelError(f"expected a batch on {place}, where the model is, got one on {batch.ids.device}: batch.to(model.device)")
         self.seed = torch.randint(2 ** 62, (1,), device=batch.ids.device) if self.training else None
         hidden, batch = self._embed(batch)
         linears = self._linears
@@ -295,9 +299,11 @@ class Model(nn.Module):
         return encoder.hooks.base(encoder.embeddings.word.weight) if decoder is None else decoder.weight, self.mlm.bias
 
     def class_logits(self, batch: Batch) -> Tensor:
-        """[B, C]: scores of every label from the row asked for of each text (its first token). Raises ModelError without a classifier."""
+        """[B, C]: scores of every label from the row asked for of each text, its first token. Raises ModelError without a classifier, and on a batch that asks for others."""
         if self.classifier is None:
             raise ModelError("classification: expected a model with a classifier, got one without (train one with `peftdebias downstream`)")
+        if isinstance(batch, Batch) and not batch.firsts and batch.lengths:
+            raise ModelError("class_logits: expected a batch whose only rows are the texts' first, Sample(ids, numpy.array([0])) each")
         head, hidden = self.classifier, self.encoder(batch)
         first, second = (self.encoder.drop(3 * self.config.layers + n, self.config.classifier_dropout) for n in (1, 2))
         if self.config.kind == "roberta":
@@ -340,23 +346,14 @@ class Model(nn.Module):
     def without(self, *names: str) -> Iterator["Model"]:
         """Inside the `with` block the named methods are off, for every thread; merged ones too, by the base tensors that merge kept. Raises AdapterError on another name."""
         hooks = self.encoder.hooks
-        for name in names:
-            if not isinstance(name, str) or name not in hooks.methods:
-                raise AdapterError(f"without({name!r}): expected an attached method ({', '.join(hooks.methods) or 'there is none'})")
-        before, merged = set(hooks.off), hooks.merged
-        placed = merged is not None and merged.placed
-        hooks.off |= set(names)
-        if placed and merged.names & set(names):
-            merged.place(False)
-            hooks.off -= merged.names - set(names)
-        hooks.refresh()
+        block = {hooks.known("without", name) for name in names}
+        hooks.blocks.append(block)
+        hooks.settle()
         try:
             yield self
         finally:
-            hooks.off = before
-            if placed:
-                merged.place(True)
-            hooks.refresh()
+            hooks.blocks = [other for other in hooks.blocks if other is not block]
+            hooks.settle()
 
     def train(self, mode: bool = True) -> "Model":
         """As nn.Module.train; methods that are frozen stay in eval mode, so that their dropout is off."""
@@ -365,11 +362,19 @@ class Model(nn.Module):
             method.training = mode and any(p.requires_grad for p in method.parameters().values())
         return self
 
+    def load_state_dict(self, *args, **kwargs):
+        """As nn.Module.load_state_dict; of the base and its heads, not of methods. Raises AdapterError on a merged model, whose unmerge would put back other weights."""
+        if self.encoder.hooks.merged:
+            raise AdapterError("load_state_dict: expected an unmerged model; unmerge it first")
+        return super().load_state_dict(*args, **kwargs)
+
     def _apply(self, fn, recurse: bool = True) -> "Model":
         super()._apply(fn, recurse)
         for method in self.methods.values():
             for parameter in method.parameters().values():
-                parameter.data = fn(parameter.data)
+                parameter.data, gradient = fn(parameter.data), parameter.grad
+                if gradient is not None:
+                    parameter.grad = fn(gradient)
         if merged := self.encoder.hooks.merged:
             merged.tensors = [(parameter, fn(kept), fn(written)) for parameter, kept, written in merged.tensors]
             merged.place(merged.placed)

@@ -136,6 +136,7 @@ def checked(cls: type, values: dict, where: str = "") -> dict:
             continue
         if kind is dict:
             value = parse_settings(value) if isinstance(value, (list, tuple)) else value
+            value = {key: _unwrapped(one) for key, one in value.items()} if isinstance(value, dict) else value
         elif kind is tuple:
             value = tuple(map(_unwrapped, value)) if isinstance(value, (list, tuple)) else (_unwrapped(value),)
         else:

@@ -30,7 +30,8 @@ def _expect_model(model: Model, what: str, besides: str = "") -> None:
 
 
 def attach(model: Model, name: str, method: Method) -> None:
-    """Attach `method` as `name` (the axis it was learnt on, say). Outputs change as its hooks say; parameters stay where they are.
+    """Attach `method` as `name` (the axis it was learnt on, say). Outputs change as its hooks say; the base's parameters stay as they are, the method's move to its device
+    and dtype.
 
     Raises AdapterError on a name in use or one with a "/", a method that is attached already, a base that is no module (Full-Debias), a method made for a base of other sizes, or a site that the model does not have.
     """
@@ -57,9 +58,9 @@ def attach(model: Model, name: str, method: Method) -> None:
     for site in sites:
         if site not in places:
             parameter_at(model, site)
-    device = model.device
+    device, dtype = model.device, model.encoder.embeddings.word.weight.dtype
     for parameter in method.parameters().values():
-        parameter.data = parameter.data.to(device)
+        parameter.data = parameter.data.to(device, dtype)
     model.encoder.hooks.add(name, method, sites)
     model.train(model.training)
 
@@ -68,11 +69,9 @@ def detach(model: Model, name: str) -> Method:
     """Take `name` off and give its method back; the base is bitwise what it was before attach. Raises AdapterError on another name."""
     _expect_model(model, f"detach {name!r}")
     hooks = model.encoder.hooks
-    if name not in hooks.methods:
-        raise AdapterError(f"detach: expected an attached method ({', '.join(hooks.methods) or 'there is none'}), got {name!r}")
-    if hooks.merged and name in hooks.merged.names:
+    if hooks.merged and hooks.known("detach", name) in hooks.merged.names:
         unmerge(model)
-    method = hooks.methods[name]
+    method = hooks.methods[hooks.known("detach", name)]
     hooks.remove(name)
     return method
 
@@ -118,18 +117,21 @@ def _deltas(method: Method, sites: tuple[str, ...]) -> Iterator[tuple[str, Tenso
 
 
 def merge(model: Model, *names: str) -> None:
-    """Write the deltas and scales of the named methods (default: all) into the base. Outputs equal within rounding; the base tensors are kept for unmerge.
+    """Write the deltas and scales of the named methods (default: all) into the base. Outputs equal within rounding; the base tensors are kept for unmerge. Does nothing
+    where no method is attached.
 
-    Raises AdapterError on a method that is not mergeable, or one that scales a site where another method stays.
+    Raises AdapterError on a method that is not mergeable, on one that scales a site where another method stays, and inside of `with model.without(...)`.
     """
     _expect_model(model, "merge")
     hooks = model.encoder.hooks
     if hooks.merged:
         raise AdapterError("merge: expected an unmerged model; unmerge it first")
-    names = names or tuple(hooks.methods)
+    if hooks.blocks:
+        raise AdapterError("merge: expected to be outside of `with model.without(...)`")
+    names = tuple(dict.fromkeys(hooks.known("merge", name) for name in names)) or tuple(hooks.methods)
+    if not names:
+        return
     for name in names:
-        if name not in hooks.methods:
-            raise AdapterError(f"merge: expected an attached method ({', '.join(hooks.methods) or 'there is none'}), got {name!r}")
         if not hooks.methods[name].mergeable:
             raise AdapterError(f"merge {name!r}: {hooks.methods[name].name} cannot be written into the weights with the same outputs")
     written: dict[str, tuple[Parameter, Tensor, Tensor]] = {}
@@ -157,22 +159,19 @@ def merge(model: Model, *names: str) -> None:
                     value(site).mul_(outputs[:, None])
                     value(site + ".bias").mul_(outputs)
     hooks.merged = Merged(set(names), list(written.values()))
-    hooks.merged.place(True)
-    hooks.off |= set(names)
-    hooks.refresh()
+    hooks.settle()
 
 
 def unmerge(model: Model) -> None:
-    """Put the kept base tensors back, bit for bit; the methods act again. Does nothing on an unmerged model."""
+    """Put the kept base tensors back, bit for bit; the methods act again. Does nothing on an unmerged model. Raises AdapterError inside of `with model.without(...)`."""
     _expect_model(model, "unmerge")
     hooks = model.encoder.hooks
     if hooks.merged:
-        if not hooks.merged.placed:
+        if hooks.blocks:
             raise AdapterError("unmerge: expected to be outside of `with model.without(...)`")
         hooks.merged.place(False)
-        hooks.off -= hooks.merged.names
         hooks.merged = None
-        hooks.refresh()
+        hooks.settle()
 
 
 # ---------------------------------------------------------------- fold
@@ -206,8 +205,8 @@ class Folded:
         for parameter, value in self.kept:
             parameter.copy_(value)
         hooks = self.model.encoder.hooks
-        hooks.off -= set(self.names)
-        hooks.refresh()
+        hooks.folded -= set(self.names)
+        hooks.settle()
 
 
 def fold(model: Model) -> Folded:
@@ -227,6 +226,6 @@ def fold(model: Model) -> Folded:
                 elif key not in kept:
                     kept[key] = parameter, parameter.data.clone()
                 parameter[rows].add_(dense)
-    hooks.off |= set(names)
-    hooks.refresh()
+    hooks.folded |= set(names)
+    hooks.settle()
     return Folded(model, names, anchors, list(kept.values()))

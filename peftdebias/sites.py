@@ -142,6 +142,8 @@ class Hooks:
         self.methods: dict[str, object] = {}
         self.off: set[str] = set()
         self.merged: Merged | None = None
+        self.blocks: list[set[str]] = []  # what each open `without` turned off
+        self.folded: set[str] = set()
         self._at: dict[str, list] = {}
         self._hosts: dict[str, set[str]] = {}
 
@@ -154,6 +156,20 @@ class Hooks:
         del self.methods[name], self._hosts[name]
         self.off.discard(name)
         self.refresh()
+
+    def settle(self) -> None:
+        """Must follow any change of `blocks`, `merged` and `folded`: what is merged is in the weights unless one of it is turned off, and then only the others act by their hooks."""
+        out = set().union(*self.blocks)
+        if self.merged is not None:
+            self.merged.place(not self.merged.names & out)
+        self.off = out | self.folded | (self.merged.names if self.merged is not None and self.merged.placed else set())
+        self.refresh()
+
+    def known(self, what: str, name: object) -> str:
+        """`name`, which is attached. Raises AdapterError about `what` on another."""
+        if not isinstance(name, str) or name not in self.methods:
+            raise AdapterError(f"{what}: expected an attached method ({', '.join(self.methods) or 'there is none'}), got {name!r}")
+        return name
 
     def refresh(self) -> None:
         """Must follow any change of `off`."""

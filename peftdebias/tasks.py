@@ -155,11 +155,11 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, weights):
         rows, vocabulary = logits.shape
-        sums, nll, counted = torch.empty(2, rows), torch.empty(rows), targets != IGNORED
+        sums, nll, counted = compiled.empty(2, rows), compiled.empty(rows), targets != IGNORED
         targets = torch.where(counted, targets, 0)
         compiled.call("loss_forward", logits.data_ptr(), targets.data_ptr(), sums.data_ptr(), sums[1].data_ptr(), nll.data_ptr(), rows, vocabulary, torch.get_num_threads())
         if weights is None:
-            factors = counted / counted.sum().clamp(min=1)
+            factors = counted.float() / counted.sum().clamp(min=1)
         else:
             factors = weights.index_select(0, targets) * counted
             factors = factors / factors.sum()

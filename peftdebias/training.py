@@ -140,13 +140,21 @@ def make_optimizer(parameters: dict[str, Parameter], schedule: Schedule) -> Flat
     return LargeAdamW(groups, schedule.lr)
 
 
+def _seed(device: torch.device, seed: int) -> None:
+    """The generators that training draws from, which `train` gives back as they were; those of other GPUs stay as they are."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
 def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedule, log: Callable[..., None] = lambda **event: None,
           folded: Folded | None = None, label: str = "", pull: Callable[[], None] | None = None) -> Outcome:
     """Train `parameters` (all that requires gradients) on task.epoch(0), task.epoch(1), ... and leave the best state in them.
 
     task: see tasks.MaskedLM. folded: deltas in the base that weight decay must not touch. log: gets every event as keywords. label: names the progress bar.
     pull: adds a gradient of its own to the parameters' after every backward; no loss that is logged has a term for it.
-    Repeats bit for bit on the same machine. Raises PeftDebiasError when the loss is not finite.
+    Repeats bit for bit on the same machine, where no other thread draws from torch's generators meanwhile. Raises PeftDebiasError when the loss is not finite.
     """
     device = model.device
     optimizer = make_optimizer(parameters, schedule)
@@ -154,7 +162,7 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
     half = lowered(model) if schedule.precision == "bf16" else contextlib.nullcontext()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), half, model.recomputing(schedule.save_memory), \
             _bar(schedule.steps, label) as bar:
-        torch.manual_seed(schedule.seed)
+        _seed(device, schedule.seed)
         before = _scores(model, task, schedule)
         log(event="validation", step=0, **before)
         best, best_step, kept = None, 0, {}

@@ -8,6 +8,7 @@ import torch
 
 from peftdebias.batches import WINDOW, Sample, Spans, cumulative, from_packed, pack, plan
 from peftdebias.buckets import Families, Packed
+from peftdebias.errors import ModelError
 
 
 def sample(*ids, rows=(), targets=None, segments=None, family=0):
@@ -186,3 +187,22 @@ def test_nothing_to_plan():
 def test_one_limit_is_needed(options):
     with pytest.raises(ValueError, match="expected one of batch_size and batch_tokens"):
         plan([1, 2], **options)
+
+
+@pytest.mark.parametrize("changes,words", [
+    (dict(rows=np.arange(4) == 2), "rows: expected 4 integers, got bool of shape [4]"),
+    (dict(rows=np.array([0, 5, 2]), targets=None), "expected rows from 0 to 3, ascending, got 0, 5, 2"),
+    (dict(rows=np.array([0, -1, 2]), targets=None), "expected rows from 0 to 3, ascending, got 0, -1, 2"),
+    (dict(rows=np.array([3, 2, 1, 1, 0, 0]), targets=None), "expected rows from 0 to 3, ascending, got 3, 2, 1, 1, 0, ..."),
+    (dict(rows=np.array([[0]])), "rows: expected 1 integers, got int64 of shape [1, 1]"),
+    (dict(rows=None), "rows: expected 1 integers, got object of shape []"),
+    (dict(ids=np.array([5.7, 1, 2, 3])), "ids: expected 4 integers, got float64 of shape [4]"),
+    (dict(segments=np.array([0, 0, 1])), "segments: expected 4 integers, got int64 of shape [3]"),
+    (dict(targets=np.array([7])), "targets: expected 2 integers, got int64 of shape [1]"),
+])  # fmt: skip
+def test_a_sample_whose_arrays_do_not_fit_is_named(changes, words):
+    """Otherwise another text's rows, segments or targets would be read."""
+    whole = sample(5, 6, 7, 8, rows=(1, 3), targets=(7, 8))
+    with pytest.raises(ModelError) as caught:
+        pack([whole, dataclasses.replace(whole, **changes)])
+    assert str(caught.value) == f"pack: sample 1: {words}"

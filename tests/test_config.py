@@ -253,6 +253,7 @@ def test_values_of_python_are_made_what_the_fields_say():
     made = Upstream(**UPSTREAM | {"model": Path("m"), "corpus": Path("a.txt"), "out": Path("o"), "cache": Path("c"), "set": ("rank=4",), "steps": numpy.int64(3), "lr": 1, "valid": [Path("v")]})
     assert (made.model, made.corpus, made.out, made.cache, made.set, made.steps, made.lr, made.valid) == ("m", ("a.txt",), "o", "c", {"rank": 4}, 3, 1.0, ("v",))
     assert type(made.steps) is int and type(made.lr) is float and Downstream(**DOWNSTREAM | {"adapter": "runs/gender"}).adapter == ("runs/gender",)
+    assert type(dataclasses.replace(made, set={"rank": numpy.int64(3)}).set["rank"]) is int
     assert dataclasses.replace(made, lr=2).lr == 2.0 and made == Upstream(**dataclasses.asdict(made))
 
 

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import dispatch_table, rows  # noqa: E402
+from peftdebias import kernels  # noqa: E402
 from peftdebias.kernels import dispatch  # noqa: E402
 
 HOW = {"dtype": torch.bfloat16, "inside": 768, "outside": 768, "rank": 8}
@@ -167,3 +168,13 @@ def test_errors_leave_the_table_alone(content, words, tmp_path, capsys):
     assert dispatch_table.main([str(path), "--out", str(out)]) == 2
     said = capsys.readouterr().err
     assert words in said and len(said.splitlines()) == 1 and not out.exists()
+
+
+def test_a_constant_is_marked_as_torch_marks_it():
+    def ours():
+        return 1
+
+    def torchs():
+        return 1
+
+    assert kernels.constant(ours).__dict__ == torch.compiler.assume_constant_result(torchs).__dict__ != {}

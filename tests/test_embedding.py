@@ -306,7 +306,7 @@ def test_arguments_of_other_kinds_are_named(model, tmp_path):
         (lambda: run.encoder(torch.zeros(3)), "expected a Batch, as batches.pack(samples) makes one, got Tensor"),
         (lambda: pack(["abc"]), "pack: expected a list of Sample, got str at 0"),
         (lambda: pack(None), "pack: expected a list of Sample, got NoneType at 0"),
-        (lambda: pack([Sample(numpy.arange(2), numpy.array([2]))]), "pack: sample 0: expected rows from 0 to 1, ascending, got 2 to 2"),
+        (lambda: pack([Sample(numpy.arange(2), numpy.array([2]))]), "pack: sample 0: expected rows from 0 to 1, ascending, got 2"),
     ):
         with pytest.raises(peftdebias.PeftDebiasError) as caught:
             call()

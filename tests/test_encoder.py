@@ -306,3 +306,24 @@ def test_a_frozen_linear_saves_no_input(monkeypatch):
     context = {f"layers.{i}.attention.output" for i in range(LAYERS)}  # what attention gives may be kept by attention itself
     assert len(frozen) == 4 * LAYERS and not any(saved for name, saved in frozen.items() if name not in context)
     assert [name for name, saved in one.items() if saved and name not in context] == ["layers.1.feed_forward.down"]
+
+
+def test_a_classifier_reads_first_tokens_alone():
+    model = outside.drawn_model()
+    ids = numpy.arange(5, 14)
+    for rows in (numpy.array([3]), numpy.arange(9)):
+        with pytest.raises(ModelError, match="class_logits: expected a batch whose only rows are the texts' first"):
+            model.class_logits(pack([Sample(ids, rows)]))
+    assert model.class_logits(pack([Sample(ids, numpy.array([0]))])).shape == (1, len(LABELS)) and model.class_logits(pack([])).shape == (0, len(LABELS))
+
+
+def test_a_batch_elsewhere_is_named():
+    model = outside.drawn_model()
+    with pytest.raises(ModelError, match=r"expected a batch on cpu, where the model is, got one on meta: batch.to\(model.device\)"):
+        model.mlm_logits(pack([Sample(numpy.arange(5), numpy.arange(5))]).to("meta"))
+
+
+@pytest.mark.parametrize("labels", ["ab", ("a", "a"), ("a", 3)])
+def test_labels_are_names(labels):
+    with pytest.raises(ModelError, match="labels: expected names, each another one, got "):
+        Model(outside.drawn_model().config, labels=labels)

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from peftdebias.batches import cumulative
 from peftdebias.errors import AdapterError, ModelError
 from peftdebias.methods import Method
-from peftdebias.patch import attach, detach, merge, train_only, unmerge
+from peftdebias.patch import attach, detach, fold, merge, train_only, unmerge
 from peftdebias.sites import BLOCKS, EMBED_SITE, block_sites, key_value_sites, linear_shape, linear_sites
 
 from .outside import HEAD_WIDTH, HEADS, HIDDEN, POSITIONS, assert_close, one_thread  # noqa: F401
@@ -315,7 +315,7 @@ def test_without_turns_a_method_off_inside_the_block_only(model, batch, toy):
     with pytest.raises(ZeroDivisionError), model.without("toy"):
         1 / 0
     assert torch.equal(model.mlm_logits(batch), on)
-    with pytest.raises(AdapterError, match=r"without\('race'\): expected an attached method \(toy\)"), model.without("race"):
+    with pytest.raises(AdapterError, match=r"without: expected an attached method \(toy\), got 'race'"), model.without("race"):
         pass
 
 
@@ -485,9 +485,16 @@ def test_a_frozen_method_stays_in_eval_mode(model):
 
 def test_methods_move_with_the_model(model, batch):
     attach(model, "toy", prefix())
+    model.encoder(batch).sum().backward()
     model.float()
-    assert {p.dtype for p in model.methods["toy"].parameters().values()} == {torch.float32}
+    assert {p.dtype for p in model.methods["toy"].parameters().values()} == {p.grad.dtype for p in model.methods["toy"].parameters().values()} == {torch.float32}
     assert model.encoder(batch).dtype == torch.float32
+
+
+def test_a_method_takes_the_dtype_of_the_model_that_it_is_attached_to(model, batch):
+    toy = prefix()
+    attach(model.bfloat16(), "toy", toy)
+    assert {p.dtype for p in toy.parameters().values()} == {torch.bfloat16} and model.encoder(batch).dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------- merging
@@ -600,6 +607,60 @@ def test_without_inside_without(two_merged, batch, outer, inner):
     assert_close(outputs(model, batch), expected[()])
 
 
+def test_blocks_that_end_in_another_order_leave_nothing_off(two_merged, batch):
+    model, expected = two_merged
+    for names in (("one", "three"), ("three", "one"), ("three", "three")):
+        first, second = (model.without(name) for name in names)
+        first.__enter__(), second.__enter__()
+        first.__exit__(None, None, None)
+        assert_close(outputs(model, batch), expected[names[1],])
+        second.__exit__(None, None, None)
+        assert_close(outputs(model, batch), expected[()])
+
+
+def test_merging_waits_for_the_end_of_a_block(two_merged, batch):
+    """Inside one the weights are not what they are outside: what would be kept or put back is another's."""
+    model, expected = two_merged
+    before = snapshot(model)
+    for name in ("one", "three"):
+        with model.without(name), pytest.raises(AdapterError, match=r"unmerge: expected to be outside of `with model.without\(...\)`"):
+            unmerge(model)
+    assert same_tensors(model, before)
+    unmerge(model)
+    with model.without("one"), pytest.raises(AdapterError, match="merge: expected to be outside"):
+        merge(model)
+    assert_close(outputs(model, batch), expected[()])
+
+
+def test_a_folded_method_stays_off_through_a_block(model, batch):
+    attach(model, "toy", dense(SOME_LINEARS))
+    expected = outputs(model, batch)
+    folded = fold(model)
+    with model.without("toy"):
+        assert_close(outputs(model, batch), expected)
+    assert_close(outputs(model, batch), expected)
+    folded.unfold()
+    assert_close(outputs(model, batch), expected)
+
+
+def test_a_name_given_twice_is_merged_once_and_nothing_is_merged_of_nothing(model, batch):
+    merge(model)
+    attach(model, "toy", dense(SOME_LINEARS))
+    expected = outputs(model, batch)
+    merge(model, "toy", "toy")
+    assert_close(outputs(model, batch), expected)
+
+
+def test_a_merged_model_takes_no_other_weights(model, batch):
+    """Unmerging would put the old ones back."""
+    attach(model, "toy", dense(SOME_LINEARS))
+    merge(model)
+    with pytest.raises(AdapterError, match="load_state_dict: expected an unmerged model; unmerge it first"):
+        model.load_state_dict(model.state_dict())
+    unmerge(model)
+    assert model.load_state_dict(model.state_dict()).missing_keys == []
+
+
 def test_detaching_a_merged_method_unmerges_first(model, batch):
     before, base = snapshot(model), outputs(model, batch)
     attach(model, "toy", dense(SOME_LINEARS))
@@ -625,6 +686,9 @@ def test_errors_of_attaching_and_merging_say_what_was_expected(model):
             attach(model, "x", Toy((site,), {}))
     with pytest.raises(AdapterError, match=r"detach: expected an attached method \(gender, race\), got 'x'"):
         detach(model, "x")
+    for call in (detach, merge):
+        with pytest.raises(AdapterError, match=rf"{call.__name__}: expected an attached method \(gender, race\), got \['race'\]"):
+            call(model, ["race"])
     with pytest.raises(AdapterError, match="merge 'race': adapter cannot be written into the weights with the same outputs"):
         merge(model)
     with pytest.raises(AdapterError, match=r"merge: expected an attached method \(gender, race\), got 'x'"):

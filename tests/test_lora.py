@@ -240,6 +240,9 @@ def test_dropout_acts_on_the_update_alone_and_only_in_training():
     torch.testing.assert_close(found, x @ weight.T + bias + 2.0 * dropped @ a.T @ b.T, rtol=1e-12, atol=1e-12)
     patch.train_only(model, model.encoder.parameters())  # downstream: the module is frozen, the base is trained
     assert model.training and torch.equal(model.encoder.hooks.linear(site, x, weight, bias), lora_linear_ref(x, weight, bias, a, b, 2.0))
+    patch.train_only(model, [a, b])
+    a.requires_grad_(False), b.requires_grad_(False)  # frozen by hand
+    assert model.training and torch.equal(model.encoder.hooks.linear(site, x, weight, bias), lora_linear_ref(x, weight, bias, a, b, 2.0))
 
 
 @pytest.mark.parametrize("trained", ["gender", "race"])

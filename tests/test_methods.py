@@ -417,6 +417,31 @@ def test_options_may_be_what_a_config_holds():
         methods.create("lora", SHAPE, seed=2**70)
 
 
+def test_making_and_restoring_draw_from_no_generator_of_torchs():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    for name in METHODS:
+        torch.manual_seed(0)
+        made = methods.create(name, SHAPE, budget=None if method_class(name).size is None else 0.05)
+        if not made.trains_base and name != "sparse":
+            methods.restored(type(made), made.config, SHAPE, made.state())
+        assert torch.equal(torch.rand(1), expected), name
+
+
+@pytest.mark.parametrize("name,options,length,words", [
+    (["lora"], None, 256, "method: expected one of"), ("lora", {5: 1}, 256, "create 'lora': options: expected a dict of LoRAConfig's fields, got dict"),
+    ("prompt", None, None, "create 'prompt': max_length: expected a whole number of at least 1, got None"),
+    ("prompt", None, 0, "create 'prompt': max_length: expected a whole number of at least 1, got 0"),
+])  # fmt: skip
+def test_what_is_no_name_or_length_is_named(name, options, length, words):
+    with pytest.raises(ConfigError, match=words):
+        methods.create(name, SHAPE, options=options, max_length=length)
+
+
+def test_a_length_of_numpys_is_kept_as_pythons():
+    assert type(methods.create("prompt", SHAPE, budget=0.2, max_length=numpy.int64(5)).config.length) is int
+
+
 def test_what_has_no_sizes_is_named():
     with pytest.raises(ConfigError, match="create 'lora': expected an EncoderConfig, as model.config is, got NoneType"):
         methods.create("lora", None)

@@ -299,6 +299,10 @@ def test_attention_that_does_not_add_up():
     x = torch.zeros(5, 2, 4)
     with pytest.raises(ValueError, match="attention: expected 7 queries, 7 keys and values, got 5, 5 and 5"):
         attention_compiled(x, x, x, Spans.of((7,), (7,)))
+    wrong = Spans.of((5,), (5,))
+    wrong.__dict__.update(query_lengths=(500,), key_lengths=(5,))  # of which C reads
+    with pytest.raises(ValueError, match="attention: expected 500 queries, 5 keys and values, got 5, 5 and 5"):
+        attention_compiled(x, x, x, wrong)
 
 
 # ---------------------------------------------------------------- adamw, mlm_loss
@@ -392,6 +396,41 @@ def test_other_tensors_are_left_to_the_twins(monkeypatch):
     half = drawn(5, 8).bfloat16()
     assert torch.equal(gelu_compiled(half), gelu_ref(half))
     assert torch.equal(norm_compiled(half, drawn(5, 8), torch.ones(8), torch.zeros(8), 1e-5), norm_ref(half, drawn(5, 8), torch.ones(8), torch.zeros(8), 1e-5))
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"], ids=str)
+def test_what_c_writes_to_is_float32_on_the_cpu_whatever_the_defaults_are(default):
+    """In a process of its own: it would be memory of others."""
+    code = f"""
+import numpy, torch
+from peftdebias.batches import Spans
+from peftdebias.encoder import EncoderConfig, Model
+from peftdebias.batches import Sample, pack
+from peftdebias import methods, patch, tasks
+torch.manual_seed(0)
+model = Model(EncoderConfig(kind="bert", layers=2, hidden=32, heads=2, feed_forward=48, vocab=97, max_positions=64), mlm=True)
+batch = pack([Sample(numpy.arange(5, 5 + n), numpy.arange(n), numpy.arange(n)) for n in (37, 11, 24)])
+def everything():
+    patch.attach(model, "a", methods.create("lora", model.config, options=dict(rank=3), seed=1))
+    patch.attach(model, "b", methods.create("prefix", model.config, options=dict(length=3), seed=1))
+    found = [model.eval().mlm_logits(batch)]
+    model.train()
+    model.encoder.seed = None
+    torch.default_generator.manual_seed(7)
+    loss = tasks.mlm_loss(model.mlm_logits(batch), batch.targets)
+    loss.backward()
+    found += [loss, *(p.grad.clone() for p in patch.all_parameters(model).values())]
+    for p in patch.all_parameters(model).values(): p.grad = None
+    patch.detach(model, "a"), patch.detach(model, "b")
+    return found
+expected = everything()
+default = {str(default) if default != "meta" else repr(default)}
+torch.set_default_device(default) if default == "meta" else torch.set_default_dtype(default)
+for _ in range(5):
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(everything(), expected, strict=True))
+"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_step_compiles_whole_with_the_twins_inside():

@@ -100,7 +100,14 @@ def choose(op: str, reference, device=None, width: int = 1):
     return reference if kind == "torch" else _registry[op, kind]
 
 
-@torch.compiler.assume_constant_result  # under torch.compile: what is asked for when it traces
+def constant(function):
+    """Decorator: under torch.compile what the function says when it traces stands. That is all that torch.compiler.assume_constant_result does, but for importing the compiler,
+    which takes seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant
 def decide(op: str, device=None, too_wide: bool = False) -> tuple[str | None, str]:
     """(the kind that `choose` takes for `op` on `device`, why, in words); None where it would raise, and what it would say. too_wide: of rows above WIDEST, which a
     Triton implementation that is asked for by name refuses itself."""

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from . import constant
+
 TABLE = Path(__file__).with_name("dispatch.json")
 FORMS = {"linear": ("blas", "onednn"), "lora_linear": ("written", "epilogue", "library"), "lora_grads": ("twice", "once"), "attention": ("fused", "padded", "varlen"),
          "feed_forward": ("library", "fused")}
@@ -68,7 +70,7 @@ def _measured(op: str, candidates: tuple[str, ...], device: str, dtype: str, dro
     return best, f"the fastest when measured here at {', '.join(f'{name} {near[name]}' for name in sizes)}"
 
 
-@torch.compiler.assume_constant_result  # under torch.compile: what is asked for when it traces
+@constant
 def asked(op: str) -> str | None:
     """The form asked for by `use`, or by the environment variable of the op (PEFTDEBIAS_LORA_LINEAR), or None."""
     variable = f"PEFTDEBIAS_{op.upper()}"

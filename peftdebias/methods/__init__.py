@@ -24,6 +24,7 @@ import numpy
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
 
 from ..errors import AdapterError, ConfigError
 from ..files import wrong_numbers
@@ -190,7 +191,7 @@ METHODS: dict[str, str] = {"adapter": "Adapter", "prefix": "Prefix", "prompt": "
 
 def method_class(name: str) -> type[Method]:
     """The class of a method by name. Raises ConfigError that lists the known ones."""
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{name}"), METHODS[name])
 
@@ -231,7 +232,9 @@ def create(name: str, encoder_config: EncoderConfig, *, budget: float | None = N
     cls = method_class(name)
     if not isinstance(seed, numbers.Integral) or not 0 <= seed <= SEEDS:
         raise ConfigError(f"create {name!r}: seed: expected a whole number from 0 to {SEEDS}, got {seed!r}")
-    if not isinstance(options, (Mapping, type(None))):
+    if not isinstance(max_length, numbers.Integral) or isinstance(max_length, bool) or max_length < 1:
+        raise ConfigError(f"create {name!r}: max_length: expected a whole number of at least 1, got {max_length!r}")
+    if not isinstance(options, (Mapping, type(None))) or not all(isinstance(key, str) for key in options or ()):
         raise ConfigError(f"create {name!r}: options: expected a dict of {cls.Config.__name__}'s fields, got {type(options).__name__}")
     options = {key: value.item() if isinstance(value, numpy.generic) else value for key, value in (options or {}).items()}
     unset = {f.name for f in dataclasses.fields(cls.Config) if f.default is None and options.get(f.name, "") is None}
@@ -239,14 +242,27 @@ def create(name: str, encoder_config: EncoderConfig, *, budget: float | None = N
     if budget is None:
         config = cls.Config(**options)
     elif isinstance(budget, numbers.Real) and 0 < budget < 1:
-        config = cls.capped(cls.size_for(encoder_config, round(budget * base_parameters(encoder_config)), **options), encoder_config, max_length)
+        config = cls.capped(cls.size_for(encoder_config, round(budget * base_parameters(encoder_config)), **options), encoder_config, int(max_length))
     else:
         raise ConfigError(f"budget: expected a share between 0 and 1, got {budget!r}")
     if not cls.trains_base:
         limit, wanted = max(base_parameters(encoder_config), LARGEST), sum(p.numel() for p in outline(cls, config, encoder_config).parameters().values())
         if wanted > limit:
             raise ConfigError(f"{name}: expected a module of at most {limit:,} parameters, got {wanted:,}, by {config}")
-    return cls(config, encoder_config, torch.Generator().manual_seed(int(seed)))
+    return _made(cls, config, encoder_config, torch.Generator().manual_seed(int(seed)))
+
+
+def _made(cls: type[Method], config, encoder_config: EncoderConfig, generator: torch.Generator) -> Method:
+    """On the CPU, whatever torch's default device is, from no other draws than the generator's."""
+    with torch.device("cpu"):
+        return cls(config, encoder_config, generator)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Inside the `with` block normal_ and uniform_ leave tensors as they are: on "meta" there is nothing to fill, and torch would import its compiler to say so (2 s)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return args[0] if function in (Tensor.normal_, Tensor.uniform_) else function(*args, **(kwargs or {}))
 
 
 def outline(cls: type[Method], config, encoder_config: EncoderConfig) -> Method:
@@ -255,7 +271,7 @@ def outline(cls: type[Method], config, encoder_config: EncoderConfig) -> Method:
     Raises ConfigError on sizes that no tensor can have.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             return cls(config, encoder_config)
     except (RuntimeError, OverflowError, TypeError):
         raise ConfigError(f"{cls.name}: expected sizes that a tensor can have, got {config}") from None
@@ -265,7 +281,7 @@ def restored(cls: type[Method], config, encoder_config: EncoderConfig, state: di
     """A method of `config` with the saved tensors `state` in it. Raises ConfigError or AdapterError, before anything of its size is made, where they do not fit:
     a configuration from elsewhere may ask for more than memory holds."""
     outline(cls, config, encoder_config).load(state)
-    method = cls(config, encoder_config)
+    method = _made(cls, config, encoder_config, torch.Generator())
     method.load(state)
     return method
 

@@ -132,10 +132,10 @@ class Adapter(Method):
         super().__init__(config, encoder_config, generator)
         width, inner = encoder_config.hidden, config.bottleneck
         for site in self.sites(encoder_config):
-            self.values[f"{site}.down.weight"] = Parameter(torch.empty(inner, width).normal_(0, encoder_config.initializer_range, generator=generator))
-            self.values[f"{site}.down.bias"] = Parameter(torch.zeros(inner))
-            self.values[f"{site}.up.weight"] = Parameter(torch.zeros(width, inner))
-            self.values[f"{site}.up.bias"] = Parameter(torch.zeros(width))
+            self.values[f"{site}.down.weight"] = Parameter(torch.empty(inner, width, dtype=torch.float32).normal_(0, encoder_config.initializer_range, generator=generator))
+            self.values[f"{site}.down.bias"] = Parameter(torch.zeros(inner, dtype=torch.float32))
+            self.values[f"{site}.up.weight"] = Parameter(torch.zeros(width, inner, dtype=torch.float32))
+            self.values[f"{site}.up.bias"] = Parameter(torch.zeros(width, dtype=torch.float32))
 
     @classmethod
     def parameters_for(cls, config: AdapterConfig, encoder_config: EncoderConfig) -> int:

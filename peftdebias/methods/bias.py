@@ -37,7 +37,7 @@ class Bias(Method):
         super().__init__(config, encoder_config, generator)
         widths = {site: linear_shape(encoder_config, site)[0] for site in linear_sites(encoder_config)}
         norms = ["embeddings.norm", *(f"layers.{i}.{block}.norm" for i in range(encoder_config.layers) for block in BLOCKS)]
-        self.values = {f"{site}.bias": Parameter(torch.zeros(n)) for site, n in (dict.fromkeys(norms, encoder_config.hidden) | widths).items()}
+        self.values = {f"{site}.bias": Parameter(torch.zeros(n, dtype=torch.float32)) for site, n in (dict.fromkeys(norms, encoder_config.hidden) | widths).items()}
 
     def sites(self, encoder_config: EncoderConfig) -> tuple[str, ...]:
         return tuple(self.values)

@@ -54,7 +54,7 @@ class IA3(Method):
         super().__init__(config, encoder_config, generator)
         for site in self.sites(encoder_config):
             out_width, in_width = linear_shape(encoder_config, site)
-            self.values[site] = Parameter(torch.ones(in_width if self._is_input(site) else out_width))
+            self.values[site] = Parameter(torch.ones(in_width if self._is_input(site) else out_width, dtype=torch.float32))
 
     def sites(self, encoder_config: EncoderConfig) -> tuple[str, ...]:
         return linear_sites(encoder_config, (*self.config.outputs, *self.config.inputs))

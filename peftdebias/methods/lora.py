@@ -86,8 +86,8 @@ class LoRA(Method):
         for site in self.sites(encoder_config):
             out_width, in_width = linear_shape(encoder_config, site)
             bound = 1.0 / math.sqrt(in_width)  # Kaiming uniform with a = sqrt(5), as the authors' code draws A
-            self.values[site + ".a"] = Parameter(torch.empty(config.rank, in_width).uniform_(-bound, bound, generator=generator))
-            self.values[site + ".b"] = Parameter(torch.zeros(out_width, config.rank))
+            self.values[site + ".a"] = Parameter(torch.empty(config.rank, in_width, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+            self.values[site + ".b"] = Parameter(torch.zeros(out_width, config.rank, dtype=torch.float32))
 
     @classmethod
     def parameters_for(cls, config: LoRAConfig, encoder_config: EncoderConfig) -> int:
@@ -98,7 +98,7 @@ class LoRA(Method):
 
     @property
     def drops(self) -> bool:
-        return self.training and self.config.dropout > 0
+        return self.training and self.config.dropout > 0 and next(iter(self.values.values())).requires_grad  # a frozen module is as it is
 
     def linear(self, site: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         product = lora_linear_ref if x.dtype == torch.float64 else kernels.choose("lora_linear", reference=lora_linear_ref, device=x.device)

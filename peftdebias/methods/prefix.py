@@ -61,13 +61,13 @@ class Prefix(Method):
         if not config.reparametrised:
             for i in range(c.layers):
                 for part in ("key", "value"):
-                    self.values[f"layers.{i}.{part}"] = Parameter(torch.empty(p, c.heads, c.head_width).normal_(0, c.initializer_range, generator=generator))
+                    self.values[f"layers.{i}.{part}"] = Parameter(torch.empty(p, c.heads, c.head_width, dtype=torch.float32).normal_(0, c.initializer_range, generator=generator))
             return
-        self.values["embedding"] = Parameter(torch.empty(p, c.hidden).normal_(0, 1, generator=generator))
+        self.values["embedding"] = Parameter(torch.empty(p, c.hidden, dtype=torch.float32).normal_(0, 1, generator=generator))
         for name, out_width, in_width in (("down", n, c.hidden), ("up", 2 * c.layers * c.hidden, n)):
             bound = in_width**-0.5
-            self.values[f"{name}.weight"] = Parameter(torch.empty(out_width, in_width).uniform_(-bound, bound, generator=generator))
-            self.values[f"{name}.bias"] = Parameter(torch.zeros(out_width))
+            self.values[f"{name}.weight"] = Parameter(torch.empty(out_width, in_width, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+            self.values[f"{name}.bias"] = Parameter(torch.zeros(out_width, dtype=torch.float32))
 
     @classmethod
     def parameters_for(cls, config: PrefixConfig, encoder_config: EncoderConfig) -> int:

@@ -51,7 +51,7 @@ class Prompt(Method):
 
     def __init__(self, config: PromptConfig, encoder_config: EncoderConfig, generator: torch.Generator | None = None):
         super().__init__(config, encoder_config, generator)
-        self.values["vectors"] = Parameter(torch.empty(config.length, encoder_config.hidden).normal_(0, encoder_config.initializer_range, generator=generator))
+        self.values["vectors"] = Parameter(torch.empty(config.length, encoder_config.hidden, dtype=torch.float32).normal_(0, encoder_config.initializer_range, generator=generator))
         self.position_shift = config.length if config.positioned else 0
         self.first_row = config.first_row
 

@@ -23,9 +23,9 @@ def attention_compiled(query: Tensor, key: Tensor, value: Tensor, spans: Spans, 
     both = prefix or (None, None)
     if not compiled.takes(query, key, value, *both):
         return attention_padded(query, key, value, spans, prefix, drop)
-    rows = len(query), len(key), len(value)
-    if rows != (spans.queries, spans.keys, spans.keys):
-        raise ValueError(f"attention: expected {spans.queries} queries, {spans.keys} keys and values, got {rows[0]}, {rows[1]} and {rows[2]}")
+    rows, (queries, keys) = (len(query), len(key), len(value)), (sum(spans.query_lengths), sum(spans.key_lengths))
+    if rows != (queries, keys, keys):
+        raise ValueError(f"attention: expected {queries} queries, {keys} keys and values, got {rows[0]}, {rows[1]} and {rows[2]}")
     if compiled.recorded(query, key, value, *both):
         return _Attention.apply(query, key, value, *both, spans, drop)
     return _forward(query, key, value, *both, spans, drop, None)
@@ -34,7 +34,7 @@ def attention_compiled(query: Tensor, key: Tensor, value: Tensor, spans: Spans, 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, prefix_key, prefix_value, spans, drop):
-        statistics = torch.empty(query.shape[1], query.shape[0], 2)
+        statistics = compiled.empty(query.shape[1], query.shape[0], 2)
         ctx.spans, ctx.drop = spans, None if drop is None else (drop.rate, drop.site)
         ctx.save_for_backward(query, key, value, prefix_key, prefix_value, statistics, None if drop is None else drop.seed)
         return _forward(query, key, value, prefix_key, prefix_value, spans, drop, statistics)
@@ -46,7 +46,7 @@ class _Attention(torch.autograd.Function):
         drop = None if ctx.drop is None else Drop(ctx.drop[0], seed, ctx.drop[1])
         needs, (_, heads, width) = ctx.needs_input_grad[:5], query.shape
         dquery, dkey, dvalue = _gradients(query, key, value, needs)
-        dprefix = torch.empty(2, *prefix_key.shape) if needs[3] or needs[4] else None
+        dprefix = compiled.empty(2, *prefix_key.shape) if needs[3] or needs[4] else None
         q, k, v, do = (_headed(x) for x in (query, key, value, dout))
         pk, pv = _whole(prefix_key), _whole(prefix_value)
         lengths = ctx.spans.host_lengths
@@ -60,7 +60,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor | Non
              statistics: Tensor | None) -> Tensor:
     """Writes the statistics [H, Mq, 2] of the scores where they are given (csrc/ops.h)."""
     q, k, v, pk, pv = _headed(query), _headed(key), _headed(value), _whole(prefix_key), _whole(prefix_value)
-    out, lengths = torch.empty(query.shape), spans.host_lengths
+    out, lengths = compiled.empty(*query.shape), spans.host_lengths
     compiled.call("attention_forward", *_place(q), *_place(k), *_place(v), compiled.pointer(pk), compiled.pointer(pv), 0 if pk is None else len(pk), out.data_ptr(),
                   compiled.pointer(statistics), lengths.data_ptr(), lengths.shape[1], *query.shape, *compiled.drawing(drop))
     return out
@@ -84,9 +84,9 @@ def _gradients(query: Tensor, key: Tensor, value: Tensor, needs: tuple[bool, ...
     for first, group in ((0, (query, key, value)), (1, (key, value))):
         if all(needs[first:3]) and _adjacent(group):
             rows, heads, width = group[0].shape
-            alone = [torch.empty(query.shape) if needs[0] else None] if first else []
-            return [*alone, *torch.empty(rows, len(group), heads, width).unbind(1)]
-    return [torch.empty(x.shape) if need else None for x, need in zip((query, key, value), needs)]
+            alone = [compiled.empty(*query.shape) if needs[0] else None] if first else []
+            return [*alone, *compiled.empty(rows, len(group), heads, width).unbind(1)]
+    return [compiled.empty(*x.shape) if need else None for x, need in zip((query, key, value), needs)]
 
 
 def _adjacent(group: tuple[Tensor, ...]) -> bool:

@@ -65,6 +65,11 @@ def call(name: str, *arguments) -> None:
         raise _ERRORS[code][0](f"peftdebias._native, {name}: {_ERRORS[code][1]}")
 
 
+def empty(*shape: int) -> Tensor:
+    """Memory for an op to write: float32 on the CPU, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def takes(*tensors: Tensor | None) -> bool:
     """Whether compiled ops take these tensors, here and now; None is taken."""
     return plain(*tensors) and all(t is None or (t.dtype == torch.float32 and t.is_cpu) for t in tensors)

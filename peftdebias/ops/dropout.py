@@ -43,6 +43,6 @@ class _Dropout(torch.autograd.Function):
 
 def _dropped(x: Tensor, drop: Drop) -> Tensor:
     x = compiled.lined(x)
-    y = torch.empty(x.shape)
+    y = compiled.empty(*x.shape)
     compiled.call("dropout", x.data_ptr(), x.stride(0), y.data_ptr(), *x.shape, *compiled.drawing(drop))
     return y

@@ -65,7 +65,7 @@ class _Gelu(torch.autograd.Function):
 
 def _run(x: Tensor, dy: Tensor | None, bias: Tensor | None, dbias: Tensor | None) -> Tensor:
     """gelu(x + bias), or dx where dy is given; writes dbias."""
-    x, out = compiled.lined(x), torch.empty(x.shape)
+    x, out = compiled.lined(x), compiled.empty(*x.shape)
     dy, bias = None if dy is None else compiled.lined(dy), None if bias is None else bias.contiguous()
     compiled.call("gelu", x.data_ptr(), x.stride(0), compiled.pointer(dy), 0 if dy is None else dy.stride(0), compiled.pointer(bias), out.data_ptr(),
                   compiled.pointer(dbias), *x.shape, torch.get_num_threads())

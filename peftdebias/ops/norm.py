@@ -49,7 +49,7 @@ def norm_compiled(hidden: Tensor, residual: Tensor | None, gain: Tensor, bias: T
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, residual, gain, bias, epsilon, drop):
-        total, statistics = torch.empty(hidden.shape), torch.empty(2, len(hidden))
+        total, statistics = compiled.empty(*hidden.shape), compiled.empty(2, len(hidden))
         ctx.drop = None if drop is None else (drop.rate, drop.site)
         ctx.save_for_backward(total, statistics, gain, None if drop is None else drop.seed)
         return _forward(hidden, residual, gain, bias, epsilon, drop, total, statistics)
@@ -61,9 +61,9 @@ class _Norm(torch.autograd.Function):
         (rows, width), (to_hidden, to_residual, to_gain, to_bias, *_) = total.shape, ctx.needs_input_grad
         drop = None if ctx.drop is None else Drop(ctx.drop[0], seed, ctx.drop[1])
         dy, gain = compiled.lined(dy), gain.contiguous()
-        dhidden = torch.empty(rows, width) if to_hidden else None
-        dresidual = torch.empty(rows, width) if to_residual and (drop is not None or not to_hidden) else None
-        dparameters = torch.empty(2, width) if to_gain or to_bias else None
+        dhidden = compiled.empty(rows, width) if to_hidden else None
+        dresidual = compiled.empty(rows, width) if to_residual and (drop is not None or not to_hidden) else None
+        dparameters = compiled.empty(2, width) if to_gain or to_bias else None
         compiled.call("norm_backward", dy.data_ptr(), dy.stride(0), total.data_ptr(), statistics.data_ptr(), statistics[1].data_ptr(), gain.data_ptr(),
                       compiled.pointer(dhidden), compiled.pointer(dresidual), compiled.pointer(dparameters), rows, width, *compiled.drawing(drop))
         if to_residual and dresidual is None:
@@ -75,7 +75,7 @@ def _forward(hidden: Tensor, residual: Tensor | None, gain: Tensor, bias: Tensor
              statistics: Tensor | None) -> Tensor:
     """Writes the sum [T, D] and the statistics [2, T] (mean, 1 / deviation) where they are given."""
     hidden, residual = compiled.lined(hidden), None if residual is None else compiled.lined(residual)
-    gain, bias, out = gain.contiguous(), bias.contiguous(), torch.empty(hidden.shape)
+    gain, bias, out = gain.contiguous(), bias.contiguous(), compiled.empty(*hidden.shape)
     mean, rstd = (None, None) if statistics is None else (statistics.data_ptr(), statistics[1].data_ptr())
     compiled.call("norm_forward", hidden.data_ptr(), hidden.stride(0), compiled.pointer(residual), 0 if residual is None else residual.stride(0), gain.data_ptr(),
                   bias.data_ptr(), compiled.pointer(total), mean, rstd, out.data_ptr(), *hidden.shape, epsilon, *compiled.drawing(drop))
