@@ -77,8 +77,11 @@ class Intervention:
         for name, known in (("occurrences", OCCURRENCES), ("keep", KEEP)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.max_variants is not None and self.max_variants < 1:
-            raise ConfigError(f"max_variants: expected at least 1, got {self.max_variants}")
+        for name, least in (("only_from", 0), ("max_variants", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                more = " (axis.column(name) gives a column's)" if name == "only_from" else ""
+                raise ConfigError(f"{name}: expected a whole number of at least {least}{more}, got {value!r}")
 
 
 PAPER = Intervention()
@@ -141,7 +144,10 @@ def counterfactuals(text: str, axis: Axis, intervention: Intervention = PAPER) -
 
 
 def families(texts: Iterable[str], axis: Axis, intervention: Intervention = PAPER) -> Iterator[Family]:
-    """One family a text, in order; texts without an attribute word are dropped or kept alone, as axis.keep_untouched says."""
+    """One family a text, in order; texts without an attribute word are dropped or kept alone, as axis.keep_untouched says. Raises ConfigError on one text in
+    place of several."""
+    if isinstance(texts, (str, bytes)):
+        raise ConfigError(f"families: expected a list of texts, got one: [{texts[:20]!r}]")
     for source, text in enumerate(texts):
         variants = counterfactuals(text, axis, intervention)
         if variants or axis.keep_untouched:
@@ -204,6 +210,8 @@ def lexicon(axis: Axis, only_from: int | None = None) -> Lexicon:
     """With `only_from`, the forms of other columns are found too, so that no piece of one is, and replaced by nothing: ()."""
     if isinstance(axis, str):
         raise ConfigError(f"axis: expected an Axis, as load_axis({axis!r}) gives one, got a text")
+    if only_from is not None and only_from >= (width := max(map(len, axis.groups))):
+        raise ConfigError(f"only_from: expected a column of the axis {axis.name!r}, 0 to {width - 1}, got {only_from}")
     others = {}  # word -> what stands in its place, variant by variant
     for row in axis.groups:
         for column, word in enumerate(row):

@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import re
+import threading
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -62,7 +63,12 @@ class Written:
 
 
 def engine(axis: Axis, intervention: Intervention = PAPER, threads: int = 1) -> "NativeEngine | PythonEngine":
-    """The engine for an axis: compiled where that is there, else its twin (see native.library). One caller at a time; the compiled one frees the GIL."""
+    """The engine for an axis: compiled where that is there, else its twin (see native.library). The compiled one frees the GIL. Raises ConfigError on what is no Axis, no Intervention, or no
+    number of threads."""
+    if not isinstance(axis, Axis) or not isinstance(intervention, Intervention):
+        raise ConfigError(f"engine: expected an Axis, as load_axis makes one, and an Intervention, got {type(axis).__name__} and {type(intervention).__name__}")
+    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+        raise ConfigError(f"engine: threads: expected a whole number of at least 1, got {threads!r}")
     library = native.library()
     return PythonEngine(axis, intervention) if library is None else NativeEngine(axis, intervention, threads, library)
 
@@ -137,13 +143,16 @@ _WRITE = {"nothing": 0, "members": 1, "swaps": 2, "json": 3, "lines": 4}
 
 
 class NativeEngine:
-    """csrc/cda.cpp. The calls are PythonEngine's, and so are the results."""
+    """csrc/cda.cpp. The calls are PythonEngine's, and so are the results; of what `write` gives, the chunks are its memory until its next call.
+
+    Callers on other threads wait for each other. A copy, or what a pickle makes, is an engine of its own.
+    """
 
     name = "native"
 
     def __init__(self, axis: Axis, intervention: Intervention, threads: int, library: ctypes.CDLL):
         self.axis, self.intervention, self.threads = axis, intervention, threads
-        self._library, self._axis, self._job = library, ctypes.c_void_p(), ctypes.c_void_p()
+        self._library, self._axis, self._job, self._alone = library, ctypes.c_void_p(), ctypes.c_void_p(), threading.Lock()
         tables, self._words = _tables(axis, intervention.only_from)
         _check(library.peftdebias_cda_axis_new(ctypes.byref(tables), ctypes.byref(self._axis)))
         _check(library.peftdebias_cda_job_new(ctypes.byref(self._job)))
@@ -154,9 +163,33 @@ class NativeEngine:
         if getattr(self, "_axis", None):
             self._library.peftdebias_cda_axis_free(self._axis)
 
+    def __reduce__(self):
+        return engine, (self.axis, self.intervention, self.threads)
+
     def families(self, texts: Sequence[str]) -> list[Family]:
+        with self._alone:
+            return self._families(self._run(texts, "swaps", keep="pairs"))
+
+    def expand(self, texts: Sequence[str]) -> Expanded:
+        with self._alone:
+            found = Expanded([], [], [])
+            for part in self._run(texts, "members"):
+                found.texts += _texts(part)
+                found.sizes += part.sizes[: part.n_families]
+                found.sources += part.sources[: part.n_families]
+            return found
+
+    def write(self, texts: Sequence[str], kind: str = "json", first: int = 0, start: int = 0, stop: int = EVERYTHING) -> Written:
+        with self._alone:
+            return self._written(self._run(texts, kind, first=first, start=start, stop=stop), None)
+
+    def write_lines(self, data: bytes, kind: str = "json", first: int = 0, start: int = 0, stop: int = EVERYTHING) -> Written:
+        with self._alone:
+            return self._written(self._call(data, None, 0, kind, None, first, start, stop), data)
+
+    def _families(self, parts: list["_Part"]) -> list[Family]:
         found = []
-        for part in self._run(texts, "swaps", keep="pairs"):
+        for part in parts:
             members, swaps, afters = _texts(part), part.swaps[: 3 * sum(part.swap_counts[: part.n_members])], 0
             member = at = 0
             for size, source in zip(part.sizes[: part.n_families], part.sources[: part.n_families]):
@@ -171,20 +204,6 @@ class NativeEngine:
                 found.append(Family(text, tuple(variants), source))
                 member += size
         return found
-
-    def expand(self, texts: Sequence[str]) -> Expanded:
-        found = Expanded([], [], [])
-        for part in self._run(texts, "members"):
-            found.texts += _texts(part)
-            found.sizes += part.sizes[: part.n_families]
-            found.sources += part.sources[: part.n_families]
-        return found
-
-    def write(self, texts: Sequence[str], kind: str = "json", first: int = 0, start: int = 0, stop: int = EVERYTHING) -> Written:
-        return self._written(self._run(texts, kind, first=first, start=start, stop=stop), None)
-
-    def write_lines(self, data: bytes, kind: str = "json", first: int = 0, start: int = 0, stop: int = EVERYTHING) -> Written:
-        return self._written(self._call(data, None, 0, kind, None, first, start, stop), data)
 
     def _written(self, parts: list["_Part"], data: bytes | None) -> Written:
         chunks = [self._chunk(part) for part in parts if part.n_bytes]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peftdebias.axes import is_word_character, load_axis, names, word_class
+from peftdebias.axes import Axis, is_word_character, load_axis, names, word_class
 from peftdebias.cda import counterfactuals
 from peftdebias.errors import ConfigError, DataError
 
@@ -313,3 +313,15 @@ def test_the_line_that_is_named_is_that_of_the_mistake(line, words, tmp_path):
     (tmp_path / "mine.toml").write_text(f'keep_untouched = true\ncolumns = ["rich", "poor"]\n\ngroups = [\n  ["rich", "poor"],\n{line}\n]\n')
     with pytest.raises((DataError, ConfigError), match=words):
         load_axis(str(tmp_path / "mine.toml"))
+
+
+@pytest.mark.parametrize("changes,words", [
+    (dict(groups=()), "key 'groups': expected a list of rows"), (dict(groups=(("rich",),)), "group 1 has the one word 'rich'"),
+    (dict(groups=(("Rich", "poor"),)), "group 1: 'Rich' has a capital letter"), (dict(groups=(("rich", "rich"),)), "group 1 repeats 'rich'"),
+    (dict(groups=(("rich", "poor"), ("old", "rich"))), "'rich' stands in groups 1 and 2"), (dict(like=(("x", "y"),)), "like: 'x' is to be treated like 'y'"),
+    (dict(columns=("a",)), "key 'columns': expected 2 names"), (dict(groups=(("rich", 3),)), "group 1: expected a word in quotes, got 3"),
+])  # fmt: skip
+def test_an_axis_made_by_hand_is_looked_at_too(changes, words):
+    with pytest.raises(DataError, match=re.escape(f"axis 'wealth': {words}")):
+        Axis(**dict(name="wealth", groups=(("rich", "poor"),), keep_untouched=True) | changes)
+    assert counterfactuals("rich", Axis("wealth", (("rich", "poor"),), True))[0].text == "poor"

@@ -401,3 +401,21 @@ def test_fewer_variants_are_neighbours_from_a_place_that_the_text_says(text, mos
     every, some = counterfactuals(text, axis), counterfactuals(text, axis, Intervention(max_variants=most))
     first = zlib.crc32(text.encode())
     assert len(every) > 1 and some == [every[i] for i in sorted((first + j) % len(every) for j in range(most))]
+
+
+@pytest.mark.parametrize("options,words", [
+    (dict(only_from="male"), "only_from: expected a whole number of at least 0 (axis.column(name) gives a column's), got 'male'"),
+    (dict(only_from=-1), "only_from: expected a whole number of at least 0 (axis.column(name) gives a column's), got -1"), (dict(only_from=True), "only_from: expected a whole number"),
+    (dict(max_variants=1.5), "max_variants: expected a whole number of at least 1, got 1.5"), (dict(max_variants=float("nan")), "max_variants: expected a whole number of at least 1, got nan"),
+])  # fmt: skip
+def test_an_intervention_that_would_find_nothing_is_refused(options, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        Intervention(**options)
+
+
+def test_a_column_that_is_not_there_and_one_text_for_several_are_refused():
+    axis = load_axis("gender")
+    with pytest.raises(ConfigError, match="only_from: expected a column of the axis 'gender', 0 to 1, got 5"):
+        counterfactuals("he", axis, Intervention(only_from=5))
+    with pytest.raises(ConfigError, match=r"families: expected a list of texts, got one: \['he met her'\]"):
+        list(families("he met her", axis))

@@ -1,6 +1,9 @@
 """The compiled engine equals its Python twin, byte for byte: on real corpora, on every kind of axis and intervention, and on texts made to break it."""
 
+import concurrent.futures
+import copy
 import json
+import pickle
 import random
 import re
 import warnings
@@ -251,3 +254,34 @@ def test_a_stale_library_is_refused(monkeypatch):
     found, trouble = native._load()
     assert found is None and re.search(rf"expected version {native.ABI}, got {native.ABI - 1}", trouble)
     native._load.cache_clear()
+
+
+TEXTS = [f"he met her and {i} women" for i in range(3000)]
+
+
+def test_copies_and_pickles_are_engines_of_their_own():
+    engine = cda_engine.engine(GENDER, Intervention(max_variants=1), threads=2)
+    expected = engine.expand(TEXTS)
+    for other in (copy.copy(engine), copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
+        assert (other.axis, other.intervention) == (GENDER, engine.intervention) and other is not engine
+        assert other.expand(TEXTS) == expected
+        del other
+    assert engine.expand(TEXTS) == expected
+
+
+def test_callers_on_other_threads_wait_for_each_other():
+    engine = cda_engine.engine(GENDER)
+    expected = engine.expand(TEXTS), engine.families(TEXTS)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: engine.families(TEXTS) if i % 2 else engine.expand(TEXTS), range(12)))
+    assert all(one == expected[i % 2] for i, one in enumerate(found))
+
+
+@pytest.mark.parametrize("arguments,words", [
+    ((None,), "engine: expected an Axis, as load_axis makes one, and an Intervention, got NoneType and Intervention"),
+    ((GENDER, None), "engine: expected an Axis, as load_axis makes one, and an Intervention, got Axis and NoneType"),
+    ((GENDER, PAPER, 1.5), "engine: threads: expected a whole number of at least 1, got 1.5"), ((GENDER, PAPER, 0), "engine: threads: expected a whole number of at least 1, got 0"),
+])  # fmt: skip
+def test_what_makes_no_engine_is_named(arguments, words):
+    with pytest.raises(ConfigError, match=f"^{words}$"):
+        cda_engine.engine(*arguments)

@@ -161,7 +161,7 @@ OTHERS = {
     "a token that takes the space behind it": lambda: with_token(rstrip=True),
     "a token that is a whole word": lambda: with_token(single_word=True),
     "a [CLS] that is a word": lambda: with_word("cls"),  # CLS in a text has its id too
-    "a [CLS] that is not found in texts": lambda: wordpiece(["[PAD]", "[UNK]", "[cls]", "[SEP]", "[MASK]", "he"], {"cls_token": "[cls]"}),
+    "a [CLS] that is not found in texts": lambda: Tokenizer(wordpiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[cls]", "he"]).backend, "bert", {"cls_token": "[cls]"}),
 }
 
 

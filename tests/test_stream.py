@@ -295,7 +295,7 @@ def test_what_goes_wrong_in_the_process_is_said_here(file, tmp_path):
                     pass
             said.append((type(caught.value), str(caught.value), count))
     assert said[0] == said[1] and said[0][1] == f"{tmp_path}/bad.txt:201: expected utf-8, got 0xff at byte 1 of the line" and count > 10
-    with Epochs(dataclasses.replace(recipe(file), axis=None), 1) as epochs, pytest.raises(RuntimeError, match="in the background process:\nTraceback"):
+    with Epochs(dataclasses.replace(recipe(file), files=(None,)), 1) as epochs, pytest.raises(RuntimeError, match="in the background process:\nTraceback"):
         epochs.ready()
 
 

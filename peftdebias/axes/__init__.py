@@ -58,6 +58,19 @@ class Axis:
     unless_after: tuple[tuple[str, tuple[str, ...]], ...] = ()
     columns: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        """Raises DataError on rows, words or names that a file of an axis may not have either; forms that are written alike are found there alone."""
+        check = _Check(Path(self.source or self.name), "", "axis")
+        check.where = f"axis {self.name!r}"
+        listed = [list(row) if isinstance(row, tuple) else row for row in self.groups] if isinstance(self.groups, tuple) else self.groups
+        words = {word for row in check.groups(listed) for word in row}
+        check.like(dict(self.like), words)
+        words |= set(dict(self.like))
+        check.only({word: list(shapes) for word, shapes in self.only}, words)
+        check.unless_after({word: list(before) for word, before in self.unless_after}, words)
+        if self.columns:
+            check.columns(list(self.columns), self.groups)
+
     def __hash__(self):  # by name and file: an axis is a cache key for every text, and its rows are long
         return hash((self.name, self.source))
 
