@@ -130,12 +130,47 @@ def test_other_settings_are_other_systems_and_are_not_compared(tmp_path):
     text, data = written(tmp_path, *folders)
     assert {r["system"] for r in data["sources"][0]["results"]} == {"plain fine-tuning", "lora, gender (lora)", "lora, gender (fast)"}
     assert {d["system"] for d in data["sources"][0]["differences"]} == {"lora, gender (lora)"}
-    assert "lora, gender (fast): not compared with plain fine-tuning, whose settings or data are others" in text
+    assert "lora, gender (fast): not compared with plain fine-tuning, whose model, settings or data are others" in text
     again = run_folder(tmp_path / "again", "downstream", 0, method=None, final=task_measures(rng))
     _, data = written(tmp_path, folders[0], again)  # one seed twice: no spread is made of it
     assert {r["system"] for r in data["sources"][0]["results"]} == {"plain fine-tuning (plain-0)", "plain fine-tuning (again)"}
     _, data = written(tmp_path, folders[0], folders[0], str(folders[0]) + "/")
     assert [r["seeds"] for r in data["sources"][0]["results"]] == [[0]]
+
+
+def test_systems_whose_folders_are_called_alike_are_told_apart(tmp_path):
+    """By a number that is none of a seed, or by the folder above: otherwise one system would be made of both, and one figure lost."""
+    def run(name, lr, value):
+        return run_folder(tmp_path / name, "downstream", 0, final=[measure("accuracy", value)], config={"lr": lr})
+
+    for names, labels in ((("lora-1", "lora-2"), ("lora-1", "lora-2")), (("a/bios", "b/bios"), ("a/bios", "b/bios")), (("lora-3", "x"), ("lora", "x")),
+                          (("c/lora-1", "c/lora-2", "d/lora-1"), ("c/lora-1", "c/lora-2", "d/lora-1"))):
+        _, data = written(tmp_path, *(run(name, lr, 70.0 + lr) for lr, name in enumerate(names)))
+        assert {(r["system"], r["measures"][0]["mean"]) for r in data["sources"][0]["results"]} == {(f"lora, gender ({label})", 70.0 + lr) for lr, label in enumerate(labels)}
+    _, data = written(tmp_path, run("e/bios", 5, 71.0), run("f/bios", 5, 72.0))  # the same twice
+    assert {(r["system"], r["measures"][0]["mean"]) for r in data["sources"][0]["results"]} == {("lora, gender (e/bios)", 71.0), ("lora, gender (f/bios)", 72.0)}
+
+
+def test_a_base_that_is_measured_beside_several_runs_is_one(tmp_path):
+    """Under one seed or several: it is untrained, and files of it are no several measurements. Another model's is another base."""
+    def run(name, seed, method, value, base, **config):
+        return run_folder(tmp_path / name, "upstream", seed, method=method, config=config,
+                          evaluations={"": [measure("mlm-loss", value, "nats", None)], "-base": [measure("mlm-loss", base, "nats", None), measure(f"crows-{name}", 50.0)]})
+
+    same = run("lora-0", 0, "lora", 2.0, 3.0, lr=1e-3), run("bias-0", 0, "bias", 2.5, 3.0, lr=1e-4), run("lora-1", 1, "lora", 2.2, 3.0001, lr=1e-3)
+    text, data = written(tmp_path, *same)
+    base, = (r for r in data["sources"][0]["results"] if r["system"] == "base")
+    assert base["seeds"] == [0] and {m["name"]: m["mean"] for m in base["measures"]} == {"mlm-loss": 3.0, "crows-lora-0": 50.0, "crows-bias-0": 50.0, "crows-lora-1": 50.0}
+    assert [(d["system"], d["n"], pytest.approx(d["difference"])) for d in data["sources"][0]["differences"]] == [("lora, gender", 2, -0.9)]
+    assert "bias, gender: not compared with base, since a difference needs two seeds" in text
+    other = run("other-0", 0, "lora", 4.0, 6.0, lr=1e-3, model="/m/other")
+    text, data = written(tmp_path, *same, other)
+    assert {"base (tiny)", "base (other)"} < {r["system"] for r in data["sources"][0]["results"]}
+    assert all(d["system"] == "lora, gender (lora)" and d["first"] == 3.0 for d in data["sources"][0]["differences"])
+    assert "lora, gender (other): not compared with base (" in text and "whose model, settings or data are others" in text
+    odd = run("odd-0", 0, "lora", 4.0, 3.5, lr=1e-3)  # the same model, measured on other texts
+    _, data = written(tmp_path, same[0], odd)
+    assert {"base (lora-0)", "base (odd-0)"} < {r["system"] for r in data["sources"][0]["results"]}
 
 
 def test_full_debias_is_told_from_plain_fine_tuning_by_its_base(tmp_path):

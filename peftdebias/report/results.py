@@ -72,7 +72,7 @@ def differences(source: Source, stage: str, task: str) -> tuple[dict[str, list[D
             continue
         pairs = paired(of[baseline], answers, stage)
         if any(a.same != b.same for a, b in pairs):
-            notes.append(f"{system}: not compared with {baseline}, whose settings or data are others")
+            notes.append(f"{system}: not compared with {baseline}, whose model, settings or data are others")
         elif len(pairs) >= 2:
             found[system] = by_seed(pairs)
         elif pairs and pairs[0][0].examples and pairs[0][1].examples:

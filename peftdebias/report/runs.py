@@ -1,6 +1,8 @@
 """Run folders as one source: what each is called, which differ in their seed alone, what was measured of each."""
 
 import json
+import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ PLAIN = {"upstream": "base", "downstream": "plain fine-tuning"}
 """What the system without debiasing is called, by stage."""
 NOT_THE_SYSTEM = {"command", "seed", "out", "overwrite", "force", "adapter", "device", "cache", "workers", "fold"}  # keys that do not tell two systems apart
 METHOD = {"method", "budget", "set", "fresh_head"}  # keys of upstream that make the system
+BASE = ("evaluation-base.json", "examples-base.jsonl")  # in an upstream run, of its base without the module
 
 
 def system_of(run: RunFiles) -> str:
@@ -36,15 +39,16 @@ def source_of_runs(folders: list[Path]) -> Source:
     """One source of all run folders given."""
     runs = list(map(read_run, folders))
     names = _system_names(runs)
-    answered = [a for run, name in zip(runs, names) for a in _answers(run, name)]
+    bases, against = _bases(runs)
+    answered = bases + [a for run, name, same in zip(runs, names, against) for a in _answers(run, name, same)]
     own = list(dict.fromkeys(names))
-    base = [PLAIN["upstream"]] if any(a.system == PLAIN["upstream"] for a in answered) else []
+    base = [a.system for a in bases]
     plain = [n for n in own if n.split(" (")[0] == PLAIN["downstream"]]
     rest = list(dict.fromkeys([*own, *(a.system for a in answered)]))
     systems = list(dict.fromkeys([*base, *plain, *rest]))
     baselines = ({"upstream": base[0]} if base else {}) | ({"downstream": plain[0]} if plain else {})
     seeds = sorted({run.config["seed"] for run in runs})
-    facts = [("model", ", ".join(dict.fromkeys(_model_name(run) for run in runs))),
+    facts = [("model", ", ".join(dict.fromkeys(Path(_model(run)).name for run in runs))),
              ("axis", ", ".join(dict.fromkeys(axis for run in runs for axis in _axes(run)))),
              ("systems", "; ".join(systems)), ("seeds", ", ".join(map(str, seeds)))]
     versions = [(run.folder.name, run.versions) for run in runs if run.versions]
@@ -52,9 +56,10 @@ def source_of_runs(folders: list[Path]) -> Source:
     return Source("runs", title, [f for f in facts if f[1]], list(map(command_line, runs)), versions, answered, baselines, systems)
 
 
-def _model_name(run: RunFiles) -> str:
+def _model(run: RunFiles) -> str:
+    """The model that all began from: where the run's own was trained upstream, that one's."""
     base = base_run(run)
-    return Path(str(base["model"] if base and "model" in base else run.config["model"])).name
+    return str(base["model"] if base and "model" in base else run.config["model"])
 
 
 def _axes(run: RunFiles) -> list[str]:
@@ -73,28 +78,69 @@ def _system_names(runs: list[RunFiles]) -> list[str]:
     """A name for each run: the same for runs that differ in their seed alone, with the folder's name added where two systems are called alike."""
     keys = [(run.command, system_of(run), _setting(run, {"model"} if base_run(run) and run.command == "downstream" else set()),
              json.dumps([config for _, _, config in run.modules], sort_keys=True)) for run in runs]
-    alike: dict[tuple[str, str], list[tuple]] = {}
     seeds: dict[tuple, list[int]] = {}
     for run, key in zip(runs, keys):
-        kinds = alike.setdefault(key[:2], [])
-        if key not in kinds:
-            kinds.append(key)
         seeds.setdefault(key, []).append(run.config["seed"])
-    stems = {}
-    for run, key in zip(runs, keys):
-        stems.setdefault(key, re.sub(r"[-_]?\d+$", "", run.folder.name) or run.folder.name)
-    names = []
-    for run, key in zip(runs, keys):
-        if len(seeds[key]) > len(set(seeds[key])):  # the same twice: each stands alone
-            names.append(f"{key[1]} ({run.folder.name})")
-        else:
-            names.append(key[1] if len(alike[key[:2]]) == 1 else f"{key[1]} ({stems[key]})")
-    return names
+    # One seed twice: these are no seeds of one system, and each stands alone.
+    systems = [key if len(seeds[key]) == len(set(seeds[key])) else (*key, str(run.folder)) for run, key in zip(runs, keys)]
+    names = {}
+    for called in dict.fromkeys(key[:2] for key in keys):
+        folders: dict[tuple, Path] = {}
+        for run, system in zip(runs, systems):
+            if system[:2] == called:
+                folders.setdefault(system, run.folder)
+        labels = _labels(list(folders.values()), [len(system) == len(keys[0]) for system in folders])
+        names |= {system: called[1] + (f" ({label})" if len(folders) > 1 else "") for system, label in zip(folders, labels)}
+    return [names[system] for system in systems]
 
 
-def _answers(run: RunFiles, system: str) -> Iterator[Answered]:
+def _labels(folders: list[Path], of_seeds: list[bool]) -> list[str]:
+    """The name of each folder, of several seeds without the number at its end; with that, and with as many folders above it as it takes, where two were called alike."""
+    paths = [Path(os.path.abspath(folder)).parts for folder in folders]
+    labels = [re.sub(r"[-_]?\d+$", "", parts[-1]) or parts[-1] if seeds else parts[-1] for parts, seeds in zip(paths, of_seeds)]
+    for depth in range(1, max(map(len, paths)) + 1):
+        if len(set(labels)) == len(labels):
+            break
+        labels = ["/".join(parts[-depth:]) for parts in paths]
+    return labels
+
+
+def _bases(runs: list[RunFiles]) -> tuple[list[Answered], list[str]]:
+    """(the untrained bases that were measured beside upstream runs, for each run the key `same` that it shares with what it is compared with).
+
+    Files of one model that agree where they overlap are one base, measured once: it has no seeds, and several runs beside it are no several measurements.
+    """
+    found: list[tuple[str, RunFiles, dict[str, dict]]] = []
+    against: list[str] = []
+    for run in runs:
+        model, path = str(run.config["model"]), run.folder / BASE[0]
+        if run.command != "upstream" or not path.exists():
+            against.append("" if run.command == "upstream" else f"{_model(run)} {_setting(run, METHOD | {'model'})}")
+            continue
+        measures = read_measures(path)
+        at = next((i for i, (other, _, there) in enumerate(found) if other == model and _agree(measures, there)), len(found))
+        if at == len(found):
+            found.append((model, run, {}))
+        found[at][2].update(measures | found[at][2])
+        against.append(f"base {at}")
+    of = {model: f"base {i}" for i, (model, _, _) in reversed(list(enumerate(found)))}
+    against = [same or of.get(str(run.config["model"]), "no base") for run, same in zip(runs, against)]
+    models = [model for model, _, _ in found]
+    labels = _labels([Path(m) for m in models] if len(set(models)) == len(models) else [run.folder for _, run, _ in found], [False] * len(found)) if len(found) > 1 else []
+    names = [f"{PLAIN['upstream']} ({label})" for label in labels] or [PLAIN["upstream"]]
+    return [Answered(name, run.config["seed"], "upstream", "", measures, run.folder / BASE[1] if (run.folder / BASE[1]).exists() else None, same=f"base {i}")
+            for i, (name, (_, run, measures)) in enumerate(zip(names, found))], against
+
+
+def _agree(one: dict[str, dict], other: dict[str, dict]) -> bool:
+    """Whether measures of both have the same values, within what another machine's rounding makes of them."""
+    shared = [(one[name], other[name]) for name in one if name in other]
+    return all(a["n"] == b["n"] and (a["value"] == b["value"] or None not in (a["value"], b["value"]) and math.isclose(a["value"], b["value"], rel_tol=1e-3)) for a, b in shared)
+
+
+def _answers(run: RunFiles, system: str, same: str) -> Iterator[Answered]:
     """What was measured of a run, its own final figures and the evaluation files in its folder."""
-    same, seed = _setting(run, METHOD | {"model"}), run.config["seed"]
+    seed = run.config["seed"]
     final = measures_of(run.final["measures"], str(run.folder / "metrics.jsonl")) if "measures" in run.final else {}
     own = run.folder / "evaluation.json"
     measures = final | (read_measures(own) if own.exists() else {})
@@ -103,8 +149,6 @@ def _answers(run: RunFiles, system: str) -> Iterator[Answered]:
         return Answered(name, seed, run.command, task, measures, examples if examples.exists() else None, run if name == system else None,
                         run.final.get("seconds") if name == system else None, same)
 
-    if (base := run.folder / "evaluation-base.json").exists() and run.command == "upstream":
-        yield answer(PLAIN["upstream"], "", read_measures(base), run.folder / "examples-base.jsonl")
     for name, part in _systems_within(measures, system).items():
         yield answer(name, "", part, run.folder / "examples.jsonl")
     for path in sorted(run.folder.glob("evaluation-*.json")):
