@@ -147,6 +147,23 @@ def _terminable() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def _heard_later() -> Iterator[None]:
+    """Signals that come inside the `with` block are answered behind it: what a handler raises while C imports numpy or torch is lost, or leaves them half made."""
+    came, heard = [], {}
+    if threading.current_thread() is threading.main_thread():
+        heard = {number: handler for number in (signal.SIGINT, *STOPPING) if callable(handler := signal.getsignal(number))}
+    for number in heard:
+        signal.signal(number, lambda *signalled: came.append(signalled))
+    try:
+        yield
+    finally:
+        for number, handler in heard.items():
+            signal.signal(number, handler)
+    for number, frame in came[:1]:
+        heard[number](number, frame)
+
+
 def parser() -> argparse.ArgumentParser:
     top = Parser(prog="peftdebias", description="Debias BERT and RoBERTa with small modules: learn them upstream on counterfactual "
                                   "text, freeze them downstream. `peftdebias COMMAND --help` explains each command.")
@@ -165,7 +182,8 @@ def parser() -> argparse.ArgumentParser:
 # ---------------------------------------------------------------- commands
 
 def upstream(settings: config.Upstream) -> None:
-    from . import phases
+    with _heard_later():
+        from . import phases
 
     show(settings)
     result = phases.upstream(settings, say)
@@ -178,7 +196,8 @@ def upstream(settings: config.Upstream) -> None:
 
 
 def downstream(settings: config.Downstream) -> None:
-    from . import phases
+    with _heard_later():
+        from . import phases
 
     show(settings)
     result = phases.downstream(settings, say)
@@ -191,7 +210,8 @@ def downstream(settings: config.Downstream) -> None:
 
 
 def evaluate(settings: config.Evaluate) -> None:
-    from . import evaluation
+    with _heard_later():
+        from . import evaluation
 
     show(settings)
     result = evaluation.evaluate(settings)
@@ -203,7 +223,8 @@ def evaluate(settings: config.Evaluate) -> None:
 
 
 def compare(settings: config.Compare) -> None:
-    from . import comparison
+    with _heard_later():
+        from . import comparison
 
     show(settings)
     found = comparison.compare(settings)
@@ -217,7 +238,8 @@ def compare(settings: config.Compare) -> None:
 
 
 def run(settings: config.Run) -> None:
-    from .runner import run as do
+    with _heard_later():
+        from .runner import run as do
 
     show(settings)
     done = do(settings, say)
@@ -226,14 +248,16 @@ def run(settings: config.Run) -> None:
 
 
 def report(settings: config.Report) -> None:
-    from .report import report as run
+    with _heard_later():
+        from .report import report as run
 
     show(settings)
     print(f"result: {' and '.join(map(str, run(settings)))}")
 
 
 def predict(settings: config.Predict) -> None:
-    from . import evaluation
+    with _heard_later():
+        from . import evaluation
 
     show(settings)
     if settings.file is None:
@@ -244,7 +268,8 @@ def predict(settings: config.Predict) -> None:
 
 
 def augment(settings: config.Augment) -> None:
-    from .augment import augment as run
+    with _heard_later():
+        from .augment import augment as run
 
     show(settings)
     if not settings.files:
@@ -255,9 +280,10 @@ def augment(settings: config.Augment) -> None:
 
 
 def methods(settings: config.Methods) -> None:
-    from . import weights
-    from .checkpoint import base_of
-    from .methods import overview
+    with _heard_later():
+        from . import weights
+        from .checkpoint import base_of
+        from .methods import overview
 
     show(settings)
     base, _ = weights.read_config(weights.find_folder(base_of(settings.model)))
@@ -267,7 +293,8 @@ def methods(settings: config.Methods) -> None:
 
 
 def doctor(settings: config.Doctor) -> None:
-    from .doctor import examine
+    with _heard_later():
+        from .doctor import examine
 
     show(settings)
     found = examine(settings.device)
@@ -277,7 +304,8 @@ def doctor(settings: config.Doctor) -> None:
 
 
 def export(settings: config.Export) -> None:
-    from .interchange import export_adapter
+    with _heard_later():
+        from .interchange import export_adapter
 
     show(settings)
     out = export_adapter(settings.run, settings.as_, settings.out, settings.overwrite)
@@ -285,7 +313,8 @@ def export(settings: config.Export) -> None:
 
 
 def import_(settings: config.Import) -> None:
-    from .interchange import import_adapter
+    with _heard_later():
+        from .interchange import import_adapter
 
     show(settings)
     out = import_adapter(settings.folder, settings.model, settings.axis, settings.out, settings.overwrite)
@@ -293,8 +322,9 @@ def import_(settings: config.Import) -> None:
 
 
 def demo(settings: config.Demo) -> None:
-    from .demo import RUNS, demo as run
-    from .report import available, report as write_report
+    with _heard_later():
+        from .demo import RUNS, demo as run
+        from .report import available, report as write_report
 
     show(settings)
     print(run(settings, say))
@@ -308,7 +338,8 @@ def demo(settings: config.Demo) -> None:
 
 
 def testbed(settings: config.Testbed) -> None:
-    from .planted import testbed as run
+    with _heard_later():
+        from .planted import testbed as run
 
     show(settings)
     print(run(settings, say))

@@ -57,9 +57,12 @@ def read_parts(listing: Path, raised: type[PeftDebiasError]) -> dict[str, Tensor
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """A .safetensors file. Raises OSError with the file's name, of a full disk say."""
+    """A .safetensors file, with the rights of any new file. Raises OSError with the file's name, of a full disk say."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
     try:
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})  # for its owner alone, whatever the umask
+        path.chmod(mode)
     except SafetensorError as error:
         if found := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None

@@ -4,6 +4,7 @@ What it leaves out: what is in them.
 """
 
 import contextlib
+import ctypes
 import errno
 import glob
 import hashlib
@@ -145,9 +146,10 @@ def writing_folder(out: Path, overwrite: bool, what: str, replaceable: Callable[
         with _held(partial, lambda: partial.mkdir(parents=True)):
             yield partial
             check()  # somebody may have come first
-            if target.exists():
-                target.rename(old)
-            partial.rename(target)
+            if not (target.exists() and _exchanged(partial, target)):
+                if target.exists():
+                    target.rename(old)
+                partial.rename(target)
     except _NotMade as error:
         raise ConfigError(f"--out {out}: cannot be written: {error}") from None
     finally:
@@ -157,6 +159,16 @@ def writing_folder(out: Path, overwrite: bool, what: str, replaceable: Callable[
         for folder in made:
             with contextlib.suppress(OSError):  # with the result in it, it stays
                 folder.rmdir()
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether each now has the other's name: at once, so that a reader finds the old folder or the new one. False where the system or its file system cannot."""
+    try:
+        function = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return function(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def partial_of(path: Path) -> Path:

@@ -129,8 +129,11 @@ class Background:
 
     def _start(self) -> None:
         code = f"import sys; sys.path[:] = {sys.path!r}; from peftdebias.worker import main; main()"
-        self.process = subprocess.Popen([sys.executable, "-P", "-c", code], bufsize=BUFFER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self._environment,
-                                        start_new_session=True)
+        try:
+            self.process = subprocess.Popen([sys.executable, "-P", "-c", code], bufsize=BUFFER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self._environment,
+                                            start_new_session=True)
+        except OSError as error:  # no more processes or files for this user
+            raise ConfigError(f"--workers: the background process cannot be started: {error.strerror}; --workers 0 needs none") from None
         self._fresh = True  # it has no recipe yet: it takes none before it has started, and is not waited for here
         self._torn = False  # a frame or a command was begun
         with contextlib.suppress(ImportError, AttributeError, OSError):  # not Linux, or more than the user may have

@@ -547,3 +547,19 @@ def test_another_error_of_torch_keeps_its_traceback(monkeypatch):
 def test_methods_of_a_run_are_those_of_its_base(small, chain):  # noqa: F811
     tables = [done("methods", "--model", folder).out for folder in (small.base, chain[0]["gender"], chain[0]["plain"])]
     assert tables[0] == tables[1] == tables[2]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_while_modules_are_imported_is_answered_behind_them(name, request):
+    """What a handler raises inside of numpy's or torch's own initialisation is lost."""
+    number, done, before = getattr(signal, name), [], {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL}[name]
+    given = signal.signal(number, before)  # ignored behind a shell's &
+    request.addfinalizer(lambda: signal.signal(number, given))
+    with pytest.raises(KeyboardInterrupt), command_line._terminable(), command_line._heard_later():
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        done.append("imported")
+    assert done == ["imported"] and signal.getsignal(number) == before
+    with command_line._terminable(), command_line._heard_later():
+        pass
+    assert signal.getsignal(number) == before

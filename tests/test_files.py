@@ -148,3 +148,17 @@ def test_a_file_that_cannot_be_written_whole_is_named(tmp_path):
     assert error.value.errno == errno.EFBIG and error.value.filename == str(tmp_path / "a.safetensors")
     with pytest.raises(FileNotFoundError):
         write_tensors({}, tmp_path / "none" / "a.safetensors")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_tensors_have_the_rights_of_any_new_file(umask, tmp_path):
+    """Those that colleagues share a folder by; the safetensors library would leave them to the owner alone."""
+    before = os.umask(umask)
+    try:
+        (tmp_path / "other").touch()
+        for _ in range(2):
+            write_tensors({"a": torch.ones(3)}, tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert safetensors.torch.load_file(tmp_path / "a.safetensors")["a"].tolist() == [1, 1, 1]

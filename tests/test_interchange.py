@@ -1,6 +1,8 @@
 """`export` and `import` as a user runs them: runs that become folders of others and come back, merged folders as plain models, the card."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import warnings
@@ -124,6 +126,15 @@ def test_the_card_says_how_long_a_text_can_be(runs, small, tmp_path):  # noqa: F
     done("upstream", *small.learning(method="lora", set="rank=2", steps=2), "--out", tmp_path / "lora")
     done("export", tmp_path / "lora", "--as", "merged", "--out", tmp_path / "b")
     assert json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())["model_max_length"] == positions
+
+
+def test_a_disk_that_is_full_is_one_line(runs, tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    said = cli("export", runs / "plain", "--as", "hf", "--out", tmp_path / "out")
+    assert said.code == 2 and said.err.splitlines()[-1] == f"peftdebias: {tmp_path}/out/config.json: No space left on device" and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("spoil,words", [

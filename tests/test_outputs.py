@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from peftdebias import outputs
 from peftdebias.errors import ConfigError
 from peftdebias.outputs import alone, keep_apart, tables, writing, writing_folder
 
@@ -53,6 +54,32 @@ def test_a_folder_takes_its_name_when_it_is_whole(tmp_path):
     assert (tmp_path / "link").is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == ["link", "run"]
 
 
+@pytest.mark.parametrize("can", [True, False])
+def test_a_folder_is_replaced(can, tmp_path, monkeypatch):
+    if not can:
+        monkeypatch.setattr(outputs, "_exchanged", lambda *paths: False)
+    for value in "123":
+        with folder(tmp_path / "run", overwrite=True) as made:
+            (made / "a").write_text(value)
+        assert (tmp_path / "run" / "a").read_text() == value and [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_reader_finds_the_old_folder_or_the_new_one(tmp_path):
+    (tmp_path / "x").mkdir(), (tmp_path / "y").mkdir()
+    if not outputs._exchanged(tmp_path / "x", tmp_path / "y"):
+        pytest.skip("this system or its file system cannot exchange two names at once")
+    code = f"import os, sys\nprint(flush=True)\nwhile not os.path.exists({str(tmp_path / 'end')!r}): os.stat({str(tmp_path / 'run')!r})"
+    with folder(tmp_path / "run") as made:
+        (made / "a").write_text("0")
+    reader = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    reader.stdout.readline()
+    for value in range(300):
+        with folder(tmp_path / "run", overwrite=True) as made:
+            (made / "a").write_text(str(value))
+    (tmp_path / "end").touch()
+    assert reader.communicate()[1] == b"" and reader.returncode == 0
+
+
 def test_a_folder_that_somebody_made_meanwhile_stays(tmp_path):
     for overwrite, words in ((False, "exists; expected a new folder"), (True, "exists and is no folder with a; it is not replaced")):
         out = tmp_path / str(overwrite)
@@ -74,6 +101,7 @@ def test_an_old_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_pa
             raise KeyboardInterrupt
         return rename(self, target)
 
+    monkeypatch.setattr(outputs, "_exchanged", lambda *paths: False)  # as on systems that cannot
     monkeypatch.setattr(Path, "rename", stopped)
     with pytest.raises(KeyboardInterrupt), folder(tmp_path / "run", overwrite=True) as made:
         (made / "a").write_text("new")

@@ -472,3 +472,12 @@ def test_what_a_recipe_is_made_of_is_checked(tmp_path):
     with Epochs(recipe(tmp_path / "c.jsonl", unit="document")) as epochs:
         with pytest.raises(ConfigError, match=re.escape(f"{tmp_path}/c.jsonl: --unit document: expected txt files, whose documents end at blank lines, got jsonl")):
             epochs.ready()
+
+
+def test_a_process_that_cannot_be_started_is_one_line(file, monkeypatch):
+    def refused(*args, **kwargs):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", refused)
+    with pytest.raises(ConfigError, match="^--workers: the background process cannot be started: Resource temporarily unavailable; --workers 0 needs none$"):
+        Epochs(recipe(file), 1)
