@@ -214,6 +214,8 @@ def evaluate(settings: config.Evaluate) -> None:
         from . import evaluation
 
     show(settings)
+    for line in evaluation.unused(settings):
+        say(line)
     result = evaluation.evaluate(settings)
     for line in result.notes:
         say(line)

@@ -62,10 +62,10 @@ def read_texts(paths: Sequence[str | Path], column: str | None = None, *, on_err
     return (Text(text, place) for chunk in stream for text, place in zip(chunk.texts, chunk.places()))
 
 
-def check_column(paths: Sequence[str], column: str | None) -> None:
+def check_column(paths: Sequence[str], column: str | None, flag: str = "--column") -> None:
     """Raises ConfigError on a column where no file has any."""
     if column is not None and paths and all(lines.kind(path) == "txt" for path in paths):
-        raise ConfigError(f"--column {column}: expected a csv, tsv or jsonl file to take it from, got txt alone ({', '.join(map(str, paths[:3]))})")
+        raise ConfigError(f"{flag} {column}: expected a csv, tsv or jsonl file to take it from, got txt alone ({', '.join(map(str, paths[:3]))})")
 
 
 # Chunks: neighbouring texts of one file.

@@ -17,7 +17,7 @@ from .checkpoint import Run
 from .config import Evaluate, Predict
 from .errors import ConfigError, DataError, ModelError
 from .extrinsic import classification_measures
-from .options import expect
+from .options import expect, flag
 from .outputs import files_in, keep_apart, tables, writing
 from .tasks import class_probabilities, labelled_samples
 from .training import pick_device
@@ -81,6 +81,13 @@ def systems(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     return {"": (), "base/": names} | {f"only-{name}/": tuple(n for n in names if n != name) for name in names}
 
 
+def unused(settings: Evaluate) -> list[str]:
+    """A line for every option that says something to measures of which none is asked for."""
+    asked = {entry.partition("=")[0] for entry in settings.on}
+    return [f"{flag(f.name)}: no effect here: it is an option of {', '.join(of)}" for f in dataclasses.fields(settings)
+            if (of := f.metadata["of"]) and not asked & set(of) and getattr(settings, f.name) != f.default]
+
+
 def evaluate_run(run: Run, settings: Evaluate) -> Result:
     """All that settings.on asks for, on a loaded run; see `systems` for one with several modules."""
     total = Result([], [], [])
@@ -110,7 +117,10 @@ def evaluate(settings: Evaluate) -> Result:
     expect(Evaluate, settings)
     if not settings.on:
         raise ConfigError(f"--on: expected at least one NAME=FILE with NAME one of {', '.join(ON)}, got none")
-    measured = [path for _, path in parse_on(settings.on)]
+    asked = parse_on(settings.on)
+    measured = [path for _, path in asked]
+    if not any(name in ("classification", "fprd", "counterfactual") for name, _ in asked):  # whose column it may be
+        corpus.check_column([path for name, path in asked if name == "perplexity"], settings.text, "--text")
     inside = [file for path in measured for file in files_in(path) if file.suffix != ".json"]  # of a folder; results may lie in it
     keep_apart({"--json": settings.json, "--examples": settings.examples},
                [*measured, *inside, *checkpoint.files_of(settings.model, *settings.adapter), settings.terms, *tables(settings.axis)])

@@ -16,10 +16,11 @@ from pathlib import Path
 from .errors import ConfigError
 
 
-def option(help: str, default=dataclasses.MISSING, *, many: str = "", metavar: str | None = None, choices: tuple[str, ...] = (), positional: bool = False):
+def option(help: str, default=dataclasses.MISSING, *, many: str = "", metavar: str | None = None, choices: tuple[str, ...] = (), positional: bool = False,
+           of: tuple[str, ...] = ()):
     """A field with its help. many: "words" takes several after one flag, "repeat" takes one flag each; such fields are tuples. "maybe": the flag
-    alone means SHIPPED. positional: no flag."""
-    metadata = {"help": help, "many": many, "metavar": metavar, "choices": choices, "positional": positional}
+    alone means SHIPPED. positional: no flag. of: the names whose option it is, with which its help then begins."""
+    metadata = {"help": f"{', '.join(of)}: {help}" if of else help, "of": of, "many": many, "metavar": metavar, "choices": choices, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata) if default is not dataclasses.MISSING else dataclasses.field(metadata=metadata)
 
 

@@ -1,5 +1,6 @@
 """evaluate and predict: figures against their definition, columns from the run, what is cut is counted, output files are whole or not there."""
 
+import dataclasses
 import json
 import sys
 
@@ -264,3 +265,17 @@ def test_output_files_that_cannot_be_written_are_known_before_anything_is_comput
 def test_settings_for_the_python_api():
     with pytest.raises(ConfigError, match="--on: expected at least one"):
         evaluation.evaluate(Evaluate(model="none"))
+
+
+def test_an_option_that_no_measure_takes_is_told(small):  # noqa: F811
+    said = done("evaluate", small.base, "--on", f"perplexity={small.heldout}", "--bias-type", "gender", "--axis", "nosuch", "--max-pairs", 3, "--max-length", 20)
+    assert [line for line in said.err.splitlines() if "no effect" in line] == [
+        "--bias-type: no effect here: it is an option of crows-pairs", "--axis: no effect here: it is an option of counterfactual", "--max-pairs: no effect here: it is an option of bias-nli"]
+    assert "no effect" not in done("evaluate", small.base, "--on", f"perplexity={small.heldout}").err
+    said = cli("evaluate", small.base, "--on", f"perplexity={small.heldout}", "--text", "column")
+    assert said.code == 2 and f"--text column: expected a csv, tsv or jsonl file to take it from, got txt alone ({small.heldout})" in said.err
+
+
+def test_every_option_of_measures_names_measures():
+    named = {name for f in dataclasses.fields(Evaluate) for name in f.metadata["of"]}
+    assert named < set(evaluation.ON) and all(f.metadata["help"].startswith(", ".join(f.metadata["of"])) for f in dataclasses.fields(Evaluate))
