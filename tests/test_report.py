@@ -550,3 +550,17 @@ def test_the_figures_of_another_page_are_not_replaced(tmp_path):
     assert not (tmp_path / "b.html").exists() and (tmp_path / "metrics.json").read_text() == figures
     (tmp_path / "a.html").unlink()
     done("report", run, "--out", tmp_path / "b.html")
+
+
+def test_a_legend_takes_no_room_from_its_plot():
+    """Many systems: the drawing grows by their names, up to as many as anybody reads."""
+    def drawn(count: int, name: str) -> tuple[float, str]:
+        found = str(figures.scatter("s", "alt", [(f"{name} {i}", (i, None, None), (i, None, None)) for i in range(count)], "a", "b"))
+        return float(re.search(r'viewBox="0 0 [0-9.]+ ([0-9.]+)"', found)[1]), found
+
+    long, short = "a system of a longer name", "s"
+    heights = {(count, name): drawn(count, name)[0] for count in (2, 20, 24, 25, 200) for name in (long, short)}
+    assert heights[20, long] - heights[2, long] == pytest.approx(18 * 15) and heights[20, short] - heights[2, short] == pytest.approx(9 * 15)
+    assert heights[200, long] == heights[25, long] < heights[24, long]
+    _, found = drawn(25, long)
+    assert "25 systems; the numbers below name them" in found and long not in found and f"{long} 23" in drawn(24, long)[1]

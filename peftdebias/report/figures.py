@@ -23,6 +23,7 @@ INK, FAINT, PAPER = "#010201", "#010202", "#010203"
 SERIES = tuple(f"#0102{16 + i:02x}" for i in range(7))
 COLOURS = {INK: "currentColor", FAINT: "var(--faint)", PAPER: "var(--paper)"} | {code: f"var(--series-{i})" for i, code in enumerate(SERIES)}
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
+MOST_NAMES = 24  # in a legend
 LONGEST_LABEL, LONGEST_TITLE = 22, 46  # characters of a name beside an axis, and of one along an axis or in a legend; the table has all of it
 
 
@@ -70,7 +71,8 @@ def dots(ident: str, alt: str, rows: list[str], series: list[Series], label: str
 def scatter(ident: str, alt: str, points: list[tuple[str, tuple, tuple]], x_label: str, y_label: str, x_ideal: float | None = None, y_ideal: float | None = None,
             baseline: str | None = None):
     """Quality against bias. points: (system, (x, low, high), (y, low, high)). Ideals are drawn where they lie near."""
-    with _drawing(240 + 15 * ((len(points) + 1) // 2)) as figure:
+    columns = 2 if max(len(p[0]) for p in points) <= 18 else 1
+    with _drawing(240 + _legend_height(len(points), columns)) as figure:
         axes = figure.subplots()
         for i, (name, (x, *x_ends), (y, *y_ends)) in enumerate(points):
             one = Series(name, [], [], [], i, name == baseline)
@@ -86,7 +88,7 @@ def scatter(ident: str, alt: str, points: list[tuple[str, tuple, tuple]], x_labe
         axes.set_ylabel(_cut(y_label, 36))
         axes.grid(color=FAINT, linewidth=0.4)
         axes.margins(0.08)
-        _legend(figure, axes, 2 if max(len(p[0]) for p in points) <= 18 else 1)
+        _legend(figure, axes, columns)
         return _svg(figure, ident, alt)
 
 
@@ -95,7 +97,7 @@ def curves(ident: str, alt: str, lines: list[tuple[str, int, list[float], list[f
     """Figures over training steps, or over what `along` names. frame: both scales reach from 0 to these, for plots that are to be compared. lines: (name, style, steps, values, whether each value gets a mark); of several with one name the first is in the legend.
     kept: (step, value) of the states that were kept."""
     names = list(dict.fromkeys(line[0] for line in lines))
-    with _drawing(200 + 15 * (len(names) + bool(kept))) as figure:
+    with _drawing(200 + _legend_height(len(names) + bool(kept), 1)) as figure:
         axes = figure.subplots()
         told = set()
         for name, style, steps, values, marked in lines:
@@ -138,9 +140,15 @@ def _cut(text: str, longest: int = LONGEST_LABEL) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "\u2026"
 
 
+def _legend_height(names: int, columns: int) -> int:
+    return 15 * (-(-names // columns) if names <= MOST_NAMES else 1)
+
+
 def _legend(figure, axes, columns: int) -> None:
     handles, names = axes.get_legend_handles_labels()
-    if len(names) > 1:
+    if len(names) > MOST_NAMES:
+        figure.legend([], [], title=f"{len(names)} systems; the numbers below name them", loc="outside lower left", frameon=False, title_fontsize=FONT - 0.5)
+    elif len(names) > 1:
         figure.legend(handles, [_cut(name, LONGEST_TITLE) for name in names], loc="outside lower left", ncols=columns, frameon=False, fontsize=FONT - 0.5,
                       handlelength=2.2, columnspacing=1.2, labelspacing=0.35)
 
