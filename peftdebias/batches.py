@@ -201,7 +201,7 @@ class Batch:
         whole = dataclasses.replace(self, cu_rows=cumulative(self.row_lengths) if self.cu_rows is None else self.cu_rows)
         names = tuple(f.name for f in dataclasses.fields(whole) if isinstance(getattr(whole, f.name), Tensor))
         sizes = [-(-getattr(whole, name).numel() * getattr(whole, name).element_size() // 8) for name in names]  # in 8 bytes
-        flat = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=pinned)
+        flat = torch.empty(sum(sizes), dtype=torch.int64, device="cpu", pin_memory=pinned)
         for name, place in zip(names, flat.split(sizes)):
             part = getattr(whole, name)
             place.view(part.dtype)[:part.numel()].copy_(part)
@@ -263,7 +263,7 @@ def pack(samples: Sequence[Sample]) -> Batch:
         lengths=lengths,
         row_lengths=row_lengths,
         max_length=max(lengths, default=0),
-        family=torch.tensor([s.family for s in samples], dtype=torch.int64),
+        family=torch.tensor([s.family for s in samples], dtype=torch.int64, device="cpu"),
         firsts=bool(samples) and all(len(s.rows) == 1 and s.rows[0] == 0 for s in samples),
     )
 
@@ -280,7 +280,7 @@ def from_packed(packed: Packed) -> Batch:
     return Batch(
         ids=tensor(packed.ids),
         positions=torch.from_numpy(numpy.arange(len(packed.ids)) - numpy.repeat(bounds[:-1], packed.lengths)),
-        segments=torch.zeros(len(packed.ids), dtype=torch.int64),
+        segments=torch.zeros(len(packed.ids), dtype=torch.int64, device="cpu"),
         cu_seqlens=torch.from_numpy(bounds),
         rows=tensor(packed.rows),
         targets=tensor(packed.targets),

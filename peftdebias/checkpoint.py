@@ -19,7 +19,7 @@ import platform
 import subprocess
 import tomllib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import tomli_w
@@ -245,6 +245,7 @@ def read_config(run: Path) -> dict:
 
 
 def is_run(path: str | Path) -> bool:
+    """Whether the folder is one that `upstream`, `downstream` or `import` wrote: it has a config.toml."""
     return (Path(path) / "config.toml").exists()
 
 
@@ -264,11 +265,16 @@ def load_run(path: str | Path, adapters: tuple[str, ...] | None = (), device: st
     """A run folder (its base, head and modules) or a plain model folder, plus further `adapters`; in eval mode.
 
     force: as in load_adapter. dtype: of all parameters at the end. options: of weights.load_model. An upstream run of a module keeps no base: it is loaded from where the run found it.
+    Raises ModelError on a folder that holds no such model, AdapterError on a module that does not belong to it, ConfigError on what are no folders or no kind of number.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise ModelError(f"expected the folder of a run or a model, got {type(path).__name__}")
     if isinstance(adapters, (str, os.PathLike)):
         raise ConfigError(f"adapters: expected a list of folders, got one path: [{str(adapters)!r}]")
+    if not isinstance(adapters, (Iterable, type(None))):
+        raise ConfigError(f"adapters: expected a list of folders, got {type(adapters).__name__}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
     path, config = Path(path), {}
     own: list[Path] = []
     if not is_run(path):

@@ -37,12 +37,16 @@ FALSE = ("0", "0.0", "false", "no")
 
 @dataclass(frozen=True, slots=True)
 class Text:
+    """One text of a corpus and where it stands, for messages."""
+
     text: str
     place: str  # "file:line"
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
+    """One row of labelled data, as its columns say; None where no column was asked for."""
+
     text: str
     text_pair: str | None
     label: str | None

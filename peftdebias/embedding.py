@@ -207,8 +207,6 @@ class Debiased:
         return texts
 
     def _encoded(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Encoded]:
-        if pairs is not None and len(pairs) != len(texts):
-            raise ConfigError(f"pairs: expected {len(texts)}, one for each text, got {len(pairs)}")
         encoded = self.run.tokenizer.encode(texts, pairs, self._longest)
         for line in cut_note(encoded, self._longest, self.name):
             warnings.warn(line, stacklevel=4)  # where the answer was asked for
@@ -229,7 +227,7 @@ def _mask_logits(model: Model, batch: Batch) -> Tensor:
 @in_eval
 def _pooled(model: Model, samples: Sequence[Sample]) -> Tensor:
     """[N, D] on the CPU: the mean over the rows that each sample asks for."""
-    found = torch.zeros(len(samples), model.config.hidden, dtype=model.encoder.embeddings.word.weight.dtype)
+    found = torch.zeros(len(samples), model.config.hidden, dtype=model.encoder.embeddings.word.weight.dtype, device="cpu")
     for items, batch in scored_batches(model, samples):
         for i, rows in zip(items, model.encoder(batch).cpu().split(batch.row_lengths)):
             found[i] = rows.mean(0)

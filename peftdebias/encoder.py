@@ -265,6 +265,7 @@ class Model(nn.Module):
 
     @property
     def config(self) -> EncoderConfig:
+        """Sizes and rates of the encoder, as its config.json has them."""
         return self.encoder.config
 
     @property
@@ -274,6 +275,7 @@ class Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where its parameters are, and batches are expected."""
         return self.encoder.embeddings.word.weight.device
 
     def mlm_logits(self, batch: Batch) -> Tensor:

@@ -3,6 +3,7 @@
 What it adds over safetensors, torch.load and json: `raised`, the kind of error that names the file. It leaves out whose names they are, and which shapes are wanted.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -62,7 +63,8 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     mode = path.stat().st_mode & 0o777
     try:
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})  # for its owner alone, whatever the umask
-        path.chmod(mode)
+        with contextlib.suppress(OSError):  # a file system without rights
+            path.chmod(mode)
     except SafetensorError as error:
         if found := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None

@@ -128,7 +128,7 @@ class _AdamW(torch.optim.Optimizer):
 
     @staticmethod
     def _rates(group: dict, step: int, like: Tensor) -> Tensor:
-        return send(torch.tensor(rates_at(step, group["lr"], group["betas"], group["weight_decay"]), dtype=like.dtype), like.device)
+        return send(torch.tensor(rates_at(step, group["lr"], group["betas"], group["weight_decay"]), dtype=like.dtype, device="cpu"), like.device)
 
 
 class FlatAdamW(_AdamW):

@@ -22,7 +22,7 @@ from .sites import ACTIVATIONS, EMBED_SITE
 
 def export_padded(padded: "Padded") -> torch.export.ExportedProgram:
     """torch.export with batch and length left free."""
-    ids = torch.zeros(3, min(7, padded.longest), dtype=torch.int64)  # the graph does not depend on these
+    ids = torch.zeros(3, min(7, padded.longest), dtype=torch.int64, device="cpu")  # the graph does not depend on these
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=padded.longest)
     return torch.export.export(padded, (ids, torch.ones_like(ids)), dynamic_shapes={"ids": {0: batch, 1: length}, "mask": {0: batch, 1: length}})
 

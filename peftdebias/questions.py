@@ -109,5 +109,5 @@ def of_one_length(ids: numpy.ndarray, places: numpy.ndarray) -> Batch:
     def tensor(array: numpy.ndarray) -> Tensor:
         return torch.from_numpy(array.astype(numpy.int64))
 
-    return Batch(ids=tensor(ids), positions=torch.arange(n).repeat(count), segments=torch.zeros(len(ids), dtype=torch.int64), cu_seqlens=cumulative([n] * count),
-                 rows=tensor(numpy.arange(count) * n + places), targets=None, lengths=(n,) * count, row_lengths=(1,) * count, max_length=n, family=torch.arange(count))
+    return Batch(ids=tensor(ids), positions=tensor(numpy.tile(numpy.arange(n), count)), segments=tensor(numpy.zeros(len(ids))), cu_seqlens=cumulative([n] * count),
+                 rows=tensor(numpy.arange(count) * n + places), targets=None, lengths=(n,) * count, row_lengths=(1,) * count, max_length=n, family=tensor(numpy.arange(count)))

@@ -60,10 +60,10 @@ def fill(batch: Batch, shape: Shape) -> Batch:
     def filled(tensor: torch.Tensor, size: int, value: int = 0) -> torch.Tensor:
         return torch.cat([tensor, tensor.new_full((size - len(tensor),), value)])
 
-    bounds = torch.tensor(dummies).cumsum(0).int() + len(batch.ids)
+    bounds = torch.tensor(dummies, device="cpu").cumsum(0).int() + len(batch.ids)
     asked = [*batch.row_lengths, more] if tail else [*batch.row_lengths[:-1], batch.row_lengths[-1] + more]
-    row_bounds = torch.tensor([0, *asked]).cumsum(0).int()
-    return Batch(ids=filled(batch.ids, shape.tokens), positions=torch.cat([batch.positions, *(torch.arange(n) for n in dummies)]),
+    row_bounds = torch.tensor([0, *asked], device="cpu").cumsum(0).int()
+    return Batch(ids=filled(batch.ids, shape.tokens), positions=torch.cat([batch.positions, *(torch.arange(n, device="cpu") for n in dummies)]),
                  segments=filled(batch.segments, shape.tokens), cu_seqlens=filled(torch.cat([batch.cu_seqlens, bounds]), shape.sequences + 1, shape.tokens),
                  rows=filled(batch.rows, shape.rows, min(len(batch.ids), shape.tokens - 1)), targets=filled(batch.targets, shape.rows, IGNORED), lengths=(), row_lengths=(),
                  max_length=shape.longest, family=filled(batch.family, shape.sequences, -1), firsts=batch.firsts, cu_rows=filled(row_bounds, shape.sequences + 1, shape.rows),

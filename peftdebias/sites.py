@@ -68,6 +68,7 @@ class EncoderConfig:
 
     @property
     def head_width(self) -> int:
+        """Columns of one head, hidden / heads."""
         return self.hidden // self.heads
 
 

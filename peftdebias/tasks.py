@@ -223,7 +223,7 @@ class Classification:
     def __init__(self, samples: Sequence[Sample], held_out: Sequence[Sample], measure, metric: str, *, seed: int, batch: dict, weights: Sequence[float] | None = None):
         self.samples, self.held_out, self.measure, self.metric = samples, held_out, measure, metric
         self.seed, self.batch = seed, batch
-        self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+        self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32, device="cpu")
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """Every text once, in the order that (seed, number) give."""

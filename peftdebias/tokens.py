@@ -58,8 +58,13 @@ class Tokenizer:
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None, max_length: int = 512) -> list[Encoded]:
         """Each text (with its pair) as ids. What exceeds max_length tokens is cut from the longer of the two, and counted in `cut`.
 
-        Raises ConfigError on a max_length that has no room for the special tokens.
+        Raises ConfigError on a max_length that has no room for the special tokens, on one text in place of several, and on pairs of another number.
         """
+        for what, given in (("texts", texts), ("pairs", pairs)):
+            if isinstance(given, str):
+                raise ConfigError(f"{what}: expected a list of texts, got one text: [{given[:20]!r}]")
+        if pairs is not None and len(pairs) != len(texts):
+            raise ConfigError(f"pairs: expected {len(texts)}, one for each text, got {len(pairs)}")
         first = [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         if pairs is None:
             return [self._assemble(a, None, max_length) for a in first]

@@ -315,7 +315,7 @@ def load_model(folder: str | Path, *, mlm: bool | None = None, labels: tuple[str
     config = dataclasses.replace(config, tied=decoder is None or (same and config.tied))
     if decoder is not None and mlm and not config.tied:
         found["mlm.decoder.weight"] = decoder
-    with _NoInit():
+    with torch.device("cpu"), _NoInit():  # whatever torch's default device is
         model = Model(config, mlm=mlm, labels=labels)
     model = model.to(dtype).eval()
     generator, new = torch.Generator().manual_seed(seed), []
@@ -400,7 +400,8 @@ def load(folder: str | Path, **options) -> Loaded:
 
 
 def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
-    """Write a folder that transformers loads to the same outputs; attached methods are not part of it. Returns the folder."""
+    """Write a folder that transformers loads to the same outputs; attached methods are not part of it (export writes them in). Returns the
+    folder. Raises OSError where it cannot be written."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ours = {name.removeprefix("encoder."): p.detach().cpu() for name, p in model.named_parameters()}

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import peftdebias
 from peftdebias import checkpoint, methods, patch, weights
 from peftdebias.checkpoint import load_adapter, load_run, save_adapter, versions, writing_run
 from peftdebias.encoder import EncoderConfig, Model
@@ -353,3 +354,12 @@ def test_a_module_of_numbers_that_are_not_floating_point_is_refused(dtype, saved
     safetensors.torch.save_file({n: t.to(dtype) for n, t in tensors.items()}, saved / "adapter.safetensors")
     with pytest.raises(AdapterError, match="expected floating-point numbers, got " + str(dtype).removeprefix("torch.")):
         load_adapter(saved, model_of())
+
+
+def test_arguments_of_load_run_that_are_none_are_named(small):  # noqa: F811
+    for options, words in ((dict(adapters=5), "adapters: expected a list of folders, got int"), (dict(dtype="float32"), "dtype: expected a floating-point torch.dtype, got 'float32'"),
+                           (dict(dtype=torch.int64), "dtype: expected a floating-point torch.dtype, got torch.int64")):
+        with pytest.raises(ConfigError, match=f"^{words}$"):
+            load_run(small.base, **options)
+    with pytest.raises(ConfigError, match="--device: expected cpu, cuda, cuda:1, ... or auto, got None"):
+        peftdebias.load(small.base, device=None)

@@ -15,7 +15,7 @@ from peftdebias.errors import AdapterError
 from peftdebias.weights import ENCODER_NAMES, to_foreign
 
 from .outside import assert_close, attached, drawn_model, mlm_logits, one_thread, padded, pair, ragged  # noqa: F401
-from .test_embedding import in_rectangle, sparse
+from .test_padded import in_rectangle, sparse
 
 MODULES = {
     "lora": dict(targets=("query", "key", "value", "output", "up", "down"), rank=3),

@@ -1,6 +1,7 @@
 """Both phases on files: seeds repeat, what is frozen stays bit for bit, what is saved is what was trained, runs follow on each other only where that makes sense."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -535,3 +536,33 @@ def test_a_module_worse_than_none_is_told(small, tmp_path):  # noqa: F811
     assert "no step had a lower validation loss than before training: what is saved is that of step 4" in said.out
     said = done("upstream", *small.learning(out=tmp_path / "better"))
     assert "no step had a lower" not in said.out
+
+
+DEFAULTS = """
+import sys, torch
+from peftdebias import cli, load
+set_to, out, world = sys.argv[1], sys.argv[2], sys.argv[3:]
+if set_to == "meta":
+    torch.set_default_device("meta")
+elif set_to:
+    torch.set_default_dtype(getattr(torch, set_to))
+learning, task = world[:world.index("--")], world[world.index("--") + 1:]
+for method, options in (("lora", ["rank=2", "dropout=0.1"]), ("prefix", ["length=3"]), ("sparse", ["k=50"]), ("adapter", ["bottleneck=2"])):
+    assert cli.main(["upstream", *learning, "--method", method, *(w for o in options for w in ("--set", o)), "--out", f"{out}/{method}"]) == 0
+assert cli.main(["downstream", *task, "--adapter", f"{out}/lora", "--out", f"{out}/task"]) == 0
+model, plain = load(f"{out}/task"), load(world[world.index("--model") + 1], [f"{out}/prefix"])
+print("answers", model.predict(["she is a nurse"]), plain.fill_mask("[MASK] is a nurse"), plain.encode(["she is a nurse"], pooling="mean").sum().item())
+model.export(f"{out}/task.pt2")
+"""
+
+
+def test_torchs_defaults_change_nothing(small, tmp_path):  # noqa: F811
+    """Its default device, as notebooks set it, and dtype: the same files and answers, bit for bit."""
+    said = {}
+    for set_to in ("", "meta", "bfloat16"):
+        words = [sys.executable, "-c", DEFAULTS, set_to, tmp_path / f"run-{set_to}", *small.learning(set=None, steps=4), "--", *small.task(epochs=1)]
+        done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        answers = next(line for line in done.stdout.splitlines() if line.startswith("answers"))
+        said[set_to] = answers, {name: sha for name, sha in tree(tmp_path / f"run-{set_to}").items() if name.endswith(".safetensors")}
+    assert said["meta"] == said[""] == said["bfloat16"] and len(said[""][1]) == 6

@@ -428,3 +428,10 @@ def test_an_added_token_with_another_id_is_refused(bert, tmp_path):
     (tmp_path / "added_tokens.json").write_text('{"[PERSON]": 30600}')
     with pytest.raises(ModelError, match=rf"{tmp_path}: tokenizer: added token '\[PERSON\]': expected the id 30600 by its list, got 30522 after the vocabulary"):
         load_tokenizer(tmp_path)
+
+
+def test_one_text_in_place_of_several_and_pairs_of_another_number_are_refused(toy):
+    for arguments, words in ((("he",), r"texts: expected a list of texts, got one text: \['he'\]"), ((["he"], "she"), r"pairs: expected a list of texts, got one text: \['she'\]"),
+                             ((["he", "she"], ["a"]), "pairs: expected 2, one for each text, got 1")):
+        with pytest.raises(ConfigError, match=words):
+            toy.encode(*arguments)

@@ -133,10 +133,10 @@ class AdamWOfMany:
         for name, tensors in zip(("values", "first", "second"), self.tensors):
             for i, tensor in enumerate(tensors):
                 self._check(f"{name} {i}", tensor, i)
-        sizes = torch.tensor([tensor.numel() for tensor in values])
+        sizes = torch.tensor([tensor.numel() for tensor in values], device="cpu")
         parts = (sizes + COUNT - 1) // COUNT
-        owner = torch.repeat_interleave(torch.arange(len(sizes)), parts)
-        self.tiles = torch.stack([owner, torch.arange(len(owner)) - (parts.cumsum(0) - parts)[owner]], 1).int().to(self.device)
+        owner = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), parts)
+        self.tiles = torch.stack([owner, torch.arange(len(owner), device="cpu") - (parts.cumsum(0) - parts)[owner]], 1).int().to(self.device)
         self.sizes = sizes.to(self.device)
         self.spare: Tensor | None = self._table()  # for the next capture
 
@@ -159,7 +159,7 @@ class AdamWOfMany:
 
     def captured(self) -> list[Tensor]:
         """To be called once a capture is over, before its first replay: fills the tables of its launches, and hands them over, for whoever keeps the graph to keep."""
-        tables = [table if addresses is None else table.copy_(torch.tensor(addresses)) for table, addresses in self.waiting]
+        tables = [table if addresses is None else table.copy_(torch.tensor(addresses, device="cpu")) for table, addresses in self.waiting]
         self.waiting, self.spare = [], self._table() if self.spare is None else self.spare
         return tables
 
@@ -177,7 +177,7 @@ class AdamWOfMany:
             self.waiting.append((table, addresses if new else None))
             return table
         if new:
-            host = torch.tensor(addresses)
+            host = torch.tensor(addresses, device="cpu")
             self.known = addresses, host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
         return self.known[1]
 

@@ -101,8 +101,8 @@ def segments_of(weights: list[Tensor], a: list[Tensor], b: list[Tensor], scales:
 def tables(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(tiles, segments, scales) on the device. The same addresses and sizes give the same tables, so a training run copies them once."""
     tiles = [(s, i, j) for s, (*_, rows, width, _, _) in enumerate(segments) for i in range(ceil_div(rows, TILE[0])) for j in range(ceil_div(width, TILE[1]))]
-    return (torch.tensor(tiles, dtype=torch.int32).to(device), torch.tensor([s[:7] for s in segments], dtype=torch.int64).to(device),
-            torch.tensor([s[7] for s in segments], dtype=torch.float32).to(device))
+    return (torch.tensor(tiles, dtype=torch.int32, device="cpu").to(device), torch.tensor([s[:7] for s in segments], dtype=torch.int64, device="cpu").to(device),
+            torch.tensor([s[7] for s in segments], dtype=torch.float32, device="cpu").to(device))
 
 
 _CAPTURED: dict[int, tuple[Tensor, Tensor, Tensor]] = {}

@@ -111,7 +111,8 @@ def names() -> list[str]:
 
 
 def load_axis(name_or_path) -> Axis:
-    """The axis of a shipped name ("gender"), or of a user's TOML file (anything with a folder or ending in .toml)."""
+    """The axis of a shipped name ("gender"), or of a user's TOML file (anything with a folder or ending in .toml). Raises ConfigError on an unknown name, DataError on a file
+    that is missing or says what no axis may have, with its line."""
     name = str(name_or_path)
     path = Path(name)
     if name in names():

@@ -16,6 +16,9 @@ def bare_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Measure:
+    """One figure of `evaluate`: a name, a value in a unit, and its 95 % interval [low, high] over examples, as percentages or as plain numbers by the unit; None, or a value
+    that is not finite, where nothing can be said."""
+
     name: str  # "tpr-gap/rms": measure/variant/subset
     value: float
     unit: str  # "%", "points" (difference of two %), "nats", "1"
