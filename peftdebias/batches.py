@@ -71,7 +71,8 @@ class Spans:
 
     def _knowing(self, query_lengths: tuple[int, ...], key_lengths: tuple[int, ...]) -> "Spans":
         """With the lengths that the host has: they are never read back from a device."""
-        self.__dict__.update(query_lengths=query_lengths, key_lengths=key_lengths)
+        object.__setattr__(self, "query_lengths", query_lengths)  # which torch.compile can follow, as `lazy` does it
+        object.__setattr__(self, "key_lengths", key_lengths)
         return self
 
     @lazy
