@@ -20,8 +20,8 @@ from .cda_engine import BLOCK, EVERYTHING, Counts, Written, engine
 from .config import Augment
 from .errors import ConfigError, DataError
 from .lines import Skipped
-from .options import SHIPPED, expect
-from .outputs import keep_apart, tables, writing
+from .options import expect
+from .outputs import SHIPPED, keep_apart, tables, writing
 
 KINDS = {"jsonl": "json", "lines": "lines"}
 TOP = 10  # words that the summary names

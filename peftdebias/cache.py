@@ -138,7 +138,7 @@ def key(recipe) -> str:
     tokenizer, axis = recipe.tokenizer, recipe.axis
     code = [Path(module.__file__) for module in (cda, corpus, holdout, lines, records, sentences)] + [Path(cda.__file__).parent / "axes" / "pronouns.toml"]
     about = [
-        FORMAT, [digest(Path(path)) for path in code], [digest(Path(path)) for path in recipe.files], recipe.column, recipe.unit, recipe.on_error,
+        FORMAT, [digest(Path(path)) for path in code], [(lines.kind(path), path.lower().endswith(".gz"), digest(Path(path))) for path in recipe.files], recipe.column, recipe.unit, recipe.on_error,
         repr(dataclasses.replace(axis, description="", source="")), repr(recipe.intervention), recipe.held_out.share, sorted(recipe.held_out.also), recipe.shard,
         tokenizer.backend.to_str(), tokenizer.style, recipe.max_length,
     ]  # fmt: skip

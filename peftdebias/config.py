@@ -34,7 +34,7 @@ class Training:
 
     seed: int = option("every random choice follows from it: same seed, same machine, same bits", 0)
     batch_size: int | None = option("texts in a batch (default 32 unless --batch-tokens is given)", None)
-    batch_tokens: int | None = option("tokens in a batch, instead of --batch-size", None)
+    batch_tokens: int | None = option("tokens in a batch, instead of --batch-size", None, instead="batch_size")
     max_length: int = option("longest text in tokens; longer ones are cut, counted and reported", 256)
     weight_decay: float = option("decoupled weight decay of matrices (AdamW)", 0.0)
     warmup: float = option("share of all steps in which the learning rate rises; it falls linearly afterwards", 0.1)

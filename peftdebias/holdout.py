@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
 from .axes import Axis
-from .cda import Family, Intervention
+from .cda import Family, Intervention, counterfactuals
 from .cda_engine import engine, expand
 from .errors import DataError
 
@@ -20,10 +20,10 @@ Read = Callable[[], Iterator[list[str]]]
 PLACES = 2 ** 32
 
 
-def place_of(family: Family) -> int:
-    """Where a family stands among all, 0 to PLACES - 1: by its text with every attribute word cut out, whatever space stands around it. No CRC-32, by which
-    prepare.py chooses the development examples: a corpus without these shall not be one without validation texts."""
-    text, variants = family.text, family.variants
+def place_of(family: Family, axis: Axis | None = None) -> int:
+    """Where a family stands among all, 0 to PLACES - 1: by its text with every attribute word cut out, whatever space stands around it; with `axis` by all words of it, whichever
+    of them the family's variants replace. No CRC-32, by which prepare.py chooses the development examples: a corpus without these shall not be one without validation texts."""
+    text, variants = family.text, family.variants if axis is None else counterfactuals(family.text, axis)
     swaps = variants[0].swaps if len(variants) == 1 else sorted({swap for variant in variants for swap in variant.swaps}, key=lambda swap: swap.start)
     pieces, done = [], 0
     for swap in swaps:
@@ -36,14 +36,20 @@ def place_of(family: Family) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """The rule: a share of all families by their places, and those at the places `also`."""
+    """The rule: a share of all families by their places, and those at the places `also`. axis: see `place_of`."""
 
     share: float = 0.0
     also: frozenset[int] = frozenset()
+    axis: Axis | None = None
 
     def __call__(self, family: Family) -> bool:
-        place = place_of(family)
+        place = place_of(family, self.axis)
         return place < self.share * PLACES or place in self.also
+
+
+def _whole(axis: Axis, intervention: Intervention) -> Axis | None:
+    """The axis, where an intervention leaves some of its words as they are: the families of a text and of its counterfactual then replace other words."""
+    return None if intervention.only_from is None and intervention.max_variants is None else axis
 
 
 def choose(read: Read, axis: Axis, intervention: Intervention, share: float, wanted: int, files: str) -> tuple[HeldOut, list[str]]:
@@ -53,7 +59,8 @@ def choose(read: Read, axis: Axis, intervention: Intervention, share: float, wan
     Raises DataError where no text has such words, or one family alone; `files` names the corpus. Where no held-out family has any (a corpus of a few
     lines), the first that has is held out too.
     """
-    swap, rule = engine(axis, intervention), HeldOut(share)
+    swap, whole = engine(axis, intervention), _whole(axis, intervention)
+    rule = HeldOut(share, axis=whole)
     held: list[str] = []
     texts, held_touched, first, second = 0, False, None, None  # the places of the first two families to train on that have words
     for chunk in read():
@@ -65,9 +72,9 @@ def choose(read: Read, axis: Axis, intervention: Intervention, share: float, wan
             if family.variants and aside:
                 held_touched = True
             elif family.variants and first is None:
-                first = place_of(family)
-            elif family.variants and second is None and place_of(family) != first:
-                second = place_of(family)
+                first = place_of(family, whole)
+            elif family.variants and second is None and place_of(family, whole) != first:
+                second = place_of(family, whole)
         if len(held) >= wanted and held_touched and first is not None:
             break
     if first is None and not held_touched:
@@ -76,7 +83,7 @@ def choose(read: Read, axis: Axis, intervention: Intervention, share: float, wan
         raise DataError(f"{files}: expected two texts with words of the axis {axis.name} that differ in more than these, one to validate on; found one (or give --valid FILE)")
     if held_touched:
         return rule, held
-    rule, held = HeldOut(share, frozenset([first])), []
+    rule, held = HeldOut(share, frozenset([first]), whole), []
     for chunk in read():
         for family in filter(rule, swap.families(chunk)):
             _take(held, family, wanted, held_touched)
@@ -100,7 +107,8 @@ def beside(read: Read, valid: Sequence[str], axis: Axis, intervention: Intervent
     Raises DataError where the corpus has no other text with words of the axis.
     """
     swap, texts, any_touched = engine(axis, intervention), 0, False
-    rule = HeldOut(also=frozenset(map(place_of, swap.families(valid))))
+    whole = _whole(axis, intervention)
+    rule = HeldOut(also=frozenset(place_of(family, whole) for family in swap.families(valid)), axis=whole)
     for chunk in read():
         texts += len(chunk)
         for family in swap.families(chunk):

@@ -14,17 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .errors import ConfigError
+from .outputs import SHIPPED
 
 
 def option(help: str, default=dataclasses.MISSING, *, many: str = "", metavar: str | None = None, choices: tuple[str, ...] = (), positional: bool = False,
-           of: tuple[str, ...] = ()):
+           of: tuple[str, ...] = (), instead: str = ""):
     """A field with its help. many: "words" takes several after one flag, "repeat" takes one flag each; such fields are tuples. "maybe": the flag
-    alone means SHIPPED. positional: no flag. of: the names whose option it is, with which its help then begins."""
-    metadata = {"help": f"{', '.join(of)}: {help}" if of else help, "of": of, "many": many, "metavar": metavar, "choices": choices, "positional": positional}
+    alone means SHIPPED. positional: no flag. of: the names whose option it is, with which its help then begins.
+    instead: the field in whose place it stands; a flag for one of the two takes the other of a TOML file away."""
+    metadata = {"help": f"{', '.join(of)}: {help}" if of else help, "of": of, "instead": instead, "many": many, "metavar": metavar, "choices": choices, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata) if default is not dataclasses.MISSING else dataclasses.field(metadata=metadata)
 
 
-SHIPPED = "shipped"  # --names without a file
 SEEDS = 2**63 - 1  # the largest that every generator takes
 
 
@@ -101,6 +102,10 @@ def resolve(cls: type, given: dict):
     """An instance of `cls` from typed flags and, under "config", a TOML file. Raises ConfigError on unknown keys, wrong types and what is missing."""
     given = {key: value for key, value in given.items() if value is not None and value != []}
     values = _read_toml(cls, Path(given.pop("config"))) if "config" in given else {}
+    for field in dataclasses.fields(cls):
+        pair = {field.name, field.metadata["instead"]} if field.metadata["instead"] else set()
+        if len(pair & set(given)) == 1:
+            values = {key: value for key, value in values.items() if key not in pair}
     return build(cls, values | checked(cls, given))
 
 

@@ -23,6 +23,7 @@ try:
 except ImportError:  # not POSIX
     fcntl = None
 
+SHIPPED = "shipped"  # --names without a file
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -202,9 +203,10 @@ def keep_apart(outs: dict[str, str | Path | None], inputs: Iterable[str | Path |
             raise ConfigError(f"{flag} {out}: is the place of {twin} too; expected two")
 
 
-def tables(*names: str | None) -> list[str]:
-    """Those that are files of the user's, told as axes.load_axis tells them: by a folder or by .toml. An axis or a table of names is shipped otherwise."""
-    return [name for name in names if name is not None and (name.endswith(".toml") or Path(name).name != name)]
+def tables(axis: str | None, names: str | None = None) -> list[str]:
+    """Those that are files of the user's: an axis as axes.load_axis tells it, by a folder or by .toml; a table of first names unless it is the shipped one."""
+    own = axis is not None and (axis.endswith(".toml") or Path(axis).name != axis)
+    return [axis] * own + [names] * (names not in (None, SHIPPED))
 
 
 def files_in(folder: str | Path) -> list[Path]:

@@ -401,13 +401,17 @@ def _saved(settings: Upstream | Downstream) -> dict:
         if key in values:
             values[key] = [_absolute(v) for v in values[key]] if isinstance(values[key], list) else _absolute(values[key])
     for key in ("axis", "names"):
-        if tables(values.get(key)):
+        if values.get(key) in tables(values.get("axis"), values.get("names")):
             values[key] = _absolute(values[key])
+    if values.get("cache"):
+        values["cache"] = os.path.realpath(values["cache"])  # which may be made by this run
     return values
 
 
 def _absolute(path: str) -> str:
-    return os.path.realpath(path) if os.path.exists(path) or glob.has_magic(path) else path
+    if os.path.exists(path):
+        return os.path.realpath(path)
+    return os.path.join(glob.escape(os.getcwd()), path) if glob.has_magic(path) else path  # the folder's own name is no pattern
 
 
 def _assert_frozen(what: str, before: str, after: str) -> None:

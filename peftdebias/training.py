@@ -57,8 +57,8 @@ class Schedule:
 
 @dataclasses.dataclass
 class Outcome:
-    """before: validation at the start; best: the one kept, and at which step; seconds of training and how many valid tokens a second; waiting: share of
-    the steps' time (validation aside) in which the next batch was waited for."""
+    """before: validation at the start; best: the one kept, and at which step; seconds: of it all; tokens_per_second, waiting: valid tokens a second, and the share of the time in
+    which the next batch was waited for, both of the steps alone, validation aside."""
 
     before: dict[str, float]
     best: dict[str, float]
@@ -199,7 +199,7 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
                     if not math.isfinite(mean):
                         raise PeftDebiasError(f"step {step}: the loss is {mean}; expected a finite one (a lower --lr may help)")
                     elapsed = time.perf_counter() - started
-                    speed, waiting = tokens / elapsed, waited / (elapsed - validated)
+                    speed, waiting = tokens / (elapsed - validated), waited / (elapsed - validated)
                     log(event="step", step=step, loss=mean, lr=rate, tokens_per_second=round(speed), waiting=round(waiting, 4))
                     bar.set_postfix(loss=f"{mean:.4f}", tokens=f"{speed:.0f}/s", waiting=f"{100 * waiting:.1f}%")
                     if bar.disable and started + elapsed - told >= TOLD_EVERY and step < schedule.steps:
@@ -225,7 +225,7 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
         for name, parameter in parameters.items():
             parameter.copy_(kept[name])
     model.eval()
-    return Outcome(before, best, best_step, seconds, tokens / seconds, waiting)
+    return Outcome(before, best, best_step, seconds, tokens / (seconds - validated), waiting)
 
 
 def _bar(steps: int, label: str) -> tqdm:

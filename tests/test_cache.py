@@ -168,3 +168,12 @@ def test_a_run_that_ends_before_leaves_no_folder_of_its_own(made, tmp_path):
     assert (tmp_path / "new" / "cache").is_dir()
     writing.close()
     assert not (tmp_path / "new").exists()
+
+
+def test_the_key_sees_how_a_file_is_read(tmp_path):
+    """The same bytes as a table and as plain lines."""
+    keys = set()
+    for name in ("a.txt", "a.tsv", "a.csv"):
+        (tmp_path / name).write_text("text\the\nhe is\tx\n")
+        keys.add(cache.key(recipe(tmp_path / name)))
+    assert len(keys) == 3

@@ -66,6 +66,22 @@ def test_a_text_and_its_counterfactuals_are_on_one_side(text, axis, how):
     assert place_of(other) != place_of(family) == place_of(next(families([f" {text}\t"], axis, how)))
 
 
+@pytest.mark.parametrize("axis,how", [("race", {"only_from": 0}), ("race", {"only_from": 1}), ("gender", {"only_from": 0}), ("gender", {"occurrences": "one", "max_variants": 1}),
+                                      ("race", {"max_variants": 1})])
+def test_a_text_whose_words_are_replaced_in_part_is_with_its_counterfactuals_too(axis, how):
+    """Each of the two stands in the corpus, and their families replace other words."""
+    axis, how = dataclasses.replace(load_axis(axis), keep_untouched=True), Intervention(**how)
+    first, second = ("black", "white") if axis.name == "race" else ("he", "she")
+    corpus = [f"the {word} person number {i} met {'him' if word == 'he' else 'her'}" for i in range(600) for word in (first, second)]
+    sides = {}
+    rules = [choose(reading(corpus)[0], axis, how, 0.1, 5000, "f")[0], beside(reading(corpus)[0], corpus[:40], axis, how, "f", "v")]
+    for rule in rules:
+        sides = {True: set(), False: set()}
+        for family in families(corpus, axis, how):
+            sides[rule(family)] |= set(family.members)
+        assert sides[True] and sides[False] and not sides[True] & sides[False]
+
+
 def test_the_share_is_that_of_families_and_not_that_of_development_examples():
     """A corpus that lost a tenth of its texts to dev has its own share to validate on."""
     left = [text for i in range(5000) if not in_dev(text := f"{('he', 'she')[i % 2]} was number {i}", 0.1)]

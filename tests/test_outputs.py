@@ -190,7 +190,8 @@ def test_a_shipped_axis_is_no_file(tmp_path, monkeypatch):
     (tmp_path / "texts.txt").write_text("she is a nurse\n")
     for _ in range(2):
         done("augment", "--axis", "gender", "texts.txt", "--out", "gender")
-    assert tables("gender", None, "mine.toml", "axes/mine") == ["mine.toml", "axes/mine"]
+    assert [tables(*names) for names in (("gender",), (None, None), ("gender", "shipped"), ("mine.toml", "mine"), ("axes/mine", "names/mine"))] == [
+        [], [], [], ["mine.toml", "mine"], ["axes/mine", "names/mine"]]
 
 
 def test_standard_input_counts_as_read(tmp_path):

@@ -566,3 +566,25 @@ def test_torchs_defaults_change_nothing(small, tmp_path):  # noqa: F811
         answers = next(line for line in done.stdout.splitlines() if line.startswith("answers"))
         said[set_to] = answers, {name: sha for name, sha in tree(tmp_path / f"run-{set_to}").items() if name.endswith(".safetensors")}
     assert said["meta"] == said[""] == said["bfloat16"] and len(said[""][1]) == 6
+
+
+def test_a_run_is_repeated_from_anywhere(small, tmp_path, monkeypatch):  # noqa: F811
+    """A cache that the run itself makes, a pattern in a folder whose name is one, a table of names without an ending; and a flag in place of the file's."""
+    place, other = tmp_path / "m[1]", tmp_path / "other"
+    place.mkdir(), other.mkdir()
+    (place / "a.txt").write_bytes(small.corpus.read_bytes())
+    (place / "mynames").write_text('columns = ["male", "female"]\ngroups = [["xaver", "xenia"]]\n')
+    monkeypatch.chdir(place)
+    done("upstream", *small.learning(corpus="*.txt", cache="cache", names="mynames", steps=2, out="run"))
+    monkeypatch.chdir(other)
+    said = done("upstream", "--config", place / "run" / "config.toml", "--out", "run")
+    assert f"{place.resolve() / 'cache'}/" in said.err and "is read" in said.err and [p.name for p in other.iterdir()] == ["run"]
+    assert sha256(other / "run" / "adapter" / "adapter.safetensors") == sha256(place / "run" / "adapter" / "adapter.safetensors")
+    done("upstream", "--config", place / "run" / "config.toml", "--batch-tokens", 300, "--out", "run2")
+    config = tomllib.loads((other / "run2" / "config.toml").read_text())
+    assert config["batch_tokens"] == 300 and "batch_size" not in config
+    said = cli("augment", "--axis", "gender", "--names", place / "mynames", small.corpus, "--out", place / "mynames")
+    assert said.code == 2 and "is read" in said.err
+    monkeypatch.chdir(place)
+    said = cli("augment", "--axis", "gender", "--names", "mynames", small.corpus, "--out", "mynames")
+    assert said.code == 2 and "is read" in said.err and (place / "mynames").read_text().startswith("columns")

@@ -123,11 +123,7 @@ def test_waiting_is_the_share_of_the_steps_in_which_no_batch_was_there(monkeypat
     for every in (5, None):
         _, outcome, events = run(Task(), steps=20, validate_every=every)
         assert outcome.waiting == 0.75 and {e["waiting"] for e in events if e["event"] == "step"} == {0.75}
-
-
-def test_every_valid_token_is_counted_once():
-    _, outcome, _ = run(Plain(), steps=20)
-    assert outcome.tokens_per_second * outcome.seconds == pytest.approx(20 * sum(LENGTHS)) and outcome.seconds > 0
+        assert outcome.tokens_per_second == 20 * sum(LENGTHS) / 80 and outcome.seconds > 180  # 4 seconds a step, without the validations
 
 
 def test_the_logged_loss_is_the_mean_since_the_last_line():
