@@ -194,7 +194,7 @@ class RunFolder:
 def writing_run(out: str | Path, command: str, values: dict, overwrite: bool = False, device: torch.device | None = None, **chosen: str) -> Iterator[RunFolder]:
     """A RunFolder that becomes `out` when the block ends well and vanishes when it does not.
 
-    values: the configuration, for config.toml. device and chosen (what `auto` came to, precision="bf16", say) go into versions.json.
+    values: the configuration, for config.toml. device and chosen (what `auto` came to, precision="bf16", say) go into versions.json, and what `made_of` says of values.
     Raises ConfigError where `out` exists and is not to be replaced, holds what the run is made from, or cannot be written.
     """
     if overwrite and is_run(out):
@@ -206,7 +206,7 @@ def writing_run(out: str | Path, command: str, values: dict, overwrite: bool = F
         except UnicodeEncodeError as error:
             line = config[config.rfind("\n", 0, error.start) + 1:].partition("\n")[0]
             raise ConfigError(f"{line!a}: expected names in UTF-8 (in the locale C, PYTHONUTF8=1 reads them as such)") from None
-        (partial / "versions.json").write_text(json.dumps(versions(device) | chosen, indent=2) + "\n", encoding="utf-8")
+        (partial / "versions.json").write_text(json.dumps(versions(device) | chosen | ({"made_of": origins} if (origins := made_of(values)) else {}), indent=2) + "\n", encoding="utf-8")
         yield RunFolder(partial)
 
 
@@ -293,6 +293,17 @@ def load_run(path: str | Path, adapters: tuple[str, ...] | None = (), device: st
         warnings.warn(line, stacklevel=2)
     sources = dict(zip(loaded.model.methods, (adapter.folder for adapter in attached)))
     return Run(loaded.model.to(device, dtype).eval(), loaded.tokenizer, config, loaded.report, sources)
+
+
+def made_of(values: dict) -> dict:
+    """The configurations of the runs that one of this configuration begins from, where there are any: {"model": of its base's, "adapter": [of each module's]}; they may be
+    moved later."""
+    def config_of(path: str) -> dict | None:
+        return next((read_config(folder) for folder in (Path(path), Path(path).parent) if is_run(folder)), None)
+
+    model, modules = config_of(values["model"]) if isinstance(values.get("model"), str) else None, values.get("adapter") or []
+    found = [config for path in ([modules] if isinstance(modules, str) else modules) if (config := config_of(path))]
+    return ({"model": model} if model else {}) | ({"adapter": found} if found else {})
 
 
 def base_of(path: str | Path) -> str | Path:

@@ -185,12 +185,22 @@ def _fprd(a: Rows, b: Rows) -> tuple[Tally, Tally]:
     for row, found in zip(mentioned, a.column("terms")):
         for term in found:
             row[index[term]] = True
+    _same("positive", a, b)
     name = bare_name(a.name).split("/")[-1]
     clusters = frames(a.column("text"), terms) if name == TEMPLATES else None
     return tuple(fprd_tally(rows.column("predicted"), rows.column("label"), rows.one("positive"), mentioned, terms, clusters=clusters, name=name).tally for rows in (a, b))
 
 
+def _same(what: str, a: Rows, b: Rows) -> None:
+    """Raises DataError where two systems were measured by another label."""
+    if a.one(what) != b.one(what):
+        raise DataError(f"{b.path}: {b.name}: expected {what} {a.one(what)!r}, as {a.path} has it, got {b.one(what)!r}")
+
+
 def _nli(a: Rows, b: Rows) -> tuple[Tally, Tally]:
+    if {label for row in (*a.column("probabilities"), *b.column("probabilities")) for label in row} == set(a.column("probabilities")[0]):  # else two models call it differently
+        _same("neutral", a, b)
+
     def one(rows: Rows) -> Tally:
         neutral = rows.one("neutral")
         return nli.nli_tally([p[neutral] for p in rows.column("probabilities")], [p == neutral for p in rows.column("predicted")], rows.column("occupation"))
@@ -262,10 +272,18 @@ def _seeds(settings: Compare) -> Comparison:
     if not settings.against:
         return Comparison([], spreads, notes)
     theirs, more = _over_files(settings.against)
-    found = [seed_difference(m["values"], theirs[name]["values"], name=name, unit=m["unit"], ideal=m["ideal"]) for name, m in own.items() if name in theirs]
+    found = [seed_difference(m["values"], theirs[name]["values"], name=name, unit=m["unit"], ideal=m["ideal"]) for name, m in own.items() if name in theirs and _of_one_kind(m, theirs[name])]
+    if other := [name for name, m in own.items() if name in theirs and not _of_one_kind(m, theirs[name])]:
+        more.append(f"left out, of another unit, ideal or number of examples on either side: {', '.join(other)}")
+    if alone := [name for name in (*own, *theirs) if (name in own) != (name in theirs)]:
+        more.append(f"left out, on one side alone: {', '.join(alone)}")
     if not found:
         raise DataError(f"{settings.against[0]}: expected measures that {settings.files[0]} has, found none")
     return Comparison(found, spreads, notes + [note for note in more if note not in notes])
+
+
+def _of_one_kind(one: dict, other: dict) -> bool:
+    return (one["unit"], one["ideal"], set(one["n"])) == (other["unit"], other["ideal"], set(other["n"]))
 
 
 def _over_files(paths: tuple[str, ...]) -> tuple[dict[str, dict], list[str]]:
@@ -279,7 +297,8 @@ def _over_files(paths: tuple[str, ...]) -> tuple[dict[str, dict], list[str]]:
     notes = [f"{Path(paths[0]).name} and others: left out, not in every file: {', '.join(missing)}"] if missing else []
     if other := next((name for name in common if len({table[name]["n"] for table in tables}) > 1), None):
         notes.append(f"{Path(paths[0]).name} and others: {other} is of {', '.join(str(table[other]['n']) for table in tables)} examples: not of one test set?")
-    return {name: {"values": [table[name]["value"] for table in tables], "unit": tables[0][name]["unit"], "ideal": tables[0][name]["ideal"]} for name in common}, notes
+    return {name: {"values": [table[name]["value"] for table in tables], "unit": tables[0][name]["unit"], "ideal": tables[0][name]["ideal"],
+                   "n": [table[name]["n"] for table in tables]} for name in common}, notes
 
 
 def read_measures(path: str) -> dict[str, dict]:

@@ -53,15 +53,17 @@ def markdown(table: dict) -> str:
     def figure(column: dict, system: str) -> str:
         values = figures(table, column, system)
         theirs = paper.get((system, column["stage"], column["task"], column["title"]))
-        return " ".join(([str(over_seeds(list(values.values())))] if values else []) + ([f"[{theirs:.2f}]"] if theirs is not None else []))
+        most = max(len(figures(table, c, system)) for c in columns if c["stage"] == column["stage"])
+        few = [f"({len(values)} of {most} seeds)"] if values and len(values) < most else []
+        return " ".join(([str(over_seeds(list(values.values())))] if values else []) + few + ([f"[{theirs:.2f}]"] if theirs is not None else []))
 
     def difference(column: dict, system: str) -> str:
         found = change(table, column, system)
-        return "" if found is None else f"{found.value:+.3g} ({found.low:.3g} to {found.high:.3g})"
+        return "" if found is None else f"{found.value:+.3g} ({found.low:.3g} to {found.high:.3g})" + (f", {found.n} seeds" if found.n < seeds else "")
 
     lines += rows_of(figure)
     found = rows_of(difference)
     if len(found) > 2:  # more than its head
         against = [f"{table['base']} (upstream)"] + ([f"{table['baseline']} (tasks)"] if table["baseline"] else [])
-        lines += ["", f"Differences to {' and '.join(against)}, paired by seed, with 95 % intervals (t over {seeds} seeds):", ""] + found
+        lines += ["", f"Differences to {' and '.join(against)}, paired by seed, with 95 % intervals (t over the seeds that both have):", ""] + found
     return "\n".join(lines + ["", "The benchmarks have positive predictive power only: they can show bias, never its absence. Gender is treated as binary, and the word lists are narrow.", ""])

@@ -182,3 +182,34 @@ def test_seeds_that_all_change_alike(n):
     found = seed_difference(first, [x - 0.39 for x in first], unit="%")
     assert found.p == 2.0 ** (1 - n) and found.test == "signs of seeds" and found.low == pytest.approx(-0.39)
     assert found.high == (0 if n < 6 else pytest.approx(-0.39))
+
+
+def test_measures_by_another_label_are_not_compared(tmp_path):
+    """Answers are the same, what is counted of them is not."""
+    def files(**rows):
+        for name, row in rows.items():
+            (tmp_path / name).write_text("".join(json.dumps(row | {"place": f"f:{i}", "text": f"text {i}"}) + "\n" for i in range(6)))
+        return Compare(files=tuple(str(tmp_path / name) for name in rows))
+
+    row = {"measure": "fprd", "label": "0", "predicted": "1", "terms": ["x"], "positive": "1"}
+    with pytest.raises(DataError, match="two: fprd: expected positive '1', as .*one has it, got '0'"):
+        comparison.compare(files(one=row, two=row | {"positive": "0"}))
+    row = {"measure": "bias-nli", "premise": "p", "hypothesis": "h", "occupation": "x", "predicted": "a", "probabilities": {"a": 0.6, "b": 0.4}, "neutral": "a"}
+    with pytest.raises(DataError, match="two: bias-nli: expected neutral 'a', as .*one has it, got 'b'"):
+        comparison.compare(files(one=row, two=row | {"neutral": "b"}))
+    other = row | {"predicted": "A", "probabilities": {"A": 0.7, "B": 0.3}, "neutral": "A"}  # a model that calls it otherwise
+    assert all("without an interval" in note for note in comparison.compare(files(one=row, two=other)).notes)  # read, of one occupation
+
+
+def test_figures_of_another_kind_are_not_compared_over_seeds(tmp_path):
+    def written(name, n=100, unit="%", **values):
+        (tmp_path / name).write_text(json.dumps({"measures": [{"name": m, "value": v, "unit": unit, "ideal": None, "low": None, "high": None, "n": n} for m, v in values.items()]}))
+        return str(tmp_path / name)
+
+    own = written("a", x=1.0, y=2.0, z=3.0), written("b", x=1.5, y=2.5, z=3.0)
+    found = comparison.compare(Compare(seeds=True, files=own, against=(written("c", x=2.0, w=1.0), written("d", x=2.6, w=1.0))))
+    assert [d.name for d in found.differences] == ["x"] and "left out, on one side alone: y, z, w" in found.notes
+    with pytest.raises(DataError, match="expected measures that .* has, found none"):
+        comparison.compare(Compare(seeds=True, files=own, against=(written("e", n=9, x=2.0), written("f", n=9, x=2.6))))
+    mean = over_seeds([0.2, 0.2, 0.2])
+    assert (mean.mean, mean.sd, mean.low, mean.high) == (0.2, 0.0, 0.2, 0.2)

@@ -18,7 +18,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
 from peftdebias import cli as command_line_module  # noqa: E402
-from peftdebias import config, options  # noqa: E402
+from peftdebias import checkpoint, config, options  # noqa: E402
 from peftdebias.metrics.compare import over_seeds, seed_difference  # noqa: E402
 from peftdebias.report.words import duration, number  # noqa: E402
 from peftdebias.report import figures, flips, page, recipe, reading, report, results as figures_of, runs, sections  # noqa: E402
@@ -171,6 +171,70 @@ def test_a_base_that_is_measured_beside_several_runs_is_one(tmp_path):
     odd = run("odd-0", 0, "lora", 4.0, 3.5, lr=1e-3)  # the same model, measured on other texts
     _, data = written(tmp_path, same[0], odd)
     assert {"base (lora-0)", "base (odd-0)"} < {r["system"] for r in data["sources"][0]["results"]}
+
+
+def values_of(data: dict, name: str = "accuracy") -> dict:
+    """system -> {seed: value}."""
+    return {r["system"]: {v["seed"]: v["value"] for v in m["values"]} for r in data["sources"][0]["results"] for m in r["measures"] if m["name"] == name}
+
+
+def test_what_a_run_was_made_of_tells_systems_apart(tmp_path):
+    """Modules or bases that were trained otherwise are no seeds of one system; those that differ in their seed alone are. It is known after they were moved, too."""
+    def up(name, seed, **config):
+        return run_folder(tmp_path / name, "upstream", seed, method=config.pop("method", "lora"), config=config)
+
+    def down(name, seed, base=None, module=None, value=70.0):
+        config = ({"model": str(base)} if base else {}) | ({"adapter": [str(module)]} if module else {})
+        run = run_folder(tmp_path / name, "downstream", seed, method="lora" if module else None, final=[measure("accuracy", value)], config=config)
+        versions = json.loads((run / "versions.json").read_text())
+        (run / "versions.json").write_text(json.dumps(versions | {"made_of": checkpoint.made_of(checkpoint.read_config(run))}))
+        return run
+
+    modules = up("a-0", 0), up("a-1", 1), up("b-1", 1, steps=4000)
+    _, data = written(tmp_path, down("d0", 0, module=modules[0]), down("d1", 1, module=modules[1], value=72.0), down("e1", 1, module=modules[2], value=90.0))
+    assert sorted(map(len, values_of(data).values())) == [1, 2] and {0: 70.0, 1: 72.0} in values_of(data).values()
+    full, race = up("full", 0, method="full"), up("race", 0, method="full", lr=1.0)
+    runs_ = down("f0", 0, base=full), down("f1", 1, base=race, value=50.0), down("g0", 0, base=tmp_path / "d0" / "model", value=60.0), down("p0", 0, value=65.0)
+    for moved in (full, race, tmp_path / "d0"):
+        moved.rename(moved.with_name(moved.name + "-moved"))
+    text, data = written(tmp_path, *runs_)
+    found = values_of(data)
+    assert len(found) == 4 and found["plain fine-tuning"] == {0: 65.0} and found["plain fine-tuning of model"] == {0: 60.0}
+    assert {(name.partition(" (")[0], *values.values()) for name, values in found.items() if name.startswith("full")} == {("full, gender", 70.0), ("full, gender", 50.0)}
+
+
+def test_differences_are_of_the_figures_beside_them(tmp_path):
+    """Examples of other data, of all modules for one alone, figures of another number of examples: a note, no difference."""
+    def run(name, method, value, seed=0, n=30, more=(), rows=None):
+        examples = None if rows is None else {"": [{"measure": "classification", "text": f"text {i}", "label": "a", "group": None, "place": f"f:{i}", "predicted": "a" if i < rows else "b",
+                                                      "probabilities": {"a": 0.5, "b": 0.5}, "positive": None} for i in range(30)]}
+        return run_folder(tmp_path / name, "downstream", seed, method=method, final=[measure("accuracy", value, n=n), *more], examples=examples)
+
+    _, data = written(tmp_path, run("p", None, 100 * 20 / 30, rows=20), run("l", "lora", 100 * 25 / 30, rows=25))
+    assert [(d["name"], round(d["difference"], 2)) for d in data["sources"][0]["differences"] if d["name"] == "accuracy"] == [("accuracy", 16.67)]
+    text, data = written(tmp_path, run("p2", None, 90.0, rows=20), run("l2", "lora", 60.0, rows=25))
+    assert "accuracy" not in [d["name"] for d in data["sources"][0]["differences"]] and "the examples are of other data than the figures" in text
+    parts = [measure("base/accuracy", 10.0), measure("only-race/accuracy", 20.0)]
+    text, data = written(tmp_path, run("p3", None, 100 * 20 / 30, rows=20), run("l3", "lora", 100 * 25 / 30, more=parts, rows=25))
+    assert {d["system"] for d in data["sources"][0]["differences"]} == {"lora, gender"} and values_of(data)["lora, gender: all switched off"] == {0: 10.0}
+    assert "lora, gender: race alone: not compared with plain fine-tuning" in text
+    text, data = written(tmp_path, *(run(f"{m or 'p'}4-{s}", m, 60.0 + s + 5 * bool(m), s, n) for m in (None, "lora") for s, n in ((0, 500 if m is None else 9000), (1, 20))))
+    assert data["sources"][0]["differences"] == [] and "another number of examples, unit or ideal on either side" in text
+    assert next(m["n"] for r in data["sources"][0]["results"] for m in r["measures"]) is None
+    text, _ = written(tmp_path, run("p5", None, 60.0, 0), run("l5", "lora", 60.0, 1))
+    assert "not compared with plain fine-tuning: no seed in common" in text
+
+
+def test_a_figure_of_fewer_seeds_says_so(tmp_path):
+    def run(name, method, seed, **values):
+        return run_folder(tmp_path / f"{name}-{seed}", "downstream", seed, method=method, final=[measure(n, v) for n, v in values.items()])
+
+    rows = [run(name, m, s, accuracy=60.0 + s, **({"f1": 50.0 + s + bool(m)} if s or m else {})) for name, m in (("p", None), ("l", "lora")) for s in (0, 1, 2)]
+    text, data = written(tmp_path, *rows)
+    assert "2 of 3 seeds" in text and {d["name"]: d["n"] for d in data["sources"][0]["differences"]} == {"accuracy": 3, "f1": 2}
+    alike = [run_folder(tmp_path / f"same-{s}", "downstream", s, final=[measure("accuracy", 0.2)]) for s in (0, 1, 2)]
+    _, data = written(tmp_path, *alike)
+    assert data["sources"][0]["results"][0]["measures"][0]["interval"] == "examples" and data["sources"][0]["results"][0]["measures"][0]["sd"] == 0
 
 
 def test_full_debias_is_told_from_plain_fine_tuning_by_its_base(tmp_path):

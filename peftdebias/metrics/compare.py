@@ -125,7 +125,10 @@ def over_seeds(values, *, name: str = "", unit: str = "1", ideal: float | None =
     mean, n = float(values.mean()), len(values)
     if n == 1:
         return Spread(name, mean, None, None, None, unit, ideal, n)
-    sd = float(values.std(ddof=1))
+    if (values == values[0]).all():  # whatever rounding the mean has
+        mean, sd = float(values[0]), 0.0
+    else:
+        sd = float(values.std(ddof=1))
     half = t_quantile(n - 1) * sd / math.sqrt(n)
     return Spread(name, mean, sd, mean - half, mean + half, unit, ideal, n)
 

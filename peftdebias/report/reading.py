@@ -16,7 +16,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..checkpoint import adapter_folders, read_config, read_header
+from ..checkpoint import adapter_folders, made_of, read_config, read_header
 from ..config import Downstream, Upstream
 from ..errors import DataError
 from ..lines import Lines, place
@@ -36,7 +36,7 @@ class Stretch:
 
 @dataclasses.dataclass(frozen=True)
 class RunFiles:
-    """A run folder. modules: (method, axis, configuration) of each in the order attached. final: its last event, {} where it has none."""
+    """A run folder. modules: (method, axis, configuration) of each in the order attached. final: its last event, {} where it has none. origins: see checkpoint.made_of."""
 
     folder: Path
     command: str
@@ -45,6 +45,7 @@ class RunFiles:
     modules: list[tuple[str, str, dict]]
     stretches: list[Stretch]
     final: dict
+    origins: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +161,10 @@ def read_run(folder: Path) -> RunFiles:
     versions = read_json(folder / "versions.json") if (folder / "versions.json").exists() else {}
     if not isinstance(versions, dict):
         raise DataError(f"{folder / 'versions.json'}: expected a JSON object, got {short(versions)}")
+    origins = versions.pop("made_of", None) or made_of(config)
     headers = [read_header(one) for one in adapter_folders(folder)]
     stretches, final = read_training(folder / "metrics.jsonl")
-    return RunFiles(folder, command, config, versions, [(str(h["method"]), str(h["axis"]), h["config"]) for h in headers], stretches, final)
+    return RunFiles(folder, command, config, versions, [(str(h["method"]), str(h["axis"]), h["config"]) for h in headers], stretches, final, origins)
 
 
 def read_training(path: Path) -> tuple[list[Stretch], dict]:

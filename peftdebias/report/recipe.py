@@ -36,7 +36,7 @@ def source_of_recipe(folder: Path) -> Source:
             raise DataError(f"{path}: rows[{i}]: expected one row a system, seed, stage and task, got {a.system}, seed {a.seed}, {a.stage} {a.task} "
                             f"as in rows[{seen[key]}]")
         seen[key] = i
-    named = {stage: found.get(key := "base" if stage == "upstream" else "baseline") or BASELINES[key] for stage in dict.fromkeys(a.stage for a in answered)}
+    named = {stage: found.get(key := "base" if stage == "upstream" else "baseline", BASELINES[key]) for stage in dict.fromkeys(a.stage for a in answered)}
     baselines = {stage: name for stage, name in named.items() if name in found["systems"]}
     facts = [(key, _fact(found[key])) for key in ("recipe", "model", "axis", "data", "scale", "settings", "seeds", "systems") if found.get(key) not in (None, [], "", {})]
     if is_number(found.get("units")) and found["units"] != len(answered):

@@ -51,6 +51,7 @@ def lines(answers: list[Answered]) -> dict[str, Line]:
 def _line(name: str, rows: dict[int, dict]) -> Line:
     values = {seed: float(row["value"]) for seed, row in rows.items()}
     first = next(iter(rows.values()))
+    first = first | {"n": first["n"] if len({row["n"] for row in rows.values()}) == 1 else None}
     spread = over_seeds(list(values.values()), name=name, unit=first["unit"], ideal=first["ideal"])
     if spread.sd:
         return Line(name, first["unit"], first["ideal"], values, spread.mean, spread.sd, spread.low, spread.high, "seeds", first["n"])
@@ -71,13 +72,20 @@ def differences(source: Source, stage: str, task: str) -> tuple[dict[str, list[D
         if system == baseline:
             continue
         pairs = paired(of[baseline], answers, stage)
+        if unlike := _unlike(pairs):
+            notes.append(f"{system}: {', '.join(unlike)}: not compared with {baseline} under every seed: another number of examples, unit or ideal on either side")
         if any(a.same != b.same for a, b in pairs):
             notes.append(f"{system}: not compared with {baseline}, whose model, settings or data are others")
         elif len(pairs) >= 2:
             found[system] = by_seed(pairs)
-        elif pairs and pairs[0][0].examples and pairs[0][1].examples:
+        elif not pairs:
+            notes.append(f"{system}: not compared with {baseline}: no seed in common")
+        elif pairs[0][0].examples and pairs[0][1].examples:
             try:
-                found[system] = [d for d in compare_examples(str(pairs[0][0].examples), str(pairs[0][1].examples)).differences if _whole(d.name)]
+                every = [d for d in compare_examples(str(pairs[0][0].examples), str(pairs[0][1].examples)).differences if _whole(d.name)]
+                found[system] = [d for d in every if _is_of(d, *pairs[0])]
+                if others := [d.name for d in every if d not in found[system]]:
+                    notes.append(f"{system}: {', '.join(others)}: not compared with {baseline}: the examples are of other data than the figures")
             except DataError as error:
                 notes.append(f"{system}: not compared with {baseline}: {error}")
         else:
@@ -95,12 +103,33 @@ def paired(baseline: list[Answered], answers: list[Answered], stage: str) -> lis
 def by_seed(pairs: list[tuple[Answered, Answered]]) -> list[Difference]:
     """Differences second - first of all measures that two pairs or more have, each pair under one seed."""
     found = []
-    for name, row in pairs[0][0].measures.items():
-        values = [(a.measures.get(name, {}).get("value"), b.measures.get(name, {}).get("value")) for a, b in pairs]
-        kept = [(x, y) for x, y in values if x is not None and y is not None]
+    for name, rows in _both(pairs).items():
+        kept = [(a["value"], b["value"]) for a, b in rows if _alike(a, b)]
         if len(kept) >= 2 and _whole(name):
-            found.append(seed_difference(*zip(*kept), name=name, unit=row["unit"], ideal=row["ideal"]))
+            found.append(seed_difference(*zip(*kept), name=name, unit=rows[0][0]["unit"], ideal=rows[0][0]["ideal"]))
     return found
+
+
+def _both(pairs: list[tuple[Answered, Answered]]) -> dict[str, list[tuple[dict, dict]]]:
+    """measure -> its rows in every pair where both have a value."""
+    names = dict.fromkeys(name for a, _ in pairs for name in a.measures)
+    rows = {name: [(a.measures[name], b.measures[name]) for a, b in pairs if name in a.measures and name in b.measures] for name in names}
+    return {name: kept for name, every in rows.items() if (kept := [(a, b) for a, b in every if a["value"] is not None and b["value"] is not None])}
+
+
+def _alike(one: dict, other: dict) -> bool:
+    """Whether two figures can be of one test set."""
+    return all(one[key] == other[key] for key in ("n", "unit", "ideal"))
+
+
+def _unlike(pairs: list[tuple[Answered, Answered]]) -> list[str]:
+    return [name for name, rows in _both(pairs).items() if _whole(name) and not all(_alike(a, b) for a, b in rows)]
+
+
+def _is_of(found: Difference, first: Answered, second: Answered) -> bool:
+    """Whether a difference is one of the figures that both have, where they have them."""
+    own = [(answer.measures.get(found.name, {}).get("value"), value) for answer, value in ((first, found.first), (second, found.second))]
+    return all(there is None or math.isclose(there, value, rel_tol=1e-4, abs_tol=1e-6) for there, value in own)
 
 
 def _whole(name: str) -> bool:
@@ -131,7 +160,7 @@ def as_data(source: Source) -> dict:
     results, changes = [], []
     for stage, task in source.stages():
         for system, answers in source.of(stage, task).items():
-            results.append({"stage": stage, "task": task, "system": system, "seeds": [a.seed for a in answers],
+            results.append({"stage": stage, "task": task, "system": system, "seeds": [a.seed for a in answers if any(row["value"] is not None for row in a.measures.values())],
                             "measures": [line.as_json() for line in lines(answers).values()]})
         found, _ = differences(source, stage, task)
         changes += [{"stage": stage, "task": task, "system": system, "against": source.baselines[stage], **d.as_json()} for system, rows in found.items() for d in rows]

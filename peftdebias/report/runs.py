@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..checkpoint import is_run, read_config
 from .reading import Answered, RunFiles, Source, command_line, measures_of, read_measures, read_run
 
 PLAIN = {"upstream": "base", "downstream": "plain fine-tuning"}
@@ -24,15 +23,15 @@ def system_of(run: RunFiles) -> str:
         named = [f"{run.config.get('method', 'full')}, {Path(str(run.config.get('axis'))).stem}"]
     elif run.command == "downstream" and (base := base_run(run)) is not None:
         named = [f"{base.get('method')}, {Path(str(base.get('axis'))).stem}", *named]
+    elif run.command == "downstream" and not named and "model" in run.origins:
+        named = [f"{PLAIN['downstream']} of {Path(run.config['model']).name}"]
     return " + ".join(named) or PLAIN[run.command]
 
 
 def base_run(run: RunFiles) -> dict | None:
-    """The configuration of the upstream run that trained the run's base itself, where it is still there."""
-    for folder in (Path(run.config["model"]), Path(run.config["model"]).parent):
-        if is_run(folder) and (config := read_config(folder)).get("command") == "upstream":
-            return config
-    return None
+    """The configuration of the upstream run that trained the run's base itself, if one did."""
+    config = run.origins.get("model")
+    return config if config and config.get("command") == "upstream" else None
 
 
 def source_of_runs(folders: list[Path]) -> Source:
@@ -74,10 +73,16 @@ def _setting(run: RunFiles, without: set[str] = frozenset()) -> str:
     return json.dumps(values, sort_keys=True, default=str)
 
 
+def _origins(run: RunFiles) -> list:
+    """How the runs that it begins from were made, seeds and folders aside."""
+    model, modules = run.origins.get("model"), run.origins.get("adapter", [])
+    return [{key: value for key, value in config.items() if key not in NOT_THE_SYSTEM} for config in ([model] if model else []) + modules]
+
+
 def _system_names(runs: list[RunFiles]) -> list[str]:
     """A name for each run: the same for runs that differ in their seed alone, with the folder's name added where two systems are called alike."""
     keys = [(run.command, system_of(run), _setting(run, {"model"} if base_run(run) and run.command == "downstream" else set()),
-             json.dumps([config for _, _, config in run.modules], sort_keys=True)) for run in runs]
+             json.dumps([[config for _, _, config in run.modules], _origins(run)], sort_keys=True, default=str)) for run in runs]
     seeds: dict[tuple, list[int]] = {}
     for run, key in zip(runs, keys):
         seeds.setdefault(key, []).append(run.config["seed"])
@@ -122,6 +127,8 @@ def _bases(runs: list[RunFiles]) -> tuple[list[Answered], list[str]]:
         if at == len(found):
             found.append((model, run, {}))
         found[at][2].update(measures | found[at][2])
+        if not (found[at][1].folder / BASE[1]).exists() and (run.folder / BASE[1]).exists():
+            found[at] = (model, run, found[at][2])
         against.append(f"base {at}")
     of = {model: f"base {i}" for i, (model, _, _) in reversed(list(enumerate(found)))}
     against = [same or of.get(str(run.config["model"]), "no base") for run, same in zip(runs, against)]
@@ -146,7 +153,8 @@ def _answers(run: RunFiles, system: str, same: str) -> Iterator[Answered]:
     measures = final | (read_measures(own) if own.exists() else {})
 
     def answer(name: str, task: str, measures: dict, examples: Path) -> Answered:
-        return Answered(name, seed, run.command, task, measures, examples if examples.exists() else None, run if name == system else None,
+        own = name == system  # rows of the parts of several modules have names of their own
+        return Answered(name, seed, run.command, task, measures, examples if own and examples.exists() else None, run if name == system else None,
                         run.final.get("seconds") if name == system else None, same)
 
     for name, part in _systems_within(measures, system).items():

@@ -13,7 +13,7 @@ def sections_of(source: Source, ident: str, most_examples: int) -> list[Section]
     """All of them; ident begins the ids of the page's elements."""
     made = [about(source), against_paper(source, ident), *tables(source), trade_off(source, ident),
             one_by_one(source, ident, "classes", "/class/", "True positive rate gaps, class by class",
-                        "How much more often a class is found for the first group (women, where the groups are women and men) than for the second. 0 is ideal."),
+                        "How much more often a class is found for the first group (the one called f, female, w or woman, else the first of the alphabet) than for the second. 0 is ideal."),
             one_by_one(source, ident, "terms", "/term/", "False positive rates, by identity term",
                         "How often harmless texts that mention a term are taken for hateful. Ideally all terms have the rate of all texts, and that is 0."),
             training(source, ident), flips(source, most_examples)]

@@ -9,8 +9,8 @@ from .reading import Answered, Source
 from .results import Line, by_seed, differences, drawn_ends, lines, paired
 from .words import GLOSSARY, STAGES, cell, count, ideal_of, interval, number, stage_title, unit_of
 
-ABOUT_PAPER = ("Mean ± standard deviation over seeds; below it the 95 % interval (of the mean; with one seed, over the examples) and the paper's own figure. The paper "
-               "trains BERT-base on all of the data; what was run here stands above.")
+ABOUT_COLUMNS = "Mean ± standard deviation over seeds; below it the 95 % interval (of the mean; with one seed, over the examples)"
+ABOUT_PAPER = " and the paper's own figure. The paper trains BERT-base on all of the data; what was run here stands above."
 
 
 def column_answers(source: Source, column: dict) -> dict[str, list[Answered]]:
@@ -51,7 +51,7 @@ def against_paper(source: Source, ident: str) -> Section | None:
             blocks.append(Figures(panels, f"{whose}Bars are 95 % intervals, dashed is the ideal. The numbers stand in the table above."))
     if not blocks:
         return None
-    return Section("paper", "The paper's table", [ABOUT_PAPER], blocks)
+    return Section("paper", "The paper's table" if source.paper else "The recipe's table", [ABOUT_COLUMNS + (ABOUT_PAPER if source.paper else ".")], blocks)
 
 
 def _title(column: dict, columns: list[dict]) -> str:
@@ -95,8 +95,8 @@ def tables(source: Source) -> list[Section]:
             continue
         any_of = {name: next(found[name] for found in of.values() if name in found) for name in names}
         head = ("measure", *of, "ideal", "examples")
-        rows = [(name + unit_of(any_of[name].unit), *(cell(found.get(name)) for found in of.values()), ideal_of(any_of[name]), count(any_of[name].n)) for name in names]
-        seeds = {system: len(answers) for system, answers in source.of(stage, task).items() if system in of}
+        seeds = {system: max(len(line.values) for line in found.values()) for system, found in of.items()}
+        rows = [(name + unit_of(any_of[name].unit), *(cell(found.get(name), *_of_seeds(found.get(name), seeds[system])) for system, found in of.items()), ideal_of(any_of[name]), count(any_of[name].n)) for name in names]
         blocks = [Table("Measures", head, rows, _how(of, seeds))]
         changed, notes = differences(source, stage, task)
         if changed:
@@ -105,6 +105,11 @@ def tables(source: Source) -> list[Section]:
         blocks.append(Table("What the measures mean", ("measure", "meaning"), [(f, GLOSSARY[f]) for f in families], words=True, folded=True)) if families else None
         made.append(Section(f"measures-{number_}", stage_title(stage, task), [], blocks, notes))
     return made
+
+
+def _of_seeds(line: Line | None, seeds: int) -> tuple[str, ...]:
+    """How many seeds a figure is of, where other figures of its system are of more."""
+    return (f"{len(line.values)} of {seeds} seeds",) if line is not None and len(line.values) < seeds else ()
 
 
 def _how(of: dict[str, dict[str, Line]], seeds: dict[str, int]) -> str:
