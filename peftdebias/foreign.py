@@ -13,6 +13,7 @@ While a module is attached, the host's state_dict names its changed tensors `par
 import functools
 import os
 import re
+import sys
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,7 +129,19 @@ def _hook_rows(host: nn.Module, method: Method, site: str):
     def add_rows(host: nn.Module, args: tuple, named: dict, output: Tensor) -> Tensor:
         delta = add_delta(torch.zeros_like(host.weight), method.delta(site))
         return output + F.embedding(args[0] if args else named["input"], delta)
-    return host.register_forward_hook(add_rows, with_kwargs=True).remove
+    handle = host.register_forward_hook(add_rows, with_kwargs=True)
+    _forget_compiled()
+
+    def undo() -> None:
+        handle.remove()
+        _forget_compiled()
+    return undo
+
+
+def _forget_compiled() -> None:
+    """What torch.compile made of the host before: it does not see that hooks come and go."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _change(host: nn.Module, kind: str, method: Method, site: str):
@@ -165,6 +178,8 @@ def _check(site: str, theirs: str, host: nn.Module, config: EncoderConfig) -> No
     tensor = getattr(host, kind, None)
     if not isinstance(tensor, Tensor):
         raise AdapterError(f"{site} ({theirs}.{kind}): expected a tensor, found none")
+    if stem not in TABLES and kind not in host._parameters and not parametrize.is_parametrized(host, kind):
+        raise AdapterError(f"{site} ({theirs}.{kind}): expected a parameter, got what {type(host).__name__} computes or hands on (a layer of peft's? attach before peft wraps it)")
     rows = {"embeddings.word": config.vocab, "embeddings.position": config.max_positions + config.position_offset, "embeddings.segment": config.segments}
     if stem in rows:
         shape = [rows[stem], config.hidden]

@@ -230,3 +230,33 @@ def test_missing_modules_biases_and_shapes(tmp_path):
 def test_transformers_is_not_imported():
     code = "import sys, peftdebias; peftdebias.attach_to; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_was_compiled_before_sees_a_table_that_changes():
+    """torch.compile does not look at hooks: a sparse module with values in the embeddings alone."""
+    other, ours = pair("bert", "ForMaskedLM")
+    batch = ragged(segments=ours.config.segments)
+    method = sparse(ours, "axis")
+    for site, values in method.values.items():
+        if not site.startswith("embeddings."):
+            values.data.zero_()
+    patch.detach(ours, "axis")
+    compiled = torch.compile(other, backend="eager")
+    before = mlm_logits(compiled, batch)
+    tables = {site: values for site, values in method.values.items() if site.startswith("embeddings.")}
+    method.values, method.indices = tables, {site: method.indices[site] for site in tables}
+    method.sites = lambda config: tuple(tables)
+    handle = attach_to(other, method)
+    assert_close(mlm_logits(compiled, batch), mlm_logits(other, batch))
+    assert (mlm_logits(compiled, batch) - before).abs().max() > 1e-3
+    handle.remove()
+    assert_close(mlm_logits(compiled, batch), before)
+
+
+def test_a_layer_that_peft_has_wrapped_is_named():
+    peft = pytest.importorskip("peft")
+    other, ours = pair("bert", "ForMaskedLM")
+    method = attached(ours, "axis", "lora", targets=("query",))
+    wrapped = peft.get_peft_model(other, peft.LoraConfig(r=2, target_modules=["query"]))
+    with pytest.raises(AdapterError, match="layers.0.attention.query .*expected a parameter, got what Linear computes or hands on"):
+        attach_to(wrapped, method)

@@ -1,17 +1,22 @@
 """peft's folders: the same numbers and the same outputs through files both ways, and each that cannot be read is named."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import peftdebias
 from peftdebias import checkpoint, interchange, patch
 from peftdebias.errors import AdapterError
-from peftdebias.interchange.peft import write as write_peft
+from peftdebias.interchange.folders import Fields
+from peftdebias.interchange.peft import _prompt_learning, write as write_peft
 from peftdebias.methods import create
-from peftdebias.tokens import wordpiece
+from peftdebias.sites import EncoderConfig
+from peftdebias.tokens import STYLES, wordpiece
 from peftdebias.weights import save_model
 
 from .outside import LAYERS, assert_close, attached, batch_for, class_logits, drawn_model, library, mlm_logits, twin, with_peft  # noqa: F401
@@ -174,9 +179,9 @@ def test_other_configurations_that_do_not_fit(method, options, changes, words, t
     ("lora", {}, {"r": 10**400}, "adapter_config.json: lora: expected sizes that a tensor can have, got LoRAConfig.rank=1000"),
     ("lora", {}, {"lora_alpha": 10**400}, "adapter_config.json: lora_alpha: expected a finite number, got 1000"),
     ("lora", {}, {"lora_alpha": float("nan")}, "adapter_config.json: lora_alpha: expected a finite number, got nan"),
-    ("prefix", POSITIONED, {"num_virtual_tokens": 10**9}, r"prompt_embeddings: expected shape \[1000000000, 126\], got \[5, 126\]"),
-    ("prompt", POSITIONED | {"first_row": "prompt"}, {"num_virtual_tokens": 10**9}, r"prompt_embeddings: expected shape \[1000000000, 21\], got \[5, 21\]"),
-    ("prompt", POSITIONED | {"first_row": "prompt"}, {"num_virtual_tokens": 10**30}, "prompt: expected sizes that a tensor can have"),
+    ("prefix", POSITIONED, {"num_virtual_tokens": 10**9}, "num_virtual_tokens: expected at most 50, which leave a text three of the model's 53 positions, got 10000000"),
+    ("prompt", POSITIONED | {"first_row": "prompt"}, {"num_virtual_tokens": 10**9}, "num_virtual_tokens: expected at most 50, which leave a text three of the model's 53 positions, got 10000000"),
+    ("prompt", POSITIONED | {"first_row": "prompt"}, {"num_virtual_tokens": 10**30}, "num_virtual_tokens: expected at most 50, which leave a text three of the model's 53 positions, got 10000000"),
 ])  # fmt: skip
 def test_absurd_sizes_are_refused_before_anything_is_made(method, options, changes, words, theirs, little_memory):  # noqa: F811
     folder, config = theirs(method, changes, **options)
@@ -188,6 +193,7 @@ def test_absurd_sizes_are_refused_before_anything_is_made(method, options, chang
 def test_a_small_file_of_absurd_shapes_is_refused(theirs, little_memory):  # noqa: F811
     """Strides of 0, or an empty dimension: the tensors agree with the configuration, and only the file's size says that they are not there."""
     folder, config = theirs("prompt", {"num_virtual_tokens": 10**9}, **POSITIONED, first_row="prompt")
+    config = dataclasses.replace(config, max_positions=2 * 10**9)
     (folder / "adapter_model.safetensors").unlink()
     torch.save({"prompt_embeddings": torch.zeros(1, 1).expand(10**9, 21)}, folder / "adapter_model.bin")
     with pytest.raises(AdapterError, match=r"adapter_model.bin: prompt_embeddings: expected no more than the file's .* bytes, got shape \[1000000000, 21\] of 84,000,000,000"):
@@ -277,3 +283,31 @@ def test_a_head_of_wrong_numbers_is_named(values, words, theirs, tmp_path):
     with pytest.raises(AdapterError, match=f"^{folder}: a head with {words}"):
         interchange.import_adapter(folder, tmp_path / "base", "gender", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("labels,options,words", [
+    (3, dict(task_type="TOKEN_CLS"), "task_type: expected SEQ_CLS or none beside a classifier, which would answer texts, got 'TOKEN_CLS'"),
+    (1, dict(task_type="SEQ_CLS"), "a head with classifier.output.weight: expected a row a label, two or more, got 1 (a regression)"),
+])  # fmt: skip
+def test_a_head_that_labels_no_texts_is_refused(labels, options, words, tmp_path):
+    transformers, peft = library("transformers"), library("peft")
+    small_config = dict(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8, vocab_size=30, max_position_embeddings=16)
+    base = transformers.BertModel(transformers.BertConfig(**small_config))
+    base.save_pretrained(tmp_path / "base")
+    wordpiece([*STYLES["bert"].values(), "a", "b"]).save(tmp_path / "base")
+    cls = transformers.BertForTokenClassification if labels == 3 else transformers.BertForSequenceClassification
+    peft.get_peft_model(cls.from_pretrained(tmp_path / "base", num_labels=labels), peft.LoraConfig(r=2, target_modules=["query"], **options)).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(AdapterError, match=re.escape(words)):
+        peftdebias.import_adapter(tmp_path / "theirs", tmp_path / "base", "gender", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("length", [13, 14])
+def test_a_prefix_that_leaves_no_text_is_refused(length, tmp_path):
+    fields = {"peft_type": "PREFIX_TUNING", "num_layers": 1, "token_dim": 8, "num_attention_heads": 2, "num_transformer_submodules": 1, "num_virtual_tokens": length}
+    config = EncoderConfig(kind="bert", layers=1, hidden=8, heads=2, feed_forward=8, vocab=30, max_positions=16)
+    if length == 13:
+        assert _prompt_learning(Fields(tmp_path, fields), config) == 13
+    else:
+        with pytest.raises(AdapterError, match="num_virtual_tokens: expected at most 13, which leave a text three of the model's 16 positions, got 14"):
+            _prompt_learning(Fields(tmp_path, fields), config)

@@ -75,7 +75,10 @@ def _prompt_learning(fields: Fields, config: EncoderConfig) -> int:
     """P, when the shape that goes with it is the model's."""
     for key, wanted in (("num_layers", config.layers), ("token_dim", config.hidden), ("num_attention_heads", config.heads), ("num_transformer_submodules", 1)):
         fields.expect(key, wanted)
-    return fields.get("num_virtual_tokens", int)
+    length = fields.get("num_virtual_tokens", int)
+    if length > (most := config.max_positions - 3):  # a text's special tokens and one of its own
+        raise AdapterError(f"{fields.path}: num_virtual_tokens: expected at most {most}, which leave a text three of the model's {config.max_positions} positions, got {length}")
+    return length
 
 
 def _shape_there(method: Method, config: EncoderConfig) -> dict:
@@ -134,6 +137,8 @@ def read(fields: Fields, folder: Path, config: EncoderConfig) -> Foreign:
     heads, unknown = weights.from_foreign({n: t for n, t in bare.items() if _is_head(n, config)}, config)
     if unknown:
         raise AdapterError(f"{path}: expected modules of the encoder and whole heads, got {unknown[0]}")
+    if "classifier.output.weight" in heads and (task := fields.values.get("task_type")) not in (None, "SEQ_CLS", "FEATURE_EXTRACTION"):
+        raise AdapterError(f"{fields.path}: task_type: expected SEQ_CLS or none beside a classifier, which would answer texts, got {task!r}")
     prefix = config.kind + "."  # absent where peft wrapped the encoder without a head
     own = {n if n.startswith(prefix) or not n.startswith("encoder.") else prefix + n: t for n, t in bare.items() if not _is_head(n, config)}
     return Foreign(TABLES[kind].take(method, own, config, path), heads, _origin(fields, kind))

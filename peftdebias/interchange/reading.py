@@ -70,6 +70,8 @@ def _with_heads(folder: str | Path, heads: dict[str, Tensor], module: str | Path
         place = weights.find_folder(folder)
         raw = weights.read_config(place)[1]
         weights.check_single_label(raw, place)
+        if len(output) < 2:
+            raise AdapterError(f"{module}: a head with classifier.output.weight: expected a row a label, two or more, got {len(output)} (a regression)")
         named = raw.get("id2label")
         named = named if isinstance(named, dict) and len(named) == len(output) else {}
         labels = tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(len(output)))
