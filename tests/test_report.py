@@ -225,6 +225,18 @@ def test_differences_are_of_the_figures_beside_them(tmp_path):
     assert "not compared with plain fine-tuning: no seed in common" in text
 
 
+def test_another_tasks_baseline_stands_in_no_plot_and_dev_figures_are_told(tmp_path):
+    def run(name, method, train, on="test"):
+        folder = run_folder(tmp_path / name, "downstream", 0, method=method, final=task_measures(random.Random(1)), config={"train": train})
+        (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().replace('"on": "test"', f'"on": "{on}"'))
+        return folder
+
+    text, _ = written(tmp_path, run("p", None, "a.csv"), run("l", "lora", "a.csv"))
+    assert "tpr-gap by class, plain fine-tuning beside lora, gender" in text and "without a test file" not in text
+    text, _ = written(tmp_path, tmp_path / "p", run("m", "lora", "b.csv", "dev"))
+    assert "plain fine-tuning beside" not in text and "m: their own figures are of the dev file, which the epoch was chosen by" in text
+
+
 def test_a_figure_of_fewer_seeds_says_so(tmp_path):
     def run(name, method, seed, **values):
         return run_folder(tmp_path / f"{name}-{seed}", "downstream", seed, method=method, final=[measure(n, v) for n, v in values.items()])

@@ -73,7 +73,7 @@ def markdown(found: dict) -> str:
     text, labels = ([r for r in found["rows"] if r["place"] == place] for place in ("text", "labels"))
     seeds = ", ".join(map(str, found["settings"]["seeds"]))
     lines = [f"Means ± standard deviations over the seeds {seeds}; in brackets the 95 % interval of the difference from the first row of that strength "
-             "(paired t over the seeds).", ""]
+             "(paired t over the seeds)." if len(found["settings"]["seeds"]) > 1 else f"Figures of the one seed {seeds}.", ""]
     lines += _head("link in the text", "method", "parameters", "stereotype preference", "removed", "log-odds, nats", "perplexity", "by the base's",
                    "half removed at no more than 5 %")
     for r in text:

@@ -70,11 +70,15 @@ def one_by_one(source: Source, ident: str, key: str, part: str, title: str, mean
         for at, family in enumerate(dict.fromkeys(name.split(part)[0] for found in of.values() for name in found)):
             here = {system: {n.split(part, 1)[1]: line for n, line in found.items() if n.split(part)[0] == family} for system, found in of.items()}
             overall = {system: lines(source.of(stage, task)[system]).get(f"{family}/fpr") for system in here}
-            blocks.append(_dots_of(f"{ident}-{key}-{number_}-{at}", stage_title(stage, task), family, here, overall, source.baselines.get(stage), key))
+            baseline = source.baselines.get(stage)
+            beside = {system for system in here if baseline in here and {a.same for a in source.of(stage, task)[system]} == {a.same for a in source.of(stage, task)[baseline]}}
+            blocks.append(_dots_of(f"{ident}-{key}-{number_}-{at}", stage_title(stage, task), family, here, overall, baseline, beside, key))
     return Section(key, title, [meaning], blocks) if blocks else None
 
 
-def _dots_of(ident: str, where: str, family: str, of: dict[str, dict[str, Line]], overall: dict[str, Line | None], baseline: str | None, key: str) -> Figures:
+def _dots_of(ident: str, where: str, family: str, of: dict[str, dict[str, Line]], overall: dict[str, Line | None], baseline: str | None, beside: set[str],
+             key: str) -> Figures:
+    """beside: the systems whose data and settings are the baseline's, which stands in their plots alone."""
     first = of[baseline] if baseline in of else next(iter(of.values()))
     some = {name: line for found in reversed(list(of.values())) for name, line in found.items()}
     names = sorted(some, key=lambda n: (-first[n].mean if n in first else 0.0, n))
@@ -84,7 +88,7 @@ def _dots_of(ident: str, where: str, family: str, of: dict[str, dict[str, Line]]
     ends = [v for found in of.values() for name in drawn if (line := found.get(name)) for v in (line.mean, *drawn_ends(line)) if v is not None]
     made = []
     for i, system in enumerate(others):
-        series = [_series(baseline, of[baseline], drawn, 0, True)] if baseline in of and system != baseline else []
+        series = [_series(baseline, of[baseline], drawn, 0, True)] if system in beside and system != baseline else []
         series.append(_series(system, of[system], drawn, 1 if series else 0, False))
         if all(v is None for v in series[-1].values):
             continue  # it has others than those drawn
@@ -98,7 +102,7 @@ def _dots_of(ident: str, where: str, family: str, of: dict[str, dict[str, Line]]
     n = {name: next(found[name].n for found in of.values() if name in found) for name in names}
     table = Table("The numbers behind the plots", ("class" if key == "classes" else "term", *of, "examples"),
                   [(name, *(cell(found.get(name)) for found in of.values()), count(n[name])) for name in names], folded=True)
-    note = f"{where}. " + ("Hollow: without debiasing. " if baseline in of and others != [baseline] else "") + BARS + "."
+    note = f"{where}. " + ("Hollow: without debiasing. " if beside - {baseline} else "") + BARS + "."
     return Figures(made, note + (f" Drawn: the {MOST_ROWS} of {len(names)} with the most examples." if many else ""), [table])
 
 

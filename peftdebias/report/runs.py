@@ -50,6 +50,8 @@ def source_of_runs(folders: list[Path]) -> Source:
     facts = [("model", ", ".join(dict.fromkeys(Path(_model(run)).name for run in runs))),
              ("axis", ", ".join(dict.fromkeys(axis for run in runs for axis in _axes(run)))),
              ("systems", "; ".join(systems)), ("seeds", ", ".join(map(str, seeds)))]
+    if chosen := [run.folder.name for run in runs if run.command == "downstream" and run.final.get("on") == "dev"]:
+        facts.append(("without a test file", f"{', '.join(chosen)}: their own figures are of the dev file, which the epoch was chosen by"))
     versions = [(run.folder.name, run.versions) for run in runs if run.versions]
     title = ", ".join(f.name for f in folders[:4]) + (f" and {len(folders) - 4} more" if len(folders) > 4 else "")
     return Source("runs", title, [f for f in facts if f[1]], list(map(command_line, runs)), versions, answered, baselines, systems)
