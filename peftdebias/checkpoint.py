@@ -2,7 +2,7 @@
 
     RUN/config.toml     every setting as asked for  RUN/metrics.jsonl   one line an event
     RUN/versions.json   packages, commit, device;   RUN/adapter/        adapter.json, adapter.safetensors; further modules in adapter-2, adapter-3, ...
-                        precision and step taken
+                        precision and step taken, the runs it was made of
     RUN/model/          Hugging Face layout; only where the base or a head was trained
 
 What it adds over weights.py (models) and methods (modules): which file belongs to which base, and how both come back together. Everything is
@@ -301,8 +301,8 @@ def made_of(values: dict) -> dict:
     def config_of(path: str) -> dict | None:
         return next((read_config(folder) for folder in (Path(path), Path(path).parent) if is_run(folder)), None)
 
-    model, modules = config_of(values["model"]) if isinstance(values.get("model"), str) else None, values.get("adapter") or []
-    found = [config for path in ([modules] if isinstance(modules, str) else modules) if (config := config_of(path))]
+    model = config_of(values["model"]) if "model" in values else None
+    found = [config for path in values.get("adapter", ()) if (config := config_of(path))]
     return ({"model": model} if model else {}) | ({"adapter": found} if found else {})
 
 

@@ -7,6 +7,7 @@ go to standard output (utf-8) or to files, everything else for people to standar
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import os
 import signal
 import sys
@@ -50,14 +51,17 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 on bad input, 130, 143 or 129 where a signal stopped it (SIGINT, SIGTERM, SIGHUP), which leaves nothing half-written."""
     arguments = vars(parser().parse_args(argv))
-    command, settings = COMMANDS[arguments.pop("command")]
+    command, settings, module = COMMANDS[arguments.pop("command")]
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))  # None where the caller closed it
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8")
     try:
         with warnings.catch_warnings(), _terminable():
             warnings.showwarning = lambda message, *where: say(f"warning: {message}")
-            command(options.resolve(settings, arguments))
+            given = options.resolve(settings, arguments)
+            with _heard_later():
+                importlib.import_module(f".{module}", __package__)
+            command(given)
         sys.stdout.flush()
         return 0
     except PeftDebiasError as error:
@@ -169,7 +173,7 @@ def parser() -> argparse.ArgumentParser:
                                   "text, freeze them downstream. `peftdebias COMMAND --help` explains each command.")
     top.add_argument("--version", action="version", version=f"peftdebias {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, settings) in COMMANDS.items():
+    for name, (_, settings, _) in COMMANDS.items():
         epilog = f"example:\n  {EXAMPLES[name]}"
         if name == "evaluate":
             epilog = "names for --on:\n" + "".join(f"  {key:<16}{text}\n" for key, text in config.MEASURES.items()) + "\n" + epilog
@@ -182,8 +186,7 @@ def parser() -> argparse.ArgumentParser:
 # ---------------------------------------------------------------- commands
 
 def upstream(settings: config.Upstream) -> None:
-    with _heard_later():
-        from . import phases
+    from . import phases
 
     show(settings)
     result = phases.upstream(settings, say)
@@ -196,8 +199,7 @@ def upstream(settings: config.Upstream) -> None:
 
 
 def downstream(settings: config.Downstream) -> None:
-    with _heard_later():
-        from . import phases
+    from . import phases
 
     show(settings)
     result = phases.downstream(settings, say)
@@ -210,8 +212,7 @@ def downstream(settings: config.Downstream) -> None:
 
 
 def evaluate(settings: config.Evaluate) -> None:
-    with _heard_later():
-        from . import evaluation
+    from . import evaluation
 
     show(settings)
     for line in evaluation.unused(settings):
@@ -225,8 +226,7 @@ def evaluate(settings: config.Evaluate) -> None:
 
 
 def compare(settings: config.Compare) -> None:
-    with _heard_later():
-        from . import comparison
+    from . import comparison
 
     show(settings)
     found = comparison.compare(settings)
@@ -240,8 +240,7 @@ def compare(settings: config.Compare) -> None:
 
 
 def run(settings: config.Run) -> None:
-    with _heard_later():
-        from .runner import run as do
+    from .runner import run as do
 
     show(settings)
     done = do(settings, say)
@@ -250,16 +249,14 @@ def run(settings: config.Run) -> None:
 
 
 def report(settings: config.Report) -> None:
-    with _heard_later():
-        from .report import report as run
+    from .report import report as run
 
     show(settings)
     print(f"result: {' and '.join(map(str, run(settings)))}")
 
 
 def predict(settings: config.Predict) -> None:
-    with _heard_later():
-        from . import evaluation
+    from . import evaluation
 
     show(settings)
     if settings.file is None:
@@ -270,8 +267,7 @@ def predict(settings: config.Predict) -> None:
 
 
 def augment(settings: config.Augment) -> None:
-    with _heard_later():
-        from .augment import augment as run
+    from .augment import augment as run
 
     show(settings)
     if not settings.files:
@@ -282,10 +278,9 @@ def augment(settings: config.Augment) -> None:
 
 
 def methods(settings: config.Methods) -> None:
-    with _heard_later():
-        from . import weights
-        from .checkpoint import base_of
-        from .methods import overview
+    from . import weights
+    from .checkpoint import base_of
+    from .methods import overview
 
     show(settings)
     base, _ = weights.read_config(weights.find_folder(base_of(settings.model)))
@@ -295,8 +290,7 @@ def methods(settings: config.Methods) -> None:
 
 
 def doctor(settings: config.Doctor) -> None:
-    with _heard_later():
-        from .doctor import examine
+    from .doctor import examine
 
     show(settings)
     found = examine(settings.device)
@@ -306,8 +300,7 @@ def doctor(settings: config.Doctor) -> None:
 
 
 def export(settings: config.Export) -> None:
-    with _heard_later():
-        from .interchange import export_adapter
+    from .interchange import export_adapter
 
     show(settings)
     out = export_adapter(settings.run, settings.as_, settings.out, settings.overwrite)
@@ -315,8 +308,7 @@ def export(settings: config.Export) -> None:
 
 
 def import_(settings: config.Import) -> None:
-    with _heard_later():
-        from .interchange import import_adapter
+    from .interchange import import_adapter
 
     show(settings)
     out = import_adapter(settings.folder, settings.model, settings.axis, settings.out, settings.overwrite)
@@ -324,9 +316,8 @@ def import_(settings: config.Import) -> None:
 
 
 def demo(settings: config.Demo) -> None:
-    with _heard_later():
-        from .demo import RUNS, demo as run
-        from .report import available, report as write_report
+    from .demo import RUNS, demo as run
+    from .report import available, report as write_report
 
     show(settings)
     print(run(settings, say))
@@ -340,8 +331,7 @@ def demo(settings: config.Demo) -> None:
 
 
 def testbed(settings: config.Testbed) -> None:
-    with _heard_later():
-        from .planted import testbed as run
+    from .planted import testbed as run
 
     show(settings)
     print(run(settings, say))
@@ -349,22 +339,22 @@ def testbed(settings: config.Testbed) -> None:
 
 
 COMMANDS = {
-    "demo": (demo, config.Demo),
-    "testbed": (testbed, config.Testbed),
-    "augment": (augment, config.Augment),
-    "export": (export, config.Export),
-    "import": (import_, config.Import),
-    "upstream": (upstream, config.Upstream),
-    "downstream": (downstream, config.Downstream),
-    "evaluate": (evaluate, config.Evaluate),
-    "compare": (compare, config.Compare),
-    "run": (run, config.Run),
-    "report": (report, config.Report),
-    "predict": (predict, config.Predict),
-    "methods": (methods, config.Methods),
-    "doctor": (doctor, config.Doctor),
+    "demo": (demo, config.Demo, "demo"),
+    "testbed": (testbed, config.Testbed, "planted"),
+    "augment": (augment, config.Augment, "augment"),
+    "export": (export, config.Export, "interchange"),
+    "import": (import_, config.Import, "interchange"),
+    "upstream": (upstream, config.Upstream, "phases"),
+    "downstream": (downstream, config.Downstream, "phases"),
+    "evaluate": (evaluate, config.Evaluate, "evaluation"),
+    "compare": (compare, config.Compare, "comparison"),
+    "run": (run, config.Run, "runner"),
+    "report": (report, config.Report, "report"),
+    "predict": (predict, config.Predict, "evaluation"),
+    "methods": (methods, config.Methods, "weights"),
+    "doctor": (doctor, config.Doctor, "doctor"),
 }
-"""verb -> (function, its settings)."""
+"""verb -> (function, its settings, the module that does the work)."""
 
 
 # ---------------------------------------------------------------- what people see

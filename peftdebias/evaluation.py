@@ -81,11 +81,16 @@ def systems(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     return {"": (), "base/": names} | {f"only-{name}/": tuple(n for n in names if n != name) for name in names}
 
 
+def _of(option: str) -> tuple[str, ...]:
+    """The measures that take an option; () of one that is not theirs alone."""
+    return next(f.metadata["of"] for f in dataclasses.fields(Evaluate) if f.name == option)
+
+
 def unused(settings: Evaluate) -> list[str]:
     """A line for every option that says something to measures of which none is asked for."""
     asked = {entry.partition("=")[0] for entry in settings.on}
     return [f"{flag(f.name)}: no effect here: it is an option of {', '.join(of)}" for f in dataclasses.fields(settings)
-            if (of := f.metadata["of"]) and not asked & set(of) and getattr(settings, f.name) != f.default]
+            if (of := _of(f.name)) and not asked & set(of) and getattr(settings, f.name) != f.default]
 
 
 def evaluate_run(run: Run, settings: Evaluate) -> Result:
@@ -119,7 +124,7 @@ def evaluate(settings: Evaluate) -> Result:
         raise ConfigError(f"--on: expected at least one NAME=FILE with NAME one of {', '.join(ON)}, got none")
     asked = parse_on(settings.on)
     measured = [path for _, path in asked]
-    if not any(name in ("classification", "fprd", "counterfactual") for name, _ in asked):  # whose column it may be
+    if {name for name, _ in asked} & set(_of("text")) == {"perplexity"}:  # else the column may be another measure's
         corpus.check_column([path for name, path in asked if name == "perplexity"], settings.text, "--text")
     inside = [file for path in measured for file in files_in(path) if file.suffix != ".json"]  # of a folder; results may lie in it
     keep_apart({"--json": settings.json, "--examples": settings.examples},

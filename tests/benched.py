@@ -1,13 +1,14 @@
 """Where tests meet bench/: its modules by name, the fields of a row, a case of one provider each that is spoilt or made for the test."""
 
 import dataclasses
-import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+HAVE_BOTH = all(importlib.util.find_spec(name) for name in ("transformers", "peft"))
 FIELDS = ["kernel_name", "provider", "mode", "metric_name", "metric_unit", "x_name", "x_value", "y_50", "y_20", "y_80", "extra_config", "device_name", "torch_version",
           "triton_version", "commit", "timestamp"]
 

@@ -1,7 +1,6 @@
 """bench/: a sound registry, equality before time, rows with their schema. No figure is looked at."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from .benched import FIELDS, ROOT, modules, planted, quick  # noqa: F401  (quick is a fixture)
+from .benched import FIELDS, HAVE_BOTH, ROOT, modules, planted, quick  # noqa: F401  (quick is a fixture)
 from .outside import one_thread  # noqa: F401  (a fixture: small models on one thread)
 
-HAVE_BOTH = all(importlib.util.find_spec(name) for name in ("transformers", "peft"))
 bench = modules("case", "cases", "gpu", "measure", "rows", "run", "texts")
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,10 +10,9 @@ import types
 import pytest
 import torch
 
-from .benched import ROOT, modules, planted, quick  # noqa: F401  (quick is a fixture)
+from .benched import HAVE_BOTH, ROOT, modules, planted, quick  # noqa: F401  (quick is a fixture)
 from .outside import one_thread  # noqa: F401  (a fixture: small models on one thread)
 
-HAVE_BOTH = all(importlib.util.find_spec(name) for name in ("transformers", "peft"))
 bench = modules("case", "cases", "cases_steps", "gpu", "measure", "rows")
 
 

@@ -530,7 +530,7 @@ def _too_much_for_python(settings):
     ("doctor", _too_much, r"DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000000 bytes. .*"),
 ])
 def test_memory_that_is_not_there_is_one_line(command, does, words, small, monkeypatch):  # noqa: F811
-    monkeypatch.setitem(command_line.COMMANDS, command, (does, command_line.COMMANDS[command][1]))
+    monkeypatch.setitem(command_line.COMMANDS, command, (does, *command_line.COMMANDS[command][1:]))
     got = cli(command, *(small.learning(out="o") if command == "upstream" else []))
     assert got.code == 2 and re.fullmatch(f"peftdebias: out of memory: {words}\n", got.err), got.err
 
@@ -539,7 +539,7 @@ def test_another_error_of_torch_keeps_its_traceback(monkeypatch):
     def wrong(settings):
         raise RuntimeError("expected scalar type Float but found Half")
 
-    monkeypatch.setitem(command_line.COMMANDS, "doctor", (wrong, command_line.COMMANDS["doctor"][1]))
+    monkeypatch.setitem(command_line.COMMANDS, "doctor", (wrong, *command_line.COMMANDS["doctor"][1:]))
     with pytest.raises(RuntimeError, match="scalar type"):
         cli("doctor")
 

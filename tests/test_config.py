@@ -16,7 +16,7 @@ from peftdebias.axes import load_axis
 from peftdebias.config import Augment, Demo, Downstream, Evaluate, Predict, Upstream
 from peftdebias.errors import ConfigError
 
-COMMANDS = [settings for _, settings in cli.COMMANDS.values()]
+COMMANDS = [settings for _, settings, _ in cli.COMMANDS.values()]
 FIELDS = [(cls, field) for cls in COMMANDS for field in dataclasses.fields(cls)]
 UPSTREAM = {"model": "m", "axis": "gender", "corpus": ("c.txt",), "out": "o"}
 DOWNSTREAM = {"model": "m", "train": "a", "dev": "b", "text": "t", "label": "l", "out": "o"}

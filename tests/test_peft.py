@@ -179,9 +179,9 @@ def test_other_configurations_that_do_not_fit(method, options, changes, words, t
     ("lora", {}, {"r": 10**400}, "adapter_config.json: lora: expected sizes that a tensor can have, got LoRAConfig.rank=1000"),
     ("lora", {}, {"lora_alpha": 10**400}, "adapter_config.json: lora_alpha: expected a finite number, got 1000"),
     ("lora", {}, {"lora_alpha": float("nan")}, "adapter_config.json: lora_alpha: expected a finite number, got nan"),
-    ("prefix", POSITIONED, {"num_virtual_tokens": 10**9}, "num_virtual_tokens: expected at most 50, which leave a text three of the model's 53 positions, got 10000000"),
-    ("prompt", POSITIONED | {"first_row": "prompt"}, {"num_virtual_tokens": 10**9}, "num_virtual_tokens: expected at most 50, which leave a text three of the model's 53 positions, got 10000000"),
-    ("prompt", POSITIONED | {"first_row": "prompt"}, {"num_virtual_tokens": 10**30}, "num_virtual_tokens: expected at most 50, which leave a text three of the model's 53 positions, got 10000000"),
+    ("prefix", POSITIONED, {"num_virtual_tokens": 10**9}, "num_virtual_tokens: expected at most 50, which leave a text 3 of the model's 53 positions, got 10000000"),
+    ("prompt", POSITIONED | {"first_row": "prompt"}, {"num_virtual_tokens": 10**9}, "num_virtual_tokens: expected at most 50, which leave a text 3 of the model's 53 positions, got 10000000"),
+    ("prompt", POSITIONED | {"first_row": "prompt"}, {"num_virtual_tokens": 10**30}, "num_virtual_tokens: expected at most 50, which leave a text 3 of the model's 53 positions, got 10000000"),
 ])  # fmt: skip
 def test_absurd_sizes_are_refused_before_anything_is_made(method, options, changes, words, theirs, little_memory):  # noqa: F811
     folder, config = theirs(method, changes, **options)
@@ -309,5 +309,5 @@ def test_a_prefix_that_leaves_no_text_is_refused(length, tmp_path):
     if length == 13:
         assert _prompt_learning(Fields(tmp_path, fields), config) == 13
     else:
-        with pytest.raises(AdapterError, match="num_virtual_tokens: expected at most 13, which leave a text three of the model's 16 positions, got 14"):
+        with pytest.raises(AdapterError, match="num_virtual_tokens: expected at most 13, which leave a text 3 of the model's 16 positions, got 14"):
             _prompt_learning(Fields(tmp_path, fields), config)

@@ -28,8 +28,7 @@ def card(run: Path, config: dict, form: str, base: str, longest: int, onto: str 
              *(f"- module: {w}" for w in what), *([] if what else [f"- method: {config.get('method', 'full fine-tuning')}, the whole base"])]
     lines.append(f"- base: {base}{about}" + (f", trained from {config['model']}" if of_run and config.get("model") else ""))
     if config.get("command") == "upstream" and config.get("adapter"):
-        beside = [config["adapter"]] if isinstance(config["adapter"], str) else config["adapter"]
-        lines.append(f"- learnt and measured beside: {', '.join(beside)}, not part of this folder")
+        lines.append(f"- learnt and measured beside: {', '.join(config['adapter'])}, not part of this folder")
     if onto:
         lines.append(f"- load: `PeftModel.from_pretrained({onto}.from_pretrained({base!r}, dtype=torch.float32), FOLDER)`; on a model of another class or base its names may find no "
                      "place, and peft then warns and leaves the base as it was, or its answers are others")

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from .. import weights
+from ..config import LEAST
 from ..encoder import Model
 from ..errors import AdapterError
 from ..files import write_tensors
@@ -76,8 +77,8 @@ def _prompt_learning(fields: Fields, config: EncoderConfig) -> int:
     for key, wanted in (("num_layers", config.layers), ("token_dim", config.hidden), ("num_attention_heads", config.heads), ("num_transformer_submodules", 1)):
         fields.expect(key, wanted)
     length = fields.get("num_virtual_tokens", int)
-    if length > (most := config.max_positions - 3):  # a text's special tokens and one of its own
-        raise AdapterError(f"{fields.path}: num_virtual_tokens: expected at most {most}, which leave a text three of the model's {config.max_positions} positions, got {length}")
+    if length > (most := config.max_positions - LEAST):
+        raise AdapterError(f"{fields.path}: num_virtual_tokens: expected at most {most}, which leave a text {LEAST} of the model's {config.max_positions} positions, got {length}")
     return length
 
 

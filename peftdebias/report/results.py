@@ -72,12 +72,12 @@ def differences(source: Source, stage: str, task: str) -> tuple[dict[str, list[D
         if system == baseline:
             continue
         pairs = paired(of[baseline], answers, stage)
-        if unlike := _unlike(pairs):
-            notes.append(f"{system}: {', '.join(unlike)}: not compared with {baseline} under every seed: another number of examples, unit or ideal on either side")
         if any(a.same != b.same for a, b in pairs):
             notes.append(f"{system}: not compared with {baseline}, whose model, settings or data are others")
         elif len(pairs) >= 2:
             found[system] = by_seed(pairs)
+            if unlike := _unlike(pairs):
+                notes.append(f"{system}: {', '.join(unlike)}: not compared with {baseline} under every seed: another number of examples, unit or ideal on either side")
         elif not pairs:
             notes.append(f"{system}: not compared with {baseline}: no seed in common")
         elif pairs[0][0].examples and pairs[0][1].examples:

@@ -88,15 +88,15 @@ def _system_names(runs: list[RunFiles]) -> list[str]:
     seeds: dict[tuple, list[int]] = {}
     for run, key in zip(runs, keys):
         seeds.setdefault(key, []).append(run.config["seed"])
-    # One seed twice: these are no seeds of one system, and each stands alone.
-    systems = [key if len(seeds[key]) == len(set(seeds[key])) else (*key, str(run.folder)) for run, key in zip(runs, keys)]
+    twice = {key for key, found in seeds.items() if len(found) > len(set(found))}  # no seeds of one system: each run stands alone
+    systems = [(*key, str(run.folder) if key in twice else "") for run, key in zip(runs, keys)]
     names = {}
     for called in dict.fromkeys(key[:2] for key in keys):
         folders: dict[tuple, Path] = {}
         for run, system in zip(runs, systems):
             if system[:2] == called:
                 folders.setdefault(system, run.folder)
-        labels = _labels(list(folders.values()), [len(system) == len(keys[0]) for system in folders])
+        labels = _labels(list(folders.values()), [not system[-1] for system in folders])
         names |= {system: called[1] + (f" ({label})" if len(folders) > 1 else "") for system, label in zip(folders, labels)}
     return [names[system] for system in systems]
 
@@ -155,9 +155,9 @@ def _answers(run: RunFiles, system: str, same: str) -> Iterator[Answered]:
     measures = final | (read_measures(own) if own.exists() else {})
 
     def answer(name: str, task: str, measures: dict, examples: Path) -> Answered:
-        own = name == system  # rows of the parts of several modules have names of their own
-        return Answered(name, seed, run.command, task, measures, examples if own and examples.exists() else None, run if name == system else None,
-                        run.final.get("seconds") if name == system else None, same)
+        whole = name == system  # rows of the parts of several modules have names of their own
+        return Answered(name, seed, run.command, task, measures, examples if whole and examples.exists() else None, run if whole else None,
+                        run.final.get("seconds") if whole else None, same)
 
     for name, part in _systems_within(measures, system).items():
         yield answer(name, "", part, run.folder / "examples.jsonl")
