@@ -182,7 +182,6 @@ KEYS = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_at
         "attention_dropout": "attention_probs_dropout_prob", "classifier_dropout": "classifier_dropout", "pad_id": "pad_token_id", "tied": "tie_word_embeddings",
         "initializer_range": "initializer_range"}
 """Field of EncoderConfig -> its name in config.json."""
-REQUIRED = ("layers", "hidden", "heads", "feed_forward", "vocab", "max_positions")
 
 
 def read_config(folder: Path) -> tuple[EncoderConfig, dict]:
@@ -203,7 +202,8 @@ def read_config(folder: Path) -> tuple[EncoderConfig, dict]:
     pad = raw.get("pad_token_id")
     pad = (0 if kind == "bert" else 1) if pad is None else pad
     offset = pad + 1 if kind == "roberta" else 0
-    if missing := next((key for ours, key in KEYS.items() if ours in REQUIRED and key not in raw), None):
+    needed = {f.name for f in dataclasses.fields(EncoderConfig) if f.default is dataclasses.MISSING}
+    if missing := next((key for ours, key in KEYS.items() if ours in needed and key not in raw), None):
         raise ModelError(f"{path}: expected the key {missing!r}, found none")
     given = {ours: raw[key] for ours, key in KEYS.items() if key in raw} | {"pad_id": pad, "max_positions": raw[KEYS["max_positions"]] - offset, "position_offset": offset}
     if given.get("classifier_dropout") is None:
