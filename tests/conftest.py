@@ -23,6 +23,19 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def tidy():
+    """Whatever a test writes lies in its own tmp_path: a name that is new in the checkout, and that git does not ignore, is an error of the last test."""
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
+
+    def names():
+        return {name for name in os.listdir(ROOT) if not name.startswith(".")} - ignored
+
+    before = names()
+    yield
+    assert names() == before, f"the tests left {', '.join(sorted(names() ^ before))} in {ROOT}"
+
+
 def pytest_collection_modifyitems(items):
     """Skips tests marked `gpu` where torch sees no CUDA device. The kernels' checks, the longest of all, come first: processes that run side by side then end together."""
     items.sort(key=lambda item: item.path.name != "test_kernels.py")

@@ -232,9 +232,9 @@ def test_transformers_is_not_imported():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_what_was_compiled_before_sees_a_table_that_changes():
+def test_what_was_compiled_before_sees_a_table_that_changes(tmp_path):
     """torch.compile does not look at hooks: a sparse module with values in the embeddings alone."""
-    other, ours = pair("bert", "ForMaskedLM")
+    other, ours = pair("bert", tmp_path)
     batch = ragged(segments=ours.config.segments)
     method = sparse(ours, "axis")
     for site, values in method.values.items():
@@ -253,9 +253,9 @@ def test_what_was_compiled_before_sees_a_table_that_changes():
     assert_close(mlm_logits(compiled, batch), before)
 
 
-def test_a_layer_that_peft_has_wrapped_is_named():
+def test_a_layer_that_peft_has_wrapped_is_named(tmp_path):
     peft = pytest.importorskip("peft")
-    other, ours = pair("bert", "ForMaskedLM")
+    other, ours = pair("bert", tmp_path)
     method = attached(ours, "axis", "lora", targets=("query",))
     wrapped = peft.get_peft_model(other, peft.LoraConfig(r=2, target_modules=["query"]))
     with pytest.raises(AdapterError, match="layers.0.attention.query .*expected a parameter, got what Linear computes or hands on"):
