@@ -4,7 +4,7 @@ What it adds over its neighbours: how a base model is put together from linears 
 positions; what methods do to it is in sites.py, foreign names stay in weights.py.
 
 Dropout: one seed a forward pass, drawn from torch's generator of the device, so torch.manual_seed decides and no host waits; the places that drop are numbered in
-the order in which they act: 0 the embeddings, 3 i + 1 to 3 i + 3 layer i's probabilities, attention and feed-forward, then the classifier's.
+the order in which they act: 0 the embeddings, 3 i + 1 to 3 i + 3 layer i's probabilities, attention and feed-forward, then the classifier's two, then the linears' (sites.drop_places).
 
 Two savings, both exact: no padding flows through anything but attention, and the last layer computes queries, output projection and feed-forward
 only for the rows that the batch asks for. A third on request, exact too: `recompute` keeps the inputs of the layers alone for the backward.
@@ -185,9 +185,8 @@ class Encoder(nn.Module):
             finally:
                 self.seed, self.written = before
 
-        # Masks come from the seed; a method that drops may draw from torch's generator, which a CUDA graph's capture cannot set back.
-        draws = any(method.drops for method in self.hooks.methods.values())
-        return *checkpoint(layer, hidden, residual, use_reentrant=False, preserve_rng_state=draws), None
+        # All masks come from the seed, so torch's generator, which a CUDA graph's capture cannot set back, is left alone.
+        return *checkpoint(layer, hidden, residual, use_reentrant=False, preserve_rng_state=False), None
 
     def _layer(self, i: int, given: Forked, prefix: tuple[Tensor, Tensor] | None, spans: Spans, rows: Tensor | None) -> Forked:
         """given: hidden states [T, D] for the products, the same for the residual, and what the norm behind them keeps; returned are such, of [M, D] where rows int64 [M] are
@@ -230,14 +229,14 @@ class Encoder(nn.Module):
             return [written(asked, 0, width).reshape(split), *heads_of(written(hidden, width), 2, self.config.heads)]
         if any(self.hooks.at(s) or self.hooks.at(s + ".bias") for s in sites):
             parts = zip(sites, (asked, hidden, hidden), qkv.weight.split(width), qkv.bias.split(width))
-            return [self.hooks.linear(s, x, w, b).view(split) for s, x, w, b in parts]
+            return [self.hooks.linear(s, x, w, b, self.seed).view(split) for s, x, w, b in parts]
         if asked is hidden:
             return heads_of(linear(hidden, qkv.weight, qkv.bias, normal), 3, self.config.heads)
         query = linear(asked, qkv.weight[:width], qkv.bias[:width])
         return [query.reshape(split), *heads_of(linear(hidden, qkv.weight[width:], qkv.bias[width:], normal), 2, self.config.heads)]
 
     def _linear(self, site: str, x: Tensor, part: nn.Linear) -> Tensor:
-        return self.written[site](x) if site in self.written else self.hooks.linear(site, x, part.weight, part.bias)
+        return self.written[site](x) if site in self.written else self.hooks.linear(site, x, part.weight, part.bias, self.seed)
 
     def _norm(self, site: str, layer_norm: nn.LayerNorm) -> Callable:
         def apply(x: Tensor, residual: Tensor | None = None, drop: Drop | None = None, fork: bool = False) -> Tensor | tuple:

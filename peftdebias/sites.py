@@ -83,6 +83,11 @@ def linear_sites(config: EncoderConfig, kinds: tuple[str, ...] = LINEARS) -> tup
     return tuple(f"layers.{i}.{kind}" for i in range(config.layers) for kind in kinds)
 
 
+def drop_places(config: EncoderConfig) -> dict[str, int]:
+    """The number of every linear among the places that drop, behind the encoder's own (encoder.py): one seed a forward pass, and no two places the same mask."""
+    return {site: 3 * config.layers + 3 + i for i, site in enumerate(linear_sites(config))}
+
+
 def block_sites(config: EncoderConfig, kinds: tuple[str, ...] = BLOCKS) -> tuple[str, ...]:
     """Names of the places between a block's output and its LayerNorm: `layers.3.feed_forward`, ..."""
     return tuple(f"layers.{i}.{kind}" for i in range(config.layers) for kind in kinds)
@@ -189,9 +194,9 @@ class Hooks:
             tensor = add_delta(tensor, method.delta(site))
         return tensor
 
-    def linear(self, site: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def linear(self, site: str, x: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None = None) -> Tensor:
         """x [T, in] -> [T, out] through the methods at `site`: deltas go into the weight, scales multiply input and output, at most one method computes the
-        product itself.
+        product itself. seed: int64 [1], of the masks of this forward pass; None drops nothing.
 
         Of the methods that define `linear`, the one without a `delta` (or whose delta does not say it now: `drops`), else the last, computes the product;
         the others add their deltas.
@@ -209,7 +214,7 @@ class Hooks:
         scales = [m.scale(site) for m in methods]
         for scale, _ in scales:
             x = x if scale is None else (x * scale).to(x.dtype)
-        x = linear(x, weight, bias) if product is None else product.linear(site, x, weight, bias)
+        x = linear(x, weight, bias) if product is None else product.linear(site, x, weight, bias, seed)
         for _, scale in scales:
             x = x if scale is None else (x * scale).to(x.dtype)
         return x

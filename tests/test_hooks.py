@@ -110,7 +110,7 @@ class Both(Dense):
         super().__init__(sites, values)
         self.products = []
 
-    def linear(self, site, x, weight, bias):
+    def linear(self, site, x, weight, bias, seed=None):
         self.products.append(site)
         return F.linear(x, weight + self.values[site], bias)
 

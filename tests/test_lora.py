@@ -218,7 +218,7 @@ def test_rank_stabilised_scaling():
 
 
 def test_dropout_acts_on_the_update_alone_and_only_in_training():
-    """The reference with the seed that torch draws; the base's product sees all of x."""
+    """The reference with the seed of the pass, without which nothing drops; the base's product sees all of x."""
     model = tiny_model()
     method = trained_lora(model, dropout=0.4)
     plain = tiny_model()
@@ -231,18 +231,17 @@ def test_dropout_acts_on_the_update_alone_and_only_in_training():
     assert torch.equal(model.encoder.hooks.linear(site, x, weight, bias), lora_linear_ref(x, weight, bias, a, b, 2.0))
     assert torch.equal(model.mlm_logits(ragged_batch()), plain.mlm_logits(ragged_batch()))
     model.train()
-    torch.manual_seed(3)
-    found = model.encoder.hooks.linear(site, x, weight, bias)
-    torch.manual_seed(3)
-    seed = torch.randint(2 ** 62, (1,))
+    seed = torch.tensor([2 ** 61 + 3])
+    assert torch.equal(model.encoder.hooks.linear(site, x, weight, bias), lora_linear_ref(x, weight, bias, a, b, 2.0))
+    found = model.encoder.hooks.linear(site, x, weight, bias, seed)
     dropped = dropout_ref(x, 0.4, seed, method.places[site])
     assert (dropped == 0).any() and torch.equal(found, lora_linear_ref(x, weight, bias, a, b, 2.0, 0.4, seed, method.places[site]))
     torch.testing.assert_close(found, x @ weight.T + bias + 2.0 * dropped @ a.T @ b.T, rtol=1e-12, atol=1e-12)
     patch.train_only(model, model.encoder.parameters())  # downstream: the module is frozen, the base is trained
-    assert model.training and torch.equal(model.encoder.hooks.linear(site, x, weight, bias), lora_linear_ref(x, weight, bias, a, b, 2.0))
+    assert model.training and torch.equal(model.encoder.hooks.linear(site, x, weight, bias, seed), lora_linear_ref(x, weight, bias, a, b, 2.0))
     patch.train_only(model, [a, b])
     a.requires_grad_(False), b.requires_grad_(False)  # frozen by hand
-    assert model.training and torch.equal(model.encoder.hooks.linear(site, x, weight, bias), lora_linear_ref(x, weight, bias, a, b, 2.0))
+    assert model.training and torch.equal(model.encoder.hooks.linear(site, x, weight, bias, seed), lora_linear_ref(x, weight, bias, a, b, 2.0))
 
 
 @pytest.mark.parametrize("trained", ["gender", "race"])
@@ -255,12 +254,27 @@ def test_the_module_that_is_trained_drops_and_the_frozen_one_does_not(trained):
     model.train()
     site, x = "layers.0.attention.query", torch.randn(11, 21, dtype=torch.float64)
     weight, bias = torch.randn(21, 21, dtype=torch.float64), torch.randn(21, dtype=torch.float64)
-    torch.manual_seed(3)
-    found = model.encoder.hooks.linear(site, x, weight, bias)
-    torch.manual_seed(3)
-    drops = 0.4, torch.randint(2 ** 62, (1,)), own.places[site]
+    seed = torch.tensor([3])
+    found = model.encoder.hooks.linear(site, x, weight, bias, seed)
+    drops = 0.4, seed, own.places[site]
     expected = lora_linear_ref(x, weight + other.delta(site), bias, own.values[site + ".a"], own.values[site + ".b"], 2.0, *drops)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_no_two_places_of_a_pass_drop_alike(monkeypatch):
+    """One seed serves the whole pass, so every place has a number of its own: the encoder's, the classifier's, every linear's, whichever module drops there."""
+    found = []
+    for kind in ("bert", "roberta"):
+        model = tiny_model(kind=kind)
+        monkeypatch.setattr(model.encoder, "drop", lambda place, rate: found.append(place))
+        for name, targets in (("gender", ("query", "key", "value")), ("race", ("attention.output", "feed_forward.up", "feed_forward.down"))):
+            method = trained_lora(model, name, dropout=0.4, targets=targets)
+            found += [method.places[site] for site in method.sites(model.config)]
+        patch.train_only(model, [p for m in model.methods.values() for p in m.parameters().values()])
+        model.train()
+        model.class_logits(pack([Sample(numpy.array([5, 6, 7]), numpy.array([0]))]))
+        assert len(set(found)) == len(found) == 1 + 3 * model.config.layers + 2 + 6 * model.config.layers
+        found.clear()
 
 
 def test_two_that_drop_at_one_site_are_an_error():
@@ -304,16 +318,16 @@ def test_equals_peft(kind, head, options, theirs):
 class OurDropout(torch.nn.Module):
     """As methods/lora.py drops, in peft's place: x [B, S, D] without padding."""
 
-    def __init__(self, rate: float, site: int):
+    def __init__(self, rate: float, seed: torch.Tensor, site: int):
         super().__init__()
-        self.rate, self.site = rate, site
+        self.drop = rate, seed, site
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return dropout_ref(x.flatten(0, 1), self.rate, torch.randint(2 ** 62, (1,)), self.site).view_as(x)
+        return dropout_ref(x.flatten(0, 1), *self.drop).view_as(x)
 
 
 def test_dropout_stands_where_peft_has_it():
-    """Texts of one length, every row; peft's dropout modules draw our masks, each that of its site, as long as both ask in the same places and order."""
+    """Texts of one length, every row; peft's dropout modules draw our masks, each that of its site."""
     model = outside.drawn_model(dropout=0.0, attention_dropout=0.0)
     method = outside.attached(model, "gender", "lora", rank=3, alpha=7.0, dropout=0.3)
     patch.train_only(model, method.parameters().values())
@@ -321,14 +335,14 @@ def test_dropout_stands_where_peft_has_it():
     for name, p in wrapped.named_parameters():
         if "lora_" in name:
             p.data = method.values[f"{outside.our_site(model, name)}.{'a' if 'lora_A' in name else 'b'}"].detach()
+    torch.manual_seed(11)
+    seed = torch.randint(2 ** 62, (1,))  # the encoder's own
     for name, module in list(wrapped.named_modules()):
         if name.endswith("lora_dropout"):
-            module["default"] = OurDropout(0.3, method.places[outside.our_site(model, name)])
+            module["default"] = OurDropout(0.3, seed, method.places[outside.our_site(model, name)])
     batch = outside.ragged((9, 9, 9), rows="all")
     model.train()
     torch.manual_seed(11)
     found = model.encoder(batch, all_rows=True)
-    torch.manual_seed(11)
-    torch.randint(2 ** 62, (1,))  # the encoder's own, drawn before the modules'
     outside.assert_close(found, outside.hidden(wrapped.base_model.model, batch))
     assert (found - model.eval().encoder(batch, all_rows=True)).abs().max() > 1e-3

@@ -143,7 +143,7 @@ def test_what_the_graph_cannot_hold_is_refused_by_name():
         def sites(self, config):
             return linear_sites(config, ("attention.query",))
 
-        def linear(self, site, x, weight, bias):
+        def linear(self, site, x, weight, bias, seed=None):
             return torch.relu(x) @ weight.T + bias
 
     class Shifts(Method):

@@ -39,7 +39,7 @@ class Scale(Toy):
     name = "scale"
     mergeable = foldable = False
 
-    def linear(self, site, x, weight, bias):
+    def linear(self, site, x, weight, bias, seed=None):
         return self.values[site] * F.linear(x, weight, bias)
 
     @staticmethod

@@ -131,8 +131,8 @@ class Method:
         """Whether `linear` does now what `delta` cannot say (dropout, in training): then it computes the product, and others give way to it."""
         return False
 
-    def linear(self, site: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """x [T, in] -> [T, out]: the product at a linear site."""
+    def linear(self, site: str, x: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None = None) -> Tensor:
+        """x [T, in] -> [T, out]: the product at a linear site. seed: int64 [1], what masks of dropout are made of (sites.drop_places), or None: nothing drops."""
         raise AdapterError(f"{self.name}: no product of its own at {site}")
 
     def delta(self, site: str) -> Tensor | tuple[Tensor, Tensor] | None:

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from .. import kernels
 from ..errors import ConfigError
 from ..kernels.dropout_ref import dropout_ref
-from ..sites import EncoderConfig, linear_shape, linear_sites
+from ..sites import EncoderConfig, drop_places, linear_shape, linear_sites
 from . import Method, linear_kinds
 
 
@@ -82,7 +82,7 @@ class LoRA(Method):
 
     def __init__(self, config: LoRAConfig, encoder_config: EncoderConfig, generator: torch.Generator | None = None):
         super().__init__(config, encoder_config, generator)
-        self.places = {site: i for i, site in enumerate(self.sites(encoder_config))}  # the site numbers of dropout's bits
+        self.places = drop_places(encoder_config)
         for site in self.sites(encoder_config):
             out_width, in_width = linear_shape(encoder_config, site)
             bound = 1.0 / math.sqrt(in_width)  # Kaiming uniform with a = sqrt(5), as the authors' code draws A
@@ -100,13 +100,11 @@ class LoRA(Method):
     def drops(self) -> bool:
         return self.training and self.config.dropout > 0 and next(iter(self.values.values())).requires_grad  # a frozen module is as it is
 
-    def linear(self, site: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def linear(self, site: str, x: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None = None) -> Tensor:
         product = lora_linear_ref if x.dtype == torch.float64 else kernels.choose("lora_linear", reference=lora_linear_ref, device=x.device)
         thin = self.values[site + ".a"], self.values[site + ".b"], self.config.scale
-        if not self.drops:
-            return product(x, weight, bias, *thin)
-        seed = torch.randint(2 ** 62, (1,), device=x.device)  # from torch's generator, which stays on the device: no host waits for it, a CUDA graph draws anew
-        return product(x, weight, bias, *thin, self.config.dropout, seed, self.places[site])
+        drop = (self.config.dropout, seed, self.places[site]) if self.drops and seed is not None else ()
+        return product(x, weight, bias, *thin, *drop)
 
     def low_rank(self, site: str) -> tuple[Tensor, Tensor, float] | None:
         return None if self.drops else (self.values[site + ".a"], self.values[site + ".b"], self.config.scale)
