@@ -17,8 +17,8 @@ from .checkpoint import Run
 from .config import Evaluate, Predict
 from .errors import ConfigError, DataError, ModelError
 from .extrinsic import classification_measures
-from .options import expect, flag
-from .outputs import files_in, keep_apart, tables, writing
+from .options import as_plain, expect, flag
+from .outputs import digest, files_in, keep_apart, tables, writing
 from .tasks import class_probabilities, labelled_samples
 from .training import pick_device
 
@@ -136,10 +136,17 @@ def evaluate(settings: Evaluate) -> Result:
         if len(run.sources) > 1:
             result.notes[:0] = [f"module {name}: {folder}" for name, folder in run.sources.items()]
         if "json" in files:
-            files["json"].write(json.dumps({"measures": [m.as_json() for m in result.measures]}, indent=2) + "\n")
+            files["json"].write(json.dumps({"measures": [m.as_json() for m in result.measures], "settings": as_plain(settings), "files": _digests(settings)}, indent=2) + "\n")
         if "examples" in files:
             files["examples"].writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in result.examples)
     return result
+
+
+def _digests(settings: Evaluate) -> dict[str, str]:
+    """path -> sha256 of each file that figures are of; of a folder of what is no result in it. A pipe has been read and has none."""
+    named = [Path(path) for path in (*(path for _, path in parse_on(settings.on)), settings.terms, *tables(settings.axis)) if path]
+    found = [file for path in named for file in ([path] if path.is_file() else sorted(f for f in files_in(path) if f.suffix != ".json"))]
+    return {str(file): digest(file) for file in found}
 
 
 # ---------------------------------------------------------------- predict

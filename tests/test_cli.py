@@ -11,6 +11,7 @@ import threading
 import tomllib
 
 import pytest
+import tomli_w
 import torch
 
 from peftdebias import cli as command_line
@@ -103,7 +104,11 @@ def test_evaluate_writes_measures_and_examples(small, chain, tmp_path):  # noqa:
     said = done("evaluate", small.base, "--adapter", chain[0]["gender"], "--on", f"perplexity={small.heldout}", "--on", f"crows-pairs={small.pairs}",
                 "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
     found = json.loads((tmp_path / "m.json").read_text())
-    assert list(found) == ["measures"] and all(list(m) == ["name", "value", "unit", "ideal", "low", "high", "n"] for m in found["measures"])
+    assert list(found) == ["measures", "settings", "files"] and all(list(m) == ["name", "value", "unit", "ideal", "low", "high", "n"] for m in found["measures"])
+    assert found["files"] == {str(path): sha256(path) for path in (small.heldout, small.pairs)}
+    (tmp_path / "again.toml").write_text(tomli_w.dumps(found["settings"] | {"json": str(tmp_path / "again.json")}))
+    done("evaluate", "--config", tmp_path / "again.toml")
+    assert json.loads((tmp_path / "again.json").read_text())["measures"] == found["measures"]
     rows = lines(tmp_path / "e.jsonl")
     assert [r["measure"] for r in rows] == ["mlm-loss"] * 20 + ["crows-pairs/nangia"] * 12 + ["crows-pairs/bias-bench"] * 12
     table, last = said.out.splitlines()[:-1], said.out.splitlines()[-1]

@@ -312,6 +312,28 @@ def test_the_command_of_a_run_makes_its_configuration_again(tmp_path):
     assert "--no-fold" in words and options.resolve(config.Downstream, {k: v for k, v in given.items() if k != "command"}) == down
 
 
+def test_evaluations_with_other_options_or_files_are_told(tmp_path):
+    """Of the options, those of a measure that was asked for; of the files, what is in them, wherever they lie. The commands stand beside those of the runs."""
+    def asked(on, files, **more):
+        return {"settings": options.as_plain(config.Evaluate(model="m", on=on, **more)), "files": files}
+
+    for kind, evaluation in (("lora", asked(("perplexity=a.txt", "seat=s"), {"a.txt": "1", "s/one.jsonl": "2"})),
+                             ("bias", asked(("seat=t/s", "perplexity=b.txt"), {"b.txt": "1", "t/s/one.jsonl": "2"}, label="job"))):
+        folder = run_folder(tmp_path / kind, "upstream", method=kind)
+        (folder / "evaluation.json").write_text(json.dumps({"measures": [measure("mlm-loss", 3.0)]} | evaluation))
+    text, data = written(tmp_path, tmp_path / "lora", tmp_path / "bias")
+    assert "measured unlike" not in data["sources"][0]["about"]
+    for words in ("peftdebias evaluate m --on perplexity=a.txt --on seat=s", "peftdebias evaluate m --on seat=t/s --on perplexity=b.txt --label job"):
+        assert words in text, words
+    other = asked(("perplexity=b.txt", "seat=s"), {"b.txt": "3", "s/one.jsonl": "2"}, text="body", sentence_vector="mean")
+    (tmp_path / "bias" / "evaluation.json").write_text(json.dumps({"measures": [measure("mlm-loss", 3.0)]} | other))
+    _, data = written(tmp_path, tmp_path / "lora", tmp_path / "bias")
+    both = "lora/evaluation.json unlike bias/evaluation.json"
+    assert data["sources"][0]["about"]["measured unlike"] == f"--on perplexity: {both}; --sentence-vector: {both}; --text: {both}"
+    (tmp_path / "bias" / "evaluation-base.json").write_text(json.dumps({"measures": [measure("mlm-loss", 3.0)], "settings": {"on": 3}, "files": {}}))
+    assert len(written(tmp_path, tmp_path / "lora", tmp_path / "bias")[1]["sources"][0]["results"]) == 3
+
+
 def test_trainings_that_follow_each_other_are_told_apart(tmp_path):
     folder = run_folder(tmp_path / "two", "upstream")
     events = (folder / "metrics.jsonl").read_text().splitlines()

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..checkpoint import adapter_folders, made_of, read_config, read_header
-from ..config import Downstream, Upstream
+from ..config import Downstream, Evaluate, Upstream
 from ..errors import DataError
 from ..lines import Lines, place
 from ..options import flag
@@ -104,6 +104,14 @@ def read_measures(path: Path) -> dict[str, dict]:
     """name -> row, of a file of `evaluate --json`."""
     found = read_json(path)
     return measures_of(found.get("measures") if isinstance(found, dict) else None, str(path))
+
+
+def read_asked(path: Path) -> tuple[dict, dict]:
+    """(the settings of `evaluate`, sha256 of each file that was measured on), of a file of its `--json`; empty where it does not say."""
+    found = read_json(path)
+    settings, files = (found.get(key) for key in ("settings", "files")) if isinstance(found, dict) else (None, None)
+    told = isinstance(settings, dict) and isinstance(files, dict) and isinstance(settings.get("on"), list) and all(isinstance(entry, str) for entry in settings["on"])
+    return (settings, files) if told else ({}, {})
 
 
 def measures_of(rows, where: str) -> dict[str, dict]:
@@ -193,20 +201,29 @@ def _spelled(value) -> str:
 
 
 def command_line(run: RunFiles) -> str:
-    """The command that makes the run again: what its configuration says beside the defaults."""
-    words = ["peftdebias", run.command]
-    defaults = {f.name.rstrip("_"): f.default for f in dataclasses.fields(SETTINGS[run.command])}
-    for key, value in run.config.items():
-        default = defaults.get(key, dataclasses.MISSING)
-        if key in ("command", "overwrite", "force") or value == (list(default) if isinstance(default, tuple) else default):
+    """The command that makes the run again."""
+    return _typed(run.command, SETTINGS[run.command], run.config)
+
+
+def evaluate_line(settings: dict) -> str:
+    """The command that measures again."""
+    return _typed("evaluate", Evaluate, settings)
+
+
+def _typed(command: str, cls: type, config: dict) -> str:
+    """A command with what its configuration says beside the defaults."""
+    words, fields = ["peftdebias", command], {f.name.rstrip("_"): f for f in dataclasses.fields(cls)}
+    for key, value in config.items():
+        field, name = fields.get(key), flag(key)
+        default = dataclasses.MISSING if field is None else list(field.default) if isinstance(field.default, tuple) else field.default
+        if key in ("command", "overwrite", "force") or value == default:
             continue
-        name = flag(key)
         if isinstance(value, dict):
             words += [w for k, v in value.items() for w in (name, f"{k}={','.join(map(_spelled, v if isinstance(v, list) else [v]))}")]
         elif isinstance(value, bool):
             words.append(name if value else name.replace("--", "--no-", 1))
         elif isinstance(value, list):
-            words += [name, *map(str, value)] if key in ("corpus", "valid") else [w for v in value for w in (name, str(v))]
+            words += [name, *map(str, value)] if field is not None and field.metadata["many"] == "words" else [w for v in value for w in (name, str(v))]
         else:
-            words += [name, str(value)]
+            words += [str(value)] if field is not None and field.metadata["positional"] else [name, str(value)]
     return shlex.join(words)

@@ -1,5 +1,6 @@
 """Run folders as one source: what each is called, which differ in their seed alone, what was measured of each."""
 
+import dataclasses
 import json
 import math
 import os
@@ -7,7 +8,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .reading import Answered, RunFiles, Source, command_line, measures_of, read_measures, read_run
+from ..config import Evaluate
+from ..options import flag
+from .reading import Answered, RunFiles, Source, command_line, evaluate_line, measures_of, read_asked, read_measures, read_run
 
 PLAIN = {"upstream": "base", "downstream": "plain fine-tuning"}
 """What the system without debiasing is called, by stage."""
@@ -52,9 +55,12 @@ def source_of_runs(folders: list[Path]) -> Source:
              ("systems", "; ".join(systems)), ("seeds", ", ".join(map(str, seeds)))]
     if chosen := [run.folder.name for run in runs if run.command == "downstream" and run.final.get("on") == "dev"]:
         facts.append(("without a test file", f"{', '.join(chosen)}: their own figures are of the dev file, which the epoch was chosen by"))
+    evaluations = [(run, task, path, *read_asked(path)) for run in runs for task, path in _evaluations(run)]
+    facts.append(("measured unlike", "; ".join(_unlike(evaluations))))
+    commands = [*map(command_line, runs), *dict.fromkeys(evaluate_line(settings) for *_, settings, _ in evaluations if settings)]
     versions = [(run.folder.name, run.versions) for run in runs if run.versions]
     title = ", ".join(f.name for f in folders[:4]) + (f" and {len(folders) - 4} more" if len(folders) > 4 else "")
-    return Source("runs", title, [f for f in facts if f[1]], list(map(command_line, runs)), versions, answered, baselines, systems)
+    return Source("runs", title, [f for f in facts if f[1]], commands, versions, answered, baselines, systems)
 
 
 def _model(run: RunFiles) -> str:
@@ -147,12 +153,39 @@ def _agree(one: dict[str, dict], other: dict[str, dict]) -> bool:
     return all(a["n"] == b["n"] and (a["value"] == b["value"] or None not in (a["value"], b["value"]) and math.isclose(a["value"], b["value"], rel_tol=1e-3)) for a, b in shared)
 
 
+def _evaluations(run: RunFiles) -> list[tuple[str, Path]]:
+    """(NAME, evaluation-NAME.json) of a run's folder; evaluation.json, whose NAME is "", comes first."""
+    return sorted((path.stem.removeprefix("evaluation").removeprefix("-"), path) for path in run.folder.glob("evaluation*.json") if re.match(r"evaluation(-.*)?\.json", path.name))
+
+
+def _unlike(evaluations: list[tuple[RunFiles, str, Path, dict, dict]]) -> list[str]:
+    """A line for everything in which the settings or the files differ of evaluations that stand beside each other."""
+    found: dict[tuple[str, str, str], dict[str, list[str]]] = {}
+    for run, task, path, settings, files in evaluations:
+        stands = "" if path.name == BASE[0] and run.command == "upstream" else task
+        for what, value in _decides(settings, files):
+            found.setdefault((run.command, stands, what), {}).setdefault(json.dumps(value), []).append(f"{path.parent.name}/{path.name}")
+    return [f"{what}: {' unlike '.join(', '.join(paths) for paths in sides.values())}" for (_, _, what), sides in found.items() if len(sides) > 1]
+
+
+def _decides(settings: dict, files: dict) -> Iterator[tuple[str, object]]:
+    """(what figures depend on, its value) for each option of a measure that was asked for, and each measure's file by what is in it."""
+    on = [entry.partition("=")[::2] for entry in settings.get("on", [])]
+    for name in dict.fromkeys(name for name, _ in on):
+        places = [Path(path) for other, path in on if other == name]
+        yield f"--on {name}", sorted(found for file, found in files.items() if any(Path(file).is_relative_to(place) for place in places))
+    for field in dataclasses.fields(Evaluate) if on else ():
+        if field.name == "seed" or {name for name, _ in on} & set(field.metadata["of"]):
+            value = settings.get(field.name, field.default)
+            yield flag(field.name), files.get(value, value) if isinstance(value, str) else value
+
+
 def _answers(run: RunFiles, system: str, same: str) -> Iterator[Answered]:
     """What was measured of a run, its own final figures and the evaluation files in its folder."""
     seed = run.config["seed"]
     final = measures_of(run.final["measures"], str(run.folder / "metrics.jsonl")) if "measures" in run.final else {}
-    own = run.folder / "evaluation.json"
-    measures = final | (read_measures(own) if own.exists() else {})
+    evaluations = dict(_evaluations(run))
+    measures = final | (read_measures(evaluations.pop("")) if "" in evaluations else {})
 
     def answer(name: str, task: str, measures: dict, examples: Path) -> Answered:
         whole = name == system  # rows of the parts of several modules have names of their own
@@ -161,8 +194,7 @@ def _answers(run: RunFiles, system: str, same: str) -> Iterator[Answered]:
 
     for name, part in _systems_within(measures, system).items():
         yield answer(name, "", part, run.folder / "examples.jsonl")
-    for path in sorted(run.folder.glob("evaluation-*.json")):
-        task = path.stem.removeprefix("evaluation-")
+    for task, path in evaluations.items():
         if task != "base" or run.command != "upstream":
             for name, part in _systems_within(read_measures(path), system).items():
                 if part:
