@@ -252,7 +252,8 @@ def test_a_figure_of_fewer_seeds_says_so(tmp_path):
 def test_full_debias_is_told_from_plain_fine_tuning_by_its_base(tmp_path):
     full = run_folder(tmp_path / "full", "upstream", method="full")
     down = run_folder(tmp_path / "down", "downstream", method=None, final=task_measures(random.Random(0)), config={"model": str(full)})
-    assert [runs.system_of(reading.read_run(f)) for f in (full, down)] == ["full, gender", "full, gender"]
+    next_ = run_folder(tmp_path / "next", "upstream", axis="race", config={"model": str(full)})
+    assert [runs.system_of(reading.read_run(f)) for f in (full, down, next_)] == ["full, gender", "full, gender", "full, gender + lora, race"]
 
 
 def test_an_upstream_run_beside_its_base(tmp_path):

@@ -24,7 +24,7 @@ def system_of(run: RunFiles) -> str:
     named = [f"{method}, {axis}" for method, axis, _ in run.modules]
     if run.command == "upstream" and not run.modules:
         named = [f"{run.config.get('method', 'full')}, {Path(str(run.config.get('axis'))).stem}"]
-    elif run.command == "downstream" and (base := base_run(run)) is not None:
+    if (base := base_run(run)) is not None:
         named = [f"{base.get('method')}, {Path(str(base.get('axis'))).stem}", *named]
     elif run.command == "downstream" and not named and "model" in run.origins:
         named = [f"{PLAIN['downstream']} of {Path(run.config['model']).name}"]
@@ -89,7 +89,7 @@ def _origins(run: RunFiles) -> list:
 
 def _system_names(runs: list[RunFiles]) -> list[str]:
     """A name for each run: the same for runs that differ in their seed alone, with the folder's name added where two systems are called alike."""
-    keys = [(run.command, system_of(run), _setting(run, {"model"} if base_run(run) and run.command == "downstream" else set()),
+    keys = [(run.command, system_of(run), _setting(run, {"model"} if base_run(run) else set()),
              json.dumps([[config for _, _, config in run.modules], _origins(run)], sort_keys=True, default=str)) for run in runs]
     seeds: dict[tuple, list[int]] = {}
     for run, key in zip(runs, keys):
