@@ -48,6 +48,8 @@ def names() -> list[str]:
 
 def _answer(op: str, device: torch.device) -> tuple[str, str]:
     kind, why = kernels.decide(op, device)
+    if kind == "torch" and kernels.setting() == "auto" and device.type != "cuda" and native._load()[0] is None:
+        why = "no compiled library here (the last line says why); plain torch does its work"
     return kind or "none", why
 
 

@@ -38,8 +38,9 @@ def assert_same(one, other):
 
 
 def store(folder, tensors):
-    """The tensors in a folder beside its config.json, as one safetensors file."""
-    safetensors.torch.save_file({name: t.clone().contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
+    """The tensors in a folder beside its config.json, as one safetensors file; in the place of one that may still be mapped into memory."""
+    safetensors.torch.save_file({name: t.clone().contiguous() for name, t in tensors.items()}, folder / "new")
+    (folder / "new").replace(folder / "model.safetensors")
 
 
 def edit_config(folder, **changes):

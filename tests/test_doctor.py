@@ -117,6 +117,14 @@ def test_a_cpu_says_how_it_multiplies(kind, product, first, monkeypatch):
     assert f"\nlinear        form {product}: asked for by name\nscores        form {first}" in said
 
 
+def test_where_nothing_is_compiled_every_op_says_so():
+    code = "from peftdebias import native; native._load = lambda: (None, 'it is gone'); from peftdebias.cli import main; main(['doctor', '--device', 'cpu'])"
+    said = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=os.environ | {"PEFTDEBIAS_KERNELS": "auto"}, capture_output=True, text=True).stdout
+    rows = {line.split()[0]: line for line in said[said.index("adamw"):said.index("result:")].splitlines()}
+    assert "it is gone" in rows.pop("counterfactuals") and len(rows) > 10
+    assert all(" torch " in row and "no compiled library here (the last line says why)" in row for row in rows.values())
+
+
 def test_a_form_asked_for_where_no_kernel_has_it_is_named(monkeypatch):
     monkeypatch.setenv("PEFTDEBIAS_ATTENTION", "fused")
     with kernels.use("torch"):

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -83,6 +84,21 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert not strays, f"top-level names in the wheel beside peftdebias: {strays}"
     assert wheel.name.startswith(f"peftdebias-{version()}-")
     assert f"peftdebias-{version()}.dist-info/licenses/LICENSE" in names
+
+
+def test_the_source_archive_holds_the_whole_project(tmp_path):
+    """What README's commands need, tests and benchmarks among it; nothing that git would not hold."""
+    tree = tmp_path / "src"
+    for folder in ("bench", "csrc", "docs", "kernels", "peftdebias", "recipes", "tests"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.so"))
+    for file in (".gitignore", "CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / file, tree / file)
+    before = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
+    name = run(sys.executable, "-c", f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))", cwd=tree).split()[-1]
+    with tarfile.open(tmp_path / name) as archive:
+        held = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    assert before - held == set(), "add it to MANIFEST.in"
+    assert {path for path in held - before if "egg-info/" not in path} == {"PKG-INFO", "setup.cfg"}
 
 
 def test_the_installed_wheel_works_elsewhere(clean):

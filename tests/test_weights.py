@@ -248,7 +248,10 @@ def test_a_tensor_under_two_names_is_refused(bert):
 def test_weights_that_are_no_floating_point_numbers_are_refused(bert, dtype):
     folder, _, tensors = bert
     name = "bert.embeddings.word_embeddings.weight"
-    store(folder, tensors | {name: tensors[name].to(dtype)})
+    try:
+        store(folder, tensors | {name: tensors[name].to(dtype)})
+    except KeyError:
+        pytest.skip(f"this safetensors writes no {dtype}")
     assert message(lambda: load_model(folder)) == f"{folder}: embeddings.word.weight ({name}): expected floating-point numbers, got {str(dtype).removeprefix('torch.')}"
 
 
