@@ -136,6 +136,14 @@ def test_two_systems_are_compared_on_the_same_words():
 
 # ---------------------------------------------------------------- files
 
+def test_what_rounds_apart_is_no_difference():
+    """d sees neither scale nor shift of s: such systems differ by rounding alone, on either side of 0."""
+    s = np.random.default_rng(0).normal(size=40)
+    tallies = (seat_tally(["one"] * 40, [0] * 20 + [1] * 20, [f"word {i // 2}" for i in range(40)], own) for own in (s, 3.7 * s + 0.01))
+    (found,), _ = differences(*tallies)
+    assert 0 < abs(found.value) < 1e-12 and (found.low, found.high, found.p) == (0, 0, 1)
+
+
 def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path):
     for name in ("weat10.jsonl", "weat2.jsonl", "sent-weat2.jsonl", "notes.txt"):
         written(tmp_path, name)

@@ -127,7 +127,7 @@ def differences(first: Tally, second: Tally, *, seed: int = 0, samples: int = 10
         if figure.name not in place:
             continue
         j = place[figure.name]
-        change, value = b[j] - a[i], float(value_b[j] - value_a[i])
+        change, value = _change(a[i], b[j]), float(_change(value_a[i], value_b[j]))
         change, units = change[~np.isnan(change)], min(_units(first, figure), _units(second, second.figures[j]))
         if not len(change) or math.isnan(value) or units < 2:
             without.append(figure.name)
@@ -143,6 +143,12 @@ def differences(first: Tally, second: Tally, *, seed: int = 0, samples: int = 10
         found.append(Difference(figure.name, float(value_a[i]), float(value_b[j]), unit, figure.ideal, low, high,
                                 max(2.0 ** (1 - units), p), "paired bootstrap", figure.n))
     return found, without
+
+
+def _change(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """second - first; 0 where that is rounding, which would count as a side of 0."""
+    change = second - first
+    return np.where(np.abs(change) <= 1e-12 * np.maximum(np.abs(first), np.abs(second)), 0.0, change)
 
 
 def _two_sided(change: np.ndarray) -> float:
