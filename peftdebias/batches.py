@@ -230,11 +230,23 @@ def _trouble(sample: Sample) -> str:
     wanted = (("ids", tokens, tokens.size), ("rows", rows, rows.size), ("segments", sample.segments, tokens.size), ("targets", sample.targets, rows.size))
     for name, given, size in wanted:
         array = numpy.asarray(given)
-        if given is not None and (array.shape != (size,) or size and array.dtype.kind not in "iu"):
+        if given is not None and (array.shape != (size,) or size and array.dtype.kind not in ("biu" if name == "segments" else "iu")):
             return f"{name}: expected {size} integers, got {array.dtype} of shape {list(array.shape)}"
     if rows.size and not (0 <= rows.min() and rows.max() < tokens.size and (rows[1:] >= rows[:-1]).all()):
         return f"expected rows from 0 to {tokens.size - 1}, ascending, got {', '.join(map(str, rows[:5].tolist()))}{', ...' if rows.size > 5 else ''}"
     return ""
+
+
+def _sound(samples: list[Sample], lengths: tuple[int, ...], row_lengths: tuple[int, ...], starts: numpy.ndarray) -> bool:
+    """Whether all samples are as `_trouble` wants them, seen at once; where not, or where they are no arrays of integers, each is to be looked at."""
+    for sample, tokens, rows in zip(samples, lengths, row_lengths):
+        given = [(sample.ids, tokens), (sample.rows, rows)]
+        given += [(array, size) for array, size in ((sample.segments, tokens), (sample.targets, rows)) if array is not None]
+        if not all(type(array) is numpy.ndarray and array.dtype.kind == "i" and array.shape == (size,) for array, size in given):
+            return False
+    rows = numpy.concatenate([sample.rows for sample in samples] or [[]])
+    placed = rows + numpy.repeat(starts[:-1], row_lengths)
+    return bool((rows >= 0).all() and (rows < numpy.repeat(lengths, row_lengths)).all() and (placed[1:] >= placed[:-1]).all())
 
 
 def pack(samples: Sequence[Sample]) -> Batch:
@@ -244,11 +256,13 @@ def pack(samples: Sequence[Sample]) -> Batch:
     for number, sample in enumerate(samples):
         if not isinstance(sample, Sample):
             raise ModelError(f"pack: expected a list of Sample, got {type(sample).__name__} at {number}")
-        if trouble := _trouble(sample):
-            raise ModelError(f"pack: sample {number}: {trouble}")
-    lengths = tuple(len(s.ids) for s in samples)
-    row_lengths = tuple(len(s.rows) for s in samples)
+    lengths = tuple(numpy.size(s.ids) for s in samples)
+    row_lengths = tuple(numpy.size(s.rows) for s in samples)
     starts = numpy.concatenate(([0], numpy.cumsum(lengths, dtype=numpy.int64)))
+    if not _sound(samples, lengths, row_lengths, starts):
+        for number, sample in enumerate(samples):
+            if trouble := _trouble(sample):
+                raise ModelError(f"pack: sample {number}: {trouble}")
 
     def join(arrays: list, dtype=numpy.int64) -> Tensor:
         return torch.from_numpy(numpy.concatenate(arrays or [[]]).astype(dtype))

@@ -14,6 +14,7 @@ What is a word character, a space (Python's ``\s``) and a capital is Python's Un
 """
 
 import functools
+import numbers
 import re
 import tomllib
 import zlib
@@ -79,7 +80,7 @@ class Intervention:
                 raise ConfigError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name, least in (("only_from", 0), ("max_variants", 1)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            if value is not None and (not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least):
                 more = " (axis.column(name) gives a column's)" if name == "only_from" else ""
                 raise ConfigError(f"{name}: expected a whole number of at least {least}{more}, got {value!r}")
 

@@ -1,6 +1,6 @@
 """Adapter files, run folders, and writing them whole or not at all.
 
-    RUN/config.toml     every setting as asked for  RUN/metrics.jsonl   one line an event
+    RUN/config.toml     every setting as asked for  RUN/metrics.jsonl   one line an event (of a training: an imported run has none)
     RUN/versions.json   packages, commit, device;   RUN/adapter/        adapter.json, adapter.safetensors; further modules in adapter-2, adapter-3, ...
                         precision and step taken, the runs it was made of
     RUN/model/          Hugging Face layout; only where the base or a head was trained
@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import tomllib
 import warnings
@@ -35,6 +36,8 @@ from .outputs import files_in, keep_apart, tables, writing_folder
 from .tokens import Tokenizer
 
 FORMAT = 1
+WRITERS = ("upstream", "downstream", "import")
+"""The commands that write runs."""
 RUN_FILES = ("config.toml", "versions.json", "metrics.jsonl", "adapter.json")
 SOURCES = ("model", "corpus", "valid", "adapter", "train", "dev", "test", "cache")
 """The keys of a run's configuration that name files, folders and patterns."""
@@ -297,9 +300,14 @@ def load_run(path: str | Path, adapters: tuple[str, ...] | None = (), device: st
 
 def made_of(values: dict) -> dict:
     """The configurations of the runs that one of this configuration begins from, where there are any: {"model": of its base's, "adapter": [of each module's]}; they may be
-    moved later."""
+    moved later. A config.toml beside a model that is none of a run's is another's."""
     def config_of(path: str) -> dict | None:
-        return next((read_config(folder) for folder in (Path(path), Path(path).parent) if is_run(folder)), None)
+        own = Path(path)
+        for folder in (own, own.parent) if re.fullmatch(r"model|adapter(-\d+)?", own.name) else (own,):
+            with contextlib.suppress(ModelError):
+                if (config := read_config(folder))["command"] in WRITERS:
+                    return config
+        return None
 
     model = config_of(values["model"]) if "model" in values else None
     found = [config for path in values.get("adapter", ()) if (config := config_of(path))]

@@ -1,7 +1,7 @@
 """What can be set, in one place: a frozen dataclass per command; its fields are the flags of the command line and the keys of a TOML file.
 
-Order of force: a flag, else the TOML file, else the default here. Unknown keys raise. What was resolved is printed and saved with the run; the saved
-config.toml can be given as --config again.
+Order of force: a flag, else the TOML file, else the default here. Unknown keys raise. All of it is printed and saved with the run, what is None left out (a default
+that depends on another flag, batch_size say); the saved config.toml can be given as --config again.
 """
 
 import math
@@ -306,7 +306,7 @@ class Import:
 
 @settings
 class Demo:
-    """The whole method on a small made-up world, in about two minutes: pretrain a tiny BERT, debias it, classify, measure."""
+    """The whole method on a small made-up world, in a minute or two: pretrain a tiny BERT, debias it, classify, measure."""
 
     out: str = option("folder to write; an earlier demo there is replaced", "runs/demo", metavar="DIR")
     strength: float = option("how strongly occupations are linked to a gender in the pretraining text, from 0 to 1", 0.8)

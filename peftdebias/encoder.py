@@ -15,6 +15,7 @@ Papers: Devlin et al. 2019 (BERT), Liu et al. 2019 (RoBERTa).
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
@@ -304,7 +305,9 @@ class Model(nn.Module):
         if self.classifier is None:
             raise ModelError("classification: expected a model with a classifier, got one without (train one with `peftdebias downstream`)")
         if isinstance(batch, Batch) and not batch.firsts and batch.lengths:
-            raise ModelError("class_logits: expected a batch whose only rows are the texts' first, Sample(ids, numpy.array([0])) each")
+            if not torch.equal(batch.rows, batch.cu_seqlens[:-1].long()):
+                raise ModelError("class_logits: expected a batch whose only rows are the texts' first, Sample(ids, numpy.array([0])) each")
+            batch = dataclasses.replace(batch, firsts=True)  # made by hand
         head, hidden = self.classifier, self.encoder(batch)
         first, second = (self.encoder.drop(3 * self.config.layers + n, self.config.classifier_dropout) for n in (1, 2))
         if self.config.kind == "roberta":

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
 from .axes import Axis
-from .cda import Family, Intervention, counterfactuals
+from .cda import Family, Intervention, lexicon
 from .cda_engine import engine, expand
 from .errors import DataError
 
@@ -23,13 +23,17 @@ PLACES = 2 ** 32
 def place_of(family: Family, axis: Axis | None = None) -> int:
     """Where a family stands among all, 0 to PLACES - 1: by its text with every attribute word cut out, whatever space stands around it; with `axis` by all words of it, whichever
     of them the family's variants replace. No CRC-32, by which prepare.py chooses the development examples: a corpus without these shall not be one without validation texts."""
-    text, variants = family.text, family.variants if axis is None else counterfactuals(family.text, axis)
-    swaps = variants[0].swaps if len(variants) == 1 else sorted({swap for variant in variants for swap in variant.swaps}, key=lambda swap: swap.start)
+    text, variants = family.text, family.variants
+    if axis is not None:
+        places = [found.span() for found in lexicon(axis).find(text)]
+    else:
+        swaps = variants[0].swaps if len(variants) == 1 else sorted({swap for variant in variants for swap in variant.swaps}, key=lambda swap: swap.start)
+        places = [(swap.start, swap.end) for swap in swaps]
     pieces, done = [], 0
-    for swap in swaps:
-        if swap.end > done:
-            pieces.append(text[done:swap.start])
-            done = swap.end
+    for start, end in places:
+        if end > done:
+            pieces.append(text[done:start])
+            done = end
     pieces.append(text[done:])
     return int.from_bytes(hashlib.blake2b("\0".join(pieces).strip().encode("utf-8", "surrogatepass"), digest_size=4).digest(), "big")
 

@@ -86,7 +86,7 @@ def perplexity(run: Run, path: str, settings: Evaluate) -> Result:
     texts = [t.text for t in corpus.read_texts([path], settings.text)]
     longest = longest_of(run, settings)
     encoded = run.tokenizer.encode(texts, max_length=longest)
-    samples = masked_samples([e.ids for e in encoded], run.tokenizer, numpy.random.default_rng([settings.seed, 4]))
+    samples = masked_samples([[e.ids] for e in encoded], run.tokenizer, numpy.random.default_rng([settings.seed, 4]))
     sums, counts = masked_lm_nll(run.model, samples, settings.batch_tokens)
     if not counts.sum():
         raise DataError(f"{path}: expected words to mask, got none")

@@ -94,6 +94,7 @@ def kind(path) -> str:
         raise DataError(f"{path}: expected a file, got a folder")
     if not path.exists():
         raise DataError(f"{path}: no such file")
+    refuse_pickle(path)
     name = path.name.lower().removesuffix(".gz")
     found = name.rpartition(".")[2]
     if found not in FORMATS or "." not in name:
@@ -101,6 +102,13 @@ def kind(path) -> str:
         pipe = "; of standard input lines of text are read, by augment and upstream as -, by predict without FILE" if path.is_fifo() else ""
         raise DataError(f"{path}: expected a file named {expected}, or one of these with .gz, got '{Path(name).suffix}'{pipe}")
     return found
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises DataError on a file that is one by its name, unread, with a way out."""
+    if path.suffix.lower() in (".pkl", ".pickle"):
+        raise DataError(f"{path}: expected csv, tsv or jsonl, got a pickle, which can run any program when it is read; export it once where you trust it: "
+                        f"python -c \"import pandas; pandas.DataFrame(pandas.read_pickle('{path.name}')).to_csv('{path.stem}.csv', index=False)\"")
 
 
 class Copies:

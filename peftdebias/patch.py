@@ -31,7 +31,7 @@ def _expect_model(model: Model, what: str, besides: str = "") -> None:
 
 def attach(model: Model, name: str, method: Method) -> None:
     """Attach `method` as `name` (the axis it was learnt on, say). Outputs change as its hooks say; the base's parameters stay as they are, the method's move to its device
-    and dtype.
+    and dtype, and stay so when it is detached (16 bits round them).
 
     Raises AdapterError on a name in use or one with a "/", a method that is attached already, a base that is no module (Full-Debias), a method made for a base of other sizes, or a site that the model does not have.
     """

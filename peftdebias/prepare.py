@@ -19,11 +19,11 @@ from pathlib import Path
 from . import corpus
 from .corpus import Example
 from .errors import ConfigError, DataError
+from .lines import refuse_pickle
 from .outputs import writing
 
 SPLITS = ("train", "dev", "test", "valid", "validation")
 """What files of many data sets are called, so that the name alone tells of none."""
-PICKLES = (".pkl", ".pickle")
 _LINK = re.compile(r"(?:https?://|www\.)\S+", re.IGNORECASE)
 _MENTION = re.compile(r"(?<!\w)@\w+")
 
@@ -120,9 +120,7 @@ def read_texts(source: Source, data: Path) -> list[Example]:
 @contextlib.contextmanager
 def _readable(path: Path, columns: Sequence[str]) -> Iterator[Path]:
     """The file itself where corpus.py reads it; a parquet file's columns as jsonl, gone when the block ends. Raises DataError on a pickle."""
-    if path.suffix in PICKLES:
-        raise DataError(f"{path}: expected csv, tsv, jsonl or parquet, got a pickle, which can run any program when it is read; export it once where you trust it: "
-                        f"python -c \"import pandas; pandas.DataFrame(pandas.read_pickle('{path.name}')).to_csv('{path.stem}.csv', index=False)\"")
+    refuse_pickle(path)
     if path.suffix != ".parquet":
         yield path
         return

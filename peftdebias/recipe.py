@@ -53,7 +53,6 @@ class Learning:
     max_length: int = 256
     train_of: str | None = None
     measures: tuple[str, ...] = ()
-    max_pairs: int = 20000
 
     def __post_init__(self):
         at_least(1, self, "steps", "valid_every", called=str)
@@ -82,6 +81,7 @@ class Task:
 
     def __post_init__(self):
         at_least(1, self, "epochs", called=str)
+        at_least(0, self, "max_pairs", called=str)
         _check_schedule(self)
         if not 0 < self.dev_share < 1:
             raise ConfigError(f"dev_share: expected more than 0 and less than 1, got {self.dev_share}")
@@ -95,7 +95,6 @@ class Task:
 def _check_schedule(part: Learning | Task) -> None:
     at_least(1, part, "batch_size", called=str)
     at_least(LEAST, part, "max_length", called=str)
-    at_least(0, part, "max_pairs", called=str)
     if not 0 < part.lr < math.inf:
         raise ConfigError(f"lr: expected a finite number above 0, got {part.lr}")
 

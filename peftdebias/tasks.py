@@ -6,7 +6,7 @@ them: `masked_lm_nll`, `class_probabilities`, `sentence_vectors`. Questions of o
 Letters: B texts, M rows asked for, C labels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy
 import torch
@@ -105,12 +105,13 @@ def sentence_vectors(model: Model, samples: Sequence[Sample], pooling: str = "fi
 
 # ---------------------------------------------------------------- samples
 
-def masked_samples(encoded: Sequence[numpy.ndarray], tokenizer: Tokenizer, generator: numpy.random.Generator) -> list[Sample]:
-    """Each text masked by tokens.mask_tokens; rows and targets are what was masked."""
+def masked_samples(families: Iterable[Sequence[numpy.ndarray]], tokenizer: Tokenizer, generator: numpy.random.Generator) -> list[Sample]:
+    """Each text of each family masked by tokens.mask_tokens; rows and targets are what was masked."""
     samples = []
-    for i, ids in enumerate(encoded):
-        masked, rows, targets = mask_tokens(ids, tokenizer, generator)
-        samples.append(Sample(masked, rows, targets, family=i))
+    for family, members in enumerate(families):
+        for ids in members:
+            masked, rows, targets = mask_tokens(ids, tokenizer, generator)
+            samples.append(Sample(masked, rows, targets, family=family))
     return samples
 
 
@@ -194,7 +195,7 @@ class MaskedLM:
 
     def __init__(self, batches: Callable[[int], Iterator[Packed]], held_out: Sequence[Sequence[numpy.ndarray]], tokenizer: Tokenizer, *, seed: int):
         self.batches = batches
-        self.held_out = masked_samples([ids for family in held_out for ids in family], tokenizer, numpy.random.default_rng([seed, 1]))
+        self.held_out = masked_samples(held_out, tokenizer, numpy.random.default_rng([seed, 1]))
         if not any(len(s.rows) for s in self.held_out):
             raise DataError("validation texts: expected words to mask, got none but special and unknown tokens")
 

@@ -63,12 +63,13 @@ class Tokenizer:
         for what, given in (("texts", texts), ("pairs", pairs)):
             if isinstance(given, str):
                 raise ConfigError(f"{what}: expected a list of texts, got one text: [{given[:20]!r}]")
+        texts, pairs = list(texts), None if pairs is None else list(pairs)
         if pairs is not None and len(pairs) != len(texts):
             raise ConfigError(f"pairs: expected {len(texts)}, one for each text, got {len(pairs)}")
-        first = [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        first = [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         if pairs is None:
             return [self._assemble(a, None, max_length) for a in first]
-        second = [e.ids for e in self.backend.encode_batch_fast(list(pairs), add_special_tokens=False)]
+        second = [e.ids for e in self.backend.encode_batch_fast(pairs, add_special_tokens=False)]
         return [self._assemble(a, b, max_length) for a, b in zip(first, second)]
 
     def encode_flat(self, texts: Sequence[str], max_length: int = 512) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:

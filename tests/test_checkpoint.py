@@ -311,6 +311,19 @@ def test_a_run_whose_configuration_is_broken_is_named(tmp_path):
         checkpoint.read_config(tmp_path / "none")
 
 
+@pytest.mark.parametrize("text", ['title = "x', 'command = "build"', 'model = "bert"', 'command = "upstream"\nmodel = 5'])
+def test_a_configuration_beside_a_model_that_is_no_runs_is_left_alone(text, tmp_path):
+    """A settings file of the user's own, or of another program."""
+    (tmp_path / "config.toml").write_text(text)
+    for name in ("bert", "model", "adapter", "adapter-2"):
+        assert checkpoint.made_of({"model": str(tmp_path / name), "adapter": [str(tmp_path / name), str(tmp_path)]}) == {}
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text('command = "upstream"\nseed = 3')
+    found = {"command": "upstream", "seed": 3}
+    assert checkpoint.made_of({"model": str(run / "model"), "adapter": [str(run), str(run / "adapter-2"), str(run / "other")]}) == {"model": found, "adapter": [found, found]}
+
+
 def test_a_run_s_configuration_says_of_what_command(tmp_path):
     (tmp_path / "config.toml").write_text("")
     with pytest.raises(ModelError, match=f"^{tmp_path}/config.toml: expected the configuration of a run, got one without a command$"):

@@ -138,10 +138,10 @@ def test_huge_fields_are_read(file):
 def test_errors_of_files(tmp_path, file):
     assert message(lambda: read_texts([tmp_path / "no.txt"])) == f"{tmp_path / 'no.txt'}: no such file"
     assert message(lambda: read_texts([tmp_path])) == f"{tmp_path}: expected a file, got a folder"
-    pickle = file("bios.pkl", "x")
-    assert message(lambda: read_texts([pickle])) == (
-        f"{pickle}: expected a file named .txt, .csv, .tsv, .jsonl, or one of these with .gz, got '.pkl'"
-    )
+    other = file("bios.xlsx", "x")
+    assert message(lambda: read_texts([other])) == f"{other}: expected a file named .txt, .csv, .tsv, .jsonl, or one of these with .gz, got '.xlsx'"
+    pickle = file("BIOS.pkl", "x")
+    assert message(lambda: read_texts([pickle])).startswith(f"{pickle}: expected csv, tsv or jsonl, got a pickle, which can run any program when it is read; export it once ")
     os.mkfifo(tmp_path / "pipe")  # `<(...)` of a shell: what it holds is not read to find out
     assert message(lambda: read_texts([tmp_path / "pipe"])).endswith("got ''; of standard input lines of text are read, by augment and upstream as -, by predict without FILE")
     for name, content in [("a.txt", ""), ("b.txt", "\n \n"), ("a.csv", "text\n"), ("a.jsonl", ""), ("a.tsv", "text\tl\n")]:

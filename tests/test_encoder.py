@@ -1,5 +1,6 @@
 """The encoder equals transformers, a plain twin (plain.py), and itself: packed as padded, rows asked for as all rows."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -314,7 +315,9 @@ def test_a_classifier_reads_first_tokens_alone():
     for rows in (numpy.array([3]), numpy.arange(9)):
         with pytest.raises(ModelError, match="class_logits: expected a batch whose only rows are the texts' first"):
             model.class_logits(pack([Sample(ids, rows)]))
-    assert model.class_logits(pack([Sample(ids, numpy.array([0]))])).shape == (1, len(LABELS)) and model.class_logits(pack([])).shape == (0, len(LABELS))
+    batch = pack([Sample(ids, numpy.array([0])), Sample(ids[:3], numpy.array([0]))])
+    assert torch.equal(model.class_logits(batch), model.class_logits(dataclasses.replace(batch, firsts=False)))  # made by hand
+    assert model.class_logits(batch).shape == (2, len(LABELS)) and model.class_logits(pack([])).shape == (0, len(LABELS))
 
 
 def test_a_batch_elsewhere_is_named():

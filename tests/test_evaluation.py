@@ -69,7 +69,7 @@ def test_perplexity_is_its_definition(small, tmp_path):  # noqa: F811
     done("evaluate", small.base, "--on", f"perplexity={small.heldout}", "--seed", 3, "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
     run, found = load_run(small.base), by_name(tmp_path / "m.json")
     texts = small.heldout.read_text().splitlines()
-    samples = masked_samples([e.ids for e in run.tokenizer.encode(texts)], run.tokenizer, numpy.random.default_rng([3, 4]))
+    samples = masked_samples([[e.ids] for e in run.tokenizer.encode(texts)], run.tokenizer, numpy.random.default_rng([3, 4]))
     nll = []
     for s in samples:
         with torch.no_grad():

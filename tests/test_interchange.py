@@ -87,8 +87,12 @@ def test_merged_is_one_plain_model(name, head, runs, tmp_path):
 
 
 def test_hf_is_the_runs_model(runs, tmp_path):
-    done("export", runs / "plain", "--as", "hf", "--out", tmp_path / "hf")
-    assert {n: s for n, s in tree(tmp_path / "hf").items() if n != "README.md"} == tree(runs / "plain" / "model")
+    """With what others have put there."""
+    shutil.copytree(runs / "plain", tmp_path / "run")
+    (tmp_path / "run" / "model" / "onnx").mkdir()
+    (tmp_path / "run" / "model" / "onnx" / "model.onnx").write_text("other")
+    done("export", tmp_path / "run", "--as", "hf", "--out", tmp_path / "hf")
+    assert {n: s for n, s in tree(tmp_path / "hf").items() if n != "README.md"} == tree(tmp_path / "run" / "model")
 
 
 def test_the_card(runs, tmp_path):

@@ -67,7 +67,7 @@ def test_a_pickle_is_refused_unread_with_a_way_out(tmp_path):
             return (open, (str(tmp_path / "sprung"), "w"))
 
     (tmp_path / "train.pickle").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(DataError, match=r"train.pickle: expected csv, tsv, jsonl or parquet, got a pickle, .*to_csv\('train.csv', index=False\)"):
+    with pytest.raises(DataError, match=r"train.pickle: expected csv, tsv or jsonl, got a pickle, .*to_csv\('train.csv', index=False\)"):
         read(Source(file=("train.pickle",)), tmp_path)
     assert not (tmp_path / "sprung").exists()
 

@@ -127,6 +127,8 @@ def test_the_shipped_recipes_are_whole():
     ("seeds = 2", 'seeds = "2"', "seeds: expected a whole number, got '2'"),
     ("steps = 30", 'steps = "many"', r"\[upstream\]: steps: expected a whole number, got 'many'"),
     ("steps = 30", "step = 30", r"\[upstream\]: unknown key 'step'"),
+    ("steps = 30", "steps = 30\nmax_pairs = 7", r"\[upstream\]: unknown key 'max_pairs'"),
+    ('name = "moved"', 'name = "moved"\nmax_pairs = -1', r"\[\[task\]\] moved: max_pairs: expected at least 0, got -1"),
     ('train_of = "jobs"', "", r"\[upstream\]: expected either file or train_of"),
     ('train_of = "jobs"', 'train_of = "job"', r"\[upstream\]: train_of: expected one of jobs, moved, got 'job'"),
     ('name = "moved"', 'name = "jobs"', r"\[\[task\]\]: expected one or more, each with a name of its own, got jobs, jobs"),

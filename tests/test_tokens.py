@@ -435,3 +435,4 @@ def test_one_text_in_place_of_several_and_pairs_of_another_number_are_refused(to
                              ((["he", "she"], ["a"]), "pairs: expected 2, one for each text, got 1")):
         with pytest.raises(ConfigError, match=words):
             toy.encode(*arguments)
+    assert [e.ids.tolist() for e in toy.encode(iter(["he", "she"]), iter(["a", "b"]))] == [e.ids.tolist() for e in toy.encode(["he", "she"], ["a", "b"])]

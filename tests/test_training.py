@@ -339,6 +339,7 @@ def test_a_family_is_never_parted_and_comes_once_an_epoch(batch):
             assert sum(one.lengths) <= batch.get("batch_tokens", 9999) or len(set(one.family.tolist())) == 1
             seen += set(one.family.tolist())
         assert sorted(seen) == list(range(len(sizes)))
+    assert [s.family for s in masked_lm().held_out] == [0, 0, 1, 1]
 
 
 def ids_of(task, number):

@@ -7,7 +7,7 @@ from torch.nn import Linear, Parameter
 
 from .. import checkpoint, methods, patch, weights
 from ..errors import AdapterError, ConfigError, ModelError
-from ..outputs import FULL, keep_apart, writing_folder
+from ..outputs import FULL, files_in, keep_apart, writing_folder
 from . import peft
 from .card import card
 from .folders import CONFIG
@@ -34,11 +34,13 @@ def export_adapter(run: str | Path, form: str, out: str | Path, overwrite: bool 
             if modules:
                 raise AdapterError(f"{run}: a model folder cannot hold its {' and '.join(modules)}; {_other_forms(modules)}")
             loaded = checkpoint.load_run(run)
-            for file in sorted((run / "model").iterdir()):
+            for file in sorted(files_in(run / "model")):
+                place = file.relative_to(run / "model")
                 try:
-                    shutil.copyfile(file, folder / file.name)
+                    (folder / place).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, folder / place)
                 except OSError as error:
-                    raise OSError(error.errno, error.strerror, str(Path(out) / file.name) if error.errno in FULL else str(file)) from None
+                    raise OSError(error.errno, error.strerror, str(Path(out) / place) if error.errno in FULL else str(file)) from None
         elif not modules:
             raise AdapterError(f"{run}: expected a run with a module, found none; --as hf writes its model")
         else:
