@@ -8,6 +8,7 @@
 What it adds over metrics/: reading the files, the run's columns and labels, and what a user is told when they do not fit.
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -64,6 +65,8 @@ def classification_measures(predicted: list[str], examples, labels: tuple[str, .
                 found += gap.as_measures()
                 if gap.left_out:
                     notes.append(f"TPR-GAP: left out, without positives of both groups: {', '.join(gap.left_out)}")
+                if single := [m.name.removeprefix("tpr-gap/class/") for m in gap.classes if math.isnan(m.low)]:
+                    notes.append(f"TPR-GAP: without an interval, of a single example in one group: {', '.join(single)}")
             fair = fairness(predicted, truth, groups, classes=labels, seed=seed, samples=samples, shuffles=min(200, samples))
             found += fair.measures
             if fair.left_out:

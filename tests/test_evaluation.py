@@ -129,7 +129,8 @@ def test_what_cannot_be_measured_is_left_out_or_named_with_its_file():
     found, notes = classification_measures(["0", "1", "0"], [example("0", "f"), example("0", "m"), example("1", "f")], ("0", "1"), where="f.csv", samples=5)
     assert [m.name for m in found] == ["accuracy", "f1/macro", "f1/1", "tpr-gap/rms", "tpr-gap/rms-shuffled", "tpr-gap/class/0", "demographic-parity",
                                        "demographic-parity/shuffled"]
-    assert notes == ["TPR-GAP: left out, without positives of both groups: 1", "equalized-odds: left out, without examples of them, or of others, in two groups: 0, 1"]
+    assert notes == ["TPR-GAP: left out, without positives of both groups: 1", "TPR-GAP: without an interval, of a single example in one group: 0",
+                     "equalized-odds: left out, without examples of them, or of others, in two groups: 0, 1"]
     found, notes = classification_measures(["0", "1", "0"], [example("0", "f"), example("0", "m"), example("1", "x")], ("0", "1"), where="f.csv", samples=5)
     assert [m.name for m in found][3:] == ["demographic-parity", "demographic-parity/shuffled"] and notes[0] == "f.csv: no TPR-GAP, which is of 2 groups; 3 groups here"
     with pytest.raises(DataError, match="^f.csv: expected 2 groups, got 1: f$"):
