@@ -331,7 +331,7 @@ def test_evaluations_with_other_options_or_files_are_told(tmp_path):
     _, data = written(tmp_path, tmp_path / "lora", tmp_path / "bias")
     both = "lora/evaluation.json unlike bias/evaluation.json"
     assert data["sources"][0]["about"]["measured unlike"] == f"--on perplexity: {both}; --sentence-vector: {both}; --text: {both}"
-    (tmp_path / "bias" / "evaluation-base.json").write_text(json.dumps({"measures": [measure("mlm-loss", 3.0)], "settings": {"on": 3}, "files": {}}))
+    (tmp_path / "bias" / "evaluation-base.json").write_text(json.dumps({"measures": [measure("mlm-loss", 3.0)], "settings": {"on": ["seat=s"]}, "files": {"s": 3}}))
     assert len(written(tmp_path, tmp_path / "lora", tmp_path / "bias")[1]["sources"][0]["results"]) == 3
 
 

@@ -110,7 +110,7 @@ def read_asked(path: Path) -> tuple[dict, dict]:
     """(the settings of `evaluate`, sha256 of each file that was measured on), of a file of its `--json`; empty where it does not say."""
     found = read_json(path)
     settings, files = (found.get(key) for key in ("settings", "files")) if isinstance(found, dict) else (None, None)
-    told = isinstance(settings, dict) and isinstance(files, dict) and isinstance(settings.get("on"), list) and all(isinstance(entry, str) for entry in settings["on"])
+    told = isinstance(settings, dict) and isinstance(files, dict) and isinstance(settings.get("on"), list) and all(isinstance(v, str) for v in (*settings["on"], *files.values()))
     return (settings, files) if told else ({}, {})
 
 
