@@ -256,8 +256,7 @@ def pack(samples: Sequence[Sample]) -> Batch:
     for number, sample in enumerate(samples):
         if not isinstance(sample, Sample):
             raise ModelError(f"pack: expected a list of Sample, got {type(sample).__name__} at {number}")
-    lengths = tuple(numpy.size(s.ids) for s in samples)
-    row_lengths = tuple(numpy.size(s.rows) for s in samples)
+    lengths, row_lengths = (tuple(a.size if type(a) is numpy.ndarray else numpy.asarray(a).size for a in arrays) for arrays in ([s.ids for s in samples], [s.rows for s in samples]))
     starts = numpy.concatenate(([0], numpy.cumsum(lengths, dtype=numpy.int64)))
     if not _sound(samples, lengths, row_lengths, starts):
         for number, sample in enumerate(samples):

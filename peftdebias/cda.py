@@ -293,6 +293,13 @@ def _possessive(text: str, start: int, end: int, after: str) -> tuple[int, str]:
     return end, after
 
 
+def possessive_end(text: str, end: int) -> int:
+    """Where a word that ends at `end` ends with the 's or the ' that is joined to it, whether a swap changes that or not."""
+    if text[end : end + 1] not in _APOSTROPHES:
+        return end
+    return end + 2 if text[end + 1 : end + 2] in ("s", "S") and not _word_at(text, end + 2) else end + 1
+
+
 def takes_bare_apostrophe(word: str) -> bool:
     """Whether a word in lower case can be a possessive with ' alone (ladies', james'); 'his' in quotes is none."""
     return word.endswith("s") and word not in PRONOUNS

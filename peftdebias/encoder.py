@@ -305,7 +305,7 @@ class Model(nn.Module):
         if self.classifier is None:
             raise ModelError("classification: expected a model with a classifier, got one without (train one with `peftdebias downstream`)")
         if isinstance(batch, Batch) and not batch.firsts and batch.lengths:
-            if not torch.equal(batch.rows, batch.cu_seqlens[:-1].long()):
+            if set(batch.row_lengths) != {1} or not torch.equal(batch.rows, batch.cu_seqlens[:-1].long()):
                 raise ModelError("class_logits: expected a batch whose only rows are the texts' first, Sample(ids, numpy.array([0])) each")
             batch = dataclasses.replace(batch, firsts=True)  # made by hand
         head, hidden = self.classifier, self.encoder(batch)

@@ -130,23 +130,27 @@ def evaluate(settings: Evaluate) -> Result:
     keep_apart({"--json": settings.json, "--examples": settings.examples},
                [*measured, *inside, *checkpoint.files_of(settings.model, *settings.adapter), settings.terms, *tables(settings.axis)])
     with contextlib.ExitStack() as opened:
+        made_from = _made_from(settings) if settings.json else {}  # before there is a file of ours among them
         files = {name: opened.enter_context(writing(path)) for name in ("json", "examples") if (path := getattr(settings, name))}
         run = checkpoint.load_run(settings.model, settings.adapter, pick_device(settings.device), settings.force)
         result = evaluate_run(run, settings)
         if len(run.sources) > 1:
             result.notes[:0] = [f"module {name}: {folder}" for name, folder in run.sources.items()]
         if "json" in files:
-            files["json"].write(json.dumps({"measures": [m.as_json() for m in result.measures], "settings": as_plain(settings), "files": _digests(settings)}, indent=2) + "\n")
+            files["json"].write(json.dumps({"measures": [m.as_json() for m in result.measures]} | made_from, indent=2) + "\n")
         if "examples" in files:
             files["examples"].writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in result.examples)
     return result
 
 
-def _digests(settings: Evaluate) -> dict[str, str]:
-    """path -> sha256 of each file that figures are of; of a folder of what is no result in it. A pipe has been read and has none."""
-    named = [Path(path) for path in (*(path for _, path in parse_on(settings.on)), settings.terms, *tables(settings.axis)) if path]
+def _made_from(settings: Evaluate) -> dict:
+    """{"settings", "files": path -> sha256 of each file that figures are of; of a folder of what is no result in it}. The terms that templates come with are named; a pipe can be
+    read once, and has no sum."""
+    on = parse_on(settings.on)
+    terms = settings.terms or next((str(beside) for name, path in on if name == "iptts" and (beside := extrinsic.terms_beside(path))), None)
+    named = [Path(path) for path in (*(path for _, path in on), terms, *tables(settings.axis)) if path]
     found = [file for path in named for file in ([path] if path.is_file() else sorted(f for f in files_in(path) if f.suffix != ".json"))]
-    return {str(file): digest(file) for file in found}
+    return {"settings": as_plain(dataclasses.replace(settings, terms=terms)), "files": {str(file): digest(file) for file in found}}
 
 
 # ---------------------------------------------------------------- predict

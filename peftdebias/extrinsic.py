@@ -92,7 +92,7 @@ def iptts(run: Run, path: str, settings: Evaluate) -> Result:
     positive = _positive(run, settings, entry)
     if column(run, settings, "text_pair"):
         raise ModelError(f"--on {entry}: expected a run on single texts, got one on pairs")
-    terms = read_terms(settings.terms or _terms_beside(path) or _terms(settings, entry))
+    terms = read_terms(settings.terms or terms_beside(path) or _terms(settings, entry))
     examples = corpus.read_examples(path, text=IPTTS_TEXT, label=IPTTS_LABEL)
     for e in examples:
         if e.label not in ("0", "1"):
@@ -106,7 +106,7 @@ def check_asked(name: str, path: str, labels: tuple[str, ...], *, positive: str 
     """Raises ConfigError where the measure `name` of a run with these labels could not be computed for want of a word of the user's. positive: as positive_label gives it."""
     if name in ("fprd", "iptts") and positive is None:
         raise ConfigError(f"positive: expected the hateful label, one of {', '.join(labels)}, got none")
-    if terms is None and (name == "fprd" or name == "iptts" and _terms_beside(path) is None):
+    if terms is None and (name == "fprd" or name == "iptts" and terms_beside(path) is None):
         raise ConfigError(f"terms: expected a file of identity terms for {name}{', or identity.csv beside it' if name == 'iptts' else ''}, got none")
     if name == "bias-nli":
         try:
@@ -115,7 +115,7 @@ def check_asked(name: str, path: str, labels: tuple[str, ...], *, positive: str 
             raise ConfigError(f"neutral: expected the label that means neutral, one of {', '.join(labels)}, got {neutral or 'none'}") from None
 
 
-def _terms_beside(path: str) -> Path | None:
+def terms_beside(path: str) -> Path | None:
     """The identity terms that the templates come with."""
     return beside if (beside := Path(path).with_name("identity.csv")).exists() else None
 

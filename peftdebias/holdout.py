@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
 from .axes import Axis
-from .cda import Family, Intervention, lexicon
+from .cda import Family, Intervention, lexicon, possessive_end
 from .cda_engine import engine, expand
 from .errors import DataError
 
@@ -21,11 +21,11 @@ PLACES = 2 ** 32
 
 
 def place_of(family: Family, axis: Axis | None = None) -> int:
-    """Where a family stands among all, 0 to PLACES - 1: by its text with every attribute word cut out, whatever space stands around it; with `axis` by all words of it, whichever
-    of them the family's variants replace. No CRC-32, by which prepare.py chooses the development examples: a corpus without these shall not be one without validation texts."""
+    """Where a family stands among all, 0 to PLACES - 1: by its text with every attribute word cut out, whatever space stands around it; with `axis` by all words of it and the
+    possessives behind them, whichever of them the family's variants replace. No CRC-32, by which prepare.py chooses the development examples: a corpus without these shall not be one without validation texts."""
     text, variants = family.text, family.variants
     if axis is not None:
-        places = [found.span() for found in lexicon(axis).find(text)]
+        places = [(found.start(), possessive_end(text, found.end())) for found in lexicon(axis).find(text)]
     else:
         swaps = variants[0].swaps if len(variants) == 1 else sorted({swap for variant in variants for swap in variant.swaps}, key=lambda swap: swap.start)
         places = [(swap.start, swap.end) for swap in swaps]

@@ -106,7 +106,7 @@ def kind(path) -> str:
 
 def refuse_pickle(path: Path) -> None:
     """Raises DataError on a file that is one by its name, unread, with a way out."""
-    if path.suffix.lower() in (".pkl", ".pickle"):
+    if path.name.lower().removesuffix(".gz").endswith((".pkl", ".pickle")):
         raise DataError(f"{path}: expected csv, tsv or jsonl, got a pickle, which can run any program when it is read; export it once where you trust it: "
                         f"python -c \"import pandas; pandas.DataFrame(pandas.read_pickle('{path.name}')).to_csv('{path.stem}.csv', index=False)\"")
 

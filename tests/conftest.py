@@ -1,5 +1,6 @@
 """What every test file may use: the fixture `shared`, the marks `slow` and `gpu` (described in pyproject.toml), and no network."""
 
+import fnmatch
 import os
 from pathlib import Path
 
@@ -24,16 +25,18 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def tidy():
-    """Whatever a test writes lies in its own tmp_path: a name that is new in the checkout, and that git does not ignore, is an error of the last test."""
-    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
+def tidy(request):
+    """Whatever a test writes lies in its own tmp_path: a folder that is new in the checkout, and that git does not ignore, is an error of the last test."""
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()] if (ROOT / ".gitignore").exists() else []
+    ignored += [".*", "__pycache__", os.path.basename(request.config.getoption("basetemp") or "")]
 
-    def names():
-        return {name for name in os.listdir(ROOT) if not name.startswith(".")} - ignored
+    def folders():
+        return {entry.name for entry in os.scandir(ROOT) if entry.is_dir() and not any(fnmatch.fnmatch(entry.name, pattern) for pattern in ignored)}
 
-    before = names()
+    before = folders()
     yield
-    assert names() == before, f"the tests left {', '.join(sorted(names() ^ before))} in {ROOT}"
+    left = folders() - before
+    assert not left, f"the tests left {', '.join(sorted(left))} in {ROOT}"
 
 
 def pytest_collection_modifyitems(items):

@@ -211,4 +211,5 @@ def test_a_sample_whose_arrays_do_not_fit_is_named(changes, words):
 def test_what_is_as_good_as_an_array_of_integers_is_packed():
     whole = sample(5, 6, 7, 8, rows=(1, 3), targets=(7, 8))
     alike = Sample([5, 6, 7, 8], np.array([1, 3], np.uint8), [7, 8], np.zeros(4, bool))
+    assert torch.equal(pack([Sample(torch.tensor([5, 6]), torch.tensor([1]))]).ids, torch.tensor([5, 6]))
     assert all(torch.equal(getattr(pack([alike, whole]), name), getattr(pack([whole, whole]), name)) for name in ("ids", "rows", "targets", "segments", "cu_seqlens"))

@@ -140,8 +140,9 @@ def test_errors_of_files(tmp_path, file):
     assert message(lambda: read_texts([tmp_path])) == f"{tmp_path}: expected a file, got a folder"
     other = file("bios.xlsx", "x")
     assert message(lambda: read_texts([other])) == f"{other}: expected a file named .txt, .csv, .tsv, .jsonl, or one of these with .gz, got '.xlsx'"
-    pickle = file("BIOS.pkl", "x")
-    assert message(lambda: read_texts([pickle])).startswith(f"{pickle}: expected csv, tsv or jsonl, got a pickle, which can run any program when it is read; export it once ")
+    for name in ("BIOS.pkl", "bios.pickle.gz"):
+        pickle = file(name, "x")
+        assert message(lambda: read_texts([pickle])).startswith(f"{pickle}: expected csv, tsv or jsonl, got a pickle, which can run any program when it is read; export it once ")
     os.mkfifo(tmp_path / "pipe")  # `<(...)` of a shell: what it holds is not read to find out
     assert message(lambda: read_texts([tmp_path / "pipe"])).endswith("got ''; of standard input lines of text are read, by augment and upstream as -, by predict without FILE")
     for name, content in [("a.txt", ""), ("b.txt", "\n \n"), ("a.csv", "text\n"), ("a.jsonl", ""), ("a.tsv", "text\tl\n")]:

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from peftdebias.axes import load_axis
-from peftdebias.cda import PAPER, Intervention, families
+from peftdebias.cda import PAPER, Family, Intervention, counterfactuals, families
 from peftdebias.errors import DataError
 from peftdebias.holdout import HeldOut, beside, choose, first_families, place_of
 from peftdebias.prepare import in_dev
@@ -80,6 +80,13 @@ def test_a_text_whose_words_are_replaced_in_part_is_with_its_counterfactuals_too
         for family in families(corpus, axis, how):
             sides[rule(family)] |= set(family.members)
         assert sides[True] and sides[False] and not sides[True] & sides[False]
+
+
+@pytest.mark.parametrize("text", ["The gentlemen's car is new.", "the ladies' house", "he's at the king's", "'his' was hers", "the waitress' and the waiter's coat", "the women's day", "his wife's sons' rooms"])
+def test_a_possessive_goes_with_its_word(text):
+    """Where all words of a text are cut out, whichever its variants replace: gentlemen's and ladies' leave the same."""
+    found = {place_of(Family(one, (), 0), GENDER) for one in (text, *(variant.text for variant in counterfactuals(text, GENDER)))}
+    assert len(found) == 1 and counterfactuals(text, GENDER)
 
 
 def test_the_share_is_that_of_families_and_not_that_of_development_examples():

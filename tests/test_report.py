@@ -326,6 +326,12 @@ def test_evaluations_with_other_options_or_files_are_told(tmp_path):
     assert "measured unlike" not in data["sources"][0]["about"]
     for words in ("peftdebias evaluate m --on perplexity=a.txt --on seat=s", "peftdebias evaluate m --on seat=t/s --on perplexity=b.txt --label job"):
         assert words in text, words
+    same = asked(("iptts=i", "perplexity=pipe"), {"i": "4", "u/t": "9"}, terms="u/t", force=True), asked(("iptts=./i", "perplexity=a"), {"i": "4", "t": "9", "a": "1"}, terms="./t")
+    for kind, evaluation in zip(("lora", "bias"), same):  # the same terms by another path; what came through a pipe is not known
+        (tmp_path / kind / "evaluation.json").write_text(json.dumps({"measures": [measure("mlm-loss", 3.0)]} | evaluation))
+    text, data = written(tmp_path, tmp_path / "lora", tmp_path / "bias")
+    assert "measured unlike" not in data["sources"][0]["about"] and "--terms u/t --force" in text
+    (tmp_path / "lora" / "evaluation.json").write_text(json.dumps({"measures": [measure("mlm-loss", 3.0)]} | asked(("perplexity=a.txt", "seat=s"), {"a.txt": "1", "s/one.jsonl": "2"})))
     other = asked(("perplexity=b.txt", "seat=s"), {"b.txt": "3", "s/one.jsonl": "2"}, text="body", sentence_vector="mean")
     (tmp_path / "bias" / "evaluation.json").write_text(json.dumps({"measures": [measure("mlm-loss", 3.0)]} | other))
     _, data = written(tmp_path, tmp_path / "lora", tmp_path / "bias")

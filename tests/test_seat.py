@@ -193,8 +193,10 @@ def test_evaluate_reads_a_folder_with_any_encoder(base, tmp_path, pooling):
     for name in ("weat6.jsonl", "sent-weat6.jsonl"):
         written(tmp_path / "tests", name)
     name = "seat" if pooling == "first" else "seat-mean"
-    said = done("evaluate", base, "--on", f"seat={tmp_path / 'tests'}", "--sentence-vector", pooling, "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
-    found = {m["name"]: m for m in json.loads((tmp_path / "m.json").read_text())["measures"]}
+    said = done("evaluate", base, "--on", f"seat={tmp_path / 'tests'}", "--sentence-vector", pooling, "--json", tmp_path / "tests" / "m.json", "--examples", tmp_path / "e.jsonl")
+    kept = json.loads((tmp_path / "tests" / "m.json").read_text())
+    assert list(kept["files"]) == [f"{tmp_path}/tests/{test}.jsonl" for test in ("sent-weat6", "weat6")]  # not what this evaluation writes there
+    found = {m["name"]: m for m in kept["measures"]}
     assert list(found) == [f"{name}/{test}/{figure}" for test in ("sent-weat6", "weat6") for figure in ("effect-size", "p")]
     assert f"{name}/weat6/p" in said.out
 

@@ -148,7 +148,7 @@ def differences(first: Tally, second: Tally, *, seed: int = 0, samples: int = 10
 def _change(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """second - first; 0 where that is rounding, which would count as a side of 0."""
     change = second - first
-    return np.where(np.abs(change) <= 1e-12 * np.maximum(np.abs(first), np.abs(second)), 0.0, change)
+    return np.where(np.isfinite(change) & (np.abs(change) <= 1e-12 * np.maximum(np.abs(first), np.abs(second))), 0.0, change)
 
 
 def _two_sided(change: np.ndarray) -> float:

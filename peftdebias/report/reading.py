@@ -216,7 +216,7 @@ def _typed(command: str, cls: type, config: dict) -> str:
     for key, value in config.items():
         field, name = fields.get(key), flag(key)
         default = dataclasses.MISSING if field is None else list(field.default) if isinstance(field.default, tuple) else field.default
-        if key in ("command", "overwrite", "force") or value == default:
+        if key in ("command", "overwrite") or value == default:
             continue
         if isinstance(value, dict):
             words += [w for k, v in value.items() for w in (name, f"{k}={','.join(map(_spelled, v if isinstance(v, list) else [v]))}")]

@@ -173,11 +173,12 @@ def _decides(settings: dict, files: dict) -> Iterator[tuple[str, object]]:
     on = [entry.partition("=")[::2] for entry in settings.get("on", [])]
     for name in dict.fromkeys(name for name, _ in on):
         places = [Path(path) for other, path in on if other == name]
-        yield f"--on {name}", sorted(found for file, found in files.items() if any(Path(file).is_relative_to(place) for place in places))
+        if sums := sorted(found for file, found in files.items() if any(Path(file).is_relative_to(place) for place in places)):  # a pipe has none
+            yield f"--on {name}", sums
     for field in dataclasses.fields(Evaluate) if on else ():
         if field.name == "seed" or {name for name, _ in on} & set(field.metadata["of"]):
             value = settings.get(field.name, field.default)
-            yield flag(field.name), files.get(value, value) if isinstance(value, str) else value
+            yield flag(field.name), files.get(str(Path(value)), value) if isinstance(value, str) else value
 
 
 def _answers(run: RunFiles, system: str, same: str) -> Iterator[Answered]:
