@@ -300,12 +300,15 @@ def load_run(path: str | Path, adapters: tuple[str, ...] | None = (), device: st
 
 def made_of(values: dict) -> dict:
     """The configurations of the runs that one of this configuration begins from, where there are any: {"model": of its base's, "adapter": [of each module's]}; they may be
-    moved later. A config.toml beside a model that is none of a run's is another's."""
+    moved later. Each has under "made_of" what its own run began from, where that tells. A config.toml beside a model that is none of a run's is another's."""
     def config_of(path: str) -> dict | None:
         own = Path(path)
         for folder in (own, own.parent) if re.fullmatch(r"model|adapter(-\d+)?", own.name) else (own,):
             with contextlib.suppress(ModelError):
                 if (config := read_config(folder))["command"] in WRITERS:
+                    with contextlib.suppress(ModelError):
+                        if isinstance(before := read_object(folder / "versions.json", ModelError).get("made_of"), dict) and before:
+                            return config | {"made_of": before}
                     return config
         return None
 

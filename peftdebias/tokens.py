@@ -190,7 +190,7 @@ def _special(settings: dict) -> list[str]:
 
 def _with_added(backend: tokenizers.Tokenizer, settings: dict) -> tokenizers.Tokenizer:
     """With the tokens that settings add, those found whole in a text. Raises ModelError where one has another id than they say."""
-    listed = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
+    listed = {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
     there = {token.content for token in backend.get_added_tokens_decoder().values()}
     for place, token in sorted(listed.items()):
         if token["content"] not in there:

@@ -9,7 +9,9 @@ import json
 import random
 import re
 import shlex
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import tomli_w
@@ -180,15 +182,17 @@ def values_of(data: dict, name: str = "accuracy") -> dict:
 
 def test_what_a_run_was_made_of_tells_systems_apart(tmp_path):
     """Modules or bases that were trained otherwise are no seeds of one system; those that differ in their seed alone are. It is known after they were moved, too."""
-    def up(name, seed, **config):
-        return run_folder(tmp_path / name, "upstream", seed, method=config.pop("method", "lora"), config=config)
-
-    def down(name, seed, base=None, module=None, value=70.0):
-        config = ({"model": str(base)} if base else {}) | ({"adapter": [str(module)]} if module else {})
-        run = run_folder(tmp_path / name, "downstream", seed, method="lora" if module else None, final=[measure("accuracy", value)], config=config)
+    def told(run):
         versions = json.loads((run / "versions.json").read_text())
         (run / "versions.json").write_text(json.dumps(versions | {"made_of": checkpoint.made_of(checkpoint.read_config(run))}))
         return run
+
+    def up(name, seed, **config):
+        return told(run_folder(tmp_path / name, "upstream", seed, method=config.pop("method", "lora"), config=config))
+
+    def down(name, seed, base=None, module=None, value=70.0):
+        config = ({"model": str(base)} if base else {}) | ({"adapter": [str(module)]} if module else {})
+        return told(run_folder(tmp_path / name, "downstream", seed, method="lora" if module else None, final=[measure("accuracy", value)], config=config))
 
     modules = up("a-0", 0), up("a-1", 1), up("b-1", 1, steps=4000)
     _, data = written(tmp_path, down("d0", 0, module=modules[0]), down("d1", 1, module=modules[1], value=72.0), down("e1", 1, module=modules[2], value=90.0))
@@ -201,6 +205,30 @@ def test_what_a_run_was_made_of_tells_systems_apart(tmp_path):
     found = values_of(data)
     assert len(found) == 4 and found["plain fine-tuning"] == {0: 65.0} and found["plain fine-tuning of model"] == {0: 60.0}
     assert {(name.partition(" (")[0], *values.values()) for name, values in found.items() if name.startswith("full")} == {("full, gender", 70.0), ("full, gender", 50.0)}
+
+
+def test_a_base_that_was_trained_under_each_seed_is_one_way_to_make_it(tmp_path):
+    """Its folder is another under every seed, and so is what a module learnt on it says of its base; a module learnt beside another is not one learnt alone."""
+    def made(name, command, seed, **config):
+        run = run_folder(tmp_path / f"{name}-{seed}", command, seed, method=config.pop("method", None), final=[measure("accuracy", 60.0 + seed)], config=config)
+        if len(config.get("adapter", [])) == 2:
+            shutil.copytree(run / "adapter", run / "adapter-2")
+        versions = json.loads((run / "versions.json").read_text())
+        (run / "versions.json").write_text(json.dumps(versions | {"made_of": checkpoint.made_of(checkpoint.read_config(run))}))
+        return str(run)
+
+    found = {name: [] for name in ("on full", "full on full", "beside", "alone")}
+    for seed in (1, 2):
+        full = made("full", "upstream", seed, method="full")
+        found["on full"].append(made("don", "downstream", seed, model=full, method="lora", adapter=[made("on", "upstream", seed, model=full, method="lora")]))
+        found["full on full"].append(made("dff", "downstream", seed, model=made("ff", "upstream", seed, model=full, method="full")))
+        first = made("first", "upstream", seed, method="lora")
+        for name, more in (("beside", {"adapter": [first]}), ("alone", {})):
+            found[name].append(made(f"d{name}", "downstream", seed, method="bias", adapter=[first, made(name, "upstream", seed, method="bias", **more)]))
+    names = {name: runs._system_names([reading.read_run(Path(run)) for run in found[name]]) for name in found}
+    assert names == {"on full": ["full, gender + lora, gender"] * 2, "full on full": ["full, gender"] * 2, "beside": ["bias, gender + bias, gender"] * 2,
+                     "alone": ["bias, gender + bias, gender"] * 2}
+    assert len(set(runs._system_names([reading.read_run(Path(run)) for run in (found["beside"][0], found["alone"][1])]))) == 2
 
 
 def test_differences_are_of_the_figures_beside_them(tmp_path):

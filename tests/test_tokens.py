@@ -425,6 +425,9 @@ def test_added_and_special_tokens_are_those_of_transformers(kind, files, bert, r
 
 def test_an_added_token_with_another_id_is_refused(bert, tmp_path):
     write_vocab_txt(tmp_path, bert)
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": null}')
+    assert load_tokenizer(tmp_path).encode(["he"])[0].ids.tolist() == bert.encode(["he"])[0].ids.tolist()
+    (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "added_tokens.json").write_text('{"[PERSON]": 30600}')
     with pytest.raises(ModelError, match=rf"{tmp_path}: tokenizer: added token '\[PERSON\]': expected the id 30600 by its list, got 30522 after the vocabulary"):
         load_tokenizer(tmp_path)

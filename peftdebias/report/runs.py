@@ -81,16 +81,23 @@ def _setting(run: RunFiles, without: set[str] = frozenset()) -> str:
     return json.dumps(values, sort_keys=True, default=str)
 
 
-def _origins(run: RunFiles) -> list:
-    """How the runs that it begins from were made, seeds and folders aside."""
-    model, modules = run.origins.get("model"), run.origins.get("adapter", [])
-    return [{key: value for key, value in config.items() if key not in NOT_THE_SYSTEM} for config in ([model] if model else []) + modules]
+def _origins(made_of: dict) -> list:
+    """How the runs that one begins from were made, seeds and folders aside: in the place of a base that was trained itself stands how that was made, and a module learnt on it
+    names it no more."""
+    model, modules = made_of.get("model"), made_of.get("adapter", [])
+
+    def way(config: dict, trained_base: bool) -> dict:
+        before = config.get("made_of", {})
+        aside = NOT_THE_SYSTEM | {"made_of"} | ({"model"} if trained_base or "model" in before else set())
+        return {key: value for key, value in config.items() if key not in aside} | {"beside": len(config.get("adapter", [])), "origins": _origins(before)}
+
+    return [*([way(model, False)] if model else []), *(way(module, model is not None) for module in modules)]
 
 
 def _system_names(runs: list[RunFiles]) -> list[str]:
     """A name for each run: the same for runs that differ in their seed alone, with the folder's name added where two systems are called alike."""
     keys = [(run.command, system_of(run), _setting(run, {"model"} if base_run(run) else set()),
-             json.dumps([[config for _, _, config in run.modules], _origins(run)], sort_keys=True, default=str)) for run in runs]
+             json.dumps([[config for _, _, config in run.modules], _origins(run.origins)], sort_keys=True, default=str)) for run in runs]
     seeds: dict[tuple, list[int]] = {}
     for run, key in zip(runs, keys):
         seeds.setdefault(key, []).append(run.config["seed"])
