@@ -237,6 +237,10 @@ def _trouble(sample: Sample) -> str:
     return ""
 
 
+def _size(array) -> int:
+    return array.size if type(array) is numpy.ndarray else numpy.asarray(array).size
+
+
 def _sound(samples: list[Sample], lengths: tuple[int, ...], row_lengths: tuple[int, ...], starts: numpy.ndarray) -> bool:
     """Whether all samples are as `_trouble` wants them, seen at once; where not, or where they are no arrays of integers, each is to be looked at."""
     for sample, tokens, rows in zip(samples, lengths, row_lengths):
@@ -256,7 +260,7 @@ def pack(samples: Sequence[Sample]) -> Batch:
     for number, sample in enumerate(samples):
         if not isinstance(sample, Sample):
             raise ModelError(f"pack: expected a list of Sample, got {type(sample).__name__} at {number}")
-    lengths, row_lengths = (tuple(a.size if type(a) is numpy.ndarray else numpy.asarray(a).size for a in arrays) for arrays in ([s.ids for s in samples], [s.rows for s in samples]))
+    lengths, row_lengths = tuple(_size(s.ids) for s in samples), tuple(_size(s.rows) for s in samples)
     starts = numpy.concatenate(([0], numpy.cumsum(lengths, dtype=numpy.int64)))
     if not _sound(samples, lengths, row_lengths, starts):
         for number, sample in enumerate(samples):

@@ -306,15 +306,20 @@ def made_of(values: dict) -> dict:
         for folder in (own, own.parent) if re.fullmatch(r"model|adapter(-\d+)?", own.name) else (own,):
             with contextlib.suppress(ModelError):
                 if (config := read_config(folder))["command"] in WRITERS:
-                    with contextlib.suppress(ModelError):
-                        if isinstance(before := read_object(folder / "versions.json", ModelError).get("made_of"), dict) and before:
-                            return config | {"made_of": before}
-                    return config
+                    return config | _told_of_origins(folder)
         return None
 
     model = config_of(values["model"]) if "model" in values else None
     found = [config for path in values.get("adapter", ()) if (config := config_of(path))]
     return ({"model": model} if model else {}) | ({"adapter": found} if found else {})
+
+
+def _told_of_origins(run: Path) -> dict:
+    """{"made_of"} of a run's versions.json, {} where that does not tell."""
+    with contextlib.suppress(ModelError):
+        found = read_object(run / "versions.json", ModelError).get("made_of")
+        return {"made_of": found} if found and isinstance(found, dict) else {}
+    return {}
 
 
 def base_of(path: str | Path) -> str | Path:

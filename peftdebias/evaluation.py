@@ -126,11 +126,10 @@ def evaluate(settings: Evaluate) -> Result:
     measured = [path for _, path in asked]
     if {name for name, _ in asked} & set(_of("text")) == {"perplexity"}:  # else the column may be another measure's
         corpus.check_column([path for name, path in asked if name == "perplexity"], settings.text, "--text")
-    inside = [file for path in measured for file in files_in(path) if file.suffix != ".json"]  # of a folder; results may lie in it
     keep_apart({"--json": settings.json, "--examples": settings.examples},
-               [*measured, *inside, *checkpoint.files_of(settings.model, *settings.adapter), settings.terms, *tables(settings.axis)])
+               [*measured, *(file for path in measured for file in _data(path)), *checkpoint.files_of(settings.model, *settings.adapter), settings.terms, *tables(settings.axis)])
     with contextlib.ExitStack() as opened:
-        made_from = _made_from(settings) if settings.json else {}  # before there is a file of ours among them
+        made_from = _made_from(settings, asked) if settings.json else {}  # before there is a file of ours among them
         files = {name: opened.enter_context(writing(path)) for name in ("json", "examples") if (path := getattr(settings, name))}
         run = checkpoint.load_run(settings.model, settings.adapter, pick_device(settings.device), settings.force)
         result = evaluate_run(run, settings)
@@ -143,14 +142,16 @@ def evaluate(settings: Evaluate) -> Result:
     return result
 
 
-def _made_from(settings: Evaluate) -> dict:
-    """{"settings", "files": path -> sha256 of each file that figures are of; of a folder of what is no result in it}. The terms that templates come with are named; a pipe can be
-    read once, and has no sum."""
-    on = parse_on(settings.on)
-    terms = settings.terms or next((str(beside) for name, path in on if name == "iptts" and (beside := extrinsic.terms_beside(path))), None)
-    named = [Path(path) for path in (*(path for _, path in on), terms, *tables(settings.axis)) if path]
-    found = [file for path in named for file in ([path] if path.is_file() else sorted(f for f in files_in(path) if f.suffix != ".json"))]
-    return {"settings": as_plain(dataclasses.replace(settings, terms=terms)), "files": {str(file): digest(file) for file in found}}
+def _data(path: str) -> list[Path]:
+    """The file, or those of a folder; results, .json, may lie in it. A pipe can be read once and is none."""
+    return [Path(path)] if Path(path).is_file() else sorted(file for file in files_in(path) if file.suffix != ".json")
+
+
+def _made_from(settings: Evaluate, asked: list[tuple[str, str]]) -> dict:
+    """{"settings", "files": path -> sha256 of each file that figures are of}. The terms that templates come with are named."""
+    terms = settings.terms or next((str(beside) for name, path in asked if name == "iptts" and (beside := extrinsic.terms_beside(path))), None)
+    named = [path for path in (*(path for _, path in asked), terms, *tables(settings.axis)) if path]
+    return {"settings": as_plain(dataclasses.replace(settings, terms=terms)), "files": {str(file): digest(file) for path in named for file in _data(path)}}
 
 
 # ---------------------------------------------------------------- predict

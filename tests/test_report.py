@@ -180,13 +180,15 @@ def values_of(data: dict, name: str = "accuracy") -> dict:
     return {r["system"]: {v["seed"]: v["value"] for v in m["values"]} for r in data["sources"][0]["results"] for m in r["measures"] if m["name"] == name}
 
 
+def told(run: Path) -> Path:
+    """The run, whose versions.json says what it was made of, as the phases write it."""
+    versions = json.loads((run / "versions.json").read_text())
+    (run / "versions.json").write_text(json.dumps(versions | {"made_of": checkpoint.made_of(checkpoint.read_config(run))}))
+    return run
+
+
 def test_what_a_run_was_made_of_tells_systems_apart(tmp_path):
     """Modules or bases that were trained otherwise are no seeds of one system; those that differ in their seed alone are. It is known after they were moved, too."""
-    def told(run):
-        versions = json.loads((run / "versions.json").read_text())
-        (run / "versions.json").write_text(json.dumps(versions | {"made_of": checkpoint.made_of(checkpoint.read_config(run))}))
-        return run
-
     def up(name, seed, **config):
         return told(run_folder(tmp_path / name, "upstream", seed, method=config.pop("method", "lora"), config=config))
 
@@ -213,9 +215,7 @@ def test_a_base_that_was_trained_under_each_seed_is_one_way_to_make_it(tmp_path)
         run = run_folder(tmp_path / f"{name}-{seed}", command, seed, method=config.pop("method", None), final=[measure("accuracy", 60.0 + seed)], config=config)
         if len(config.get("adapter", [])) == 2:
             shutil.copytree(run / "adapter", run / "adapter-2")
-        versions = json.loads((run / "versions.json").read_text())
-        (run / "versions.json").write_text(json.dumps(versions | {"made_of": checkpoint.made_of(checkpoint.read_config(run))}))
-        return str(run)
+        return str(told(run))
 
     found = {name: [] for name in ("on full", "full on full", "beside", "alone")}
     for seed in (1, 2):
