@@ -67,12 +67,13 @@ _once: contextvars.ContextVar[dict[int, Tensor]] = contextvars.ContextVar("peftd
 
 @contextlib.contextmanager
 def rounded_once(parameters: list[Tensor], dtype: torch.dtype) -> Iterator[None]:
-    """Inside the `with` block these, which must not change in it, are rounded to `dtype` already, by one launch where each would have its own."""
+    """Inside the `with` block these, which must not change in it, are rounded to `dtype` already, by one launch where each would have its own. A copy goes with its first reader."""
     copies = [torch.empty_like(p, dtype=dtype, memory_format=torch.contiguous_format) for p in parameters]
     with torch.no_grad():
         if copies:
             torch._foreach_copy_(copies, parameters)
     token = _once.set({id(p): copy for p, copy in zip(parameters, copies)})
+    del copies  # who takes one out has it alone
     try:
         yield
     finally:
@@ -80,9 +81,9 @@ def rounded_once(parameters: list[Tensor], dtype: torch.dtype) -> Iterator[None]
 
 
 def rounding_of(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    copy = None if parameter is None else _once.get().get(id(parameter))
-    if copy is not None and copy.dtype == dtype:
-        return copy
+    copies = _once.get()
+    if parameter is not None and (copy := copies.get(id(parameter))) is not None and copy.dtype == dtype:
+        return copies.pop(id(parameter))  # a pass reads each once; at its peak, in the last layers, all of them would still be there
     return None if parameter is None else parameter.to(dtype)
 
 

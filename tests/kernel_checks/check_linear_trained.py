@@ -2,6 +2,7 @@
 or from what a norm keeps of it, and what they keep."""
 
 import contextlib
+import weakref
 
 import pytest
 import torch
@@ -332,6 +333,19 @@ def test_what_a_layer_keeps_when_it_is_trained_in_16_bits():
         return sum(x.untyped_storage().nbytes() for x in held.values())
 
     assert kept(4) - kept(3) == sum(lengths) * (2 * (6 * hidden + inner) + 4 * (2 + heads))
+
+
+@BOTH
+def test_a_rounding_goes_with_its_first_reader(op):
+    """A pass reads each once, and at its peak, in the last layers, those of all layers before would still be there."""
+    given = {n: x.to(torch.bfloat16 if n == "x" else torch.float32).requires_grad_() for n, x in tensors(op, 13, 37, 7, torch.float32).items()}
+    parameters = [given[n] for n in PARAMETERS[op] if not (op == "block" and n == "up_bias")]
+    with fused.rounded_once([*parameters, torch.ones(3, device=DEVICE)], torch.bfloat16):
+        held = [weakref.ref(copy.untyped_storage()) for copy in fused._once.get().values()]
+        assert all(storage() is not None for storage in held)
+        y = OPS[op][0](**given)
+        assert [storage() is not None for storage in held] == [False] * len(parameters) + [True]
+    assert y.grad_fn is not None and all(storage() is None for storage in held)
 
 
 def test_two_copies_of_a_linear_are_told_apart():
