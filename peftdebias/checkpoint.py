@@ -248,8 +248,13 @@ def read_config(run: Path) -> dict:
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether the folder is one that `upstream`, `downstream` or `import` wrote: it has a config.toml."""
-    return (Path(path) / "config.toml").exists()
+    """Whether the folder is one that `upstream`, `downstream` or `import` wrote: it has a config.toml, which in a model folder may be somebody's own."""
+    path = Path(path)
+    if (path / "config.json").exists():
+        with contextlib.suppress(ModelError):
+            return read_config(path)["command"] in WRITERS
+        return False
+    return (path / "config.toml").exists()
 
 
 @dataclasses.dataclass
@@ -318,8 +323,16 @@ def _told_of_origins(run: Path) -> dict:
     """{"made_of"} of a run's versions.json, {} where that does not tell."""
     with contextlib.suppress(ModelError):
         found = read_object(run / "versions.json", ModelError).get("made_of")
-        return {"made_of": found} if found and isinstance(found, dict) else {}
+        return {"made_of": found} if found and tells_origins(found) else {}
     return {}
+
+
+def tells_origins(found) -> bool:
+    """Whether it is what `made_of` gives, of a file that anybody may have written."""
+    if not isinstance(found, dict) or not isinstance(modules := found.get("adapter", []), list):
+        return False
+    configs = [*([found["model"]] if "model" in found else []), *modules]
+    return all(isinstance(config, dict) and isinstance(config.get("adapter", []), list) and tells_origins(config.get("made_of", {})) for config in configs)
 
 
 def base_of(path: str | Path) -> str | Path:

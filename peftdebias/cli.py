@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 on bad input, 130, 143 or 129 where a signal stopped it (SIGINT, SIGTERM, SIGHUP), which leaves nothing half-written, 141 where nobody read on."""
     arguments = vars(parser().parse_args(argv))
     command, settings, module = COMMANDS[arguments.pop("command")]
+    closed = sys.stdout is None
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))  # None where the caller closed it
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8")
@@ -59,42 +60,43 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings(), _terminable():
             warnings.showwarning = lambda message, *where: say(f"warning: {message}")
             given = options.resolve(settings, arguments)
+            if closed and getattr(given, "out", "") in (None, "-"):
+                raise ConfigError("standard output: expected it open, for the result, got it closed; name a file with --out")
             with _heard_later():
                 importlib.import_module(f".{module}", __package__)
             command(given)
         sys.stdout.flush()
         return 0
     except PeftDebiasError as error:
-        print(f"peftdebias: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2
+        return _ended(" ".join(str(error).splitlines()))
     except LookupError as error:
         from .kernels import NoKernel, setting
 
         if not isinstance(error, NoKernel):
             raise
-        print(f"peftdebias: PEFTDEBIAS_KERNELS={setting()}: {error}", file=sys.stderr)
-        return 2
+        return _ended(f"PEFTDEBIAS_KERNELS={setting()}: {error}")
     except BrokenPipeError:  # the reader of our output went away, `| head` say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
         if error.filename is None and error.errno not in FULL:
             raise
-        if error.filename is None:
-            print(f"peftdebias: the results cannot be written: {error.strerror}", file=sys.stderr)
-            return 2
-        print(f"peftdebias: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+        return _ended(f"{'the results cannot be written' if error.filename is None else error.filename}: {error.strerror}")
     except KeyboardInterrupt as stop:
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            print("peftdebias: stopped", file=sys.stderr)
+        _ended("stopped")
         return 128 + stop.number if isinstance(stop, _Terminated) else 130
     except (MemoryError, RuntimeError) as error:
         why = _no_memory(error)
         if why is None:
             raise
-        print(f"peftdebias: out of memory: {why}{_less(settings)}", file=sys.stderr)
-        return 2
+        return _ended(f"out of memory: {why}{_less(settings)}")
+
+
+def _ended(why: str) -> int:
+    """Says it, where somebody can hear; the exit code of what can be mended."""
+    with contextlib.suppress(OSError):  # the terminal may be gone, the disk of its log full
+        print(f"peftdebias: {why}", file=sys.stderr, flush=True)
+    return 2
 
 
 def _no_memory(error: Exception) -> str | None:

@@ -148,10 +148,12 @@ def _data(path: str) -> list[Path]:
 
 
 def _made_from(settings: Evaluate, asked: list[tuple[str, str]]) -> dict:
-    """{"settings", "files": path -> sha256 of each file that figures are of}. The terms that templates come with are named."""
-    terms = settings.terms or next((str(beside) for name, path in asked if name == "iptts" and (beside := extrinsic.terms_beside(path))), None)
-    named = [path for path in (*(path for _, path in asked), terms, *tables(settings.axis)) if path]
-    return {"settings": as_plain(dataclasses.replace(settings, terms=terms)), "files": {str(file): digest(file) for path in named for file in _data(path)}}
+    """{"settings", "files": path -> sha256 of each file that figures are of}. The terms that templates come with are among the files, and the setting where there is one such file."""
+    beside = dict.fromkeys(str(terms) for name, path in asked if name == "iptts" and (terms := extrinsic.terms_beside(path)))
+    terms = [settings.terms] if settings.terms else list(beside)
+    named = [path for path in (*(path for _, path in asked), *terms, *tables(settings.axis)) if path]
+    alone = terms[0] if len(terms) == 1 else None
+    return {"settings": as_plain(dataclasses.replace(settings, terms=alone)), "files": {str(file): digest(file) for path in named for file in _data(path)}}
 
 
 # ---------------------------------------------------------------- predict

@@ -89,7 +89,8 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
     find, source = _Finder(module, names or {}), method
     if not isinstance(method, Method):
         source = os.path.realpath(_own(Path(method)))
-        method = _load(Path(method), find, force)
+        with torch.inference_mode(False):  # what is attached inside of it can be trained later
+            method = _load(Path(method), find, force)
     _only_weights(type(method))
     places: dict[str, str] = {}
     changes: dict[tuple[str, str], nn.Module] = {}  # (site, "weight" or "bias") -> their module
@@ -107,8 +108,9 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
         raise AdapterError(f"{method.name}: expected a module that changes at least one weight, got one that changes none (it has not learnt yet)")
     if any(source in _attached.get(host, ()) for host in changes.values()):
         raise AdapterError(f"{source if isinstance(source, str) else method.name}: attached twice; expected each module once")
-    for parameter in method.parameters().values():
-        parameter.data = parameter.data.to(next(iter(changes.values())).weight.device)
+    with torch.inference_mode(False):
+        for parameter in method.parameters().values():
+            parameter.data = parameter.data.to(next(iter(changes.values())).weight.device)
     attached = Attached(method, places)
     for (site, kind), host in changes.items():
         attached._undo.append(_hook_rows(host, method, site) if site in TABLES else _change(host, kind, method, site))

@@ -136,6 +136,22 @@ def unit_name(task: str | None, system: str) -> str:
     return f"{'upstream' if task is None else task}-{system.lower().replace(' ', '-')}"
 
 
+def what_decides(told: dict | None) -> dict | None:
+    """A recipe with its sources, as OUT/recipe.json keeps it, without keys that recipes had once and without the names under which files are looked for: OUT/read.json
+    knows the files that were read."""
+    def of(kind: type, table):
+        return {name: table[name] for name in sorted({field.name for field in dataclasses.fields(kind)} & set(table) - {"file"})} if isinstance(table, dict) else table
+
+    if not isinstance(told, dict):
+        return told
+    found = told | {key: of(kind, told.get(key)) for key, kind in (("upstream", Learning), ("text", Source))}
+    if isinstance(told.get("tasks"), list):
+        found["tasks"] = [of(Task, task) for task in told["tasks"]]
+    if isinstance(told.get("sources"), dict):
+        found["sources"] = {key: of(Source, source) for key, source in told["sources"].items()}
+    return found
+
+
 def find(name: str) -> Path:
     """The recipe file called `name`, or the shipped one. Raises ConfigError that lists those."""
     path = Path(name)

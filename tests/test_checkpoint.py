@@ -324,6 +324,18 @@ def test_a_configuration_beside_a_model_that_is_no_runs_is_left_alone(text, tmp_
     assert checkpoint.made_of({"model": str(run / "model"), "adapter": [str(run), str(run / "adapter-2"), str(run / "other")]}) == {"model": found, "adapter": [found, found]}
 
 
+@pytest.mark.parametrize("text", ['title = "x', "[tool]", 'command = "evaluate"\nmodel = "bert"'])
+def test_a_model_beside_somebody_s_configuration_is_a_model(text, small, tmp_path):  # noqa: F811
+    """One with a run's own beside it is a run, as before."""
+    shutil.copytree(small.base, tmp_path / "base")
+    (tmp_path / "base" / "config.toml").write_text(text)
+    assert load_run(tmp_path / "base").config == {} and checkpoint.base_of(tmp_path / "base") == tmp_path / "base"
+    done("upstream", *small.learning(model=tmp_path / "base", out=tmp_path / "run"))
+    done("evaluate", tmp_path / "base", "--on", f"perplexity={small.heldout}")
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert checkpoint.is_run(tmp_path / "run") and load_run(tmp_path / "run").config["command"] == "upstream"
+
+
 def test_a_run_s_configuration_says_of_what_command(tmp_path):
     (tmp_path / "config.toml").write_text("")
     with pytest.raises(ModelError, match=f"^{tmp_path}/config.toml: expected the configuration of a run, got one without a command$"):

@@ -401,6 +401,25 @@ def test_streams_that_nobody_reads_end_no_work(small, tmp_path):  # noqa: F811
         assert "Traceback" not in ran.stderr and not ran.stdout.startswith("evaluate: ")
 
 
+def test_a_result_for_a_standard_output_that_is_closed_is_refused(small, tmp_path):  # noqa: F811
+    """Where it would be lost; one that goes to a file is not."""
+    def ran(words: list, stream: str) -> subprocess.CompletedProcess:
+        line = " ".join(f"'{word}'" for word in [sys.executable, "-m", "peftdebias", *words])
+        return subprocess.run(["sh", "-c", f"{line} {stream}"], capture_output=True, text=True)
+
+    corpus = tmp_path / "c.txt"
+    corpus.write_text("he is a nurse\n")
+    said = ran(["augment", "--axis", "gender", corpus], ">&-")
+    assert said.returncode == 2 and said.stderr == "peftdebias: standard output: expected it open, for the result, got it closed; name a file with --out\n"
+    assert ran(["augment", "--axis", "gender", corpus, "--out", tmp_path / "out.jsonl"], ">&-").returncode == 0 and "she is a nurse" in (tmp_path / "out.jsonl").read_text()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_an_error_that_finds_no_place_keeps_its_code(small, tmp_path):  # noqa: F811
+    for words in (f"augment --axis nope '{small.heldout}'", f"augment --axis gender '{tmp_path}/none.txt'", "augment --nope"):
+        assert subprocess.run(["sh", "-c", f"'{sys.executable}' -m peftdebias {words} 2>/dev/full"], capture_output=True).returncode == 2, words
+
+
 def test_a_name_that_is_not_utf_8_is_one_line(small, tmp_path):  # noqa: F811
     said = cli("upstream", *small.learning(out=tmp_path / "d\udcff"))
     assert said.code == 2 and "expected names in UTF-8" in said.err.splitlines()[-1] and "d\\udcff" in said.err.splitlines()[-1] and tree(tmp_path) == {}

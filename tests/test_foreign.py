@@ -199,6 +199,23 @@ def refused(words: str, *args) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_inside_of_inference_mode(tmp_path):
+    """A host and a folder attached there, and a host from outside, whose module can be trained behind it."""
+    model, (ids, mask) = drawn_model().float(), in_rectangle(ragged(rows="all"))
+    base, method = checkpoint.describe_base(model), attached(model, "lora", "lora", **MODULES["lora"])
+    for p in method.parameters().values():
+        p.data = p.data.float()
+    checkpoint.save_adapter(tmp_path / "adapter", method, "gender", base)
+    outside = own_twin(model)
+    with torch.inference_mode():
+        inside = own_twin(model)
+        handles = [attach_to(own, tmp_path / "adapter", NAMES) for own in (inside, outside)]
+        assert inside(ids, mask).equal(outside(ids, mask))
+        handles[0].remove()
+    outside(ids, mask).sum().backward()
+    assert all(p.grad is not None for p in handles[1].parameters())
+
+
 @pytest.mark.parametrize("name", ["adapter", "prefix", "prompt", "full"])
 def test_methods_that_do_more_than_change_weights(name, tmp_path):
     model = drawn_model()

@@ -3,9 +3,12 @@
 import csv
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 
 from peftdebias.axes import word_class
 from peftdebias.errors import DataError
@@ -227,6 +230,22 @@ def answered(small, tmp_path_factory):  # noqa: F811
         done("evaluate", root / name, "--on", f"fprd={root / 'train.csv'}", "--on", f"iptts={root / 'templates.csv'}", "--terms", root / "terms.txt", "--seed", 3,
              "--json", root / f"{name}.json", "--examples", root / f"{name}.jsonl")
     return root
+
+
+def test_templates_with_terms_of_their_own_are_measured_again_with_them(answered, tmp_path):
+    """Two files, each beside its terms: the settings name neither for both, the files all."""
+    asked = []
+    for name, words in (("one", WORDS), ("two", WORDS[:2])):
+        (tmp_path / name).mkdir()
+        shutil.copy(answered / "templates.csv", tmp_path / name / f"{name}.csv")
+        (tmp_path / name / "identity.csv").write_text("\n".join(words) + "\n")
+        asked += ["--on", f"iptts={tmp_path / name / name}.csv"]
+    done("evaluate", answered / "a", *asked, "--samples", 20, "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert "terms" not in found["settings"] and {Path(file).name for file in found["files"]} == {"one.csv", "two.csv", "identity.csv"} and len(found["files"]) == 4
+    (tmp_path / "again.toml").write_text(tomli_w.dumps(found["settings"] | {"json": str(tmp_path / "again.json")}))
+    done("evaluate", "--config", tmp_path / "again.toml")
+    assert json.loads((tmp_path / "again.json").read_text())["measures"] == found["measures"]
 
 
 def rows_of(folder, name, measure):

@@ -365,8 +365,45 @@ def test_evaluations_with_other_options_or_files_are_told(tmp_path):
     _, data = written(tmp_path, tmp_path / "lora", tmp_path / "bias")
     both = "lora/evaluation.json unlike bias/evaluation.json"
     assert data["sources"][0]["about"]["measured unlike"] == f"--on perplexity: {both}; --sentence-vector: {both}; --text: {both}"
+    for samples, words in ((50, f"--samples: {both}"), (1000, None)):  # every interval depends on it
+        other = asked(("perplexity=a.txt", "seat=s"), {"a.txt": "1", "s/one.jsonl": "2"}, samples=samples)
+        (tmp_path / "bias" / "evaluation.json").write_text(json.dumps({"measures": [measure("mlm-loss", 3.0)]} | other))
+        assert written(tmp_path, tmp_path / "lora", tmp_path / "bias")[1]["sources"][0]["about"].get("measured unlike") == words
     (tmp_path / "bias" / "evaluation-base.json").write_text(json.dumps({"measures": [measure("mlm-loss", 3.0)], "settings": {"on": ["seat=s"]}, "files": {"s": 3}}))
     assert len(written(tmp_path, tmp_path / "lora", tmp_path / "bias")[1]["sources"][0]["results"]) == 3
+
+
+def test_an_option_that_says_what_the_run_says_anyway_is_no_other(tmp_path):
+    """What is not given is the run's own where the run was loaded, else the default of all; an axis is the module's."""
+    def evaluated(folder, on, **more):
+        (folder / "evaluation.json").write_text(json.dumps({"measures": [measure("accuracy", 0.5)], "files": {},
+                                                            "settings": options.as_plain(config.Evaluate(**{"model": str(folder)} | more, on=(on,)))}))
+
+    def unlike(*folders) -> str | None:
+        return written(tmp_path, *folders)[1]["sources"][0]["about"].get("measured unlike")
+
+    kinds = "lora", "bias"
+    down = [run_folder(tmp_path / kind, "downstream", method=kind, config={"text": "hard_text", "max_length": 64}) for kind in kinds]
+    up = [run_folder(tmp_path / f"up-{kind}", "upstream", method=kind) for kind in kinds]
+    both = "lora/evaluation.json unlike bias/evaluation.json"
+    evaluated(down[0], "counterfactual=c")
+    for more, words in ({"text": "hard_text", "max_length": 64, "axis": "gender"}, None), ({"max_length": 256}, f"--max-length: {both}"), ({"text": "x"}, f"--text: {both}"):
+        evaluated(down[1], "counterfactual=c", **more)
+        assert unlike(*down) == words, more
+    evaluated(up[0], "perplexity=c", model="base", adapter=(str(up[0]),))
+    evaluated(up[1], "perplexity=c", model="base", adapter=(str(up[1]),), max_length=256)
+    assert unlike(*up) is None
+
+
+@pytest.mark.parametrize("told", [{"model": "x"}, {"adapter": "x"}, {"adapter": ["x"]}, {"adapter": [{"made_of": 3}]}, {"adapter": [{"adapter": 3}]}, 3,
+                                  {"model": {"command": "upstream", "method": "full", "axis": "gender", "made_of": {"model": 3}}}])
+def test_origins_that_are_none_are_passed_over(told, tmp_path):
+    run = run_folder(tmp_path / "run", "downstream", method="lora")
+    versions = json.loads((run / "versions.json").read_text())
+    before = written(tmp_path, run)
+    (run / "versions.json").write_text(json.dumps(versions | {"made_of": told}))
+    assert written(tmp_path, run) == before
+    assert checkpoint._told_of_origins(run) == {}
 
 
 def test_trainings_that_follow_each_other_are_told_apart(tmp_path):

@@ -104,6 +104,21 @@ def test_labels_of_a_drawing_do_not_lie_on_each_other_or_outside(real, browser):
         assert found == []
 
 
+@pytest.mark.parametrize("what", ["hostile", "real"])
+def test_on_paper_nothing_is_closed_or_cut(what, browser, request):  # noqa: F811
+    """In the width of a sheet: nobody can open a section there, or scroll to the last columns of a table."""
+    browser.open(request.getfixturevalue(what), 725)
+    assert not browser.evaluate("[...document.querySelectorAll('details > :not(summary)')].some(e => e.checkVisibility())")
+    assert browser.evaluate("[...document.querySelectorAll('table')].some(t => t.getBoundingClientRect().right > 725)")
+    browser.ask("Emulation.setEmulatedMedia", media="print")
+    try:
+        assert browser.evaluate("[...document.querySelectorAll('details > :not(summary)')].every(e => e.checkVisibility())")
+        assert browser.evaluate("[...document.querySelectorAll('table, pre')].filter(t => t.getBoundingClientRect().right > 725).map(t => t.textContent.slice(0, 80))") == []
+        assert browser.evaluate("document.documentElement.scrollWidth") == 725
+    finally:
+        browser.ask("Emulation.setEmulatedMedia", media="")
+
+
 def test_every_section_opens_and_its_examples_are_closed_at_first(real, browser):  # noqa: F811
     browser.open(real)
     assert browser.evaluate("[...document.querySelectorAll('.example')].every(e => e.checkVisibility() === false)") and browser.evaluate("document.querySelectorAll('.example').length") == 3

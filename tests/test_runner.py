@@ -348,6 +348,31 @@ def test_what_was_prepared_before_the_first_unit_was_done_is_kept_too(place, sma
     assert len(runner.run(settings).table["rows"]) == 3
 
 
+def test_results_of_a_recipe_that_said_more_go_on(place, small, tmp_path):  # noqa: F811
+    """Keys that recipes had once, and names under which a file was looked for; a key of today with another value is another recipe."""
+    recipe, data = place
+    settings = Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out"), scale=0.02, seeds=1, systems=("FT",))
+    runner.run(settings)
+    path = tmp_path / "out" / "recipe.json"
+    told = json.loads(path.read_text())
+    told["recipe"]["upstream"]["max_pairs"] = 20000
+    for source in told["recipe"]["sources"].values():
+        source["file"] = ["earlier.csv", *source["file"]]
+    path.write_text(json.dumps(told))
+    assert {row["seed"] for row in runner.run(dataclasses.replace(settings, seeds=2)).table["rows"]} == {0, 1}
+    for part, key, value in (("upstream", "steps", 7), ("tasks", "epochs", 3), ("sources", "text", "other")):
+        other = json.loads(json.dumps(told))
+        table = other["recipe"][part]
+        (table if part == "upstream" else table[0] if part == "tasks" else next(iter(table.values())))[key] = value
+        path.write_text(json.dumps(other))
+        with pytest.raises(ConfigError, match="holds results with another recipe"):
+            runner.run(settings)
+    for broken in ([], {"recipe": 3}, {"recipe": {"upstream": 3, "tasks": 3, "sources": [], "text": 1}}, {"recipe": {"tasks": [3]}}):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(ConfigError):
+            runner.run(settings)
+
+
 def test_files_that_changed_are_not_mixed_with_what_was_learnt_on_them(place, small, tmp_path):  # noqa: F811
     recipe, data = place
     shutil.copytree(small.base, tmp_path / "base")

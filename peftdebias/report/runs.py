@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..answers import LONGEST
 from ..config import Evaluate
 from ..options import flag
 from .reading import Answered, RunFiles, Source, command_line, evaluate_line, measures_of, read_asked, read_measures, read_run
@@ -170,21 +171,27 @@ def _unlike(evaluations: list[tuple[RunFiles, str, Path, dict, dict]]) -> list[s
     found: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for run, task, path, settings, files in evaluations:
         stands = "" if path.name == BASE[0] and run.command == "upstream" else task
-        for what, value in _decides(settings, files):
+        for what, value in _decides(settings, files, _own(run, settings)):
             found.setdefault((run.command, stands, what), {}).setdefault(json.dumps(value), []).append(f"{path.parent.name}/{path.name}")
     return [f"{what}: {' unlike '.join(', '.join(paths) for paths in sides.values())}" for (_, _, what), sides in found.items() if len(sides) > 1]
 
 
-def _decides(settings: dict, files: dict) -> Iterator[tuple[str, object]]:
-    """(what figures depend on, its value) for each option of a measure that was asked for, and each measure's file by what is in it."""
+def _own(run: RunFiles, settings: dict) -> dict:
+    """What options that were not given stand for in an evaluation that lies with a run: the run's own settings, where it was the run that was loaded."""
+    loaded = Path(str(settings.get("model"))).resolve().name == run.folder.resolve().name
+    return {"max_length": LONGEST} | (run.config if loaded else {}) | {"axis": axes[0] if len(axes := _axes(run)) == 1 else None}
+
+
+def _decides(settings: dict, files: dict, own: dict) -> Iterator[tuple[str, object]]:
+    """(what figures depend on, its value) for each option of a measure that was asked for, and each measure's file by what is in it. own: of options that were not given."""
     on = [entry.partition("=")[::2] for entry in settings.get("on", [])]
     for name in dict.fromkeys(name for name, _ in on):
         places = [Path(path) for other, path in on if other == name]
         if sums := sorted(found for file, found in files.items() if any(Path(file).is_relative_to(place) for place in places)):  # a pipe has none
             yield f"--on {name}", sums
     for field in dataclasses.fields(Evaluate) if on else ():
-        if field.name == "seed" or {name for name, _ in on} & set(field.metadata["of"]):
-            value = settings.get(field.name, field.default)
+        if field.name in ("samples", "seed") or {name for name, _ in on} & set(field.metadata["of"]):
+            value = next((v for v in (settings.get(field.name), own.get(field.name) if field.default is None else None) if v is not None), field.default)
             yield flag(field.name), files.get(str(Path(value)), value) if isinstance(value, str) else value
 
 
