@@ -2,9 +2,13 @@
 
 import json
 import random
+from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 import tomli_w
+
+from peftdebias import config
 
 HOSTILE = "<script>alert(1)</script>\"'&amp; $x_1^2$ \u202egnp.\u202c <img src=http://evil.invalid/p.png onerror=alert(2)>{{ 7 * 7 }}\x07"
 CLASSES = ("guard", "nurse", "surgeon", "teacher")
@@ -116,3 +120,54 @@ def hostile_results() -> dict:
     table = json.loads(text.replace('"LoRA"', json.dumps("LoRA" + HOSTILE)).replace('"F1"', json.dumps("F1" + HOSTILE)))
     table["rows"][0]["measures"].append(measure(HOSTILE, 3.0, HOSTILE))
     return table
+
+
+# ---------------------------------------------------------------- what was written
+
+class Elements(HTMLParser):
+    """tags: (name, attributes) of every element; texts: of every <name>, the text inside."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.open, self.texts = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.open.append((tag, []))
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        for _, pieces in self.open:
+            pieces.append(data)
+
+    def handle_endtag(self, tag):
+        while self.open:
+            name, pieces = self.open.pop()
+            self.texts.append((name, "".join(pieces)))
+            if name == tag:
+                return
+
+    def all(self, tag: str) -> list[str]:
+        return [text for name, text in self.texts if name == tag]
+
+
+def written(folder, *paths, **flags):
+    """(the page, metrics.json) of a report."""
+    from peftdebias.report import report  # whoever calls this has the extra
+
+    out = folder / "report.html"
+    report(config.Report(paths=tuple(map(str, paths)), out=str(out), **flags))
+    return out.read_text(encoding="utf-8"), json.loads((folder / "metrics.json").read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def titles(text: str) -> list[str]:
+    return [t for t in Elements(text).all("h2")]
+
+
+def of(data: dict, system: str, name: str, stage: str = "downstream", source: int = 0) -> dict:
+    (found,) = (m for r in data["sources"][source]["results"] if (r["system"], r["stage"]) == (system, stage) for m in r["measures"] if m["name"] == name)
+    return found
