@@ -102,6 +102,8 @@ def _held_out(settings: Upstream, axis: Axis, intervention: Intervention, files:
     return choose(read(files), axis, intervention, settings.valid_share, settings.valid_texts, ", ".join(settings.corpus))
 
 
+@torch.inference_mode(False)  # a caller's mode is for its own tensors
+@torch.enable_grad()
 def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None) -> PhaseResult:
     """Learn a debiasing module. Writes the run folder of CONTRACTS.md; `say` hears the notes before the training begins.
 
@@ -260,6 +262,8 @@ def read_splits(settings: Downstream) -> Splits:
     return Splits(paths, splits, labels, targets, positive, class_weights, last)
 
 
+@torch.inference_mode(False)  # a caller's mode is for its own tensors
+@torch.enable_grad()
 def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: None) -> PhaseResult:
     """Train a classifier under frozen modules. Writes the run folder, reloads it, and reports what the reloaded files give; `say` hears the notes.
 

@@ -544,6 +544,8 @@ from peftdebias import cli, load
 set_to, out, world = sys.argv[1], sys.argv[2], sys.argv[3:]
 if set_to == "meta":
     torch.set_default_device("meta")
+elif set_to == "inference":
+    torch.inference_mode().__enter__()
 elif set_to:
     torch.set_default_dtype(getattr(torch, set_to))
 learning, task = world[:world.index("--")], world[world.index("--") + 1:]
@@ -557,15 +559,16 @@ model.export(f"{out}/task.pt2")
 
 
 def test_torchs_defaults_change_nothing(small, tmp_path):  # noqa: F811
-    """Its default device, as notebooks set it, and dtype: the same files and answers, bit for bit."""
+    """Its default device, as notebooks set it, dtype, and the mode of whoever only wants answers: the same files and answers, bit for bit."""
     said = {}
-    for set_to in ("", "meta", "bfloat16"):
+    for set_to in ("", "meta", "bfloat16", "inference"):
         words = [sys.executable, "-c", DEFAULTS, set_to, tmp_path / f"run-{set_to}", *small.learning(set=None, steps=4), "--", *small.task(epochs=1)]
         done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
         answers = next(line for line in done.stdout.splitlines() if line.startswith("answers"))
         said[set_to] = answers, {name: sha for name, sha in tree(tmp_path / f"run-{set_to}").items() if name.endswith(".safetensors")}
     assert said["meta"] == said[""] == said["bfloat16"] and len(said[""][1]) == 6
+    assert said["inference"][1] == said[""][1]  # torch's products of tensors made in that mode are its own in the last bit
 
 
 def test_a_run_is_repeated_from_anywhere(small, tmp_path, monkeypatch):  # noqa: F811
