@@ -237,7 +237,9 @@ def read_config(run: Path) -> dict:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{run}: expected a run folder with config.toml, found none") from None
-    except (ValueError, RecursionError, OSError) as error:  # ValueError: no UTF-8, no TOML
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no TOML
         raise ModelError(f"{path}: expected TOML, got {error}") from None
     if not isinstance(found.get("command"), str):
         raise ModelError(f"{path}: expected the configuration of a run, got one without a command")
@@ -249,12 +251,11 @@ def read_config(run: Path) -> dict:
 
 def is_run(path: str | Path) -> bool:
     """Whether the folder is one that `upstream`, `downstream` or `import` wrote: it has a config.toml, which in a model folder may be somebody's own."""
-    path = Path(path)
-    if (path / "config.json").exists():
+    if os.path.exists(os.path.join(path, "config.json")):
         with contextlib.suppress(ModelError):
-            return read_config(path)["command"] in WRITERS
+            return read_config(Path(path))["command"] in WRITERS
         return False
-    return (path / "config.toml").exists()
+    return os.path.exists(os.path.join(path, "config.toml"))
 
 
 @dataclasses.dataclass

@@ -99,7 +99,9 @@ def read_object(path: Path, raised: type[PeftDebiasError]) -> dict:
     """The JSON object of a file that is there. Raises on anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:  # ValueError: no UTF-8, no JSON, or an integer of thousands of digits
+    except OSError as error:
+        raise raised(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or an integer of thousands of digits
         raise raised(f"{path}: expected JSON, got {str(error) or type(error).__name__}") from None
     if not isinstance(values, dict):
         raise raised(f"{path}: expected a JSON object, got {type(values).__name__}")

@@ -19,7 +19,7 @@ from .config import Evaluate
 from .errors import DataError, ModelError
 from .metrics import Measure, crows_pairs, seat, stereoset
 from .metrics.bootstrap import interval
-from .tasks import masked_lm_nll, masked_samples, sentence_vectors
+from .tasks import finite, masked_lm_nll, masked_samples, sentence_vectors
 
 
 def _masked_lm(run: Run, settings: Evaluate, entry: str) -> None:
@@ -88,6 +88,7 @@ def perplexity(run: Run, path: str, settings: Evaluate) -> Result:
     encoded = run.tokenizer.encode(texts, max_length=longest)
     samples = masked_samples([[e.ids] for e in encoded], run.tokenizer, numpy.random.default_rng([settings.seed, 4]))
     sums, counts = masked_lm_nll(run.model, samples, settings.batch_tokens)
+    finite(sums, "losses of texts")
     if not counts.sum():
         raise DataError(f"{path}: expected words to mask, got none")
     loss = float(sums.sum() / counts.sum())

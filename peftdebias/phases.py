@@ -348,20 +348,24 @@ def _validation(labels: tuple[str, ...], positive: str | None):
 
 
 def parse_class_weights(text: str | None, labels: tuple[str, ...]) -> list[float] | None:
-    """"0=1,1=10" -> [1.0, 10.0] in the order of `labels`; 1 where not named. Raises ConfigError on an unknown label or a weight that is no positive number."""
+    """"0=1,1=10" -> [1.0, 10.0] in the order of `labels`; 1 where not named. Raises ConfigError on an unknown label, one named twice, and a weight that is no positive number or none that
+    float32 can add up."""
     if not text:
         return None
-    found = dict.fromkeys(labels, 1.0)
+    found, named = dict.fromkeys(labels, 1.0), set()
     for part in text.split(","):
         label, _, weight = part.rpartition("=")
         if label not in found:
             raise ConfigError(f"--class-weights {part}: expected LABEL=WEIGHT with LABEL one of {', '.join(labels)}, got {label!r}")
+        if label in named:
+            raise ConfigError(f"--class-weights {part}: expected each label once, got {label!r} twice")
+        named.add(label)
         try:
             found[label] = float(weight)
         except ValueError:
             found[label] = math.nan
-        if not (found[label] > 0 and math.isfinite(found[label])):
-            raise ConfigError(f"--class-weights {part}: expected a positive number, got {weight!r}")
+        if not 1e-30 <= found[label] <= 1e30:
+            raise ConfigError(f"--class-weights {part}: expected a positive number, 1e-30 to 1e30, got {weight!r}")
     return list(found.values())
 
 

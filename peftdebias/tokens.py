@@ -66,10 +66,10 @@ class Tokenizer:
         texts, pairs = list(texts), None if pairs is None else list(pairs)
         if pairs is not None and len(pairs) != len(texts):
             raise ConfigError(f"pairs: expected {len(texts)}, one for each text, got {len(pairs)}")
-        first = [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        first = [e.ids for e in self.encodings(texts)]
         if pairs is None:
             return [self._assemble(a, None, max_length) for a in first]
-        second = [e.ids for e in self.backend.encode_batch_fast(pairs, add_special_tokens=False)]
+        second = [e.ids for e in self.encodings(pairs)]
         return [self._assemble(a, b, max_length) for a, b in zip(first, second)]
 
     def encode_flat(self, texts: Sequence[str], max_length: int = 512) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
@@ -77,8 +77,13 @@ class Tokenizer:
         return self.framed(*self.joined(self.encodings(texts)), max_length)
 
     def encodings(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
-        """The first part of encode_flat: nearly all of its work, done without the GIL."""
-        return self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        """The first part of encode_flat: nearly all of its work, done without the GIL. Raises ConfigError where the library cannot start its threads."""
+        try:
+            return self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust: no Exception, and nowhere to import it from
+                raise
+            raise ConfigError(f"tokenizers: {' '.join(str(error).split())}; fewer threads: RAYON_NUM_THREADS=1") from None
 
     @staticmethod
     def joined(encodings: Sequence[tokenizers.Encoding]) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -161,6 +166,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             return _byte_bpe(folder, settings)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
+    except OSError as error:
+        raise ModelError(f"{error.filename or folder}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # the tokenizers library raises bare Exception on a malformed file
         raise ModelError(f"{folder}: tokenizer cannot be read: {error}") from None
     raise ModelError(f"{folder}: expected tokenizer.json, vocab.txt, or vocab.json with merges.txt; found none")

@@ -238,6 +238,11 @@ def foreign_config(model: Model) -> dict:
 def find_folder(name: str | Path) -> Path:
     """A model folder: the path itself, RUN/model of a run folder, or a name in the local Hugging Face cache. Raises ModelError that says how to fetch it."""
     path = Path(name)
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(path / "config.json")
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise ModelError(f"model {str(name)[:100]!r}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if (path / "model" / "config.json").exists() and not (path / "config.json").exists():
         if not (path / "config.toml").exists():  # it tells of modules, without which the base answers otherwise
             raise ModelError(f"{path}: expected a run folder with config.toml, found none beside model (which as it stands is {path / 'model'})")
@@ -254,7 +259,7 @@ def find_folder(name: str | Path) -> Path:
         return stored / "snapshots" / reference.read_text().strip()
     if snapshots:
         return snapshots[-1].parent
-    if path.is_absolute() or str(name).startswith(".") or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir()):  # no name of a hub
+    if path.is_absolute() or str(name).startswith((".", "~", "$")) or path.is_symlink() or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir()):  # no name of a hub
         raise ModelError(f"model {str(name)!r}: no such folder")
     raise ModelError(f"model {str(name)!r}: no such folder, and not in the Hugging Face cache {cache}; fetch it with `hf download {name}`")
 

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import tempfile
 import tomllib
 import warnings
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -360,11 +363,43 @@ def test_a_run_s_configuration_is_of_the_kinds_that_are_read(written, words, tmp
 
 
 def test_a_folder_in_the_place_of_a_file_is_named(saved):
-    for name, words in (("adapter.safetensors", "expected a file, got a folder"), ("adapter.json", "expected JSON, got ")):
+    for name, words in (("adapter.safetensors", "expected a file, got a folder"), ("adapter.json", "cannot be read: Is a directory")):
         (saved / name).unlink()
         (saved / name).mkdir()
         with pytest.raises(AdapterError, match=f"^{saved}/{name}: {words}"):
             load_adapter(saved, model_of())
+
+
+@pytest.mark.parametrize("name, words", [("x" * 5000, "model 'xxx.*: cannot be read: File name too long"), ("d\0x", r"model 'd\\x00x': cannot be read: "), ("~/none", "model '~/none': no such folder$"),
+                                         ("loop", "model '.*loop': cannot be read: Too many levels of symbolic links"), ("broken", "model '.*broken': no such folder$")])
+def test_names_that_no_folder_can_have(name, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "broken").symlink_to("nowhere")
+    with pytest.raises(ModelError, match=words):
+        load_run(name)
+
+
+def test_what_may_not_be_read_is_named(small):  # noqa: F811
+    """root may read all, and becomes somebody else, in a folder that they may enter."""
+    root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        folder = Path(shutil.copytree(small.base, Path(place) / "base"))
+        folder.chmod(0o755)
+        for hidden, words in ((folder, "model '.*base': cannot be read: Permission denied$"), (folder / "config.json", "config.json: cannot be read: Permission denied$"),
+                              (folder / "tokenizer.json", "cannot be read: Permission denied")):
+            before = hidden.stat().st_mode
+            hidden.chmod(0)
+            if root:
+                os.seteuid(65534)
+            try:
+                with pytest.raises(ModelError, match=words):
+                    load_run(folder)
+            finally:
+                if root:
+                    os.seteuid(0)
+                hidden.chmod(before)
 
 
 def test_an_axis_is_a_text(saved):

@@ -285,7 +285,7 @@ SWEEP = {
     "class weights of another label": (lambda b: b.down(class_weights="nurse=2,pilot=3"),
                                        "--class-weights pilot=3: expected LABEL=WEIGHT with LABEL one of baker, .*, got 'pilot'"),
     "class weights malformed": (lambda b: b.down(class_weights="nurse"), "--class-weights nurse: expected LABEL=WEIGHT"),
-    "class weights of no number": (lambda b: b.down(class_weights="nurse=x"), "--class-weights nurse=x: expected a positive number, got 'x'"),
+    "class weights of no number": (lambda b: b.down(class_weights="nurse=x"), "--class-weights nurse=x: expected a positive number, 1e-30 to 1e30, got 'x'"),
     "unknown positive label": (lambda b: b.down(positive="pilot"), "--positive: expected one of baker, .*, got 'pilot'"),
     "bad device": (lambda b: b.up(device="gpu"), "--device: expected cpu, cuda, cuda:1, ... or auto, got 'gpu'"),
     "bad device, evaluate": (lambda b: b.on(f"perplexity={b.small.heldout}", device="tpu"), "--device: expected cpu, cuda"),

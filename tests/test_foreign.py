@@ -216,6 +216,37 @@ def test_inside_of_inference_mode(tmp_path):
     assert all(p.grad is not None for p in handles[1].parameters())
 
 
+def test_trained_by_transformers_trainer(tmp_path):
+    """With the callback of docs/embedding.md each step has the gradients of its own texts, clipped; without it they would add up."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    host, model = pair("bert", tmp_path)
+    host, steps = host.float().eval().requires_grad_(False), []
+    handle = attach_to(host, methods.create("bias", model.config))
+    optimizer = torch.optim.SGD(handle.parameters(), lr=1e-6)
+
+    def size() -> float:
+        return float(torch.cat([p.grad.flatten() for p in handle.parameters()]).norm())
+
+    class OfTheModule(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **more):
+            found = size()
+            torch.nn.utils.clip_grad_norm_(handle.parameters(), args.max_grad_norm)
+            steps.append((found, size()))
+
+        def on_optimizer_step(self, args, state, control, optimizer, **more):
+            optimizer.zero_grad()
+
+    for part in host.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    texts = [{"input_ids": torch.arange(4, 9), "labels": torch.arange(4, 9)}] * 4
+    settings = transformers.TrainingArguments(str(tmp_path / "out"), max_steps=4, per_device_train_batch_size=1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
+                                              max_grad_norm=1e-3)
+    transformers.Trainer(host, settings, train_dataset=texts, optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)), callbacks=[OfTheModule()]).train()
+    assert len(steps) == 4 and all(abs(found / steps[0][0] - 1) < 1e-3 and abs(clipped - 1e-3) < 1e-5 for found, clipped in steps), steps
+
+
 @pytest.mark.parametrize("name", ["adapter", "prefix", "prompt", "full"])
 def test_methods_that_do_more_than_change_weights(name, tmp_path):
     model = drawn_model()

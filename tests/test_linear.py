@@ -1,6 +1,9 @@
 """A product in pieces by oneDNN against the plain one in float64: outputs, every gradient, and when it is not taken."""
 
 import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ import torch.nn.functional as F
 
 from peftdebias import doctor, kernels
 from peftdebias.kernels import dispatch
-from peftdebias.ops import linear
+from peftdebias.ops import linear, openmp
 from peftdebias.ops.linear import FEW, PIECE, STEP, WIDE, _onednn_outer, form, pieces, product
 
 from .test_lora import ragged_batch, tiny_model
@@ -140,3 +143,42 @@ def test_by_the_processor(level, maker, expected, monkeypatch):
     MODULE._faster.cache_clear()
     assert MODULE._faster()[0] == expected and maker in MODULE._faster()[1]
     MODULE._faster.cache_clear()
+
+
+# ---------------------------------------------------------------- fewer threads than asked for
+
+def test_where_openmp_may_give_fewer_threads_it_is_the_blas():
+    """oneDNN would leave a part of its product undone, and say nothing. What a program asks of OpenMP is seen at once."""
+    runtimes = openmp._runtimes()
+    assert runtimes and openmp.too_few() == "" and form()[0] == "onednn"
+    levels = [runtime.omp_get_max_active_levels() for runtime in runtimes]
+    try:
+        for runtime in runtimes:
+            runtime.omp_set_dynamic(1)
+        assert form() == ("blas", "OpenMP may give fewer threads than asked for (OMP_DYNAMIC), and oneDNN would leave a part of its product undone")
+        for runtime in runtimes:
+            runtime.omp_set_dynamic(0)
+            runtime.omp_set_max_active_levels(0)
+        assert form()[1].startswith("OpenMP gives one thread alone")
+    finally:
+        for runtime, most in zip(runtimes, levels):
+            runtime.omp_set_dynamic(0)
+            runtime.omp_set_max_active_levels(most)
+    assert form()[0] == "onednn"
+
+
+PRODUCT = """
+import torch
+from peftdebias.ops import linear
+from peftdebias.ops.linear import form
+x, weight = (torch.randn(n, 256, generator=torch.Generator().manual_seed(n)) for n in (700, 512))
+assert (linear(x, weight).double() - x.double() @ weight.double().t()).abs().max() < 1e-3
+print(torch.get_num_threads(), *form())
+"""
+
+
+@pytest.mark.parametrize("variable", ["OMP_THREAD_LIMIT=1", "OMP_DYNAMIC=TRUE", "OMP_MAX_ACTIVE_LEVELS=0"])
+def test_products_are_whole_where_fewer_threads_work(variable):
+    name, _, value = variable.partition("=")
+    ran = subprocess.run([sys.executable, "-c", PRODUCT], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2", "PEFTDEBIAS_LINEAR": "onednn", name: value})
+    assert ran.returncode == 0 and ran.stdout.startswith("2 blas OpenMP ") and f"({name})" in ran.stdout, ran

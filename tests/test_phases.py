@@ -223,8 +223,9 @@ def test_class_weights_take_labels_with_an_equals_sign():
 
 @pytest.mark.parametrize("text,words", [
     ("c=1", "--class-weights c=1: expected LABEL=WEIGHT with LABEL one of a, b, got 'c'"), ("a", "expected LABEL=WEIGHT"), ("a=1,", "got ''"),
-    ("a=", "expected a positive number, got ''"), ("a=x", "expected a positive number, got 'x'"), ("a=0", "got '0'"), ("a=-1", "got '-1'"),
-    ("a=nan", "got 'nan'"), ("a=inf", "got 'inf'"),
+    ("a=", "expected a positive number, 1e-30 to 1e30, got ''"), ("a=x", "expected a positive number, 1e-30 to 1e30, got 'x'"), ("a=0", "got '0'"), ("a=-1", "got '-1'"),
+    ("a=nan", "got 'nan'"), ("a=inf", "got 'inf'"), ("a=1e38,b=1e38", "--class-weights a=1e38: .*got '1e38'"), ("a=1e-50", "got '1e-50'"),  # whose sums are none in float32
+    ("a=1,a=2", "--class-weights a=2: expected each label once, got 'a' twice"),
 ])  # fmt: skip
 def test_class_weights_that_make_no_sense(text, words):
     with pytest.raises(ConfigError, match=words):

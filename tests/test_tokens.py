@@ -439,3 +439,18 @@ def test_one_text_in_place_of_several_and_pairs_of_another_number_are_refused(to
         with pytest.raises(ConfigError, match=words):
             toy.encode(*arguments)
     assert [e.ids.tolist() for e in toy.encode(iter(["he", "she"]), iter(["a", "b"]))] == [e.ids.tolist() for e in toy.encode(["he", "she"], ["a", "b"])]
+
+
+def test_threads_that_cannot_start_are_told(toy):
+    """What the library raises then is no Exception."""
+    class PanicException(BaseException):
+        pass
+
+    class Without:
+        def encode_batch_fast(self, texts, add_special_tokens):
+            raise PanicException("The global thread pool has not been initialized.:\nResource temporarily unavailable")
+
+    tokenizer = Tokenizer(toy.backend)
+    tokenizer.backend = Without()
+    with pytest.raises(ConfigError, match="^tokenizers: The global thread pool has not been initialized.: Resource temporarily unavailable; fewer threads: RAYON_NUM_THREADS=1$"):
+        tokenizer.encode(["a"])

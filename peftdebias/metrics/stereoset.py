@@ -106,7 +106,7 @@ def _word(context: str, sentence: str, place: str) -> str:
 def questions(tokenizer: Tokenizer, contexts: Sequence[Context], longest: int) -> tuple[list[MaskedToken], list[int]]:
     """(what the model is asked, number of sub-tokens of each candidate: three a context). longest: tokens that the model reads."""
     space = " " if tokenizer.style == "roberta" else ""
-    words = [e.ids for e in tokenizer.backend.encode_batch_fast([space + word for c in contexts for word in c.words], add_special_tokens=False)]
+    words = [e.ids for e in tokenizer.encodings([space + word for c in contexts for word in c.words])]
     mask = tokenizer.backend.id_to_token(tokenizer.mask_id)
     texts, targets, places = [], [], []
     for i, ids in enumerate(words):

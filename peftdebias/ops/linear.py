@@ -6,7 +6,7 @@ as many twice, go in pieces of few sizes.
 
 What it adds over torch.nn.functional.linear: that choice, for plain float32 on a CPU; and on a GPU, where products of 16 bits have trained parameters, gradients that
 are not rounded (kernels/fused/linear_trained.py). For all else it is that function. Two forms, "blas" and "onednn": by the
-processor, or by PEFTDEBIAS_LINEAR, or `with dispatch.use("linear", "onednn"):`.
+processor, or by PEFTDEBIAS_LINEAR, or `with dispatch.use("linear", "onednn"):`; "blas" wherever OpenMP may give oneDNN fewer threads than it counts on (openmp.py).
 
 Letters: T rows, in and out widths.
 """
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import kernels
 from ..kernels import dispatch
-from . import compiled
+from . import compiled, openmp
 from .norm import Normal
 
 LEAST = 1e7  # FLOPs: below it a call costs more than it saves
@@ -74,9 +74,10 @@ def form() -> tuple[str, str]:
     form = dispatch.asked("linear")
     if kernels.setting() in ("torch", "triton"):
         return "blas", "asked for by name" if form == "blas" else f"kernels are {kernels.setting()}"
-    if form == "blas" or (form and _there()):
-        return form, "asked for by name"
-    return _faster()
+    found = (form, "asked for by name") if form == "blas" or (form and _there()) else _faster()
+    if found[0] == "onednn" and (trouble := openmp.too_few()):
+        return "blas", f"{trouble}, and oneDNN would leave a part of its product undone"
+    return found
 
 
 @functools.cache
