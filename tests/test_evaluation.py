@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
@@ -280,3 +282,19 @@ def test_an_option_that_no_measure_takes_is_told(small):  # noqa: F811
 def test_every_option_of_measures_names_measures():
     named = {name for f in dataclasses.fields(Evaluate) for name in f.metadata["of"]}
     assert named < set(evaluation.ON) and all(f.metadata["help"].startswith(", ".join(f.metadata["of"])) for f in dataclasses.fields(Evaluate))
+
+
+def test_a_model_that_overflows_gives_no_figures(small, runs, tmp_path):  # noqa: F811
+    """Its weights are finite, what it says is not: one line, and no file."""
+    for name, folder, inside in (("base", small.base, ""), ("run", runs["jobs"], "model")):
+        shutil.copytree(folder, tmp_path / name)
+        path = tmp_path / name / inside / "model.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        key = next(key for key in tensors if key.endswith("layer.0.intermediate.dense.weight"))
+        safetensors.torch.save_file(tensors | {key: tensors[key].sign() * 1e38}, path, {"format": "pt"})
+    (tmp_path / "test.jsonl").write_text(json.dumps({n: {"category": n, "examples": ["he", "she"]} for n in ("targ1", "targ2", "attr1", "attr2")}))
+    for words in (["evaluate", tmp_path / "base", "--on", f"perplexity={small.heldout}"], ["evaluate", tmp_path / "base", "--on", f"crows-pairs={small.pairs}"],
+                  ["evaluate", tmp_path / "base", "--on", f"seat={tmp_path / 'test.jsonl'}"],
+                  ["evaluate", tmp_path / "run", "--on", f"classification={small.root / 'world' / 'test.jsonl'}"]):
+        said = cli(*words, "--json", tmp_path / "found.json")
+        assert said.code == 2 and "expected finite numbers, got" in said.err.splitlines()[-1] and not (tmp_path / "found.json").exists(), said
