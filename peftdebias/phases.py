@@ -14,7 +14,7 @@ import glob
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy
@@ -102,8 +102,14 @@ def _held_out(settings: Upstream, axis: Axis, intervention: Intervention, files:
     return choose(read(files), axis, intervention, settings.valid_share, settings.valid_texts, ", ".join(settings.corpus))
 
 
-@torch.inference_mode(False)  # a caller's mode is for its own tensors
-@torch.enable_grad()
+@contextlib.contextmanager
+def _own_modes() -> Iterator[None]:
+    """What a caller set for its own tensors ends here: inference_mode, no_grad, autocast."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@_own_modes()
 def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None) -> PhaseResult:
     """Learn a debiasing module. Writes the run folder of CONTRACTS.md; `say` hears the notes before the training begins.
 
@@ -262,8 +268,7 @@ def read_splits(settings: Downstream) -> Splits:
     return Splits(paths, splits, labels, targets, positive, class_weights, last)
 
 
-@torch.inference_mode(False)  # a caller's mode is for its own tensors
-@torch.enable_grad()
+@_own_modes()
 def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: None) -> PhaseResult:
     """Train a classifier under frozen modules. Writes the run folder, reloads it, and reports what the reloaded files give; `say` hears the notes.
 

@@ -10,15 +10,16 @@
 A measure is an entry of `evaluate --on`: NAME=FILE with a file of the data folder, or NAME alone, which is measured on the task's test split.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
 import tomllib
 from pathlib import Path
 
-from . import methods
+from . import methods, prepare
 from .config import LEAST
-from .errors import ConfigError
+from .errors import ConfigError, DataError
 from .options import KINDS, at_least, checked
 from .prepare import Source
 
@@ -136,11 +137,16 @@ def unit_name(task: str | None, system: str) -> str:
     return f"{'upstream' if task is None else task}-{system.lower().replace(' ', '-')}"
 
 
-def what_decides(told: dict | None) -> dict | None:
-    """A recipe with its sources, as OUT/recipe.json keeps it, without keys that recipes had once and without the names under which files are looked for: OUT/read.json
-    knows the files that were read."""
+def what_decides(told: dict | None, data: Path) -> dict | None:
+    """A recipe with its sources, as OUT/recipe.json keeps it, without keys that recipes had once, and with the file in the folder `data` that a source means in place of the names under
+    which it is looked for."""
     def of(kind: type, table):
-        return {name: table[name] for name in sorted({field.name for field in dataclasses.fields(kind)} & set(table) - {"file"})} if isinstance(table, dict) else table
+        if not isinstance(table, dict):
+            return table
+        known = {name: table[name] for name in sorted({field.name for field in dataclasses.fields(kind)} & set(table))}
+        with contextlib.suppress(DataError, TypeError):  # not there, or no names
+            known |= {"file": str(prepare.find(known["file"], data))} if "file" in known else {}
+        return known
 
     if not isinstance(told, dict):
         return told

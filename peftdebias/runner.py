@@ -218,7 +218,8 @@ class _Runner:
         if path.exists():
             there = read_object(path, ConfigError)
             for key in asked:
-                if (recipes.what_decides(there.get(key)) != recipes.what_decides(asked[key])) if key == "recipe" else there.get(key) != asked[key]:
+                before, now = (recipes.what_decides(one.get(key), self.data) if key == "recipe" else one.get(key) for one in (there, asked))
+                if before != now:
                     what = "another recipe" if key == "recipe" else f"{key} {there.get(key)}"
                     raise ConfigError(f"--out {self.out}: holds results with {what}; expected the same as before or another folder")
         elif self.out.exists() and any(self.out.iterdir()):

@@ -255,7 +255,7 @@ def find_folder(name: str | Path) -> Path:
     stored = Path(cache) / ("models--" + str(name).replace("/", "--"))
     reference = stored / "refs" / "main"
     snapshots = sorted((stored / "snapshots").glob("*/config.json"))
-    if reference.exists() and (stored / "snapshots" / reference.read_text().strip() / "config.json").exists():
+    if os.path.exists(reference) and (stored / "snapshots" / reference.read_text().strip() / "config.json").exists():
         return stored / "snapshots" / reference.read_text().strip()
     if snapshots:
         return snapshots[-1].parent

@@ -357,10 +357,12 @@ def test_results_of_a_recipe_that_said_more_go_on(place, small, tmp_path):  # no
     told = json.loads(path.read_text())
     told["recipe"]["upstream"]["max_pairs"] = 20000
     for source in told["recipe"]["sources"].values():
-        source["file"] = ["earlier.csv", *source["file"]]
+        source["file"] = ["earlier.csv", *source["file"], "later.csv"]
     path.write_text(json.dumps(told))
     assert {row["seed"] for row in runner.run(dataclasses.replace(settings, seeds=2)).table["rows"]} == {0, 1}
-    for part, key, value in (("upstream", "steps", 7), ("tasks", "epochs", 3), ("sources", "text", "other")):
+    files = [source["file"] for source in told["recipe"]["sources"].values()]
+    assert len({str(names) for names in files}) > 1
+    for part, key, value in (("upstream", "steps", 7), ("tasks", "epochs", 3), ("sources", "text", "other"), ("sources", "file", files[-1]), ("sources", "file", ["none.csv"])):
         other = json.loads(json.dumps(told))
         table = other["recipe"][part]
         (table if part == "upstream" else table[0] if part == "tasks" else next(iter(table.values())))[key] = value
