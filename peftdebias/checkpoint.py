@@ -251,7 +251,7 @@ def read_config(run: Path) -> dict:
 
 def is_run(path: str | Path) -> bool:
     """Whether the folder is one that `upstream`, `downstream` or `import` wrote: it has a config.toml, which in a model folder may be somebody's own."""
-    if os.path.exists(os.path.join(path, "config.json")):
+    if os.path.exists(os.path.join(path, "config.json")):  # False where a Path would raise: of a name too long, or with a zero byte
         with contextlib.suppress(ModelError):
             return read_config(Path(path))["command"] in WRITERS
         return False
@@ -312,7 +312,7 @@ def made_of(values: dict) -> dict:
         for folder in (own, own.parent) if re.fullmatch(r"model|adapter(-\d+)?", own.name) else (own,):
             with contextlib.suppress(ModelError):
                 if (config := read_config(folder))["command"] in WRITERS:
-                    return config | _told_of_origins(folder)
+                    return config | _origins_of(folder)
         return None
 
     model = config_of(values["model"]) if "model" in values else None
@@ -320,20 +320,23 @@ def made_of(values: dict) -> dict:
     return ({"model": model} if model else {}) | ({"adapter": found} if found else {})
 
 
-def _told_of_origins(run: Path) -> dict:
+def _origins_of(run: Path) -> dict:
     """{"made_of"} of a run's versions.json, {} where that does not tell."""
     with contextlib.suppress(ModelError):
-        found = read_object(run / "versions.json", ModelError).get("made_of")
-        return {"made_of": found} if found and tells_origins(found) else {}
+        return {"made_of": found} if (found := told_origins(read_object(run / "versions.json", ModelError))) else {}
     return {}
 
 
-def tells_origins(found) -> bool:
-    """Whether it is what `made_of` gives, of a file that anybody may have written."""
-    if not isinstance(found, dict) or not isinstance(modules := found.get("adapter", []), list):
-        return False
-    configs = [*([found["model"]] if "model" in found else []), *modules]
-    return all(isinstance(config, dict) and isinstance(config.get("adapter", []), list) and tells_origins(config.get("made_of", {})) for config in configs)
+def told_origins(versions: dict) -> dict:
+    """What a run's versions.json, which anybody may have written, tells under "made_of"; {} where that is not what `made_of` gives."""
+    def sound(found) -> bool:
+        if not isinstance(found, dict) or not isinstance(modules := found.get("adapter", []), list):
+            return False
+        configs = [*([found["model"]] if "model" in found else []), *modules]
+        return all(isinstance(config, dict) and isinstance(config.get("adapter", []), list) and sound(config.get("made_of", {})) for config in configs)
+
+    found = versions.get("made_of")
+    return found if sound(found) else {}
 
 
 def base_of(path: str | Path) -> str | Path:

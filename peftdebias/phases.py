@@ -357,21 +357,20 @@ def parse_class_weights(text: str | None, labels: tuple[str, ...]) -> list[float
     float32 can add up."""
     if not text:
         return None
-    found, named = dict.fromkeys(labels, 1.0), set()
+    found: dict[str, float] = {}
     for part in text.split(","):
         label, _, weight = part.rpartition("=")
-        if label not in found:
+        if label not in labels:
             raise ConfigError(f"--class-weights {part}: expected LABEL=WEIGHT with LABEL one of {', '.join(labels)}, got {label!r}")
-        if label in named:
+        if label in found:
             raise ConfigError(f"--class-weights {part}: expected each label once, got {label!r} twice")
-        named.add(label)
         try:
             found[label] = float(weight)
         except ValueError:
             found[label] = math.nan
         if not 1e-30 <= found[label] <= 1e30:
             raise ConfigError(f"--class-weights {part}: expected a positive number, 1e-30 to 1e30, got {weight!r}")
-    return list(found.values())
+    return [found.get(label, 1.0) for label in labels]
 
 
 # ---------------------------------------------------------------- both

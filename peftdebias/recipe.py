@@ -143,9 +143,9 @@ def what_decides(told: dict | None, data: Path) -> dict | None:
     def of(kind: type, table):
         if not isinstance(table, dict):
             return table
-        known = {name: table[name] for name in sorted({field.name for field in dataclasses.fields(kind)} & set(table))}
-        with contextlib.suppress(DataError, TypeError):  # not there, or no names
-            known |= {"file": str(prepare.find(known["file"], data))} if "file" in known else {}
+        known = {field.name: table[field.name] for field in dataclasses.fields(kind) if field.name in table}
+        with contextlib.suppress(DataError, KeyError, TypeError):  # not there, of a kind without a file, or no names
+            known["file"] = str(prepare.find(known["file"], data))
         return known
 
     if not isinstance(told, dict):

@@ -346,7 +346,7 @@ def test_origins_that_are_none_are_passed_over(told, tmp_path):
     before = written(tmp_path, run)
     (run / "versions.json").write_text(json.dumps(versions | {"made_of": told}))
     assert written(tmp_path, run) == before
-    assert checkpoint._told_of_origins(run) == {}
+    assert checkpoint._origins_of(run) == {}
 
 
 def test_trainings_that_follow_each_other_are_told_apart(tmp_path):

@@ -34,6 +34,6 @@ def _runtimes() -> list[ctypes.CDLL]:
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as lines:
             paths = {line.rstrip("\n").partition("/")[2] for line in lines}
-    except OSError:
+        return [ctypes.CDLL(f"/{path}") for path in sorted(paths) if _LIBRARY.search(path)]
+    except OSError:  # no Linux, or a library whose file was replaced since
         return []
-    return [ctypes.CDLL(f"/{path}") for path in sorted(paths) if _LIBRARY.search(path)]

@@ -16,7 +16,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..checkpoint import adapter_folders, made_of, read_config, read_header, tells_origins
+from ..checkpoint import adapter_folders, made_of, read_config, read_header, told_origins
 from ..config import Downstream, Evaluate, Upstream
 from ..errors import DataError
 from ..lines import Lines, place
@@ -169,8 +169,8 @@ def read_run(folder: Path) -> RunFiles:
     versions = read_json(folder / "versions.json") if (folder / "versions.json").exists() else {}
     if not isinstance(versions, dict):
         raise DataError(f"{folder / 'versions.json'}: expected a JSON object, got {short(versions)}")
-    origins = versions.pop("made_of", None)
-    origins = origins if origins and tells_origins(origins) else made_of(config)
+    origins = told_origins(versions) or made_of(config)
+    versions.pop("made_of", None)
     headers = [read_header(one) for one in adapter_folders(folder)]
     stretches, final = read_training(folder / "metrics.jsonl")
     return RunFiles(folder, command, config, versions, [(str(h["method"]), str(h["axis"]), h["config"]) for h in headers], stretches, final, origins)

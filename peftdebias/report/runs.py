@@ -179,7 +179,8 @@ def _unlike(evaluations: list[tuple[RunFiles, str, Path, dict, dict]]) -> list[s
 def _own(run: RunFiles, settings: dict) -> dict:
     """What options that were not given stand for in an evaluation that lies with a run: the run's own settings, where it was the run that was loaded."""
     loaded = Path(str(settings.get("model"))).resolve().name == run.folder.resolve().name
-    return {"max_length": LONGEST} | (run.config if loaded else {}) | {"axis": axes[0] if len(axes := _axes(run)) == 1 else None}
+    config = {"max_length": LONGEST} | (run.config if loaded else {}) | {"axis": axes[0] if len(axes := _axes(run)) == 1 else None}
+    return {field.name: config.get(field.name) for field in dataclasses.fields(Evaluate) if field.default is None}
 
 
 def _decides(settings: dict, files: dict, own: dict) -> Iterator[tuple[str, object]]:
@@ -191,7 +192,7 @@ def _decides(settings: dict, files: dict, own: dict) -> Iterator[tuple[str, obje
             yield f"--on {name}", sums
     for field in dataclasses.fields(Evaluate) if on else ():
         if field.name in ("samples", "seed") or {name for name, _ in on} & set(field.metadata["of"]):
-            value = next((v for v in (settings.get(field.name), own.get(field.name) if field.default is None else None) if v is not None), field.default)
+            value = settings.get(field.name, own.get(field.name, field.default))
             yield flag(field.name), files.get(str(Path(value)), value) if isinstance(value, str) else value
 
 
