@@ -150,7 +150,7 @@ class Case:
 
 
 def output_bound(name: str, expected: Tensor) -> float:
-    """CONTRACTS.md, float32: 2e-6 * max(1, max|x|). Most gradients are far below 1, where that would pass anything: tensors called "gradient" must also keep to
+    """float32: 2e-6 * max(1, max|x|). Most gradients are far below 1, where that would pass anything: tensors called "gradient" must also keep to
     5e-5 of their own largest value."""
     largest = float(expected.abs().max())
     bound = 2e-6 * max(1.0, largest)

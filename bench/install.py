@@ -15,7 +15,10 @@ import numpy
 from . import bars
 
 
-def start_up(hub: str | None = None, repeats: int = 7) -> list[str]:
+REPEATS = 7
+
+
+def start_up(hub: str | None = None) -> list[str]:
     """Lines with the milliseconds of `python -c "import ..."`: medians; the commands take turns, and what peftdebias adds is the median over the turns. hub: see lanes.case_of."""
     kinds = {"import torch": sys.executable, "import torch, peftdebias": sys.executable}
     if all(importlib.util.find_spec(n) for n in ("transformers", "peft")):
@@ -23,7 +26,7 @@ def start_up(hub: str | None = None, repeats: int = 7) -> list[str]:
     if hub:
         kinds["import torch, transformers, adapters"] = hub
     spent: dict[str, list[float]] = {code: [] for code in kinds}
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         for code, python in kinds.items():
             began = time.perf_counter()
             subprocess.run([python, "-c", code], check=True, capture_output=True)

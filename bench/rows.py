@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from peftdebias import processor
 from peftdebias.outputs import write_text
 
 from . import ROOT
@@ -55,17 +56,10 @@ class Row:
 
 @functools.cache
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's as Linux gives it with the vector width that torch uses."""
+    """The GPU's name, or the processor's with its family and model."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU {processor()}"
-
-
-@functools.cache
-def processor() -> str:
-    """As Linux names it; `unknown` elsewhere."""
-    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M) if Path("/proc/cpuinfo").exists() else None
-    return found[1].strip() if found else "unknown"
+    return f"CPU {processor.named()}"
 
 
 def slug(device: torch.device) -> str:
@@ -99,7 +93,7 @@ def commit() -> str:
 
 def machine() -> dict[str, object]:
     """Where and on which code a script without rows measured: cpu, cores that it may use, load average, commit."""
-    return {"cpu": processor(), "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1), "commit": commit()}
+    return {"cpu": processor.named(), "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1), "commit": commit()}
 
 
 def now() -> str:

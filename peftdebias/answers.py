@@ -73,10 +73,11 @@ def check_pairs(what: str, run: Run, pairs: bool) -> None:
 
 def max_length(model: Model, wanted: int) -> int:
     """The longest text that both the caller and the model allow. Raises ConfigError where the modules leave no position for a token of a text."""
-    shift, positions = model.encoder.hooks.position_shift, model.config.max_positions
-    if positions - shift < LEAST:
-        raise ConfigError(f"modules: expected room for a text of {LEAST} tokens, the special ones among them, got {positions - shift}: they take {shift} of the model's {positions} positions")
-    return min(wanted, positions - shift)
+    encoder = model.encoder
+    if encoder.longest < LEAST:
+        raise ConfigError(f"modules: expected room for a text of {LEAST} tokens, the special ones among them, got {encoder.longest}: they take {encoder.hooks.position_shift} of the model's "
+                          f"{model.config.max_positions} positions")
+    return min(wanted, encoder.longest)
 
 
 def longest_of(run: Run, settings: Evaluate | Predict) -> int:

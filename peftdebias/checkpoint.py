@@ -26,7 +26,7 @@ from pathlib import Path
 import tomli_w
 import torch
 
-from . import __version__, methods, patch, weights
+from . import __version__, methods, patch, processor, weights
 from .encoder import Model
 from .errors import AdapterError, ConfigError, ModelError
 from .files import read_object, read_tensors, write_tensors
@@ -354,7 +354,7 @@ def versions(device: torch.device | None = None) -> dict:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
-    return found | {"commit": _commit(), "device": torch.cuda.get_device_name(device) if cuda else _processor(), "threads": torch.get_num_threads()}
+    return found | {"commit": _commit(), "device": torch.cuda.get_device_name(device) if cuda else processor.named(), "threads": torch.get_num_threads()}
 
 
 def _commit() -> str | None:
@@ -366,11 +366,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return said.stdout.strip() or None
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

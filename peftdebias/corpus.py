@@ -234,7 +234,8 @@ def _documents(path: str, report: Report, begin: Place) -> Iterator[Record]:
         start = (source.offset, source.count)
         for line in source:
             if line and not line.isspace():
-                first = first if rows else source.count
+                if not rows:
+                    first = source.count
                 rows.append(line)
                 continue
             if rows:

@@ -4,7 +4,7 @@
 
 What it adds over evaluation.py: texts and answers in memory, for several threads too, and files of what padded.py makes a graph of.
 
-Letters: N and B texts, S longest text, D hidden, V vocabulary, C labels.
+Letters: B texts, S longest text, D hidden, V vocabulary, C labels.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from . import __version__, answers, checkpoint
+from .answers import LONGEST, cut_note, max_length
 from .batches import Batch, Sample, pack
 from .encoder import Model
 from .errors import ConfigError, ModelError
-from .evaluation import LONGEST, cut_note, max_length
 from .outputs import partial_of
 from .padded import Padded, export_padded
 from .tasks import class_probabilities, in_eval, labelled_samples, scored_batches
@@ -130,7 +130,7 @@ class Debiased:
 
     @_one_at_a_time
     def encode(self, texts: Sequence[str], pooling: str = "first") -> Tensor:
-        """[N, D], on the CPU: the last hidden state of each text's first token ("first", what a classifier reads), or the mean over its tokens, special ones
+        """[B, D], on the CPU: the last hidden state of each text's first token ("first", what a classifier reads), or the mean over its tokens, special ones
         too ("mean"). Vectors of prompts are not among them."""
         _one_of("pooling", pooling, POOLINGS)
         encoded = self._encoded(self._texts("texts", texts))
@@ -226,7 +226,7 @@ def _mask_logits(model: Model, batch: Batch) -> Tensor:
 
 @in_eval
 def _pooled(model: Model, samples: Sequence[Sample]) -> Tensor:
-    """[N, D] on the CPU: the mean over the rows that each sample asks for."""
+    """[B, D] on the CPU: the mean over the rows that each sample asks for."""
     found = torch.zeros(len(samples), model.config.hidden, dtype=model.encoder.embeddings.word.weight.dtype, device="cpu")
     for items, batch in scored_batches(model, samples):
         for i, rows in zip(items, model.encoder(batch).cpu().split(batch.row_lengths)):

@@ -127,6 +127,11 @@ class Encoder(nn.Module):
         return given[0]
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest text that there are positions for, beside what the methods put before it."""
+        return self.config.max_positions - self.hooks.position_shift
+
+    @property
     def _linears(self) -> dict[str, tuple[nn.Linear, tuple[str, ...]]]:
         """Name -> (linear, its sites), as written.write takes them."""
         found = {}
@@ -147,8 +152,8 @@ class Encoder(nn.Module):
 
     def _embed(self, batch: Batch) -> tuple[Tensor, Batch]:
         config, table, hooks = self.config, self.embeddings, self.hooks
-        if batch.max_length + hooks.position_shift > config.max_positions:
-            raise ModelError(f"text of {batch.max_length} tokens: expected at most {config.max_positions - hooks.position_shift}")
+        if batch.max_length > self.longest:
+            raise ModelError(f"text of {batch.max_length} tokens: expected at most {self.longest}")
         positions = hooks.value("embeddings.position", table.position.weight)
         segments = hooks.value("embeddings.segment", table.segment.weight)
 
@@ -351,12 +356,12 @@ class Model(nn.Module):
         """Inside the `with` block the named methods are off, for every thread; merged ones too, by the base tensors that merge kept. Raises AdapterError on another name."""
         hooks = self.encoder.hooks
         block = {hooks.known("without", name) for name in names}
-        hooks.blocks.append(block)
+        hooks.turned_off.append(block)
         hooks.settle()
         try:
             yield self
         finally:
-            hooks.blocks = [other for other in hooks.blocks if other is not block]
+            hooks.turned_off = [other for other in hooks.turned_off if other is not block]
             hooks.settle()
 
     def train(self, mode: bool = True) -> "Model":

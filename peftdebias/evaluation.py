@@ -22,9 +22,6 @@ from .outputs import digest, files_in, keep_apart, tables, writing
 from .tasks import class_probabilities, labelled_samples
 from .training import pick_device
 
-__all__ = ["LONGEST", "ON", "Result", "classification_measures", "cut_note", "encode_examples", "evaluate", "evaluate_run", "max_length", "parse_on",
-           "positive_label", "predict", "systems"]
-
 
 ON: dict[str, Callable[[Run, str, Evaluate], Result]] = {
     "crows-pairs": intrinsic.crows,

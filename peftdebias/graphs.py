@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batch
-from .shapes import Shape, shape_of
+from .shapes import Shape, fill
 from .step import Step
 
 MOST = 96
@@ -68,13 +68,13 @@ class Graphed(Step):
     def __call__(self, batch: Batch, rate: float) -> Tensor:
         if self.off is not None:
             return super().__call__(batch, rate)
-        shape = shape_of(batch, self.model.config.max_positions - self.model.encoder.hooks.position_shift)
+        shape = self.shape_of(batch)
         known = self.captured.get(shape)
         if known is None and (shape not in self.seen or len(self.captured) >= MOST):
             self.seen.add(shape)
             return self._eagerly(batch, rate)
         self.optimizer.set_rate(rate)
-        host = self.shaped(batch).staged(pinned=True)
+        host = fill(batch, shape).staged(pinned=True)
         if known is None:
             known = self._capture(host)
             if known is None:

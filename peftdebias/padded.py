@@ -37,7 +37,7 @@ class Padded(nn.Module):
         super().__init__()
         self.config, self.what, self.pooling, self.separator = model.config, what, pooling, separator
         c, hooks = model.config, model.encoder.hooks
-        self.longest = c.max_positions - hooks.position_shift
+        self.longest = model.encoder.longest
         for site in ("embeddings.word", "embeddings.position", "embeddings.segment"):
             self._put(site, hooks.value(site, parameter_at(model, site)[1]))
         self._put_norm("embeddings.norm", model)

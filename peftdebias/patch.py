@@ -18,7 +18,7 @@ from .errors import AdapterError
 from .methods import Method
 from .sites import EMBED_SITE, TABLES, Merged, add_delta, block_sites, key_value_sites
 
-def base_parameters(model: Model) -> dict[str, Parameter]:
+def encoder_parameters(model: Model) -> dict[str, Parameter]:
     """The encoder's own parameters by our names; no heads, no methods."""
     return dict(model.encoder.named_parameters())
 
@@ -104,7 +104,7 @@ def checksum(tensors: dict[str, Tensor]) -> str:
 
 def base_checksum(model: Model) -> str:
     """checksum of the encoder without heads: what an adapter belongs to."""
-    return checksum(base_parameters(model))
+    return checksum(encoder_parameters(model))
 
 
 # ---------------------------------------------------------------- merge
@@ -126,7 +126,7 @@ def merge(model: Model, *names: str) -> None:
     hooks = model.encoder.hooks
     if hooks.merged:
         raise AdapterError("merge: expected an unmerged model; unmerge it first")
-    if hooks.blocks:
+    if hooks.turned_off:
         raise AdapterError("merge: expected to be outside of `with model.without(...)`")
     names = tuple(dict.fromkeys(hooks.known("merge", name) for name in names)) or tuple(hooks.methods)
     if not names:
@@ -167,7 +167,7 @@ def unmerge(model: Model) -> None:
     _expect_model(model, "unmerge")
     hooks = model.encoder.hooks
     if hooks.merged:
-        if hooks.blocks:
+        if hooks.turned_off:
             raise AdapterError("unmerge: expected to be outside of `with model.without(...)`")
         hooks.merged.place(False)
         hooks.merged = None

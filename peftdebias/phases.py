@@ -21,6 +21,7 @@ import numpy
 import torch
 
 from . import checkpoint, corpus, lines, methods, patch, weights
+from .answers import cut_note, encode_examples, max_length, positive_label
 from .augment import prepared
 from .axes import Axis
 from .cda import PAPER, Intervention
@@ -28,7 +29,7 @@ from .cda_engine import expand
 from .config import Downstream, Upstream
 from .encoder import MaskedLMHead, Model
 from .errors import ConfigError, DataError, PeftDebiasError
-from .evaluation import classification_measures, cut_note, encode_examples, max_length, positive_label
+from .extrinsic import classification_measures
 from .holdout import HeldOut, beside, choose, first_families
 from .lines import Skipped
 from .metrics import Measure
@@ -111,7 +112,7 @@ def _own_modes() -> Iterator[None]:
 
 @_own_modes()
 def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None) -> PhaseResult:
-    """Learn a debiasing module. Writes the run folder of CONTRACTS.md; `say` hears the notes before the training begins.
+    """Learn a debiasing module. Writes the run folder that checkpoint.py describes; `say` hears the notes before the training begins.
 
     Raises PeftDebiasError on bad input and leaves nothing behind then.
     """

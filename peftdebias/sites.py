@@ -148,7 +148,7 @@ class Hooks:
         self.methods: dict[str, object] = {}
         self.off: set[str] = set()
         self.merged: Merged | None = None
-        self.blocks: list[set[str]] = []  # what each open `without` turned off
+        self.turned_off: list[set[str]] = []  # by each open `without`
         self.folded: set[str] = set()
         self._at: dict[str, list] = {}
         self._hosts: dict[str, set[str]] = {}
@@ -164,8 +164,8 @@ class Hooks:
         self.refresh()
 
     def settle(self) -> None:
-        """Must follow any change of `blocks`, `merged` and `folded`: what is merged is in the weights unless one of it is turned off, and then only the others act by their hooks."""
-        out = set().union(*self.blocks)
+        """Must follow any change of `turned_off`, `merged` and `folded`: what is merged is in the weights unless one of it is turned off, and then only the others act by their hooks."""
+        out = set().union(*self.turned_off)
         if self.merged is not None:
             self.merged.place(not self.merged.names & out)
         self.off = out | self.folded | (self.merged.names if self.merged is not None and self.merged.placed else set())

@@ -18,7 +18,7 @@ from .batches import Batch
 from .encoder import Model
 from .lowered import autocast
 from .optimizer import FlatAdamW, LargeAdamW, WholeAdamW
-from .shapes import fill, shape_of
+from .shapes import Shape, fill, shape_of
 
 
 class Step:
@@ -48,10 +48,13 @@ class Step:
         self.optimizer.clip(self.parameters, self.clip)
         return loss.detach()
 
+    def shape_of(self, batch: Batch) -> Shape:
+        """The fixed shape that a host batch is brought to."""
+        return shape_of(batch, self.model.encoder.longest)
+
     def shaped(self, batch: Batch) -> Batch:
-        """A host batch in its fixed shape."""
-        config, shift = self.model.config, self.model.encoder.hooks.position_shift
-        return fill(batch, shape_of(batch, config.max_positions - shift))
+        """It in that shape."""
+        return fill(batch, self.shape_of(batch))
 
 
 class Compiled(Step):

@@ -235,10 +235,10 @@ class World:
             if gender not in ("m", "f"):
                 raise ConfigError(f"occupations: expected gender m or f for {name}, got {gender}")
 
-    def pretraining_texts(self, n: int, split: str = "train", link: float | None = None) -> list[str]:
-        """`n` biographies that name the occupation. split: "train" or "heldout". link: default `text_link`."""
+    def pretraining_texts(self, n: int, split: str = "train") -> list[str]:
+        """`n` biographies that name the occupation. split: "train" or "heldout"."""
         frames = self._frames("text", split)
-        return [read(frame, gender) for frame, _, gender in _take(n, self._gendered(frames, "text_link", link))]
+        return [read(frame, gender) for frame, _, gender in _take(n, self._gendered(frames, "text_link"))]
 
     def balanced_texts(self, n: int) -> list[str]:
         """Held-out biographies, each followed by its counterfactual: no link by construction. `n` texts, n even."""
@@ -280,7 +280,7 @@ class World:
         phrases += [name for name, _ in self.occupations] + list(GENDERED) + list(GENDERED.values())
         return sorted({word for phrase in phrases for word in _WORD.findall(_SLOT.sub(" ", phrase).lower())})
 
-    def _gendered(self, frames, name: str, link: float | None) -> Iterator[tuple[str, str, str]]:
+    def _gendered(self, frames, name: str, link: float | None = None) -> Iterator[tuple[str, str, str]]:
         """(frame, occupation, u in [0, 1)) -> (frame, occupation, gender)."""
         link = getattr(self, name) if link is None else _strength("link", link)
         towards = dict(self.occupations)

@@ -295,7 +295,7 @@ def mask_weights(tokenizer: Tokenizer, words: Iterable[str], weight: float) -> n
     return weights
 
 
-def mask_flat(ids: numpy.ndarray, lengths: numpy.ndarray, tokenizer: Tokenizer, generator: numpy.random.Generator, share: float = MASK_SHARE,
+def mask_flat(ids: numpy.ndarray, lengths: numpy.ndarray, tokenizer: Tokenizer, generator: numpy.random.Generator,
               weights: numpy.ndarray | None = None) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray, numpy.ndarray]:
     """mask_tokens for texts end to end, text by text with the same draws: (ids to read [T], rows [M], targets [M], rows of each text [B]).
 
@@ -305,7 +305,7 @@ def mask_flat(ids: numpy.ndarray, lengths: numpy.ndarray, tokenizer: Tokenizer, 
     starts = numpy.searchsorted(places, numpy.concatenate(([0], numpy.cumsum(lengths))))
     chosen, kinds, drawn, counts = [], [], [], []
     for start, n in zip(starts.tolist(), numpy.diff(starts).tolist()):
-        count = max(1, round(share * n)) if n else 0
+        count = max(1, round(MASK_SHARE * n)) if n else 0
         counts.append(count)
         if count:
             own = places[start:start + n]

@@ -91,3 +91,21 @@ def test_errors_say_what_was_expected():
         f1(["a", "b"], ["a", "b"], "x")
     with pytest.raises(DataError, match=r"labels: expected a value for every example, got none for example 1 \(counted from 0\)"):
         accuracy(["a", "b"], ["a", None])
+
+
+def test_a_class_that_a_resample_lacks_is_left_out_of_its_mean():
+    labels = ["a"] * 9 + ["b"]  # a third of the resamples have no b; all are right
+    (tallied,) = [m for m in measures(classification_tally(labels, labels, classes="ab")) if m.name == "f1/macro"]
+    assert {(m.value, m.low, m.high) for m in (macro_f1(labels, labels), tallied)} == {(100.0, 100.0, 100.0)}
+
+
+def test_true_negatives_are_drawn_too():
+    """3 found, 1 missed, of 100: no positive is found in 3.1 % of the resamples with one, 0.97^100 (1 - (96 / 97)^100) / (1 - 0.96^100); of the four alone in 0.4 %."""
+    assert f1(["1"] * 3 + ["0"] * 97, ["1"] * 4 + ["0"] * 96, "1", samples=20_000).low == 0
+
+
+def test_the_interval_of_one_labels_f1_is_not_shifted():
+    """3 of 4 found, no others: F1 is 0 in 0.4 % of the resamples (none found), 40 in 4.7 % (one), 100 in 31.6 % (all)."""
+    (tallied,) = [m for m in measures(classification_tally(list("1110"), list("1111"), classes="01", positive="1")) if m.name == "f1/1"]
+    for found in (tallied, f1(list("1110"), list("1111"), "1")):
+        assert (found.value, found.low, found.high) == pytest.approx((600 / 7, 40, 100))

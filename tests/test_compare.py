@@ -213,3 +213,34 @@ def test_figures_of_another_kind_are_not_compared_over_seeds(tmp_path):
         comparison.compare(Compare(seeds=True, files=own, against=(written("e", n=9, x=2.0), written("f", n=9, x=2.6))))
     mean = over_seeds([0.2, 0.2, 0.2])
     assert (mean.mean, mean.sd, mean.low, mean.high) == (0.2, 0.0, 0.2, 0.2)
+
+
+@pytest.mark.parametrize("own,other", [(("points", 0.0, 9), ("%", 0.0, 9)), (("%", 100.0, 9), ("%", 50.0, 9)), (("%", None, 9), ("%", None, 8))])
+def test_figures_of_another_unit_ideal_or_number_are_left_out_whichever_is_first(own, other, tmp_path):
+    def written(name, unit, ideal, n):
+        rows = [{"name": m, "value": v, "unit": u, "ideal": i, "n": k} for m, v, u, i, k in (("x", 1.0 + len(name), unit, ideal, n), ("y", 2.0, "1", None, 5))]
+        (tmp_path / name).write_text(json.dumps({"measures": rows}))
+        return str(tmp_path / name)
+
+    one, two = ((written(f"{side}", *kind), written(f"{side}{side}", *kind)) for side, kind in (("a", own), ("b", other)))
+    for files, against in ((one, two), (two, one)):
+        found = comparison.compare(Compare(seeds=True, files=files, against=against))
+        assert [d.name for d in found.differences] == ["y"] and "left out, of another unit, ideal or number of examples on either side: x" in found.notes
+
+
+def test_neutral_is_the_likeliest_answer_though_less_than_half(tmp_path):
+    """Of two occupations, the one's pair is neutral with 0.4 against 0.3 and 0.3, the other's is not: half in the first file, none in the second."""
+    sure = {"n": 0.1, "e": 0.8, "c": 0.1}
+    for name, narrow in (("a", {"n": 0.4, "e": 0.3, "c": 0.3}), ("b", sure)):
+        rows = [{"measure": "bias-nli", "text": o, "occupation": o, "neutral": "n", "predicted": max(p, key=p.get), "probabilities": p} for o, p in (("x", narrow), ("y", sure))]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {d.name: (d.first, d.second) for d in comparison.compare_examples(str(tmp_path / "a"), str(tmp_path / "b")).differences}
+    assert found["bias-nli/fraction-neutral"] == (0.5, 0.0) and found["bias-nli/net-neutral"] == pytest.approx((0.25, 0.1)) and found["bias-nli/threshold-0.5"] == (0, 0)
+
+
+@pytest.mark.parametrize("first", [[0.1, 100.0], [0.1, 3.0, 100.0, 1000.0]])
+def test_changes_that_round_apart_are_alike(first):
+    second = [x - 0.39 for x in first]
+    assert len({b - a for a, b in zip(first, second)}) > 1  # by rounding alone
+    found = seed_difference(first, second)
+    assert (found.p, found.test) == (2.0 ** (1 - len(first)), "signs of seeds") and found.value == pytest.approx(-0.39)

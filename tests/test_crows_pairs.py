@@ -273,3 +273,9 @@ def test_real_pairs_on_a_real_model(shared):
         for pair, found in zip(pairs[:60:15], score_pairs(loaded.model, loaded.tokenizer, pairs[:60:15], scoring)):
             expected = textbook(loaded.model, loaded.tokenizer, pair.more, pair.less, scoring)
             assert math.isclose(found.more, expected[0], abs_tol=0.0005 + 2e-5) and math.isclose(found.less, expected[1], abs_tol=0.0005 + 2e-5)
+
+
+@pytest.mark.parametrize("scoring", crows_pairs.SCORINGS)
+def test_a_difference_in_the_fourth_decimal_is_a_tie(scoring):
+    found = crows_pairs._scored(Pair("a", "b", "gender"), scoring, [numpy.array([-1.0001]), numpy.array([-1.0002])])
+    assert (found.more, found.less, found.prefers_more) == (-1.0, -1.0, False)

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from peftdebias import evaluation
+from peftdebias.answers import cut_note, positive_label
 from peftdebias.batches import Sample, pack
 from peftdebias.checkpoint import load_run
 from peftdebias.config import MEASURES, Evaluate
 from peftdebias.corpus import Example, read_examples
 from peftdebias.errors import ConfigError, DataError
-from peftdebias.evaluation import classification_measures, cut_note, parse_on, positive_label
+from peftdebias.evaluation import parse_on
+from peftdebias.extrinsic import classification_measures
 from peftdebias.metrics import bootstrap
 from peftdebias.tasks import masked_samples
 from peftdebias.tokens import Encoded
@@ -298,3 +300,10 @@ def test_a_model_that_overflows_gives_no_figures(small, runs, tmp_path):  # noqa
                   ["evaluate", tmp_path / "run", "--on", f"classification={small.root / 'world' / 'test.jsonl'}"]):
         said = cli(*words, "--json", tmp_path / "found.json")
         assert said.code == 2 and "expected finite numbers, got" in said.err.splitlines()[-1] and not (tmp_path / "found.json").exists(), said
+
+
+def test_floors_take_no_more_shuffles_than_samples():
+    rows = [example(label, group) for label in "0011" * 5 for group in "fm"]
+    found, _ = classification_measures(list("01001101") * 5, rows, ("0", "1"), where="f.csv", samples=1)
+    floors = [m for m in found if m.name.endswith("/shuffled")]
+    assert len(floors) == 2 and all(m.low == m.value == m.high for m in floors)

@@ -137,3 +137,16 @@ def test_errors_say_what_was_expected():
         fairness(["1"], ["1"], ["f"])
     with pytest.raises(DataError, match="expected every prediction to be one of 0, 1, got 2"):
         fairness(["2", "1"], ["1", "0"], ["f", "m"], classes=("0", "1"))
+
+
+def test_paritys_shuffles_move_groups_and_draw_none_anew():
+    """Half of 20 are predicted a, one of the 20 is of f: whichever it is, f's share is 0 or 1, and that of the others 10/19 or 9/19."""
+    found = {m.name: m for m in fairness(["a", "b"] * 10, ["a"] * 10 + ["b"] * 10, ["f"] + ["m"] * 19).measures}
+    floor = found["demographic-parity/shuffled"]
+    assert (floor.value, floor.low, floor.high) == pytest.approx((1000 / 19,) * 3)
+
+
+def test_floors_are_means_of_shuffles():
+    """One of four is predicted a, one of the four is of f: a difference of 100 for a quarter of the shuffles, else of 1/3."""
+    floor = {m.name: m for m in fairness(list("abbb"), list("aaaa"), list("fmmm"), shuffles=4000).measures}["demographic-parity/shuffled"]
+    assert floor.value == pytest.approx(50, abs=4) and (floor.low, floor.high) == pytest.approx((100 / 3, 100))

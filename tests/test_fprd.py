@@ -273,3 +273,27 @@ def test_evaluate_and_compare_measure_what_the_definitions_say(measure, positive
     (expected,) = [d for d in tally.differences(*counted, seed=3)[0] if d.name == measure]
     (found,) = [d for d in json.loads((answered / "d.json").read_text())["differences"] if d["name"] == measure]
     assert (found["difference"], found["low"], found["high"]) == pytest.approx((expected.value, expected.low, expected.high))
+
+
+def test_the_floor_shuffles_the_answers_to_negatives_alone():
+    """Of two negatives one is wrong and one mentions the term: whichever is wrong, |0 or 1 - 1/2|. The hateful text, taken for hateful, is no part of it."""
+    floor = fprd(["1", "0", "1"], ["0", "0", "1"], "1", [[True], [False], [True]], ["gay"]).measures[1]
+    assert (floor.name, floor.value, floor.low, floor.high) == ("fprd/shuffled", 0.5, 0.5, 0.5)
+
+
+def test_a_term_that_a_resample_lacks_counts_as_the_mean_of_the_others():
+    counted = fprd_tally(["1", "0", "0"], ["0"] * 3, "1", [[True, False], [False, True], [False, False]], ["gay", "white"])
+    texts, negatives, wrong = [4, 2, 0], [4, 2, 0], [1, 2, 0]  # of all, gay, white: FPR 1/4, 1 and none
+    assert [figure.value(np.array([*texts, *negatives, *wrong], float)) for figure in counted.tally.figures[:2]] == [1.5, 1.5]  # 3/4 twice
+
+
+def test_without_hateful_texts_the_scripts_variant_is_the_same():
+    predicted, labels, mentioned = world()
+    first, _, script, *_ = fprd(predicted[labels == "0"], labels[labels == "0"], "1", mentioned[labels == "0"], TERMS, samples=200).measures
+    assert (script.name, script.value, script.low, script.high) == ("fprd/script", first.value, first.low, first.high)
+
+
+def test_the_floor_is_a_mean_of_shuffles():
+    """Of four negatives one is wrong and one mentions the term: |1 - 1/4| for a quarter of the shuffles, else 1/4."""
+    floor = fprd(["1", "0", "0", "0"], ["0"] * 4, "1", [[True], [False], [False], [False]], ["gay"], shuffles=4000).measures[1]
+    assert floor.value == pytest.approx(0.375, abs=0.02) and (floor.low, floor.high) == (0.25, 0.75)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from peftdebias import doctor, kernels
 from peftdebias.kernels import dispatch
 from peftdebias.ops import linear, openmp
-from peftdebias.ops.linear import FEW, PIECE, STEP, WIDE, _onednn_outer, form, pieces, product
+from peftdebias.ops.linear import FEW, NARROW, PIECE, STEP, WIDE, _onednn_outer, _taken, form, pieces, product
 
 from .test_lora import ragged_batch, tiny_model
 
@@ -142,6 +142,24 @@ def test_by_the_processor(level, maker, expected, monkeypatch):
     monkeypatch.setattr("torch.backends.mkl.is_available", lambda: True)
     MODULE._faster.cache_clear()
     assert MODULE._faster()[0] == expected and maker in MODULE._faster()[1]
+    MODULE._faster.cache_clear()
+
+
+@pytest.mark.parametrize("maker,family,narrow", [("AuthenticAMD", 25, False), ("AuthenticAMD", 26, True), ("HygonGenuine", 25, True)])
+def test_where_avx512_is_no_faster_a_narrow_weight_is_the_blas(maker, family, narrow, monkeypatch):
+    """Of AMD's family 25; by name all are asked for."""
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("torch.backends.mkl.is_available", lambda: True)
+    monkeypatch.setattr(MODULE, "vendor", lambda: maker)
+    monkeypatch.setattr(MODULE, "family", lambda: family)
+    monkeypatch.setattr(MODULE, "LEAST", 0)
+    x = torch.ones(16, NARROW)
+    with dispatch.use("linear", "onednn"):
+        assert _taken(x, torch.ones(8, NARROW), None)
+    monkeypatch.setattr(dispatch, "asked", lambda op: None)
+    MODULE._faster.cache_clear()
+    taken = [_taken(x[:, :inner], torch.ones(outer, inner), None) for outer, inner in ((NARROW, NARROW), (NARROW - 1, NARROW), (NARROW, NARROW - 1), (WIDE, 8), (WIDE - 1, 8))]
+    assert taken == [True, narrow, narrow, True, narrow] and ("fewer than 512" in form()[1]) == (not narrow)
     MODULE._faster.cache_clear()
 
 

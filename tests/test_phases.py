@@ -13,12 +13,12 @@ import safetensors.torch
 import torch
 
 from peftdebias import checkpoint, patch, phases, weights
+from peftdebias.answers import encode_examples
 from peftdebias.axes import load_axis
 from peftdebias.cda import families
 from peftdebias.checkpoint import load_run
 from peftdebias.config import Downstream, Upstream
 from peftdebias.errors import ConfigError, DataError, PeftDebiasError
-from peftdebias.evaluation import encode_examples
 from peftdebias.holdout import HeldOut
 from peftdebias.phases import parse_class_weights
 from peftdebias.tasks import class_probabilities, labelled_samples

@@ -248,3 +248,30 @@ def test_real_sentences_on_a_real_model(shared):
     d, p = textbook(*([vector(text) for text in texts] for texts in test.sets))
     found = evaluate(Evaluate(model=str(model), on=(f"seat={file}",))).measures
     assert found[0].value == pytest.approx(d, abs=1e-5) and found[1].value == pytest.approx(p, abs=1e-12) and 0 < p < 1
+
+
+def test_resamples_keep_the_size_of_each_set():
+    """Two words a side, all alike: every resample within the sets is the sample itself, d = 2 / sqrt(4 / 3). Three of one side and one of the other would give d = 2."""
+    found, _ = measures(sizes_of(2, 2, 1, 1), np.array([1.0, 1, -1, -1]))
+    assert (found.value, found.low, found.high) == pytest.approx((math.sqrt(3),) * 3)
+
+
+def test_as_many_partitions_as_are_drawn_are_all_looked_at(monkeypatch):
+    monkeypatch.setattr(seat, "PERMUTATIONS", 20)  # 6 over 3
+    assert {p_value(np.array([3.0, 2, 1, 0, -1, -2]), 3, seed=seed) for seed in range(10)} == {1 / 20}
+
+
+def test_a_difference_rests_on_the_words_of_both_sets():
+    """Two words a side: no test of signs can say less of four than 2^(1 - 4)."""
+    one, other = (seat_tally(["t"] * 4, [0, 0, 1, 1], list("abcd"), s) for s in ([1.0, 1, -1, -1], [-1.0, -1, 1, 1]))
+    (found,), _ = differences(one, other)
+    assert (found.value, found.low, found.high) == pytest.approx((-2 * math.sqrt(3),) * 3) and found.p == 1 / 8
+
+
+def test_evaluate_passes_the_seed_and_the_samples_on(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(seat, "PERMUTATIONS", 500)  # fewer than the 924 partitions
+    file = written(tmp_path)
+    done("evaluate", base, "--on", f"seat={file}", "--seed", 5, "--samples", 7, "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
+    (test,), s = read_tests(file), np.array([row["association"] for row in lines(tmp_path / "e.jsonl")])
+    expected, by_default = ([m.as_json() for m in measures(test, s, **settings)] for settings in (dict(seed=5, samples=7), {}))
+    assert json.loads((tmp_path / "m.json").read_text())["measures"] == expected and all(a != b for a, b in zip(expected, by_default))

@@ -314,3 +314,17 @@ def test_a_roberta_scores_its_own_sub_tokens(shared):
     each = [probability(model, q.ids, q.place, q.target) for q in asked]
     parts = np.split(each, np.cumsum(counts)[:-1])
     assert score_contexts(model, tokenizer, [one])[0].scores == pytest.approx([part.mean() for part in parts], abs=1e-12)
+
+
+def test_contexts_of_one_term_say_nothing_of_the_spread():
+    found = {m.name: m for m in measures(["x", "x", "y"], ["d", "d", "e"], [[3, 1, 2], [1, 3, 2], [3, 2, 1]])}
+    assert all(m.value >= 0 and math.isnan(m.low) for name, m in found.items() if not name.endswith("overall"))
+    assert not any(math.isnan(m.low) for name, m in found.items() if name.endswith("overall"))
+    one, other = (stereoset_tally(["x", "x", "y"], ["d", "d", "e"], scores) for scores in ([[3, 1, 2]] * 3, [[1, 3, 2]] * 3))
+    assert {d.name.split("/")[-1] for d in differences(one, other)[0]} == {"overall"}
+
+
+def test_noise_makes_icat_smaller_so_its_interval_is_shifted_up():
+    """One term for the stereotype and one against it: ICAT 100; of half the resamples, of one term twice, 0. So 0 to 100 lies 50 too low."""
+    found = next(m for m in measures(["x", "y"], ["d", "d"], [[3, 2, 1], [2, 3, 1]], samples=4000) if m.name == "stereoset/icat/overall")
+    assert found.value == found.high == 100 and found.low == pytest.approx(50, abs=4)

@@ -145,3 +145,32 @@ def test_errors_say_what_was_expected():
 
 def test_ratio():
     assert ratio([1, 0, 1], [2, 0, 0])[0] == 0.5 and np.isnan(ratio([1, 0, 1], [2, 0, 0])[1:]).all()
+
+
+def test_what_the_shift_moves_across_0_has_the_larger_p():
+    """|mean| of four 1 and three -1 against 0: no resample is 0, the least is 1 / 7; their mean is about 0.31, so moved by 0.17 those of 1 / 7 lie below 0.
+    P(|sum| > 1) = 1 - 35 (4^4 3^3 + 4^3 3^4) / 7^7 = 0.486, so p is about 0.972."""
+    def kept(x, lifted):
+        return of_rows(np.stack([x, np.ones(7)], 1), (Figure("size", "1", 0.0, 7, lambda sums: np.abs(sums[..., 0] / sums[..., 1]), lifted),))
+
+    plain, moved = (differences(kept(np.zeros(7), lifted), kept([1.0, 1, 1, 1, -1, -1, -1], lifted), samples=4000)[0][0] for lifted in (False, True))
+    assert plain.p == 2.0 ** -6 and moved.p == pytest.approx(0.972, abs=0.05)
+
+
+def test_the_number_of_units_is_the_smaller_of_both_systems():
+    assert differences(means([1.0, 2.0], [1, 1]), means([1.0, 2.0], [1, 0])) == ([], ["mean"])  # one value of the second: no spread
+    (found,), _ = differences(means(np.zeros(4), np.ones(4)), means(np.ones(4), [1, 1, 0, 0]))
+    assert found.p == 0.5  # 2^(1 - 2), not 2^(1 - 4)
+
+
+def test_a_small_difference_is_no_rounding():
+    (found,), _ = differences(means(np.ones(9), np.ones(9)), means(np.full(9, 1.0001), np.ones(9)))
+    assert (found.value, found.low, found.high) == pytest.approx((1e-4,) * 3) and found.p == 2.0 ** -8
+    (rounded,), _ = differences(means(np.ones(9), np.ones(9)), means(np.full(9, 1 + 1e-14), np.ones(9)))
+    assert (rounded.low, rounded.high, rounded.p) == (0, 0, 1)
+
+
+def test_two_examples_have_an_interval():
+    """Resamples are 1, 2 and 3 with chances of 1/4, 1/2 and 1/4."""
+    (found,) = measures(means([1.0, 3.0], [1, 1]))
+    assert (found.value, found.low, found.high) == (2, 1, 3)

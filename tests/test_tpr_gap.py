@@ -157,3 +157,9 @@ def test_errors_say_what_was_expected():
         tpr_gap(["y", "n"], ["y", "n"], ["f", "m"])
     with pytest.raises(DataError, match="expected the first group to be one of f, m, got x"):
         tpr_gap(["y"] * 2, ["y"] * 2, ["f", "m"], first="x")
+
+
+def test_the_floor_is_a_mean_of_shuffles():
+    """One of four is found, one of the four is of f: a gap of 100 for a quarter of the shuffles, else of 1/3."""
+    floor = tpr_gap(["a", "b", "b", "b"], ["a"] * 4, list("fmmm"), shuffles=4000).floor
+    assert floor.value == pytest.approx(50, abs=4) and (floor.low, floor.high) == pytest.approx((100 / 3, 100))

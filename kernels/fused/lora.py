@@ -11,7 +11,7 @@ Derivation. With v = dY B [T, r] and u = z A^T:
     dx = dY W + (s / q) m * (v A)        m the mask, q the share kept; m / q is what dropout multiplies by
     dA = s v^T z,  dB = s dY^T u         (lora_grads.py, which takes u and v from here)         dW = dY^T x,  dbias = column sums of dY
 
-Forms. "written": W' = W + s B A was written once a step (lora_write.py), so forward and dx are library GEMMs; without dropout, for who wrote it: `lora_written`.
+Forms. "written": W' = W + s B A was written once a forward pass (lora_write.py), so forward and dx are library GEMMs; without dropout, for who wrote it: `lora_written`.
 "epilogue": u and v by lora_thin.py, which draws the mask of x once, and the kernel below for both directions. "library": torch's own products, dropout from dropout.py.
 dispatch.py picks one by shape, dtype and dropout; a backward has what its forward had.
 The low-rank product is no epilogue in time: it comes first, and the wide one is added to it. So scale and mask meet float32 sums, and no second tile of sums is held

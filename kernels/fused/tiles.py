@@ -64,9 +64,9 @@ def ceil_div(n: int, d: int) -> int:
     return -(-n // d)
 
 
-def power(n: int, least: int = 16) -> int:
-    """The smallest power of two that is >= n and >= least: tiles are that wide."""
-    return max(least, 1 << (n - 1).bit_length())
+def power(n: int) -> int:
+    """The smallest power of two that is >= n and >= 16: tiles are that wide."""
+    return max(16, 1 << (n - 1).bit_length())
 
 
 def expect(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = tuple(DTYPES), device: torch.device | None = None) -> None:

@@ -52,7 +52,7 @@ def export_adapter(run: str | Path, form: str, out: str | Path, overwrite: bool 
             else:
                 base = str((run / "model").resolve()) if (run / "model").is_dir() else base
                 onto = peft.write(folder, *loaded.model.methods.values(), loaded.model, base)
-        positions = loaded.model.config.max_positions - loaded.model.encoder.hooks.position_shift
+        positions = loaded.model.encoder.longest
         (folder / "README.md").write_text(card(run, config, form, base, min(positions, config.get("max_length", positions)), onto), encoding="utf-8")
     return Path(out)
 

@@ -1,6 +1,8 @@
 """Full-Debias: the base itself is trained upstream. No module: its run folder is a base model, and what follows starts from that.
 
 Agarwal et al. 2023, section 4 ("Full-Debias"); counterfactual augmentation of all weights goes back to Zmigrod et al. 2019.
+
+The room: this file; phases.py, which saves the base; tests/test_phases.py and tests/test_every_method.py (proof).
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
     softmax(q [P_k ; k]^T / sqrt(W)) [P_v ; v]        P_k, P_v [P, H, W] in every layer
 
-Flat: P_k and P_v are the parameters (what Liu et al. 2022, arXiv 2110.07602, call P-tuning v2; the "Prompt" of PAPER.md). Re-parametrised: all layers'
+Flat: P_k and P_v are the parameters (what Liu et al. 2022, arXiv 2110.07602, call P-tuning v2; the "Prompt" of Agarwal et al. 2023). Re-parametrised: all layers'
 come from one E [P, D] through an MLP, tanh(E W1^T + b1) W2^T + b2 with W1 [N, D], W2 [2 L D, N], evaluated once a step on these P rows, never on a copy for
 each text; as files hold it, it is flat. The text's positions stay, unless `positioned`: peft's prefix takes the first P positions.
 

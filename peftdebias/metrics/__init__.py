@@ -28,7 +28,7 @@ class Measure:
     n: int  # examples behind the value
 
     def as_json(self) -> dict:
-        """The row of CONTRACTS.md's `evaluate --json`; what is not finite is None."""
+        """Its row in what `evaluate --json` writes; what is not finite is None."""
         row = {key: getattr(self, key) for key in ("name", "value", "unit", "ideal", "low", "high", "n")}
         for key in ("value", "ideal", "low", "high"):
             row[key] = float(row[key]) if row[key] is not None and math.isfinite(row[key]) else None

@@ -36,7 +36,7 @@ def interval(
     return percentile(np.array([statistic(random.integers(0, n, n)) for _ in range(samples)], float), level)
 
 
-def mean_interval(values, *, seed: int = 0, samples: int = 1000, level: float = 0.95) -> tuple[float, float]:
+def mean_interval(values, *, seed: int = 0, samples: int = 1000) -> tuple[float, float]:
     """(low, high) of the mean of `values` [n]."""
     values = np.asarray(values, float)
     _check(len(values))
@@ -44,14 +44,14 @@ def mean_interval(values, *, seed: int = 0, samples: int = 1000, level: float = 
         return NONE
     distinct, cells = np.unique(values, return_counts=True)
     if len(distinct) <= 64:  # right or wrong, better or worse: a table of counts
-        return percentile(counts(cells, seed=seed, samples=samples) @ distinct / len(values), level)
+        return percentile(counts(cells, seed=seed, samples=samples) @ distinct / len(values))
     random = np.random.default_rng(seed)
     block = max(1, 2**22 // len(values))  # resamples at once, about 64 MiB
     means = [
         values[random.integers(0, len(values), (min(block, samples - start), len(values)))].mean(1)
         for start in range(0, samples, block)
     ]
-    return percentile(np.concatenate(means), level)
+    return percentile(np.concatenate(means))
 
 
 def counts(cells, *, seed: int = 0, samples: int = 1000) -> np.ndarray:

@@ -88,8 +88,7 @@ def score_pairs(model: Model, tokenizer: Tokenizer, pairs: Sequence[Pair], scori
     """Every pair scored in eval mode, cut to what the model can read. scoring: one of SCORINGS."""
     if scoring not in SCORINGS:
         raise ValueError(f"scoring: expected one of {', '.join(SCORINGS)}, got {scoring!r}")
-    longest = model.config.max_positions - model.encoder.hooks.position_shift
-    return score_encoded(model, pairs, encode_pairs(tokenizer, pairs, longest), tokenizer.mask_id, (scoring,), batch_tokens)[scoring]
+    return score_encoded(model, pairs, encode_pairs(tokenizer, pairs, model.encoder.longest), tokenizer.mask_id, (scoring,), batch_tokens)[scoring]
 
 
 def score_encoded(model: Model, pairs: Sequence[Pair], encoded: Sequence[Encoded], mask_id: int, scorings: Sequence[str] = SCORINGS,

@@ -129,7 +129,7 @@ def questions(tokenizer: Tokenizer, contexts: Sequence[Context], longest: int) -
 
 def score_contexts(model: Model, tokenizer: Tokenizer, contexts: Sequence[Context], batch_tokens: int = 8192) -> list[Scored]:
     """Every context scored in eval mode."""
-    asked, counts = questions(tokenizer, contexts, model.config.max_positions - model.encoder.hooks.position_shift)
+    asked, counts = questions(tokenizer, contexts, model.encoder.longest)
     probabilities = np.exp(masked_log_probs(model, asked, batch_tokens))
     means = np.add.reduceat(probabilities, np.cumsum([0, *counts[:-1]])) / counts
     return [Scored(c, tuple(row)) for c, row in zip(contexts, means.reshape(-1, len(LABELS)).tolist())]

@@ -91,7 +91,7 @@ def _gradients(query: Tensor, key: Tensor, value: Tensor, needs: tuple[bool, ...
 
 def _adjacent(group: tuple[Tensor, ...]) -> bool:
     """Whether tensors [T, H, W] are the slices of one [T, n H W], in order."""
-    first, (rows, heads, width) = group[0], group[0].shape
+    first, (_, heads, width) = group[0], group[0].shape
     strides, size = (len(group) * heads * width, width, 1), first.element_size() * heads * width
     return all(x.shape == first.shape and x.stride() == strides and x.data_ptr() == first.data_ptr() + i * size for i, x in enumerate(group)) and (
         len({x.untyped_storage().data_ptr() for x in group}) == 1)

@@ -1,7 +1,7 @@
 """x W^T + bias, by the library that multiplies fastest on this processor.
 
 torch's float32 products go to its BLAS, which is MKL in the usual builds, and MKL uses AVX-512 on Intel's processors only; oneDNN, which torch carries too, uses it on
-all. bench/run.py linear measures both. oneDNN makes code for every shape that it meets and keeps it (0.3 ms and about as many MiB each), so the rows of a batch, never
+all. Where AVX-512 multiplies no faster than AVX2 does (AMD's family 25) it takes a wide W for oneDNN to gain. bench/run.py linear measures both. oneDNN makes code for every shape that it meets and keeps it (0.3 ms and about as many MiB each), so the rows of a batch, never
 as many twice, go in pieces of few sizes.
 
 What it adds over torch.nn.functional.linear: that choice, for plain float32 on a CPU; and on a GPU, where products of 16 bits have trained parameters, gradients that
@@ -21,11 +21,13 @@ from torch.autograd.function import once_differentiable
 
 from .. import kernels
 from ..kernels import dispatch
+from ..processor import family, vendor
 from . import compiled, openmp
 from .norm import Normal
 
 LEAST = 1e7  # FLOPs: below it a call costs more than it saves
 PIECE, FEW, STEP, ROUND = 512, 256, 64, 16  # rows: of a piece at most; up to which a product is not cut; multiples of which a piece and an uncut product have
+NARROW = 512  # inputs and outputs of W at least, or WIDE outputs, for oneDNN where AVX-512 is no faster than AVX2
 WIDE = 8192  # columns from which a product is not cut: putting its pieces together would cost more than code for another number of rows
 
 linear_ref = F.linear
@@ -92,22 +94,22 @@ def _faster() -> tuple[str, str]:
     level, maker = torch.backends.cpu.get_cpu_capability(), vendor()
     if level != "AVX512" or maker == "GenuineIntel" or not torch.backends.mkl.is_available():
         return "blas", f"nothing known to be faster on {maker or 'this processor'}, {level}"
-    return "onednn", f"{level} on {maker}, which MKL leaves unused there"
+    wide = f"; by MKL, as fast for less, where W has fewer than {NARROW} inputs or outputs and no vocabulary's" if _halved() else ""
+    return "onednn", f"{level} on {maker}, which MKL leaves unused there{wide}"
 
 
-@functools.cache
-def vendor() -> str:
-    """The processor's maker as Linux names it (GenuineIntel, AuthenticAMD), or nothing."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), "")
-    except OSError:
-        return ""
+def _halved() -> bool:
+    """Whether AVX-512 is worked off in two halves, so that AVX2 multiplies at the same rate."""
+    return vendor() == "AuthenticAMD" and family() == 25
+
+
+def _pays(weight: Tensor) -> bool:
+    return len(weight) >= WIDE or min(weight.shape) >= NARROW or not _halved() or dispatch.asked("linear") == "onednn"
 
 
 def _taken(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (compiled.takes(x, weight, bias) and x.dim() == weight.dim() == 2 and 2.0 * x.numel() * len(weight) >= LEAST and len(x) >= ROUND
-            and not torch.is_autocast_enabled("cpu") and form()[0] == "onednn")
+            and not torch.is_autocast_enabled("cpu") and _pays(weight) and form()[0] == "onednn")
 
 
 class _Linear(torch.autograd.Function):

@@ -23,9 +23,10 @@ from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import kernels
+from ..processor import vendor
 from . import compiled
 from .linear import form as linear_form
-from .linear import linear, product_dtype, vendor
+from .linear import linear, product_dtype
 
 ROUND = 64
 FEW = 256  # rows: up to which putting W into a wider tensor, in every call, costs more than it saves

@@ -21,7 +21,6 @@ from .harness import DEVICE, DTYPES, compare, drawn, strided
 PARAMETERS = {"linear": ("weight", "bias"), "block": ("up", "up_bias", "down", "down_bias")}
 OPS = {"linear": (fused.linear_trained, linear_ref, ("x", *PARAMETERS["linear"])), "block": (block_file.feed_forward, feed_forward_ref, ("x", *PARAMETERS["block"]))}
 BOTH = pytest.mark.parametrize("op", OPS)
-NORM = ("gain", "shift")  # of the norm that x comes out of
 
 
 def tensors(op: str, t: int, width: int, out: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
