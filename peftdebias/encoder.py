@@ -137,8 +137,8 @@ class Encoder(nn.Module):
         found = {}
         for i, layer in enumerate(self.layers):
             found[f"layers.{i}.attention.qkv"] = layer.attention.qkv, tuple(f"layers.{i}.attention.{kind}" for kind in ("query", "key", "value"))
-            for site, linear in (("attention.output", layer.attention.output), ("feed_forward.up", layer.feed_forward.up), ("feed_forward.down", layer.feed_forward.down)):
-                found[f"layers.{i}.{site}"] = linear, (f"layers.{i}.{site}",)
+            for site, part in (("attention.output", layer.attention.output), ("feed_forward.up", layer.feed_forward.up), ("feed_forward.down", layer.feed_forward.down)):
+                found[f"layers.{i}.{site}"] = part, (f"layers.{i}.{site}",)
         return found
 
     def _rounded_whole(self, linears: dict[str, tuple[nn.Linear, tuple[str, ...]]], all_rows: bool) -> list[Tensor]:

@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 from . import checkpoint
 from .encoder import EncoderConfig, Model
 from .errors import AdapterError
-from .methods import Method, method_class
+from .methods import METHODS, Method, method_class
 from .sites import TABLES, add_delta, linear_shape
 from .weights import ENCODER_NAMES, from_foreign
 
@@ -60,13 +60,20 @@ class Attached:
     def __init__(self, method: Method, places: dict[str, str]):
         self.method, self.places = method, places
         self._undo: list = []
+        self._hosts: list[nn.Module] = []
 
     def parameters(self) -> list[nn.Parameter]:
         """For the optimizer; the host's own parameters are left as they are, frozen or not."""
         return list(self.method.parameters().values())
 
     def remove(self) -> None:
-        """Take the module off: the host has its own tensors again, bit for bit, and what else is attached stays. A second call does nothing."""
+        """Take the module off: the host has its own tensors again, bit for bit, and what else is attached stays. A second call does nothing.
+
+        Raises AdapterError where FSDP has sharded the host since: it knows the tensors by where they lie while the module is attached.
+        """
+        if self._undo and any(_sharded(host) for host in self._hosts):
+            raise AdapterError("remove: FSDP has sharded the host, and knows its tensors by where they lie now; the module stays attached: expected a full state dict of the host, in whose names "
+                               "`parametrizations.` and `.original` are left out")
         while self._undo:
             self._undo.pop()()
 
@@ -78,7 +85,7 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
     "blocks.{i}.q"). A name may leave out what comes before it: `encoder.layer.0.output.dense` is found inside `bert` or deeper. A folder is checked against
     the base that it was made for, in the dtype of its files, which needs every tensor of the encoder; force: a warning where that is another. A Method needs only
     its own sites. Its parameters move to the device of `module`. Raises AdapterError on a method that does more than change weights, a name for a site that there
-    is not, a module or bias that is missing or stands there twice, a shape that does not match, and what is attached there already.
+    is not, a module or bias that is missing or stands there twice, a shape that does not match, a module that FSDP has sharded, and what is attached there already.
     """
     if not isinstance(module, nn.Module):
         raise AdapterError(f"attach_to: expected a torch.nn.Module, got {type(module).__name__}")
@@ -86,6 +93,8 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
         raise AdapterError(f"attach_to: expected a method or the folder of one, got {type(method).__name__}")
     if not isinstance(names, (Mapping, type(None))):
         raise AdapterError(f"attach_to: names: expected a dict, our site to their module's name, got {type(names).__name__}")
+    if any(map(_sharded, module.modules())):
+        raise AdapterError("attach_to: FSDP has sharded the module; expected to attach before it is wrapped")
     find, source = _Finder(module, names or {}), method
     if not isinstance(method, Method):
         source = os.path.realpath(_own(Path(method)))
@@ -112,9 +121,10 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
         for parameter in method.parameters().values():
             parameter.data = parameter.data.to(next(iter(changes.values())).weight.device)
     attached = Attached(method, places)
+    attached._hosts = list({id(host): host for host in changes.values()}.values())
     for (site, kind), host in changes.items():
         attached._undo.append(_hook_rows(host, method, site) if site in TABLES else _change(host, kind, method, site))
-    for host in {id(host): host for host in changes.values()}.values():
+    for host in attached._hosts:
         for one in {method, source}:
             sources = _attached.setdefault(host, [])
             sources.append(one)
@@ -138,6 +148,17 @@ def _hook_rows(host: nn.Module, method: Method, site: str):
         handle.remove()
         _forget_compiled()
     return undo
+
+
+def _sharded(module: nn.Module) -> bool:
+    """Whether torch's FSDP, of either kind, has wrapped this module or taken the place of one of its own tensors. Nothing is imported for it: who wraps has done so."""
+    fsdp, tensors = sys.modules.get("torch.distributed.fsdp"), sys.modules.get("torch.distributed.tensor")
+    wrappers = tuple(kind for name in ("FullyShardedDataParallel", "FSDPModule") if (kind := getattr(fsdp, name, None)))
+    places = [module, *getattr(module, "parametrizations", {}).values()]
+    if isinstance(module, wrappers) or any("original" in vars(place) for place in places[1:]):  # the first kind of FSDP leaves views where parameters were
+        return True
+    own = [p for place in places for p in place._parameters.values() if p is not None]
+    return any(getattr(p, "_fsdp_flattened", False) or isinstance(p, getattr(tensors, "DTensor", ())) for p in own)
 
 
 def _forget_compiled() -> None:
@@ -168,10 +189,15 @@ def _change(host: nn.Module, kind: str, method: Method, site: str):
     return undo
 
 
+def _changes_weights(cls: type[Method]) -> bool:
+    """Whether that is all that a method of this class does."""
+    more = cls.trains_base or any(getattr(cls, hook) is not getattr(Method, hook) for hook in ("block", "key_value", "embed"))
+    return not more and (cls.delta is not Method.delta or cls.scale is not Method.scale)
+
+
 def _only_weights(cls: type[Method]) -> None:
-    acts = cls.trains_base or any(getattr(cls, hook) is not getattr(Method, hook) for hook in ("block", "key_value", "embed"))
-    if acts or (cls.delta is Method.delta and cls.scale is Method.scale):
-        raise AdapterError(f"{cls.name}: does more than change weights, so it acts in this package's own model only; expected lora, sparse, ia3 or bias")
+    if not _changes_weights(cls):
+        raise AdapterError(f"{cls.name}: does more than change weights, so it acts in this package's own model only; expected one of {', '.join(name for name in METHODS if _changes_weights(method_class(name)))}")
 
 
 def _check(site: str, theirs: str, host: nn.Module, config: EncoderConfig) -> None:

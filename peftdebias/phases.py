@@ -136,36 +136,15 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
         else:
             patch.attach(model, axis.name if axis.name not in model.methods else axis.name + "-new", method)
         longest = max_length(model, settings.max_length)
-        copies = stack.enter_context(lines.Copies())
-        files, valid = (copies.seekable(lines.find(paths)) for paths in (settings.corpus, settings.valid))
-        corpus.check_column(files + valid, settings.column)
-        skipped = Skipped()
-        rule, held_out_texts = _held_out(settings, axis, intervention, files, valid, skipped)
-        held_out = encode_families(held_out_texts, axis, tokenizer, longest, intervention)
-        recipe = Recipe(tuple(files), axis, tokenizer, longest, settings.seed, settings.batch, column=settings.column, unit=settings.unit, on_error=settings.on_error,
-                        intervention=intervention, held_out=rule, buffer=settings.shuffle_buffer, cache=settings.cache,
-                        attribute_weight=settings.attribute_weight)
-        epochs = stack.enter_context(Epochs(recipe, default_workers(recipe.files) if settings.workers is None else settings.workers))
-        counts = epochs.ready()
-        notes = [*loaded.report.lines(), *_corpus_notes(counts, len(held_out.families) if valid else None, axis.name, longest)]
-        if len(held_out.families) < FEW:
-            notes.append(f"held out: only {len(held_out.families)} families to choose the best step by; more come with --valid-share or a --valid file")
-        if held_out.cut:
-            notes.append(f"held out: {_cut(held_out.cut, held_out.members, longest)}")
-        notes += skipped.report("held out")
+        texts = _Corpus(settings, axis, intervention, tokenizer, longest, stack)
+        notes = [*loaded.report.lines(), *texts.notes(), *texts.held_out_notes]
         model.to(device)
         notes += [f"device: {device}, {precision}", *_compiling(step)]
-        task = MaskedLM(epochs.epoch, held_out.families, tokenizer, seed=settings.seed)
+        task = MaskedLM(texts.epochs.epoch, texts.held_out.families, tokenizer, seed=settings.seed)
         schedule = _schedule(settings, settings.steps, settings.valid_every, precision, step)
-        notes = [copies.named(note) for note in notes]
         _tell(say, notes)
-
         if settings.fresh_head:
-            head = {f"mlm.{name}": p for name, p in model.mlm.named_parameters()}
-            train_only(model, head.values())
-            _tell(say, [size_note("a new masked-LM head", head, model)])
-            with model.without(*model.methods):  # one head of the base, whatever module is trained then
-                train(model, task, head, dataclasses.replace(schedule, steps=settings.fresh_head), run.event, label="masked-LM head")
+            _train_head(model, task, dataclasses.replace(schedule, steps=settings.fresh_head), run.event, say)
 
         def loop(parameters: dict, pull=None, rate: float = 1.0) -> Outcome:
             train_only(model, parameters.values())
@@ -180,14 +159,54 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
         if not cls.trains_base:
             _assert_frozen("base", base["sha256"], base_checksum(model))
             checkpoint.save_adapter(run.path / "adapter", method, axis.name, base)
-        if not counts.whole:
-            more = [copies.named(note) for note in _corpus_notes(epochs.counts, len(held_out.families) if valid else None, axis.name, longest) if copies.named(note) not in notes]
-            _tell(say, more)
-            notes += more
-        read = {k: v for k, v in dataclasses.asdict(epochs.counts).items() if k != "notes"}
-        read["first_skipped"] = [copies.named(line) for line in read["first_skipped"]]
-        run.event(event="final", step=outcome.best_step, seconds=round(outcome.seconds, 1), waiting=round(outcome.waiting, 4), corpus=read, **outcome.best)
+        more = [note for note in texts.notes() if note not in notes]  # of a pass over the corpus that has gone on meanwhile
+        _tell(say, more)
+        notes += more
+        run.event(event="final", step=outcome.best_step, seconds=round(outcome.seconds, 1), waiting=round(outcome.waiting, 4), corpus=texts.counts(), **outcome.best)
     return PhaseResult(Path(settings.out), outcome, [], notes)
+
+
+class _Corpus:
+    """The texts of an upstream run, opened: `epochs` of batches, the `held_out` families that choose the best step, and what is to be said of both."""
+
+    def __init__(self, settings: Upstream, axis: Axis, intervention: Intervention, tokenizer: Tokenizer, longest: int, stack: contextlib.ExitStack):
+        self.axis, self.longest = axis, longest
+        self._copies = stack.enter_context(lines.Copies())
+        files, valid = (self._copies.seekable(lines.find(paths)) for paths in (settings.corpus, settings.valid))
+        corpus.check_column(files + valid, settings.column)
+        skipped = Skipped()
+        rule, held_out = _held_out(settings, axis, intervention, files, valid, skipped)
+        self.held_out = encode_families(held_out, axis, tokenizer, longest, intervention)
+        recipe = Recipe(tuple(files), axis, tokenizer, longest, settings.seed, settings.batch, column=settings.column, unit=settings.unit, on_error=settings.on_error,
+                        intervention=intervention, held_out=rule, buffer=settings.shuffle_buffer, cache=settings.cache,
+                        attribute_weight=settings.attribute_weight)
+        self.epochs = stack.enter_context(Epochs(recipe, default_workers(recipe.files) if settings.workers is None else settings.workers))
+        self.epochs.ready()
+        self._apart = len(self.held_out.families) if valid else None
+        self.held_out_notes = []
+        if len(self.held_out.families) < FEW:
+            self.held_out_notes.append(f"held out: only {len(self.held_out.families)} families to choose the best step by; more come with --valid-share or a --valid file")
+        if self.held_out.cut:
+            self.held_out_notes.append(f"held out: {_cut(self.held_out.cut, self.held_out.members, longest)}")
+        self.held_out_notes += map(self._copies.named, skipped.report("held out"))
+
+    def notes(self) -> list[str]:
+        """What is known of the corpus by now: all of it where it was read to its end before the training began."""
+        return [self._copies.named(note) for note in _corpus_notes(self.epochs.counts, self._apart, self.axis.name, self.longest)]
+
+    def counts(self) -> dict:
+        """What was read, for the run's log."""
+        found = {k: v for k, v in dataclasses.asdict(self.epochs.counts).items() if k != "notes"}
+        return found | {"first_skipped": [self._copies.named(line) for line in found["first_skipped"]]}
+
+
+def _train_head(model: Model, task: MaskedLM, schedule: Schedule, log: Callable[..., None], say: Callable[[str], None]) -> None:
+    """Train the masked-LM head alone, as one of the base, whatever module is trained then."""
+    head = {f"mlm.{name}": p for name, p in model.mlm.named_parameters()}
+    train_only(model, head.values())
+    _tell(say, [size_note("a new masked-LM head", head, model)])
+    with model.without(*model.methods):
+        train(model, task, head, schedule, log, label="masked-LM head")
 
 
 def _fresh_head(model: Model, settings: Upstream) -> None:

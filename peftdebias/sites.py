@@ -153,6 +153,11 @@ class Hooks:
         self._at: dict[str, list] = {}
         self._hosts: dict[str, set[str]] = {}
 
+    def __setstate__(self, state: dict) -> None:
+        """A copy's methods are on: the `without` blocks that are open are the original's, and only those end there."""
+        self.__dict__.update(state, turned_off=[])
+        self.settle()
+
     def add(self, name: str, method, sites: tuple[str, ...]) -> None:
         self.methods[name] = method
         self._hosts[name] = set(sites)

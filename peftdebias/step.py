@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from . import kernels
 from .batches import Batch
 from .encoder import Model
+from .errors import PeftDebiasError
 from .lowered import autocast
 from .optimizer import FlatAdamW, LargeAdamW, WholeAdamW
 from .shapes import Shape, fill, shape_of
@@ -68,4 +69,9 @@ class Compiled(Step):
         self.loss = torch.compile(self.loss, fullgraph=True, backend=backend, options=options)
 
     def __call__(self, batch: Batch, rate: float) -> Tensor:
-        return super().__call__(self.shaped(batch), rate)
+        try:
+            return super().__call__(self.shaped(batch), rate)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            said = (str(error.inner_exception).strip().splitlines() or [""])[0]
+            raise PeftDebiasError(f"--step compiled: torch.compile cannot build the step: {type(error.inner_exception).__name__}: {said}; expected a compiler that works, "
+                                  "or --step eager") from error

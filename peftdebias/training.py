@@ -8,13 +8,15 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from tqdm import tqdm
 
 from . import kernels
+from .batches import Batch
 from .encoder import Model
 from .errors import ConfigError, PeftDebiasError
 from .graphs import Graphed
@@ -165,7 +167,6 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
         _seed(device, schedule.seed)
         before = _scores(model, task, schedule)
         log(event="validation", step=0, **before)
-        best, best_step, kept = None, 0, {}
         model.train()
 
         def note(line: str) -> None:
@@ -173,59 +174,116 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
             tqdm.write(line, file=sys.stderr)
 
         one_step = STEPS[schedule.step](model, task, optimizer, parameters, clip=schedule.clip, precision=schedule.precision, pull=pull, say=note)
-        step, epoch, tokens = 0, 0, 0
-        told = started = time.perf_counter()
-        losses = []
-        waited = validated = 0.0  # seconds
-        bar.unpause()
+        best, progress = _Best(task, parameters, log), _Progress(schedule.steps, log, bar, label)
+        step = epoch = 0
         while step < schedule.steps:
-            batches, found = iter(task.epoch(epoch)), 0
-            while True:
-                asked = time.perf_counter()
-                batch = next(batches, None)
-                waited += time.perf_counter() - asked
-                if batch is None:
-                    break
-                found += 1
+            for batch in progress.waiting_for(task.epoch(epoch)):
                 step += 1
                 rate = schedule.rate(step)
-                losses.append(one_step(batch, rate))
+                loss = one_step(batch, rate)
                 if folded is not None:
                     folded.after_step({key: rate * decay for key, decay in decay_of.items()})
-                tokens += sum(batch.lengths)
-                bar.update()
-                if step % LOG_EVERY == 0 or step == schedule.steps:
-                    mean = float(torch.stack(losses).mean())
-                    if not math.isfinite(mean):
-                        raise PeftDebiasError(f"step {step}: the loss is {mean}; expected a finite one (a lower --lr may help)")
-                    elapsed = time.perf_counter() - started
-                    speed, waiting = tokens / (elapsed - validated), waited / (elapsed - validated)
-                    log(event="step", step=step, loss=mean, lr=rate, tokens_per_second=round(speed), waiting=round(waiting, 4))
-                    bar.set_postfix(loss=f"{mean:.4f}", tokens=f"{speed:.0f}/s", waiting=f"{100 * waiting:.1f}%")
-                    if bar.disable and started + elapsed - told >= TOLD_EVERY and step < schedule.steps:
-                        told = started + elapsed
-                        print(f"{label or 'training'}: step {step} of {schedule.steps}, loss {mean:.4f}, {elapsed / step * (schedule.steps - step) / 60:.1f} minutes left", file=sys.stderr, flush=True)
-                    losses = []
-                if (schedule.validate_every and step % schedule.validate_every == 0) or step == schedule.steps:
-                    asked = time.perf_counter()
-                    best, best_step, kept = _keep_best(_scores(model, task, schedule), task, parameters, log, step, best, best_step, kept)
-                    validated += time.perf_counter() - asked
+                progress.after(step, loss, rate, sum(batch.lengths))
+                if step == schedule.steps or schedule.validate_every and step % schedule.validate_every == 0:
+                    with progress.aside():
+                        best.offer(step, _scores(model, task, schedule))
                 if step == schedule.steps:
                     break
-            if not found:
-                raise PeftDebiasError("training: expected at least one batch an epoch, got none")
             if schedule.validate_every is None and step < schedule.steps:
-                asked = time.perf_counter()
-                best, best_step, kept = _keep_best(_scores(model, task, schedule), task, parameters, log, step, best, best_step, kept)
-                validated += time.perf_counter() - asked
+                with progress.aside():
+                    best.offer(step, _scores(model, task, schedule))
             epoch += 1
-        seconds = time.perf_counter() - started
+        seconds, tokens_per_second, waiting = progress.figures()
     optimizer.zero_grad(set_to_none=True)  # or a training after this one would have them beside its own
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(kept[name])
+    best.restore()
     model.eval()
-    return Outcome(before, best, best_step, seconds, tokens / (seconds - validated), waiting)
+    return Outcome(before, best.scores, best.step, seconds, tokens_per_second, waiting)
+
+
+class _Progress:
+    """What a training tells while it runs: mean loss, valid tokens a second and the share of the time in which it waited for a batch, validation aside."""
+
+    def __init__(self, steps: int, log: Callable[..., None], bar: tqdm, label: str):
+        self.steps, self.log, self.bar, self.label = steps, log, bar, label
+        self.losses: list[Tensor] = []
+        self.tokens = 0
+        self.waited = self.validated = 0.0  # seconds
+        self.told = self.started = time.perf_counter()
+        bar.unpause()
+
+    def waiting_for(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches of an epoch. Raises PeftDebiasError where there is none."""
+        batches, found = iter(batches), False
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                break
+            found = True
+            yield batch
+        if not found:
+            raise PeftDebiasError("training: expected at least one batch an epoch, got none")
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time that is no step's."""
+        began = time.perf_counter()
+        yield
+        self.validated += time.perf_counter() - began
+
+    def figures(self) -> tuple[float, float, float]:
+        """(seconds of it all, tokens a second, share of waiting) up to now."""
+        seconds = time.perf_counter() - self.started
+        return seconds, self.tokens / (seconds - self.validated), self.waited / (seconds - self.validated)
+
+    def after(self, step: int, loss: Tensor, rate: float, tokens: int) -> None:
+        """Counts a step. Raises PeftDebiasError where the loss is not finite, which is asked of the device every LOG_EVERY steps."""
+        self.losses.append(loss)
+        self.tokens += tokens
+        self.bar.update()
+        if step % LOG_EVERY and step != self.steps:
+            return
+        mean = float(torch.stack(self.losses).mean())
+        if not math.isfinite(mean):
+            raise PeftDebiasError(f"step {step}: the loss is {mean}; expected a finite one (a lower --lr may help)")
+        self.losses = []
+        seconds, speed, waiting = self.figures()
+        self.log(event="step", step=step, loss=mean, lr=rate, tokens_per_second=round(speed), waiting=round(waiting, 4))
+        self.bar.set_postfix(loss=f"{mean:.4f}", tokens=f"{speed:.0f}/s", waiting=f"{100 * waiting:.1f}%")
+        if self.bar.disable and self.started + seconds - self.told >= TOLD_EVERY and step < self.steps:
+            self.told = self.started + seconds
+            print(f"{self.label or 'training'}: step {step} of {self.steps}, loss {mean:.4f}, {seconds / step * (self.steps - step) / 60:.1f} minutes left", file=sys.stderr, flush=True)
+
+
+class _Best:
+    """The parameters that validation liked most, kept on the CPU."""
+
+    def __init__(self, task, parameters: dict[str, Parameter], log: Callable[..., None]):
+        self.task, self.parameters, self.log = task, parameters, log
+        self.scores: dict[str, float] = {}
+        self.step = 0
+        self.kept: dict[str, Tensor] = {}
+
+    def offer(self, step: int, scores: dict[str, float]) -> None:
+        """Keeps the parameters where no earlier ones had such scores. Raises PeftDebiasError where scores or parameters are not finite."""
+        found = scores[self.task.metric]
+        if not math.isfinite(found):
+            raise PeftDebiasError(f"step {step}: {self.task.metric} in validation is {found}; expected a finite one (a lower --lr may help)")
+        for name, parameter in self.parameters.items():
+            if not parameter.isfinite().all():
+                raise PeftDebiasError(f"step {step}: {name} is not finite any more (a lower --lr may help)")
+        sign = 1 if self.task.higher_is_better else -1
+        better = not self.scores or sign * found > sign * self.scores[self.task.metric]
+        self.log(event="validation", step=step, kept=better, **scores)
+        if better:
+            self.scores, self.step = scores, step
+            self.kept = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.kept[name])
 
 
 def _bar(steps: int, label: str) -> tqdm:
@@ -237,18 +295,3 @@ def _scores(model: Model, task, schedule: Schedule) -> dict[str, float]:
     """The task's validation, in the precision of the steps."""
     with autocast(model.device, schedule.precision):
         return task.validate(model)
-
-
-def _keep_best(found: dict[str, float], task, parameters: dict[str, Parameter], log, step: int, best: dict | None, best_step: int, kept: dict) -> tuple[dict, int, dict]:
-    if not math.isfinite(found[task.metric]):
-        raise PeftDebiasError(f"step {step}: {task.metric} in validation is {found[task.metric]}; expected a finite one (a lower --lr may help)")
-    for name, parameter in parameters.items():
-        if not parameter.isfinite().all():
-            raise PeftDebiasError(f"step {step}: {name} is not finite any more (a lower --lr may help)")
-    sign = 1 if task.higher_is_better else -1
-    better = best is None or sign * found[task.metric] > sign * best[task.metric]
-    log(event="validation", step=step, kept=better, **found)
-    if better:
-        best, best_step = found, step
-        kept = {name: p.detach().cpu().clone() for name, p in parameters.items()}
-    return best, best_step, kept

@@ -1,4 +1,4 @@
-"""What every test file may use: the fixture `shared`, the marks `slow` and `gpu` (described in pyproject.toml), and no network."""
+"""What every test file may use: the fixtures `shared`, `small` (a small model and its files) and `little_memory`, the marks `slow` and `gpu` (described in pyproject.toml), and no network."""
 
 import fnmatch
 import os
@@ -11,6 +11,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Toy-sized tensors: threads cost more than they bring, much more on a machine that others use too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from .outside import little_memory  # noqa: E402, F401
+from .small import small  # noqa: E402, F401
 
 ROOT = Path(__file__).resolve().parent.parent
 

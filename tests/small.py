@@ -1,6 +1,6 @@
 """A small world on files, a random BERT of 2 layers and hidden 32, and the command line in one process: what the tests of runs stand on.
 
-The fixture `small` writes them once for each test file that imports it; nothing in there is changed by a test.
+The fixture `small` writes them once in each process of the tests; nothing in there is changed by a test.
 """
 
 import contextlib

@@ -12,7 +12,7 @@ from peftdebias import interchange, patch, weights
 from peftdebias.batches import Sample, pack
 from peftdebias.errors import AdapterError
 
-from .outside import assert_close, little_memory, one_thread  # noqa: F401
+from .outside import assert_close, one_thread  # noqa: F401
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -114,7 +114,7 @@ def test_what_adapterhub_says_and_we_cannot_is_refused(name, changes, words, hub
     ("lora", {"r": 10**9}, r"adapter.safetensors: bert.*lora_A: expected shape \[1000000000, 14\], got \[3, 14\]"),
     ("prefix", {"prefix_length": 10**9}, r"adapter.safetensors: bert.*control_trans: expected shape \[56000000000\], got \[280\]"),
 ])  # fmt: skip
-def test_absurd_sizes_are_refused_before_anything_is_made(name, changes, words, hub, tmp_path, little_memory):  # noqa: F811
+def test_absurd_sizes_are_refused_before_anything_is_made(name, changes, words, hub, tmp_path, little_memory):
     folder = hub_folder(hub, name, tmp_path / "a")
     values = json.loads((folder / "adapter_config.json").read_text())
     values["config"] |= changes

@@ -10,13 +10,13 @@ from peftdebias import cda
 from peftdebias.axes import load_axis
 from peftdebias.cda import Intervention
 
-from .small import cli, done, small, tree  # noqa: F401
+from .small import cli, done, tree
 
 def rows_by_hand(texts, axis="gender"):
     return [json.loads(json.dumps(row)) for family in cda.families(texts, load_axis(axis)) for row in cda.rows(family)]
 
 
-def test_augment_writes_one_variant_a_row(small, tmp_path, monkeypatch):  # noqa: F811
+def test_augment_writes_one_variant_a_row(small, tmp_path, monkeypatch):
     texts = small.corpus.read_text().splitlines()
     expected = rows_by_hand(texts)
     said = done("augment", "--axis", "gender", small.corpus)

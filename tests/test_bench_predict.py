@@ -13,13 +13,12 @@ from peftdebias.tokens import load_tokenizer
 
 from .benched import FIELDS, modules
 from .outside import library, one_thread  # noqa: F401
-from .small import small  # noqa: F401
 
 bench = modules("cases_predict", "cases_scale", "compare", "measure", "predict", "process", "rows", "scale")
 
 
 @pytest.fixture
-def task(bench, small, tmp_path):  # noqa: F811
+def task(bench, small, tmp_path):
     return bench.cases_predict.Task("micro", str(small.base), str(small.corpus), None, 40, 32, str(tmp_path))
 
 
@@ -107,7 +106,7 @@ def test_bars_say_met_and_not_met(bench):
                      f"2.90 times as fast as {theirs}, in the order of the file; asked for at least 3: not met; at the ceiling it would be 3.62"]
 
 
-def test_the_floor_counts_the_products_that_run(bench, small, monkeypatch):  # noqa: F811
+def test_the_floor_counts_the_products_that_run(bench, small, monkeypatch):
     """Against torch's own counter, which sees into the specification of attention and not into torch's fused op."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -135,7 +134,7 @@ def test_the_floor_counts_the_products_that_run(bench, small, monkeypatch):  # n
     ("scale", ["--repeats", "0"], "--repeats: expected at least 1, got 0"),
     ("scale", ["--out", "x.svg"], "expected a file name that ends in .json"),
 ])
-def test_bad_arguments_get_one_line_and_exit_code_2(bench, small, capsys, script, words, shown, tmp_path):  # noqa: F811
+def test_bad_arguments_get_one_line_and_exit_code_2(bench, small, capsys, script, words, shown, tmp_path):
     words = [str(small.corpus) if word == "none.txt" else str(tmp_path) if word == "." else word for word in words]
     try:
         code = getattr(bench, script).main(words)
@@ -145,7 +144,7 @@ def test_bad_arguments_get_one_line_and_exit_code_2(bench, small, capsys, script
     assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("bench: ") and shown.removeprefix("bench: .: ") in err
 
 
-def test_a_missing_file_gets_one_line(bench, small, capsys, tmp_path):  # noqa: F811
+def test_a_missing_file_gets_one_line(bench, small, capsys, tmp_path):
     assert bench.predict.main([str(tmp_path / "no.txt"), "--tokenizer", str(small.base), "--size", "micro", "--longest", "32"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -19,8 +19,8 @@ from peftdebias.checkpoint import load_adapter, load_run, save_adapter, versions
 from peftdebias.encoder import EncoderConfig, Model
 from peftdebias.errors import AdapterError, ConfigError, ModelError
 
-from .outside import little_memory, one_thread  # noqa: F401
-from .small import cli, done, lines, save_bert, small, tree  # noqa: F401
+from .outside import one_thread  # noqa: F401
+from .small import cli, done, lines, save_bert, tree
 
 TINY = EncoderConfig(kind="bert", layers=2, hidden=14, heads=2, feed_forward=37, vocab=61, max_positions=19)
 
@@ -139,7 +139,7 @@ def test_a_header_that_is_wrong_is_named_with_its_file(changes, words, saved):
     ("prefix", {"length": 3, "reparametrised": True, "inner": 10**9}, "adapter.safetensors: prefix adapter: expected tensors 5 by name"),
     ("sparse", {"k": 10**12}, "adapter.json: sparse k: expected at most 5002, the weights there are, got 1000000000000"),
 ])  # fmt: skip
-def test_absurd_sizes_are_refused_before_anything_is_made(method, config, words, saved, little_memory):  # noqa: F811
+def test_absurd_sizes_are_refused_before_anything_is_made(method, config, words, saved, little_memory):
     edited(saved, method=method, config=config)
     with pytest.raises(AdapterError, match=f"^{saved}/{words}") as error:
         load_adapter(saved, model_of())
@@ -259,7 +259,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 # ---------------------------------------------------------------- reading a run
 
-def test_an_upstream_run_finds_its_base_and_says_when_that_is_gone(small, tmp_path):  # noqa: F811
+def test_an_upstream_run_finds_its_base_and_says_when_that_is_gone(small, tmp_path):
     base = save_bert(tmp_path / "base", weights.load(small.base).tokenizer)
     done("upstream", *small.learning(model=base, out=tmp_path / "run"))
     run = load_run(tmp_path / "run")
@@ -272,12 +272,12 @@ def test_an_upstream_run_finds_its_base_and_says_when_that_is_gone(small, tmp_pa
         load_run(tmp_path / "run")
 
 
-def test_a_plain_model_folder_is_a_run_without_configuration(small):  # noqa: F811
+def test_a_plain_model_folder_is_a_run_without_configuration(small):
     run = load_run(small.base)
     assert run.config == {} and run.model.methods == {} and run.model.mlm is not None
 
 
-def test_a_run_whose_module_is_gone_does_not_answer_without_it(small, tmp_path):  # noqa: F811
+def test_a_run_whose_module_is_gone_does_not_answer_without_it(small, tmp_path):
     done("upstream", *small.learning(out=tmp_path / "one"))
     done("upstream", *small.learning(seed=1, out=tmp_path / "two"))
     done("upstream", *small.learning(method="full", set=None, out=tmp_path / "full"))
@@ -299,7 +299,7 @@ def test_a_run_whose_module_is_gone_does_not_answer_without_it(small, tmp_path):
         assert said.code == 2 and "adapter-2: expected a module" in said.err and said.out == ""
 
 
-def test_a_downstream_run_without_its_model_does_not_answer_by_the_base(small, tmp_path):  # noqa: F811
+def test_a_downstream_run_without_its_model_does_not_answer_by_the_base(small, tmp_path):
     done("downstream", *small.task(), "--out", tmp_path / "jobs")
     shutil.rmtree(tmp_path / "jobs" / "model")
     said = cli("evaluate", tmp_path / "jobs", "--on", f"perplexity={small.heldout}")
@@ -328,7 +328,7 @@ def test_a_configuration_beside_a_model_that_is_no_runs_is_left_alone(text, tmp_
 
 
 @pytest.mark.parametrize("text", ['title = "x', "[tool]", 'command = "evaluate"\nmodel = "bert"'])
-def test_a_model_beside_somebody_s_configuration_is_a_model(text, small, tmp_path):  # noqa: F811
+def test_a_model_beside_somebody_s_configuration_is_a_model(text, small, tmp_path):
     """One with a run's own beside it is a run, as before."""
     shutil.copytree(small.base, tmp_path / "base")
     (tmp_path / "base" / "config.toml").write_text(text)
@@ -380,7 +380,7 @@ def test_names_that_no_folder_can_have(name, words, tmp_path, monkeypatch):
         load_run(name)
 
 
-def test_what_may_not_be_read_is_named(small):  # noqa: F811
+def test_what_may_not_be_read_is_named(small):
     """root may read all, and becomes somebody else, in a folder that they may enter."""
     root = os.geteuid() == 0
     with tempfile.TemporaryDirectory() as place:
@@ -416,7 +416,7 @@ def test_a_module_of_numbers_that_are_not_floating_point_is_refused(dtype, saved
         load_adapter(saved, model_of())
 
 
-def test_arguments_of_load_run_that_are_none_are_named(small):  # noqa: F811
+def test_arguments_of_load_run_that_are_none_are_named(small):
     for options, words in ((dict(adapters=5), "adapters: expected a list of folders, got int"), (dict(dtype="float32"), "dtype: expected a floating-point torch.dtype, got 'float32'"),
                            (dict(dtype=torch.int64), "dtype: expected a floating-point torch.dtype, got torch.int64")):
         with pytest.raises(ConfigError, match=f"^{words}$"):

@@ -21,7 +21,7 @@ from peftdebias.report import available
 from peftdebias.testbed import write
 
 from .outside import one_thread  # noqa: F401
-from .small import cli, done, flags_of, lines, save_bert, sha256, small, tokenizer_of, tree  # noqa: F401
+from .small import cli, done, flags_of, lines, save_bert, sha256, tokenizer_of, tree
 
 RUN = {"config.toml", "versions.json", "metrics.jsonl"}
 ADAPTER = {"adapter", "adapter/adapter.json", "adapter/adapter.safetensors"}
@@ -29,7 +29,7 @@ MODEL = {"model", "model/config.json", "model/model.safetensors", "model/tokeniz
 
 
 @pytest.fixture(scope="module")
-def chain(small, tmp_path_factory):  # noqa: F811
+def chain(small, tmp_path_factory):
     """(name -> run folder, name -> what was said)."""
     out = tmp_path_factory.mktemp("chain")
     said = {name: done(*argv, "--out", out / name) for name, argv in {
@@ -78,7 +78,7 @@ def test_upstream_says_how_far_the_loss_fell(chain):
     assert said["gender"].out.startswith(f"validation loss {before:.4f} -> {best:.4f} nats a masked token at step {events[-1]['step']}; ") and best < before
 
 
-def test_downstream_prints_the_measures_of_the_reloaded_run(small, chain):  # noqa: F811
+def test_downstream_prints_the_measures_of_the_reloaded_run(small, chain):
     runs, said = chain
     for name in ("plain", "debiased", "unfolded"):
         table = said[name].out.split(f"on {small.test}, from the saved files:\n")[1].split("\nresult:")[0]
@@ -100,7 +100,7 @@ def test_the_configuration_of_a_run_makes_it_again(chain, tmp_path):
     assert said.code == 2 and f"--out {runs['gender']}: exists" in said.err
 
 
-def test_evaluate_writes_measures_and_examples(small, chain, tmp_path):  # noqa: F811
+def test_evaluate_writes_measures_and_examples(small, chain, tmp_path):
     said = done("evaluate", small.base, "--adapter", chain[0]["gender"], "--on", f"perplexity={small.heldout}", "--on", f"crows-pairs={small.pairs}",
                 "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
     found = json.loads((tmp_path / "m.json").read_text())
@@ -127,7 +127,7 @@ def file(folder, name, content):
 class Bad:
     """Makes bad files in a folder of their own; `up`, `down` and `on` are the commands around them, with --out in an untouched place."""
 
-    def __init__(self, small, runs, folder, out):  # noqa: F811
+    def __init__(self, small, runs, folder, out):
         self.small, self.runs, self.folder, self.out = small, runs, folder, out
 
     def file(self, name, content):
@@ -321,7 +321,7 @@ SWEEP = {
 
 
 @pytest.mark.parametrize("case", SWEEP)
-def test_bad_input_gets_one_line_exit_code_2_and_leaves_nothing(case, small, chain, tmp_path):  # noqa: F811
+def test_bad_input_gets_one_line_exit_code_2_and_leaves_nothing(case, small, chain, tmp_path):
     make, words = SWEEP[case]
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
@@ -337,7 +337,7 @@ def test_bad_input_gets_one_line_exit_code_2_and_leaves_nothing(case, small, cha
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to become somebody else")
-def test_a_folder_that_may_not_be_entered_is_named(small, chain, tmp_path):  # noqa: F811
+def test_a_folder_that_may_not_be_entered_is_named(small, chain, tmp_path):
     """pytest's folders are its owner's alone."""
     os.seteuid(65534)
     try:
@@ -355,7 +355,7 @@ def test_a_standard_input_that_is_closed_is_named(monkeypatch):
     assert said.code == 2 and said.err.splitlines()[-1] == "peftdebias: standard input: expected texts, got none: it is closed; name a FILE"
 
 
-def test_a_warning_is_one_line_too(small, chain, tmp_path):  # noqa: F811
+def test_a_warning_is_one_line_too(small, chain, tmp_path):
     shutil.copytree(chain[0]["gender"] / "adapter", tmp_path / "adapter")
     header = json.loads((tmp_path / "adapter" / "adapter.json").read_text())
     del header["base"]["sha256"]  # as modules from elsewhere
@@ -364,7 +364,7 @@ def test_a_warning_is_one_line_too(small, chain, tmp_path):  # noqa: F811
     assert said.err.splitlines()[1:] == [f"warning: {tmp_path}/adapter: carries no checksum of its base; whether it belongs to this model cannot be checked"]
 
 
-def test_a_bug_keeps_its_traceback(small, monkeypatch, tmp_path):  # noqa: F811
+def test_a_bug_keeps_its_traceback(small, monkeypatch, tmp_path):
     from peftdebias import phases
 
     def broken(*args):
@@ -380,7 +380,7 @@ def test_a_bug_keeps_its_traceback(small, monkeypatch, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("name,code", [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
-def test_a_signal_leaves_nothing_half_written(name, code, small, tmp_path):  # noqa: F811
+def test_a_signal_leaves_nothing_half_written(name, code, small, tmp_path):
     out = tmp_path / "run"
     command = subprocess.Popen([sys.executable, "-m", "peftdebias", "upstream", *small.learning(steps=3000, valid_every=3000, out=out)], stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True, preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)])  # ignored behind a shell's & or nohup
@@ -391,7 +391,7 @@ def test_a_signal_leaves_nothing_half_written(name, code, small, tmp_path):  # n
     assert command.wait(60) == code and said.splitlines()[-1] == "peftdebias: stopped" and tree(tmp_path) == {}
 
 
-def test_streams_that_nobody_reads_end_no_work(small, tmp_path):  # noqa: F811
+def test_streams_that_nobody_reads_end_no_work(small, tmp_path):
     """Standard output or error closed by the caller, or lines for people that find no place."""
     words = [sys.executable, "-m", "peftdebias", "evaluate", small.base, "--on", f"perplexity={small.heldout}", "--json"]
     line = " ".join(f"'{word}'" for word in words)
@@ -401,7 +401,7 @@ def test_streams_that_nobody_reads_end_no_work(small, tmp_path):  # noqa: F811
         assert "Traceback" not in ran.stderr and not ran.stdout.startswith("evaluate: ")
 
 
-def test_a_result_for_a_standard_output_that_is_closed_is_refused(small, tmp_path):  # noqa: F811
+def test_a_result_for_a_standard_output_that_is_closed_is_refused(small, tmp_path):
     """Where it would be lost; one that goes to a file is not."""
     def ran(words: list, stream: str) -> subprocess.CompletedProcess:
         line = " ".join(f"'{word}'" for word in [sys.executable, "-m", "peftdebias", *words])
@@ -415,17 +415,17 @@ def test_a_result_for_a_standard_output_that_is_closed_is_refused(small, tmp_pat
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_an_error_that_finds_no_place_keeps_its_code(small, tmp_path):  # noqa: F811
+def test_an_error_that_finds_no_place_keeps_its_code(small, tmp_path):
     for words in (f"augment --axis nope '{small.heldout}'", f"augment --axis gender '{tmp_path}/none.txt'", "augment --nope"):
         assert subprocess.run(["sh", "-c", f"'{sys.executable}' -m peftdebias {words} 2>/dev/full"], capture_output=True).returncode == 2, words
 
 
-def test_a_name_that_is_not_utf_8_is_one_line(small, tmp_path):  # noqa: F811
+def test_a_name_that_is_not_utf_8_is_one_line(small, tmp_path):
     said = cli("upstream", *small.learning(out=tmp_path / "d\udcff"))
     assert said.code == 2 and "expected names in UTF-8" in said.err.splitlines()[-1] and "d\\udcff" in said.err.splitlines()[-1] and tree(tmp_path) == {}
 
 
-def test_in_a_thread_of_another_program_signals_are_left_alone(small, tmp_path):  # noqa: F811
+def test_in_a_thread_of_another_program_signals_are_left_alone(small, tmp_path):
     before, said = signal.getsignal(signal.SIGTERM), []
     thread = threading.Thread(target=lambda: said.append(cli("methods", "--model", small.base)))
     thread.start()
@@ -433,7 +433,7 @@ def test_in_a_thread_of_another_program_signals_are_left_alone(small, tmp_path):
     assert said[0].code == 0 and cli("methods", "--model", small.base).code == 0 and signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_kernel_that_is_not_there_is_one_line(small, monkeypatch, tmp_path):  # noqa: F811
+def test_a_kernel_that_is_not_there_is_one_line(small, monkeypatch, tmp_path):
     monkeypatch.setenv("PEFTDEBIAS_KERNELS", "triton")
     monkeypatch.setattr(kernels, "interpreted", lambda: False)
     for argv in (["evaluate", small.base, "--on", f"perplexity={small.heldout}"], ["upstream", *small.learning(out=tmp_path / "run")]):
@@ -501,7 +501,7 @@ def process(*argv, **options):
                           env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "7"}, **options)
 
 
-def test_a_process_of_its_own_gives_the_same_bits(small, chain, tmp_path):  # noqa: F811
+def test_a_process_of_its_own_gives_the_same_bits(small, chain, tmp_path):
     """Another process, another order of sets: the same module; exit code 0, the run named last."""
     said = process("upstream", *small.learning(seed=1, out=tmp_path / "run"))
     assert said.returncode == 0 and said.stdout.decode().splitlines()[-1] == f"result: {tmp_path}/run"
@@ -553,7 +553,7 @@ def _too_much_for_python(settings):
     ("upstream", _too_much_for_python, "the machine has none left; less in --batch-size or --batch-tokens or --max-length takes less, and so does --save-memory"),
     ("doctor", _too_much, r"DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000000 bytes. .*"),
 ])
-def test_memory_that_is_not_there_is_one_line(command, does, words, small, monkeypatch):  # noqa: F811
+def test_memory_that_is_not_there_is_one_line(command, does, words, small, monkeypatch):
     monkeypatch.setitem(command_line.COMMANDS, command, (does, *command_line.COMMANDS[command][1:]))
     got = cli(command, *(small.learning(out="o") if command == "upstream" else []))
     assert got.code == 2 and re.fullmatch(f"peftdebias: out of memory: {words}\n", got.err), got.err
@@ -568,7 +568,7 @@ def test_another_error_of_torch_keeps_its_traceback(monkeypatch):
         cli("doctor")
 
 
-def test_methods_of_a_run_are_those_of_its_base(small, chain):  # noqa: F811
+def test_methods_of_a_run_are_those_of_its_base(small, chain):
     tables = [done("methods", "--model", folder).out for folder in (small.base, chain[0]["gender"], chain[0]["plain"])]
     assert tables[0] == tables[1] == tables[2]
 

@@ -13,7 +13,7 @@ from peftdebias.extrinsic import BETWEEN, _variants
 from peftdebias.metrics import bootstrap, counterfactual
 
 from .outside import one_thread  # noqa: F401
-from .small import cli, done, flags_of, lines, small  # noqa: F401
+from .small import cli, done, flags_of, lines
 from .test_evaluation import answer, by_name  # noqa: F401
 
 
@@ -80,7 +80,7 @@ def test_both_texts_of_a_pair_change_together():
 # ---------------------------------------------------------------- on runs
 
 @pytest.fixture(scope="module")
-def runs(small, tmp_path_factory):  # noqa: F811
+def runs(small, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     done("upstream", *small.learning(out=out / "gender"))
     done("downstream", *small.task(out=out / "plain"))
@@ -117,7 +117,7 @@ def test_flips_of_a_run_are_those_of_each_text_and_its_counterfactual(runs, text
     assert found["counterfactual/probability"]["value"] == pytest.approx(100 * numpy.mean(shifts), abs=1e-4) and numpy.mean(shifts) > 0.001
 
 
-def test_the_axis_is_that_of_the_runs_module_unless_it_is_named(small, runs, texts, tmp_path):  # noqa: F811
+def test_the_axis_is_that_of_the_runs_module_unless_it_is_named(small, runs, texts, tmp_path):
     own = done("evaluate", runs["debiased"], "--on", f"counterfactual={texts}").out
     assert own == done("evaluate", runs["debiased"], "--axis", "gender", "--on", f"counterfactual={texts}").out
     said = cli("evaluate", runs["plain"], "--on", f"counterfactual={texts}")
@@ -129,13 +129,13 @@ def test_the_axis_is_that_of_the_runs_module_unless_it_is_named(small, runs, tex
     assert [r["source"] for r in rows] == [1, 1, 3, 3, 5, 5, 6, 6] and rows[0]["counterfactual"] == "it dough ." and {r["axis"] for r in rows} == {"mine"}
 
 
-def test_a_labelled_file_gives_its_texts(small, runs, tmp_path):  # noqa: F811
+def test_a_labelled_file_gives_its_texts(small, runs, tmp_path):
     done("evaluate", runs["debiased"], "--on", f"counterfactual={small.test}", "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
     truth = [json.loads(line)["hard_text"] for line in small.test.read_text().splitlines()]
     assert all(r["text"] == truth[r["source"]] for r in lines(tmp_path / "e.jsonl")) and by_name(tmp_path / "m.json")["counterfactual/flips"]["n"] > 20
 
 
-def test_pairs_of_texts(small, runs, tmp_path, answer):  # noqa: F811
+def test_pairs_of_texts(small, runs, tmp_path, answer):
     table = tmp_path / "pairs.tsv"
     table.write_text("first\tsecond\nit rains .\tshe is a nurse .\nhe is a guard .\tdough .\ndough .\tdough .\n")
     done("evaluate", runs["pairs"], "--axis", "gender", "--on", f"counterfactual={table}", "--examples", tmp_path / "e.jsonl")
@@ -146,7 +146,7 @@ def test_pairs_of_texts(small, runs, tmp_path, answer):  # noqa: F811
     assert said.code == 2 and f"{small.heldout}: expected a csv, tsv or jsonl file with the columns first and second" in said.err
 
 
-def test_what_cannot_be_measured_is_named(small, runs, tmp_path):  # noqa: F811
+def test_what_cannot_be_measured_is_named(small, runs, tmp_path):
     (tmp_path / "none.txt").write_text("it rains .\ndough .\n")
     for argv, words in (([runs["debiased"], "--on", f"counterfactual={tmp_path / 'none.txt'}"], "none.txt: expected texts with words of the axis gender, found none in 2 texts"),
                         ([small.base, "--axis", "gender", "--on", f"counterfactual={small.test}"], "expected a model with a classifier for --on counterfactual="),
@@ -157,7 +157,7 @@ def test_what_cannot_be_measured_is_named(small, runs, tmp_path):  # noqa: F811
 
 # ---------------------------------------------------------------- two systems
 
-def test_two_systems_are_compared_on_the_same_texts(small, runs, tmp_path):  # noqa: F811
+def test_two_systems_are_compared_on_the_same_texts(small, runs, tmp_path):
     for name in ("plain", "debiased"):
         done("evaluate", runs[name], "--axis", "gender", "--on", f"counterfactual={small.test}", "--json", tmp_path / f"{name}.json", "--examples", tmp_path / f"{name}.jsonl")
     done("compare", tmp_path / "plain.jsonl", tmp_path / "debiased.jsonl", "--json", tmp_path / "d.json")

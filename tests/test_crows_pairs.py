@@ -18,7 +18,7 @@ from peftdebias.patch import attach
 from peftdebias.weights import load
 
 from .outside import one_thread  # noqa: F401
-from .small import cli, done, small  # noqa: F401
+from .small import cli, done
 
 # Swaps, insertions, deletions, both, several places, a sentence inside the other, equal ones, and a difference in the first and in the last word.
 PAIRS = [
@@ -58,7 +58,7 @@ def textbook(model, tokenizer, more: str, less: str, scoring: str) -> tuple[floa
 
 
 @pytest.fixture(scope="module")
-def loaded(small):  # noqa: F811
+def loaded(small):
     return load(small.base, mlm=True, labels=(), dtype=torch.float64)
 
 
@@ -166,7 +166,7 @@ def test_two_systems_are_compared_over_all_pairs_and_by_category():
     assert {(d.value, d.low, d.high) for d in same} == {(0, 0, 0)}
 
 
-def test_compare_reads_pairs_that_a_scoring_drops(small, tmp_path):  # noqa: F811
+def test_compare_reads_pairs_that_a_scoring_drops(small, tmp_path):
     path = written(tmp_path, HEADER + "0,he is a nurse,she is a nurse,stereo,gender\n1,he is a nurse in bergen,he is a nurse,stereo,gender\n"
                    "2,he is a baker,she is a baker,stereo,age\n")
     done("evaluate", small.base, "--on", f"crows-pairs={path}", "--examples", tmp_path / "e.jsonl")
@@ -218,7 +218,7 @@ def test_bad_files_are_named_with_their_line(content, words, tmp_path):
 
 # ---------------------------------------------------------------- as evaluate reports it
 
-def test_evaluate_reports_both_scorings_and_each_example(small, tmp_path):  # noqa: F811
+def test_evaluate_reports_both_scorings_and_each_example(small, tmp_path):
     done("evaluate", small.base, "--on", f"crows-pairs={small.pairs}", "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
     found = {m["name"]: m["value"] for m in json.loads((tmp_path / "m.json").read_text())["measures"]}
     rows = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
@@ -228,7 +228,7 @@ def test_evaluate_reports_both_scorings_and_each_example(small, tmp_path):  # no
         assert found[f"crows-pairs/{scoring}/all"] == found[f"crows-pairs/{scoring}/gender"] == pytest.approx(100 * sum(r["more"] > r["less"] for r in own) / 12)
 
 
-def test_sentences_longer_than_the_model_are_cut_and_counted(small, tmp_path):  # noqa: F811
+def test_sentences_longer_than_the_model_are_cut_and_counted(small, tmp_path):
     path = written(tmp_path, HEADER + f'0,he {"is " * 80},she {"is " * 80},stereo,gender\n1,he is,she is,stereo,gender\n')
     said = done("evaluate", small.base, "--on", f"crows-pairs={path}", "--bias-type", "gender")
     assert f"{path}: 2 of 4 texts are longer than 64 tokens and were cut (38 tokens left out)" in said.err
@@ -237,7 +237,7 @@ def test_sentences_longer_than_the_model_are_cut_and_counted(small, tmp_path):  
     assert said.code == 2 and f"{path}: expected --bias-type to be one of gender, got 'age'" in said.err
 
 
-def test_a_module_that_takes_positions_leaves_less_room(small):  # noqa: F811
+def test_a_module_that_takes_positions_leaves_less_room(small):
     """As a prefix of 40 in peft's way does: texts are cut to the 24 positions that are left, where the encoder would refuse them."""
     class Shift(Method):
         name, Config, position_shift = "shift", object, 40

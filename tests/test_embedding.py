@@ -214,6 +214,25 @@ def test_a_copy_of_a_model_answers_alike(model):
         assert twin.encode(TEXTS).equal(model.encode(TEXTS)) and twin.methods == model.methods and twin.name == model.name
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_copy_made_inside_of_a_without_block_has_its_modules_on(merged, folders):
+    model, name = peftdebias.load(folders / "plain", [folders / "run" / "adapter"]), "gender"
+    if merged:
+        peftdebias.merge(model.run.model)
+    on = model.encode(TEXTS)
+    with model.without(name):
+        off = model.encode(TEXTS)
+        twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        assert model.encode(TEXTS).equal(off)
+    assert not on.equal(off) and model.encode(TEXTS).equal(on)
+    for twin in twins:
+        assert twin.encode(TEXTS).equal(on)
+        with twin.without(name):
+            assert twin.encode(TEXTS).equal(off)
+        (peftdebias.unmerge if merged else peftdebias.merge)(twin.run.model)
+        assert_close(twin.encode(TEXTS), on)
+
+
 def test_a_head_that_is_not_there_is_named_in_one_line(folders, tmp_path):
     bare = peftdebias.load(folders / "bare")
     assert bare.encode(TEXTS).shape == (4, 32)

@@ -25,11 +25,11 @@ from peftdebias.tasks import masked_samples
 from peftdebias.tokens import Encoded
 
 from .outside import one_thread  # noqa: F401
-from .small import cli, done, flags_of, lines, small, tree  # noqa: F401
+from .small import cli, done, flags_of, lines, tree
 
 
 @pytest.fixture(scope="module")
-def runs(small, tmp_path_factory):  # noqa: F811
+def runs(small, tmp_path_factory):
     """name -> run folder: a classifier of professions, one of health (0 and 1), one of pairs."""
     out = tmp_path_factory.mktemp("runs")
     done("downstream", *small.task(out=out / "jobs"))
@@ -56,7 +56,7 @@ def answer():
 
 # ---------------------------------------------------------------- figures
 
-def test_a_text_without_a_word_to_mask_says_nothing(small, tmp_path):  # noqa: F811
+def test_a_text_without_a_word_to_mask_says_nothing(small, tmp_path):
     (tmp_path / "one.txt").write_text(small.heldout.read_text().splitlines()[0] + "\n\U0001f984\n")
     (tmp_path / "three.txt").write_text("\n".join([*small.heldout.read_text().splitlines()[:2], "\U0001f984"]))
     done("evaluate", small.base, "--on", f"perplexity={tmp_path / 'one.txt'}", "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
@@ -68,7 +68,7 @@ def test_a_text_without_a_word_to_mask_says_nothing(small, tmp_path):  # noqa: F
     assert all(m["n"] == 2 and 0 < m["low"] < m["value"] < m["high"] for m in by_name(tmp_path / "m.json").values())
 
 
-def test_perplexity_is_its_definition(small, tmp_path):  # noqa: F811
+def test_perplexity_is_its_definition(small, tmp_path):
     """The masks are those of the seed; loss is the mean over masked tokens of -log P, one text at a time here."""
     done("evaluate", small.base, "--on", f"perplexity={small.heldout}", "--seed", 3, "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
     run, found = load_run(small.base), by_name(tmp_path / "m.json")
@@ -90,7 +90,7 @@ def test_perplexity_is_its_definition(small, tmp_path):  # noqa: F811
     assert by_name(tmp_path / "other.json")["mlm-loss"]["value"] != found["mlm-loss"]["value"]
 
 
-def test_a_module_changes_what_is_measured(small, tmp_path):  # noqa: F811
+def test_a_module_changes_what_is_measured(small, tmp_path):
     done("upstream", *small.learning(out=tmp_path / "gender"))
     for name, argv in (("base", [small.base]), ("with", [small.base, "--adapter", tmp_path / "gender"]), ("run", [tmp_path / "gender"])):
         done("evaluate", *argv, "--on", f"perplexity={small.heldout}", "--on", f"crows-pairs={small.pairs}", "--json", tmp_path / f"{name}.json")
@@ -99,7 +99,7 @@ def test_a_module_changes_what_is_measured(small, tmp_path):  # noqa: F811
     assert list(base) == ["mlm-loss", "perplexity", *(f"crows-pairs/{s}/{k}" for s in ("nangia", "bias-bench") for k in ("all", "gender"))]
 
 
-def test_classification_figures_are_those_of_the_examples(small, runs, tmp_path, answer):  # noqa: F811
+def test_classification_figures_are_those_of_the_examples(small, runs, tmp_path, answer):
     done("evaluate", runs["jobs"], "--on", f"classification={small.test}", "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
     found, rows = by_name(tmp_path / "m.json"), lines(tmp_path / "e.jsonl")
     truth = [json.loads(line) for line in small.test.read_text().splitlines()]
@@ -110,7 +110,7 @@ def test_classification_figures_are_those_of_the_examples(small, runs, tmp_path,
     assert set(found["accuracy"]) == {"name", "value", "unit", "ideal", "low", "high", "n"} and found["accuracy"]["n"] == 60
 
 
-def test_columns_come_from_the_run_unless_they_are_named(small, runs, tmp_path):  # noqa: F811
+def test_columns_come_from_the_run_unless_they_are_named(small, runs, tmp_path):
     assert "f1/1" in done("evaluate", runs["health"], "--on", f"classification={small.binary}").out  # text and is_health, F1 of 1
     renamed = tmp_path / "r.csv"
     renamed.write_text(small.binary.read_text().replace("text,is_health", "body,ill"))
@@ -159,7 +159,7 @@ def test_entries_name_a_measure_and_a_file(tmp_path):
             parse_on((entry,))
 
 
-def test_a_model_without_the_head_that_a_measure_needs_is_named(small, runs):  # noqa: F811
+def test_a_model_without_the_head_that_a_measure_needs_is_named(small, runs):
     for name, path in (("perplexity", small.heldout), ("crows-pairs", small.pairs)):
         said = cli("evaluate", runs["jobs"], "--on", f"{name}={path}")
         assert said.code == 2 and f"{runs['jobs']}: expected a model with a masked-LM head for --on {name}={path}, got one without" in said.err
@@ -179,7 +179,7 @@ def test_the_note_on_cut_texts():
     assert cut_note([encoded(0), encoded(2), encoded(5)], 9, "f") == ["f: 2 of 3 texts are longer than 9 tokens and were cut (7 tokens left out)"]
 
 
-def test_evaluate_and_predict_count_what_they_cut_and_cut_as_the_run_did(small, runs, tmp_path):  # noqa: F811
+def test_evaluate_and_predict_count_what_they_cut_and_cut_as_the_run_did(small, runs, tmp_path):
     words = f"{small.binary}: {{}} of 96 texts are longer than {{}} tokens and were cut"
     lengths = [len(e.ids) for e in load_run(small.base).tokenizer.encode([e.text for e in read_examples(small.binary, text="text")])]
     for said in (done("evaluate", runs["health"], "--on", f"classification={small.binary}"), done("predict", runs["health"], small.binary)):
@@ -193,7 +193,7 @@ def test_evaluate_and_predict_count_what_they_cut_and_cut_as_the_run_did(small, 
 
 # ---------------------------------------------------------------- predict
 
-def test_predictions_are_the_models_answers_whatever_the_format(small, runs, tmp_path, monkeypatch, answer):  # noqa: F811
+def test_predictions_are_the_models_answers_whatever_the_format(small, runs, tmp_path, monkeypatch, answer):
     texts = [e.text for e in read_examples(small.test, text="hard_text")][:7]
     (tmp_path / "t.txt").write_text("\n".join(texts[:3]) + "\n\n" + "\n".join(texts[3:]) + "\n")  # a blank line is no text
     (tmp_path / "t.csv").write_text("id,body\n" + "".join(f'{i},"{t}"\n' for i, t in enumerate(texts)))
@@ -215,7 +215,7 @@ def test_predictions_are_the_models_answers_whatever_the_format(small, runs, tmp
     assert said.out == "" and lines(tmp_path / "out.jsonl") == rows and said.err.splitlines()[-1] == f"result: {tmp_path / 'out.jsonl'}"
 
 
-def test_a_run_on_pairs_labels_pairs(small, runs, tmp_path, monkeypatch, answer):  # noqa: F811
+def test_a_run_on_pairs_labels_pairs(small, runs, tmp_path, monkeypatch, answer):
     rows = done("predict", runs["pairs"], small.paired).rows
     first, second, _ = small.paired.read_text().splitlines()[1].split("\t")
     assert len(rows) == 95 and rows[0]["text"] == first and rows[0]["probabilities"] == pytest.approx(answer(runs["pairs"], first, second), abs=2e-6)
@@ -234,7 +234,7 @@ def test_a_model_folder_with_a_classifier_predicts_too(runs, tmp_path):
 
 # ---------------------------------------------------------------- files
 
-def test_one_measure_on_two_files_has_two_names(small, tmp_path):  # noqa: F811
+def test_one_measure_on_two_files_has_two_names(small, tmp_path):
     (tmp_path / "more.txt").write_text("she is a nurse at home\nhe is a banker\n")
     on = ["--on", f"perplexity={small.heldout}", "--on", f"perplexity={tmp_path / 'more.txt'}"]
     done("evaluate", small.base, *on, "--json", tmp_path / "both.json", "--examples", tmp_path / "e.jsonl")
@@ -259,7 +259,7 @@ def test_one_measure_on_two_files_has_two_names(small, tmp_path):  # noqa: F811
     assert len(crows) >= 4 and {n.removesuffix(" (more (1).csv)") for n in crows if n.endswith("(1).csv)")} == {n.removesuffix(f" ({small.pairs.name})") for n in crows if not n.endswith("(1).csv)")}
 
 
-def test_output_files_that_cannot_be_written_are_known_before_anything_is_computed(small, runs, tmp_path, monkeypatch):  # noqa: F811
+def test_output_files_that_cannot_be_written_are_known_before_anything_is_computed(small, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.checkpoint, "load_run", None)
     for argv in (["evaluate", small.base, "--on", f"perplexity={small.heldout}", "--json", tmp_path / "m.json", "--examples", tmp_path / "no" / "e.jsonl"],
                  ["predict", runs["jobs"], small.heldout, "--out", tmp_path / "no" / "e.jsonl"]):
@@ -272,7 +272,7 @@ def test_settings_for_the_python_api():
         evaluation.evaluate(Evaluate(model="none"))
 
 
-def test_an_option_that_no_measure_takes_is_told(small):  # noqa: F811
+def test_an_option_that_no_measure_takes_is_told(small):
     said = done("evaluate", small.base, "--on", f"perplexity={small.heldout}", "--bias-type", "gender", "--axis", "nosuch", "--max-pairs", 3, "--max-length", 20)
     assert [line for line in said.err.splitlines() if "no effect" in line] == [
         "--bias-type: no effect here: it is an option of crows-pairs", "--axis: no effect here: it is an option of counterfactual", "--max-pairs: no effect here: it is an option of bias-nli"]
@@ -286,7 +286,7 @@ def test_every_option_of_measures_names_measures():
     assert named < set(evaluation.ON) and all(f.metadata["help"].startswith(", ".join(f.metadata["of"])) for f in dataclasses.fields(Evaluate))
 
 
-def test_a_model_that_overflows_gives_no_figures(small, runs, tmp_path):  # noqa: F811
+def test_a_model_that_overflows_gives_no_figures(small, runs, tmp_path):
     """Its weights are finite, what it says is not: one line, and no file."""
     for name, folder, inside in (("base", small.base, ""), ("run", runs["jobs"], "model")):
         shutil.copytree(folder, tmp_path / name)

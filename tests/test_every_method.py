@@ -9,17 +9,17 @@ from peftdebias import checkpoint, patch, phases
 from peftdebias.methods import METHODS, create
 from peftdebias.weights import load, load_model
 
-from .small import cli, done, lines, save_bert, sha256, small  # noqa: F401
+from .small import cli, done, lines, save_bert, sha256
 
 MODULES = [name for name in METHODS if name != "full"]
 
 
-def learn(small, out, method, **changes):  # noqa: F811
+def learn(small, out, method, **changes):
     return done("upstream", *small.learning(method=method, out=out, **{"set": None} | changes))
 
 
 @pytest.mark.parametrize("method", MODULES)
-def test_both_phases_and_back_from_the_files(method, small, tmp_path):  # noqa: F811
+def test_both_phases_and_back_from_the_files(method, small, tmp_path):
     said = learn(small, tmp_path / "up", method, budget=0.01 if create(method, load_model(small.base)[0].config).size else None)
     assert f"trained: {method}, " in said.err
     header = json.loads((tmp_path / "up" / "adapter" / "adapter.json").read_text())
@@ -95,7 +95,7 @@ def test_every_method_says_what_trains():
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_exactly_its_own_parameters_train(name, small, tmp_path, asked):  # noqa: F811
+def test_exactly_its_own_parameters_train(name, small, tmp_path, asked):
     """Upstream the method's, downstream the base and the classifier, whatever module is attached, but for LayerNorms beside sparse; by name, in every step."""
     method, *more = name.split()
     learn(small, tmp_path / "up", method, steps=2, set=["reparametrised=true", "inner=8"] if more else None)
@@ -111,7 +111,7 @@ def test_exactly_its_own_parameters_train(name, small, tmp_path, asked):  # noqa
     assert asked == [BASE - rest | {f"classifier.{part}.{last}" for part in ("dense", "output") for last in ("weight", "bias")}]
 
 
-def test_a_fresh_head_trains_alone_and_then_rests(small, tmp_path, asked):  # noqa: F811
+def test_a_fresh_head_trains_alone_and_then_rests(small, tmp_path, asked):
     bare = save_bert(tmp_path / "bare", load(small.base).tokenizer, mlm=False)
     done("upstream", *small.learning(model=bare, out=tmp_path / "up", fresh_head=2, steps=2))
     assert asked == [HEAD, *TRAINED["lora"]]
@@ -119,19 +119,19 @@ def test_a_fresh_head_trains_alone_and_then_rests(small, tmp_path, asked):  # no
 
 # ---------------------------------------------------------------- what is special
 
-def test_sparse_learns_in_two_stages(small, tmp_path):  # noqa: F811
+def test_sparse_learns_in_two_stages(small, tmp_path):
     said = learn(small, tmp_path / "up", "sparse", set="k=50")
     trained = [line for line in said.err.splitlines() if line.startswith("trained: sparse")]
     assert len(trained) == 2 and "50 parameters" in trained[1]
 
 
-def test_a_reparametrised_prefix_is_saved_flat(small, tmp_path):  # noqa: F811
+def test_a_reparametrised_prefix_is_saved_flat(small, tmp_path):
     done("upstream", *small.learning(method="prefix", out=tmp_path / "up", set=["reparametrised=true", "length=3", "inner=8"]))
     header = json.loads((tmp_path / "up" / "adapter" / "adapter.json").read_text())
     assert header["config"]["reparametrised"] is False and header["config"]["length"] == 3
 
 
-def test_different_kinds_compose_downstream(small, tmp_path):  # noqa: F811
+def test_different_kinds_compose_downstream(small, tmp_path):
     for method in ("lora", "adapter", "prefix"):
         learn(small, tmp_path / method, method)
     done("downstream", *small.task(adapter=[tmp_path / m for m in ("lora", "adapter", "prefix")], out=tmp_path / "down", epochs=1))
@@ -139,7 +139,7 @@ def test_different_kinds_compose_downstream(small, tmp_path):  # noqa: F811
     assert [m.name for m in run.model.methods.values()] == ["lora", "adapter", "prefix"] and list(run.model.methods) == ["gender", "gender-2", "gender-3"]
 
 
-def test_evaluate_shows_what_each_module_does_alone(small, tmp_path):  # noqa: F811
+def test_evaluate_shows_what_each_module_does_alone(small, tmp_path):
     for method in ("lora", "adapter"):
         learn(small, tmp_path / method, method)
     both = ["--adapter", tmp_path / "lora", "--adapter", tmp_path / "adapter"]
@@ -157,7 +157,7 @@ def test_evaluate_shows_what_each_module_does_alone(small, tmp_path):  # noqa: F
     assert len({round(v, 9) for n, v in found.items() if n.endswith("mlm-loss")}) == 4
 
 
-def test_force_goes_on_where_shapes_allow_it(small, tmp_path):  # noqa: F811
+def test_force_goes_on_where_shapes_allow_it(small, tmp_path):
     learn(small, tmp_path / "up", "lora")
     other = save_bert(tmp_path / "other", load(small.base).tokenizer, seed=5)
     wide = save_bert(tmp_path / "wide", load(small.base).tokenizer, hidden=48)
@@ -169,7 +169,7 @@ def test_force_goes_on_where_shapes_allow_it(small, tmp_path):  # noqa: F811
     assert said.code == 2 and "expected shape" in said.err.splitlines()[-1]
 
 
-def test_a_fresh_head_is_trained_with_the_encoder_frozen_and_saved(small, tmp_path):  # noqa: F811
+def test_a_fresh_head_is_trained_with_the_encoder_frozen_and_saved(small, tmp_path):
     bare = save_bert(tmp_path / "bare", load(small.base).tokenizer, mlm=False)
     said = done("upstream", *small.learning(model=bare, out=tmp_path / "up", fresh_head=4))
     assert "trained: a new masked-LM head" in said.err
@@ -181,7 +181,7 @@ def test_a_fresh_head_is_trained_with_the_encoder_frozen_and_saved(small, tmp_pa
     assert not (tmp_path / "two").exists()
 
 
-def test_the_table_of_methods(small):  # noqa: F811
+def test_the_table_of_methods(small):
     said = done("methods", "--model", small.base, "--budget", "0.02")
     rows = {line.split()[0]: line for line in said.out.splitlines()}
     assert set(METHODS) <= set(rows) and "rank" in rows["lora"] and "fixed" in rows["bias"] and "%" in rows["sparse"]

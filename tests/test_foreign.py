@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -308,3 +309,59 @@ def test_a_layer_that_peft_has_wrapped_is_named(tmp_path):
     wrapped = peft.get_peft_model(other, peft.LoraConfig(r=2, target_modules=["query"]))
     with pytest.raises(AdapterError, match="layers.0.attention.query .*expected a parameter, got what Linear computes or hands on"):
         attach_to(wrapped, method)
+
+
+# ---------------------------------------------------------------- FSDP
+
+FSDP = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from peftdebias import attach_to
+from peftdebias.errors import AdapterError
+from tests.outside import attached, drawn_model, ragged
+from tests.test_foreign import NAMES, in_rectangle, own_twin
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh, kind = dist.init_device_mesh("cpu", (1,)), sys.argv[1]
+model = drawn_model()
+own, (ids, mask) = own_twin(model), in_rectangle(ragged(rows="all"))
+module = attached(model, "lora", "lora", rank=3)
+
+def wrapped(host):
+    return fully_shard(host, mesh=mesh) if kind == "second" else FullyShardedDataParallel(host, device_id=torch.device("cpu"), use_orig_params=kind == "first, parameters kept")
+
+def refused(what):
+    try:
+        what()
+    except AdapterError as error:
+        return str(error)
+
+handle = attach_to(own, module, NAMES)
+expected, names = own(ids, mask), dict(own.named_parameters())
+host = wrapped(own)
+found = host(ids, mask)
+assert (found - expected).abs().max() < 1e-12
+found.sum().backward()
+assert all(p.grad is not None for p in handle.parameters())
+assert refused(handle.remove).startswith("remove: FSDP has sharded the host")
+assert (host(ids, mask) - expected).abs().max() < 1e-12
+assert refused(lambda: attach_to(host, module, NAMES)) == "attach_to: FSDP has sharded the module; expected to attach before it is wrapped"
+if kind == "second":
+    import re
+    whole = get_model_state_dict(own, options=StateDictOptions(full_state_dict=True))
+    whole = {re.sub(r"parametrizations\\.(\\w+)\\.original$", r"\\1", name): tensor for name, tensor in whole.items()}
+    fresh = own_twin(model)
+    assert fresh.load_state_dict(whole).missing_keys == []
+    attach_to(fresh, module, NAMES)
+    assert fresh(ids, mask).equal(expected)
+dist.destroy_process_group()
+print("sharded")
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize("kind", ["first", "first, parameters kept", "second"])
+def test_fsdp_keeps_what_is_attached_and_both_ends_are_said(kind):
+    done = subprocess.run([sys.executable, "-c", FSDP, kind], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0 and done.stdout == "sharded\n", done.stderr[-2000:]

@@ -15,7 +15,7 @@ from peftdebias.errors import DataError
 from peftdebias.metrics import bootstrap, tally
 from peftdebias.metrics.fprd import fprd, fprd_tally, frames, mentions, read_terms
 
-from .small import done, flags_of, small  # noqa: F401
+from .small import done, flags_of
 
 TERMS = ["gay", "white", "african american", "american", "deaf"]
 
@@ -215,7 +215,7 @@ FRAMES = ["{} is a judge .", "the poet saw {} .", "{} kneads dough .", "a surgeo
 
 
 @pytest.fixture(scope="module")
-def answered(small, tmp_path_factory):  # noqa: F811
+def answered(small, tmp_path_factory):
     """Two classifiers of labels of their own, and what `evaluate` says of them: a folder with a and b .json and .jsonl."""
     root = tmp_path_factory.mktemp("answered")
     header, *rows = list(csv.reader(small.binary.read_text().splitlines()))

@@ -17,11 +17,11 @@ from peftdebias.interchange.peft import write as write_peft
 from peftdebias.methods import create
 
 from .outside import assert_close, class_logits, library, mlm_logits, one_thread, ragged  # noqa: F401
-from .small import cli, done, save_bert, sha256, small, tree  # noqa: F401
+from .small import cli, done, save_bert, sha256, tree
 
 
 @pytest.fixture(scope="module")
-def runs(small, tmp_path_factory):  # noqa: F811
+def runs(small, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     options = {"lora": "rank=2", "prefix": ["length=3", "positioned=true"], "bias": None, "adapter": "bottleneck=2"}
     for name, chosen in options.items():
@@ -39,7 +39,7 @@ def outputs(path, *, head="mlm"):
     return getattr(run.model, f"{head}_logits")(batch).detach(), batch
 
 
-def test_export_as_peft_and_import_again(runs, small, tmp_path):  # noqa: F811
+def test_export_as_peft_and_import_again(runs, small, tmp_path):
     for name, head in (("lora", "mlm"), ("prefix", "mlm"), ("debiased", "class")):
         said = done("export", runs / name, "--as", "peft", "--out", tmp_path / name)
         assert said.out.splitlines()[-1] == f"result: {tmp_path / name}"
@@ -56,7 +56,7 @@ def test_export_as_peft_and_import_again(runs, small, tmp_path):  # noqa: F811
     done("evaluate", small.base, "--adapter", tmp_path / "lora-again", "--on", f"perplexity={small.heldout}")
 
 
-def test_downstream_keeps_where_a_module_came_from(runs, small, tmp_path):  # noqa: F811
+def test_downstream_keeps_where_a_module_came_from(runs, small, tmp_path):
     done("export", runs / "lora", "--as", "peft", "--out", tmp_path / "peft")
     done("import", tmp_path / "peft", "--model", small.base, "--axis", "gender", "--out", tmp_path / "again")
     done("downstream", *small.task(epochs=1, adapter=tmp_path / "again"), "--out", tmp_path / "task")
@@ -112,7 +112,7 @@ def test_the_card(runs, tmp_path):
     assert "corpus" in (tmp_path / "b" / "README.md").read_text()
 
 
-def test_the_card_names_what_a_module_was_learnt_beside(runs, small, tmp_path):  # noqa: F811
+def test_the_card_names_what_a_module_was_learnt_beside(runs, small, tmp_path):
     done("upstream", *small.learning(method="bias", set=None, adapter=runs / "prefix", steps=2), "--out", tmp_path / "onto")
     done("export", tmp_path / "onto", "--as", "merged", "--out", tmp_path / "a")
     text = (tmp_path / "a" / "README.md").read_text()
@@ -121,7 +121,7 @@ def test_the_card_names_what_a_module_was_learnt_beside(runs, small, tmp_path): 
     assert f"\n- texts: the run cuts them at {longest} tokens (`truncation=True, max_length={longest}`)\n" in text
 
 
-def test_the_card_says_how_long_a_text_can_be(runs, small, tmp_path):  # noqa: F811
+def test_the_card_says_how_long_a_text_can_be(runs, small, tmp_path):
     """A positioned prefix of 3 takes three positions of the model's."""
     positions = json.loads((small.base / "config.json").read_text())["max_position_embeddings"]
     done("upstream", *small.learning(method="prefix", set=["length=3", "positioned=true"], max_length=positions, steps=2), "--out", tmp_path / "long")
@@ -198,14 +198,14 @@ def test_out_is_replaced_only_when_asked_and_only_an_export(runs, tmp_path):
     assert set(tree(tmp_path / "out")) == {"mine"}
 
 
-def test_import_for_another_base(runs, small, tmp_path):  # noqa: F811
+def test_import_for_another_base(runs, small, tmp_path):
     done("export", runs / "prefix", "--as", "peft", "--out", tmp_path / "p")
     other = save_bert(tmp_path / "other", weights.load(small.base).tokenizer, layers=3)
     said = cli("import", tmp_path / "p", "--model", other, "--axis", "gender", "--out", tmp_path / "out")
     assert said.code == 2 and "num_layers: expected 3, got 2" in said.err and not (tmp_path / "out").exists()
 
 
-def test_a_base_that_a_folder_does_not_name_is_told_of(runs, small, tmp_path):  # noqa: F811
+def test_a_base_that_a_folder_does_not_name_is_told_of(runs, small, tmp_path):
     done("export", runs / "lora", "--as", "peft", "--out", tmp_path / "p")
     tokenizer = weights.load(small.base).tokenizer
     other, same = save_bert(tmp_path / "other", tokenizer, seed=5), shutil.copytree(small.base, tmp_path / "same")
@@ -215,14 +215,14 @@ def test_a_base_that_a_folder_does_not_name_is_told_of(runs, small, tmp_path):  
         assert not told or re.search(f"warning: {tmp_path}/p: names the base {small.base}, with checksum [0-9a-f]{{12}}; bound to {other}, with [0-9a-f]{{12}}$", said.err, re.M)
 
 
-def test_public_names(runs, small, tmp_path):  # noqa: F811
+def test_public_names(runs, small, tmp_path):
     peftdebias.export_adapter(runs / "lora", "peft", tmp_path / "a")
     assert peftdebias.import_adapter(tmp_path / "a", small.base, "gender", tmp_path / "b") == tmp_path / "b"
     with pytest.raises(ConfigError, match="--as: expected one of hf, peft, merged, got 'onnx'"):
         peftdebias.export_adapter(runs / "lora", "onnx", tmp_path / "c")
 
 
-def test_a_classifier_that_came_along_needs_the_pooler_it_was_trained_on(small, tmp_path):  # noqa: F811
+def test_a_classifier_that_came_along_needs_the_pooler_it_was_trained_on(small, tmp_path):
     """peft saves BERT's classifier without its pooler: the base must have that."""
     tokenizer = weights.load(small.base).tokenizer
     config = weights.load_model(small.base)[0].config

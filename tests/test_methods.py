@@ -20,7 +20,7 @@ from peftdebias.errors import AdapterError, ConfigError
 from peftdebias.methods import METHODS, base_parameters, create, method_class
 from peftdebias.sites import LINEARS, EncoderConfig
 
-from .outside import assert_close, assert_spelled_out, attached, batch_for, changed_weights, drawn_model, little_memory, one_thread
+from .outside import assert_close, assert_spelled_out, attached, batch_for, changed_weights, drawn_model, one_thread
 
 ALL = tuple(kind.split(".")[1] for kind in LINEARS)
 CASES = {
@@ -402,7 +402,7 @@ def test_what_works_as_a_number_or_a_table_is_taken():
     ("prompt", {"length": 10**8}, None, "prompt: expected a module of at most"),
     ("adapter", {"bottleneck": 10**8}, None, "adapter: expected a module of at most"),
 ])
-def test_errors(name, options, budget, words, little_memory):  # noqa: F811
+def test_errors(name, options, budget, words, little_memory):
     with pytest.raises(ConfigError, match=words):
         methods.create(name, SHAPE, options=options, budget=budget)
 

@@ -13,7 +13,7 @@ from peftdebias.errors import ConfigError, DataError
 from peftdebias.metrics import nli, tally
 from peftdebias.tasks import labelled_samples
 
-from .small import done, flags_of, small  # noqa: F401
+from .small import done, flags_of
 
 AUTHORS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "bias_nli" / "word_lists"
 
@@ -142,7 +142,7 @@ def test_errors_say_what_was_expected():
 
 # ---------------------------------------------------------------- through the commands
 
-def test_evaluate_asks_every_pair_and_compare_counts_the_same(small, tmp_path):  # noqa: F811
+def test_evaluate_asks_every_pair_and_compare_counts_the_same(small, tmp_path):
     lists = own_lists(tmp_path / "lists", occupations="nurse\nguard\njudge\npoet\n", gendered_words="man\nwoman\n", templates="The {} kneads dough .\nI saw the {} .\n{} works .\n")
     for seed, name in enumerate("ab"):
         done("downstream", *flags_of(dict(model=small.base, train=small.paired, dev=small.paired, text="first", text_pair="second", label="same", epochs=3, lr=3e-3, seed=seed,

@@ -13,7 +13,7 @@ from peftdebias.errors import ConfigError
 from peftdebias.outputs import alone, keep_apart, tables, writing, writing_folder
 
 from .outside import one_thread  # noqa: F401
-from .small import cli, done, small, tree  # noqa: F401
+from .small import cli, done, tree
 
 
 def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
@@ -140,7 +140,7 @@ def test_what_is_read_is_not_written(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def runs(small, tmp_path_factory):  # noqa: F811
+def runs(small, tmp_path_factory):
     """A module, a classifier under it, and what `evaluate` says of both."""
     out = tmp_path_factory.mktemp("runs")
     done("upstream", *small.learning(), "--out", out / "gender")
@@ -150,7 +150,7 @@ def runs(small, tmp_path_factory):  # noqa: F811
     return out
 
 
-def commands(small, runs, tmp_path):  # noqa: F811
+def commands(small, runs, tmp_path):
     """Name -> (flag, argv whose output would replace an input)."""
     copy = tmp_path / "texts.txt"
     copy.write_bytes(small.corpus.read_bytes())
@@ -177,7 +177,7 @@ def commands(small, runs, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize("name", ["predict", "predict on its run", "augment", "augment's statistics", "augment twice", "evaluate", "evaluate on its module", "compare",
                                   "compare seeds", "report", "upstream", "upstream on its corpus", "downstream", "downstream above", "export"])
-def test_no_command_writes_over_what_it_reads(name, small, runs, tmp_path):  # noqa: F811
+def test_no_command_writes_over_what_it_reads(name, small, runs, tmp_path):
     flag, argv = commands(small, runs, tmp_path)[name]
     before = tree(runs), tree(tmp_path)
     said = cli(*argv)
@@ -210,7 +210,7 @@ def test_a_report_replaces_reports_alone(runs, tmp_path):
         (tmp_path / name).unlink()
 
 
-def test_results_may_lie_in_the_run_they_are_of_and_be_made_again(small, runs):  # noqa: F811
+def test_results_may_lie_in_the_run_they_are_of_and_be_made_again(small, runs):
     for _ in range(2):
         done("evaluate", runs / "jobs", "--on", f"classification={small.test}", "--json", runs / "jobs" / "measures.json")
         done("predict", runs / "jobs", small.heldout, "--out", runs / "jobs" / "labels.jsonl")

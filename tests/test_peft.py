@@ -19,8 +19,8 @@ from peftdebias.sites import EncoderConfig
 from peftdebias.tokens import STYLES, wordpiece
 from peftdebias.weights import save_model
 
-from .outside import LAYERS, assert_close, attached, batch_for, class_logits, drawn_model, library, mlm_logits, twin, with_peft  # noqa: F401
-from .outside import little_memory, one_thread, ragged  # noqa: F401
+from .outside import LAYERS, assert_close, attached, batch_for, class_logits, drawn_model, library, mlm_logits, twin, with_peft
+from .outside import one_thread, ragged  # noqa: F401
 
 POSITIONED = {"length": 5, "positioned": True}
 TOKENIZER = wordpiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "he", "she"])
@@ -183,14 +183,14 @@ def test_other_configurations_that_do_not_fit(method, options, changes, words, t
     ("prompt", POSITIONED | {"first_row": "prompt"}, {"num_virtual_tokens": 10**9}, "num_virtual_tokens: expected at most 50, which leave a text 3 of the model's 53 positions, got 10000000"),
     ("prompt", POSITIONED | {"first_row": "prompt"}, {"num_virtual_tokens": 10**30}, "num_virtual_tokens: expected at most 50, which leave a text 3 of the model's 53 positions, got 10000000"),
 ])  # fmt: skip
-def test_absurd_sizes_are_refused_before_anything_is_made(method, options, changes, words, theirs, little_memory):  # noqa: F811
+def test_absurd_sizes_are_refused_before_anything_is_made(method, options, changes, words, theirs, little_memory):
     folder, config = theirs(method, changes, **options)
     with pytest.raises(AdapterError, match=words) as error:
         interchange.read(folder, config)
     assert str(error.value).startswith(str(folder / "adapter_")) and "\n" not in str(error.value)
 
 
-def test_a_small_file_of_absurd_shapes_is_refused(theirs, little_memory):  # noqa: F811
+def test_a_small_file_of_absurd_shapes_is_refused(theirs, little_memory):
     """Strides of 0, or an empty dimension: the tensors agree with the configuration, and only the file's size says that they are not there."""
     folder, config = theirs("prompt", {"num_virtual_tokens": 10**9}, **POSITIONED, first_row="prompt")
     config = dataclasses.replace(config, max_positions=2 * 10**9)

@@ -26,11 +26,11 @@ from peftdebias.testbed import World
 from peftdebias.training import Schedule
 
 from .outside import one_thread  # noqa: F401
-from .small import POSITIONS, cli, done, flags_of, lines, save_bert, sha256, small, tokenizer_of, tree  # noqa: F401
+from .small import POSITIONS, cli, done, flags_of, lines, save_bert, sha256, tokenizer_of, tree
 
 
 @pytest.fixture(scope="module")
-def runs(small, tmp_path_factory):  # noqa: F811
+def runs(small, tmp_path_factory):
     """name -> run folder; each made once, by the command line."""
     out = tmp_path_factory.mktemp("runs")
     before = tree(small.root)
@@ -49,7 +49,7 @@ def tensors(folder, file="model.safetensors") -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def ready(small):  # noqa: F811
+def ready(small):
     """The test file's texts, tokenised."""
     from peftdebias.corpus import read_examples
 
@@ -60,7 +60,7 @@ def ready(small):  # noqa: F811
 # ---------------------------------------------------------------- seeds
 
 @pytest.mark.parametrize("name,file,command", [("gender", "adapter/adapter.safetensors", "learning"), ("debiased", "model/model.safetensors", "task")])
-def test_a_seed_repeats_bit_for_bit_and_another_differs(name, file, command, small, runs, tmp_path):  # noqa: F811
+def test_a_seed_repeats_bit_for_bit_and_another_differs(name, file, command, small, runs, tmp_path):
     extra = {"adapter": runs["gender"], "weight_decay": 0.1} if name == "debiased" else {}
     verb = {"learning": "upstream", "task": "downstream"}[command]
     for seed in (0, 1):
@@ -77,14 +77,14 @@ def without_times(path) -> list[dict]:
 # ---------------------------------------------------------------- what is trained
 
 @pytest.mark.parametrize(("command", "folder"), [("upstream", "gender"), ("downstream", "plain")])
-def test_saving_memory_ends_in_the_same_files(command, folder, small, runs, tmp_path):  # noqa: F811
+def test_saving_memory_ends_in_the_same_files(command, folder, small, runs, tmp_path):
     done(command, *(small.learning if command == "upstream" else small.task)(out=tmp_path / "run", save_memory=True))
     files = [path for path in tree(runs[folder]) if path.endswith(".safetensors")]
     assert files and all(sha256(tmp_path / "run" / path) == sha256(runs[folder] / path) for path in files)
     assert tomllib.loads((tmp_path / "run" / "config.toml").read_text())["save_memory"] is True
 
 
-def test_upstream_trains_the_module_alone(small, runs):  # noqa: F811
+def test_upstream_trains_the_module_alone(small, runs):
     model = weights.load(small.base).model
     header = json.loads((runs["gender"] / "adapter" / "adapter.json").read_text())
     assert header["base"]["sha256"] == patch.base_checksum(model)  # of the base as it came out of training
@@ -94,13 +94,13 @@ def test_upstream_trains_the_module_alone(small, runs):  # noqa: F811
     assert not (runs["gender"] / "model").exists()
 
 
-def test_full_trains_the_whole_base_and_its_head(small, runs):  # noqa: F811
+def test_full_trains_the_whole_base_and_its_head(small, runs):
     before, after = tensors(small.base), tensors(runs["full"] / "model")
     assert before.keys() == after.keys() and not (runs["full"] / "adapter").exists()
     assert {name for name in before if torch.equal(before[name], after[name])} == set()
 
 
-def test_downstream_trains_base_and_head_and_leaves_the_module_alone(small, runs):  # noqa: F811
+def test_downstream_trains_base_and_head_and_leaves_the_module_alone(small, runs):
     before, after = tensors(small.base), tensors(runs["debiased"] / "model")
     stems = {name for name in after if name.startswith("bert.") and not name.startswith("bert.pooler")}
     assert stems == {name for name in before if name.startswith("bert.")}
@@ -112,7 +112,7 @@ def test_downstream_trains_base_and_head_and_leaves_the_module_alone(small, runs
     assert {k: v for k, v in downstream.items() if k not in ("base", "learnt_on")} == {k: v for k, v in upstream.items() if k != "base"}
 
 
-def test_what_is_frozen_asks_for_no_gradient(small, runs, tmp_path, monkeypatch):  # noqa: F811
+def test_what_is_frozen_asks_for_no_gradient(small, runs, tmp_path, monkeypatch):
     asked, original = [], phases.train
 
     def train(model, task, parameters, *args, **kwargs):
@@ -126,7 +126,7 @@ def test_what_is_frozen_asks_for_no_gradient(small, runs, tmp_path, monkeypatch)
     assert asked == [[], []]
 
 
-def test_a_frozen_part_that_moved_is_found_out(small, tmp_path, monkeypatch):  # noqa: F811
+def test_a_frozen_part_that_moved_is_found_out(small, tmp_path, monkeypatch):
     original = phases.train
 
     def train(model, *args, **kwargs):
@@ -141,7 +141,7 @@ def test_a_frozen_part_that_moved_is_found_out(small, tmp_path, monkeypatch):  #
 
 # ---------------------------------------------------------------- what is saved
 
-def test_the_saved_base_with_its_module_is_the_model_at_the_end(small, runs, tmp_path, monkeypatch, ready):  # noqa: F811
+def test_the_saved_base_with_its_module_is_the_model_at_the_end(small, runs, tmp_path, monkeypatch, ready):
     kept, save = [], weights.save_model
     monkeypatch.setattr(phases.weights, "save_model", lambda model, *rest: (kept.append(model), save(model, *rest))[1])
     done("downstream", *small.task(out=tmp_path / "run", adapter=runs["gender"]))
@@ -156,7 +156,7 @@ def test_the_saved_base_with_its_module_is_the_model_at_the_end(small, runs, tmp
     assert abs(alone - at_the_end).max() > 1e-3  # the module matters
 
 
-def test_folded_and_unfolded_runs_end_in_the_same_base(small, runs, tmp_path, ready):  # noqa: F811
+def test_folded_and_unfolded_runs_end_in_the_same_base(small, runs, tmp_path, ready):
     done("downstream", *small.task(out=tmp_path / "run", adapter=runs["gender"], weight_decay=0.1, no_fold=True))
     before, folded, unfolded = tensors(small.base), tensors(runs["debiased"] / "model"), tensors(tmp_path / "run" / "model")
     for name in before.keys() & folded.keys():
@@ -169,7 +169,7 @@ def test_folded_and_unfolded_runs_end_in_the_same_base(small, runs, tmp_path, re
 
 
 @pytest.mark.parametrize("name", ["plain", "debiased"])
-def test_what_was_printed_is_what_the_reloaded_run_gives(name, small, runs, tmp_path):  # noqa: F811
+def test_what_was_printed_is_what_the_reloaded_run_gives(name, small, runs, tmp_path):
     final = lines(runs[name] / "metrics.jsonl")[-1]
     said = done("evaluate", runs[name], "--on", f"classification={small.test}", "--json", tmp_path / "m.json")
     assert json.loads((tmp_path / "m.json").read_text())["measures"] == final["measures"] and final["on"] == "test"
@@ -177,7 +177,7 @@ def test_what_was_printed_is_what_the_reloaded_run_gives(name, small, runs, tmp_
     assert {"accuracy", "f1/macro", "tpr-gap/rms", "tpr-gap/rms-shuffled"} < set(names) and all(f"\n{name} " in said.out for name in names)
 
 
-def test_without_a_test_file_the_dev_file_is_reported(small, tmp_path):  # noqa: F811
+def test_without_a_test_file_the_dev_file_is_reported(small, tmp_path):
     said = done("downstream", *small.task(out=tmp_path / "run", test=None, group=None))
     events = lines(tmp_path / "run" / "metrics.jsonl")
     best = next(e for e in events if e["event"] == "validation" and e.get("kept") and e["step"] == events[-1]["step"])
@@ -185,7 +185,7 @@ def test_without_a_test_file_the_dev_file_is_reported(small, tmp_path):  # noqa:
     assert events[-1]["measures"][0]["value"] == pytest.approx(best["accuracy"])  # validation in the loop, and from the files
 
 
-def test_labels_that_are_numbers_keep_their_order(small, tmp_path):  # noqa: F811
+def test_labels_that_are_numbers_keep_their_order(small, tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("text,label\n" + "".join(f"he {'is ' * i},{label}\n" for i, label in enumerate(["10", "2", "1", "0001", "01", "001", "-3", "b", "a", "²"] * 2)))
     done("downstream", "--model", small.base, "--train", path, "--dev", path, "--text", "text", "--label", "label", "--epochs", 1, "--out", tmp_path / "run")
@@ -193,7 +193,7 @@ def test_labels_that_are_numbers_keep_their_order(small, tmp_path):  # noqa: F81
     assert [labels[str(i)] for i in range(10)] == ["-3", "0001", "001", "01", "1", "2", "10", "a", "b", "²"]  # equal numbers too
 
 
-def test_a_label_in_several_columns_pairs_and_f1(small, tmp_path):  # noqa: F811
+def test_a_label_in_several_columns_pairs_and_f1(small, tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("a,b,hd,cv\n" + "".join(f"he is,she is {'a ' * i},{i % 2},{int(i % 3 == 0)}\n" for i in range(12)))
     done("downstream", "--model", small.base, "--train", path, "--dev", path, "--text", "a", "--text-pair", "b", "--label", "hd,cv", "--metric", "f1",
@@ -203,7 +203,7 @@ def test_a_label_in_several_columns_pairs_and_f1(small, tmp_path):  # noqa: F811
     assert done("evaluate", tmp_path / "run", "--on", f"classification={path}").out.splitlines()[1:4]
 
 
-def test_equal_settings_but_class_weights_train_differently(small, tmp_path):  # noqa: F811
+def test_equal_settings_but_class_weights_train_differently(small, tmp_path):
     flags = ["--model", small.base, "--train", small.binary, "--dev", small.binary, "--text", "text", "--label", "is_health", "--epochs", 1, "--lr", 1e-3]
     for name, more in (("none", []), ("ones", ["--class-weights", "0=1,1=1"]), ("rare", ["--class-weights", "1=9"])):
         done("downstream", *flags, *more, "--out", tmp_path / name)
@@ -234,7 +234,7 @@ def test_class_weights_that_make_no_sense(text, words):
 
 # ---------------------------------------------------------------- one run after another
 
-def test_a_full_debias_run_is_a_base(small, runs, tmp_path):  # noqa: F811
+def test_a_full_debias_run_is_a_base(small, runs, tmp_path):
     done("downstream", *small.task(out=tmp_path / "run", model=runs["full"]))
     assert not (tmp_path / "run" / "adapter").exists()
     from_base, from_full = (weights.load(folder / "model").model for folder in (runs["plain"], tmp_path / "run"))
@@ -245,7 +245,7 @@ def test_a_full_debias_run_is_a_base(small, runs, tmp_path):  # noqa: F811
     assert load_run(tmp_path / "on top").model.methods.keys() == {"gender"}
 
 
-def test_a_base_without_the_module_it_was_trained_with_is_not_taken_unsaid(small, runs, tmp_path):  # noqa: F811
+def test_a_base_without_the_module_it_was_trained_with_is_not_taken_unsaid(small, runs, tmp_path):
     def refused(words, **changes):
         said = cli("downstream", *small.task(out=tmp_path / "x", **changes))
         assert said.code == 2 and words in said.err, said.err
@@ -261,7 +261,7 @@ def test_a_base_without_the_module_it_was_trained_with_is_not_taken_unsaid(small
     assert said.code == 2 and "expected a masked-LM head" in said.err and str(runs["plain"] / "model") in said.err
 
 
-def test_modules_stack_and_all_of_them_are_saved(small, runs, tmp_path):  # noqa: F811
+def test_modules_stack_and_all_of_them_are_saved(small, runs, tmp_path):
     done("upstream", *small.learning(out=tmp_path / "second", adapter=runs["gender"], seed=5))
     (tmp_path / "second" / "adapter" / "adapter.json").write_text((tmp_path / "second" / "adapter" / "adapter.json").read_text().replace('"axis": "gender"', '"axis": "race"'))
     done("downstream", *small.task(out=tmp_path / "run", adapter=[runs["gender"], tmp_path / "second"]))
@@ -278,7 +278,7 @@ def test_modules_stack_and_all_of_them_are_saved(small, runs, tmp_path):  # noqa
 
 # ---------------------------------------------------------------- the corpus
 
-def learn(small, tmp_path, text: str, **changes):  # noqa: F811
+def learn(small, tmp_path, text: str, **changes):
     path = tmp_path / "c.txt"
     path.write_text(text)
     return cli("upstream", *small.learning(out=tmp_path / "run", corpus=path, steps=2, **changes))
@@ -290,19 +290,19 @@ def note(said) -> tuple[int, ...]:
     return tuple(map(int, found.groups()))
 
 
-def test_a_corpus_of_a_few_lines_holds_out_a_text_with_words_of_the_axis(small, tmp_path):  # noqa: F811
+def test_a_corpus_of_a_few_lines_holds_out_a_text_with_words_of_the_axis(small, tmp_path):
     said = learn(small, tmp_path, "bergen is in osaka\nhe is a nurse\nshe is a baker\n", valid_share=1e-9)
     assert said.code == 0 and note(said) == (2, 1, 1, 2, 1), said.err  # of the three, "he is a nurse" is held out
 
 
-def test_equal_texts_are_never_on_both_sides(small, tmp_path):  # noqa: F811
+def test_equal_texts_are_never_on_both_sides(small, tmp_path):
     said = learn(small, tmp_path, "he is a nurse\n" * 5 + "she is a baker\n", valid_share=1e-9)
     assert said.code == 0 and note(said) == (1, 1, 1, 2, 5), said.err
     said = learn(small, tmp_path, "he is a nurse\n" * 5, overwrite=True)
     assert said.code == 2 and f"{tmp_path}/c.txt: expected two texts with words of the axis gender that differ in more than these, one to validate on; found one (or give --valid FILE)" in said.err
 
 
-def test_the_share_held_out_is_by_hash_and_few_are_told(small, tmp_path):  # noqa: F811
+def test_the_share_held_out_is_by_hash_and_few_are_told(small, tmp_path):
     texts = small.corpus.read_text().splitlines()
     held_out = [f for f in families(texts, load_axis("gender")) if HeldOut(0.2)(f)]
     said = learn(small, tmp_path, "\n".join(texts), valid_share=0.2)
@@ -312,7 +312,7 @@ def test_the_share_held_out_is_by_hash_and_few_are_told(small, tmp_path):  # noq
     assert f"held out: only {note(said)[4]} families to choose the best step by; more come with --valid-share or a --valid file" in said.err.splitlines()
 
 
-def test_both_sides_of_a_pair_are_on_one_side(small, tmp_path):  # noqa: F811
+def test_both_sides_of_a_pair_are_on_one_side(small, tmp_path):
     said = learn(small, tmp_path, "he is a nurse\nshe is a nurse\n")
     assert said.code == 2 and "expected two texts with words of the axis gender that differ in more than these" in said.err
     (tmp_path / "v.txt").write_text("she is a nurse\n")
@@ -324,7 +324,7 @@ def test_both_sides_of_a_pair_are_on_one_side(small, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize("flags", [{"from": "female"}, {"occurrences": "one", "max_variants": 2}, {"keep": "counterfactuals"}, {"keep": "originals"}, {"names": True},
                                    {"axis": "group", "keep": "counterfactuals", "max_variants": 1}])
-def test_what_is_learnt_from_is_what_augment_writes(flags, small, tmp_path):  # noqa: F811
+def test_what_is_learnt_from_is_what_augment_writes(flags, small, tmp_path):
     (tmp_path / "c.txt").write_text("\n".join([*small.corpus.read_text().splitlines()[:40], "Mary and John met the muslim man and her christian son", "nothing at all"]) + "\n")
     axis = flags.get("axis", "gender")
     rest = {key: value for key, value in flags.items() if key != "axis"}
@@ -339,7 +339,7 @@ def test_what_is_learnt_from_is_what_augment_writes(flags, small, tmp_path):  # 
     assert sha256(tmp_path / "again" / "adapter" / "adapter.safetensors") == sha256(tmp_path / "run" / "adapter" / "adapter.safetensors"), again.err
 
 
-def test_an_axis_of_the_users_is_kept_by_its_place(small, tmp_path, monkeypatch):  # noqa: F811
+def test_an_axis_of_the_users_is_kept_by_its_place(small, tmp_path, monkeypatch):
     (tmp_path / "mine.toml").write_text('keep_untouched = false\ngroups = [["he", "she"]]\n')
     monkeypatch.chdir(tmp_path)
     done("upstream", *small.learning(axis="mine.toml", out="run"))
@@ -348,14 +348,14 @@ def test_an_axis_of_the_users_is_kept_by_its_place(small, tmp_path, monkeypatch)
     assert said.code == 2 and "neither" in said.err.splitlines()[-1] and not (tmp_path / "other").exists()
 
 
-def test_modules_that_leave_no_position_for_a_text_are_refused(small, tmp_path):  # noqa: F811
+def test_modules_that_leave_no_position_for_a_text_are_refused(small, tmp_path):
     said = cli("upstream", *small.learning(method="prompt", set=[f"length={POSITIONS - 2}", "positioned=true"], out=tmp_path / "run"))
     assert said.code == 2 and said.err.splitlines()[-1] == (
         f"peftdebias: modules: expected room for a text of 3 tokens, the special ones among them, got 2: they take {POSITIONS - 2} of the model's {POSITIONS} positions")
     done("upstream", *small.learning(method="prompt", set=[f"length={POSITIONS - 3}", "positioned=true"], steps=1, out=tmp_path / "run"))
 
 
-def test_a_fresh_head_does_not_depend_on_the_module_beside_it(small, tmp_path):  # noqa: F811
+def test_a_fresh_head_does_not_depend_on_the_module_beside_it(small, tmp_path):
     """A prefix is drawn: it moves what it is attached to before it has learnt anything."""
     bare, heads = save_bert(tmp_path / "bare", tokenizer_of(World()), mlm=False), []
     for name, options in (("lora", "rank=2"), ("prefix", "length=3")):
@@ -365,7 +365,7 @@ def test_a_fresh_head_does_not_depend_on_the_module_beside_it(small, tmp_path): 
     assert len(heads[0]) > 3 and all(torch.equal(tensor, heads[1][key]) for key, tensor in heads[0].items())
 
 
-def test_norms_rest_downstream_beside_a_sparse_module(small, runs, tmp_path):  # noqa: F811
+def test_norms_rest_downstream_beside_a_sparse_module(small, runs, tmp_path):
     """As while it learnt (PAPER: SFT); beside another they train."""
     done("upstream", *small.learning(out=tmp_path / "sparse", method="sparse", set="k=50"))
     moved = {}
@@ -377,7 +377,7 @@ def test_norms_rest_downstream_beside_a_sparse_module(small, runs, tmp_path):  #
     assert len(norms) >= 8 and moved["sparse"] == moved["lora"] - norms
 
 
-def test_validation_texts_of_their_own(small, tmp_path):  # noqa: F811
+def test_validation_texts_of_their_own(small, tmp_path):
     said = learn(small, tmp_path, "he is a nurse\nshe is a baker\n", valid=small.heldout)
     assert said.code == 0 and note(said) == (2, 2, 2, 4, 20)
     (tmp_path / "bad.txt").write_text("bergen is in osaka\n")
@@ -385,7 +385,7 @@ def test_validation_texts_of_their_own(small, tmp_path):  # noqa: F811
     assert said.code == 2 and f"{tmp_path}/bad.txt: expected words of the axis gender, found none in 1 texts" in said.err
 
 
-def test_batches_are_the_same_bits_wherever_they_are_made(small, tmp_path):  # noqa: F811
+def test_batches_are_the_same_bits_wherever_they_are_made(small, tmp_path):
     """Several windows, in this process, in a background one, and from a cache written on the way."""
     runs = {"here": {}, "there": {"workers": 1, "cache": tmp_path / "cache"}, "cached": {"workers": 0, "cache": tmp_path / "cache"}}
     for name, options in runs.items():
@@ -399,7 +399,7 @@ def test_batches_are_the_same_bits_wherever_they_are_made(small, tmp_path):  # n
     assert final["whole"] and final["texts"] + final["held_out"] == 150 == len(small.corpus.read_text().splitlines()) and final["families"] == final["texts"]
 
 
-def test_what_was_read_is_said_at_the_end_of_a_run_within_the_first_pass(small, tmp_path):  # noqa: F811
+def test_what_was_read_is_said_at_the_end_of_a_run_within_the_first_pass(small, tmp_path):
     texts = small.corpus.read_text().splitlines(keepends=True)
     for i in range(3):  # what is read together ends with its file
         (tmp_path / f"{i}.txt").write_text("".join(texts[50 * i:50 * i + 50]))
@@ -410,7 +410,7 @@ def test_what_was_read_is_said_at_the_end_of_a_run_within_the_first_pass(small, 
     assert re.search(r" tokens/s, \d+\.\d % of the steps' time waiting for batches\n", said.out)
 
 
-def test_corrupt_lines_stop_the_run_or_are_left_out(small, tmp_path):  # noqa: F811
+def test_corrupt_lines_stop_the_run_or_are_left_out(small, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"he is a nurse\nshe is a baker\n\xff\n")
     (tmp_path / "b.jsonl").write_text('{"text": "he is a baker"}\n' + "{\n" * 6)
     corpus = {"corpus": tmp_path / "[ab].*", "valid": small.heldout, "out": tmp_path / "run"}
@@ -429,7 +429,7 @@ def test_corrupt_lines_stop_the_run_or_are_left_out(small, tmp_path):  # noqa: F
     assert said.code == 2 and said.err.splitlines()[-1] == f"peftdebias: {tmp_path}/*.tsv: expected files that fit this pattern, found none"
 
 
-def test_units_and_standard_input(small, tmp_path):  # noqa: F811
+def test_units_and_standard_input(small, tmp_path):
     text = "He is a nurse. She is a baker.\nHe is in osaka.\n\nShe is in bergen.\n"
     (tmp_path / "c.txt").write_text(text)
     for unit, expected in (("line", 3), ("sentence", 4), ("document", 2)):
@@ -448,7 +448,7 @@ def test_units_and_standard_input(small, tmp_path):  # noqa: F811
 
 # ---------------------------------------------------------------- said in time
 
-def test_what_is_cut_is_counted_and_reported(small, tmp_path):  # noqa: F811
+def test_what_is_cut_is_counted_and_reported(small, tmp_path):
     #                                          [CLS] he is a nurse [SEP]: 6 tokens
     said = learn(small, tmp_path, "he is a nurse\n" + "".join(f"he is a nurse {'and baker ' * i}\n" for i in range(1, 9)), max_length=10, valid_share=1e-9)
     assert "corpus: 12 of 16 texts (counterfactuals counted) are longer than 10 tokens and were cut" in said.err, said.err  # 8, 10 | 12 ... 22
@@ -464,7 +464,7 @@ def test_what_is_cut_is_counted_and_reported(small, tmp_path):  # noqa: F811
     assert "longer than" not in done("downstream", *small.task(out=tmp_path / "whole", epochs=1)).err
 
 
-def test_the_models_own_limit_counts_too(small, tmp_path):  # noqa: F811
+def test_the_models_own_limit_counts_too(small, tmp_path):
     said = learn(small, tmp_path, f"he is {'a ' * 70}\nshe is\n", max_length=256, valid_share=0.5)
     assert re.search(r"2 of 2 texts \(counterfactuals counted\) are longer than 64 tokens", said.err), said.err
 
@@ -477,7 +477,7 @@ def never(*args, **kwargs):
     ("group of one", "expected 2 groups, got 1: f"),
     ("group by label", "expected a class with positives in both groups 'f' and 'm', got none of 2 classes"),
 ])  # fmt: skip
-def test_what_cannot_be_measured_at_the_end_is_said_before_training(column, words, small, tmp_path, monkeypatch):  # noqa: F811
+def test_what_cannot_be_measured_at_the_end_is_said_before_training(column, words, small, tmp_path, monkeypatch):
     monkeypatch.setattr(phases, "train", never)
     path = tmp_path / "t.csv"
     path.write_text("text,label,group,group of one,group by label\n" + "".join(f"he is,{'ab'[i % 2]},{'fmx'[i % 3]},f,{'fm'[i % 2]}\n" for i in range(6)))
@@ -494,7 +494,7 @@ def test_every_setting_of_a_schedule_is_handed_on():
         assert found == Schedule(steps=70, validate_every=20, precision="bf16", step="compiled", **asked)
 
 
-def test_f1_as_the_metric_needs_a_positive_label_in_every_split(small, tmp_path, monkeypatch):  # noqa: F811
+def test_f1_as_the_metric_needs_a_positive_label_in_every_split(small, tmp_path, monkeypatch):
     monkeypatch.setattr(phases, "train", never)
     (tmp_path / "t.csv").write_text("text,label\nhe is,0\nshe is,1\n")
     (tmp_path / "d.csv").write_text("text,label\nhe is,0\n")
@@ -510,7 +510,7 @@ def test_f1_as_the_metric_needs_a_positive_label_in_every_split(small, tmp_path,
         phases.downstream(Downstream(**settings, positive="c"))
 
 
-def test_notes_are_said_before_training_begins(small, tmp_path, monkeypatch):  # noqa: F811
+def test_notes_are_said_before_training_begins(small, tmp_path, monkeypatch):
     said, before = [], []
     original = phases.train
     monkeypatch.setattr(phases, "train", lambda *a, **k: (before.extend(said), original(*a, **k))[1])
@@ -519,7 +519,7 @@ def test_notes_are_said_before_training_begins(small, tmp_path, monkeypatch):  #
     assert said[0].startswith("corpus: ") and said[-2] == "device: cpu, float32" and said[-1].startswith("trained: lora, 2,048 parameters in 8 tensors, ")
 
 
-def test_downstream_says_what_it_read_before_it_tokenises(small, tmp_path, monkeypatch):  # noqa: F811
+def test_downstream_says_what_it_read_before_it_tokenises(small, tmp_path, monkeypatch):
     (tmp_path / "t.csv").write_text("text,label\nhe is,0\nshe is,1\nhe was,0\n")
     (tmp_path / "d.csv").write_text("text,label\n" + "".join(f"he is,{i % 9}\n" for i in range(18)))
     said, before = [], []
@@ -532,7 +532,7 @@ def test_downstream_says_what_it_read_before_it_tokenises(small, tmp_path, monke
     assert phases.read_splits(settings).lines()[1] == f"dev: {tmp_path / 'd.csv'}, 18 examples, 9 labels"
 
 
-def test_a_module_worse_than_none_is_told(small, tmp_path):  # noqa: F811
+def test_a_module_worse_than_none_is_told(small, tmp_path):
     said = done("upstream", *small.learning(lr=3.0, steps=4, valid_every=4, out=tmp_path / "worse"))
     assert "no step had a lower validation loss than before training: what is saved is that of step 4" in said.out
     said = done("upstream", *small.learning(out=tmp_path / "better"))
@@ -560,7 +560,7 @@ model.export(f"{out}/task.pt2")
 """
 
 
-def test_torchs_defaults_change_nothing(small, tmp_path):  # noqa: F811
+def test_torchs_defaults_change_nothing(small, tmp_path):
     """Its default device, as notebooks set it, dtype, and the mode of whoever only wants answers: the same files and answers, bit for bit."""
     said = {}
     for set_to in ("", "meta", "bfloat16", "inference"):
@@ -573,7 +573,7 @@ def test_torchs_defaults_change_nothing(small, tmp_path):  # noqa: F811
     assert said["inference"][1] == said[""][1]  # and no answers, which follow the caller's autocast
 
 
-def test_a_run_is_repeated_from_anywhere(small, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_is_repeated_from_anywhere(small, tmp_path, monkeypatch):
     """A cache that the run itself makes, a pattern in a folder whose name is one, a table of names without an ending; and a flag in place of the file's."""
     place, other = tmp_path / "m[1]", tmp_path / "other"
     place.mkdir(), other.mkdir()

@@ -17,6 +17,7 @@ import torch
 from peftdebias import planted
 from peftdebias.checkpoint import load_run
 from peftdebias.demo import world_tokenizer
+from peftdebias.methods import METHODS
 from peftdebias.metrics.compare import over_seeds, seed_difference
 from peftdebias.planted import summary, units
 from peftdebias.planted.units import NONE, Plan, Sizes, Unit
@@ -40,6 +41,10 @@ def ran(tmp_path_factory):
             patch.setattr(owner, name, counted)
         said = done("testbed", *GIVEN, "--out", out)
     return out, said, calls
+
+
+def test_every_method_has_a_learning_rate_in_this_world():
+    assert set(METHODS) <= set(units.RATES)
 
 
 def found_in(out):

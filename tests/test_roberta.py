@@ -15,14 +15,14 @@ from peftdebias.errors import ConfigError
 from peftdebias.tokens import load_tokenizer
 
 from .outside import assert_close, library, one_thread  # noqa: F401
-from .small import POSITIONS, done, lines, small  # noqa: F401
+from .small import POSITIONS, done, lines
 
 TEXTS = ["The nurse said that he was late.", "she", "A café, “naïve” 🙂 and  two  spaces", "", "<mask> and </s> inside"]
 PAIRS = ["He left early.", "", "The doctor thanked her.", "Alone.", "x y z"]
 
 
 @pytest.fixture(scope="module")
-def runs(shared, small, tmp_path_factory):  # noqa: F811
+def runs(shared, small, tmp_path_factory):
     """base; up (LoRA, masked-LM); down (labels one text, under up's module); paired (labels two texts, likewise)."""
     out = tmp_path_factory.mktemp("roberta")
     (out / "tokenizer").mkdir()
@@ -107,7 +107,7 @@ def test_an_exported_pair_classifier_answers_as_the_object_does(runs, tmp_path):
         assert_close(graph(ids, torch.ones_like(ids)).softmax(-1)[0], torch.tensor(list(answer["probabilities"].values())))
 
 
-def test_the_commands_answer_as_the_object_does(runs, small, tmp_path):  # noqa: F811
+def test_the_commands_answer_as_the_object_does(runs, small, tmp_path):
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"first": a, "second": b}) + "\n" for a, b in zip(TEXTS[:3], PAIRS[:3])))
     done("predict", runs / "paired", tmp_path / "texts.jsonl", "--out", tmp_path / "answers.jsonl")
     found = peftdebias.load(runs / "paired").predict(TEXTS[:3], [p or "" for p in PAIRS[:3]])

@@ -17,7 +17,7 @@ from peftdebias.metrics.compare import over_seeds, seed_difference
 from peftdebias.report import report
 
 from .outside import one_thread  # noqa: F401
-from .small import cli, done, small  # noqa: F401
+from .small import cli, done
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = '''
@@ -81,7 +81,7 @@ measure = "accuracy"
 
 
 @pytest.fixture
-def place(small, tmp_path):  # noqa: F811
+def place(small, tmp_path):
     """(recipe file, data folder): texts of the splits differ, so that a split is never empty."""
     data = tmp_path / "data"
     data.mkdir()
@@ -168,7 +168,7 @@ def test_a_recipe_that_is_wrong_is_refused_in_one_line(old, new, words, tmp_path
     (["--data", "nowhere"], "--data nowhere: expected a folder, found none"),
     (["--model", "nowhere"], "model 'nowhere': no such folder"),
 ])  # fmt: skip
-def test_bad_input_is_one_line_and_leaves_nothing(flags, words, place, small, tmp_path):  # noqa: F811
+def test_bad_input_is_one_line_and_leaves_nothing(flags, words, place, small, tmp_path):
     recipe, data = place
     argv = ["run", recipe, "--model", small.base, "--data", data, "--out", tmp_path / "out"]
     said = cli(*(["run", *flags, *argv[2:]] if flags == ["nothing"] else [*argv, *flags]))
@@ -198,7 +198,7 @@ def measured(new: str, column: str = "accuracy") -> dict[str, str]:
     ({'label = "is_health"': 'label = "is_healthy"'}, "is_healthy"),
     ({'axis = "gender"': 'axis = "gendre"'}, "gendre"),
 ])  # fmt: skip
-def test_what_a_later_unit_would_trip_over_is_seen_before_the_first(changes, words, place, small, tmp_path, monkeypatch):  # noqa: F811
+def test_what_a_later_unit_would_trip_over_is_seen_before_the_first(changes, words, place, small, tmp_path, monkeypatch):
     recipe, data = place
     (data / "terms.txt").write_text("nurse\n")
     (data / "lists").mkdir()
@@ -215,7 +215,7 @@ def test_what_a_later_unit_would_trip_over_is_seen_before_the_first(changes, wor
     assert said.code == 2 and re.search(words, said.err.splitlines()[-1]) and not (tmp_path / "out").exists(), said.err
 
 
-def test_a_label_that_training_lacks_is_seen_before_the_first_unit(place, small, tmp_path, monkeypatch):  # noqa: F811
+def test_a_label_that_training_lacks_is_seen_before_the_first_unit(place, small, tmp_path, monkeypatch):
     recipe, data = place
     rows = (data / "test.jsonl").read_text().splitlines(keepends=True)
     (data / "test.jsonl").write_text("".join(rows) + json.dumps(json.loads(rows[0]) | {"profession": "juggler"}) + "\n")
@@ -225,7 +225,7 @@ def test_a_label_that_training_lacks_is_seen_before_the_first_unit(place, small,
         runner.run(Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out")))
 
 
-def test_only_what_is_left_to_do_is_asked_for(place, small, tmp_path):  # noqa: F811
+def test_only_what_is_left_to_do_is_asked_for(place, small, tmp_path):
     """A positive label of one system's own; a text that no chosen system reads; a base that is gone when all is done; columns of the base of a run with modules."""
     recipe, data = place
     (data / "terms.txt").write_text("he\nshe\n")
@@ -258,7 +258,7 @@ def test_differences_are_to_the_base_and_paired_by_seed():
     assert recipe_table.change({**table, "baseline": None}, down, "LoRA") is None
 
 
-def test_a_column_that_nobody_fills_is_named_and_the_table_claims_nothing_of_a_paper(place, small, tmp_path):  # noqa: F811
+def test_a_column_that_nobody_fills_is_named_and_the_table_claims_nothing_of_a_paper(place, small, tmp_path):
     recipe, data = place
     text = recipe.read_text().replace('measure = "tpr-gap/rms"', 'measure = "tpr-gap/class/judge"')
     recipe.write_text("".join(line for line in text.splitlines(keepends=True) if not line.startswith("paper = ")))
@@ -269,7 +269,7 @@ def test_a_column_that_nobody_fills_is_named_and_the_table_claims_nothing_of_a_p
     assert "Scale 0.02 of the recipe's schedule" in said.out and "over the seeds.\n" in said.out and "paper" not in said.out and "Differences" not in said.out and "None" not in said.out
 
 
-def test_everything_that_is_read_is_looked_for_first(place, small, tmp_path):  # noqa: F811
+def test_everything_that_is_read_is_looked_for_first(place, small, tmp_path):
     recipe, data = place
     (data / "b" / "binary.csv").unlink()
     (data / "a" / "binary.csv").rename(data / "a" / "other.csv")
@@ -279,7 +279,7 @@ def test_everything_that_is_read_is_looked_for_first(place, small, tmp_path):  #
     assert not (tmp_path / "out").exists()
 
 
-def test_a_recipe_stopped_and_taken_up_again(place, small, tmp_path, monkeypatch):  # noqa: F811
+def test_a_recipe_stopped_and_taken_up_again(place, small, tmp_path, monkeypatch):
     recipe, data = place
     out = tmp_path / "out"
     flags = ["run", recipe, "--model", small.base, "--data", data, "--out", out, "--downstream", "moved.epochs=3", "--scale", "0.1", "--downstream", "LoRA.batch_size=8"]
@@ -334,7 +334,7 @@ def test_a_recipe_stopped_and_taken_up_again(place, small, tmp_path, monkeypatch
     assert said.code == 2 and "exists and holds no results of a recipe" in said.err
 
 
-def test_what_was_prepared_before_the_first_unit_was_done_is_kept_too(place, small, tmp_path, monkeypatch):  # noqa: F811
+def test_what_was_prepared_before_the_first_unit_was_done_is_kept_too(place, small, tmp_path, monkeypatch):
     recipe, data = place
     settings = Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out"), scale=0.02, seeds=1, systems=("FT",))
 
@@ -348,7 +348,7 @@ def test_what_was_prepared_before_the_first_unit_was_done_is_kept_too(place, sma
     assert len(runner.run(settings).table["rows"]) == 3
 
 
-def test_results_of_a_recipe_that_said_more_go_on(place, small, tmp_path):  # noqa: F811
+def test_results_of_a_recipe_that_said_more_go_on(place, small, tmp_path):
     """Keys that recipes had once, and names under which a file was looked for; a key of today with another value is another recipe."""
     recipe, data = place
     settings = Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out"), scale=0.02, seeds=1, systems=("FT",))
@@ -375,7 +375,7 @@ def test_results_of_a_recipe_that_said_more_go_on(place, small, tmp_path):  # no
             runner.run(settings)
 
 
-def test_files_that_changed_are_not_mixed_with_what_was_learnt_on_them(place, small, tmp_path):  # noqa: F811
+def test_files_that_changed_are_not_mixed_with_what_was_learnt_on_them(place, small, tmp_path):
     recipe, data = place
     shutil.copytree(small.base, tmp_path / "base")
     settings = Run(recipe=str(recipe), model=str(tmp_path / "base"), data=str(data), out=str(tmp_path / "out"), scale=0.02, seeds=1, systems=("FT",))
@@ -390,7 +390,7 @@ def test_files_that_changed_are_not_mixed_with_what_was_learnt_on_them(place, sm
     assert {row["seed"] for row in runner.run(more).table["rows"]} == {0, 1}
 
 
-def test_what_is_damaged_in_its_own_folder_is_named_or_made_again(place, small, tmp_path):  # noqa: F811
+def test_what_is_damaged_in_its_own_folder_is_named_or_made_again(place, small, tmp_path):
     recipe, data = place
     flags = ["run", recipe, "--model", small.base, "--data", data, "--out", tmp_path / "out", "--scale", 0.02, "--systems", "FT"]
     done(*flags, "--seeds", 1)
@@ -410,7 +410,7 @@ def test_what_is_damaged_in_its_own_folder_is_named_or_made_again(place, small, 
     assert [path.read_bytes() for path in prepared] == made and all(said.err.count(f"{path}: is not as it was made; made again") == 1 for path in prepared)
 
 
-def test_an_empty_folder_of_the_users_stays_where_nothing_was_done(place, small, tmp_path):  # noqa: F811
+def test_an_empty_folder_of_the_users_stays_where_nothing_was_done(place, small, tmp_path):
     recipe, data = place
     (tmp_path / "out").mkdir()
     with pytest.raises(PeftDebiasError):
@@ -418,7 +418,7 @@ def test_an_empty_folder_of_the_users_stays_where_nothing_was_done(place, small,
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_below_one_epoch_a_share_of_the_training_file_is_taken(place, small, tmp_path):  # noqa: F811
+def test_below_one_epoch_a_share_of_the_training_file_is_taken(place, small, tmp_path):
     recipe, data = place
     found = runner.run(Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out"), scale=0.02, seeds=1, systems=("FT",))).table
     assert {p["system"] for p in found["paper"]} <= set(found["systems"]) == {"BERT", "FT"}

@@ -18,7 +18,7 @@ from peftdebias.tokens import STYLES, wordpiece
 from peftdebias.weights import load
 
 from .outside import one_thread  # noqa: F401
-from .small import cli, done, lines, save_bert  # noqa: F401
+from .small import cli, done, lines, save_bert
 
 WORDS = "this is there amy lisa kate john paul mike office career salary home family parents . a person".split()
 TOKENIZER = wordpiece([*STYLES["bert"].values(), *WORDS])

@@ -1,6 +1,7 @@
 """A step in its other forms is the same step: batches in fixed shapes, under torch.compile as one graph, and with nothing in it that asks the device."""
 
 import contextlib
+import functools
 import importlib
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from peftdebias import kernels, methods, patch
 from peftdebias import lowered as lowered_file
 from peftdebias.batches import IGNORED
 from peftdebias.encoder import Encoder, Model
-from peftdebias.errors import ModelError
+from peftdebias.errors import ModelError, PeftDebiasError
 from peftdebias.graphs import Graphed, recorded
 from peftdebias.kernels import dispatch
 from peftdebias.lowered import lowered, may_be_lowered
@@ -410,6 +411,15 @@ def test_which_step_is_taken():
     assert pick_step("graph", gpu) == "graph"
     with pytest.raises(Exception, match="--step graph: expected a GPU, got cpu; use eager or compiled"):
         pick_step("graph", cpu)
+
+
+def test_a_step_that_cannot_be_compiled_says_so_in_one_line():
+    def broken(graph, inputs):
+        raise OSError("no compiler here\nand more")
+
+    step = made("lora", cls=functools.partial(Compiled, backend=broken))
+    with pytest.raises(PeftDebiasError, match="^--step compiled: torch.compile cannot build the step: OSError: no compiler here; expected a compiler that works, or --step eager$"):
+        step(batch_for("lora"), 1e-3)
 
 
 # ---------------------------------------------------------------- bf16

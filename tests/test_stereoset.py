@@ -19,7 +19,7 @@ from peftdebias.tokens import STYLES, Tokenizer, load_tokenizer, wordpiece
 from peftdebias.weights import load
 
 from .outside import library, one_thread  # noqa: F401
-from .small import cli, done, lines, save_bert  # noqa: F401
+from .small import cli, done, lines, save_bert
 
 WORDS = "the nurse guard was is and said kind calm per ##cep ##tive ##c ##e tall fox ed . , ' ! likes".split()
 TOKENIZER = wordpiece([*STYLES["bert"].values(), *WORDS])

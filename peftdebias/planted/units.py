@@ -33,7 +33,7 @@ NONE = "none"
 BUDGET = 0.01
 LONGEST = 64  # tokens; the world's texts are shorter, and a prompt of 1 % needs room
 HIDDEN, SPREAD = 64, 0.08  # of the base. Drawn as narrowly as BERT is (0.02), it would learn the link only after thousands of steps
-RATES = {"pretraining": 4e-3, "downstream": 2e-3, "full": 5e-3, "adapter": 1e-2, "prefix": 1e-1, "prompt": 5e-2, "lora": 1e-2, "sparse": 6e-2, "ia3": 1e-1, "bias": 5e-2}
+RATES = {"pretraining": 4e-3, "downstream": 2e-3, "full": 5e-3, "adapter": 1e-2, "prefix": 1e-1, "prompt": 5e-2, "lora": 1e-2, "sparse": 6e-2, "ia3": 1e-1, "bias": 5e-2}  # every method has one
 OPTIONS = {"sparse": {"l1": 10.0, "first_rate": 0.05}}  # others as they are; the rate is the k values', at which the whole base would be lost
 KEPT = ("accuracy", "tpr-gap/rms", "tpr-gap/rms-shuffled")
 

@@ -237,3 +237,10 @@ def test_what_they_train_goes_where_torchs_goes(form):
 
     for mine, theirs in zip(trained("triton"), trained("torch")):
         torch.testing.assert_close(mine, theirs, rtol=2e-6, atol=1e-7)
+
+
+def test_the_decay_of_the_moments_is_that_of_float64():
+    """1 - 0.999 in float32, taken in the kernel, would be off by 1e-5 of itself."""
+    values, gradients, first, second = torch.ones(5, device=DEVICE), torch.ones(5, device=DEVICE), torch.zeros(5, device=DEVICE), torch.zeros(5, device=DEVICE)
+    fused.adamw(values, gradients, first, second, torch.tensor([1.0, 1e-3, 1.0], device=DEVICE), None, betas=(0.9, 0.999), epsilon=1e-8)
+    torch.testing.assert_close(second, torch.full_like(second, 1e-3), rtol=1e-6, atol=0)

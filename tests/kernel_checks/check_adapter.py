@@ -175,3 +175,22 @@ def test_torch_compile_does_not_break_on_it():
 def test_real_sizes(t, d, k, dtype):
     compare(*both("relu", 1.0), tensors(t, d, k), dtype=dtype, gradients=NAMES)
     compare(*both("relu", 1.0), tensors(t, d, k), dtype=dtype, gradients=("inputs", "hidden"))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_relu_at_0_has_no_slope(trained):
+    given = {name: t.float() for name, t in tensors(13, 37, 7).items()}
+    given["down_bias"].zero_(), given["inputs"][4:9].zero_()
+    found, wanted = (run(function, given, NAMES if trained else ("inputs", "hidden"), 0) for function in both("relu"))
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_under_autocast_nothing_is_written_beyond_what_is_made():
+    """15 rows: what is rounded first ends inside of a block."""
+    def rounded(**given):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            return both("relu")[0](**given)
+
+    with poisoned():
+        run(rounded, {name: t.float() for name, t in tensors(15, 37, 7).items()}, NAMES, 0)

@@ -8,7 +8,7 @@ import torch
 from peftdebias.batches import Spans
 from peftdebias.kernels import attention as room
 from peftdebias.kernels.attention import attention
-from peftdebias.kernels.dropout_ref import Drop
+from peftdebias.kernels.dropout_ref import Drop, philox_ref
 from peftdebias.ops.attention import attention_ref
 
 from .harness import DEVICE, DTYPES, compare, drawn, poisoned, run, strided
@@ -358,3 +358,40 @@ def test_the_size_of_bert_base(prefix, dtype):
 def test_the_longest_text_and_few_queries(dtype):
     spans = Spans.of((77, 1), (512, 9), DEVICE)
     compare(*both(spans, seeded(rate=0.1)), tensors(spans, 64, 30, heads=12), dtype=dtype, gradients=OWN + PREFIX)
+
+
+# ---------------------------------------------------------------- texts of one tile, in 16 bits: a kernel of its own
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_texts_of_one_tile(dtype, rate):
+    spans = spans_of("ragged")
+    assert room.in_one(dtype, 16, 37, 0)
+    compare(*both(spans, seeded(rate=rate) if rate else None), tensors(spans, 16), dtype=dtype, gradients=OWN)
+
+
+def test_of_one_tile_a_text_without_keys():
+    spans = Spans.of((2, 3), (0, 5), DEVICE)
+    with poisoned():
+        found = run(both(spans)[0], {name: x.bfloat16() for name, x in tensors(spans, 7).items()}, OWN, 0)
+    assert all(x.isfinite().all() for x in found.values()) and (found["gradient of query"][:2] == 0).all()
+
+
+def test_of_one_tile_scores_far_below_0():
+    """exp2 of minus the top would be infinite at the places that hold no key."""
+    spans = spans_of("ragged")
+    given = tensors(spans, 16)
+    given["key"], given["query"] = given["key"].abs() + 1, -30 * (given["query"].abs() + 1)
+    with poisoned():
+        found = run(both(spans)[0], {name: x.bfloat16() for name, x in given.items()}, OWN, 0)
+    assert all(x.isfinite().all() for x in found.values())
+
+
+@pytest.mark.parametrize("place", [0, 5])
+def test_a_probability_whose_bits_are_the_threshold_is_dropped(place):
+    """Sixteen bits are at it once in 65 536 times: the rate is made for those of one key."""
+    words = philox_ref([torch.tensor(c) for c in (0, 0, 0, 1)], [torch.tensor(5), torch.tensor(7)])
+    bits = int(words[place % 4]) >> (16 * (place >= 4)) & 0xFFFF
+    spans, zeros, value = Spans.of((1,), (8,), DEVICE), torch.zeros(8, 1, 8, device=DEVICE), torch.eye(8, device=DEVICE)[:, None]
+    found, wanted = (op(zeros[:1], zeros, value, spans, drop=seeded(rate=1 - bits / 65536)) for op in (attention, attention_ref))
+    assert torch.equal(found > 0, wanted > 0) and found[0, 0, place] == 0

@@ -99,3 +99,12 @@ def test_errors(change, words):
     inputs = {"x": torch.zeros(3, 2), "rate": 0.5, "seed": torch.zeros(1, dtype=torch.int64), "site": 0} | change
     with pytest.raises(ValueError, match=words):
         dropout(**inputs)
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_a_value_whose_bits_are_the_threshold_is_dropped(place):
+    """Sixteen bits are at it once in 65 536 times: the rate is made for those of one element."""
+    words = philox_ref([torch.tensor(0)] * 4, [torch.tensor(5), torch.tensor(3)])
+    rate, x = 1 - (int(words[place % 4]) >> (16 * (place >= 4)) & 0xFFFF) / 65536, torch.ones(1, 8, device=DEVICE)
+    y = dropout(x, rate, seeded(5), 3)
+    assert torch.equal(y, dropout_ref(x, rate, seeded(5), 3)) and y[0, place] == 0

@@ -11,7 +11,7 @@ from peftdebias.ops.gelu import feed_forward as chosen
 from .harness import DEVICE, DTYPES, compare, drawn, poisoned, strided
 
 NAMES = ("x", "up", "up_bias", "down", "down_bias")
-RAGGED = [(13, 37, 7), (37, 7, 13), (1, 64, 131), (131, 66, 48)]  # T, D, inner
+RAGGED = [(13, 37, 7), (37, 7, 13), (1, 64, 131), (131, 66, 48), (37, 16, 29), (29, 48, 37)]  # T, D, inner; sums of 16 more than a multiple of 32 too
 
 
 def tensors(rows: int, width: int, inner: int) -> dict[str, torch.Tensor]:

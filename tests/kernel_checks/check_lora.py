@@ -518,3 +518,19 @@ def test_errors_of_writing(change, words):
     w, a, b, first = change(torch.zeros(13, 7, device=DEVICE), torch.zeros(2, 7, device=DEVICE), torch.zeros(13, 2, device=DEVICE))
     with pytest.raises(ValueError, match=words):
         lora_write.lora_write([w], [(0, first, a, b, 1.0)], torch.float32)
+
+
+def test_a_write_counts_on_alignment_where_all_has_it(monkeypatch):
+    """Weight, A, width: one that is off is enough."""
+    seen = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *given, **more: seen.append(more["ALIGNED"])
+
+    monkeypatch.setattr(lora_write, "write_kernel", Recorder())
+    for width, weight_off, a_off in ((16, 0, 0), (13, 0, 0), (16, 1, 0), (16, 0, 1)):
+        flat, low = torch.zeros(weight_off + 5 * width, device=DEVICE), torch.zeros(a_off + 2 * width, device=DEVICE)
+        piece = 0, 0, low[a_off:].view(2, width), torch.zeros(5, 2, device=DEVICE), 1.0
+        lora_write.lora_write([flat[weight_off:].view(5, width)], [piece], torch.bfloat16)
+    assert seen == [True, False, False, False]

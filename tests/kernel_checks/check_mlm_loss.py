@@ -1,5 +1,7 @@
 """The loss's kernels against mlm_loss_ref: value and gradient at ragged sizes and a vocabulary's, each dtype; and what writing over the logits may not do."""
 
+import math
+
 import pytest
 import torch
 
@@ -237,3 +239,13 @@ def test_torch_compile_does_not_break_on_it():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_real_vocabulary(dtype):
     compare(kernel, twin, given(7, 30522), plain=plain, dtype=dtype, gradients=("logits",), float32=("output",))
+
+
+def test_a_first_block_of_minus_infinity_alone(monkeypatch):
+    monkeypatch.setattr(fused, "WIDEST", 16)
+    logits, targets = drawn(5, 37, seed=2).float(), torch.tensor([36, 31, 22, 33, 34], device=DEVICE)
+    logits[:, :16] = -math.inf
+    leaf = logits.clone().requires_grad_()
+    loss = fused.mlm_loss(leaf, targets)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert abs(loss.double() - mlm_loss_ref(logits.double(), targets)) < 1e-6 and (gradient[:, :16] == 0).all() and gradient.isfinite().all()

@@ -334,3 +334,29 @@ def test_torch_compile_does_not_break_on_it(drop):
 def test_real_sizes(t, d, dtype, drop):
     compare(*both(drop, 1e-12), tensors(t, d), dtype=dtype, gradients=NAMES)
     compare(*both(drop, 1e-12), tensors(t, d), dtype=dtype, gradients=("hidden", "residual"))
+
+
+def apart(t: torch.Tensor) -> torch.Tensor:
+    """The same values, rows twice as far from each other."""
+    return torch.cat([t, t * 0], 1)[:, :t.shape[1]]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_rows_of_hidden_and_residual_lie_apart_unlike(which):
+    given, (gain, bias) = [drawn(13, 37, seed=seed).float() for seed in (1, 2)], [drawn(37, seed=seed).float() for seed in (3, 4)]
+    unlike = [apart(t) if i == which else t for i, t in enumerate(given)]
+    with poisoned():
+        assert torch.equal(fused.norm(*unlike, gain, bias, 1e-5), fused.norm(*given, gain, bias, 1e-5))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_rows_of_the_two_readers_gradients_lie_apart_unlike(which):
+    pulls = [drawn(13, 37, seed=seed).float() for seed in (5, 6)]
+
+    def gradient(pulls):
+        hidden = drawn(13, 37, seed=1).float().requires_grad_()
+        first, second, _ = fused.norm(hidden, None, drawn(37, seed=3).float(), drawn(37, seed=4).float(), 1e-5, fork=True)
+        return torch.autograd.grad([first, second], hidden, pulls)[0]
+
+    with poisoned():
+        assert torch.equal(gradient([apart(t) if i == which else t for i, t in enumerate(pulls)]), gradient(pulls))

@@ -1,12 +1,13 @@
 """Where Triton's interpreter rounds unlike any GPU or takes its time, and what mends that.
 
-It cuts float32 down to bfloat16 where a GPU rounds to nearest even, so its errors would be twice those of any device: here it rounds. And it multiplies tiles by
+It hands a kernel Python's own floats, of 64 bits, where a GPU gets float32: here they are float32. It cuts float32 down to bfloat16 where a GPU rounds to nearest even, so its errors would be twice those of any device: here it rounds. And it multiplies tiles by
 BLAS, which sums a product's terms in an order that depends on the tile's shape: `products_in_order` is for kernels that take the same product of tiles of other
 shapes and count on the same bits.
 """
 
 import os
 
+import numpy
 import pytest
 import torch
 
@@ -25,6 +26,20 @@ def round_to_bfloat16() -> None:
         return cut(values, given, wanted, mode)
 
     interpreter._convert_float = convert
+
+
+def narrow_floats() -> None:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def narrow(argument):
+        if isinstance(argument, float):
+            return tl.tensor(interpreter.TensorHandle(numpy.array([argument], numpy.float32), tl.float32), tl.float32)
+        return convert(argument)
+
+    interpreter._implicit_cvt = narrow
 
 
 def patch_once() -> None:
@@ -75,6 +90,7 @@ def remember_types() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     round_to_bfloat16()
+    narrow_floats()
     patch_once()
     remember_types()
 

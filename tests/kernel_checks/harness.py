@@ -18,7 +18,7 @@ the same files run on the device.
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy
@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.poison import poisoned  # noqa: E402
+from bench import poison  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -75,6 +75,39 @@ class Guarded:
         if not unchanged:
             now[self.inside] = before[self.inside] = 0
         assert torch.equal(now.nan_to_num(7e4), before.nan_to_num(7e4)), f"{name}: expected an input to stay as it is{'' if unchanged else ' beyond its ends'}"
+
+
+class Fenced(torch.overrides.TorchFunctionMode):
+    """Inside the `with` block what Python code makes without values lies between two stretches of a number that nobody may overwrite; `check` looks at them."""
+
+    MAKES = {torch.empty, torch.empty_like, torch.Tensor.new_empty}
+    NUMBER = 77
+
+    def __init__(self):
+        super().__init__()
+        self.made: list[tuple[Tensor, slice]] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if function not in self.MAKES or not found.is_contiguous() or found.dtype == torch.bool:
+            return found
+        inside = slice(GUARD, GUARD + found.numel())
+        buffer = torch.full((found.numel() + 2 * GUARD,), self.NUMBER, dtype=found.dtype, device=found.device)
+        self.made.append((buffer, inside))
+        return buffer[inside].view(found.shape).copy_(found)
+
+    def check(self) -> None:
+        for buffer, inside in self.made:
+            beyond = torch.cat((buffer[:inside.start], buffer[inside.stop:]))
+            assert (beyond == self.NUMBER).all(), f"expected no write beyond an output or scratch tensor of {inside.stop - inside.start} elements"
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """bench.poison.poisoned, and a fence around every tensor that is made so."""
+    with poison.poisoned(), Fenced() as fence:
+        yield
+    fence.check()
 
 
 def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
