@@ -99,9 +99,8 @@ def load_adapter(folder: str | Path, model: Model, force: bool = False) -> Adapt
     folder = Path(folder)
     if not folder.exists():
         raise AdapterError(f"adapter {str(folder)!r}: no such folder")
-    if (folder / "adapter").is_dir():
-        folder = folder / "adapter"
-    elif (folder / "config.toml").exists() and not (folder / "adapter.json").exists():
+    given, folder = folder, module_folder(folder)
+    if folder == given and (folder / "config.toml").exists() and not (folder / "adapter.json").exists():
         raise AdapterError(f"{folder}: a run without a module (its base was trained); expected it as --model {folder}")
     header = read_header(folder)
     try:
@@ -161,14 +160,24 @@ def attach_adapters(model: Model, folders: tuple[str, ...], force: bool = False)
 
 # ---------------------------------------------------------------- run folders
 
+def adapter_folder(run: Path, number: int = 1) -> Path:
+    """RUN/adapter, RUN/adapter-2, ...: where the first, second, ... module of a run lies."""
+    return run / ("adapter" if number == 1 else f"adapter-{number}")
+
+
+def module_folder(folder: Path) -> Path:
+    """The first module's folder of a run, else the folder itself."""
+    own = adapter_folder(folder)
+    return own if own.is_dir() else folder
+
+
 def adapter_folders(run: Path) -> list[Path]:
     """RUN/adapter, RUN/adapter-2, ... as far as they exist. Raises AdapterError where a run's configuration tells of more: without them it answers otherwise."""
-    found = [run / "adapter"] if (run / "adapter").is_dir() else []
-    while found and (folder := run / f"adapter-{len(found) + 1}").is_dir():
+    found: list[Path] = []
+    while (folder := adapter_folder(run, len(found) + 1)).is_dir():
         found.append(folder)
     if is_run(run) and len(found) < (told := _modules_told(read_config(run))):
-        missing = run / ("adapter" if not found else f"adapter-{len(found) + 1}")
-        raise AdapterError(f"{missing}: expected a module, since {run / 'config.toml'} tells of {told}, found none")
+        raise AdapterError(f"{folder}: expected a module, since {run / 'config.toml'} tells of {told}, found none")
     return found
 
 

@@ -48,7 +48,7 @@ def names() -> list[str]:
 
 def _answer(op: str, device: torch.device) -> tuple[str, str]:
     kind, why = kernels.decide(op, device)
-    if kind == "torch" and kernels.setting() == "auto" and device.type != "cuda" and native._load()[0] is None:
+    if kind == "torch" and kernels.setting() == "auto" and device.type != "cuda" and native.load()[0] is None:
         why = "no compiled library here (the last line says why); plain torch does its work"
     return kind or "none", why
 
@@ -120,7 +120,7 @@ def _without_effect(device: torch.device) -> list[str]:
 
 
 def _engine() -> tuple[str, str, str]:
-    found, trouble = native._load()
-    if os.environ.get("PEFTDEBIAS_KERNELS") == "torch":
+    found, trouble = native.load()
+    if native.asked() == "torch":
         return "counterfactuals", "python", "asked for by name"
     return "counterfactuals", "native" if found else "python", "compiled" if found else trouble

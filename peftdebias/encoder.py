@@ -32,6 +32,8 @@ from .written import Written, write
 # ---------------------------------------------------------------- parameters
 
 class Embeddings(nn.Module):
+    """Tables [V, D] of tokens, [positions, D] and [segments, D], and the LayerNorm of their sum."""
+
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.word = nn.Embedding(config.vocab, config.hidden)
@@ -51,6 +53,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """up [F, D] -> activation -> down [D, F], and the LayerNorm behind."""
+
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.up = nn.Linear(config.hidden, config.feed_forward)
@@ -59,6 +63,8 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention, then feed-forward, each with its residual and LayerNorm (Encoder runs them)."""
+
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.attention = Attention(config)

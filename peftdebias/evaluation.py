@@ -12,11 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import checkpoint, corpus, extrinsic, intrinsic
-from .answers import LONGEST, Result, check_pairs, cut_note, encode_examples, is_plain, longest_of, max_length, positive_label
+from .answers import Result, check_pairs, cut_note, is_plain, longest_of
 from .checkpoint import Run
 from .config import Evaluate, Predict
 from .errors import ConfigError, DataError, ModelError
-from .extrinsic import classification_measures
 from .options import as_plain, expect, flag
 from .outputs import digest, files_in, keep_apart, tables, writing
 from .tasks import class_probabilities, labelled_samples

@@ -97,7 +97,7 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
         raise AdapterError("attach_to: FSDP has sharded the module; expected to attach before it is wrapped")
     find, source = _Finder(module, names or {}), method
     if not isinstance(method, Method):
-        source = os.path.realpath(_own(Path(method)))
+        source = os.path.realpath(checkpoint.module_folder(Path(method)))
         with torch.inference_mode(False):  # what is attached inside of it can be trained later
             method = _load(Path(method), find, force)
     _only_weights(type(method))
@@ -246,14 +246,9 @@ class _Finder:
         return found[0], self.modules[found[0]]
 
 
-def _own(folder: Path) -> Path:
-    """The adapter of a run folder, else the folder."""
-    return folder / "adapter" if (folder / "adapter").is_dir() else folder
-
-
 def _load(folder: Path, find: _Finder, force: bool) -> Method:
     """The method of a folder, checked against the base by its checksum, for which our encoder is filled with the host's tensors."""
-    own = _own(folder)
+    own = checkpoint.module_folder(folder)
     if not folder.is_dir():
         raise AdapterError(f"adapter {str(folder)!r}: {'expected a folder, got a file' if folder.exists() else 'no such folder'}")
     if len(checkpoint.adapter_folders(folder)) > 1:

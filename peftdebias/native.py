@@ -20,21 +20,26 @@ def library() -> ctypes.CDLL | None:
 
     Raises ConfigError where PEFTDEBIAS_KERNELS says nothing, or asks by native for what is not there.
     """
-    wanted = os.environ.get("PEFTDEBIAS_KERNELS", "auto")
+    wanted = asked()
     if wanted not in KINDS:
         raise ConfigError(f"PEFTDEBIAS_KERNELS: expected one of {', '.join(KINDS)}, got {wanted!r}")
     if wanted == "torch":
         return None
-    found, trouble = _load()
+    found, trouble = load()
     if found is None and wanted == "native":
         raise ConfigError(f"PEFTDEBIAS_KERNELS=native: {trouble}")
     if found is None:
-        _say_once(trouble)
+        say_once(trouble)
     return found
 
 
+def asked() -> str:
+    """PEFTDEBIAS_KERNELS, whatever it says."""
+    return os.environ.get("PEFTDEBIAS_KERNELS", "auto")
+
+
 @functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
+def load() -> tuple[ctypes.CDLL | None, str]:
     """(the library or None, what is wrong with it)."""
     again = "install again where a C++17 compiler is: pip install --force-reinstall --no-deps peftdebias (or -e . in a checkout)"
     spec = importlib.util.find_spec("peftdebias._native")
@@ -51,5 +56,6 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 @functools.cache
-def _say_once(trouble: str) -> None:
+def say_once(trouble: str) -> None:
+    """A warning."""
     warnings.warn(trouble, RuntimeWarning, stacklevel=3)

@@ -158,7 +158,7 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
             weights.save_model(model, run.path / "model", tokenizer)
         if not cls.trains_base:
             _assert_frozen("base", base["sha256"], base_checksum(model))
-            checkpoint.save_adapter(run.path / "adapter", method, axis.name, base)
+            checkpoint.save_adapter(checkpoint.adapter_folder(run.path), method, axis.name, base)
         more = [note for note in texts.notes() if note not in notes]  # of a pass over the corpus that has gone on meanwhile
         _tell(say, more)
         notes += more
@@ -331,9 +331,8 @@ def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: N
         _assert_frozen("untrained part of the base", stood, patch.checksum(still))
         weights.save_model(model, run.path / "model", tokenizer)
         base = checkpoint.describe_base(model)
-        for i, adapter in enumerate(adapters):
-            folder = run.path / ("adapter" if i == 0 else f"adapter-{i + 1}")
-            checkpoint.save_adapter(folder, adapter.method, adapter.axis, base, {"learnt_on": adapter.base} | adapter.about)
+        for number, adapter in enumerate(adapters, 1):
+            checkpoint.save_adapter(checkpoint.adapter_folder(run.path, number), adapter.method, adapter.axis, base, {"learnt_on": adapter.base} | adapter.about)
         reloaded = checkpoint.load_run(run.path, device=device).model
         predicted = [labels[i] for i in class_probabilities(reloaded, samples[last]).argmax(1)]
         measures, more = classification_measures(predicted, splits[last], labels, positive, where=paths[last], seed=settings.seed)

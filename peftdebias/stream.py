@@ -126,6 +126,8 @@ class Block(NamedTuple):
 
 
 class Window(NamedTuple):
+    """Families read at a time, where they begin, and what was counted up to their end."""
+
     number: int
     start: Start
     families: Families
@@ -137,16 +139,22 @@ class Window(NamedTuple):
 
 
 class Filled(NamedTuple):
+    """A window is full; counts: up to there."""
+
     epoch: int
     counts: Counts
 
 
 class Given(NamedTuple):
+    """A batch, and the position behind it."""
+
     packed: Packed
     position: dict
 
 
 class Ended(NamedTuple):
+    """An epoch is over."""
+
     epoch: int
 
 

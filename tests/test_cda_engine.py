@@ -28,7 +28,7 @@ def compiled():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if native.library() is None:
-            pytest.skip(f"no compiled engine: {native._load()[1] or 'PEFTDEBIAS_KERNELS=torch'}")
+            pytest.skip(f"no compiled engine: {native.load()[1] or 'PEFTDEBIAS_KERNELS=torch'}")
 
 
 def engines(axis, intervention=PAPER, threads=1):
@@ -231,8 +231,8 @@ def test_the_compiled_one_by_itself(monkeypatch):
 
 
 def test_without_a_library(monkeypatch):
-    monkeypatch.setattr(native, "_load", lambda: (None, "not built here"))
-    native._say_once.cache_clear()
+    monkeypatch.setattr(native, "load", lambda: (None, "not built here"))
+    native.say_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="not built here"):
         assert cda_engine.engine(GENDER).name == "python"
     with warnings.catch_warnings():
@@ -245,15 +245,15 @@ def test_without_a_library(monkeypatch):
     with pytest.raises(ConfigError, match="^PEFTDEBIAS_KERNELS: expected one of auto, torch, native, triton, got 'nope'$"):
         cda_engine.engine(GENDER)
     assert native.KINDS == kernels.KINDS
-    native._say_once.cache_clear()
+    native.say_once.cache_clear()
 
 
 def test_a_stale_library_is_refused(monkeypatch):
-    native._load.cache_clear()
+    native.load.cache_clear()
     monkeypatch.setattr(native, "ABI", native.ABI + 1)
-    found, trouble = native._load()
+    found, trouble = native.load()
     assert found is None and re.search(rf"expected version {native.ABI}, got {native.ABI - 1}", trouble)
-    native._load.cache_clear()
+    native.load.cache_clear()
 
 
 TEXTS = [f"he met her and {i} women" for i in range(3000)]

@@ -12,7 +12,7 @@ from peftdebias.batches import Sample, pack
 from peftdebias.errors import DataError
 from peftdebias.methods import Method
 from peftdebias.metrics import crows_pairs
-from peftdebias.metrics.crows_pairs import Pair, Scored, masked_places, measures, read_pairs, score_pairs
+from peftdebias.metrics.crows_pairs import Pair, Scored, measures, read_pairs, score_pairs
 from peftdebias.metrics.tally import differences
 from peftdebias.patch import attach
 from peftdebias.weights import load
@@ -32,6 +32,11 @@ PAIRS = [
     ("nurse", "he is a nurse"),
     ("the man is a butcher .", "the man is a baker ,"),
 ]
+
+
+def masked_places(first, second, scoring: str) -> tuple[list[int], list[int]]:
+    """The places of two sequences of token ids, special tokens included, that `scoring` masks one at a time."""
+    return crows_pairs._places(crows_pairs._opcodes(first, second), scoring)
 
 
 def textbook(model, tokenizer, more: str, less: str, scoring: str) -> tuple[float, float] | None:

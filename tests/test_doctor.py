@@ -118,7 +118,7 @@ def test_a_cpu_says_how_it_multiplies(kind, product, first, monkeypatch):
 
 
 def test_where_nothing_is_compiled_every_op_says_so():
-    code = "from peftdebias import native; native._load = lambda: (None, 'it is gone'); from peftdebias.cli import main; main(['doctor', '--device', 'cpu'])"
+    code = "from peftdebias import native; native.load = lambda: (None, 'it is gone'); from peftdebias.cli import main; main(['doctor', '--device', 'cpu'])"
     said = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=os.environ | {"PEFTDEBIAS_KERNELS": "auto"}, capture_output=True, text=True).stdout
     rows = {line.split()[0]: line for line in said[said.index("adamw"):said.index("result:")].splitlines()}
     assert "it is gone" in rows.pop("counterfactuals") and len(rows) > 10

@@ -22,7 +22,7 @@ from peftdebias.ops.norm import norm_compiled
 
 from .test_attention import SPANS
 
-pytestmark = pytest.mark.skipif(not compiled.FUNCTIONS, reason=f"no compiled ops: {native._load()[1]}")
+pytestmark = pytest.mark.skipif(not compiled.FUNCTIONS, reason=f"no compiled ops: {native.load()[1]}")
 
 WIDTHS = (1, 7, 13, 37, 64, 72, 768)
 

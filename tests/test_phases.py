@@ -542,7 +542,7 @@ def test_a_module_worse_than_none_is_told(small, tmp_path):
 DEFAULTS = """
 import sys, torch
 from peftdebias import cli, load
-set_to, out, world = sys.argv[1], sys.argv[2], sys.argv[3:]
+set_to, out, number, world = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:]
 if set_to == "meta":
     torch.set_default_device("meta")
 elif set_to == "inference":
@@ -551,26 +551,28 @@ elif set_to == "inference":
 elif set_to:
     torch.set_default_dtype(getattr(torch, set_to))
 learning, task = world[:world.index("--")], world[world.index("--") + 1:]
-for method, options in (("lora", ["rank=2", "dropout=0.1"]), ("prefix", ["length=3"]), ("sparse", ["k=50"]), ("adapter", ["bottleneck=2"])):
+for method, options in (("lora", ["rank=2", "dropout=0.1"]), ("prefix", ["length=3"]), ("sparse", ["k=50"]), ("adapter", ["bottleneck=2"]))[:number]:
     assert cli.main(["upstream", *learning, "--method", method, *(w for o in options for w in ("--set", o)), "--out", f"{out}/{method}"]) == 0
 assert cli.main(["downstream", *task, "--adapter", f"{out}/lora", "--out", f"{out}/task"]) == 0
-model, plain = load(f"{out}/task"), load(world[world.index("--model") + 1], [f"{out}/prefix"])
+model, plain = load(f"{out}/task"), load(world[world.index("--model") + 1], [f"{out}/lora"])
 print("answers", model.predict(["she is a nurse"]), plain.fill_mask("[MASK] is a nurse"), plain.encode(["she is a nurse"], pooling="mean").sum().item())
 model.export(f"{out}/task.pt2")
 """
 
 
-def test_torchs_defaults_change_nothing(small, tmp_path):
-    """Its default device, as notebooks set it, dtype, and the mode of whoever only wants answers: the same files and answers, bit for bit."""
+@pytest.mark.parametrize("modes,number", [(("meta",), 1), pytest.param(("meta", "bfloat16", "inference"), 4, marks=pytest.mark.slow)])
+def test_torchs_defaults_change_nothing(modes, number, small, tmp_path):
+    """Its default device, as notebooks set it, dtype, and the mode of whoever only wants answers: the same files and answers, bit for bit; of so many methods."""
     said = {}
-    for set_to in ("", "meta", "bfloat16", "inference"):
-        words = [sys.executable, "-c", DEFAULTS, set_to, tmp_path / f"run-{set_to}", *small.learning(set=None, steps=4), "--", *small.task(epochs=1)]
+    for set_to in ("", *modes):
+        words = [sys.executable, "-c", DEFAULTS, set_to, tmp_path / f"run-{set_to}", number, *small.learning(set=None, steps=4), "--", *small.task(epochs=1)]
         done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
         answers = next(line for line in done.stdout.splitlines() if line.startswith("answers"))
         said[set_to] = answers, {name: sha for name, sha in tree(tmp_path / f"run-{set_to}").items() if name.endswith(".safetensors")}
-    assert said["meta"] == said[""] == said["bfloat16"] and len(said[""][1]) == 6
-    assert said["inference"][1] == said[""][1]  # and no answers, which follow the caller's autocast
+    assert len(said[""][1]) == 2 + number  # the task's module and model, and what was learnt
+    for mode in modes:
+        assert said[mode][1] == said[""][1] and (said[mode][0] == said[""][0] or mode == "inference")  # whose answers follow the caller's autocast
 
 
 def test_a_run_is_repeated_from_anywhere(small, tmp_path, monkeypatch):

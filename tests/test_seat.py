@@ -12,7 +12,7 @@ import torch
 from peftdebias.batches import Sample, pack
 from peftdebias.errors import DataError
 from peftdebias.metrics import seat
-from peftdebias.metrics.seat import AssociationTest, associations, effect_size, measures, p_value, read_tests, seat_tally, stems
+from peftdebias.metrics.seat import AssociationTest, associations, measures, p_value, read_tests, seat_tally, stems
 from peftdebias.metrics.tally import differences
 from peftdebias.tokens import STYLES, wordpiece
 from peftdebias.weights import load
@@ -25,6 +25,12 @@ TOKENIZER = wordpiece([*STYLES["bert"].values(), *WORDS])
 SETS = {"targ1": ["This is John.", "There is John.", "This is Paul.", "There is Paul.", "This is Mike.", "There is Mike."],
         "targ2": ["This is Amy.", "There is Amy.", "This is Lisa.", "There is Lisa.", "This is Kate.", "There is Kate."],
         "attr1": ["This is a office.", "career", "salary"], "attr2": ["home", "This is a family.", "parents", "There is a person."]}
+
+
+def effect_size(s: np.ndarray, first: int) -> float:
+    """d by its definition, of the associations s, of which the first `first` are of X. NaN where all are equal."""
+    spread = s.std(ddof=1)
+    return float((s[:first].mean() - s[first:].mean()) / spread) if spread > 0 else math.nan
 
 
 def written(tmp_path, name="sent-weat6.jsonl", **changes):

@@ -47,7 +47,7 @@ def import_adapter(folder: str | Path, model: str | Path, axis: str, out: str | 
         if found.heads:
             loaded, tokenizer = _with_heads(model, found.heads, folder)
             weights.save_model(loaded, run.path / "model", tokenizer)
-        checkpoint.save_adapter(run.path / "adapter", found.method, axis, checkpoint.describe_base(loaded), {"origin": found.origin})
+        checkpoint.save_adapter(checkpoint.adapter_folder(run.path), found.method, axis, checkpoint.describe_base(loaded), {"origin": found.origin})
     return Path(out)
 
 

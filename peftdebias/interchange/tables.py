@@ -113,8 +113,10 @@ def prefix_part(tensor: Tensor, name: str, method: Method) -> Tensor:
 
 
 def prefix_joined(tensors: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Keys and values of every layer [P, D] in turns -> one tensor [P, 2 L D], in `shape`."""
     return torch.stack(tensors, 1).reshape(shape)
 
 
 def prefix_size(method: Method) -> tuple[int, int]:
+    """(P, 2 L D)."""
     return method.config.length, 2 * method.encoder_config.layers * method.encoder_config.hidden

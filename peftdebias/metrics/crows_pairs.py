@@ -63,11 +63,6 @@ def read_pairs(path: str | Path) -> list[Pair]:
     return [Pair(e.text, e.text_pair, e.label, e.group) for e in examples]
 
 
-def masked_places(first: Sequence[int], second: Sequence[int], scoring: str) -> tuple[list[int], list[int]]:
-    """The places of two token-id sequences (special tokens included) that `scoring` masks one at a time."""
-    return _places(_opcodes(first, second), scoring)
-
-
 def _opcodes(first: Sequence[int], second: Sequence[int]) -> list[tuple]:
     return difflib.SequenceMatcher(None, [str(i) for i in first], [str(i) for i in second]).get_opcodes()
 

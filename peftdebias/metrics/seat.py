@@ -93,12 +93,6 @@ def associations(vectors: np.ndarray, test: AssociationTest) -> np.ndarray:
     return unit[:test.targets] @ (first.mean(0) - second.mean(0))  # mean of cosines = cosine part of the mean of unit vectors
 
 
-def effect_size(s: np.ndarray, first: int) -> float:
-    """d of the associations s, of which the first `first` are of X. NaN where all are equal."""
-    spread = s.std(ddof=1)
-    return float((s[:first].mean() - s[first:].mean()) / spread) if spread > 0 else math.nan
-
-
 def p_value(s: np.ndarray, first: int, *, seed: int = 0) -> float:
     """p of the one-sided permutation test, in (0, 1]."""
     least = s[:first].sum() - 1e-12 * np.abs(s).sum()

@@ -6,7 +6,6 @@ of which it knows nothing, the twin does the work.
 """
 
 import ctypes
-import os
 
 import torch
 from torch import Tensor
@@ -37,10 +36,10 @@ _ERRORS = {1: (MemoryError, "no memory for the sums of its threads"), 2: (IndexE
 
 
 def _functions() -> dict:
-    found, trouble = native._load()
+    found, trouble = native.load()
     if found is None:
-        if os.environ.get("PEFTDEBIAS_KERNELS", "auto") == "auto":
-            native._say_once(trouble)
+        if native.asked() == "auto":
+            native.say_once(trouble)
         return {}
     functions = {}
     for name, letters in CALLS.items():
