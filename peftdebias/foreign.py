@@ -71,7 +71,7 @@ class Attached:
 
         Raises AdapterError where FSDP has sharded the host since: it knows the tensors by where they lie while the module is attached.
         """
-        if self._undo and any(_sharded(host) for host in self._hosts):
+        if self._undo and _sharded(self._hosts):
             raise AdapterError("remove: FSDP has sharded the host, and knows its tensors by where they lie now; the module stays attached: expected a full state dict of the host, in whose names "
                                "`parametrizations.` and `.original` are left out")
         while self._undo:
@@ -93,8 +93,6 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
         raise AdapterError(f"attach_to: expected a method or the folder of one, got {type(method).__name__}")
     if not isinstance(names, (Mapping, type(None))):
         raise AdapterError(f"attach_to: names: expected a dict, our site to their module's name, got {type(names).__name__}")
-    if any(map(_sharded, module.modules())):
-        raise AdapterError("attach_to: FSDP has sharded the module; expected to attach before it is wrapped")
     find, source = _Finder(module, names or {}), method
     if not isinstance(method, Method):
         source = os.path.realpath(checkpoint.module_folder(Path(method)))
@@ -150,15 +148,24 @@ def _hook_rows(host: nn.Module, method: Method, site: str):
     return undo
 
 
-def _sharded(module: nn.Module) -> bool:
-    """Whether torch's FSDP, of either kind, has wrapped this module or taken the place of one of its own tensors. Nothing is imported for it: who wraps has done so."""
-    fsdp, tensors = sys.modules.get("torch.distributed.fsdp"), sys.modules.get("torch.distributed.tensor")
-    wrappers = tuple(kind for name in ("FullyShardedDataParallel", "FSDPModule") if (kind := getattr(fsdp, name, None)))
-    places = [module, *getattr(module, "parametrizations", {}).values()]
-    if isinstance(module, wrappers) or any("original" in vars(place) for place in places[1:]):  # the first kind of FSDP leaves views where parameters were
-        return True
-    own = [p for place in places for p in place._parameters.values() if p is not None]
-    return any(getattr(p, "_fsdp_flattened", False) or isinstance(p, getattr(tensors, "DTensor", ())) for p in own)
+def _sharded(hosts: list[nn.Module], above: nn.Module | None = None) -> bool:
+    """Whether torch's FSDP, of either kind, has one of these modules, which lie in `above`, in hand. Nothing is imported for it: who wraps has done so.
+
+    The first kind wraps, and leaves views or flattened parameters where parameters were. The second keeps the modules as they are, and between a forward pass and its backward their
+    parameters too, but lists what it was called on.
+    """
+    fsdp, composable, tensors = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "_composable_state", "tensor"))
+    first, second = getattr(fsdp, "FullyShardedDataParallel", ()), getattr(fsdp, "FSDPModule", ())
+    wrappers = [m for m in ([] if above is None else above.modules()) if isinstance(m, first)]
+    wrappers += [m for m in list(getattr(composable, "_module_state_mapping", ())) if isinstance(m, second)]
+    within = {id(part) for m in wrappers for part in m.modules()}
+
+    def taken(host: nn.Module) -> bool:
+        changed = list(host.parametrizations.values()) if parametrize.is_parametrized(host) else []
+        own = [p for place in (host, *changed) for p in place._parameters.values() if p is not None]
+        return any("original" in vars(place) for place in changed) or any(getattr(p, "_fsdp_flattened", False) or isinstance(p, getattr(tensors, "DTensor", ())) for p in own)
+
+    return any(id(host) in within or taken(host) for host in hosts)
 
 
 def _forget_compiled() -> None:
@@ -224,7 +231,7 @@ class _Finder:
         for site in names:
             if re.sub(r"^layers\.\d+\.", "layers.{i}.", site) not in ENCODER_NAMES:
                 raise AdapterError(f"names: expected some of {', '.join(ENCODER_NAMES)}, with a number for {{i}} where one layer is meant, got {site!r}")
-        self.modules, self.names = dict(module.named_modules()), ENCODER_NAMES | names
+        self.module, self.modules, self.names = module, dict(module.named_modules()), ENCODER_NAMES | names
 
     def wanted(self, site: str) -> str | None:
         layer = re.match(r"layers\.(\d+)\.", site)
@@ -240,6 +247,8 @@ class _Finder:
 
     def __call__(self, site: str) -> tuple[str, nn.Module]:
         found = self.all(site)
+        if _sharded([self.modules[name] for name in found], self.module) or (not found and any("_fsdp_wrapped_module" in name for name in self.modules)):
+            raise AdapterError(f"{site}: expected a module whose tensors are whole, got one that FSDP has sharded; attach before it is wrapped")
         if len(found) != 1:
             got = f"{' and '.join(found[:2])}; name it in `names`" if found else "none"
             raise AdapterError(f"{site}: expected one module named {self.wanted(site) or 'in `names`'}, found {got}")

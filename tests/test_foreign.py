@@ -338,15 +338,25 @@ def refused(what):
         return str(error)
 
 handle = attach_to(own, module, NAMES)
-expected, names = own(ids, mask), dict(own.named_parameters())
+expected = own(ids, mask)
 host = wrapped(own)
+whole = "remove: FSDP has sharded the host"
+assert refused(handle.remove).startswith(whole)
 found = host(ids, mask)
-assert (found - expected).abs().max() < 1e-12
+assert (found - expected).abs().max() < 1e-12 and refused(handle.remove).startswith(whole)  # the tensors are there as a whole meanwhile
+late = "layers.0.attention.query: expected a module whose tensors are whole, got one that FSDP has sharded; attach before it is wrapped"
+assert refused(lambda: attach_to(host, module, NAMES)) == late
 found.sum().backward()
-assert all(p.grad is not None for p in handle.parameters())
-assert refused(handle.remove).startswith("remove: FSDP has sharded the host")
+assert all(p.grad is not None for p in handle.parameters()) and refused(handle.remove).startswith(whole)
 assert (host(ids, mask) - expected).abs().max() < 1e-12
-assert refused(lambda: attach_to(host, module, NAMES)) == "attach_to: FSDP has sharded the module; expected to attach before it is wrapped"
+assert refused(lambda: attach_to(host, module, NAMES)) == refused(lambda: attach_to(own, module, NAMES)) == late
+
+beside = torch.nn.ModuleDict({"body": own_twin(model), "head": torch.nn.Linear(3, 3)})  # where FSDP has another part alone
+beside["head"] = wrapped(beside["head"])
+beside["body"].parametrizations = ["a name of one's own"]
+other = attach_to(beside, module, NAMES)
+assert (beside["body"](ids, mask) - expected).abs().max() < 1e-12
+other.remove()
 if kind == "second":
     import re
     whole = get_model_state_dict(own, options=StateDictOptions(full_state_dict=True))

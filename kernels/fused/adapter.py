@@ -168,7 +168,7 @@ def _backward_parameters(dy, x, z, dz, partial, tokens, width, inner, scale, str
     first = tl.program_id(1).to(tl.int64) * stretch
     ddown, dup = tl.zeros([INNER, COLUMNS], tl.float32), tl.zeros([COLUMNS, INNER], tl.float32)
     if BY_PRODUCT:
-        dc, de, ones = tl.zeros([INNER, 16], tl.float32), tl.zeros([COLUMNS, 16], tl.float32), tl.full([ROWS, 16], 1.0, PRODUCT)
+        dc, de, ones = tl.zeros([INNER, 16], tl.float32), tl.zeros([COLUMNS, 16], tl.float32), tl.full([ROWS, 16], 1.0, tl.float32).to(PRODUCT)
     else:
         dc, de = tl.zeros([INNER], tl.float32), tl.zeros([COLUMNS], tl.float32)
     for start in range(0, stretch, ROWS):

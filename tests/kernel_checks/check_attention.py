@@ -395,3 +395,25 @@ def test_a_probability_whose_bits_are_the_threshold_is_dropped(place):
     spans, zeros, value = Spans.of((1,), (8,), DEVICE), torch.zeros(8, 1, 8, device=DEVICE), torch.eye(8, device=DEVICE)[:, None]
     found, wanted = (op(zeros[:1], zeros, value, spans, drop=seeded(rate=1 - bits / 65536)) for op in (attention, attention_ref))
     assert torch.equal(found > 0, wanted > 0) and found[0, 0, place] == 0
+
+
+@pytest.mark.parametrize("gradients", [("query",), ("key",), OWN], ids="+".join)
+@pytest.mark.parametrize("name", ["ragged", "fewer queries"])
+def test_of_one_tile_any_set_of_gradients(name, gradients):
+    spans = spans_of(name)
+    compare(*both(spans, seeded()), tensors(spans, 16), dtype=torch.bfloat16, gradients=gradients)
+
+
+def test_of_one_tile_no_text_has_keys():
+    spans = Spans.of((2, 3), (0, 0), DEVICE)
+    with poisoned():
+        found = run(both(spans)[0], {name: x.bfloat16() for name, x in tensors(spans, 7).items()}, OWN, 0)
+    assert not found["output"].any() and not found["gradient of query"].any()
+
+
+def test_where_all_scores_are_negative_in_16_bits():
+    """The two numbers of a row that travel as one word: the second is negative here."""
+    spans = spans_of("ragged")
+    given = tensors(spans, 16, 5)
+    given |= {name: given[name].abs() + 1 for name in ("key", "prefix_key")} | {"query": -(given["query"].abs() + 1)}
+    compare(*both(spans, seeded()), given, dtype=torch.bfloat16, gradients=tuple(given))

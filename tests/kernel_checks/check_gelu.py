@@ -158,3 +158,12 @@ def test_the_biass_gradient_sums_what_is_not_rounded_yet():
     found, exact = ((torch.autograd.grad(op(x.to(kind), b), b, dy.to(kind))[0]) for op, kind, b in (
         (fused.gelu, torch.bfloat16, bias.clone().requires_grad_()), (gelu_ref, torch.float64, bias.double().requires_grad_())))
     assert (found.double() - exact).abs().max() < 1e-3
+
+
+def test_backward_of_rows_of_any_stride():
+    wide, pull, bias = drawn(13, 3 * 37, seed=7).float(), drawn(13, 5 * 37, seed=8).float(), drawn(37, seed=1).float().requires_grad_()
+    results = []
+    for x, dy in ((wide[:, 37:74], pull[:, 74:111]), (wide[:, 37:74].contiguous(), pull[:, 74:111].contiguous())):
+        x = x.detach().requires_grad_()
+        results.append(torch.autograd.grad(fused.gelu(x, bias), (x, bias), dy))
+    assert all(map(torch.equal, *results))

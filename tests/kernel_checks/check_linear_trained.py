@@ -354,3 +354,11 @@ def test_two_copies_of_a_linear_are_told_apart():
         assert fused.rounding_of(first, torch.bfloat16).sum() == 12 and not fused.rounding_of(second, torch.bfloat16).any()
         assert fused.rounding_of(first[:2], torch.bfloat16).shape == (2, 4) and fused.rounding_of(None, torch.bfloat16) is None
     assert not fused._once.get()
+
+
+def test_a_gradient_of_16_bits_is_rounded_once():
+    """257 rows of n gain + bias that are 0: rounded before, 257 would be 256."""
+    n, gain, bias = torch.ones(257, 16, device=DEVICE).bfloat16(), torch.ones(16, device=DEVICE), -torch.ones(16, device=DEVICE)
+    weight = torch.eye(16, device=DEVICE).bfloat16().requires_grad_()
+    y = fused.linear_trained(n * 0, weight, None, (n, gain, bias))
+    assert not torch.autograd.grad(y, weight, torch.ones_like(y))[0].any()

@@ -534,3 +534,45 @@ def test_a_write_counts_on_alignment_where_all_has_it(monkeypatch):
         piece = 0, 0, low[a_off:].view(2, width), torch.zeros(5, 2, device=DEVICE), 1.0
         lora_write.lora_write([flat[weight_off:].view(5, width)], [piece], torch.bfloat16)
     assert seen == [True, False, False, False]
+
+
+def test_more_chunks_than_are_added_at_a_time(monkeypatch):
+    """A GPU has more multiprocessors, and so many partial sums, than one round of the second stage takes."""
+    monkeypatch.setattr(lora_grads, "processors", lambda tensor: 40)
+    rows = 16 * 40
+    ones = [torch.ones(shape, dtype=torch.bfloat16, device=DEVICE) for shape in ((rows, 5), (rows, 7), (2, 5), (7, 2))]
+    with poisoned(), dispatch.use("lora_grads", "once"):
+        da, db = lora_grads.lora_grads(ones[0], ones[1], ones[2].float(), ones[3].float(), 1.0)
+    assert torch.equal(da, torch.full((2, 5), 7.0 * rows, device=DEVICE)) and torch.equal(db, torch.full((7, 2), 5.0 * rows, device=DEVICE))
+
+
+def test_written_with_more_ranks_than_a_kernel_takes():
+    """A piece that is not the last of its matrix."""
+    found, given = [], {"x": drawn(13, 7, seed=1), "a": drawn(65, 7, seed=2), "b": drawn(7, 65, seed=3)}
+    weight = drawn(21, 7, seed=4).float()
+    for function in (lora.lora_written, lora_written_ref):
+        x, a, b = (t.float().requires_grad_() for t in given.values())
+        function(x, weight, None, [(7, a, b, 0.5)]).backward(drawn(13, 21, seed=5).float())
+        found.append((x.grad, a.grad, b.grad))
+    for have, want in zip(*found):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_sums_of_the_epilogue_are_not_rounded_between_tiles(dtype):
+    """A large number, ones, and its negative in another tile: what is rounded in between loses the ones."""
+    big, depth = (256.0 if dtype == torch.bfloat16 else 2048.0), 150
+    column = torch.zeros(depth, device=DEVICE)
+    column[0], column[1], column[140] = big, 1.0, -big
+    along, across, ones = column.expand(16, depth).contiguous().to(dtype), column[:, None].expand(depth, 16).contiguous().to(dtype), torch.ones(16, depth, device=DEVICE, dtype=dtype)
+    with dispatch.use("lora_linear", "epilogue"):
+        y = lora.lora_linear(ones, along + along.eq(1), None, along[:1].float(), torch.ones(16, 1, device=DEVICE), 1.0)
+        x = torch.zeros(16, 16, device=DEVICE, dtype=dtype, requires_grad=True)
+        (dx,) = torch.autograd.grad(lora.lora_linear(x, across + across.eq(1), None, torch.ones(1, 16, device=DEVICE), across[:, :1].float(), 1.0), x, ones)
+    assert (y == 3).all() and (dx == 3).all()
+
+
+def test_a_written_piece_beyond_the_matrix_is_refused():
+    piece = 15, torch.zeros(3, 7, device=DEVICE), torch.zeros(7, 3, device=DEVICE), 1.0
+    with pytest.raises(ValueError, match="lora_written, piece: expected rows within 21, got 15 to 22"):
+        lora.lora_written(torch.zeros(13, 7, device=DEVICE), torch.zeros(21, 7, device=DEVICE), None, [piece])
