@@ -14,7 +14,6 @@ import numpy
 
 from . import bars
 
-
 REPEATS = 7
 
 

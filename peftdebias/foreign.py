@@ -204,7 +204,8 @@ def _changes_weights(cls: type[Method]) -> bool:
 
 def _only_weights(cls: type[Method]) -> None:
     if not _changes_weights(cls):
-        raise AdapterError(f"{cls.name}: does more than change weights, so it acts in this package's own model only; expected one of {', '.join(name for name in METHODS if _changes_weights(method_class(name)))}")
+        others = ", ".join(name for name in METHODS if _changes_weights(method_class(name)))
+        raise AdapterError(f"{cls.name}: does more than change weights, so it acts in this package's own model only; expected one of {others}")
 
 
 def _check(site: str, theirs: str, host: nn.Module, config: EncoderConfig) -> None:

@@ -57,5 +57,5 @@ def load() -> tuple[ctypes.CDLL | None, str]:
 
 @functools.cache
 def say_once(trouble: str) -> None:
-    """A warning."""
+    """Warns of it, once a process."""
     warnings.warn(trouble, RuntimeWarning, stacklevel=3)

@@ -1,4 +1,5 @@
-"""What every test file may use: the fixtures `shared`, `small` (a small model and its files) and `little_memory`, the marks `slow` and `gpu` (described in pyproject.toml), and no network."""
+"""What every test file may use: the fixtures `shared`, `small` (a small model and its files) and `little_memory`, the marks `slow` and `gpu` (described in
+pyproject.toml), and no network."""
 
 import fnmatch
 import os

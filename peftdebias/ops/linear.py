@@ -1,8 +1,8 @@
 """x W^T + bias, by the library that multiplies fastest on this processor.
 
 torch's float32 products go to its BLAS, which is MKL in the usual builds, and MKL uses AVX-512 on Intel's processors only; oneDNN, which torch carries too, uses it on
-all. Where AVX-512 multiplies no faster than AVX2 does (AMD's family 25) it takes a wide W for oneDNN to gain. bench/run.py linear measures both. oneDNN makes code for every shape that it meets and keeps it (0.3 ms and about as many MiB each), so the rows of a batch, never
-as many twice, go in pieces of few sizes.
+all. Where AVX-512 multiplies no faster than AVX2 does (AMD's family 25) it takes a wide W for oneDNN to gain. bench/run.py linear measures both. oneDNN makes code for every
+shape that it meets and keeps it (0.3 ms and about as many MiB each), so the rows of a batch, never as many twice, go in pieces of few sizes.
 
 What it adds over torch.nn.functional.linear: that choice, for plain float32 on a CPU; and on a GPU, where products of 16 bits have trained parameters, gradients that
 are not rounded (kernels/fused/linear_trained.py). For all else it is that function. Two forms, "blas" and "onednn": by the

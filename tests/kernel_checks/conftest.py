@@ -1,8 +1,8 @@
 """Where Triton's interpreter rounds unlike any GPU or takes its time, and what mends that.
 
-It hands a kernel Python's own floats, of 64 bits, where a GPU gets float32: here they are float32. It cuts float32 down to bfloat16 where a GPU rounds to nearest even, so its errors would be twice those of any device: here it rounds. And it multiplies tiles by
-BLAS, which sums a product's terms in an order that depends on the tile's shape: `products_in_order` is for kernels that take the same product of tiles of other
-shapes and count on the same bits.
+It hands a kernel Python's own floats, of 64 bits, where a GPU gets float32: here they are float32. It cuts float32 down to bfloat16 where a GPU rounds to nearest even, so
+its errors would be twice those of any device: here it rounds. And it multiplies tiles by BLAS, which sums a product's terms in an order that depends on the tile's shape:
+`products_in_order` is for kernels that take the same product of tiles of other shapes and count on the same bits.
 """
 
 import os
