@@ -108,8 +108,8 @@ def test_mixed_residual_gives_the_wider_dtype():
     compare(*both("relu"), tensors(5, 13, 7), dtype=torch.bfloat16, float32=("hidden",), gradients=NAMES)
 
 
-def test_what_is_kept_for_the_backward():
-    """Frozen: a bit each for ReLU, z for the others, no hidden state. Trained: x and z; with recompute x alone. No gradients: nothing."""
+def test_what_is_kept_for_the_backward(monkeypatch):
+    """Frozen: a bit each for ReLU, z for the others, no hidden state. Trained: x and z; with recompute x alone, in every slice of a wide bottleneck. No gradients: nothing."""
     def kept(activation, trained, recompute=False):
         sizes = []
         given = {n: x.float().requires_grad_(n == "inputs" or (trained and n in PARAMETERS)) for n, x in tensors(64, 96, 32).items()}
@@ -123,6 +123,8 @@ def test_what_is_kept_for_the_backward():
     assert kept("silu", False) == z
     assert kept("silu", True) == kept("relu", True) == x + z
     assert kept("relu", True, recompute=True) == x
+    monkeypatch.setattr(fused, "WIDEST", 16)
+    assert kept("relu", True) == 2 * x + z and kept("relu", True, recompute=True) == 2 * x
 
 
 def test_gradients_repeat_bit_for_bit():

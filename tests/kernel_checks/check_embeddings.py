@@ -11,7 +11,7 @@ from peftdebias.ops import Drop, embed_ref
 from .harness import DEVICE, DTYPES, compare, drawn, poisoned, run, strided
 
 NAMES = ("word", "placed", "gain", "bias")
-DROP = Drop(0.3, torch.tensor([9], device=DEVICE), 2)
+DROP = Drop(0.3, torch.tensor([2 ** 40 + 2 ** 31 + 3], device=DEVICE), 2)  # more than 32 bits
 DROPS = pytest.mark.parametrize("drop", [None, DROP], ids=["no dropout", "dropout"])
 
 
@@ -230,8 +230,16 @@ def test_what_is_kept_for_the_backward():
     assert kept("word") == kept("placed") == kept(*NAMES) == 64 * 96 * 4 + 64 * 4 + 2 * 64 * 4
     assert kept("gain", dtype=torch.bfloat16) == 64 * 96 * 2 + 64 * 4
     assert kept("gain", drop=DROP) == 64 * 96 * 4 + 64 * 4 + 8  # the seed
+
+
+def test_nothing_is_made_for_a_backward_that_nobody_can_ask_for(monkeypatch):
+    made = []
+    monkeypatch.setattr(fused, "_outputs", lambda *given, make=fused._outputs: made.append(given[-2:]) or make(*given))
+    x = {n: t.requires_grad_() if n in NAMES else t for n, t in given().items()}
     with torch.no_grad():
-        assert kept(*NAMES) == 0
+        both()[0](**x)
+    both()[0](**x)
+    assert made == [(False, False), (True, True)]
 
 
 @pytest.mark.parametrize("change,words", [

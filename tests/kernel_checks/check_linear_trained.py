@@ -183,6 +183,14 @@ def test_inputs_that_are_not_contiguous(op):
 
 
 @BOTH
+def test_scales_of_a_norm_that_are_not_contiguous(op):
+    given = {n: x.to(torch.bfloat16 if n == "x" else torch.float32).requires_grad_() for n, x in tensors(op, 13, 37, 7, torch.bfloat16).items()}
+    n, scales = drawn(13, 37, seed=8).bfloat16(), [drawn(37, seed=i).float() for i in (6, 7)]
+    found = [torch.autograd.grad(OPS[op][0](**given, normal=(n, *map(layout, scales))).float().sum(), given[PARAMETERS[op][0]])[0] for layout in (torch.clone, strided)]
+    assert torch.equal(*found)
+
+
+@BOTH
 @pytest.mark.parametrize("normal", [False, True], ids=["x", "n"])
 def test_no_rows(op, normal):
     given = {n: x.to(torch.bfloat16 if n == "x" else torch.float32).requires_grad_() for n, x in tensors(op, 0, 37, 7, torch.bfloat16).items()}

@@ -52,6 +52,11 @@ def test_class_weights(weights, dtype):
             float32=("output", "weights"))
 
 
+def test_class_weights_that_are_not_contiguous():
+    t, weights = given(13, 4), torch.tensor((1.0, 10.0, 0.5, 6.7), device=DEVICE)
+    assert torch.equal(*(fused.mlm_loss(t["logits"].float(), t["targets"], layout(weights)) for layout in (torch.clone, strided)))
+
+
 def test_not_contiguous():
     compare(lambda logits, targets: fused.mlm_loss(logits, targets)[None], twin, given(13, 37), plain=plain, dtype=torch.float32, gradients=("logits",), layout=strided)
 

@@ -10,7 +10,7 @@ from peftdebias.ops import Drop, norm_ref
 from .harness import DEVICE, DTYPES, compare, drawn, poisoned, run, strided
 
 NAMES = ("hidden", "residual", "gain", "bias")
-DROP = Drop(0.3, torch.tensor([9], device=DEVICE), 2)
+DROP = Drop(0.3, torch.tensor([2 ** 40 + 2 ** 31 + 3], device=DEVICE), 2)  # more than 32 bits
 DROPS = pytest.mark.parametrize("drop", [None, DROP], ids=["no dropout", "dropout"])
 
 
@@ -263,8 +263,23 @@ def test_what_is_kept_for_the_backward():
     assert kept("hidden") == kept("residual") == kept(*NAMES) == 64 * 96 * 4 + 64 * 4
     assert kept("hidden", dtype=torch.bfloat16) == 64 * 96 * 2 + 64 * 4
     assert kept("hidden", drop=DROP) == 64 * 96 * 4 + 64 * 4 + 8  # the seed
+
+
+def test_nothing_is_made_for_a_backward_that_nobody_can_ask_for(monkeypatch):
+    made = []
+    monkeypatch.setattr(fused, "_outputs", lambda *given, make=fused._outputs: made.append(given[-1]) or make(*given))
+    given = {n: x.float().requires_grad_() for n, x in tensors(13, 37).items()}
     with torch.no_grad():
-        assert kept(*NAMES) == 0
+        both()[0](**given)
+    both()[0](**given)
+    assert made == [False, True]
+
+
+def test_a_float32_residual_beside_bf16_has_a_gradient_that_nothing_rounds():
+    given = {n: (x.bfloat16() if n == "hidden" else x.float()).requires_grad_() for n, x in tensors(13, 37).items()}
+    y = both()[0](**given)
+    (found,) = torch.autograd.grad(y, given["residual"], drawn(13, 37, seed=3).to(y.dtype))
+    assert not torch.equal(found, found.bfloat16().float())
 
 
 @DROPS

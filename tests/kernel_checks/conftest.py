@@ -3,6 +3,8 @@
 It hands a kernel Python's own floats, of 64 bits, where a GPU gets float32: here they are float32. It cuts float32 down to bfloat16 where a GPU rounds to nearest even, so
 its errors would be twice those of any device: here it rounds. And it multiplies tiles by BLAS, which sums a product's terms in an order that depends on the tile's shape:
 `products_in_order` is for kernels that take the same product of tiles of other shapes and count on the same bits.
+
+It reads and writes wherever an address points to, where a GPU ends the program or not, by luck: here a kernel touches nothing but the tensors that it was given.
 """
 
 import os
@@ -88,7 +90,60 @@ def remember_types() -> None:
     tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype = block_type, tensor, np_dtype
 
 
+ADDRESSES_FROM_TABLES = {"many_kernel", "write_kernel"}  # kernels that are given numbers in place of tensors
+
+
+def stay_inside() -> None:
+    """A load or a store whose mask lets it touch anything else than the tensors of its launch is an AssertionError."""
+    from triton.runtime import interpreter
+
+    launch, builder = interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder
+    within: list[tuple[str, numpy.ndarray, numpy.ndarray]] = []  # the launches that are running: name, where stretches of memory begin, and end
+
+    def watched_launch(self, *args, **kwargs):
+        name = self.fn.__name__
+        if name in ADDRESSES_FROM_TABLES:
+            return launch(self, *args, **kwargs)
+        within.append((name, *_stretches([*args, *kwargs.values()])))
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            within.pop()
+
+    def looked_at(what, touch, mask_place):
+        def touched(self, pointers, *args):
+            if within:
+                name, begins, ends = within[-1]
+                allowed = numpy.broadcast_to(args[mask_place].data, pointers.data.shape).astype(bool)
+                at = pointers.data[allowed].astype(numpy.uint64)
+                place = numpy.searchsorted(begins, at, "right").astype(numpy.int64) - 1
+                size = numpy.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
+                beyond = int(((place < 0) | (at + size > ends[place])).sum()) if len(begins) else at.size
+                assert not beyond, f"{name}: expected no {what} beyond its tensors, got {beyond} of {at.size}"
+            return touch(self, pointers, *args)
+
+        return touched
+
+    interpreter.GridExecutor.__call__ = watched_launch
+    builder.create_masked_load = looked_at("load", builder.create_masked_load, 0)
+    builder.create_masked_store = looked_at("store", builder.create_masked_store, 1)
+
+
+def _stretches(given: list) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """(where the memory of the tensors in `given` begins, where it ends), in order, what lies side by side as one."""
+    found: list[list[int]] = []
+    tensors = [t for t in given if isinstance(t, torch.Tensor) and t.numel()]
+    for begin, end in sorted((t.data_ptr(), t.data_ptr() + (1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride()))) * t.element_size()) for t in tensors):
+        if found and begin <= found[-1][1]:
+            found[-1][1] = max(end, found[-1][1])
+        else:
+            found.append([begin, end])
+    begins, ends = zip(*found) if found else ((), ())
+    return numpy.array(begins, numpy.uint64), numpy.array(ends, numpy.uint64)
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
+    stay_inside()
     round_to_bfloat16()
     narrow_floats()
     patch_once()

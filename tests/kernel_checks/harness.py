@@ -18,6 +18,7 @@ the same files run on the device.
 import contextlib
 import math
 import sys
+import unittest.mock
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -77,29 +78,43 @@ class Guarded:
         assert torch.equal(now.nan_to_num(7e4), before.nan_to_num(7e4)), f"{name}: expected an input to stay as it is{'' if unchanged else ' beyond its ends'}"
 
 
-class Fenced(torch.overrides.TorchFunctionMode):
-    """Inside the `with` block what Python code makes without values lies between two stretches of a number that nobody may overwrite; `check` looks at them."""
+class Fenced:
+    """Inside the `with` block what Python code makes without values lies between two stretches of NaN (whole numbers: of one that nobody may overwrite); `check` looks at
+    them. The functions are replaced: a mode of torch's is off inside backward() and torch.autograd.grad."""
 
-    MAKES = {torch.empty, torch.empty_like, torch.Tensor.new_empty}
+    MAKES = ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"))
     NUMBER = 77
 
     def __init__(self):
-        super().__init__()
         self.made: list[tuple[Tensor, slice]] = []
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        if function not in self.MAKES or not found.is_contiguous() or found.dtype == torch.bool:
-            return found
-        inside = slice(GUARD, GUARD + found.numel())
-        buffer = torch.full((found.numel() + 2 * GUARD,), self.NUMBER, dtype=found.dtype, device=found.device)
-        self.made.append((buffer, inside))
-        return buffer[inside].view(found.shape).copy_(found)
+    def __enter__(self) -> "Fenced":
+        self._replaced = contextlib.ExitStack()
+        for owner, name in self.MAKES:
+            self._replaced.enter_context(unittest.mock.patch.object(owner, name, self._fenced(getattr(owner, name))))
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._replaced.close()
+
+    def _fenced(self, make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args, **kwargs):
+            found = make(*args, **kwargs)
+            if type(found) is not Tensor or not found.is_contiguous() or found.dtype == torch.bool:
+                return found
+            inside = slice(GUARD, GUARD + found.numel())
+            around = math.nan if found.is_floating_point() else self.NUMBER
+            buffer = torch.full((found.numel() + 2 * GUARD,), around, dtype=found.dtype, device=found.device)
+            self.made.append((buffer, inside))
+            return buffer[inside].view(found.shape).copy_(found)
+
+        return made
 
     def check(self) -> None:
         for buffer, inside in self.made:
             beyond = torch.cat((buffer[:inside.start], buffer[inside.stop:]))
-            assert (beyond == self.NUMBER).all(), f"expected no write beyond an output or scratch tensor of {inside.stop - inside.start} elements"
+            whole = beyond.isnan() if beyond.is_floating_point() else beyond == self.NUMBER
+            assert whole.all(), f"expected no write beyond an output or scratch tensor of {inside.stop - inside.start} elements"
 
 
 @contextlib.contextmanager

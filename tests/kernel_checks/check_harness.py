@@ -1,0 +1,45 @@
+"""What would see a kernel that touches memory of others: the fence around what launchers make, in a backward too, and the interpreter that stays inside its tensors."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from peftdebias.kernels.gelu import gelu
+
+from .harness import DEVICE, GUARD, Fenced, drawn
+
+
+@triton.jit
+def copy_kernel(X, Y, given, written, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    tl.store(Y + columns, tl.load(X + columns, mask=columns < given, other=0.0), mask=columns < written)
+
+
+def copied(given: int, written: int) -> torch.Tensor:
+    """13 numbers, of which a kernel reads and writes so many."""
+    x = drawn(13).float()
+    y = torch.empty_like(x)
+    copy_kernel[(1,)](x, y, given, written, BLOCK=32)
+    return y
+
+
+def test_the_fence_stands_around_what_a_backward_makes():
+    x = drawn(3, 5).float().requires_grad_()
+    with Fenced() as fence:
+        y = gelu(x)
+        before = len(fence.made)
+        torch.autograd.grad(y, x, torch.ones_like(y))
+    fence.check()
+    buffer, inside = next((buffer, inside) for buffer, inside in fence.made[before:] if inside == slice(GUARD, GUARD + 15))
+    buffer[inside.stop] = 3.0
+    with pytest.raises(AssertionError, match="expected no write beyond an output or scratch tensor of 15 elements"):
+        fence.check()
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a device has no such watch")
+def test_a_kernel_touches_its_tensors_alone():
+    assert copied(13, 13).isfinite().all()
+    for given, written, words in ((14, 13, "copy_kernel: expected no load beyond its tensors, got 1 of 14"), (13, 20, "copy_kernel: expected no store beyond its tensors, got 7 of 20")):
+        with pytest.raises(Exception, match=words):
+            copied(given, written)
