@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from . import __version__, config, options
 from .errors import ConfigError, PeftDebiasError
 from .outputs import FULL
+from .threads import sleep_soon
 
 EXAMPLES = {
     "demo": "peftdebias demo --out runs/demo",
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 on bad input, 130, 143 or 129 where a signal stopped it (SIGINT, SIGTERM, SIGHUP), which leaves nothing half-written, 141 where nobody read on."""
     arguments = vars(parser().parse_args(argv))
     command, settings, module = COMMANDS[arguments.pop("command")]
+    sleep_soon()
     closed = sys.stdout is None
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))  # None where the caller closed it
     if hasattr(sys.stdout, "reconfigure"):
@@ -60,8 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings(), _terminable():
             warnings.showwarning = lambda message, *where: say(f"warning: {message}")
             given = options.resolve(settings, arguments)
-            if closed and getattr(given, "out", "") in (None, "-"):
-                raise ConfigError("standard output: expected it open, for the result, got it closed; name a file with --out")
+            if closed and (refused := _nowhere(given)):
+                raise ConfigError(refused)
             with _heard_later():
                 importlib.import_module(f".{module}", __package__)
             command(given)
@@ -90,6 +92,14 @@ def main(argv: list[str] | None = None) -> int:
         if why is None:
             raise
         return _ended(f"out of memory: {why}{_less(settings)}")
+
+
+def _nowhere(settings) -> str:
+    """What is wrong with a standard output that the caller closed, where the result has no other place; empty where it has one."""
+    flags = [name for name in ("out", "json", "examples") if hasattr(settings, name)]
+    if any(getattr(settings, name) not in (None, "-") for name in flags):
+        return ""
+    return "standard output: expected it open, for the result, got it closed" + (f"; name a file with --{flags[0]}" if flags else "")
 
 
 def _ended(why: str) -> int:

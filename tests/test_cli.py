@@ -16,7 +16,7 @@ import torch
 
 from peftdebias import cli as command_line
 from peftdebias import demo as demonstration
-from peftdebias import kernels
+from peftdebias import kernels, threads
 from peftdebias.report import available
 from peftdebias.testbed import write
 
@@ -412,6 +412,9 @@ def test_a_result_for_a_standard_output_that_is_closed_is_refused(small, tmp_pat
     said = ran(["augment", "--axis", "gender", corpus], ">&-")
     assert said.returncode == 2 and said.stderr == "peftdebias: standard output: expected it open, for the result, got it closed; name a file with --out\n"
     assert ran(["augment", "--axis", "gender", corpus, "--out", tmp_path / "out.jsonl"], ">&-").returncode == 0 and "she is a nurse" in (tmp_path / "out.jsonl").read_text()
+    for words, hint in (["doctor"], ""), (["methods", "--model", small.base], ""), (["evaluate", small.base, "--on", f"perplexity={small.heldout}"], "; name a file with --json"):
+        said = ran(words, ">&-")
+        assert said.returncode == 2 and said.stderr == f"peftdebias: standard output: expected it open, for the result, got it closed{hint}\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
@@ -587,3 +590,21 @@ def test_a_signal_while_modules_are_imported_is_answered_behind_them(name, reque
     with command_line._terminable(), command_line._heard_later():
         pass
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("given, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")])
+def test_threads_that_wait_sleep_soon(given, expected):
+    """As torch's own OpenMP says when it is loaded; whoever asks for another way gets it."""
+    environment = {name: value for name, value in os.environ.items() if name not in threads.ASKED} | given | {"OMP_DISPLAY_ENV": "VERBOSE"}
+    said = subprocess.run([sys.executable, "-m", "peftdebias", "doctor"], capture_output=True, text=True, env=environment)
+    if "GOMP_SPINCOUNT" not in said.stderr:
+        pytest.skip("torch's OpenMP is not GNU's here")
+    assert said.returncode == 0 and f"GOMP_SPINCOUNT = '{expected}'" in said.stderr
+
+
+def test_threads_of_a_program_that_has_torch_wait_as_they_did(monkeypatch):
+    for name in threads.ASKED:
+        monkeypatch.delenv(name, raising=False)
+    assert "torch" in sys.modules
+    threads.sleep_soon()
+    assert threads.VARIABLE not in os.environ
