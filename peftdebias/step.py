@@ -7,6 +7,9 @@ What it adds over training.py, which decides how many steps there are and at whi
 its backward to torch.compile, each as one graph; graphs.Graphed replays the whole step as a CUDA graph. The last two bring batches to a few shapes first (shapes.py).
 """
 
+import importlib
+import time
+import types
 from collections.abc import Callable
 
 import torch
@@ -24,7 +27,9 @@ from .shapes import Shape, fill, shape_of
 
 class Step:
     """One update of `parameters`. task: see tasks.MaskedLM. precision: "float32", or "bf16" for autocast. pull: called after the backward, adds a gradient of its own to
-    the parameters'. say: hears lines that a user should read, each once."""
+    the parameters'. say: hears lines that a user should read, each once. preparing: seconds of the last step, where it made code first, else 0."""
+
+    preparing = 0.0
 
     def __init__(self, model: Model, task, optimizer: FlatAdamW | WholeAdamW | LargeAdamW, parameters: dict[str, Parameter], *, clip: float = 1.0, precision: str = "float32",
                  pull: Callable[[], None] | None = None, say: Callable[[str], None] = lambda line: None):
@@ -59,19 +64,55 @@ class Step:
 
 
 class Compiled(Step):
-    """Step under torch.compile, without graph breaks; a shape is compiled when it is first seen, and from the second on with sizes that may vary."""
+    """Step under torch.compile, without graph breaks; the first shape is compiled when it is seen, from the second on with sizes that may vary."""
 
     def __init__(self, *arguments, backend: str = "inductor", **settings):
         super().__init__(*arguments, **settings)
         kernels.load(self.model.device)
         # Inductor has a generator of its own; the seed of a pass shall be the one that eager draws.
         options = {"fallback_random": True} if backend == "inductor" else None
-        self.loss = torch.compile(self.loss, fullgraph=True, backend=backend, options=options)
+        self.loss = torch.compile(_with_own_code(self.loss), fullgraph=True, backend=backend, options=options)
 
     def __call__(self, batch: Batch, rate: float) -> Tensor:
+        began, graphs = time.perf_counter(), _graphs()
         try:
-            return super().__call__(self.shaped(batch), rate)
+            loss = super().__call__(self.shaped(batch), rate)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             said = (str(error.inner_exception).strip().splitlines() or [""])[0]
             raise PeftDebiasError(f"--step compiled: torch.compile cannot build the step: {type(error.inner_exception).__name__}: {said}; expected a compiler that works, "
                                   "or --step eager") from error
+        except OSError as error:
+            raise _unkept(error) from error
+        made = _graphs() - graphs
+        self.preparing = time.perf_counter() - began if made else 0.0
+        if made:
+            self.say(f"step: compiled {'once' if made == 1 else f'{made} times'}, in {self.preparing:.0f} s")
+        return loss
+
+
+def expect_compiler() -> None:
+    """Raises PeftDebiasError where the environment turns torch.compile off, or leaves it no folder to write to, which it makes when it is loaded."""
+    try:
+        off = importlib.import_module("torch._dynamo.config").disable
+    except OSError as error:
+        raise _unkept(error) from error
+    if off:
+        raise PeftDebiasError("--step compiled: expected torch.compile, which the environment turns off here (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE); use eager")
+
+
+def _unkept(error: OSError) -> PeftDebiasError:
+    return PeftDebiasError(f"--step compiled: torch.compile cannot keep what it builds: {error.filename or 'its files'}: {error.strerror or error}; expected a folder that it can "
+                           "write to (TORCHINDUCTOR_CACHE_DIR), or --step eager")
+
+
+def _with_own_code(method: Callable) -> Callable:
+    """The same method of the same object. Dynamo keeps the graphs of a code object together, and only so many: those of one training are not another's."""
+    function = method.__func__
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return types.MethodType(own, method.__self__)
+
+
+def _graphs() -> int:
+    """How many graphs this process has compiled."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]

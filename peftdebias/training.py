@@ -24,7 +24,7 @@ from .kernels import dispatch
 from .lowered import autocast, lowered
 from .optimizer import AdamWOfManyRef, FlatAdamW, LargeAdamW, WholeAdamW, adamw_ref
 from .patch import Folded
-from .step import Compiled, Step
+from .step import Compiled, Step, expect_compiler
 
 LOG_EVERY = 10
 TOLD_EVERY = 60.0  # seconds, where there is no terminal for a bar
@@ -118,11 +118,13 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def pick_step(name: str, device: torch.device) -> str:
-    """auto is a CUDA graph on a GPU, eager elsewhere. Raises ConfigError on a graph without a GPU."""
+    """auto is a CUDA graph on a GPU, eager elsewhere. Raises ConfigError on a graph without a GPU, PeftDebiasError where torch.compile cannot be had."""
     if name == "auto":
         return "graph" if device.type == "cuda" else "eager"
     if name == "graph" and device.type != "cuda":
         raise ConfigError(f"--step graph: expected a GPU, got {device.type}; use eager or compiled")
+    if name == "compiled":
+        expect_compiler()
     return name
 
 
@@ -183,7 +185,7 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
                 loss = one_step(batch, rate)
                 if folded is not None:
                     folded.after_step({key: rate * decay for key, decay in decay_of.items()})
-                progress.after(step, loss, rate, sum(batch.lengths))
+                progress.after(step, loss, rate, sum(batch.lengths), one_step.preparing)
                 if step == schedule.steps or schedule.validate_every and step % schedule.validate_every == 0:
                     with progress.aside():
                         best.offer(step, _scores(model, task, schedule))
@@ -201,13 +203,14 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
 
 
 class _Progress:
-    """What a training tells while it runs: mean loss, valid tokens a second and the share of the time in which it waited for a batch, validation aside."""
+    """What a training tells while it runs: mean loss, valid tokens a second and the share of the time in which it waited for a batch, validation and steps that were compiled
+    aside."""
 
     def __init__(self, steps: int, log: Callable[..., None], bar: tqdm, label: str):
         self.steps, self.log, self.bar, self.label = steps, log, bar, label
         self.losses: list[Tensor] = []
-        self.tokens = 0
-        self.waited = self.validated = 0.0  # seconds
+        self.tokens = self.counted = 0  # of the steps that speed is told of
+        self.waited = self.apart = 0.0  # seconds
         self.told = self.started = time.perf_counter()
         bar.unpause()
 
@@ -230,17 +233,21 @@ class _Progress:
         """Time that is no step's."""
         began = time.perf_counter()
         yield
-        self.validated += time.perf_counter() - began
+        self.apart += time.perf_counter() - began
 
     def figures(self) -> tuple[float, float, float]:
         """(seconds of it all, tokens a second, share of waiting) up to now."""
         seconds = time.perf_counter() - self.started
-        return seconds, self.tokens / (seconds - self.validated), self.waited / (seconds - self.validated)
+        return seconds, self.tokens / (seconds - self.apart), self.waited / (seconds - self.apart)
 
-    def after(self, step: int, loss: Tensor, rate: float, tokens: int) -> None:
-        """Counts a step. Raises PeftDebiasError where the loss is not finite, which is asked of the device every LOG_EVERY steps."""
+    def after(self, step: int, loss: Tensor, rate: float, tokens: int, preparing: float = 0.0) -> None:
+        """Counts a step; preparing: as Step has it. Raises PeftDebiasError where the loss is not finite, which is asked of the device every LOG_EVERY steps."""
         self.losses.append(loss)
-        self.tokens += tokens
+        if preparing:
+            self.apart += preparing
+        else:
+            self.tokens += tokens
+            self.counted += 1
         self.bar.update()
         if step % LOG_EVERY and step != self.steps:
             return
@@ -253,7 +260,8 @@ class _Progress:
         self.bar.set_postfix(loss=f"{mean:.4f}", tokens=f"{speed:.0f}/s", waiting=f"{100 * waiting:.1f}%")
         if self.bar.disable and self.started + seconds - self.told >= TOLD_EVERY and step < self.steps:
             self.told = self.started + seconds
-            print(f"{self.label or 'training'}: step {step} of {self.steps}, loss {mean:.4f}, {seconds / step * (self.steps - step) / 60:.1f} minutes left", file=sys.stderr, flush=True)
+            left = (seconds - self.apart) / max(1, self.counted) * (self.steps - step) / 60
+            print(f"{self.label or 'training'}: step {step} of {self.steps}, loss {mean:.4f}, {left:.1f} minutes left", file=sys.stderr, flush=True)
 
 
 class _Best:

@@ -1,8 +1,10 @@
 """A step in its other forms is the same step: batches in fixed shapes, under torch.compile as one graph, and with nothing in it that asks the device."""
 
 import contextlib
+import errno
 import functools
 import importlib
+import re
 from types import SimpleNamespace
 
 import numpy
@@ -207,6 +209,10 @@ def test_saving_memory_computes_again_as_was_asked_for_whoever_runs_the_backward
 
 
 # ---------------------------------------------------------------- torch.compile
+
+def dynamo_config():
+    return importlib.import_module("torch._dynamo.config")
+
 
 @pytest.mark.parametrize("name,save", [pytest.param(name, save, marks=() if name == "lora" and not save else pytest.mark.slow)
                                        for name in ("lora", "adapter", "prefix", "prompt", "bias", "ia3", None) for save in (False, True)])
@@ -420,6 +426,40 @@ def test_a_step_that_cannot_be_compiled_says_so_in_one_line():
     step = made("lora", cls=functools.partial(Compiled, backend=broken))
     with pytest.raises(PeftDebiasError, match="^--step compiled: torch.compile cannot build the step: OSError: no compiler here; expected a compiler that works, or --step eager$"):
         step(batch_for("lora"), 1e-3)
+
+
+def test_a_folder_for_what_is_compiled_that_cannot_be_written_says_so_in_one_line(monkeypatch):
+    step = made("lora", cls=functools.partial(Compiled, backend="eager"))
+
+    def full(model, batch):
+        raise OSError(errno.ENOSPC, "No space left on device", "/cache/graph")
+
+    step.loss = full
+    with pytest.raises(PeftDebiasError, match="^--step compiled: torch.compile cannot keep what it builds: /cache/graph: No space left on device; expected a folder that it can "
+                                              r"write to \(TORCHINDUCTOR_CACHE_DIR\), or --step eager$"):
+        step(batch_for("lora"), 1e-3)
+
+
+def test_compiling_that_the_environment_turns_off_is_refused():
+    with dynamo_config().patch(disable=True):
+        assert pick_step("eager", torch.device("cpu")) == "eager"
+        with pytest.raises(PeftDebiasError, match="^--step compiled: expected torch.compile, which the environment turns off here"):
+            pick_step("compiled", torch.device("cpu"))
+
+
+def test_graphs_of_one_training_are_not_anothers():
+    """Dynamo keeps so many graphs of a function and no more; trainings in one process, of several methods, are more than that. A step that was compiled says so and how long it
+    took."""
+    torch.compiler.reset()
+    for name in ("bias", "lora", "ia3", "bias"):
+        said, times = [], []
+        step = made(name, cls=functools.partial(Compiled, backend="eager"), say=said.append)
+        with dynamo_config().patch(recompile_limit=2):
+            for lengths in (RAGGED, FULL, RAGGED):
+                step(batch_for(name, lengths=lengths), 1e-3)
+                times.append(step.preparing)
+        assert 1 <= len(said) <= 2 and all(re.fullmatch(r"step: compiled once, in \d+ s", line) for line in said)
+        assert times[0] > 0 and times[2] == 0 and len(said) == sum(t > 0 for t in times)
 
 
 # ---------------------------------------------------------------- bf16

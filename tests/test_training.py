@@ -262,6 +262,19 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch):
         assert len(said) == len(lines) and all(line.startswith(start) and line.endswith(" 0.0 minutes left") for line, start in zip(said, lines))
 
 
+def test_the_speed_is_that_of_steps_that_were_not_compiled(monkeypatch):
+    """Ten steps of a second and 50 tokens, of which the first waits 100 s for the compiler; twenty more take 20 s."""
+    now, told = [0.0], []
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(training, "TOLD_EVERY", 0.0)
+    with training._bar(30, "") as bar, contextlib.redirect_stderr(io.StringIO()) as err:
+        progress = training._Progress(30, lambda **event: told.append(event), bar, "")
+        for step in range(1, 11):
+            now[0] += 101 if step == 1 else 1
+            progress.after(step, torch.tensor(1.0), 0.1, 50, preparing=101.0 if step == 1 else 0.0)
+    assert progress.figures() == (110.0, 50.0, 0.0) and [event["tokens_per_second"] for event in told] == [50] and err.getvalue().endswith("0.3 minutes left\n")
+
+
 def test_the_progress_bar_is_closed_before_an_error_is_told():
     class Task(Plain):
         def loss(self, model, batch):
