@@ -86,7 +86,7 @@ def longest_of(run: Run, settings: Evaluate | Predict) -> int:
 
 
 def cut_note(encoded, longest: int, what: str) -> list[str]:
-    """One line where texts were cut, else none."""
+    """One line where texts were cut, else none. encoded: what has a `cut` each, the number of tokens left out."""
     cut = [e.cut for e in encoded if e.cut]
     return [f"{what}: {len(cut)} of {len(encoded)} texts are longer than {longest} tokens and were cut ({sum(cut)} tokens left out)"] if cut else []
 

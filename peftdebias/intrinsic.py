@@ -55,7 +55,7 @@ def stereo_set(run: Run, path: str, settings: Evaluate) -> Result:
                                   seed=settings.seed, samples=settings.samples)
     examples = [{"measure": "stereoset", "target": s.context.target, "domain": s.context.domain, "context": s.context.text,
                  "words": dict(zip(stereoset.LABELS, s.context.words)), "scores": dict(zip(stereoset.LABELS, s.scores))} for s in scored]
-    return Result(measures, examples, [])
+    return Result(measures, examples, cut_note(scored, run.model.encoder.longest, path))
 
 
 def association_tests(run: Run, path: str, settings: Evaluate) -> Result:

@@ -195,13 +195,17 @@ def _special(settings: dict) -> list[str]:
     return list(dict.fromkeys(_content(token) for token in [*(settings.get(f"{role}_token") for role in STYLES["bert"]), *others] if token))
 
 
+def _flags(token: dict) -> dict[str, bool]:
+    return {key: bool(token[key]) for key in ADDED if key in token}
+
+
 def _with_added(backend: tokenizers.Tokenizer, settings: dict) -> tokenizers.Tokenizer:
-    """With the tokens that settings add, those found whole in a text. Raises ModelError where one has another id than they say."""
+    """With the tokens that settings add, those found whole in a text, as their list has them. Raises ModelError where one has another id than it says."""
     listed = {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
-    there = {token.content for token in backend.get_added_tokens_decoder().values()}
+    there = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for place, token in sorted(listed.items()):
-        if token["content"] not in there:
-            flags = {key: bool(token[key]) for key in ADDED if key in token}
+        flags, known = _flags(token), there.get(token["content"])
+        if known is None or any(getattr(known, key) != value for key, value in flags.items()):
             (backend.add_special_tokens if flags.get("special") else backend.add_tokens)([tokenizers.AddedToken(token["content"], **flags)])
         if (found := backend.token_to_id(token["content"])) != place:
             raise ModelError(f"tokenizer: added token {token['content']!r}: expected the id {place} by its list, got {found} after the vocabulary")
@@ -256,8 +260,9 @@ def _byte_bpe(folder: Path, settings: dict) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.get("add_prefix_space", False))
     backend.decoder = decoders.ByteLevel()
     special = [t for role, t in STYLES["roberta"].items() if role != "mask" and backend.token_to_id(t) is not None and not settings.get(f"{role}_token")]
-    # RoBERTa's mask takes the space before it, so that " <mask>" is one token.
-    backend.add_special_tokens([*special, tokenizers.AddedToken("<mask>", lstrip=True, special=True)])
+    # RoBERTa's mask takes the space before it, so that " <mask>" is one token, unless the settings have it otherwise.
+    mask = settings.get("mask_token")
+    backend.add_special_tokens([*special, tokenizers.AddedToken(_content(mask or "<mask>"), **{"lstrip": True, **(_flags(mask) if isinstance(mask, dict) else {}), "special": True})])
     tokenizer = Tokenizer(_with_added(backend, settings), "roberta", settings)
     sep, cls = (backend.id_to_token(i) for i in (tokenizer.sep_id, tokenizer.cls_id))
     backend.post_processor = tokenizers.processors.RobertaProcessing((sep, tokenizer.sep_id), (cls, tokenizer.cls_id))

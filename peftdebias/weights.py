@@ -182,6 +182,8 @@ KEYS = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_at
         "attention_dropout": "attention_probs_dropout_prob", "classifier_dropout": "classifier_dropout", "pad_id": "pad_token_id", "tied": "tie_word_embeddings",
         "initializer_range": "initializer_range"}
 """Field of EncoderConfig -> its name in config.json."""
+SAME_ACTIVATIONS = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "gelu_python": "gelu"}
+"""Names that config.json may have for activations of sites.py, by other code of the same function."""
 
 
 def read_config(folder: Path) -> tuple[EncoderConfig, dict]:
@@ -206,6 +208,8 @@ def read_config(folder: Path) -> tuple[EncoderConfig, dict]:
     if missing := next((key for ours, key in KEYS.items() if ours in needed and key not in raw), None):
         raise ModelError(f"{path}: expected the key {missing!r}, found none")
     given = {ours: raw[key] for ours, key in KEYS.items() if key in raw} | {"pad_id": pad, "max_positions": raw[KEYS["max_positions"]] - offset, "position_offset": offset}
+    if isinstance(activation := given.get("activation"), str):
+        given["activation"] = SAME_ACTIVATIONS.get(activation, activation)
     if given.get("classifier_dropout") is None:
         given["classifier_dropout"] = given.get("dropout", EncoderConfig.dropout)
     try:
@@ -216,8 +220,8 @@ def read_config(folder: Path) -> tuple[EncoderConfig, dict]:
     return config, raw
 
 
-def foreign_config(model: Model) -> dict:
-    """config.json for `model`, as transformers reads it."""
+def foreign_config(model: Model, tokenizer: Tokenizer | None = None) -> dict:
+    """config.json for `model`, as transformers reads it; with the ids that the tokenizer gives a text's ends, which only generation asks for."""
     c = model.config
     head = "ForSequenceClassification" if model.classifier else "ForMaskedLM" if model.mlm else "Model"
     raw = {
@@ -226,7 +230,7 @@ def foreign_config(model: Model) -> dict:
         "dtype": str(model.encoder.embeddings.word.weight.dtype).removeprefix("torch."),
     }
     if c.kind == "roberta":
-        raw |= {"bos_token_id": 0, "eos_token_id": 2}
+        raw |= {"bos_token_id": 0 if tokenizer is None else tokenizer.cls_id, "eos_token_id": 2 if tokenizer is None else tokenizer.sep_id}
     if model.classifier:
         raw["id2label"] = {str(i): label for i, label in enumerate(model.classifier.labels)}
         raw["label2id"] = {label: i for i, label in enumerate(model.classifier.labels)}
@@ -405,15 +409,15 @@ def load(folder: str | Path, **options) -> Loaded:
 
 
 def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
-    """Write a folder that transformers loads to the same outputs; attached methods are not part of it (export writes them in). Returns the
-    folder. Raises OSError where it cannot be written."""
+    """Write a folder that transformers loads to the same outputs; attached methods are not part of it (export writes them in), nor is a RoBERTa's pooler, which
+    none of its heads reads. Returns the folder. Raises OSError where it cannot be written."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ours = {name.removeprefix("encoder."): p.detach().cpu() for name, p in model.named_parameters()}
     if model.classifier is None:
         ours |= model.carried
     write_tensors(to_foreign(ours, model.config), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(foreign_config(model), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(foreign_config(model, tokenizer), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save(folder, model.config.max_positions)
     return folder

@@ -47,7 +47,7 @@ def test_classifier_logits_equal_transformers(kind, dtype, tmp_path):
         assert_close(ours.class_logits(batch), outside.class_logits(theirs, batch), "logits", logits=True)
 
 
-@pytest.mark.parametrize("activation", ["gelu_new", "relu", "silu"])
+@pytest.mark.parametrize("activation", ["gelu_new", "relu", "silu", "swish", "gelu_pytorch_tanh", "gelu_fast", "gelu_python"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_activations_equal_transformers(kind, activation, tmp_path):
     """Feed-forward and BERT's masked-LM head follow the configuration; RoBERTa's head is always GELU."""

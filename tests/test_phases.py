@@ -464,6 +464,11 @@ def test_what_is_cut_is_counted_and_reported(small, tmp_path):
     assert "longer than" not in done("downstream", *small.task(out=tmp_path / "whole", epochs=1)).err
 
 
+def test_a_budget_that_texts_leave_no_room_for_is_told(small, tmp_path):
+    said = learn(small, tmp_path, "he is a nurse\nshe is a baker\n", method="prompt", budget=0.1, set=None, valid_share=0.5)
+    assert re.search(r"--budget: 0\.1 of the base comes to prompt length \d+, of which 1 fits, where texts may have 256 tokens", said.err), said.err
+
+
 def test_the_models_own_limit_counts_too(small, tmp_path):
     said = learn(small, tmp_path, f"he is {'a ' * 70}\nshe is\n", max_length=256, valid_share=0.5)
     assert re.search(r"2 of 2 texts \(counterfactuals counted\) are longer than 64 tokens", said.err), said.err

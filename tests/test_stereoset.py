@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import string
 
 import numpy as np
@@ -48,7 +49,7 @@ def masked(found) -> list[tuple[str, int, str]]:
 # ---------------------------------------------------------------- what is asked
 
 def test_sub_tokens_are_asked_one_by_one_with_those_before_filled_in_and_those_after_left_out():
-    asked, counts = questions(TOKENIZER, [context()], 64)
+    asked, _, counts = questions(TOKENIZER, [context()], 64)
     assert counts == [1, 3, 1] and masked(asked) == [
         ("[CLS] the nurse was [MASK] . [SEP]", 4, "kind"),
         ("[CLS] the nurse was [MASK] . [SEP]", 4, "per"),
@@ -64,7 +65,7 @@ def test_sub_tokens_are_asked_one_by_one_with_those_before_filled_in_and_those_a
     ("the nurse is BLANK and said BLANK.", "[CLS] the nurse is [MASK] and said [MASK] . [SEP]"),  # the first mask is asked
 ])
 def test_a_mask_stands_wherever_blank_does(text, expected):
-    asked, _ = questions(TOKENIZER, [context(text, ("kind", "calm", "fox"))], 64)
+    asked, *_ = questions(TOKENIZER, [context(text, ("kind", "calm", "fox"))], 64)
     assert {q[0] for q in masked(asked)} == {expected} and {q.place for q in asked} == {expected.split().index("[MASK]")}
 
 
@@ -80,7 +81,7 @@ def test_candidates_are_one_word_without_punctuation_counted_by_single_spaces(tm
 def test_roberta_candidates_have_a_space_before_them(shared):
     """The text is the published code's: the decoded sub-tokens bring their space along, so that there are two of them."""
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(shared / "data" / "tokenizers" / "roberta-base.json")))
-    asked, counts = questions(tokenizer, [context("The nurse was BLANK.", ("kind", "perceptivenesses", "fox"))], 64)
+    asked, _, counts = questions(tokenizer, [context("The nurse was BLANK.", ("kind", "perceptivenesses", "fox"))], 64)
     pieces = tokenizer.backend.encode(" perceptivenesses", add_special_tokens=False).tokens
     assert counts[0] == 1 and counts[1] == len(pieces) > 1 and pieces[0].startswith("Ġ")
     texts = [[tokenizer.backend.id_to_token(int(i)) for i in q.ids] for q in asked]
@@ -145,7 +146,7 @@ def test_all_published_contexts_are_read_as_with_transformers_tokenizer(shared):
             pieces = theirs.encode(sentence.split(" ")[at].translate(str.maketrans("", "", string.punctuation)), add_special_tokens=False)
             expected += [(row["context"].replace("BLANK", theirs.decode(pieces[:k]) + theirs.mask_token), piece) for k, piece in enumerate(pieces)]
     read = theirs([text for text, _ in expected])["input_ids"]
-    asked, _ = questions(load_tokenizer(folder), read_contexts(file), 512)
+    asked, *_ = questions(load_tokenizer(folder), read_contexts(file), 512)
     assert [q.ids.tolist() for q in asked] == read and [q.target for q in asked] == [target for _, target in expected]
     assert [q.place for q in asked] == [ids.index(theirs.mask_token_id) for ids in read] and len(asked) > 8000
 
@@ -268,6 +269,17 @@ def test_candidates_without_a_sub_token_and_masks_out_of_reach():
         questions(TOKENIZER, [context("the nurse was kind and calm and BLANK", ("kind", "calm", "fox"))], 8)
 
 
+def test_what_is_cut_of_a_context_is_counted(tmp_path):
+    """By the longest of its questions: the middle candidate has three sub-tokens, of which two stand before the mask in the last of them."""
+    long = context("the BLANK nurse was kind and calm and kind", ("kind", "perceptive", "fox"))
+    asked, cut, counts = questions(TOKENIZER, [context(), long], 10)
+    assert counts == [1, 3, 1] * 2 and cut == [0] * 5 + [1, 1, 2, 3, 1] and {len(q.ids) for q in asked[5:]} == {10}
+    sentences = [f"the {word} nurse {'was ' * 70}" for word in long.words]
+    file = written(tmp_path, [row(), row(f"the BLANK nurse {'was ' * 70}", sentences=sentences)])
+    said = done("evaluate", save_bert(tmp_path / "base", TOKENIZER), "--on", f"stereoset={file}")
+    assert re.search(rf"{file}: 1 of 2 texts are longer than 64 tokens and were cut \(13 tokens left out\)", said.err), said.err
+
+
 # ---------------------------------------------------------------- as evaluate and compare report it
 
 def test_evaluate_and_compare(tmp_path):
@@ -310,7 +322,7 @@ def test_a_roberta_scores_its_own_sub_tokens(shared):
     model.initialize(model, torch.Generator().manual_seed(0))
     model = model.double().eval()
     one = context("The nurse was BLANK.", ("kind", "perceptivenesses", "fox"))
-    asked, counts = questions(tokenizer, [one], 64)
+    asked, _, counts = questions(tokenizer, [one], 64)
     each = [probability(model, q.ids, q.place, q.target) for q in asked]
     parts = np.split(each, np.cumsum(counts)[:-1])
     assert score_contexts(model, tokenizer, [one])[0].scores == pytest.approx([part.mean() for part in parts], abs=1e-12)

@@ -423,6 +423,24 @@ def test_added_and_special_tokens_are_those_of_transformers(kind, files, bert, r
     assert (again.cls_token, again.mask_token) == (expected.cls_token, expected.mask_token)
 
 
+@pytest.mark.parametrize("stored", ["vocab.json", "tokenizer.json"])
+@pytest.mark.parametrize("lstrip", [True, False])
+@pytest.mark.parametrize("where", ["mask_token", "added_tokens_decoder"])
+def test_whether_the_mask_takes_the_space_before_it_is_as_transformers_reads_it(where, lstrip, stored, roberta, shared, tmp_path):
+    library = outside.library("transformers")
+    mask = {"content": "<mask>", "lstrip": lstrip, "rstrip": False, "normalized": False, "single_word": False}
+    settings = {"mask_token": mask | {"__type": "AddedToken"}} if where == "mask_token" else {"added_tokens_decoder": {"50264": mask | {"special": True}}}
+    if stored == "vocab.json":
+        write_byte_bpe(tmp_path, shared, **settings)
+    else:
+        raw = json.loads(roberta.backend.to_str())
+        next(token for token in raw["added_tokens"] if token["content"] == "<mask>")["lstrip"] = where == "mask_token" and lstrip or where != "mask_token" and not lstrip
+        (tmp_path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    expected = library.RobertaTokenizer.from_pretrained(tmp_path)("a <mask> b")["input_ids"]
+    assert ids(load_tokenizer(tmp_path).encode(["a <mask> b"])) == [expected] and len(expected) == (5 if lstrip else 6)
+
+
 def test_an_added_token_with_another_id_is_refused(bert, tmp_path):
     write_vocab_txt(tmp_path, bert)
     (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": null}')

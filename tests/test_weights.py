@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -182,6 +183,12 @@ def test_labels_without_names_are_numbered(tmp_path):
         edit_config(tmp_path, id2label=names)
         assert message(lambda: load_model(tmp_path)) == \
             f"{tmp_path}: id2label names the labels {', '.join(names)}; expected 0 to 2, the rows of the classifier"
+
+
+def test_the_ends_of_texts_in_config_json_are_the_tokenizers():
+    model = model_of("roberta")
+    ends = [[raw["bos_token_id"], raw["eos_token_id"]] for raw in (foreign_config(model), foreign_config(model, SimpleNamespace(cls_id=5, sep_id=7)))]
+    assert ends == [[0, 2], [5, 7]] and "bos_token_id" not in foreign_config(model_of("bert"), SimpleNamespace(cls_id=5, sep_id=7))
 
 
 def test_a_pooler_that_no_head_uses_is_carried_along(bert, tmp_path_factory):

@@ -252,6 +252,15 @@ def create(name: str, encoder_config: EncoderConfig, *, budget: float | None = N
     return _made(cls, config, encoder_config, torch.Generator().manual_seed(int(seed)))
 
 
+def short_of(budget: float | None, method: Method, options: dict) -> str:
+    """How `method`, made by `create` with that budget and these options, is smaller than the budget asked for, since no more fits; empty where it is not."""
+    if budget is None:
+        return ""
+    size, encoder = method.size, method.encoder_config
+    wanted, found = (getattr(config, size) for config in (method.size_for(encoder, round(budget * base_parameters(encoder)), **options), method.config))
+    return "" if found == wanted else f"{budget:g} of the base comes to {method.name} {size} {wanted}, of which {found} fits"
+
+
 def _made(cls: type[Method], config, encoder_config: EncoderConfig, generator: torch.Generator) -> Method:
     """On the CPU, whatever torch's default device is, from no other draws than the generator's."""
     with torch.device("cpu"):

@@ -53,10 +53,12 @@ class Context:
 
 @dataclass(frozen=True)
 class Scored:
-    """scores: mean probability of each candidate's sub-tokens, in the order of LABELS."""
+    """scores: mean probability of each candidate's sub-tokens, in the order of LABELS. cut: tokens at the context's end that the model did not read, in the longest of its
+    questions."""
 
     context: Context
     scores: tuple[float, float, float]
+    cut: int = 0
 
 
 # ---------------------------------------------------------------- the file
@@ -103,8 +105,8 @@ def _word(context: str, sentence: str, place: str) -> str:
 
 # ---------------------------------------------------------------- scores
 
-def questions(tokenizer: Tokenizer, contexts: Sequence[Context], longest: int) -> tuple[list[MaskedToken], list[int]]:
-    """(what the model is asked, number of sub-tokens of each candidate: three a context). longest: tokens that the model reads."""
+def questions(tokenizer: Tokenizer, contexts: Sequence[Context], longest: int) -> tuple[list[MaskedToken], list[int], list[int]]:
+    """(what the model is asked, tokens left out of each question, number of sub-tokens of each candidate: three a context). longest: tokens that the model reads."""
     space = " " if tokenizer.style == "roberta" else ""
     words = [e.ids for e in tokenizer.encodings([space + word for c in contexts for word in c.words])]
     mask = tokenizer.backend.id_to_token(tokenizer.mask_id)
@@ -118,21 +120,22 @@ def questions(tokenizer: Tokenizer, contexts: Sequence[Context], longest: int) -
             texts.append(context.text.replace(BLANK, before + mask))
             targets.append(target)
             places.append(context.place)
-    asked = []
+    asked, cut = [], []
     for encoded, target, place in zip(tokenizer.encode(texts, max_length=longest), targets, places):
         masks = np.flatnonzero(encoded.ids == tokenizer.mask_id)
         if not len(masks):
             raise DataError(f"{place}: expected the mask within the {longest} tokens that the model reads, got a longer context")
         asked.append(MaskedToken(encoded.ids, int(masks[0]), target))
-    return asked, [len(ids) for ids in words]
+        cut.append(encoded.cut)
+    return asked, cut, [len(ids) for ids in words]
 
 
 def score_contexts(model: Model, tokenizer: Tokenizer, contexts: Sequence[Context], batch_tokens: int = 8192) -> list[Scored]:
     """Every context scored in eval mode."""
-    asked, counts = questions(tokenizer, contexts, model.encoder.longest)
-    probabilities = np.exp(masked_log_probs(model, asked, batch_tokens))
-    means = np.add.reduceat(probabilities, np.cumsum([0, *counts[:-1]])) / counts
-    return [Scored(c, tuple(row)) for c, row in zip(contexts, means.reshape(-1, len(LABELS)).tolist())]
+    asked, cut, counts = questions(tokenizer, contexts, model.encoder.longest)
+    probabilities, starts = np.exp(masked_log_probs(model, asked, batch_tokens)), np.cumsum([0, *counts[:-1]])
+    means = (np.add.reduceat(probabilities, starts) / counts).reshape(-1, len(LABELS))
+    return [Scored(c, tuple(row), most) for c, row, most in zip(contexts, means.tolist(), np.maximum.reduceat(cut, starts[::len(LABELS)]).tolist())]
 
 
 # ---------------------------------------------------------------- figures
