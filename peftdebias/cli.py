@@ -96,10 +96,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _nowhere(settings) -> str:
     """What is wrong with a standard output that the caller closed, where the result has no other place; empty where it has one."""
-    flags = [name for name in ("out", "json", "examples") if hasattr(settings, name)]
-    if any(getattr(settings, name) not in (None, "-") for name in flags):
+    flag = next((name for name in ("out", "json") if hasattr(settings, name)), None)
+    if flag is not None and getattr(settings, flag) not in (None, "-"):
         return ""
-    return "standard output: expected it open, for the result, got it closed" + (f"; name a file with --{flags[0]}" if flags else "")
+    return "standard output: expected it open, for the result, got it closed" + (f"; name a file with --{flag}" if flag else "")
 
 
 def _ended(why: str) -> int:

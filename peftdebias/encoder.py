@@ -9,6 +9,8 @@ the order in which they act: 0 the embeddings, 3 i + 1 to 3 i + 3 layer i's prob
 Two savings, both exact: no padding flows through anything but attention, and the last layer computes queries, output projection and feed-forward
 only for the rows that the batch asks for. A third on request, exact too: `recompute` keeps the inputs of the layers alone for the backward.
 
+Departure: a `<pad>` that a RoBERTa's text spells out is a token like others; transformers gives it the padding's position and counts the others without it.
+
 Letters: T tokens in the batch, B sequences, D hidden, H heads, W head width, V vocabulary, M rows asked for.
 Papers: Devlin et al. 2019 (BERT), Liu et al. 2019 (RoBERTa).
 """

@@ -129,7 +129,7 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
             _fresh_head(model, settings)
         checkpoint.attach_adapters(model, settings.adapter, settings.force)
         method = methods.create(settings.method, model.config, budget=settings.budget, options=options, seed=settings.seed, max_length=settings.max_length)
-        short = methods.short_of(settings.budget, method, options)
+        short = methods.short_note(settings.budget, method, options)
         base = checkpoint.describe_base(model)
         if cls.trains_base:
             if model.methods:
@@ -138,7 +138,7 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
             patch.attach(model, axis.name if axis.name not in model.methods else axis.name + "-new", method)
         longest = max_length(model, settings.max_length)
         texts = _Corpus(settings, axis, intervention, tokenizer, longest, stack)
-        notes = [*loaded.report.lines(), *([f"--budget: {short}, where texts may have {settings.max_length} tokens"] if short else []), *texts.notes(), *texts.held_out_notes]
+        notes = [*loaded.report.lines(), *short, *texts.notes(), *texts.held_out_notes]
         model.to(device)
         notes += [f"device: {device}, {precision}", *_compiling(step)]
         task = MaskedLM(texts.epochs.epoch, texts.held_out.families, tokenizer, seed=settings.seed)
@@ -418,7 +418,7 @@ def size_note(what: str, trained: dict, model: Model) -> str:
 
 
 def _compiling(step: str) -> list[str]:
-    return ["step: compiled; some three steps, most of them among the first, wait for the compiler, half a minute or more each"] if step == "compiled" else []
+    return ["step: compiled; two or three steps, most of them among the first, wait for the compiler, half a minute or more each"] if step == "compiled" else []
 
 
 def _schedule(settings: Upstream | Downstream, steps: int, validate_every: int | None, precision: str, step: str) -> Schedule:

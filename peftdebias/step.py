@@ -71,21 +71,22 @@ class Compiled(Step):
         kernels.load(self.model.device)
         # Inductor has a generator of its own; the seed of a pass shall be the one that eager draws.
         options = {"fallback_random": True} if backend == "inductor" else None
-        self.loss = torch.compile(_with_own_code(self.loss), fullgraph=True, backend=backend, options=options)
+        self.loss = torch.compile(_by_own_code(self.loss), fullgraph=True, backend=backend, options=options)
 
     def __call__(self, batch: Batch, rate: float) -> Tensor:
         began, graphs = time.perf_counter(), _graphs()
         try:
             loss = super().__call__(self.shaped(batch), rate)
         except torch._dynamo.exc.BackendCompilerFailed as error:
-            said = (str(error.inner_exception).strip().splitlines() or [""])[0]
-            raise PeftDebiasError(f"--step compiled: torch.compile cannot build the step: {type(error.inner_exception).__name__}: {said}; expected a compiler that works, "
-                                  "or --step eager") from error
+            cause = error.inner_exception
+            said = (str(cause).strip().splitlines() or [""])[0]
+            wanted = "files that are whole (a compilation that was stopped can leave one that is not: remove it)" if isinstance(cause, ImportError) else "a compiler that works"
+            raise PeftDebiasError(f"--step compiled: torch.compile cannot build the step: {type(cause).__name__}: {said}; expected {wanted}, or --step eager") from error
         except OSError as error:
             raise _unkept(error) from error
         made = _graphs() - graphs
-        self.preparing = time.perf_counter() - began if made else 0.0
-        if made:
+        self.preparing = time.perf_counter() - began if made > 0 else 0.0
+        if made > 0:
             self.say(f"step: compiled {'once' if made == 1 else f'{made} times'}, in {self.preparing:.0f} s")
         return loss
 
@@ -105,12 +106,14 @@ def _unkept(error: OSError) -> PeftDebiasError:
                            "write to (TORCHINDUCTOR_CACHE_DIR), or --step eager")
 
 
-def _with_own_code(method: Callable) -> Callable:
-    """The same method of the same object. Dynamo keeps the graphs of a code object together, and only so many: those of one training are not another's."""
-    function = method.__func__
+def _by_own_code(loss: Callable) -> Callable:
+    """The same function or method. Dynamo keeps the graphs of a code object together, and only so many: those of one training are not another's."""
+    function = getattr(loss, "__func__", loss)
+    if not isinstance(function, types.FunctionType):
+        return loss
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
-    return types.MethodType(own, method.__self__)
+    return own if function is loss else types.MethodType(own, loss.__self__)
 
 
 def _graphs() -> int:

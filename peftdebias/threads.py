@@ -15,5 +15,5 @@ SPINS = 1000  # some 20 us
 
 def sleep_soon() -> None:
     """For this process and those that it starts, unless its environment says otherwise or torch is loaded already."""
-    if "torch" not in sys.modules and not any(name in os.environ for name in ASKED):
+    if "torch" not in sys.modules and not any(os.environ.get(name) for name in ASKED):
         os.environ[VARIABLE] = str(SPINS)

@@ -21,6 +21,7 @@ STYLES = {
     "bert": {"cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]", "pad": "[PAD]", "unk": "[UNK]"},
     "roberta": {"cls": "<s>", "sep": "</s>", "mask": "<mask>", "pad": "<pad>", "unk": "<unk>"},
 }
+WEAK = "unless there"  # an added token of which a file knows the id alone; a tokenizer that has it knows its flags
 ADDED = ("single_word", "lstrip", "rstrip", "normalized", "special")  # flags of an added token
 MASK_SHARE = 0.15
 
@@ -181,22 +182,27 @@ def _settings(folder: Path) -> dict:
         return found
     typed = lambda token: {"__type": "AddedToken", **token} if isinstance(token, dict) else token  # noqa: E731  as tokenizer_config.json says it
     found |= {key: [typed(token) for token in value] if isinstance(value, list) else typed(value) for key, value in mapped.items()}
-    special = _special(found)
-    return found | ({"added_tokens_decoder": {str(i): {"content": t, "special": t in special, "normalized": t not in special} for t, i in added.items()}} if added else {})
+    special = {token.content for token in _special(found)}
+    return found | ({"added_tokens_decoder": {str(i): {"content": t, "special": t in special, "normalized": t not in special, WEAK: True} for t, i in added.items()}} if added else {})
 
 
 def _content(token: str | dict) -> str:
     return token["content"] if isinstance(token, dict) else token
 
 
-def _special(settings: dict) -> list[str]:
+def _special(settings: dict) -> list[tokenizers.AddedToken]:
     """The special tokens that settings name, those of the roles and others."""
     others = [token for key in ("additional_special_tokens", "extra_special_tokens") if isinstance(named := settings.get(key), list) for token in named]
-    return list(dict.fromkeys(_content(token) for token in [*(settings.get(f"{role}_token") for role in STYLES["bert"]), *others] if token))
+    found: dict[str, tokenizers.AddedToken] = {}
+    for token in [*(settings.get(f"{role}_token") for role in STYLES["bert"]), *others]:
+        if token:
+            found.setdefault(_content(token), _added(token if isinstance(token, dict) else {"content": token}, special=True))
+    return list(found.values())
 
 
-def _flags(token: dict) -> dict[str, bool]:
-    return {key: bool(token[key]) for key in ADDED if key in token}
+def _added(token: dict, **flags: bool) -> tokenizers.AddedToken:
+    """As settings have it; flags: beside or in place of theirs."""
+    return tokenizers.AddedToken(token["content"], **{flag: bool(token[flag]) for flag in ADDED if flag in token} | flags)
 
 
 def _with_added(backend: tokenizers.Tokenizer, settings: dict) -> tokenizers.Tokenizer:
@@ -204,13 +210,13 @@ def _with_added(backend: tokenizers.Tokenizer, settings: dict) -> tokenizers.Tok
     listed = {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
     there = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for place, token in sorted(listed.items()):
-        flags, known = _flags(token), there.get(token["content"])
-        if known is None or any(getattr(known, key) != value for key, value in flags.items()):
-            (backend.add_special_tokens if flags.get("special") else backend.add_tokens)([tokenizers.AddedToken(token["content"], **flags)])
+        wanted, known = _added(token), there.get(token["content"])
+        if known is None or (WEAK not in token and any(getattr(known, flag) != getattr(wanted, flag) for flag in ADDED)):
+            (backend.add_special_tokens if wanted.special else backend.add_tokens)([wanted])
         if (found := backend.token_to_id(token["content"])) != place:
             raise ModelError(f"tokenizer: added token {token['content']!r}: expected the id {place} by its list, got {found} after the vocabulary")
     there = {token.content for token in backend.get_added_tokens_decoder().values()}
-    backend.add_special_tokens([token for token in _special(settings) if token not in there and backend.token_to_id(token) is not None])
+    backend.add_special_tokens([token for token in _special(settings) if token.content not in there and backend.token_to_id(token.content) is not None])
     return backend
 
 
@@ -262,7 +268,7 @@ def _byte_bpe(folder: Path, settings: dict) -> Tokenizer:
     special = [t for role, t in STYLES["roberta"].items() if role != "mask" and backend.token_to_id(t) is not None and not settings.get(f"{role}_token")]
     # RoBERTa's mask takes the space before it, so that " <mask>" is one token, unless the settings have it otherwise.
     mask = settings.get("mask_token")
-    backend.add_special_tokens([*special, tokenizers.AddedToken(_content(mask or "<mask>"), **{"lstrip": True, **(_flags(mask) if isinstance(mask, dict) else {}), "special": True})])
+    backend.add_special_tokens([*special, _added(mask, special=True) if isinstance(mask, dict) else tokenizers.AddedToken(mask or "<mask>", lstrip=True, special=True)])
     tokenizer = Tokenizer(_with_added(backend, settings), "roberta", settings)
     sep, cls = (backend.id_to_token(i) for i in (tokenizer.sep_id, tokenizer.cls_id))
     backend.post_processor = tokenizers.processors.RobertaProcessing((sep, tokenizer.sep_id), (cls, tokenizer.cls_id))

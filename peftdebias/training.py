@@ -209,8 +209,9 @@ class _Progress:
     def __init__(self, steps: int, log: Callable[..., None], bar: tqdm, label: str):
         self.steps, self.log, self.bar, self.label = steps, log, bar, label
         self.losses: list[Tensor] = []
-        self.tokens = self.counted = 0  # of the steps that speed is told of
-        self.waited = self.apart = 0.0  # seconds
+        self.tokens = self.counted = 0  # of steps that were not compiled
+        self.compiled_tokens = self.compiled_steps = 0
+        self.waited = self.validated = self.compiling = 0.0  # seconds
         self.told = self.started = time.perf_counter()
         bar.unpause()
 
@@ -233,18 +234,27 @@ class _Progress:
         """Time that is no step's."""
         began = time.perf_counter()
         yield
-        self.apart += time.perf_counter() - began
+        self.validated += time.perf_counter() - began
 
     def figures(self) -> tuple[float, float, float]:
         """(seconds of it all, tokens a second, share of waiting) up to now."""
         seconds = time.perf_counter() - self.started
-        return seconds, self.tokens / (seconds - self.apart), self.waited / (seconds - self.apart)
+        counted, tokens, _ = self._counted(seconds)
+        return seconds, tokens / counted, self.waited / counted
+
+    def _counted(self, seconds: float) -> tuple[float, int, int]:
+        """(seconds, tokens, steps) that the speed is made of, `seconds` after the start: those that were compiled too while there are no others."""
+        if not self.counted:
+            return seconds - self.validated, self.compiled_tokens, self.compiled_steps
+        return seconds - self.validated - self.compiling, self.tokens, self.counted
 
     def after(self, step: int, loss: Tensor, rate: float, tokens: int, preparing: float = 0.0) -> None:
         """Counts a step; preparing: as Step has it. Raises PeftDebiasError where the loss is not finite, which is asked of the device every LOG_EVERY steps."""
         self.losses.append(loss)
         if preparing:
-            self.apart += preparing
+            self.compiling += preparing
+            self.compiled_tokens += tokens
+            self.compiled_steps += 1
         else:
             self.tokens += tokens
             self.counted += 1
@@ -260,7 +270,8 @@ class _Progress:
         self.bar.set_postfix(loss=f"{mean:.4f}", tokens=f"{speed:.0f}/s", waiting=f"{100 * waiting:.1f}%")
         if self.bar.disable and self.started + seconds - self.told >= TOLD_EVERY and step < self.steps:
             self.told = self.started + seconds
-            left = (seconds - self.apart) / max(1, self.counted) * (self.steps - step) / 60
+            counted, _, steps = self._counted(seconds)
+            left = counted / steps * (self.steps - step) / 60
             print(f"{self.label or 'training'}: step {step} of {self.steps}, loss {mean:.4f}, {left:.1f} minutes left", file=sys.stderr, flush=True)
 
 

@@ -182,8 +182,8 @@ KEYS = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_at
         "attention_dropout": "attention_probs_dropout_prob", "classifier_dropout": "classifier_dropout", "pad_id": "pad_token_id", "tied": "tie_word_embeddings",
         "initializer_range": "initializer_range"}
 """Field of EncoderConfig -> its name in config.json."""
-SAME_ACTIVATIONS = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "gelu_python": "gelu"}
-"""Names that config.json may have for activations of sites.py, by other code of the same function."""
+SAME_ACTIVATIONS = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "gelu_accurate": "gelu_new", "gelu_python": "gelu"}
+"""Other names that config.json may have for activations of sites.py."""
 
 
 def read_config(folder: Path) -> tuple[EncoderConfig, dict]:

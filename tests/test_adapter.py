@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from peftdebias.errors import ConfigError
 from peftdebias.methods import create
 from peftdebias.methods.adapter import ARCHITECTURES, AdapterConfig, adapter_compiled, adapter_ref
-from peftdebias.ops import compiled
+from peftdebias.ops import Drop, compiled, dropout
 from peftdebias.sites import ACTIVATIONS
 
 from .outside import HIDDEN, LAYERS, assert_close, assert_spelled_out, attached, batch_for, drawn_model, one_thread
@@ -43,6 +43,15 @@ def test_activation_and_scale_can_be_chosen():
     model = drawn_model()
     method = attached(model, "gender", "adapter", architecture="houlsby", bottleneck=3, activation="gelu", scale=0.7)
     assert_spelled_out(model, batch_for(model, "mlm"), "mlm", block=spelled(method, READS["houlsby"]))
+
+
+def test_a_block_s_output_is_dropped_before_it_is_read_and_not_again():
+    model = drawn_model()
+    method, site, generator = attached(model, "gender", "adapter", architecture="houlsby", bottleneck=5), "layers.0.attention", torch.Generator().manual_seed(0)
+    hidden, residual = (torch.randn(11, HIDDEN, dtype=torch.float64, generator=generator) for _ in range(2))
+    norm, drop = model.encoder._norm(f"{site}.norm", model.encoder.layers[0].attention.norm), Drop(0.5, torch.tensor([7]), 2)
+    found = model.encoder.hooks.block(site, hidden, residual, norm, drop)[0]
+    assert_close(found, norm(method.block(site, dropout(hidden, drop), residual, norm), residual))
 
 
 def test_two_stack_in_the_order_of_attachment():

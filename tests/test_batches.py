@@ -193,6 +193,7 @@ def test_one_limit_is_needed(options):
     (dict(rows=np.arange(4) == 2), "rows: expected 4 integers, got bool of shape [4]"),
     (dict(rows=np.array([0, 5, 2]), targets=None), "expected rows from 0 to 3, ascending, got 0, 5, 2"),
     (dict(rows=np.array([0, -1, 2]), targets=None), "expected rows from 0 to 3, ascending, got 0, -1, 2"),
+    (dict(rows=np.array([-1, 2]), targets=None), "expected rows from 0 to 3, ascending, got -1, 2"),  # in a batch, the last row of the text before
     (dict(rows=np.array([3, 2, 1, 1, 0, 0]), targets=None), "expected rows from 0 to 3, ascending, got 3, 2, 1, 1, 0, ..."),
     (dict(rows=np.array([[0]])), "rows: expected 1 integers, got int64 of shape [1, 1]"),
     (dict(rows=None), "rows: expected 1 integers, got object of shape []"),

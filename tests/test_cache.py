@@ -65,6 +65,14 @@ def test_a_hit_reads_no_text_and_gives_the_same_batches(made, monkeypatch):
             assert equal([g.packed for g in given(one, 4, other[at].position)], [g.packed for g in expected[at + 1 : at + 5]])
 
 
+def test_a_run_that_begins_in_the_middle_writes_no_cache(made):
+    """It would hold the rest of the corpus, as if that were all."""
+    at = next(g.position for g in given(dataclasses.replace(made, cache=None), 60) if g.position["family"])
+    given(made, 60, at | {"epoch": 0})
+    whole = write(dataclasses.replace(made, cache=None))
+    assert equal(write(made), whole) and equal(write(made), whole)
+
+
 def test_the_background_process_writes_and_reads_it_too(made):
     expected = write(dataclasses.replace(made, cache=None))
     for _ in range(2):

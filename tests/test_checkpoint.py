@@ -179,6 +179,13 @@ def test_adapters_are_attached_in_order_under_their_axis(tmp_path):
     assert list(model.methods) == ["gender", "race", "gender-2"] and list(model.methods.values()) == [a.method for a in found]
 
 
+def test_the_folder_of_each_module_is_told_by_its_name(tmp_path, small):
+    model = load_run(small.base).model
+    for axis in ("gender", "race"):
+        save_adapter(tmp_path / axis, lora(model), axis, checkpoint.describe_base(model))
+    assert load_run(small.base, [tmp_path / "race", tmp_path / "gender"]).sources == {axis: tmp_path / axis for axis in ("race", "gender")}
+
+
 def test_a_run_of_several_modules_gives_all_of_them(tmp_path):
     model = model_of()
     base = checkpoint.describe_base(model)
@@ -423,3 +430,18 @@ def test_arguments_of_load_run_that_are_none_are_named(small):
             load_run(small.base, **options)
     with pytest.raises(ConfigError, match="--device: expected cpu, cuda, cuda:1, ... or auto, got None"):
         peftdebias.load(small.base, device=None)
+
+
+def test_the_checksum_is_that_of_files_written_before():
+    """An adapter of an earlier version belongs to the same base: names, dtypes, shapes and bytes as ever."""
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1, 2], dtype=torch.int32)}
+    assert patch.checksum(tensors) == "71ae10721836f2e4b7e5648887bc41ed6deff5587e998d89c2d4489756329631"
+    assert len({patch.checksum({"a": t}) for t in (torch.zeros(4), torch.zeros(2, 2), torch.zeros(4, dtype=torch.int32), torch.zeros(8, dtype=torch.float16))}) == 4
+
+
+def test_a_module_by_another_spelling_is_the_same(tmp_path):
+    model = model_of()
+    save_adapter(tmp_path / "a", lora(model), "gender", checkpoint.describe_base(model))
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(AdapterError, match="attached twice; expected each module once"):
+        checkpoint.attach_adapters(model, (str(tmp_path / "a"), str(tmp_path / "b")))

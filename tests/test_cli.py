@@ -412,7 +412,8 @@ def test_a_result_for_a_standard_output_that_is_closed_is_refused(small, tmp_pat
     said = ran(["augment", "--axis", "gender", corpus], ">&-")
     assert said.returncode == 2 and said.stderr == "peftdebias: standard output: expected it open, for the result, got it closed; name a file with --out\n"
     assert ran(["augment", "--axis", "gender", corpus, "--out", tmp_path / "out.jsonl"], ">&-").returncode == 0 and "she is a nurse" in (tmp_path / "out.jsonl").read_text()
-    for words, hint in (["doctor"], ""), (["methods", "--model", small.base], ""), (["evaluate", small.base, "--on", f"perplexity={small.heldout}"], "; name a file with --json"):
+    measuring = ["evaluate", small.base, "--on", f"perplexity={small.heldout}"]
+    for words, hint in (["doctor"], ""), (["methods", "--model", small.base], ""), (measuring, "; name a file with --json"), ([*measuring, "--examples", tmp_path / "e.jsonl"], "; name a file with --json"):
         said = ran(words, ">&-")
         assert said.returncode == 2 and said.stderr == f"peftdebias: standard output: expected it open, for the result, got it closed{hint}\n"
 
@@ -592,7 +593,7 @@ def test_a_signal_while_modules_are_imported_is_answered_behind_them(name, reque
     assert signal.getsignal(number) == before
 
 
-@pytest.mark.parametrize("given, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")])
+@pytest.mark.parametrize("given, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0"), ({"GOMP_SPINCOUNT": ""}, "1000")])
 def test_threads_that_wait_sleep_soon(given, expected):
     """As torch's own OpenMP says when it is loaded; whoever asks for another way gets it."""
     environment = {name: value for name, value in os.environ.items() if name not in threads.ASKED} | given | {"OMP_DISPLAY_ENV": "VERBOSE"}

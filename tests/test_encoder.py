@@ -12,13 +12,13 @@ import torch.nn.functional as F
 
 from peftdebias import kernels
 from peftdebias.batches import Sample, pack
-from peftdebias.encoder import Encoder, Model
+from peftdebias.encoder import Encoder, Model, parameter_at
 from peftdebias.errors import ModelError
 from peftdebias.kernels.dropout_ref import attention_keep
 from peftdebias.methods import base_parameters
 from peftdebias.ops.dropout import Drop, dropout_ref
 from peftdebias.patch import train_only
-from peftdebias.sites import ACTIVATIONS, block_sites, key_value_sites, linear_shape, linear_sites
+from peftdebias.sites import ACTIVATIONS, TABLES, block_sites, key_value_sites, linear_shape, linear_sites, parameter_size
 from peftdebias.weights import load_model, to_foreign
 
 from . import outside
@@ -47,7 +47,7 @@ def test_classifier_logits_equal_transformers(kind, dtype, tmp_path):
         assert_close(ours.class_logits(batch), outside.class_logits(theirs, batch), "logits", logits=True)
 
 
-@pytest.mark.parametrize("activation", ["gelu_new", "relu", "silu", "swish", "gelu_pytorch_tanh", "gelu_fast", "gelu_python"])
+@pytest.mark.parametrize("activation", ["gelu_new", "relu", "silu", "swish", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_activations_equal_transformers(kind, activation, tmp_path):
     """Feed-forward and BERT's masked-LM head follow the configuration; RoBERTa's head is always GELU."""
@@ -330,3 +330,11 @@ def test_a_batch_elsewhere_is_named():
 def test_labels_are_names(labels):
     with pytest.raises(ModelError, match="labels: expected names, each another one, got "):
         Model(outside.drawn_model().config, labels=labels)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_sizes_are_those_of_the_parameters(kind):
+    model = outside.drawn_model(kind)
+    for site in (*TABLES, *linear_sites(model.config), *(f"{site}.bias" for site in linear_sites(model.config))):
+        _, parameter, rows = parameter_at(model, site)
+        assert parameter_size(model.config, site) == parameter[rows].numel(), site

@@ -12,6 +12,8 @@ from peftdebias.batches import Sample, pack
 from peftdebias.encoder import EncoderConfig, Model
 from peftdebias.training import Schedule, train
 
+from . import toys
+
 TINY = EncoderConfig(kind="bert", layers=2, hidden=14, heads=2, feed_forward=37, vocab=61, max_positions=19, dropout=0.0, attention_dropout=0.0,
                      classifier_dropout=0.0)
 STEPS = 50
@@ -134,3 +136,12 @@ def test_what_is_not_trained_comes_back_bit_for_bit():
 def test_learning_rate_rises_and_falls_linearly(steps, warmup, rates):
     schedule = Schedule(steps=steps, lr=1.0, warmup=warmup)
     assert [schedule.rate(s) for s in range(1, steps + 1)] == pytest.approx(rates)
+
+
+def test_what_was_folded_before_stays_folded():
+    model = toys.model_of()
+    patch.attach(model, "one", toys.dense(toys.SOME_LINEARS))
+    patch.fold(model)
+    patch.attach(model, "two", toys.dense(toys.SOME_LINEARS, seed=20))
+    patch.fold(model).unfold()
+    assert model.encoder.hooks.off == {"one"}

@@ -8,6 +8,7 @@ import pytest
 
 from peftdebias.axes import load_axis
 from peftdebias.cda import PAPER, Family, Intervention, counterfactuals, families
+from peftdebias.cda_engine import engine
 from peftdebias.errors import DataError
 from peftdebias.holdout import HeldOut, beside, choose, first_families, place_of
 from peftdebias.prepare import in_dev
@@ -148,3 +149,9 @@ def test_a_validation_file_is_read_as_far_as_needed():
     assert first_families(reading(many(300), size=50)[0], GENDER, PAPER, 4, "v") == ["he was 1", "he was 2", "he was 4", "he was 5"]  # no more than wanted
     with pytest.raises(DataError, match="^v: expected words of the axis gender, found none in 3 texts$"):
         first_families(reading(["it"] * 3)[0], GENDER, PAPER, 4, "v")
+
+
+def test_the_search_goes_on_until_there_is_a_text_to_train_on():
+    texts = sorted((f"he is a w{i}" for i in range(40)), key=lambda text: place_of(engine(GENDER, PAPER).families([text])[0]))  # those with low places are held out
+    rule, held = choose(lambda: iter([[text] for text in texts]), GENDER, PAPER, 0.5, 2, "c.txt")
+    assert held == texts[:2] and rule.share == 0.5

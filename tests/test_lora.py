@@ -346,3 +346,10 @@ def test_dropout_stands_where_peft_has_it():
     found = model.encoder(batch, all_rows=True)
     outside.assert_close(found, outside.hidden(wrapped.base_model.model, batch))
     assert (found - model.eval().encoder(batch, all_rows=True)).abs().max() > 1e-3
+
+
+def test_a_is_drawn_within_one_by_the_root_of_its_inputs():
+    method = methods.create("lora", TINY, options={"rank": 30})
+    for site in method.sites(TINY):
+        a = method.values[site + ".a"]
+        assert 0.8 * a.shape[1] ** -0.5 < a.abs().max() <= a.shape[1] ** -0.5

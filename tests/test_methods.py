@@ -448,12 +448,12 @@ def test_what_has_no_sizes_is_named():
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "full"])
-@pytest.mark.parametrize("size", ["layers", "hidden", "heads", "feed_forward", "vocab", "max_positions", "segments"])
+@pytest.mark.parametrize("size", ["layers", "hidden", "heads", "feed_forward", "vocab", "max_positions", "segments", "position_offset"])
 def test_a_module_of_another_base_does_not_attach(name, size):
     """Its own sites decide: a table that it does not touch may have another height."""
-    value = 1 if size == "heads" else 2 * getattr(SHAPE, size)
+    value = 1 if size == "heads" else 2 * getattr(SHAPE, size) or 2
     other = dataclasses.replace(SHAPE, **{size: value})
-    model, tables = Model(SHAPE), size in ("vocab", "max_positions", "segments")
+    model, tables = Model(SHAPE), size in ("vocab", "max_positions", "segments", "position_offset")
     method = methods.create(name, other)
     if tables and name != "sparse":
         patch.attach(model, "gender", method)
@@ -467,3 +467,16 @@ def test_a_module_of_another_base_does_not_attach(name, size):
 def test_what_is_no_method_does_not_attach():
     with pytest.raises(AdapterError, match=r"^attach 'gender': expected a method, as methods.create\(\) makes one, got str$"):
         patch.attach(Model(SHAPE), "gender", "lora")
+
+
+def test_a_module_may_be_as_large_as_its_base(monkeypatch):
+    monkeypatch.setattr(methods, "LARGEST", 0)
+    assert methods.create("lora", drawn_model().config, options={"rank": 1}).count() > 0
+
+
+def test_numbers_that_are_too_large_for_the_module_are_refused():
+    module = methods.create("lora", drawn_model().config)
+    state = {name: tensor.double() for name, tensor in module.state().items()}
+    next(iter(state.values()))[0, 0] = 1e300
+    with pytest.raises(AdapterError, match="expected finite numbers, got 1 of .* that are NaN or infinite in float32"):
+        module.load(state)

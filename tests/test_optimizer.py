@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from peftdebias.optimizer import AdamWOfManyRef, FlatAdamW, WholeAdamW, adamw_ref, rates_at
+from peftdebias.optimizer import AdamWOfManyRef, FlatAdamW, LargeAdamW, WholeAdamW, adamw_ref, rates_at
 from peftdebias.training import Schedule, make_optimizer
 
 SHAPES = ((3, 7), (5,), (2, 1, 2), (1,))
@@ -242,3 +242,18 @@ def test_on_a_cpu_gradients_are_clipped_before_a_step():
             p.grad = drawn(*p.shape, seed=i).float()
         clip(ps, 0.1)
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours, theirs))
+
+
+def test_torch_s_own_follows_the_rate_and_clips():
+    """LargeAdamW, which a base of more than FLAT values is trained with on a CPU."""
+    ours, theirs = parameters(), parameters()
+    optimizer, other = LargeAdamW(groups(ours), lr=1.0), torch.optim.AdamW(groups(theirs), lr=1.0)
+    for t, rate in enumerate((1e-2, 3e-2, 1e-3)):
+        optimizer.set_rate(rate)
+        for group in other.param_groups:
+            group["lr"] = rate
+        for i, (p, q) in enumerate(zip(ours, theirs)):
+            p.grad, q.grad = (drawn(*p.shape, seed=100 * t + i) for _ in range(2))
+        optimizer.clip(ours, 0.7), torch.nn.utils.clip_grad_norm_(theirs, 0.7)
+        optimizer.step(), other.step()
+    close(ours, theirs)

@@ -466,7 +466,7 @@ def test_what_is_cut_is_counted_and_reported(small, tmp_path):
 
 def test_a_budget_that_texts_leave_no_room_for_is_told(small, tmp_path):
     said = learn(small, tmp_path, "he is a nurse\nshe is a baker\n", method="prompt", budget=0.1, set=None, valid_share=0.5)
-    assert re.search(r"--budget: 0\.1 of the base comes to prompt length \d+, of which 1 fits, where texts may have 256 tokens", said.err), said.err
+    assert re.search(r"--budget: 0\.1 of the base comes to prompt length \d+, 1 taken: beside texts of --max-length tokens the base has no positions for more", said.err), said.err
 
 
 def test_the_models_own_limit_counts_too(small, tmp_path):

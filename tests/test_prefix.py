@@ -138,3 +138,14 @@ def test_equals_peft(kind, head, projected):
         pairs = {"layers": (encoder.embedding.weight, lambda *own: torch.cat([x.flatten(1) for x in own], 1), layers)}
     batch = batch_for(model, head) if head == "class" else ragged()  # their feature extraction drops segment ids
     assert_equals_peft(model, wrapped, pairs, head, batch)
+
+
+def test_the_mlp_is_drawn_within_one_by_the_root_of_its_inputs_and_run_again_by_every_pass():
+    method = create("prefix", drawn_model().config, options={"length": 7, "reparametrised": True, "inner": 300})
+    for name in ("down.weight", "up.weight"):
+        bound = method.values[name].shape[1] ** -0.5
+        assert 0.9 * bound < method.values[name].abs().max() <= bound
+    method.key_value(0)  # a pass that broke off here
+    with torch.no_grad():
+        method.values["embedding"].mul_(2)
+    assert torch.equal(method.key_value(0)[0], method._flat()[0][0])

@@ -8,7 +8,7 @@ import torch
 
 from peftdebias.batches import with_inserted
 from peftdebias.errors import ConfigError, ModelError
-from peftdebias.methods import base_parameters, create, short_of
+from peftdebias.methods import base_parameters, create, short_note
 
 from .outside import (HIDDEN, LENGTHS, POSITIONS, assert_close, assert_equals_peft, assert_spelled_out, attached, batch_for, drawn_model, one_thread, ragged,
                       spelled_out, with_peft)
@@ -92,9 +92,9 @@ def test_budget_leaves_room_for_the_texts(max_length, length):
     budget = 26 * HIDDEN / base_parameters(config)
     method = create("prompt", config, budget=budget, max_length=max_length)
     assert method.config.length == length and method.count() == length * HIDDEN
-    said = short_of(budget, method, {})
-    assert said == ("" if length == 26 else f"{budget:g} of the base comes to prompt length 26, of which {length} fits")
-    assert short_of(None, method, {}) == ""
+    said = short_note(budget, method, {})
+    assert said == ([] if length == 26 else [f"--budget: {budget:g} of the base comes to prompt length 26, {length} taken: {method.cap}"])
+    assert short_note(None, method, {}) == []
 
 
 @pytest.mark.parametrize("options,words", [

@@ -211,6 +211,8 @@ UP = "layers.1.feed_forward.up.indices"
     (lambda s: {n: t for n, t in s.items() if n != "embeddings.word.indices"}, "embeddings.word: expected values and indices of one length"),
     (lambda s: s | {"embeddings.word.indices": s["embeddings.word.indices"] + 61 * 14}, "embeddings.word: expected indices from 0 to 853"),
     (lambda s: {n: t for n, t in s.items() if not n.startswith("embeddings.word.")}, "expected 100 values, got"),
+    (lambda s: s | {"embeddings.word.values": s["embeddings.word.values"] * float("nan")}, "embeddings.word: expected finite numbers, got"),
+    (lambda s: s | {"embeddings.word.values": s["embeddings.word.values"].int()}, "embeddings.word: expected floating-point numbers, got int32"),
     (lambda s: s | {UP: s[UP].flip(0)}, "layers.1.feed_forward.up: expected ascending indices, each once"),
     (lambda s: s | {UP: s[UP][0].expand_as(s[UP])}, "layers.1.feed_forward.up: expected ascending indices, each once"),
 ])
@@ -218,3 +220,9 @@ def test_files_that_do_not_fit_are_named(change, words):
     _, method, _ = learnt()
     with pytest.raises(AdapterError, match=words):
         Sparse(method.config, TINY).load(change(method.state()))
+
+
+def test_a_file_has_an_index_beside_every_value():
+    module = methods.create("sparse", TINY, options={"k": 9})
+    module.load({"embeddings.word.values": torch.ones(9), "embeddings.word.indices": torch.arange(9, dtype=torch.int32)})
+    assert module.file_bytes() == sum(t.numel() * t.element_size() for t in module.state().values())

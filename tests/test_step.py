@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftdebias import kernels, methods, patch
 from peftdebias import lowered as lowered_file
-from peftdebias.batches import IGNORED
+from peftdebias.batches import IGNORED, with_inserted
 from peftdebias.encoder import Encoder, Model
 from peftdebias.errors import ModelError, PeftDebiasError
 from peftdebias.graphs import Graphed, recorded
@@ -46,8 +46,10 @@ class Labels:
         return mlm_loss(model.class_logits(batch), batch.targets)
 
 
-def made(name: str | None, dtype=torch.float32, cls=Step, options: dict | None = None, layers: int = LAYERS, hidden: int = HIDDEN, feed_forward: int = FEED_FORWARD, **settings) -> Step:
-    """A step of a small model in train mode; every parameter of the module drawn, so that each has a gradient. None trains the base. options: beside MODULES'."""
+def made(name: str | None, dtype=torch.float32, cls=Step, options: dict | None = None, layers: int = LAYERS, hidden: int = HIDDEN, feed_forward: int = FEED_FORWARD,
+         loss=None, **settings) -> Step:
+    """A step of a small model in train mode; every parameter of the module drawn, so that each has a gradient. None trains the base. options: beside MODULES'. loss: in place of
+    the task's."""
     model = model_of(dtype=dtype, layers=layers, hidden=hidden, feed_forward=feed_forward)
     if name is not None:
         method, generator = methods.create(name, model.config, options=MODULES.get(name, {}) | (options or {}), seed=0), torch.Generator().manual_seed(1)
@@ -59,7 +61,8 @@ def made(name: str | None, dtype=torch.float32, cls=Step, options: dict | None =
     parameters = {n: p for n, p in patch.all_parameters(model).items() if n.startswith("methods.") == (name is not None)}
     patch.train_only(model, parameters.values())
     model.train()
-    return cls(model, Masked() if name else Labels(), make_optimizer(parameters, Schedule(steps=3, lr=1e-2)), parameters, clip=1e9, **settings)
+    task = SimpleNamespace(loss=loss) if loss else Masked() if name else Labels()
+    return cls(model, task, make_optimizer(parameters, Schedule(steps=3, lr=1e-2)), parameters, clip=1e9, **settings)
 
 
 def spread(method) -> dict[str, torch.Tensor]:
@@ -88,7 +91,7 @@ def test_sizes_are_rounded_up_by_an_eighth_at_most():
     assert len({rounded(size, 64) for size in range(4096, 8192)}) <= 9
 
 
-@pytest.mark.parametrize("lengths", [RAGGED, (19,), (1, 1), (17, 0, 3), FULL])
+@pytest.mark.parametrize("lengths", [RAGGED, (19,), (1, 1), (17, 0, 3), FULL, (13,) * 97])
 def test_a_filled_batch_holds_the_texts_and_a_tail_that_counts_for_nothing(lengths):
     batch = ragged(tuple(n for n in lengths if n)) if 0 in lengths else ragged(lengths)
     shape = shape_of(batch, 19)
@@ -116,6 +119,15 @@ def test_a_filled_batch_has_the_loss_and_the_gradients_of_the_batch(name, length
     for parameter, gradient in found[0][1].items():
         assert_close(found[1][1][parameter], gradient, parameter)
         assert name is None or gradient.abs().max() > 0, parameter
+
+
+def test_bounds_grow_with_what_is_put_before_the_texts():
+    """Every sequence, the dummies too, is longer then: a bound that stays leaves a text's last tokens out of attention."""
+    batch = ragged(FULL)
+    filled = fill(batch, shape_of(batch, 19))
+    _, longer = with_inserted(filled, 5)
+    assert longer.bounds == (filled.bounds.tokens + 5 * (len(filled.cu_seqlens) - 1), filled.bounds.longest + 5, filled.bounds.rows)
+    assert longer.cu_seqlens.diff().max() <= longer.spans.most_keys and longer.cu_seqlens[-1] == longer.spans.keys
 
 
 def test_a_text_that_the_model_does_not_take_has_no_shape():
@@ -447,22 +459,42 @@ def test_compiling_that_the_environment_turns_off_is_refused():
             pick_step("compiled", torch.device("cpu"))
 
 
-def test_graphs_of_one_training_are_not_anothers():
-    """Dynamo keeps so many graphs of a function and no more; trainings in one process, of several methods, are more than that. A step that was compiled says so and how long it
-    took."""
+@pytest.mark.parametrize("kind", ["method", "function", "callable"])
+def test_graphs_of_one_training_are_not_anothers(kind):
+    """Dynamo keeps so many graphs of a function and no more; trainings in one process are more than that. A step that was compiled says so and how long it took."""
     torch.compiler.reset()
-    for name in ("bias", "lora", "ia3", "bias"):
+    for _ in range(3 if kind != "callable" else 1):
         said, times = [], []
-        step = made(name, cls=functools.partial(Compiled, backend="eager"), say=said.append)
-        with dynamo_config().patch(recompile_limit=2):
-            for lengths in (RAGGED, FULL, RAGGED):
-                step(batch_for(name, lengths=lengths), 1e-3)
+        step = made("bias", cls=functools.partial(Compiled, backend="eager"), say=said.append, loss={"method": None, "function": lambda *given: Masked().loss(*given),
+                                                                                                     "callable": functools.partial(Masked().loss)}[kind])
+        with dynamo_config().patch(recompile_limit=1):
+            for seed in (0, 1):
+                step(batch_for("bias", seed), 1e-3)
                 times.append(step.preparing)
-        assert 1 <= len(said) <= 2 and all(re.fullmatch(r"step: compiled once, in \d+ s", line) for line in said)
-        assert times[0] > 0 and times[2] == 0 and len(said) == sum(t > 0 for t in times)
+        assert len(said) == 1 and re.fullmatch(r"step: compiled once, in \d+ s", said[0]) and times[0] > 0 == times[1]
+
+
+def test_what_a_stopped_compilation_left_is_told():
+    def torn(graph, inputs):
+        raise ImportError("/cache/main.so: file too short")
+
+    step = made("bias", cls=functools.partial(Compiled, backend=torn))
+    with pytest.raises(PeftDebiasError, match="ImportError: /cache/main.so: file too short; expected files that are whole .a compilation that was stopped can leave one that is not: "
+                                              "remove it.*, or --step eager$"):
+        step(batch_for("bias"), 1e-3)
 
 
 # ---------------------------------------------------------------- bf16
+
+def test_what_a_merge_replaced_is_not_made_bf16():
+    """Unmerging would give back what was rounded."""
+    model = made("ia3").model
+    patch.train_only(model, ())
+    patch.merge(model)
+    replaced = {id(parameter) for parameter, _, _ in model.encoder.hooks.merged.tensors}
+    lowerable = set(map(id, may_be_lowered(model)))
+    assert replaced and lowerable and not replaced & lowerable
+
 
 @pytest.mark.parametrize("name,stays", [("lora", {"qkv.weight"}), ("adapter", set()), ("bias", {"bias"})])
 def test_frozen_matrices_are_bf16_while_they_may_be(name, stays):

@@ -46,7 +46,7 @@ def recipe(path, **changes) -> Recipe:
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(lines, "BLOCK", 700)
+    monkeypatch.setattr(lines.blocks, "__defaults__", (0, 0, 700))  # BLOCK was read when the function was made
     monkeypatch.setattr(corpus, "BLOCK", 700)
 
 

@@ -423,6 +423,34 @@ def test_added_and_special_tokens_are_those_of_transformers(kind, files, bert, r
     assert (again.cls_token, again.mask_token) == (expected.cls_token, expected.mask_token)
 
 
+@pytest.mark.parametrize("files,texts", [
+    ({"added_tokens.json": {"NEW": 30522}}, ["a new b", "aNEWb", "a NEW b"]),  # whose flags tokenizer.json alone knows
+    ({"tokenizer_config.json": {"added_tokens_decoder": {"30522": {"content": "NEW", "special": False}}}}, ["a new b", "aNEWb", "a NEW b"]),
+    ({"tokenizer_config.json": {"added_tokens_decoder": {"30522": {"content": "NEW", "special": True}}}}, ["a new b", "aNEWb", "a NEW b"]),
+])
+def test_flags_of_an_added_token_that_tokenizer_json_has(files, texts, bert, tmp_path):
+    library = outside.library("transformers")
+    raw = json.loads(bert.backend.to_str())
+    raw["added_tokens"].append({"id": 30522, "content": "NEW", "single_word": True, "lstrip": False, "rstrip": False, "normalized": False, "special": False})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    expected = library.BertTokenizer.from_pretrained(tmp_path)
+    assert ids(load_tokenizer(tmp_path).encode(texts)) == [expected(text)["input_ids"] for text in texts]
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_flags_of_the_mask_beside_a_vocab_txt(normalized, bert, tmp_path):
+    library = outside.library("transformers")
+    write_vocab_txt(tmp_path, bert)
+    mask = {"__type": "AddedToken", "content": "[MASK]", "lstrip": False, "rstrip": False, "normalized": normalized, "single_word": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": mask}))
+    expected = library.BertTokenizer.from_pretrained(tmp_path)
+    texts = ["a [MASK] b", "a [mask] b"]
+    found = ids(load_tokenizer(tmp_path).encode(texts))
+    assert found == [expected(text)["input_ids"] for text in texts] and (found[0] == found[1]) == normalized
+
+
 @pytest.mark.parametrize("stored", ["vocab.json", "tokenizer.json"])
 @pytest.mark.parametrize("lstrip", [True, False])
 @pytest.mark.parametrize("where", ["mask_token", "added_tokens_decoder"])

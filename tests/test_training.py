@@ -262,17 +262,19 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch):
         assert len(said) == len(lines) and all(line.startswith(start) and line.endswith(" 0.0 minutes left") for line, start in zip(said, lines))
 
 
-def test_the_speed_is_that_of_steps_that_were_not_compiled(monkeypatch):
-    """Ten steps of a second and 50 tokens, of which the first waits 100 s for the compiler; twenty more take 20 s."""
+@pytest.mark.parametrize("compiled,expected,left", [(1, (110.0, 50.0, 0.0), "0.3"), (0, (10.0, 50.0, 0.0), "0.3"), (10, (1010.0, 500 / 1010, 0.0), "33.7")])
+def test_the_speed_is_that_of_steps_that_were_not_compiled(compiled, expected, left, monkeypatch):
+    """Ten steps of a second and 50 tokens, of which the first wait 100 s for the compiler, twenty more to come; where all have waited, that is the speed."""
     now, told = [0.0], []
     monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(training, "TOLD_EVERY", 0.0)
     with training._bar(30, "") as bar, contextlib.redirect_stderr(io.StringIO()) as err:
         progress = training._Progress(30, lambda **event: told.append(event), bar, "")
         for step in range(1, 11):
-            now[0] += 101 if step == 1 else 1
-            progress.after(step, torch.tensor(1.0), 0.1, 50, preparing=101.0 if step == 1 else 0.0)
-    assert progress.figures() == (110.0, 50.0, 0.0) and [event["tokens_per_second"] for event in told] == [50] and err.getvalue().endswith("0.3 minutes left\n")
+            took = 101.0 if step <= compiled else 1.0
+            now[0] += took
+            progress.after(step, torch.tensor(1.0), 0.1, 50, preparing=took if step <= compiled else 0.0)
+    assert progress.figures() == expected and [event["tokens_per_second"] for event in told] == [round(expected[1])] and err.getvalue().endswith(f" {left} minutes left\n")
 
 
 def test_the_progress_bar_is_closed_before_an_error_is_told():
@@ -472,3 +474,23 @@ def test_scores_on_a_cpu_come_in_small_batches(monkeypatch):
         assert sorted(i for items, _ in found for i in items) == [*range(5)]
         assert max(len(batch.ids) for _, batch in found) == most
         assert all(batch.lengths == tuple(len(samples[i].ids) for i in items) for items, batch in found)
+
+
+def test_the_validation_loss_is_the_mean_over_the_masked_tokens():
+    """Not over the texts, whatever their lengths."""
+    task = MaskedLM(lambda number: iter(()), [[numpy.arange(5, 5 + n)] for n in (17, 3, 11)], TOKENIZER, seed=0)
+    model = model_of(mlm=True)
+    sums, counts = masked_lm_nll(model, task.held_out)
+    assert len(set(counts)) > 1 and task.validate(model)["loss"] == pytest.approx(sums.sum() / counts.sum(), rel=1e-12)
+
+
+def test_a_model_in_eval_mode_is_trained_with_dropout():
+    modes = []
+
+    class Task(Plain):
+        def loss(self, model, batch):
+            modes.append(model.training)
+            return super().loss(model, batch)
+
+    run(Task(), model_of().eval(), steps=2)
+    assert modes == [True, True]

@@ -52,6 +52,7 @@ class Method:
     mergeable: ClassVar[bool] = False
     foldable: ClassVar[bool] = False
     size: ClassVar[str | None] = None  # the field of Config that `budget` chooses; None: the size is fixed
+    cap: ClassVar[str] = ""  # why `capped` may make it less, in words
     position_shift: int = 0
     first_row: str = "text"
 
@@ -84,7 +85,7 @@ class Method:
 
     @classmethod
     def capped(cls, config, encoder_config: EncoderConfig, max_length: int):
-        """`config` as budget chose it, made no larger than texts of max_length tokens allow."""
+        """`config` as budget chose it, made no larger than texts of max_length tokens allow; `cap` says why that may be less."""
         return config
 
     def count(self) -> int:
@@ -252,13 +253,13 @@ def create(name: str, encoder_config: EncoderConfig, *, budget: float | None = N
     return _made(cls, config, encoder_config, torch.Generator().manual_seed(int(seed)))
 
 
-def short_of(budget: float | None, method: Method, options: dict) -> str:
-    """How `method`, made by `create` with that budget and these options, is smaller than the budget asked for, since no more fits; empty where it is not."""
+def short_note(budget: float | None, method: Method, options: dict) -> list[str]:
+    """One line where `method`, made by `create` with that budget and these options, was capped, else none."""
     if budget is None:
-        return ""
+        return []
     size, encoder = method.size, method.encoder_config
     wanted, found = (getattr(config, size) for config in (method.size_for(encoder, round(budget * base_parameters(encoder)), **options), method.config))
-    return "" if found == wanted else f"{budget:g} of the base comes to {method.name} {size} {wanted}, of which {found} fits"
+    return [f"--budget: {budget:g} of the base comes to {method.name} {size} {wanted}, {found} taken: {method.cap}"] if found != wanted else []
 
 
 def _made(cls: type[Method], config, encoder_config: EncoderConfig, generator: torch.Generator) -> Method:

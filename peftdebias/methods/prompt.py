@@ -48,6 +48,7 @@ class Prompt(Method):
     name = "prompt"
     Config = PromptConfig
     size = "length"
+    cap = "beside texts of --max-length tokens the base has no positions for more"
 
     def __init__(self, config: PromptConfig, encoder_config: EncoderConfig, generator: torch.Generator | None = None):
         super().__init__(config, encoder_config, generator)

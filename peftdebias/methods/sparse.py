@@ -86,6 +86,7 @@ class Sparse(Method):
     mergeable = True
     foldable = True
     size = "k"
+    cap = "there are no more weights to choose from"
 
     def __init__(self, config: SparseConfig, encoder_config: EncoderConfig, generator: torch.Generator | None = None):
         super().__init__(config, encoder_config, generator)
@@ -159,7 +160,7 @@ class Sparse(Method):
             indices = state.get(f"{site}.indices")
             if site not in known or indices is None or indices.shape != values.shape or values.dim() != 1:
                 raise AdapterError(f"sparse adapter, {site}: expected values and indices of one length for a weight of the base, got something else")
-            if wrong := wrong_numbers(values):
+            if wrong := wrong_numbers(values, torch.float32):
                 raise AdapterError(f"sparse adapter, {site}: {wrong}")
             if indices.dtype not in (torch.int32, torch.int64):
                 raise AdapterError(f"sparse adapter, {site}: expected indices in int32 or int64, got {str(indices.dtype).removeprefix('torch.')}")

@@ -1,5 +1,7 @@
 """What would see a kernel that touches memory of others: the fence around what launchers make, in a backward too, and the interpreter that stays inside its tensors."""
 
+import math
+
 import pytest
 import torch
 import triton
@@ -14,6 +16,15 @@ from .harness import DEVICE, GUARD, Fenced, drawn
 def copy_kernel(X, Y, given, written, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
     tl.store(Y + columns, tl.load(X + columns, mask=columns < given, other=0.0), mask=columns < written)
+
+
+def test_the_fence_is_nan_in_every_dtype_of_floats():
+    with Fenced() as fence:
+        for dtype in fence.BITS:
+            torch.empty(3, dtype=dtype, device=DEVICE)
+    for (buffer, inside, _), dtype in zip(fence.made, fence.BITS):
+        assert buffer.view(dtype)[:inside.start].isnan().all()
+    fence.check()
 
 
 def copied(given: int, written: int) -> torch.Tensor:
@@ -31,8 +42,8 @@ def test_the_fence_stands_around_what_a_backward_makes():
         before = len(fence.made)
         torch.autograd.grad(y, x, torch.ones_like(y))
     fence.check()
-    buffer, inside = next((buffer, inside) for buffer, inside in fence.made[before:] if inside == slice(GUARD, GUARD + 15))
-    buffer[inside.stop] = 3.0
+    buffer, inside, _ = next(one for one in fence.made[before:] if one[1] == slice(GUARD, GUARD + 15))
+    buffer.view(torch.float32)[inside.stop] = math.nan  # as a kernel writes it that reads NaN beyond its input
     with pytest.raises(AssertionError, match="expected no write beyond an output or scratch tensor of 15 elements"):
         fence.check()
 

@@ -4,7 +4,7 @@ It hands a kernel Python's own floats, of 64 bits, where a GPU gets float32: her
 its errors would be twice those of any device: here it rounds. And it multiplies tiles by BLAS, which sums a product's terms in an order that depends on the tile's shape:
 `products_in_order` is for kernels that take the same product of tiles of other shapes and count on the same bits.
 
-It reads and writes wherever an address points to, where a GPU ends the program or not, by luck: here a kernel touches nothing but the tensors that it was given.
+It reads and writes wherever an address points to, where a GPU ends the program or not, by luck: here a kernel loads and stores nothing but the tensors that it was given.
 """
 
 import os
@@ -94,17 +94,18 @@ ADDRESSES_FROM_TABLES = {"many_kernel", "write_kernel"}  # kernels that are give
 
 
 def stay_inside() -> None:
-    """A load or a store whose mask lets it touch anything else than the tensors of its launch is an AssertionError."""
+    """A load or a store whose mask lets it touch anything else than the tensors of its launch is an error. Tensors of a GPU, which the interpreter copies, are not looked after,
+    nor which of two that lie side by side is meant."""
     from triton.runtime import interpreter
 
     launch, builder = interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder
     within: list[tuple[str, numpy.ndarray, numpy.ndarray]] = []  # the launches that are running: name, where stretches of memory begin, and end
 
     def watched_launch(self, *args, **kwargs):
-        name = self.fn.__name__
-        if name in ADDRESSES_FROM_TABLES:
+        name, given = self.fn.__name__, [*args, *kwargs.values()]
+        if name in ADDRESSES_FROM_TABLES or any(isinstance(t, torch.Tensor) and t.device.type != "cpu" for t in given):
             return launch(self, *args, **kwargs)
-        within.append((name, *_stretches([*args, *kwargs.values()])))
+        within.append((name, *_stretches(given)))
         try:
             return launch(self, *args, **kwargs)
         finally:

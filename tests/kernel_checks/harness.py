@@ -79,14 +79,16 @@ class Guarded:
 
 
 class Fenced:
-    """Inside the `with` block what Python code makes without values lies between two stretches of NaN (whole numbers: of one that nobody may overwrite); `check` looks at
-    them. The functions are replaced: a mode of torch's is off inside backward() and torch.autograd.grad."""
+    """Inside the `with` block what Python code makes without values lies between two stretches of a number that nobody may overwrite; `check` looks at them. Of floats it is a
+    NaN of its own bits: what is read there spoils the result, and a NaN that a kernel makes is another. The functions are replaced: a mode of torch's is off inside
+    backward() and torch.autograd.grad."""
 
     MAKES = ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"))
     NUMBER = 77
+    BITS = {torch.float16: (torch.int16, 0x7E4D), torch.bfloat16: (torch.int16, 0x7FCD), torch.float32: (torch.int32, 0x7FC0004D), torch.float64: (torch.int64, 0x7FF800000000004D)}
 
     def __init__(self):
-        self.made: list[tuple[Tensor, slice]] = []
+        self.made: list[tuple[Tensor, slice, int]] = []  # bits, where in them the tensor lies, those of the fence
 
     def __enter__(self) -> "Fenced":
         self._replaced = contextlib.ExitStack()
@@ -103,18 +105,17 @@ class Fenced:
             if type(found) is not Tensor or not found.is_contiguous() or found.dtype == torch.bool:
                 return found
             inside = slice(GUARD, GUARD + found.numel())
-            around = math.nan if found.is_floating_point() else self.NUMBER
-            buffer = torch.full((found.numel() + 2 * GUARD,), around, dtype=found.dtype, device=found.device)
-            self.made.append((buffer, inside))
-            return buffer[inside].view(found.shape).copy_(found)
+            bits, number = self.BITS.get(found.dtype, (found.dtype, self.NUMBER))
+            buffer = torch.full((found.numel() + 2 * GUARD,), number, dtype=bits, device=found.device)
+            self.made.append((buffer, inside, number))
+            return buffer.view(found.dtype)[inside].view(found.shape).copy_(found)
 
         return made
 
     def check(self) -> None:
-        for buffer, inside in self.made:
+        for buffer, inside, number in self.made:
             beyond = torch.cat((buffer[:inside.start], buffer[inside.stop:]))
-            whole = beyond.isnan() if beyond.is_floating_point() else beyond == self.NUMBER
-            assert whole.all(), f"expected no write beyond an output or scratch tensor of {inside.stop - inside.start} elements"
+            assert (beyond == number).all(), f"expected no write beyond an output or scratch tensor of {inside.stop - inside.start} elements"
 
 
 @contextlib.contextmanager
