@@ -10,7 +10,7 @@ import sys
 VARIABLE = "GOMP_SPINCOUNT"
 ASKED = ("OMP_WAIT_POLICY", VARIABLE)
 """Whoever has set one of these is not overruled."""
-SPINS = 1000  # some 20 us
+SPINS = 1000  # some 25 us
 
 
 def sleep_soon() -> None:
