@@ -46,6 +46,13 @@ class Labels:
         return mlm_loss(model.class_logits(batch), batch.targets)
 
 
+class Squares:
+    """Of a module's parameters: compiled in no time."""
+
+    def loss(self, model, batch):
+        return sum(p.square().sum() for p in model.methods["gender"].values.values())
+
+
 def made(name: str | None, dtype=torch.float32, cls=Step, options: dict | None = None, layers: int = LAYERS, hidden: int = HIDDEN, feed_forward: int = FEED_FORWARD,
          loss=None, **settings) -> Step:
     """A step of a small model in train mode; every parameter of the module drawn, so that each has a gradient. None trains the base. options: beside MODULES'. loss: in place of
@@ -435,7 +442,7 @@ def test_a_step_that_cannot_be_compiled_says_so_in_one_line():
     def broken(graph, inputs):
         raise OSError("no compiler here\nand more")
 
-    step = made("lora", cls=functools.partial(Compiled, backend=broken))
+    step = made("lora", cls=functools.partial(Compiled, backend=broken), loss=Squares().loss)
     with pytest.raises(PeftDebiasError, match="^--step compiled: torch.compile cannot build the step: OSError: no compiler here; expected a compiler that works, or --step eager$"):
         step(batch_for("lora"), 1e-3)
 
@@ -465,8 +472,8 @@ def test_graphs_of_one_training_are_not_anothers(kind):
     torch.compiler.reset()
     for _ in range(3 if kind != "callable" else 1):
         said, times = [], []
-        step = made("bias", cls=functools.partial(Compiled, backend="eager"), say=said.append, loss={"method": None, "function": lambda *given: Masked().loss(*given),
-                                                                                                     "callable": functools.partial(Masked().loss)}[kind])
+        loss = {"method": Squares().loss, "function": lambda *given: Squares.loss(None, *given), "callable": functools.partial(Squares().loss)}[kind]
+        step = made("bias", cls=functools.partial(Compiled, backend="eager"), say=said.append, loss=loss)
         with dynamo_config().patch(recompile_limit=1):
             for seed in (0, 1):
                 step(batch_for("bias", seed), 1e-3)
@@ -478,7 +485,7 @@ def test_what_a_stopped_compilation_left_is_told():
     def torn(graph, inputs):
         raise ImportError("/cache/main.so: file too short")
 
-    step = made("bias", cls=functools.partial(Compiled, backend=torn))
+    step = made("bias", cls=functools.partial(Compiled, backend=torn), loss=Squares().loss)
     with pytest.raises(PeftDebiasError, match="ImportError: /cache/main.so: file too short; expected files that are whole .a compilation that was stopped can leave one that is not: "
                                               "remove it.*, or --step eager$"):
         step(batch_for("bias"), 1e-3)
