@@ -271,7 +271,7 @@ class _Progress:
         if self.bar.disable and self.started + seconds - self.told >= TOLD_EVERY and step < self.steps:
             self.told = self.started + seconds
             counted, _, steps = self._counted(seconds)
-            left = counted / steps * (self.steps - step) / 60
+            left = (counted + self.validated) / steps * (self.steps - step) / 60
             print(f"{self.label or 'training'}: step {step} of {self.steps}, loss {mean:.4f}, {left:.1f} minutes left", file=sys.stderr, flush=True)
 
 

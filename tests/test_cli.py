@@ -412,8 +412,8 @@ def test_a_result_for_a_standard_output_that_is_closed_is_refused(small, tmp_pat
     said = ran(["augment", "--axis", "gender", corpus], ">&-")
     assert said.returncode == 2 and said.stderr == "peftdebias: standard output: expected it open, for the result, got it closed; name a file with --out\n"
     assert ran(["augment", "--axis", "gender", corpus, "--out", tmp_path / "out.jsonl"], ">&-").returncode == 0 and "she is a nurse" in (tmp_path / "out.jsonl").read_text()
-    measuring = ["evaluate", small.base, "--on", f"perplexity={small.heldout}"]
-    for words, hint in (["doctor"], ""), (["methods", "--model", small.base], ""), (measuring, "; name a file with --json"), ([*measuring, "--examples", tmp_path / "e.jsonl"], "; name a file with --json"):
+    measuring, hint = ["evaluate", small.base, "--on", f"perplexity={small.heldout}"], "; name a file with --json"
+    for words, hint in (["doctor"], ""), (["methods", "--model", small.base], ""), (measuring, hint), ([*measuring, "--examples", tmp_path / "e.jsonl"], hint):
         said = ran(words, ">&-")
         assert said.returncode == 2 and said.stderr == f"peftdebias: standard output: expected it open, for the result, got it closed{hint}\n"
 
