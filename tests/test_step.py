@@ -447,7 +447,7 @@ def test_a_step_that_cannot_be_compiled_says_so_in_one_line():
         step(batch_for("lora"), 1e-3)
 
 
-def test_a_folder_for_what_is_compiled_that_cannot_be_written_says_so_in_one_line(monkeypatch):
+def test_a_folder_for_what_is_compiled_that_cannot_be_written_says_so_in_one_line():
     step = made("lora", cls=functools.partial(Compiled, backend="eager"))
 
     def full(model, batch):

@@ -423,19 +423,19 @@ def test_added_and_special_tokens_are_those_of_transformers(kind, files, bert, r
     assert (again.cls_token, again.mask_token) == (expected.cls_token, expected.mask_token)
 
 
-@pytest.mark.parametrize("files,texts", [
-    ({"added_tokens.json": {"NEW": 30522}}, ["a new b", "aNEWb", "a NEW b"]),  # whose flags tokenizer.json alone knows
-    ({"tokenizer_config.json": {"added_tokens_decoder": {"30522": {"content": "NEW", "special": False}}}}, ["a new b", "aNEWb", "a NEW b"]),
-    ({"tokenizer_config.json": {"added_tokens_decoder": {"30522": {"content": "NEW", "special": True}}}}, ["a new b", "aNEWb", "a NEW b"]),
+@pytest.mark.parametrize("files", [
+    {"added_tokens.json": {"NEW": 30522}},  # whose flags tokenizer.json alone knows
+    {"tokenizer_config.json": {"added_tokens_decoder": {"30522": {"content": "NEW", "special": False}}}},
+    {"tokenizer_config.json": {"added_tokens_decoder": {"30522": {"content": "NEW", "special": True}}}},
 ])
-def test_flags_of_an_added_token_that_tokenizer_json_has(files, texts, bert, tmp_path):
+def test_flags_of_an_added_token_that_tokenizer_json_has(files, bert, tmp_path):
     library = outside.library("transformers")
     raw = json.loads(bert.backend.to_str())
     raw["added_tokens"].append({"id": 30522, "content": "NEW", "single_word": True, "lstrip": False, "rstrip": False, "normalized": False, "special": False})
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
-    expected = library.BertTokenizer.from_pretrained(tmp_path)
+    expected, texts = library.BertTokenizer.from_pretrained(tmp_path), ["a new b", "aNEWb", "a NEW b"]
     assert ids(load_tokenizer(tmp_path).encode(texts)) == [expected(text)["input_ids"] for text in texts]
 
 
@@ -462,7 +462,7 @@ def test_whether_the_mask_takes_the_space_before_it_is_as_transformers_reads_it(
         write_byte_bpe(tmp_path, shared, **settings)
     else:
         raw = json.loads(roberta.backend.to_str())
-        next(token for token in raw["added_tokens"] if token["content"] == "<mask>")["lstrip"] = where == "mask_token" and lstrip or where != "mask_token" and not lstrip
+        next(token for token in raw["added_tokens"] if token["content"] == "<mask>")["lstrip"] = lstrip == (where == "mask_token")  # a list is held against it
         (tmp_path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     expected = library.RobertaTokenizer.from_pretrained(tmp_path)("a <mask> b")["input_ids"]
