@@ -1,4 +1,5 @@
-"""What would see a kernel that touches memory of others: the fence around what launchers make, in a backward too, and the interpreter that stays inside its tensors."""
+"""What would see a kernel that touches memory of others: the fence around what launchers make, in a backward too, and the interpreter that stays inside its tensors
+and whose whole numbers do not overflow."""
 
 import math
 
@@ -46,6 +47,21 @@ def test_the_fence_stands_around_what_a_backward_makes():
     buffer.view(torch.float32)[inside.stop] = math.nan  # as a kernel writes it that reads NaN beyond its input
     with pytest.raises(AssertionError, match="expected no write beyond an output or scratch tensor of 15 elements"):
         fence.check()
+
+
+@triton.jit
+def combined_kernel(X, Y, OPERATION: tl.constexpr):
+    x, y = tl.load(X), tl.load(Y)
+    tl.store(Y, x + y if OPERATION == "add" else x - y if OPERATION == "sub" else x * y)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a device has no such watch")
+@pytest.mark.parametrize("operation, x, y", [("add", 2**31 - 6, 5), ("sub", 5 - 2**31, 5), ("mul", 2**16, 2**15 - 1)])
+def test_whole_numbers_do_not_overflow(operation, x, y):
+    x, y = torch.tensor([x], dtype=torch.int32), torch.tensor([y], dtype=torch.int32)
+    combined_kernel[(1,)](x, y.clone(), OPERATION=operation)
+    with pytest.raises(Exception, match=f"int32 overflow detected for operation {operation}"):
+        combined_kernel[(1,)](x, y + (2 if operation == "mul" else 5), OPERATION=operation)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a device has no such watch")

@@ -65,21 +65,21 @@ def remember_types() -> None:
     from triton.runtime import interpreter
 
     make_type, make_tensor, numpy_of = tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype
-    types, shapes, dtypes = {}, {}, {}
+    types, dtypes, of_scalars = {}, {}, []
 
     def block_type(self, element_ty, shape):
         key = element_ty.name, getattr(element_ty, "address_space", None), *(getattr(n, "value", n) for n in shape)
         if key not in types:
             make_type(self, element_ty, shape)
-            types[key] = dict(vars(self))
+            types[key] = vars(self) | {"of_tensors": []}
         vars(self).update(types[key])
 
     def tensor(self, handle, type):
-        key = type.shape if type.is_block() else ()
-        if key not in shapes:
+        kept = vars(type).get("of_tensors", of_scalars)
+        if not kept:
             make_tensor(self, handle, type)
-            shapes[key] = self.numel, self.shape
-        self.handle, self.type, self.dtype, (self.numel, self.shape) = handle, type, type.scalar, shapes[key]
+            kept.extend((self.numel, self.shape))
+        self.handle, self.type, self.dtype, (self.numel, self.shape) = handle, type, type.scalar, kept
 
     def np_dtype(of):
         key = of.scalar.name
@@ -88,6 +88,33 @@ def remember_types() -> None:
         return dtypes[key]
 
     tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype = block_type, tensor, np_dtype
+
+
+def take_what_fits() -> None:
+    """The interpreter goes through all rules of promotion and broadcasting for two tensors of one type, and casts, compares and asserts by itself to see that whole numbers
+    do not overflow: together a third of its time. Two tensors of one type are taken as they are, and an overflow is looked for in one go."""
+    import triton.language as tl
+    from triton.language.semantic import TritonSemantic
+
+    check, unwrap = TritonSemantic.binary_op_type_checking_impl, tl.core._unwrap_if_constexpr
+    as_numpy = {"add": numpy.add, "sub": numpy.subtract, "mul": numpy.multiply}
+
+    def checked(self, left, right, allow_left_pointer=False, allow_right_pointer=False, arithmetic=True, division=False):
+        if type(left) is tl.tensor and type(right) is tl.tensor and left.shape is right.shape and not division and left.dtype.name == right.dtype.name and not left.dtype.is_ptr():
+            return left, right
+        return check(self, left, right, allow_left_pointer, allow_right_pointer, arithmetic, division)
+
+    def sanitized(self, left, right, operation):
+        of = left.type.scalar
+        if of.int_bitwidth < 64:
+            found = as_numpy[operation.__name__](left.handle.data.astype(numpy.int64), right.handle.data.astype(numpy.int64))
+            within = (found >= of.get_int_min_value()).all() and (found <= of.get_int_max_value()).all()
+            assert within, f"int{of.int_bitwidth} overflow detected for operation {operation.__name__}"
+
+    def unwrapped(value):
+        return value if type(value) is tl.tensor else unwrap(value)
+
+    TritonSemantic.binary_op_type_checking_impl, TritonSemantic.binary_op_sanitize_overflow_impl, tl.core._unwrap_if_constexpr = checked, sanitized, unwrapped
 
 
 ADDRESSES_FROM_TABLES = {"many_kernel", "write_kernel"}  # kernels that are given numbers in place of tensors
@@ -149,6 +176,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     narrow_floats()
     patch_once()
     remember_types()
+    take_what_fits()
 
 
 @pytest.fixture
