@@ -432,12 +432,16 @@ def test_pieces_of_one_product_go_together(grads, pieces):
 
 def test_which_pieces_of_one_product_go_together():
     """Those alike: what differs in shape, scale or distance, or has too many ranks together, goes by itself."""
-    def runs(firsts, ranks=(5, 5, 5), scales=(1.0, 1.0, 1.0)):
-        return lora._alike([torch.zeros(r, 13) for r in ranks], [torch.zeros(7, r) for r in ranks], list(scales), firsts)
+    def runs(firsts, ranks=(5, 5, 5), scales=(1.0, 1.0, 1.0), outs=(7, 7, 7)):
+        return lora._alike([torch.zeros(r, 13) for r in ranks], [torch.zeros(out, r) for out, r in zip(outs, ranks)], list(scales), firsts)
 
     assert runs([0, 7, 14]) == [(0, 3)] and runs([0, 7, 20]) == [(0, 2), (2, 1)] and runs([14, 0, 7]) == [(0, 1), (1, 2)]
     assert runs([0, 7, 14], ranks=(5, 4, 4)) == [(0, 1), (1, 2)] and runs([0, 7, 14], scales=(1.0, 2.0, 2.0)) == [(0, 1), (1, 2)]
-    assert runs([0, 7, 14], ranks=(30, 30, 30)) == [(0, 2), (2, 1)]
+    assert runs([0, 7, 14], ranks=(30, 30, 30)) == [(0, 2), (2, 1)] and runs([0, 7, 14], outs=(7, 6, 6)) == [(0, 1), (1, 2)]
+
+
+def test_which_products_are_read_in_whole_vectors():
+    assert product.is_regular(128, 48, 144) and not any(product.is_regular(*sizes) for sizes in ((96, 48, 144), (128, 40, 144), (128, 48, 136)))
 
 
 # ---------------------------------------------------------------- dispatch
@@ -476,7 +480,8 @@ def test_registration():
     torch.library.opcheck(torch.ops.peftdebias.lora_linear.default, (x, w, bias, a, b, *flat, "", ""))
     packed = lora_thin.pack([a.detach()], [b.detach()], torch.float32)
     torch.library.opcheck(torch.ops.peftdebias.lora_dx.default, (torch.randn(13, 37, device=DEVICE), w, packed, 3, *flat, ""))
-    torch.library.opcheck(torch.ops.peftdebias.lora_grads.default, (x.detach(), torch.randn(13, 37, device=DEVICE), [a.detach()], [b.detach()], flat[0], 0, *flat[1:], ""))
+    pieces = [a.detach(), a.detach() + 1], [b.detach(), b.detach() + 1]
+    torch.library.opcheck(torch.ops.peftdebias.lora_grads.default, (x.detach(), torch.randn(13, 74, device=DEVICE), *pieces, flat[0], 37, *flat[1:], ""))
     torch.library.opcheck(torch.ops.peftdebias.lora_write.default, ([w], [a.detach()], [b.detach()], [1.5], [0, 0], torch.bfloat16))
     torch.library.opcheck(torch.ops.peftdebias.lora_written.default, (x, w, bias, [a], [b], [1.5], [0], ""))
 
