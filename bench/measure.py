@@ -119,6 +119,8 @@ def check(case: Case, setting: Setting, providers: dict[str, Provider], say: Cal
             del got
             gc.collect()  # models hold cycles; a large one is not kept beside the next
             shares[name] = max((d.apart / d.allowed if d.allowed else 0.0 for d in found), default=0.0)
+        if name not in providers:
+            _let_go()
     return shares
 
 
@@ -187,15 +189,17 @@ def _may_fail(case: Case, name: str, providers: dict[str, Provider], say: Callab
 @contextlib.contextmanager
 def _memory_may_end(case: Case, name: str, device: torch.device, say: Callable[[str], None]):
     """Where a device has too little memory for a provider, that one is not measured, and the others go on."""
-    there = None
     try:
         yield
-    except torch.OutOfMemoryError:  # which holds on to what was allocated until it is let go
+    except torch.OutOfMemoryError:
         there = f" ({torch.cuda.get_device_properties(device).total_memory / 2 ** 30:.0f} GiB are there)" if device.type == "cuda" else ""
-    if there is not None:
-        gc.collect()
-        torch.cuda.empty_cache()
         say(f"{case.name}: {name} is not measured: out of memory{there}")
+
+
+def _let_go() -> None:
+    """Gives back what a provider that failed held. Its error holds on to that inside of a `with` that takes the error, and in a cycle behind it."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _forget_compiled(providers: dict[str, Provider]) -> None:
@@ -343,6 +347,8 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
                 peaks[name], reserved[name] = peak
             if launch is not None:
                 launches[name] = launch
+        if name not in works:
+            _let_go()
     if not works:
         return []
     samples: dict[str, list[float]] = {name: [] for name in works}

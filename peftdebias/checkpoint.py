@@ -41,7 +41,7 @@ WRITERS = ("upstream", "downstream", "import")
 RUN_FILES = ("config.toml", "versions.json", "metrics.jsonl", "adapter.json")
 SOURCES = ("model", "corpus", "valid", "adapter", "train", "dev", "test", "cache")
 """The keys of a run's configuration that name files, folders and patterns."""
-PACKAGES = ("torch", "tokenizers", "safetensors", "numpy", "triton")
+PACKAGES = ("tokenizers", "safetensors", "numpy", "triton")
 
 
 # ---------------------------------------------------------------- adapters
@@ -356,7 +356,7 @@ def base_of(path: str | Path) -> str | Path:
 
 def versions(device: torch.device | None = None) -> dict:
     """What a result depends on besides its configuration: packages, this project's commit where it runs from a checkout, the device (None: that which `auto` is here)."""
-    found = {"peftdebias": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    found = {"peftdebias": __version__, "python": platform.python_version(), "platform": platform.platform(), "torch": torch.__version__}  # torch's own word says of what build it is
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
