@@ -153,7 +153,7 @@ def _texts(path: str, settings: Augment, made, skipped: Skipped, kind: str, numb
                     raise DataError(f"{place}: expected a text without line breaks for --format lines, got one with; use --format jsonl")
         written = made.write(chunk.texts, kind, number, start, stop)
         number += len(chunk.texts)
-        yield written, sum(map(len, chunk.texts))
+        yield written, sum(len(text.encode()) for text in chunk.texts)
 
 
 def _stretch(settings: Augment, files: list[str], made) -> tuple[int, int]:
@@ -177,7 +177,7 @@ def _writer(out) -> Callable:
 @contextlib.contextmanager
 def _stopwatch(files: list[str]) -> Iterator[tqdm]:
     """Bytes read, how fast and how long still, on standard error; quiet when that is no terminal. A packed file's size is not known."""
-    sizes = [Path(path).stat().st_size if Path(path).is_file() and not path.endswith(".gz") else None for path in files]
+    sizes = [Path(path).stat().st_size if Path(path).is_file() and not lines.is_packed(path) else None for path in files]
     total = None if None in sizes else sum(sizes)
     with tqdm(total=total, desc="augment", unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
         yield bar

@@ -229,7 +229,7 @@ class NativeEngine:
     def _call(self, data: bytes, ends: array | None, texts: int, kind: str, keep: str | None, first: int, start: int, stop: int) -> list["_Part"]:
         how, result = self.intervention, _Result()
         request = _Request(
-            data, len(data), None if ends is None else ends.buffer_info()[0], texts, first, start, stop, how.max_variants or 0,
+            data, len(data), None if ends is None else ends.buffer_info()[0], texts, first, start, stop, min(how.max_variants or 0, EVERYTHING),
             how.occurrences == "one", KEEP.index(keep or how.keep), self.axis.keep_untouched, _WRITE[kind], self.threads,
         )
         _check(self._library.peftdebias_cda_run(self._axis, self._job, ctypes.byref(request), ctypes.byref(result)))

@@ -109,7 +109,11 @@ def compare_examples(first: str, second: str, *, seed: int = 0, samples: int = 1
         if tallies is None:
             notes.append(f"not compared, has no comparison by example: {name}")
             continue
-        compared, without = differences(*tallies(a, b), seed=seed, samples=samples)
+        try:
+            both = tallies(a, b)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{first} or {second}: {name}: expected rows as `evaluate --examples` writes them, got others ({type(error).__name__}: {error})") from None
+        compared, without = differences(*both, seed=seed, samples=samples)
         if tallies is _classification:
             compared = [_with_mcnemar(d, a, b) if d.name == "accuracy" else d for d in compared]
         compared = [d for d in compared if "/term/" not in d.name]
@@ -305,7 +309,10 @@ def read_measures(path: str) -> dict[str, dict]:
     """name -> the measure as `evaluate --json` writes it."""
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))["measures"]
-        return {row["name"]: {key: row[key] for key in ("value", "unit", "ideal", "n")} for row in rows}
+        found = {row["name"]: {key: row[key] for key in ("value", "unit", "ideal", "n")} for row in rows}
+        if not all(isinstance(m["unit"], str) and all(m[key] is None or type(m[key]) in (int, float) for key in ("value", "ideal", "n")) for m in found.values()):
+            raise ValueError
+        return found
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, ValueError, KeyError, TypeError):

@@ -104,6 +104,11 @@ def kind(path) -> str:
     return found
 
 
+def is_packed(path) -> bool:
+    """Whether its name says gzip."""
+    return str(path).lower().endswith(".gz")
+
+
 def refuse_pickle(path: Path) -> None:
     """Raises DataError on a file that is one by its name, unread, with a way out."""
     if path.name.lower().removesuffix(".gz").endswith((".pkl", ".pickle")):
@@ -238,7 +243,7 @@ def blocks(path, offset: int = 0, count: int = 0, size: int = BLOCK) -> Iterator
 def _open(path):
     if str(path) == "-":
         return open(sys.stdin.fileno(), "rb", closefd=False)
-    return gzip.open(path, "rb") if str(path).lower().endswith(".gz") else open(path, "rb")
+    return gzip.open(path, "rb") if is_packed(path) else open(path, "rb")
 
 
 def _unreadable(path, number: int, error: Exception) -> DataError:

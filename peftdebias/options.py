@@ -171,16 +171,25 @@ def _short(value) -> str:
     return said if len(said) <= 100 and "\n" not in said else type(value).__name__
 
 
-def parse_settings(pairs: list[str]) -> dict:
-    """["rank=8", "targets=query,value"] -> {"rank": 8, "targets": ("query", "value")}; numbers and true/false as in TOML, the rest is text."""
+def parse_settings(pairs: list[str], texts: frozenset[str] = frozenset()) -> dict:
+    """["rank=8", "targets=query,value"] -> {"rank": 8, "targets": ("query", "value")}; numbers and true/false as in TOML, the rest is text. texts: keys, behind a
+    NAME. too, whose value is one text, commas and all."""
     settings = {}
     for pair in pairs:
         key, equals, text = str(pair).partition("=")
         if not equals or not key:
             raise ConfigError(f"--set: expected KEY=VALUE, got {pair!r}")
-        parts = [_literal(part) for part in text.split(",")]
-        settings[key.replace("-", "_")] = parts[0] if len(parts) == 1 else tuple(parts)
+        key, parts = key.replace("-", "_"), tuple(_literal(part) for part in text.split(","))
+        if key.rpartition(".")[2] in texts:
+            settings[key] = whole if isinstance(whole := _literal(text), str) else text
+        else:
+            settings[key] = parts[0] if len(parts) == 1 else parts
     return settings
+
+
+def texts_of(cls: type) -> frozenset[str]:
+    """The fields of a dataclass whose value is one text."""
+    return frozenset(name for name, hint in typing.get_type_hints(cls).items() if _plain(hint) is str)
 
 
 def as_plain(config) -> dict:

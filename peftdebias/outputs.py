@@ -191,7 +191,7 @@ def keep_apart(outs: dict[str, str | Path | None], inputs: Iterable[str | Path |
     outs = {flag: Path(out) for flag, out in outs.items() if out not in (None, "-")}
     there = [path for name in inputs if name is not None and os.path.exists(path := Path("/dev/stdin" if str(name) == "-" else name))]
     for flag, out in outs.items():
-        if out.suffix == ".gz" and not folders:
+        if out.suffix.lower() == ".gz" and not folders:
             raise ConfigError(f"{flag} {out}: expected a name without .gz: what is written is not compressed")
         at_stake = os.path.exists(out)
         if at_stake and not (out.is_dir() if folders else out.is_file()):  # a device such as /dev/null keeps nothing

@@ -172,7 +172,7 @@ def splits(train: list[Example], dev: list[Example] | None, test: list[Example],
     train_share < 1 keeps that share of train, drawn with seed 0. Raises DataError where a split has no example.
     """
     def key(e: Example) -> str:
-        return e.text if e.text_pair is None else f"{e.text}\t{e.text_pair}"
+        return e.text.strip() if e.text_pair is None else f"{e.text.strip()}\t{e.text_pair.strip()}"
 
     notes = []
 

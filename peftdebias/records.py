@@ -103,7 +103,7 @@ def _csv_rows(source: Lines) -> Iterator[Record]:
             if not source.torn:
                 source.report(f"{_place(source.path, source.first)}: not csv: {error}")
             continue
-        if not source.torn and (len(row) > 1 or (row and row[0].strip())):
+        if not source.torn and row and (len(row) > 1 or not row[0] or row[0].strip()):  # a line of "" is a row, as csv writers put an empty text; a blank one is none
             yield Record(row, source.first, begin, (source.offset, source.count))
 
 
@@ -111,7 +111,7 @@ def _tsv_rows(source: Lines) -> Iterator[Record]:
     begin = (source.offset, source.count)
     for line in source:
         end = (source.offset, source.count)
-        if line.strip():
+        if "\t" in line or line.strip():
             yield Record([_unquote(field) for field in line.split("\t")], source.count, begin, end)
         begin = end
 

@@ -23,7 +23,7 @@ from .config import Downstream, Evaluate, Run, Upstream
 from .errors import ConfigError, DataError, PeftDebiasError
 from .files import read_object
 from .metrics import nli
-from .options import build, checked, expect, parse_settings
+from .options import build, checked, expect, parse_settings, texts_of
 from .outputs import alone, digest, write_text
 from .recipe import Column, Recipe, System, Task
 from .recipe_table import figures, markdown
@@ -120,7 +120,7 @@ class _Runner:
         cls, found = {"upstream": Upstream, "downstream": Downstream}[phase], {}
         names = [system.name for system in self.recipe.systems] + [task.name for task in self.recipe.tasks if phase == "downstream"]
         known = {name.lower().replace("-", "_"): name for name in names}
-        for key, value in parse_settings(list(entries)).items():
+        for key, value in parse_settings(list(entries), texts_of(cls)).items():
             owner, _, field = key.rpartition(".")
             if owner and owner.lower() not in known:
                 raise ConfigError(f"--{phase} {key}: expected NAME.KEY=VALUE with NAME one of {', '.join(names)}")

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy
 
-from . import corpus, splice
+from . import corpus, lines, splice
 from .axes import Axis
 from .buckets import Families, Packed, masked_batches
 from .cache import Cache
@@ -104,7 +104,7 @@ def check_position(position: dict, files: tuple[str, ...]) -> dict:
         if place[0] >= len(files):
             raise ConfigError(f"resume: expected a position in one of the corpus's {len(files)} files, got one in file {place[0] + 1}")
         file = files[place[0]]
-        if os.path.isfile(file) and not file.endswith(".gz") and place[1] > (size := os.path.getsize(file)):
+        if os.path.isfile(file) and not lines.is_packed(file) and place[1] > (size := os.path.getsize(file)):
             raise ConfigError(f"resume: expected a position in {file}, of {size} bytes, got one behind {place[1]}")
     return position
 

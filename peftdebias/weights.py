@@ -255,8 +255,8 @@ def find_folder(name: str | Path) -> Path:
         return path
     if path.is_file():
         raise ModelError(f"model {str(name)!r}: expected a folder, got a file")
-    cache = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
-    stored = Path(cache) / ("models--" + str(name).replace("/", "--"))
+    cache = _cache()
+    stored = cache / ("models--" + str(name).replace("/", "--"))
     reference = stored / "refs" / "main"
     snapshots = sorted((stored / "snapshots").glob("*/config.json"))
     if os.path.exists(reference) and (stored / "snapshots" / reference.read_text().strip() / "config.json").exists():
@@ -266,6 +266,14 @@ def find_folder(name: str | Path) -> Path:
     if path.is_absolute() or str(name).startswith((".", "~", "$")) or path.is_symlink() or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir()):  # no name of a hub
         raise ModelError(f"model {str(name)!r}: no such folder")
     raise ModelError(f"model {str(name)!r}: no such folder, and not in the Hugging Face cache {cache}; fetch it with `hf download {name}`")
+
+
+def _cache() -> Path:
+    """Where `hf download` puts models, by the variables that huggingface_hub reads."""
+    if named := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(os.path.expandvars(named)).expanduser()
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(os.path.expandvars(home)).expanduser() / "hub"
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -67,9 +67,12 @@ def test_lora_of_before_their_scaling_was_mended(hub, tmp_path):
     config = drawn_for(hub, "bert")
     folder = hub_folder(hub, "lora", tmp_path / "a")
     values = json.loads((folder / "adapter_config.json").read_text())
-    assert interchange.read(folder, config).method.config.scale == 7 / 3
-    (folder / "adapter_config.json").write_text(json.dumps(values | {"version": "adapters.1.0.1"}))
-    assert interchange.read(folder, config).method.config.scale == 1
+    for version, scale in (("adapters.1.3.0", 7 / 3), ("adapters.1.1.0", 7 / 3), ("adapters.1.0.1", 1), ("adapters.0.2.2", 1)):
+        (folder / "adapter_config.json").write_text(json.dumps(values | {"version": version}))
+        assert interchange.read(folder, config).method.config.scale == scale
+    values["config"].pop("alpha")
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    assert interchange.read(folder, config).method.config.scale == 8 / 3
 
 
 def drawn_for(hub, kind: str):
@@ -93,6 +96,8 @@ def drawn_for(hub, kind: str):
     ("lora", {"composition_mode": "scale"}, "composition_mode: expected \"add\", got \"scale\""), ("lora", {"use_dora": True}, "use_dora: expected none"),
     ("lora", {"attn_matrices": ["q", "o"]}, "attn_matrices: expected some of q, k, v, got 'o'"),
     ("lora", {"output_lora": False}, "expected 12 tensors of a lora module as configured, got .*output.dense.loras.NAME.lora_A besides"),
+    ("lora", {"selfattn_lora": False}, "tensors of a lora module as configured, got .*loras.NAME.lora_A besides"),
+    ("seq_bn", {"reduction_factor": 100}, r"adapter_down.0.weight: expected shape \[1, 14\], got \[4, 14\]"),
     ("seq_bn", {"architecture": ["lora"]}, "architecture: expected lora, prefix_tuning or none .a bottleneck., got .'lora'."),
     ("prefix", {"flat": False}, "flat: expected true, got false; call eject_prefix_tuning"),
 ])  # fmt: skip
@@ -122,6 +127,19 @@ def test_absurd_sizes_are_refused_before_anything_is_made(name, changes, words, 
     with pytest.raises(AdapterError, match=words) as error:
         interchange.read(folder, drawn_for(hub, "bert"))
     assert str(error.value).startswith(str(folder)) and "\n" not in str(error.value)
+
+
+def test_copies_of_a_prefix_are_of_one_value(hub, tmp_path):
+    folder = hub_folder(hub, "prefix", tmp_path / "a")
+    path = folder / "adapter.safetensors"
+    tensors = load_file(path)
+    (name,) = [n for n in tensors if "prefix_tunings" in n and ".pool." not in n]
+    copy = name.replace(".prefix_tuning.", ".encoder.layer.0.attention.self.prefix_tuning.pool.")
+    save_file(tensors | {copy: tensors[name].clone()}, path)
+    assert interchange.read(folder, drawn_for(hub, "bert")).method.name == "prefix"
+    save_file(tensors | {copy: tensors[name] + 1}, path)
+    with pytest.raises(AdapterError, match="pool.*: expected the same values as in bert.prefix_tuning, got others"):
+        interchange.read(folder, drawn_for(hub, "bert"))
 
 
 def test_adapterhub_for_another_base(hub, tmp_path):

@@ -1,7 +1,9 @@
 """The plain twins of attention: the padded one equals the reference, dropout and prefixes included."""
 
+import importlib
 import itertools
 import math
+import types
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from peftdebias.ops import Drop, attention, attention_padded, attention_ref
 from peftdebias.ops.attention import attention_varlen, forms, has_varlen
 
 from .outside import HEAD_WIDTH, HEADS, assert_close, one_thread  # noqa: F401
+
+attention_module = importlib.import_module("peftdebias.ops.attention")  # the package has a function of that name
 
 SPANS = {
     "ragged": Spans.of((13, 1, 7), (13, 1, 7)),
@@ -119,6 +123,12 @@ def test_which_forms_can_serve():
     assert forms(query[:10], SPANS["an empty text"], None, None) == ("fused",)
     assert forms(query[:10], SPANS["an empty text"], (query, query), None) == ("fused", "padded")
     assert forms(query[:0], Spans.of((), ()), None, None) == ("fused",)
+
+
+def test_varlen_serves_where_every_text_asks_for_a_row(monkeypatch):
+    monkeypatch.setattr(attention_module, "has_varlen", lambda: True)
+    query = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(3, 2, 64))
+    assert forms(query, Spans.of((1, 2), (3, 2)), None, None)[-1] == "varlen" and forms(query, Spans.of((0, 3), (3, 3)), None, None) == ("fused", "padded")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or not has_varlen(), reason="needs a CUDA device and torch.nn.attention.varlen")

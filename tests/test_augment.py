@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from peftdebias import cda
+from peftdebias import augment, cda
 from peftdebias.axes import load_axis
 from peftdebias.cda import Intervention
 
@@ -118,9 +118,10 @@ def test_lines_are_texts_for_other_tools(files):
     out = done("augment", "--axis", "gender", "--format", "lines", files / "a.txt").out.splitlines()
     assert out[:4] == ["He met her.", "She met him.", "a \"king\" \\ and his wife", "a \"queen\" \\ and her husband"] and len(out) == 10
     assert done("augment", "--axis", "gender", "--format", "lines", "--keep", "counterfactuals", files / "a.txt").out.splitlines() == out[1::2]
-    (files / "two.jsonl").write_text(json.dumps({"text": "he\nshe"}) + "\n")
-    said = cli("augment", "--axis", "gender", "--format", "lines", files / "two.jsonl", "--out", files / "o.txt")
-    assert said.code == 2 and "two.jsonl:1: expected a text without line breaks for --format lines" in said.err and not (files / "o.txt").exists()
+    for text in ("he\nshe", "he\r"):
+        (files / "two.jsonl").write_text(json.dumps({"text": text}) + "\n")
+        said = cli("augment", "--axis", "gender", "--format", "lines", files / "two.jsonl", "--out", files / "o.txt")
+        assert said.code == 2 and "two.jsonl:1: expected a text without line breaks for --format lines" in said.err and not (files / "o.txt").exists()
 
 
 def test_statistics(files):
@@ -130,6 +131,63 @@ def test_statistics(files):
         "axis": "gender", "texts": 8, "touched": 5, "variants": 5, "swaps": 10, "skipped": 0, "groups": {"male": 6, "female": 4}}
     assert found["touched_share"] == 5 / 8 and found["words"]["his"] == 2 and sum(found["words"].values()) == 10
     assert found["bytes"] == (files / "a.txt").stat().st_size and found["engine"] in ("native", "python")
+
+
+@pytest.mark.parametrize("name, content", [("a.txt", "h\u00e9 is a king\n"), ("a.csv", "text\nh\u00e9 is a king\n")])
+def test_bytes_are_bytes(name, content, tmp_path):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    done("augment", "--axis", "gender", tmp_path / name, "--out", tmp_path / "o.jsonl", "--stats", tmp_path / "s.json")
+    assert json.loads((tmp_path / "s.json").read_text())["bytes"] == len(content.removeprefix("text\n").encode()) - (name == "a.csv")  # of a table its texts, no line ends
+
+
+def test_what_is_found_is_told_by_column(tmp_path):
+    """A word that is like another counts to that one's column; columns without names have numbers from 1."""
+    (tmp_path / "a.txt").write_text("Ms. Jones met a king.\nThe queen and a Jewish woman\n")
+
+    def stats(*flags):
+        said = done("augment", *flags, tmp_path / "a.txt", "--stats", tmp_path / "s.json", "--out", tmp_path / "o.jsonl").err
+        return json.loads((tmp_path / "s.json").read_text())["groups"], said
+
+    assert stats("--axis", "gender")[0] == {"male": 1, "female": 3}
+    found, said = stats("--axis", "group", "--from", "1")
+    assert found == {"1": 1, "2": 0, "3": 0} and "2 texts, 1 (50.0 %) with words of the axis group in the column 1; " in said and "words of the axis group: jewish 1\n" in said
+
+
+def test_the_ten_words_that_were_found_most_are_named(tmp_path):
+    words = [row[0] for row in load_axis("group").groups[:12]]
+    (tmp_path / "a.txt").write_text(" ".join(words + words[-1:]) + "\n")
+    said = done("augment", "--axis", "group", tmp_path / "a.txt").err
+    assert f"words of the axis group: {words[-1]} 2, " + ", ".join(f"{word} 1" for word in words[:9]) + "\n" in said
+
+
+def test_a_text_without_words_of_the_axis_is_an_error_that_counts(tmp_path):
+    (tmp_path / "a.txt").write_text("rain\nsnow\n")
+    said = cli("augment", "--axis", "gender", tmp_path / "a.txt", "--out", tmp_path / "o.jsonl")
+    assert said.code == 2 and said.err.splitlines()[-1] == f"peftdebias: {tmp_path}/a.txt: expected words of the axis gender, found none in 2 texts" and list(tree(tmp_path)) == ["a.txt"]
+
+
+def test_a_column_of_lines_is_refused(files):
+    said = cli("augment", "--axis", "gender", files / "a.txt", "--column", "body")
+    assert said.code == 2 and f"--column body: expected a csv, tsv or jsonl file to take it from, got txt alone ({files}/a.txt)" in said.err
+
+
+def test_a_table_of_words_is_not_written_over(files):
+    mine = files / "mine.toml"
+    mine.write_text('keep_untouched = true\ncolumns = ["male", "female"]\ngroups = [["king", "queen"]]\n')
+    (files / "names.toml").write_text('columns = ["male", "female"]\ngroups = [["james", "zoe"]]\n')
+    before = tree(files)
+    for out, flag in ((mine, "--out"), (files / "names.toml", "--stats")):
+        said = cli("augment", "--axis", mine, "--names", files / "names.toml", files / "a.txt", flag, out)
+        assert said.code == 2 and f"{flag} {out}: is read, as {out}" in said.err and tree(files) == before
+
+
+def test_a_corrupt_line_is_named_wherever_its_block_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(augment, "BLOCK", 8)
+    (tmp_path / "a.txt").write_bytes(b"he\nshe\n\nhis\nher\n\xff\nhe\n")
+    said = cli("augment", "--axis", "gender", tmp_path / "a.txt")
+    assert said.code == 2 and "a.txt:6: expected utf-8, got 0xff at byte 1 of the line" in said.err
+    (tmp_path / "b.txt").write_bytes("he is\n\ufeffshe is\n".encode())
+    assert [row["text"] for row in done("augment", "--axis", "gender", tmp_path / "b.txt").rows] == ["he is", "\ufeffshe is"]
 
 
 def test_corrupt_lines_stop_or_are_counted_and_named(tmp_path):
@@ -145,7 +203,7 @@ def test_corrupt_lines_stop_or_are_counted_and_named(tmp_path):
     assert [line.split("a.txt:")[1].split(":")[0] for line in told[1:]] == ["2", "3", "4", "5", "6"]
     (tmp_path / "c.txt").write_bytes(b"\xff\n\xfe\n")
     said = cli("augment", "--axis", "gender", tmp_path / "c.txt", "--on-error", "skip", "--out", tmp_path / "o.jsonl")
-    assert said.code == 2 and "no text in" in said.err and "but 2 corrupt lines or records, such as" in said.err and not (tmp_path / "o.jsonl").exists()
+    assert said.code == 2 and "no text in" in said.err and f"but 2 corrupt lines or records, such as {tmp_path}/c.txt:2: " in said.err and not (tmp_path / "o.jsonl").exists()
 
 
 def test_the_twin_writes_the_same(files, monkeypatch):

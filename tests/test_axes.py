@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peftdebias.axes import Axis, is_word_character, load_axis, names, word_class
+from peftdebias.axes import LONGEST_WORD, MOST_BARRED, Axis, is_word_character, load_axis, names, word_class
 from peftdebias.cda import counterfactuals
 from peftdebias.errors import ConfigError, DataError
 
@@ -265,6 +265,8 @@ def test_a_file_that_is_no_text(tmp_path):
         ('keep_untouched = true\ngroups = [["a", "Muslim"]]', DataError, "'Muslim' has a capital letter: expected lower case"),
         (f'keep_untouched = true\ngroups = [["a", "{"x" * 101}"]]', DataError, "has 101 characters: expected at most 100"),
         ('keep_untouched = true\npronouns = true\ngroups = [["he", "she"]]', DataError, r'pronouns = true: expected the rows \["him", "her"\]'),
+        ('keep_untouched = true\npronouns = true\ngroups = [["him", "her"]]', DataError, r'pronouns = true: expected the rows \["him", "her"\]'),
+        ('name = "a/b"\nkeep_untouched = true\ngroups = [["a", "b"]]', DataError, "key 'name': expected a name without /, got 'a/b'"),
         ('keep_untouched = true\ngroups = [["a", "b"]]\n[like]\n"a" = "b"', DataError, r"mine\.toml:4: like: 'a' stands in a group too"),
         ('keep_untouched = true\ngroups = [["a", "b"]]\n[like]\nc = "d"', DataError, "like: 'c' is to be treated like 'd': expected a word of the groups"),
         ("keep_untouched = true\ngroups = " + "[" * 5000, DataError, "expected TOML, got "),
@@ -297,6 +299,17 @@ def test_mistakes_are_named(load, text, error, words):
     assert "axis file" in str(raised.value) and "mine.toml" in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_as_much_as_is_allowed_is_read(load):
+    words = [f"c{i}" for i in range(MOST_BARRED)]
+    axis = load('keep_untouched = true\ngroups = [["a", "' + "x" * LONGEST_WORD + '"]' + "".join(f', ["{word}", "d{word}"]' for word in words) + "]\n[unless_after]\n" + "".join(f'{w} = ["x{w}"]\n' for w in words))
+    assert len(axis.unless_after) == MOST_BARRED and len(axis.groups[0][1]) == LONGEST_WORD
+
+
+def test_a_letter_without_one_capital_stays_in_capitals():
+    axis = Axis("streets", (("stra\u00dfe", "weg"),), True)
+    assert [v.text for v in counterfactuals("STRA\u00dfE und STRASSE", axis)] == ["WEG und STRASSE"]
+
+
 def test_pronouns_may_count_in_some_letter_cases(tmp_path):
     (tmp_path / "small.toml").write_text('keep_untouched = true\npronouns = true\ngroups = [["him", "her"], ["his", "hers"]]\n[only]\nher = ["lower"]\n')
     axis = load_axis(str(tmp_path / "small.toml"))
@@ -320,6 +333,7 @@ def test_the_line_that_is_named_is_that_of_the_mistake(line, words, tmp_path):
     (dict(groups=(("Rich", "poor"),)), "group 1: 'Rich' has a capital letter"), (dict(groups=(("rich", "rich"),)), "group 1 repeats 'rich'"),
     (dict(groups=(("rich", "poor"), ("old", "rich"))), "'rich' stands in groups 1 and 2"), (dict(like=(("x", "y"),)), "like: 'x' is to be treated like 'y'"),
     (dict(columns=("a",)), "key 'columns': expected 2 names"), (dict(groups=(("rich", 3),)), "group 1: expected a word in quotes, got 3"),
+    (dict(only=(("x", ("lower",)),)), "only: 'x' is in no group"), (dict(unless_after=(("x", ("oil",)),)), "unless_after: 'x' is in no group"),
 ])  # fmt: skip
 def test_an_axis_made_by_hand_is_looked_at_too(changes, words):
     with pytest.raises(DataError, match=re.escape(f"axis 'wealth': {words}")):

@@ -15,6 +15,7 @@ from peftdebias.cda import Intervention
 from peftdebias.errors import ConfigError
 from peftdebias.holdout import HeldOut
 from peftdebias.stream import Stream, tokenised
+from peftdebias.tokens import STYLES, Tokenizer
 from peftdebias.worker import Epochs
 
 from .test_stream import equal, file, given, recipe, wordpiece  # noqa: F401
@@ -181,7 +182,16 @@ def test_a_run_that_ends_before_leaves_no_folder_of_its_own(made, tmp_path):
 def test_the_key_sees_how_a_file_is_read(tmp_path):
     """The same bytes as a table and as plain lines."""
     keys = set()
-    for name in ("a.txt", "a.tsv", "a.csv"):
+    for name in ("a.txt", "a.tsv", "a.csv", "a.txt.gz"):
         (tmp_path / name).write_text("text\the\nhe is\tx\n")
         keys.add(cache.key(recipe(tmp_path / name)))
-    assert len(keys) == 3
+    assert len(keys) == 4
+
+
+def test_the_key_sees_no_place_of_an_axis(made):
+    assert cache.key(dataclasses.replace(made, axis=dataclasses.replace(made.axis, source="elsewhere", description="other"))) == cache.key(made)
+
+
+def test_the_key_sees_how_pairs_are_framed(made):
+    other = Tokenizer(made.tokenizer.backend, "roberta", {f"{role}_token": token for role, token in STYLES["bert"].items()})
+    assert cache.key(dataclasses.replace(made, tokenizer=other)) != cache.key(made)

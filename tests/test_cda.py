@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from peftdebias.axes import SHAPES, letter_cases, load_axis, names
-from peftdebias.cda import Counterfactual, Family, Intervention, Swap, counterfactuals, deciding_rule, families, pronoun_table, rows
+from peftdebias.axes import SHAPES, Axis, letter_cases, load_axis, names
+from peftdebias.cda import Counterfactual, Family, Intervention, Swap, counterfactuals, deciding_rule, families, possessive_end, pronoun_table, rows
 from peftdebias.errors import ConfigError
 
 GENDER, RACE, GROUP = load_axis("gender"), load_axis("race"), load_axis("group")
@@ -388,6 +388,26 @@ def test_the_benchmark_counts_what_it_says(bench):
     assert counts["told apart", "him", "his"] == 1
 
 
+def test_a_word_like_another_belongs_to_its_column_alone():
+    text = "Mr. Smith met Ms. Jones"
+    assert [counterfactuals(text, GENDER, Intervention(only_from=column))[0].text for column in (0, 1)] == ["Mrs. Smith met Ms. Jones", "Mr. Smith met Mr. Jones"]
+
+
+def test_a_row_is_barred_by_what_any_of_its_words_is():
+    axis = Axis("wealth", (("rich", "poor"),), True, unless_after=(("rich", ("oil",)), ("poor", ("soil",))))
+    assert [swap(f"{before} {word}", axis) for before in ("oil", "soil", "very") for word in ("rich", "poor")] == ["oil rich", "oil poor", "soil rich", "soil poor", "very poor", "very rich"]
+
+
+def test_every_apostrophe_of_a_word_may_be_curly():
+    axis = Axis("boats", (("fo'c's'le", "stern"),), True)
+    assert [swap(text, axis) for text in ("the fo'c's'le", "the Fo\u2019c\u2019s\u2019le")] == ["the stern", "the Stern"]
+
+
+@pytest.mark.parametrize("text,end", [("king", 4), ("king's x", 6), ("KING\u2019S", 6), ("king' x", 5), ("king'", 5), ("king'sx", 5)])
+def test_where_a_possessive_ends(text, end):
+    assert possessive_end(text, 4) == end
+
+
 def test_an_axis_is_not_its_name():
     with pytest.raises(ConfigError, match=r"^axis: expected an Axis, as load_axis\('gender'\) gives one, got a text$"):
         counterfactuals("she is", "gender")
@@ -415,7 +435,9 @@ def test_an_intervention_that_would_find_nothing_is_refused(options, words):
 
 def test_a_column_that_is_not_there_and_one_text_for_several_are_refused():
     axis = load_axis("gender")
-    with pytest.raises(ConfigError, match="only_from: expected a column of the axis 'gender', 0 to 1, got 5"):
-        counterfactuals("he", axis, Intervention(only_from=5))
-    with pytest.raises(ConfigError, match=r"families: expected a list of texts, got one: \['he met her'\]"):
-        list(families("he met her", axis))
+    for column in (2, 5):
+        with pytest.raises(ConfigError, match=f"only_from: expected a column of the axis 'gender', 0 to 1, got {column}"):
+            counterfactuals("he", axis, Intervention(only_from=column))
+    for text in ("he met her", b"he met her"):
+        with pytest.raises(ConfigError, match=re.escape(f"families: expected a list of texts, got one: [{text!r}]")):
+            list(families(text, axis))

@@ -11,7 +11,7 @@ import warnings
 import pytest
 
 from peftdebias import cda, cda_engine, kernels, native
-from peftdebias.axes import Axis, is_word_character, load_axis, names
+from peftdebias.axes import LONGEST_WORD, Axis, is_word_character, load_axis, names
 from peftdebias.cda import KEEP, OCCURRENCES, PAPER, Intervention
 from peftdebias.cda_engine import NativeEngine, PythonEngine
 from peftdebias.errors import ConfigError
@@ -160,6 +160,41 @@ def test_what_the_window_of_a_pronoun_cuts(filler, cut):
     same(GENDER, [f"met{fill} her{fill} going", f"a friend of{fill}his{fill}came", f"told {fill}her\n{fill}\nKim", f"they \n{fill}\n her", f"word{fill}loving her loving{fill}x"])
 
 
+@pytest.mark.parametrize("joint", sorted(cda.JOINTS))
+def test_every_joint_leads_to_the_word_before(joint):
+    texts = [f"the{joint * n}red" for n in range(5)]
+    same(UNEVEN, texts)
+    assert [len(family.variants) for family in engines(UNEVEN)[0].families(texts)] == [0, 0, 0, 0, 3]
+
+
+def test_a_word_before_may_be_as_long_as_any():
+    """In characters, not bytes."""
+    axis = Axis("wealth", (("rich", "poor"),), True, unless_after=(("rich", ("\U00010428" * LONGEST_WORD,)),))
+    same(axis, ["\U00010428" * n + " rich" for n in (LONGEST_WORD - 1, LONGEST_WORD, LONGEST_WORD + 1)])
+
+
+def test_the_rules_see_the_same_words_and_lines():
+    """Every example of the table, each word in turn one of every spelling, each space in turn a line break."""
+    for rule in cda.pronoun_table().rules:
+        words = rule.example.replace("[", "").replace("]", "").split(" ")
+        texts = [" ".join([*words[:i], other, *words[i + 1:]]) for i in range(len(words)) for other in ("loving", "being", "fully", "moved", "agreed", "usable", "12th")]
+        texts += [" ".join(words[:i]) + gap + " ".join(words[i:]) for i in range(1, len(words)) for gap in ("\n", " \n ", "\n\n")]
+        fast, plain = engines(GENDER)
+        assert fast.expand(texts) == plain.expand(texts)
+
+
+def test_a_word_inside_another_is_not_found():
+    same(Axis("boats", (("fo'c's'le", "stern"), ("le", "la"), ("c", "d")), True), ["the fo'c's'le", "FO\u2019c's'le le", "fo'c's'les, c's", "fo'c's\u2019le's c"])
+
+
+def test_quotes_and_possessives_at_the_ends_of_a_text():
+    same(GENDER, [f"{before}princess{mark}{after}" for before in ("", "'", "\u2018", "a \u2018") for mark in ("'", "\u2019") for after in ("", "s", "sx", " x", " ", "  x")])
+
+
+def test_the_s_of_a_possessive_has_the_case_of_what_is_put():
+    same(Axis("scripts", (("ladies", "\u5973"), ("lords", "1")), True), ["LADIES' room", "Ladies' room", "LORDS' room", "\u5973\u2019s"])
+
+
 def test_no_texts():
     same(GENDER, [])
     same(GENDER, ["", "\n", "no such word"])
@@ -256,6 +291,12 @@ def test_a_stale_library_is_refused(monkeypatch):
     native.load.cache_clear()
 
 
+@pytest.mark.parametrize("most", [2**63, 2**64 + 1])
+def test_any_number_of_variants_may_be_allowed(most):
+    compiled, twin = engines(RACE, Intervention(max_variants=most))
+    assert compiled.families(["a black cat"]) == twin.families(["a black cat"])
+
+
 TEXTS = [f"he met her and {i} women" for i in range(3000)]
 
 
@@ -263,7 +304,7 @@ def test_copies_and_pickles_are_engines_of_their_own():
     engine = cda_engine.engine(GENDER, Intervention(max_variants=1), threads=2)
     expected = engine.expand(TEXTS)
     for other in (copy.copy(engine), copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
-        assert (other.axis, other.intervention) == (GENDER, engine.intervention) and other is not engine
+        assert (other.axis, other.intervention, other.threads) == (GENDER, engine.intervention, 2) and other is not engine
         assert other.expand(TEXTS) == expected
         del other
     assert engine.expand(TEXTS) == expected
@@ -281,6 +322,7 @@ def test_callers_on_other_threads_wait_for_each_other():
     ((None,), "engine: expected an Axis, as load_axis makes one, and an Intervention, got NoneType and Intervention"),
     ((GENDER, None), "engine: expected an Axis, as load_axis makes one, and an Intervention, got Axis and NoneType"),
     ((GENDER, PAPER, 1.5), "engine: threads: expected a whole number of at least 1, got 1.5"), ((GENDER, PAPER, 0), "engine: threads: expected a whole number of at least 1, got 0"),
+    ((GENDER, PAPER, True), "engine: threads: expected a whole number of at least 1, got True"),
 ])  # fmt: skip
 def test_what_makes_no_engine_is_named(arguments, words):
     with pytest.raises(ConfigError, match=f"^{words}$"):

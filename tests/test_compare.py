@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from peftdebias import comparison
+from peftdebias import cli, comparison
 from peftdebias.config import Compare
-from peftdebias.errors import DataError
+from peftdebias.errors import ConfigError, DataError
 from peftdebias.metrics import tally
 from peftdebias.metrics.classification import accuracy, f1, macro_f1
-from peftdebias.metrics.compare import classification_tally, mcnemar, over_seeds, seed_difference, t_inside, t_quantile
+from peftdebias.metrics.compare import classification_tally, mcnemar, mean_tally, over_seeds, seed_difference, t_inside, t_quantile
 from peftdebias.metrics.fairness import fairness
 from peftdebias.metrics.tpr_gap import tpr_gap
 
@@ -244,3 +244,63 @@ def test_changes_that_round_apart_are_alike(first):
     assert len({b - a for a, b in zip(first, second)}) > 1  # by rounding alone
     found = seed_difference(first, second)
     assert (found.p, found.test) == (2.0 ** (1 - len(first)), "signs of seeds") and found.value == pytest.approx(-0.39)
+
+
+def test_a_mean_counts_what_has_a_weight():
+    assert mean_tally("x", [1.0, 0.0, 3.0], [2, 0, 1], unit="nats", ideal=None).figures[0].n == 2
+
+
+def test_a_label_that_the_second_system_alone_knows(tmp_path):
+    for name, label in (("a", "x"), ("b", "y")):
+        row = {"measure": "classification", "label": "x", "group": None, "positive": None, "predicted": label, "probabilities": {"w": 0.4, label: 0.6}}
+        (tmp_path / name).write_text("".join(json.dumps(row | {"text": f"text {i}"}) + "\n" for i in range(6)))
+    found = comparison.compare_examples(str(tmp_path / "a"), str(tmp_path / "b")).differences
+    assert [(d.first, d.second) for d in found if d.name == "accuracy"] == [(100.0, 0.0)]
+
+
+def test_seeds_that_do_not_match(tmp_path):
+    def written(name, **values):
+        (tmp_path / name).write_text(json.dumps({"measures": [{"name": m, "value": v, "unit": "%", "ideal": None, "n": 9} for m, v in values.items()]}))
+        return str(tmp_path / name)
+
+    a, b, c, d = written("a", x=1.0, y=2.0), written("b", x=1.5, y=None), written("c", x=2.0), written("d", x=2.5)
+    with pytest.raises(ConfigError, match="--against: expected the same seeds in the same order, 2 files, got 3"):
+        comparison.compare(Compare(seeds=True, files=(a, b), against=(c, d, written("e", x=3.0))))
+    with pytest.raises(ConfigError, match="c: given twice; expected each file once"):
+        comparison.compare(Compare(seeds=True, files=(a, b), against=(c, c)))
+    found = comparison.compare(Compare(seeds=True, files=(a, b)))
+    assert [s.name for s in found.spreads] == ["x"] and found.notes == ["a and others: left out, not in every file: y"]
+
+
+def test_a_table_of_differences_alone_and_small_p(tmp_path, capsys):
+    files = []
+    for i, value in enumerate((1.0, 1.1, 5.0, 5.1001)):
+        files.append(str(tmp_path / f"{i}.json"))
+        (tmp_path / f"{i}.json").write_text(json.dumps({"measures": [{"name": "x", "value": value, "unit": "1", "ideal": None, "n": 9}]}))
+    assert cli.main(["compare", "--seeds", *files[:2], "--against", *files[2:]]) == 0
+    said = capsys.readouterr().out
+    assert "difference" in said and "sd over seeds" not in said and " < 0.001  paired t over seeds" in said
+
+
+MLM = {"measure": "mlm-loss", "text": "a", "nll": 1.0, "tokens": 1}
+FLIP = {"measure": "counterfactual", "source": 0, "text": "t", "counterfactual": "c", "predicted": "a", "predicted_counterfactual": "a", "probabilities": {"a": 1.0},
+        "probabilities_counterfactual": {"a": 1.0}}
+
+
+@pytest.mark.parametrize("row", [
+    MLM | {"nll": "x"}, MLM | {"tokens": "x"}, FLIP | {"probabilities": {"b": 1.0}}, FLIP | {"probabilities": {"a": "x"}},
+    {"measure": "stereoset", "target": "t", "domain": "d", "context": "c", "words": {}, "scores": [1, 2, 3]},
+    {"measure": "seat", "test": "t", "set": "Q", "text": "a", "stem": "a", "association": 1.0},
+])
+def test_rows_of_another_shape_are_one_line(row, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("".join(json.dumps(row | ({"text": f"text {i}"} if "text" in row else {})) + "\n" for i in range(2)))
+    with pytest.raises(DataError, match=f"^{tmp_path}/a or {tmp_path}/b: {row['measure']}: expected rows as `evaluate --examples` writes them, got others "):
+        comparison.compare_examples(str(tmp_path / "a"), str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("change", [{"value": "1"}, {"n": [9]}, {"ideal": "50"}, {"unit": 3}])
+def test_measures_of_another_shape_are_refused(change, tmp_path):
+    (tmp_path / "m.json").write_text(json.dumps({"measures": [{"name": "x", "value": 1.0, "unit": "%", "ideal": None, "n": 9} | change]}))
+    with pytest.raises(DataError, match="m.json: expected "):
+        comparison.read_measures(str(tmp_path / "m.json"))

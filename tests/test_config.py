@@ -131,6 +131,12 @@ def test_settings_of_a_method(pairs, expected):
     assert options.parse_settings(pairs) == expected
 
 
+def test_settings_of_one_text_keep_commas_and_numbers():
+    pairs = ["FT.class-weights=0=1,1=10", "positive=1", "metric='f1'", "sick.epochs=2", "targets=a,b"]
+    assert options.parse_settings(pairs, options.texts_of(Downstream)) == {
+        "FT.class_weights": "0=1,1=10", "positive": "1", "metric": "f1", "sick.epochs": 2, "targets": ("a", "b")}
+
+
 @pytest.mark.parametrize("bad", ["rank", "=8", ""])
 def test_a_setting_without_key_or_value_is_named(bad):
     with pytest.raises(ConfigError, match=f"--set: expected KEY=VALUE, got '{bad}'"):
@@ -229,6 +235,9 @@ def test_all_that_is_missing_is_named_as_it_is_typed():
     (Upstream, UPSTREAM, {"weight_decay": float("inf")}, "--weight-decay: expected a finite number, got inf"),
     (Predict, {"run": "r"}, {"batch_tokens": 0}, "--batch-tokens: expected at least 1"),
     (Predict, {"run": "r"}, {"max_length": -5}, "--max-length: expected at least 3"),
+    (Upstream, UPSTREAM, {"weight_decay": float("nan")}, "--weight-decay: expected at least 0, got nan"),
+    (Augment, {"axis": "gender"}, {"threads": 1025}, "--threads: expected at most 1024, got 1025"),
+    (config.Report, {"paths": ("r",)}, {"examples": -1}, "--examples: expected at least 0, got -1"),
     (Demo, {}, {"strength": 1.2}, "--strength: expected a strength from 0 to 1, got 1.2"),
     (Demo, {}, {"label_strength": -1.0}, "--label-strength: expected a strength"),
 ])  # fmt: skip

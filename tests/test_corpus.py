@@ -5,12 +5,14 @@ import gzip
 import json
 import os
 import re
+import sys
+import threading
 from collections import Counter
 
 import pytest
 
 from peftdebias import lines, records
-from peftdebias.corpus import Example, Text, chunks, read_examples, read_texts
+from peftdebias.corpus import Example, Text, check_column, chunks, read_examples, read_texts
 from peftdebias.errors import ConfigError, DataError
 from peftdebias.lines import Skipped
 
@@ -53,6 +55,30 @@ def message(call):
 def test_every_format_gives_the_same_texts(file, name, content, end):
     path = file(name + end, content)
     assert [text.text for text in read_texts([path])] == ["one two", "three"]
+
+
+def test_a_packed_file_may_be_called_so_in_capitals(tmp_path):
+    (tmp_path / "A.TXT.GZ").write_bytes(gzip.compress(b"one\ntwo\n"))
+    assert [text.text for text in read_texts([tmp_path / "A.TXT.GZ"])] == ["one", "two"]
+
+
+def test_a_column_is_taken_from_the_files_that_have_one(file):
+    paths = [str(file("a.txt", "one\n")), str(file("b.csv", "body\ntwo\n"))]
+    check_column(paths, "body")
+    assert [text.text for text in read_texts(paths, "body")] == ["one", "two"]
+    with pytest.raises(ConfigError, match="--column body: expected a csv, tsv or jsonl file to take it from, got txt alone"):
+        check_column(paths[:1], "body")
+
+
+def test_standard_input_is_read_as_it_comes(monkeypatch):
+    end, begin = os.pipe()
+    with open(end) as stdin, open(begin, "wb", buffering=0) as typed:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        typed.write(b"one\n")
+        gone = threading.Timer(20, typed.close)
+        gone.start()
+        assert next(read_texts(["-"])).text == "one" and not typed.closed
+        gone.cancel()
 
 
 def test_lines_end_at_newlines_only_and_keep_their_spaces(file):
@@ -127,6 +153,16 @@ def test_a_label_in_several_columns_is_any_of_them(file):
     assert [e.label for e in read_examples(path, text="text")] == [None] * 4
 
 
+def test_spaces_around_a_column_s_name_and_in_a_blank_line_mean_nothing(file):
+    for name, content in (("a.csv", " text ,l\none,1\n  \ntwo,2\n"), ("a.tsv", " text \tl\none\t1\n  \ntwo\t2\n")):
+        assert [(e.text, e.label) for e in read_examples(file(name, content), text="text", label="l")] == [("one", "1"), ("two", "2")]
+
+
+@pytest.mark.parametrize("name, content", [("a.tsv", "text\tl\na\t1\n\t\nb\t2\n"), ("a.csv", "text,l\na,1\n,\nb,2\n"), ("b.csv", 'text\na\n""\n\nb\n'), ("b.tsv", 'text\na\n""\n\nb\n')])
+def test_a_row_with_an_empty_text_is_a_row(file, name, content):
+    assert [e.text for e in read_examples(file(name, content), text="text")] == ["a", "", "b"]
+
+
 def test_huge_fields_are_read(file):
     long = "x" * 300_000
     assert read_examples(file("a.csv", f'text,l\n"{long}",1\n'), text="text", label="l")[0].text == long
@@ -178,7 +214,8 @@ def test_errors_of_columns_list_the_columns(file, name, content):
 
 def test_errors_of_column_numbers_and_double_columns(file):
     path = file("a.tsv", "a\tb\n")
-    assert message(lambda: read_examples(path, text="5")) == f"{path}:1: no column 5; a line has 2 fields, the first is number 0"
+    for column in (2, 5):
+        assert message(lambda: read_examples(path, text=str(column))) == f"{path}:1: no column {column}; a line has 2 fields, the first is number 0"
     path = file("b.tsv", "a\tb\ta\n1\t2\t3\n")
     assert message(lambda: read_examples(path, text="a")) == f"{path}:1: expected one column 'a', got 2"
 
@@ -286,7 +323,9 @@ def test_a_pattern_is_its_files_in_alphabetical_order(tmp_path, file):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "e.txt").write_text("deep\n")
     assert [t.place for t in read_texts([tmp_path / "c.jsonl", tmp_path / "*.txt"])] == [f"{tmp_path}/{name}:1" for name in ("c.jsonl", "a.txt", "b.txt")]
-    assert [t.place for t in read_texts([tmp_path / "**" / "[e]*.txt"])] == [f"{tmp_path}/d/e.txt:1"]
+    (tmp_path / "d" / "deeper").mkdir()
+    (tmp_path / "d" / "deeper" / "e.txt").write_text("deeper\n")
+    assert [t.place for t in read_texts([tmp_path / "**" / "[e]*.txt"])] == [f"{tmp_path}/d/deeper/e.txt:1", f"{tmp_path}/d/e.txt:1"]
     assert message(lambda: read_texts([tmp_path / "*.csv"])) == f"{tmp_path}/*.csv: expected files that fit this pattern, found none"
     file("x[1].txt", "its own name\n")
     assert [t.text for t in read_texts([tmp_path / "x[1].txt"])] == ["its own name"]
@@ -357,7 +396,7 @@ def test_blocks_may_end_anywhere(block, unit, file, monkeypatch):
     content = "\ufeffone. Two\r\n\n\nthr\u00e9e\n" + "long " * 30 + "\nX. Y. Z\n \nlast"
     path = file("a.txt", content)
     expected = list(read_texts([path], unit=unit))
-    monkeypatch.setattr(lines, "BLOCK", block)
+    monkeypatch.setattr(lines.blocks, "__defaults__", (0, 0, block))  # BLOCK was read when the function was made
     assert list(read_texts([path], unit=unit)) == expected and expected[0].place == f"{path}:1" and expected[-1].place == f"{path}:8"
 
 

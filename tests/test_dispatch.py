@@ -178,3 +178,18 @@ def test_a_constant_is_marked_as_torch_marks_it():
         return 1
 
     assert kernels.constant(ours).__dict__ == torch.compiler.assume_constant_result(torchs).__dict__ != {}
+
+
+def test_a_block_wins_over_the_environment(monkeypatch):
+    monkeypatch.setenv("PEFTDEBIAS_KERNELS", "native")
+    monkeypatch.setenv("PEFTDEBIAS_LINEAR", "onednn")
+    with kernels.use("torch"), dispatch.use("linear", "blas"):
+        assert (kernels.setting(), dispatch.asked("linear")) == ("torch", "blas")
+    assert (kernels.setting(), dispatch.asked("linear")) == ("native", "onednn")
+
+
+def test_the_widest_row_that_a_kernel_takes_is_taken(monkeypatch):
+    monkeypatch.setattr(kernels, "missing", lambda *asked: "")
+    monkeypatch.setitem(kernels._registry, ("norm", "triton"), "kernel")
+    monkeypatch.setenv("PEFTDEBIAS_KERNELS", "auto")
+    assert [kernels.choose("norm", "twin", "cuda", width=width) for width in (4096, 4097)] == ["kernel", "twin"]

@@ -95,6 +95,14 @@ def test_fill_mask_answers_each_mask(model):
         model.fill_mask("[MASK]", top=0)
 
 
+def test_rows_of_the_table_that_are_no_tokens_are_no_answers(model):
+    tokenizer = model.run.tokenizer
+    tokenizer.vocab_size -= 5
+    with torch.no_grad():
+        model.run.model.mlm.bias[tokenizer.vocab_size:] += 100
+    assert max(answer["id"] for answer in model.fill_mask("[MASK]", top=4)[0]) < tokenizer.vocab_size
+
+
 def test_encode_is_the_first_token_or_the_mean(model):
     first, mean = model.encode(TEXTS), model.encode(TEXTS, pooling="mean")
     assert first.shape == mean.shape == (4, 32) and not first.equal(mean) and not first.requires_grad
@@ -212,6 +220,14 @@ def test_another_thread_waits_for_the_end_of_a_block(model):
 def test_a_copy_of_a_model_answers_alike(model):
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert twin.encode(TEXTS).equal(model.encode(TEXTS)) and twin.methods == model.methods and twin.name == model.name
+
+
+def test_merged_modules_are_on_outside_of_a_without_block(folders):
+    model = peftdebias.load(folders / "plain", [folders / "run" / "adapter"])
+    peftdebias.merge(model.run.model)
+    assert model._off() == set()
+    with model.without("gender"):
+        assert model._off() == {"gender"}
 
 
 @pytest.mark.parametrize("merged", [False, True])

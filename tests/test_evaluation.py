@@ -1,9 +1,11 @@
 """evaluate and predict: figures against their definition, columns from the run, what is cut is counted, output files are whole or not there."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from peftdebias import evaluation
-from peftdebias.answers import cut_note, positive_label
+from peftdebias.answers import Result, cut_note, positive_label
 from peftdebias.batches import Sample, pack
 from peftdebias.checkpoint import load_run
 from peftdebias.config import MEASURES, Evaluate
@@ -307,3 +309,16 @@ def test_floors_take_no_more_shuffles_than_samples():
     found, _ = classification_measures(list("01001101") * 5, rows, ("0", "1"), where="f.csv", samples=1)
     floors = [m for m in found if m.name.endswith("/shuffled")]
     assert len(floors) == 2 and all(m.low == m.value == m.high for m in floors)
+
+
+def test_a_note_on_every_system_is_told_once(tmp_path, monkeypatch):
+    (tmp_path / "t.txt").write_text("a\n")
+    monkeypatch.setitem(evaluation.ON, "perplexity", lambda run, path, settings: Result([], [], ["cut"]))
+    run = SimpleNamespace(model=SimpleNamespace(methods={"gender": None, "race": None}, without=lambda *names: contextlib.nullcontext()))
+    assert evaluation.evaluate_run(run, Evaluate(model="m", on=(f"perplexity={tmp_path / 't.txt'}",))).notes == ["cut"]
+
+
+def test_files_of_a_folder_are_those_that_no_results_are(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "found.json"):
+        (tmp_path / name).write_text("")
+    assert evaluation._data(str(tmp_path)) == [tmp_path / "a.jsonl", tmp_path / "b.jsonl"] and evaluation._data(str(tmp_path / "found.json")) == [tmp_path / "found.json"]

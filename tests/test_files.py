@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from peftdebias.files import write_tensors
+from peftdebias.files import write_tensors, wrong_numbers
 from peftdebias.weights import load_model, read_tensors
 
 from .outside import one_thread
@@ -126,6 +126,11 @@ def test_missing_files_are_named(bert):
         f"{folder}: expected model.safetensors, model.safetensors.index.json or pytorch_model.bin, found none"
     (folder / "config.json").unlink()
     assert message(lambda: load_model(folder)) == f"{folder}: expected a Hugging Face model folder with config.json, found none"
+
+
+def test_numbers_are_judged_as_what_they_become():
+    large = torch.tensor([1.0, 1e300], dtype=torch.float64)
+    assert wrong_numbers(large) == "" and wrong_numbers(large, torch.float32) == "expected finite numbers, got 1 of 2 that are NaN or infinite in float32"
 
 
 def test_a_folder_in_the_place_of_weights_is_named(bert):

@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 import tomli_w
 
+from peftdebias import extrinsic
+from peftdebias.answers import Answers
 from peftdebias.axes import word_class
+from peftdebias.config import Evaluate
+from peftdebias.corpus import Example
 from peftdebias.errors import DataError
 from peftdebias.metrics import bootstrap, tally
 from peftdebias.metrics.fprd import fprd, fprd_tally, frames, mentions, read_terms
@@ -246,6 +250,14 @@ def test_templates_with_terms_of_their_own_are_measured_again_with_them(answered
     (tmp_path / "again.toml").write_text(tomli_w.dumps(found["settings"] | {"json": str(tmp_path / "again.json")}))
     done("evaluate", "--config", tmp_path / "again.toml")
     assert json.loads((tmp_path / "again.json").read_text())["measures"] == found["measures"]
+    done("evaluate", answered / "a", *asked[:2], "--samples", 20, "--json", tmp_path / "alone.json")
+    assert json.loads((tmp_path / "alone.json").read_text())["settings"]["terms"] == str(tmp_path / "one" / "identity.csv")
+
+
+def test_terms_of_both_texts_of_a_pair_are_mentioned():
+    examples = [Example("a", "old b", "0", None, "f:1"), Example("young a", "b", "0", None, "f:2"), Example("a", "b", "1", None, "f:3")]
+    found = extrinsic._fprd(Answers(examples, ("0", "1"), np.full((3, 2), 0.5), ["0", "0", "1"], []), "1", ["old", "young"], "fprd", "f", Evaluate(model="m", samples=5))
+    assert [row["terms"] for row in found.examples] == [["old"], ["young"], []]
 
 
 def rows_of(folder, name, measure):

@@ -480,3 +480,12 @@ def test_numbers_that_are_too_large_for_the_module_are_refused():
     next(iter(state.values()))[0, 0] = 1e300
     with pytest.raises(AdapterError, match="expected finite numbers, got 1 of .* that are NaN or infinite in float32"):
         module.load(state)
+
+
+def test_gradients_of_a_module_go_with_the_model():
+    model = drawn_model()
+    parameters = attached(model, "gender", "lora").parameters().values()
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    model.float()
+    assert {p.dtype for p in parameters} == {p.grad.dtype for p in parameters} == {torch.float32}

@@ -1,5 +1,6 @@
 """Results: files whole or not at all, and never in the place of what they are made from, whichever command writes them."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -131,12 +132,32 @@ def test_what_is_read_is_not_written(tmp_path):
         keep_apart({"--out": tmp_path}, [read], folders=True)
     with pytest.raises(ConfigError, match=f"^--out {other}.gz: expected a name without .gz: what is written is not compressed$"):
         keep_apart({"--out": f"{other}.gz"}, [read])
+    with pytest.raises(ConfigError, match="expected a name without .gz"):
+        keep_apart({"--out": f"{other}.GZ"}, [read])
     with pytest.raises(ConfigError, match=f"^--stats {other}: is the place of --out too; expected two$"):
         keep_apart({"--stats": other, "--out": str(other)}, [read])
+    keep_apart({"--out": f"{other}.gz"}, [read], folders=True)
     keep_apart({"--out": other, "--stats": None, "--json": "-"}, [read, "-", tmp_path / "missing"])
     other.write_text("an earlier result")
     keep_apart({"--out": other}, [read])
     keep_apart({"--out": "/dev/null", "--stats": "/dev/null"}, [read, "/dev/null"])
+
+
+def test_a_digest_is_of_contents_and_of_where_they_lie(tmp_path):
+    found = []
+    for place, content in (("a/x", "1"), ("a/x", "2"), ("b/x", "1"), ("a/x", "1")):
+        folder = tmp_path / str(len(found))
+        (folder / place).parent.mkdir(parents=True)
+        (folder / place).write_text(content)
+        found.append(outputs.digest(folder))
+    assert len(set(found)) == 3 and found[0] == found[3]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_place_that_is_full_is_named(code, tmp_path):
+    with pytest.raises(OSError) as caught, writing(str(tmp_path / "f.txt")):
+        raise OSError(code, os.strerror(code))
+    assert caught.value.filename == str(tmp_path / "f.txt") and list(tree(tmp_path)) == []
 
 
 @pytest.fixture(scope="module")

@@ -136,6 +136,25 @@ def test_segments_of_pairs_come_from_the_first_separator():
     assert_close(Padded(model, "fill_mask")(rectangle, mask)[mask], model.mlm_logits(single), logits=True)
 
 
+@torch.no_grad()
+def test_further_separators_and_those_of_padding_begin_no_segment():
+    model, texts = drawn_model("bert"), ragged(segments=2, rows="all", lengths=(13, 7, 29))
+    ids = texts.ids.clone()
+    ids[(texts.cu_seqlens[:-1].long()[:, None] + torch.tensor([2, 4, 6])).flatten()] = 3
+    segments = torch.cat([(torch.arange(n) > part.eq(3).long().argmax()).long() for n, part in zip(texts.lengths, ids.split(texts.lengths))])
+    batch = dataclasses.replace(texts, ids=ids, segments=segments)
+    for left in (False, True):
+        rectangle, mask = in_rectangle(batch, left)
+        found = Padded(model, "fill_mask", separator=3)(rectangle.masked_fill(~mask, 3), mask)
+        assert_close(found[mask], model.mlm_logits(batch), logits=True)
+
+
+@torch.no_grad()
+def test_the_head_of_a_roberta_is_gelu_whatever_its_layers_use():
+    model = drawn_model("roberta", activation="relu")
+    assert_same(Padded(model, "fill_mask"), model, "fill_mask")
+
+
 def test_what_the_graph_cannot_hold_is_refused_by_name():
     class Own(Method):
         name = "own"

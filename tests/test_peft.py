@@ -98,6 +98,15 @@ def test_what_is_written_peft_reads(kind, head, name, tmp_path):
     assert again.config == module.config and {n: t.tolist() for n, t in again.state().items()} == {n: t.tolist() for n, t in module.state().items()}
 
 
+@pytest.mark.parametrize("options,alpha", [({"rank": 4}, 8), ({"rank": 4, "rank_stabilized": True}, 16)])
+def test_the_alpha_that_a_lora_has_by_itself_is_written(options, alpha, tmp_path):
+    model = drawn_model()
+    module = attached(model, "gender", "lora", **options)
+    write_peft(tmp_path, module, model)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == alpha
+    assert interchange.read(tmp_path, model.config).method.config.scale == module.config.scale
+
+
 def test_a_reparametrised_prefix_is_written_flat(tmp_path):
     model = drawn_model()
     module = attached(model, "gender", "prefix", **POSITIONED, reparametrised=True, inner=11)
@@ -150,7 +159,7 @@ def theirs(tmp_path):
     ({"target_modules": ["query"]}, "expected 6 tensors of a LORA module as configured, got .*self.value.lora_A.weight besides"),
     ({"target_modules": ["query", "key", "value"]}, "expected the tensor .*self.key.lora_A.weight, found none"),
     ({"target_modules": ["layer.0.attention.self.query"]}, "target_modules: expected the same linears in every layer, got attention.query in layers 0 of 3"),
-    ({"target_modules": ["nothing"]}, "lora targets: expected at least one linear, got none"),
+    ({"target_modules": ["nothing"]}, "lora targets: expected at least one linear, got none"), ({"target_modules": ["uery"]}, "lora targets: expected at least one linear, got none"),
 ])  # fmt: skip
 def test_a_lora_configuration_that_cannot_be_read_is_named(changes, words, theirs):
     folder, config = theirs(changes=changes, rank=2)
@@ -159,11 +168,23 @@ def test_a_lora_configuration_that_cannot_be_read_is_named(changes, words, their
     assert str(error.value).startswith(str(folder / "adapter_")) and "\n" not in str(error.value)
 
 
+def test_an_alpha_that_is_not_there_is_theirs(theirs):
+    folder, config = theirs(changes={"lora_alpha": None}, rank=2)
+    assert interchange.read(folder, config).method.config.scale == 8 / 2
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "FEATURE_EXTRACTION", None])
+def test_a_classifier_comes_along_with_the_task_that_answers_texts(task, theirs):
+    folder, config = theirs(changes={"task_type": task}, tensors=lambda t: t | {"base_model.model.classifier.weight": torch.zeros(2, 21), "base_model.model.classifier.bias": torch.zeros(2)})
+    assert set(interchange.read(folder, config).heads) == {"classifier.output.weight", "classifier.output.bias"}
+
+
 @pytest.mark.parametrize("method,options,changes,words", [
     ("prefix", POSITIONED, {"num_layers": 4}, "num_layers: expected 3, got 4"), ("prefix", POSITIONED, {"token_dim": 8}, "token_dim: expected 21, got 8"),
     ("prefix", POSITIONED, {"num_attention_heads": 7}, "num_attention_heads: expected 3, got 7"),
     ("prefix", POSITIONED, {"num_virtual_tokens": 4}, r"prompt_embeddings: expected shape \[4, 126\], got \[5, 126\]"),
     ("prefix", POSITIONED, {"num_transformer_submodules": 2}, "num_transformer_submodules: expected 1, got 2"),
+    ("prefix", POSITIONED, {"num_transformer_submodules": True}, "num_transformer_submodules: expected 1, got true"),
     ("prompt", POSITIONED | {"first_row": "prompt"}, {"num_virtual_tokens": 6}, r"prompt_embeddings: expected shape \[6, 21\], got \[5, 21\]"),
     ("ia3", {}, {"feedforward_modules": []}, r"output.dense.ia3_l: expected shape \[21, 1\], got \[1, 41\]"),
 ])  # fmt: skip
@@ -273,6 +294,15 @@ def test_a_masked_lm_head_that_was_trained_beside_the_module_is_carried(kind, he
     assert not torch.equal(run.model.mlm.decoder.weight, run.model.encoder.embeddings.word.weight)
     ours, expected = answers(run.model.double(), wrapped.double(), "mlm", "lora")
     assert_close(ours, expected)
+
+
+def test_a_head_with_another_number_of_labels_has_no_names_from_the_base(theirs, tmp_path):
+    folder, _ = theirs(tensors=lambda t: t | {"base_model.model.classifier.weight": torch.zeros(2, 21), "base_model.model.classifier.bias": torch.zeros(2)}, rank=2)
+    save_model(drawn_model().float(), tmp_path / "base", TOKENIZER)
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": {str(i): "abcde"[i] for i in range(5)}}))
+    interchange.import_adapter(folder, tmp_path / "base", "gender", tmp_path / "run")
+    assert checkpoint.load_run(tmp_path / "run").model.classifier.labels == ("LABEL_0", "LABEL_1")
 
 
 @pytest.mark.parametrize("values, words", [(torch.full((2,), float("nan")), "classifier.output.bias: expected finite numbers, got 2 of 2"),

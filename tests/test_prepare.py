@@ -35,6 +35,9 @@ def test_the_published_layouts(tmp_path):
     (tmp_path / "lhc.csv").write_text("TweetID,LangID,TopicID,HateLabel,text\n1,1,0,2,one\n2,1,0,0,two\n3,1,1,1,three\n")
     lhc = read(Source(file=("lhc.csv",), label="HateLabel", labels={"0": "0", "1": "0", "2": "1"}), tmp_path)
     assert [e.label for e in lhc] == ["1", "0", "0"] and lhc[2].place == f"{tmp_path}/lhc.csv:4"
+    (tmp_path / "pairs.tsv").write_text("text\tother\tlabel\na http://x.y\t@you b\t1\n")
+    (pair,) = read(Source(file=("pairs.tsv",), text_pair="other", label="label", clean=True), tmp_path)
+    assert (pair.text, pair.text_pair) == ("a", "b")
     (tmp_path / "t.txt").write_text("one @x\n\nhttp://a.b\ntwo\n")
     assert [e.text for e in read_texts(Source(file=("t.txt",), clean=True), tmp_path)] == ["one", "two"]
 
@@ -139,6 +142,28 @@ def test_a_share_of_train_is_the_same_each_time():
     assert small.train == [train[i] for i in sorted(random.Random(0).sample(range(300), 30))]  # the same for all systems and seeds, and from year to year
     with pytest.raises(DataError, match="train: expected examples, got none"):
         splits([example(1)], [example(2)], [example(1)])
+
+
+def test_the_smallest_share_of_train_is_one_example():
+    made = splits([example(0), example(1)], [example(2)], [example(3)], train_share=0.01)
+    assert len(made.train) == 1 and made.notes == ["train: 1 examples, 1 % of it"]
+
+
+def test_space_around_a_text_does_not_decide_its_side():
+    assert [prepare.in_dev(f" text {i}\n", 0.5) for i in range(50)] == [prepare.in_dev(f"text {i}", 0.5) for i in range(50)]
+
+
+def test_texts_that_differ_in_outer_space_are_one():
+    train, test = [("he is ", None), ("a", "b "), ("c", None)], [(" he is", None), ("a ", "b")]
+    train, test = ([Example(text, pair, "1", None, f"f:{i}") for i, (text, pair) in enumerate(texts)] for texts in (train, test))
+    made = splits(train, [example(0)], test)
+    assert [e.text for e in made.train] == ["c"] and len(made.test) == 2
+
+
+@pytest.mark.parametrize("share,part", [(1.0, ""), (0.05, " (5 % of the training split)")])
+def test_a_label_that_is_not_trained_on_is_named(share, part):
+    with pytest.raises(DataError, match=re.escape(f"f:1: label '1' is on no text to train on{part}; expected one of 0") + "$"):
+        prepare.check_labels([example(0)], [example(0), example(1)], share)
 
 
 def test_what_is_written_is_what_the_phases_read(tmp_path):

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import random
 import re
+import types
 
 import pytest
 
@@ -14,8 +15,9 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
 from peftdebias.metrics.compare import over_seeds, seed_difference  # noqa: E402
+from peftdebias.metrics.tally import Difference  # noqa: E402
 from peftdebias.report.words import duration, number  # noqa: E402
-from peftdebias.report import figures, flips, page, recipe, results as figures_of, sections  # noqa: E402
+from peftdebias.report import figures, flips, page, plots, recipe, results as figures_of, sections, tables  # noqa: E402
 
 from .reports import FEW, HOSTILE, Elements, flip_row, hostile_results, hostile_runs, measure, result_folder, results, run_folder, task_measures, task_runs, titles, written  # noqa: E402
 from .small import cli, done, tree  # noqa: E402
@@ -114,6 +116,7 @@ def test_flips_are_counted_capped_and_ordered(tmp_path):
     assert text.count("dogs") == 8 and "other" not in Elements(text).all("p")
     text, _ = written(tmp_path, run, examples=0)
     assert "30 of 35" in text and " dogs" not in text
+    assert "Shown: the" not in written(tmp_path, run, examples=30)[0]
 
 
 def test_pieces_are_the_texts_and_mark_what_differs():
@@ -248,7 +251,13 @@ def test_values_that_are_missing_or_not_finite_are_no_numbers(tmp_path):
 def test_numbers():
     assert [number(v, u) for v, u in ((12.344, "%"), (-0.001, "points"), (0.01234, "1"), (145.44, "1"), (None, "%"))] == ["12.34", "\u22120.0010", "0.012", "145.4", "–"]
     assert number(1.5, "points", True) == "+1.50" and number(-1.5, "points", True) == "\u22121.50" and number(0.0, "points", True) == "0.00"
-    assert [duration(s) for s in (3, 61, 3725)] == ["3 s", "1 min 01 s", "1 h 02 min"]
+    assert number(-1e-7) == number(-0.0) == "0.00"
+    assert [duration(s) for s in (3, 61, 3725, 59.6, 3599.7)] == ["3 s", "1 min 01 s", "1 h 02 min", "1 min 00 s", "1 h 00 min"]
+
+
+@pytest.mark.parametrize("low,high,strong", [(0.0, 2.0, False), (-2.0, 0.0, False), (0.1, 2.0, True), (-2.0, -0.1, True)])
+def test_a_difference_is_set_apart_where_its_interval_does_not_hold_0(low, high, strong):
+    assert tables.change(Difference("m", 1.0, 1.0 + (low + high) / 2, "points", 0.0, low, high, 0.1, "t", 9)).strong == strong
 
 
 # ---------------------------------------------------------------- bad input
@@ -313,6 +322,12 @@ def test_the_command_says_where_the_report_lies(tmp_path):
     assert said.out.splitlines() == [f"result: {tmp_path / 'o.html'} and {tmp_path / 'metrics.json'}"] and (tmp_path / "o.html").stat().st_size > 5000
 
 
+def test_a_report_inside_of_its_run_is_written_again(tmp_path):
+    run = run_folder(tmp_path / "r", "upstream")
+    for name in ("R.HTML", "R.HTML"):
+        done("report", run, "--out", run / name)
+
+
 def test_the_figures_of_another_page_are_not_replaced(tmp_path):
     run = run_folder(tmp_path / "r", "upstream")
     done("report", run, "--out", tmp_path / "a.html")
@@ -338,3 +353,8 @@ def test_a_legend_takes_no_room_from_its_plot():
     assert heights[200, long] == heights[25, long] < heights[24, long]
     _, found = drawn(25, long)
     assert "25 systems; the numbers below name them" in found and long not in found and f"{long} 23" in drawn(24, long)[1]
+
+
+def test_quality_is_accuracy_where_there_is_one():
+    of = {"FT": dict.fromkeys(("f1/macro", "accuracy", "tpr-gap/rms", "tpr-gap/rms-shuffled"))}
+    assert plots._pairs(types.SimpleNamespace(columns=[]), "downstream", of) == ("accuracy", ["tpr-gap/rms"])

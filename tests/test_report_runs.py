@@ -358,3 +358,15 @@ def test_trainings_that_follow_each_other_are_told_apart(tmp_path):
     text, _ = written(tmp_path, folder)
     rows = Elements(text).all("th")
     assert [r for r in rows if r in ("0", "20", "40", "60", "80")] == ["0", "20", "40", "60", "80"]  # end to end in the table of validations
+
+
+def test_bases_measured_on_other_numbers_of_texts_are_two(tmp_path):
+    runs = [run_folder(tmp_path / name, "upstream", evaluations={"": [measure("mlm-loss", 2.0)], "-base": [measure("mlm-loss", 3.0, n=n)]}) for name, n in (("a", 500), ("b", 400))]
+    _, data = written(tmp_path, *runs)
+    assert {"base (a)", "base (b)"} < {r["system"] for r in data["sources"][0]["results"]}
+
+
+def test_an_interval_with_one_end_is_none(tmp_path):
+    run = run_folder(tmp_path / "a", "upstream", evaluations={"": [measure("perplexity", 3.0) | {"high": None}]})
+    found = of(written(tmp_path, run)[1], "lora, gender", "perplexity", "upstream")
+    assert (found["mean"], found["low"], found["high"], found["interval"]) == (3.0, None, None, None)

@@ -67,3 +67,10 @@ def test_what_is_no_testbed_or_not_done_is_refused(text, words, tmp_path):
     (tmp_path / "testbed.json").write_text(text)
     with pytest.raises(DataError, match=words):
         read_testbed(tmp_path)
+
+
+def test_other_figures_than_a_testbed_s_are_refused(tmp_path):
+    (tmp_path / "testbed.json").write_text('{"rows": [{}], "settings": {"seeds": [0]}}')
+    with pytest.raises(DataError, match=f"^{tmp_path}/testbed.json: expected the figures of `testbed`, got others .KeyError: 'versions'.$"):
+        report(Report(paths=(str(tmp_path),), out=str(tmp_path / "r.html")))
+    assert not (tmp_path / "r.html").exists()

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,7 @@ def test_the_shipped_recipes_are_whole():
     ("max_length = 100", "max_length = 2", r"\[upstream\]: max_length: expected at least 3, got 2"),
     ("epochs = 10\n", "epochs = -3\n", r"\[\[task\]\] moved: epochs: expected at least 1, got -3"),
     ('name = "moved"', 'name = "moved"\nbatch_size = 0', r"\[\[task\]\] moved: batch_size: expected at least 1, got 0"),
+    ('name = "moved"', 'name = "moved"\ndev_share = 0.0', r"\[\[task\]\] moved: dev_share: expected more than 0 and less than 1, got 0.0"),
     ('name = "moved"', 'name = "moved"\ndev_share = 1.0', r"\[\[task\]\] moved: dev_share: expected more than 0 and less than 1, got 1.0"),
     ("seeds = 2", 'seeds = "2"', "seeds: expected a whole number, got '2'"),
     ("steps = 30", 'steps = "many"', r"\[upstream\]: steps: expected a whole number, got 'many'"),
@@ -256,6 +258,11 @@ def test_differences_are_to_the_base_and_paired_by_seed():
     assert (found.first, found.second, found.value, found.n) == (15.0, 17.5, 2.5, 2)
     assert recipe_table.change(table, up, "BERT") is None and recipe_table.change(table, down, "FT") is None
     assert recipe_table.change({**table, "baseline": None}, down, "LoRA") is None
+    one = [r for r in table["rows"] if (r["system"], r["seed"]) != ("FT", 1)]  # plain fine-tuning under one seed is no base
+    assert recipe_table.change({**table, "rows": one}, down, "LoRA") is None
+    whole = table | {"title": "T", "scale": 1.0, "model": "m", "settings": {}, "seeds": [0, 1, 2], "units": 8, "seconds": 60.0, "systems": ["BERT", "FT", "LoRA"], "paper": [],
+                     "columns": [up, down], "versions": {"device": "d", "threads": 1, "torch": "2", "commit": None}}
+    assert recipe_table.markdown(whole).count(", 2 seeds |") == 2
 
 
 def test_a_column_that_nobody_fills_is_named_and_the_table_claims_nothing_of_a_paper(place, small, tmp_path):
@@ -277,6 +284,20 @@ def test_everything_that_is_read_is_looked_for_first(place, small, tmp_path):
     with pytest.raises(DataError, match="expected [abc]/binary.csv, found none"):
         runner.run(Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_setting_of_one_text_keeps_its_commas(place, small, tmp_path, monkeypatch):
+    recipe, data = place
+    seen = []
+
+    def asked(settings, say):
+        seen.append(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.phases, "downstream", asked)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out"), downstream=("jobs.class_weights=nurse=2,teacher=1",)))
+    assert seen[0].class_weights == "nurse=2,teacher=1"
 
 
 def test_a_recipe_stopped_and_taken_up_again(place, small, tmp_path, monkeypatch):
@@ -408,6 +429,13 @@ def test_what_is_damaged_in_its_own_folder_is_named_or_made_again(place, small, 
     prepared[1].write_bytes(b"")
     said = done(*flags, "--seeds", 2)
     assert [path.read_bytes() for path in prepared] == made and all(said.err.count(f"{path}: is not as it was made; made again") == 1 for path in prepared)
+
+
+def test_a_run_that_was_trained_is_kept_where_nothing_was_measured(tmp_path):
+    for folder in ("data", "rows", "runs/upstream-lora-0"):
+        (tmp_path / "out" / folder).mkdir(parents=True)
+    runner._Runner.give_back(types.SimpleNamespace(out=tmp_path / "out", made=True))
+    assert (tmp_path / "out/runs/upstream-lora-0").is_dir()
 
 
 def test_an_empty_folder_of_the_users_stays_where_nothing_was_done(place, small, tmp_path):

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from peftdebias import kernels
+from peftdebias.lowered import lowered, may_be_lowered
 from peftdebias.ops import compiled
 from peftdebias.ops.scores import FEW, ROUND, _Scores, narrow, scores, turned, widen, wider
 
-from .outside import assert_close
+from .outside import assert_close, drawn_model
 
 room = importlib.import_module("peftdebias.ops.scores")  # the package has a function of that name
 
@@ -163,3 +164,15 @@ def test_where_the_product_is_turned_it_has_the_plain_gradient_and_elsewhere_it_
     monkeypatch.setattr(room, "_mkl_on_amd", lambda: False)
     scores(x, weight, bias)
     assert calls == [14, 14] and trained.requires_grad
+
+
+def test_what_was_lowered_is_no_longer_wider():
+    model = drawn_model().float().requires_grad_(False)
+    weight = model.mlm_decoder()[0]
+    with lowered(model):
+        assert weight in room._wider and weight.dtype == torch.bfloat16
+    assert weight not in room._wider and weight.dtype == torch.float32
+
+
+def test_what_is_not_float32_is_not_lowered():
+    assert not may_be_lowered(drawn_model().requires_grad_(False))

@@ -11,6 +11,7 @@ from peftdebias.sentences import split
     "\"Go,\" he said. | \"No!\" she said \u201cNever.\u201d | \u201cWhy?\u201d", "(She left.) | [He stayed.]", "He left . | She stayed .", "etc. and so on. | End",
     "It ended... | Then it began.", "what? no capital. no end", "One line\nof two. | Done", "A heading\n\n| and an empty line.", "from the U.S.\n\n| He left.", "\u00c9t\u00e9. | \u00c0 vous.",
     "\u0416\u0434\u0430. | \u041e\u043d.", "no end", "Wait.What", "Mr.",
+    "It was plan b. | Then it ended.", "So it was. _he_ said", "They met Mr... | Then they left.", "It ended.\nand went on. | Then",
 ])  # fmt: skip
 def test_sentences(text):
     """A bar stands where a sentence ends."""

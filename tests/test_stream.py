@@ -21,7 +21,7 @@ from peftdebias import corpus, lines, stream, worker
 from peftdebias.axes import load_axis
 from peftdebias.batches import Sample, from_packed, pack, plan
 from peftdebias.buckets import Families
-from peftdebias.cda import families
+from peftdebias.cda import KEEP, Intervention, counterfactuals, families
 from peftdebias.errors import ConfigError, DataError, PeftDebiasError
 from peftdebias.holdout import HeldOut
 from peftdebias.stream import Ended, Filled, Given, Recipe, Start, Stream, ahead, fill
@@ -107,6 +107,17 @@ def test_a_recipe_that_makes_no_sense_is_refused(change, words, file):
         dataclasses.replace(recipe(file), **change)
 
 
+@pytest.mark.parametrize("name", ["c.txt.gz", "C.TXT.GZ"])
+def test_a_position_in_a_packed_file_lies_behind_its_size(name, tmp_path):
+    """Bytes are counted unpacked."""
+    (tmp_path / name).write_bytes(gzip.compress(b"he is a nurse\n" * 1000))
+    made = recipe(tmp_path / name, buffer=50)
+    everything = given(made, 120)
+    at = next(i for i, g in enumerate(everything) if g.position["place"][1] > (tmp_path / name).stat().st_size)
+    with Epochs(made) as epochs:
+        assert same(next(epochs.resume(everything[at].position)), everything[at + 1].packed)
+
+
 def test_only_positions_are_resumed(file):
     with pytest.raises(ConfigError, match="workers: expected at least 0, got -1"):
         Epochs(recipe(file), -1)
@@ -150,6 +161,25 @@ def test_counts_are_of_the_whole_pass(file):
     assert counts.held_out == len(every) - len(found) > 5
     assert (counts.texts, counts.families, counts.members, counts.whole) == (len(everything) - counts.held_out, len(found), sum(len(f.members) for f in found), True)
     assert counts.cut == sum(e.cut > 0 for f in found for e in TOKENIZER.encode(f.members, max_length=10)) > 5
+
+
+def test_counts_are_of_the_pass_that_has_read_most(file, small_blocks):
+    with Epochs(recipe(file, buffer=50)) as epochs:
+        first, batches = epochs.ready().texts, epochs.epoch(0)
+        for _ in range(20):
+            next(batches)
+        most = epochs.counts.texts
+        next(epochs.epoch(0))
+        assert epochs.counts.texts == most > first
+
+
+@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("keep_untouched", [True, False])
+def test_texts_with_words_are_counted_whatever_is_kept(keep, keep_untouched, file):
+    everything = file.read_text().splitlines()
+    made = dataclasses.replace(recipe(file, intervention=Intervention(keep=keep)), axis=dataclasses.replace(GENDER, keep_untouched=keep_untouched))
+    with Epochs(made) as epochs:
+        assert epochs.ready().touched == sum(bool(counterfactuals(text, GENDER)) for text in everything) < len(everything)
 
 
 def test_what_is_left_out_is_counted_up_to_the_end(tmp_path, small_blocks):
@@ -240,6 +270,16 @@ def test_a_position_gives_exactly_the_batches_that_follow(kind, tmp_path, small_
         assert [g.position for g in following] == [g.position for g in everything[at + 1 : at + 6]]
 
 
+def test_a_pass_that_begins_in_the_middle_is_not_whole(file):
+    made = recipe(file, buffer=50)
+    position = next(g.position for g in given(made, 60) if g.position["window"])
+    with Epochs(made) as epochs:
+        list(epochs.resume(position))
+        assert not epochs.counts.whole
+        list(epochs.epoch(1))
+        assert epochs.counts.whole
+
+
 @pytest.mark.parametrize("parts", [2, 3])
 def test_shards_are_the_whole_and_keep_its_numbers(parts, file, small_blocks):
     def members(**options):
@@ -297,6 +337,18 @@ def test_what_goes_wrong_in_the_process_is_said_here(file, tmp_path):
     assert said[0] == said[1] and said[0][1] == f"{tmp_path}/bad.txt:201: expected utf-8, got 0xff at byte 1 of the line" and count > 10
     with Epochs(dataclasses.replace(recipe(file), files=(None,)), 1) as epochs, pytest.raises(RuntimeError, match="in the background process:\nTraceback"):
         epochs.ready()
+
+
+class Loud:
+    """Prints where it is unpickled, and is None there."""
+
+    def __reduce__(self):
+        return exec, ("print('loud', flush=True)",)
+
+
+def test_what_the_process_prints_is_no_frame(file):
+    with Epochs(recipe(file)) as here, Epochs(dataclasses.replace(recipe(file), column=Loud()), 1) as there:
+        assert equal(list(there.epoch(0)), list(here.epoch(0)))
 
 
 def test_a_process_that_is_killed_is_one_clear_line(file):

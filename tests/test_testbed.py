@@ -129,6 +129,7 @@ def test_balanced_texts_are_pairs():
     assert len(texts) == 200
     for a, b in zip(texts[::2], texts[1::2]):
         assert_swapped(a, b)
+    assert World(text_link=1.0).balanced_texts(7) == texts[:7]
 
 
 def test_the_vocabulary_covers_everything_and_the_task_names_no_occupation():

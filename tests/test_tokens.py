@@ -144,6 +144,12 @@ def test_saving_and_loading_give_the_same_ids(bert, roberta, tmp_path):
         assert first == [(tmp_path / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")]
 
 
+def test_the_longest_text_is_the_tokenizers_or_the_models(tmp_path):
+    for own, expected in ((None, 512), (128, 128), (10**30, 512)):
+        wordpiece(WORDS, {} if own is None else {"model_max_length": own}).save(tmp_path, 512)
+        assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == expected
+
+
 def test_errors_say_what_was_expected(tmp_path):
     with pytest.raises(ModelError, match=r"expected tokenizer.json, vocab.txt, or vocab.json with merges.txt; found none"):
         load_tokenizer(tmp_path)
@@ -500,3 +506,8 @@ def test_threads_that_cannot_start_are_told(toy):
     tokenizer.backend = Without()
     with pytest.raises(ConfigError, match="^tokenizers: The global thread pool has not been initialized.: Resource temporarily unavailable; fewer threads: RAYON_NUM_THREADS=1$"):
         tokenizer.encode(["a"])
+
+
+def test_chinese_characters_stand_alone_unless_the_settings_have_it_otherwise():
+    words = [*STYLES["bert"].values(), "東", "京", "東京"]
+    assert [wordpiece(words, {"tokenize_chinese_chars": apart}).encode(["東京"])[0].ids.tolist()[1:-1] for apart in (True, False)] == [[5, 6], [7]]

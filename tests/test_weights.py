@@ -332,6 +332,12 @@ def test_a_broken_configuration_says_so(bert, content, words):
     assert f"{folder}/config.json: {words}" in message(lambda: load_model(folder))
 
 
+def test_a_classifiers_dropout_of_null_is_that_of_hidden_states(tmp_path):
+    save_model(model_of("bert"), tmp_path)
+    edit_config(tmp_path, classifier_dropout=None, hidden_dropout_prob=0.3)
+    assert load_model(tmp_path)[0].config.classifier_dropout == 0.3
+
+
 def test_a_padding_id_of_null_is_the_default(tmp_path):
     for kind in KINDS:
         model = model_of(kind)
@@ -491,11 +497,21 @@ def cache(tmp_path, monkeypatch):
 def test_a_name_is_looked_up_in_the_local_cache(cache, monkeypatch, tmp_path):
     assert find_folder("org/tiny") == cache / "snapshots" / "aaa"
     assert_same(tensors_of(load_model("org/tiny")[0]), tensors_of(model_of(seed=0)))
+    (cache / "refs" / "main").write_text("bbb\n")
+    assert find_folder("org/tiny") == cache / "snapshots" / "bbb"
     (cache / "refs" / "main").write_text("gone")
     assert find_folder("org/tiny") == cache / "snapshots" / "bbb"
-    monkeypatch.delenv("HF_HUB_CACHE")
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    assert find_folder("org/tiny") == cache / "snapshots" / "bbb"
+
+
+@pytest.mark.parametrize("variables", [{"HF_HUB_CACHE": "~/huggingface/hub"}, {"HUGGINGFACE_HUB_CACHE": "$HOME/huggingface/hub"}, {"HF_HOME": "~/huggingface"}, {"XDG_CACHE_HOME": "~"}])
+def test_the_cache_is_where_its_variables_say(variables, cache, monkeypatch, tmp_path):
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "huggingface").symlink_to(tmp_path)
+    assert find_folder("org/tiny") == tmp_path / "huggingface" / "hub" / "models--org--tiny" / "snapshots" / "aaa"
 
 
 def test_a_name_that_is_nowhere_says_how_to_fetch_it(cache):

@@ -63,7 +63,13 @@ def _recipes(folders: list[Path], ident: str, settings: Report) -> list[Part]:
 
 def _testbeds(folders: list[Path], ident: str, settings: Report) -> list[Part]:
     found = {folder: read_testbed(folder) for folder in folders}
-    return [Part(f"Testbed {folder.name}", sections_of_testbed(one, f"{ident}{i}"), one) for i, (folder, one) in enumerate(found.items())]
+    parts = []
+    for i, (folder, one) in enumerate(found.items()):
+        try:
+            parts.append(Part(f"Testbed {folder.name}", sections_of_testbed(one, f"{ident}{i}"), one))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{folder / 'testbed.json'}: expected the figures of `testbed`, got others ({type(error).__name__}: {error})") from None
+    return parts
 
 
 KINDS: dict[str, tuple[str, Callable[[list[Path], str, Report], list[Part]]]] = {
@@ -88,7 +94,7 @@ def report(settings: Report) -> tuple[Path, Path]:
     beside = out.parent / "metrics.json"
     kinds = _kinds(settings.paths)
     earlier = (*PAGES, beside.name)  # reports may lie in what they show
-    keep_apart({"--out": out, "the figures beside it": beside}, [f for path in settings.paths for f in files_in(path) if not f.name.endswith(earlier)])
+    keep_apart({"--out": out, "the figures beside it": beside}, [f for path in settings.paths for f in files_in(path) if not f.name.lower().endswith(earlier)])
     if not out.name.lower().endswith(PAGES):
         raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(PAGES)}, got {out.suffix or 'none such'}")
     for path, mark in ((out, b"<!DOCTYPE html>"), (beside, b'{\n  "format": ')):
