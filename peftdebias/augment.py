@@ -89,8 +89,7 @@ def augment(settings: Augment) -> Summary:
     corpus.check_column(files, settings.column)
     keep_apart({"--out": settings.out, "--stats": settings.stats}, [*files, *tables(settings.axis, settings.names)])
     made = engine(axis, intervention, settings.threads)
-    column = None if intervention.only_from is None else axis.columns[intervention.only_from] if axis.columns else str(intervention.only_from + 1)
-    summary = Summary(axis, f" in the column {column}" if column else "", engine=made.name)
+    summary = Summary(axis, intervention.column_of(axis), engine=made.name)
     start, stop = 0, EVERYTHING
     if settings.shard:
         start, stop = _stretch(settings, files, made)
@@ -105,7 +104,7 @@ def augment(settings: Augment) -> Summary:
         if settings.shard:
             summary.counts.texts = stop - start  # those before were read to be numbered
         elif not summary.counts.touched:
-            raise DataError(f"{', '.join(settings.files) or 'standard input'}: expected words of the axis {axis.name}, found none in {summary.counts.texts} texts")
+            raise DataError(f"{', '.join(settings.files) or 'standard input'}: expected words of the axis {axis.name}{summary.replaced}, found none in {summary.counts.texts} texts")
         summary.seconds = time.perf_counter() - begin
         if settings.stats:
             with writing(settings.stats) as file:

@@ -105,6 +105,7 @@ class Upstream(Swapping, Training):
         at_most(THREADS, self, "workers")
         if not self.corpus:
             raise ConfigError("--corpus: expected at least one file, got none")
+        _read_once("--corpus and --valid", *self.corpus, *self.valid)
         if not 0 < self.valid_share < 1:
             raise ConfigError(f"--valid-share: expected a share between 0 and 1, got {self.valid_share}")
         _weight(self)
@@ -156,7 +157,7 @@ class Evaluate:
     positive: str | None = option("the label that F1 and FPRD are of (default: the run's own)", None, metavar="LABEL", of=("classification", "fprd", "iptts"))
     terms: str | None = option("file with the identity terms, one a line (default for iptts: identity.csv beside it)", None, metavar="FILE", of=("fprd", "iptts"))
     neutral: str | None = option("the label that means neutral (default: neutral; of the labels 0, 1, 2: 1)", None, metavar="LABEL", of=("bias-nli",))
-    axis: str | None = option("axis whose words are swapped, a shipped name or a TOML file of yours (default: that of the run's module)", None, metavar="NAME|FILE", of=("counterfactual",))
+    axis: str | None = option("axis whose words are swapped, a shipped name or a TOML file of yours (default: the shipped one that the run's module was learnt on)", None, metavar="NAME|FILE", of=("counterfactual",))
     max_pairs: int = option("at most that many pairs, a sample chosen by the seed; 0: all", 20000, of=("bias-nli",))
     max_length: int | None = option("longest text in tokens; longer ones are cut, counted and reported (default: the run's own, else 256)", None,
                                     of=("perplexity", "classification", "fprd", "iptts", "bias-nli", "counterfactual"))
@@ -250,6 +251,7 @@ class Augment(Swapping):
 
     def __post_init__(self):
         super().__post_init__()
+        _read_once("FILE", *self.files)
         at_least(1, self, "threads")
         at_most(THREADS, self, "threads")
         if self.shard is not None:
@@ -381,6 +383,11 @@ MEASURES = {
     "counterfactual": "file with texts, for a downstream run: share whose label changes when the words of --axis are swapped, and by how much (ideal 0)",
 }
 """The names of `evaluate --on NAME=FILE`, with help; evaluation.ON computes them."""
+
+
+def _read_once(what: str, *files: str) -> None:
+    if (times := files.count("-")) > 1:
+        raise ConfigError(f"{what}: expected standard input, -, once, since it is read once; got it {times} times")
 
 
 def _weight(settings) -> None:

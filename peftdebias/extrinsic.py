@@ -18,7 +18,7 @@ from . import axes, corpus
 from .answers import Answers, Result, answer, answer_examples, column, cut_note, encode_examples, is_plain, longest_of, needs_classifier, positive_label
 from .axes import Axis
 from .cda import Counterfactual, counterfactuals
-from .checkpoint import Run
+from .checkpoint import Run, read_header
 from .config import Evaluate
 from .corpus import Example
 from .errors import ConfigError, DataError, ModelError
@@ -213,12 +213,15 @@ def counterfactual_flips(run: Run, path: str, settings: Evaluate) -> Result:
 
 
 def _axis(run: Run, settings: Evaluate, entry: str) -> Axis:
-    """As the caller says, else the one that all of the run's modules were learnt on. Raises ConfigError where that does not tell."""
+    """As the caller says, else the shipped one that all of the run's modules were learnt on. Raises ConfigError where that does not tell."""
     if settings.axis:
         return axes.load_axis(settings.axis)
     learnt = {re.sub(r"-\d+$", "", name) for name in run.model.methods}  # the second module of an axis is called axis-2
     if len(learnt) == 1 and (name := learnt.pop()) in axes.names():
-        return axes.load_axis(name)
+        axis = axes.load_axis(name)
+        if any(read_header(folder).get("axis_sha256", axis.digest()) != axis.digest() for folder in run.sources.values()):
+            raise ConfigError(f"--on {entry}: expected --axis NAME|FILE, since {settings.model} has a module learnt on other words than those of the shipped axis {name}")
+        return axis
     have = f"modules on {', '.join(run.model.methods)}" if run.model.methods else "no module"
     raise ConfigError(f"--on {entry}: expected --axis NAME|FILE, since {settings.model} has {have}")
 

@@ -36,8 +36,8 @@ def writing(path: str | None) -> Iterator:
     target = Path(os.path.realpath(path))  # a link stays one
     if os.path.isdir(target):
         raise ConfigError(f"{path}: expected a file to write, got a folder")
-    if os.path.exists(target) and not target.is_file():  # a device such as /dev/null
-        with open(target, "w", encoding="utf-8") as file:
+    if os.path.exists(path) and not os.path.isfile(path):  # a device such as /dev/null, or a pipe: that of /dev/stdout and /dev/fd/63 has no other name
+        with open(path, "w", encoding="utf-8") as file:
             yield file
         return
     partial = partial_of(target)
@@ -205,7 +205,7 @@ def keep_apart(outs: dict[str, str | Path | None], inputs: Iterable[str | Path |
 
 def tables(axis: str | None, names: str | None = None) -> list[str]:
     """Those that are files of the user's: an axis as axes.load_axis tells it, by a folder or by .toml; a table of first names unless it is the shipped one."""
-    own = axis is not None and (axis.endswith(".toml") or Path(axis).name != axis)
+    own = axis is not None and (axis.lower().endswith(".toml") or Path(axis).name != axis)
     return [axis] * own + [names] * (names not in (None, SHIPPED))
 
 

@@ -23,7 +23,7 @@ import torch
 from . import checkpoint, corpus, lines, methods, patch, weights
 from .answers import cut_note, encode_examples, max_length, positive_label
 from .augment import prepared
-from .axes import Axis
+from .axes import Axis, load_axis
 from .cda import PAPER, Intervention
 from .cda_engine import expand
 from .config import Downstream, Upstream
@@ -159,7 +159,7 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
             weights.save_model(model, run.path / "model", tokenizer)
         if not cls.trains_base:
             _assert_frozen("base", base["sha256"], base_checksum(model))
-            checkpoint.save_adapter(checkpoint.adapter_folder(run.path), method, axis.name, base)
+            checkpoint.save_adapter(checkpoint.adapter_folder(run.path), method, axis.name, base, {"axis_sha256": load_axis(settings.axis).digest()})
         more = [note for note in texts.notes() if note not in notes]  # of a pass over the corpus that has gone on meanwhile
         _tell(say, more)
         notes += more

@@ -24,7 +24,7 @@ from .errors import ConfigError, DataError, PeftDebiasError
 from .files import read_object
 from .metrics import nli
 from .options import build, checked, expect, parse_settings, texts_of
-from .outputs import alone, digest, write_text
+from .outputs import alone, digest, tables, write_text
 from .recipe import Column, Recipe, System, Task
 from .recipe_table import figures, markdown
 from .training import pick_device
@@ -90,6 +90,11 @@ def _run(runner: "_Runner") -> Results:
         if not any(figures(table, column, system) for system in table["systems"]):
             say(f"[[column]] {column['title']}: no unit has {column['measure']}")
     return Results(table, (runner.out / "results.md").read_text(encoding="utf-8"), runner.out)
+
+
+def _whole_path(path: str | Path) -> str:
+    """The same from whatever folder it is asked for; a link stays one."""
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
 class _Runner:
@@ -159,8 +164,8 @@ class _Runner:
         """Everything that these units read, before the first of them trains, and whether the labels tell what is asked of them."""
         if not units:
             return
-        self._same_files()
         load_axis(self.recipe.axis)
+        self._same_files()
         pick_device(self.settings.device)
         if any(unit.task is None and unit.system.method is not None for unit in units):
             self._text()
@@ -174,15 +179,22 @@ class _Runner:
                 seen.add(same)
 
     def _same_files(self) -> None:
-        """Notes the sha256 of the files that are read, the model's and of the data folder what is named, or sees that they are what they were."""
+        """Notes the sha256 of the files that are read, the model's, of the data folder what is named, and the user's axes and first names, or sees that they are what they were,
+        from whatever folder the command is given."""
         model = sorted(path for path in weights.find_folder(self.settings.model).iterdir() if path.suffix in (".json", ".txt", ".safetensors", ".bin"))
-        now = {str(path): digest(path) for path in dict.fromkeys([*self._named(), *model])}
+        called = {_whole_path(path): path for path in [*self._named(), *model, *self._tables()]}
+        now = {whole: digest(path) for whole, path in called.items()}
         path = self.out / "read.json"  # not recipe.json, which is locked as the file that it is
-        before = read_object(path, ConfigError) if path.exists() else now
+        before = {_whole_path(name): value for name, value in read_object(path, ConfigError).items()} if path.exists() else now
         if changed := next((name for name in (*now, *before) if now.get(name) != before.get(name)), None):
-            raise ConfigError(f"--out {self.out}: holds results with another {changed} than there is now; expected the same as before or another folder")
+            raise ConfigError(f"--out {self.out}: holds results with another {called.get(changed, changed)} than there is now; expected the same as before or another folder")
         if not path.exists():
             write_text(path, json.dumps(now, indent=2) + "\n")
+
+    def _tables(self) -> list[Path]:
+        """Axes and tables of first names that are files of the user's."""
+        asked = [{"axis": self.recipe.axis}, *(system.upstream or {} for system in self.recipe.systems), *self.overrides["upstream"].values()]
+        return [Path(name) for one in asked for name in tables(one.get("axis"), one.get("names")) if os.path.isfile(name)]
 
     def _check_labels(self, task: Task, settings: Downstream) -> None:
         try:

@@ -220,7 +220,8 @@ def test_the_twin_writes_the_same(files, monkeypatch):
     (["--from", "neuter"], "axis 'gender': unknown column 'neuter': expected one of male, female, or a number from 1 to 2"),
     (["--max-variants", "0"], "--max-variants: expected at least 1, got 0"), (["--threads", "0"], "--threads: expected at least 1, got 0"),
     (["--names", "nowhere.toml"], "names file nowhere.toml: no such file"), (["no-*.txt"], "no-*.txt: expected files that fit this pattern, found none"),
-    (["--unit", "document", "b.csv"], "b.csv: --unit document: expected txt files"),
+    (["--unit", "document", "b.csv"], "b.csv: --unit document: expected txt files"), (["--names", ""], "names file .: expected a file, got a folder"),
+    (["-", "-"], "FILE: expected standard input, -, once, since it is read once; got it 2 times"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_refusals(files, monkeypatch, flags, why):
     monkeypatch.chdir(files)
@@ -235,3 +236,12 @@ def test_a_byte_order_mark_is_no_part_of_the_first_text(unit, tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffHe sings.\nShe sang.\n".encode())
     rows = done("augment", "--axis", "gender", "--unit", unit, tmp_path / "a.txt").rows
     assert [(r["text"], r["counterfactual"]) for r in rows] == [("He sings.", "She sings."), ("She sang.", "He sang.")]
+
+
+@pytest.mark.parametrize("axis, column, called", [("gender", "female", "female"), ("group", "2", "2")])
+def test_words_of_another_column_alone_are_told_from_none(small, tmp_path, axis, column, called):
+    path = tmp_path / "c.txt"
+    path.write_text({"gender": "he is a nurse\nhis dog\n", "group": "a black coat\n"}[axis])
+    for command in (["augment"], ["upstream", "--model", small.base, "--out", tmp_path / "run", "--corpus"]):
+        said = cli(*command, path, "--axis", axis, "--from", column)
+        assert said.code == 2 and f"{path}: expected words of the axis {axis} in the column {called}, found none in " in said.err.splitlines()[-1]

@@ -170,6 +170,7 @@ SWEEP = {
     "empty corpus": (lambda b: b.up(corpus=b.file("c.txt", "\n \n")), "no text in .*c.txt"),
     "no attribute word": (lambda b: b.up(corpus=b.file("c.txt", "bergen\nosaka\n")), "c.txt: expected words of the axis gender, found none in 2 texts"),
     "no attribute word to validate on": (lambda b: b.up(valid=b.file("v.txt", "bergen\n")), "v.txt: expected words of the axis gender, found none in 1 texts"),
+    "standard input twice": (lambda b: b.up(corpus="-", valid="-"), "--corpus and --valid: expected standard input, -, once, since it is read once; got it 2 times$"),
     "wrong encoding": (lambda b: b.up(corpus=b.file("c.txt", b"he is\nshe caf\xe9\n")), "c.txt:2: expected utf-8, got 0xe9 at byte 8"),
     "malformed JSON": (lambda b: b.up(corpus=b.file("c.jsonl", '{"text": "he"}\n{"text": \n')), "c.jsonl:2: not JSON: "),
     "JSON that is no object": (lambda b: b.up(corpus=b.file("c.jsonl", '["he"]\n')), "c.jsonl:1: expected a JSON object, got a list"),

@@ -129,6 +129,17 @@ def test_the_axis_is_that_of_the_runs_module_unless_it_is_named(small, runs, tex
     assert [r["source"] for r in rows] == [1, 1, 3, 3, 5, 5, 6, 6] and rows[0]["counterfactual"] == "it dough ." and {r["axis"] for r in rows} == {"mine"}
 
 
+def test_words_of_ones_own_under_a_shipped_name_are_not_taken_for_the_shipped_ones(small, texts, tmp_path):
+    axis = tmp_path / "own.toml"
+    axis.write_text('name = "gender"\nkeep_untouched = true\ngroups = [["he", "she"], ["his", "her"]]\n')
+    done("upstream", *small.learning(axis=axis, steps=2), "--out", tmp_path / "own")
+    done("downstream", *small.task(epochs=1, adapter=tmp_path / "own"), "--out", tmp_path / "run")
+    asked = ["evaluate", tmp_path / "run", "--on", f"counterfactual={texts}"]
+    said = cli(*asked)
+    assert said.code == 2 and f"expected --axis NAME|FILE, since {tmp_path / 'run'} has a module learnt on other words than those of the shipped axis gender" in said.err
+    assert "counterfactual/flips" in done(*asked, "--axis", axis).out
+
+
 def test_a_labelled_file_gives_its_texts(small, runs, tmp_path):
     done("evaluate", runs["debiased"], "--on", f"counterfactual={small.test}", "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
     truth = [json.loads(line)["hard_text"] for line in small.test.read_text().splitlines()]

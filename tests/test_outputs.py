@@ -286,3 +286,13 @@ def test_what_a_killed_process_left_is_removed(tmp_path, by):
     writer.communicate()
     assert partials(tmp_path / "runs") == there
     assert anew() == own and partials(tmp_path / "runs") == [] and all(path.exists() for path in kept)
+
+
+def test_a_pipe_that_has_no_name_of_its_own_is_written_to():
+    """What a shell hands over as >(gzip > x.gz), and /dev/stdout before a |."""
+    reader, writer = os.pipe()
+    with open(reader, encoding="utf-8") as end:
+        with writing(f"/dev/fd/{writer}") as file:
+            file.write("she\n")
+        os.close(writer)
+        assert end.read() == "she\n"

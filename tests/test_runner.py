@@ -411,6 +411,37 @@ def test_files_that_changed_are_not_mixed_with_what_was_learnt_on_them(place, sm
     assert {row["seed"] for row in runner.run(more).table["rows"]} == {0, 1}
 
 
+def test_an_axis_or_names_of_ones_own_that_changed_are_not_mixed_either(place, small, tmp_path, monkeypatch):
+    recipe, data = place
+    monkeypatch.chdir(tmp_path)
+    axis, table = tmp_path / "own.TOML", tmp_path / "town.toml"
+    axis.write_text('keep_untouched = false\ncolumns = ["male", "female"]\ngroups = [["he", "she"], ["his", "her"]]\n')
+    table.write_text('columns = ["male", "female"]\ngroups = [["jo", "zoe"]]\n')
+    recipe.write_text(recipe.read_text().replace('axis = "gender"', 'axis = "own.TOML"'))
+    settings = Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out"), scale=0.02, seeds=1, systems=("LoRA",), upstream=("names=town.toml",))
+    runner.run(settings)
+    for changed in (axis, table):
+        before = changed.read_text()
+        changed.write_text(before.replace("]]", '], ["man", "woman"]]'))
+        with pytest.raises(ConfigError, match=f"holds results with another {changed.name} than there is now"):
+            runner.run(dataclasses.replace(settings, seeds=2))
+        changed.write_text(before)
+    assert {row["seed"] for row in runner.run(dataclasses.replace(settings, seeds=2)).table["rows"]} == {0, 1}
+
+
+def test_the_same_files_by_another_path_go_on(place, small, tmp_path, monkeypatch):
+    recipe, data = place
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "linked").symlink_to(data)
+    flags = ["run", recipe, "--model", small.base, "--scale", 0.02, "--systems", "FT"]
+    monkeypatch.chdir(tmp_path)
+    done(*flags, "--data", "data", "--out", "out", "--seeds", 1)
+    done(*flags, "--data", data, "--out", "out", "--seeds", 2)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    done(*flags, "--data", "../data", "--out", "../out", "--seeds", 3)
+    assert "4 seeds" in done(*flags, "--data", "linked", "--out", "../out", "--seeds", 4).out
+
+
 def test_what_is_damaged_in_its_own_folder_is_named_or_made_again(place, small, tmp_path):
     recipe, data = place
     flags = ["run", recipe, "--model", small.base, "--data", data, "--out", tmp_path / "out", "--scale", 0.02, "--systems", "FT"]

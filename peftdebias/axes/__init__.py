@@ -7,6 +7,7 @@ Left out: multi-word entries ("hair salon"), word senses, inflection: a plural i
 """
 
 import functools
+import hashlib
 import re
 import tomllib
 import unicodedata
@@ -74,6 +75,10 @@ class Axis:
     def __hash__(self):  # by name and file: an axis is a cache key for every text, and its rows are long
         return hash((self.name, self.source))
 
+    def digest(self) -> str:
+        """sha256 of what is swapped and how, by no matter which file says so."""
+        return hashlib.sha256(repr(replace(self, description="", source="")).encode()).hexdigest()
+
     @property
     def words(self) -> frozenset[str]:
         """Every word that is recognised in a text, in lower case."""
@@ -98,7 +103,7 @@ class Axis:
         Names count as Capital and UPPER alone. The table names its columns; they are to be those of this axis, so that names go where words of their
         identity go. Raises ConfigError for an axis with other columns or none, DataError for a mistake in the file or a name that is a word of the axis.
         """
-        path = Path(path or _HERE / "names.toml")
+        path = _HERE / "names.toml" if path is None else Path(path)
         text, table = _read(path, "names file")
         rows = _Check(path, text, "names file").names(table, self)
         only = tuple((row[0], ("Capital", "UPPER")) for row in rows)
@@ -117,7 +122,7 @@ def load_axis(name_or_path) -> Axis:
     path = Path(name)
     if name in names():
         return _load(_HERE / f"{name}.toml")
-    if path.suffix != ".toml" and path.name == name:
+    if path.suffix.lower() != ".toml" and path.name == name:
         raise ConfigError(f"unknown axis {name!r}: expected one of {', '.join(names())}, or the path of a .toml file")
     return _load(path)
 
