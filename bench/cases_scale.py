@@ -98,7 +98,7 @@ def step_of(shape: Shape, save_memory: bool) -> Work:
     batch = pack(samples)
     task = types.SimpleNamespace(loss=lambda model, batch: mlm_loss(model.mlm_logits(batch), batch.targets))
     step = training.Step(model, task, training.make_optimizer(parameters, training.Schedule(steps=1, lr=1e-5)), parameters)
-    frozen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters_at = {p.untyped_storage().data_ptr() for p in patch.all_parameters(model).values()}
 
     def kept() -> float:
         sizes = {}
@@ -109,7 +109,7 @@ def step_of(shape: Shape, save_memory: bool) -> Work:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             task.loss(model, batch)
-        return sum(size for place, size in sizes.items() if place not in frozen) / 2 ** 20
+        return sum(size for place, size in sizes.items() if place not in parameters_at) / 2 ** 20
 
     return Work(lambda: step(dataclasses.replace(batch), 1e-5), dict, tokens=len(batch.ids), held=kept)
 

@@ -75,15 +75,15 @@ def schedule(setting: Setting) -> training.Schedule:
 
 def facts(setting: Setting, batches: list[list[Sample]], name: str) -> dict:
     """What a reader of the row must know of the batches."""
-    flat = [s for batch in batches for s in batch]
+    flat = [s for batch in (labelled(batches) if name == "full" else batches) for s in batch]
     mean, longest = sum(len(s.ids) for s in flat) / len(flat), max(len(s.ids) for s in flat)
     size = setting.size
     random, bucketed = padding(shuffled(batches, setting.seed)), padding(batches)
     words = (f"{size.layers} layers x {size.hidden}, vocabulary {size.vocab}; {WORDS[name]}; dropout {setting.dropout:g} (hidden and attention); AdamW, gradient "
              f"clipping; {setting.precision}; {len(batches)} batches of {setting.sequences} texts, mean {mean:.1f} and at most {longest} tokens, "
              f"padding {random:.0%} in random order and {bucketed:.0%} length-bucketed")
-    return {"setting": words, "sequences": setting.sequences, "batches": len(batches), "mean_length": mean, "longest": longest, "rank": RANK,
-            "masked": sum(len(s.rows) for s in flat), "dropout": setting.dropout, "padding_random": random, "padding_bucketed": bucketed}
+    return {"setting": words, "sequences": setting.sequences, "batches": len(batches), "mean_length": mean, "longest": longest, "dropout": setting.dropout,
+            "padding_random": random, "padding_bucketed": bucketed, "asked" if name == "full" else "masked": sum(len(s.rows) for s in flat)} | ({"rank": RANK} if name == "lora" else {})
 
 
 def labelled(batches: list[list[Sample]]) -> list[list[Sample]]:

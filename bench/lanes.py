@@ -107,11 +107,11 @@ def file_kib(work: Work) -> float | None:
 
 
 def saved_mib(work: Work) -> float:
-    """MiB of the tensors that autograd keeps during one pass, each storage once, those of parameters and inputs apart; the most in any step."""
+    """MiB of the tensors that autograd keeps during one pass, each storage once, those of parameters apart; the most in any step."""
     steps: list[dict] = [{}]
 
     def keep(tensor):
-        if tensor.grad_fn is None and not tensor.is_leaf or not isinstance(tensor, torch.nn.Parameter):
+        if not isinstance(tensor, torch.nn.Parameter):
             steps[-1][tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 

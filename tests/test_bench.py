@@ -1,10 +1,12 @@
 """bench/: a sound registry, equality before time, rows with their schema. No figure is looked at."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+import types
 import weakref
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 from .benched import FIELDS, HAVE_BOTH, ROOT, modules, planted, quick  # noqa: F401  (quick is a fixture)
 from .outside import one_thread  # noqa: F401  (a fixture: small models on one thread)
 
-bench = modules("case", "cases", "gpu", "measure", "rows", "run", "texts")
+bench = modules("case", "cases", "cases_steps", "gpu", "measure", "rows", "run", "texts")
 
 
 # ---------------------------------------------------------------- registry
@@ -107,6 +109,15 @@ def test_profile_shows_where_the_time_of_one_provider_goes(bench, capsys):
     for table in tables:
         ops = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
         assert ": torch: " in table and any("aten::gelu" in op[1] for op in ops) and sum(float(op[4]) for op in ops) == pytest.approx(100, abs=1)
+
+
+def test_a_profile_counts_what_an_op_spends_itself(bench, monkeypatch, tmp_path):
+    case = dataclasses.replace(bench.cases.CASES["gemm"], providers={"torch": bench.case.Provider(lambda setting: bench.case.Work(int, dict, steps=2))})
+    ops = [types.SimpleNamespace(key="outer", count=4, self_cpu_time_total=1000, cpu_time_total=4000), types.SimpleNamespace(key="inner", count=2, self_cpu_time_total=3000, cpu_time_total=3000)]
+    profile = contextlib.nullcontext(types.SimpleNamespace(key_averages=lambda: ops))
+    monkeypatch.setattr("bench.profiled.profile", lambda activities: profile)
+    lines = bench.run.ops_table(case, bench.case.Setting("micro", 1, tmp_path), "torch", 1).splitlines()
+    assert lines[-2:] == ["| `inner` | 1 | 1.5 | 75 |", "| `outer` | 2 | 0.5 | 25 |"]
 
 
 def test_ratio_is_of_the_baseline_on_the_same_line(bench):
@@ -248,6 +259,9 @@ def test_what_a_kernel_leaves_unwritten_is_red(bench, monkeypatch):
     case = bench.case.Case("k", "full", "what", providers, "rows", (1,), bench.case.output_bound, rounded=True)
     with pytest.raises(bench.measure.Unequal, match="y: max.difference. nan"):
         bench.measure.check(case, quick, providers)
+    ours[0] = False
+    with pytest.raises(bench.measure.Unequal, match="y: max.difference. nan"):
+        bench.measure.check_rounded(case, quick, providers)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -258,6 +272,126 @@ def test_the_least_that_an_op_reads_and_writes(bench, tmp_path):
     for name in ("feed_forward", "trained_feed_forward"):
         library, fused = (cases[name].providers[f"peftdebias, {form}"].build(setting(7)).roof for form in ("library", "fused"))
         assert len(library) == len(fused) + 2 and library[:len(fused)] == fused and all(flops for flops, _ in fused)
+
+
+def test_a_cell_shows_the_lower_quantile_first_and_settings_that_differ_have_their_x(bench):
+    def row(x, setting):
+        return bench.rows.Row("k", "old", "full", "time", "ms", "n", x, 2.0, 1.0, 3.0, {"size": "a", "baseline": "old", "setting": setting}, "d", "t", None, "c", "2026")
+
+    text = bench.rows.table([row(1, "short"), row(2, "long")])
+    assert "| 2 (1 to 3) |" in text and "- a, n 1: short\n- a, n 2: long" in text and "- a: same" in bench.rows.table([row(1, "same"), row(2, "same")])
+
+
+def test_a_commit_with_edits_says_so(bench, monkeypatch, tmp_path):
+    def git(*words):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a", *words], check=True, capture_output=True)
+
+    git("init"), (tmp_path / "code.py").write_text("1"), git("add", "."), git("commit", "-m", "first")
+    monkeypatch.setattr(bench.rows, "ROOT", tmp_path)
+    clean = bench.rows.commit.__wrapped__()
+    (tmp_path / "code.py").write_text("2")
+    assert len(clean) == 12 and bench.rows.commit.__wrapped__() == clean + "+changes"
+
+
+def test_figures_are_of_a_step_over_the_repeats_and_the_warm_up_is_none(bench, quick, monkeypatch, tmp_path):  # noqa: F811
+    order, spent = [], {name: iter([100.0, *range(1, 7)]) for name in ("one", "two")}
+    works = {name: bench.case.Work(lambda name=name: order.append(name), dict, steps=2, tokens=6) for name in spent}
+    monkeypatch.setattr(bench.measure, "seconds", lambda work, passes, device: (work.run(), next(spent[order[-1]]))[1])
+    case = bench.case.Case("k", "step", "what", {name: bench.case.Provider(lambda setting, name=name: works[name]) for name in works}, "rows", (1,), bench.case.output_bound, sized=False)
+    rows = bench.measure.time_case(case, bench.case.Setting("micro", 1, tmp_path), dict(case.providers), 6, shares={"one": 0.25})
+    found = {(row.provider, row.metric_name): (row.y_50, row.y_20, row.y_80) for row in rows}
+    assert found["one", "time"] == found["two", "time"] == pytest.approx((1750, 1000, 2500)) and found["one", "rate"] == pytest.approx((6 / 3.5, 6 / 5, 6 / 2))
+    assert order == ["one", "two"] + 3 * ["one", "two", "two", "one"]
+    assert rows[0].extra_config["size"] == "any" and rows[0].extra_config["largest_difference_as_share_of_allowed"] == 0.25
+
+
+def test_seconds_are_of_one_pass_that_has_ended(bench, monkeypatch):
+    done, device = [], torch.device("cpu")
+    work = bench.case.Work(lambda: done.append("run"), dict)
+    monkeypatch.setattr(bench.measure, "_finish", lambda device: done.append("finish"))
+    for measured, passes, expected in ((bench.measure.seconds, 3, 2.0), (bench.measure.host_seconds, 50, 0.3)):
+        now = iter([10.0, 16.0])
+        monkeypatch.setattr(bench.measure, "time", types.SimpleNamespace(perf_counter=lambda: next(now)))
+        assert measured(work, passes, device) == expected
+    assert done == ["finish", *3 * ["run"], "finish", "finish", *20 * ["run"], "finish"]
+
+
+def test_the_share_is_that_of_the_worst_tensor_in_float32(bench, tmp_path):
+    def built(apart):
+        def build(setting):
+            assert setting.precision == "float32"
+            return bench.case.Work(int, lambda: {"a": torch.ones(2, dtype=torch.float64), "b": torch.full((2,), 1 + apart, dtype=torch.float64)})
+        return bench.case.Provider(build)
+
+    providers = {"plain": built(0.0), "ours": built(1e-6)}
+    case = bench.case.Case("k", "full", "what", providers, "rows", (1,), bench.case.output_bound)
+    assert bench.measure.check(case, bench.case.Setting("micro", 1, tmp_path, precision="bf16"), providers) == {"ours": pytest.approx(0.5)}
+
+
+def test_one_element_may_err_twice_as_much_as_plain_torch_and_no_more(bench):
+    def built(all_by, first_by):
+        def build(setting):
+            y = torch.full((1000,), 1.0 if setting.precision == "float64" else 1 + all_by, dtype=torch.float64)
+            y[0] = 1.0 if setting.precision == "float64" else 1 + first_by
+            return bench.case.Work(int, lambda: {"y": y.to(torch.float64 if setting.precision == "float64" else torch.bfloat16)})
+        return build
+
+    providers = {"plain": bench.case.Provider(built(2 ** -7, 2 ** -7)), "peftdebias": bench.case.Provider(built(0.0, 3 * 2 ** -7), kernels=("gelu",))}
+    case = bench.case.Case("k", "full", "what", providers, "rows", (1,), bench.case.output_bound, rounded=True)
+    with pytest.raises(bench.measure.Unequal, match=r"\n  y: max.difference. 0.0234, allowed 0.0156$"):
+        bench.measure.check_rounded(case, bench.case.Setting("micro", 1, Path(".")), providers)
+
+
+def test_the_ceilings_count_what_they_do(bench, tmp_path):
+    built = {name: bench.cases.CASES[name].providers["torch"].build(bench.case.Setting("micro", x, tmp_path)) for name, x in (("gemm", 8), ("copy", 1))}
+    assert built["gemm"].flops == 2 * 8 * 8 * 8 and built["copy"].bytes == 2 * 2 ** 20
+
+
+def test_every_roof_is_what_has_to_be_moved_and_multiplied(bench, tmp_path):
+    """micro: 28 wide, feed-forward 60, 97 words; rank 8, bottleneck 48, prefix 30; 7 rows of 4 bytes."""
+    def roof(name, x=7, **fields):
+        provider = next(p for n, p in bench.cases.CASES[name].providers.items() if n != "peft")
+        return provider.build(bench.case.Setting("micro", x, tmp_path, stand_in=True, **fields)).roof
+
+    row, product, thin = 4 * 7 * 28, (2 * 7 * 28 * 28, 4 * (2 * 7 * 28 + 28 * 28)), 4 * 7 * 48 * 28
+    assert roof("lora_linear") == (product, product, (4 * 7 * 8 * 56, 2 * row)) and roof("lora_frozen") == (product, product)
+    assert roof("lora_write", 2) == ((0, 2 * 2 * 4 * 3 * 28 * 28),) and roof("lora_grads_two") == ((4 * 7 * 8 * 2 * 56, 3 * row),)
+    assert roof("adapter") == ((thin, 3 * row), (thin, 2 * row), (thin, 2 * row)) and roof("adapter_frozen") == roof("adapter")[:2]
+    assert roof("mlm_loss") == ((0, 4 * 7 * 97), (0, 2 * 4 * 7 * 97)) and roof("sparse_add") == ((0, 2 * row + 12), (0, 16))
+    assert roof("dropout") == ((0, 2 * row), (0, 2 * row)) and roof("norm") == ((0, 4 * row), (0, 3 * row)) and roof("norm_dropout") == ((0, 4 * row), (0, 4 * row))
+    assert roof("gelu") == ((0, 2 * 4 * 7 * 60), (0, 3 * 4 * 7 * 60)) and roof("trained_embed", longest=5)[1] == (0, 2 * row + 4 * 7 + 4 * 28 * (97 + 10))
+    assert roof("trained_linear", precision="bf16") == ((2 * 7 * 28 * 28, 2 * 2 * 7 * 28 + 4 * 28 * 28),) * 3
+    for name, keys in (("attention_even", 5), ("attention_prefix", 35)):
+        pairs, tensor = 2 * (2 * 5 * keys) * 28, 4 * 2 * 5 * 28
+        assert roof(name, 2, longest=5) == ((2 * pairs, 4 * tensor), (5 * pairs, 8 * tensor))
+    norm, update = roof("whole_adamw", 1)
+    assert norm[1] * 7 == update[1]
+
+
+@pytest.mark.skipif(not HAVE_BOTH, reason="compares with transformers and peft, which are not installed")
+def test_every_side_of_a_step_drops_clips_and_counts_valid_tokens(bench, monkeypatch, tmp_path):
+    setting, modes, clipped, padded = bench.case.Setting("micro", 20, tmp_path, sequences=4, longest=48), [], [], {}
+    train, clip, pad = torch.nn.Module.train, torch.nn.utils.clip_grad_norm_, bench.cases_steps.pad
+    monkeypatch.setattr(torch.nn.Module, "train", lambda self, mode=True: (modes.append(mode), train(self, mode))[1])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: (clipped.append(a[1]), clip(*a))[1])
+    for name in ("transformers+peft", "transformers+peft, length-bucketed", "peftdebias"):
+        padded[name] = []
+        monkeypatch.setattr(bench.cases_steps, "pad", lambda batch, device: (padded[name].append(made := pad(batch, device)), made)[1])
+        work = bench.cases.CASES["lora_step"].providers[name].build(setting)
+        work.run()
+        assert modes[-1] and work.steps == 2 and work.tokens == sum(len(s.ids) for batch in bench.texts.texts(setting) for s in batch)
+    assert work.state in (0, 3 * 4 * 1792)  # where the library is compiled: two moments and the gradients of A and B, flat
+    random, bucketed = (sum(made["input_ids"].numel() for made in padded[name]) for name in list(padded)[:2])
+    assert clipped == 6 * [1.0] and work.tokens <= bucketed < random
+    assert work.extra["padding_random"] == pytest.approx(1 - work.tokens / random) and work.extra["padding_bucketed"] == pytest.approx(1 - work.tokens / bucketed)
+
+
+def test_what_a_row_says_of_a_step_is_of_its_method(bench, tmp_path):
+    setting = bench.case.Setting("micro", 20, tmp_path, sequences=4, longest=48)
+    batches = bench.texts.texts(setting)
+    masked, texts = (sum(len(s.rows) for batch in batches for s in batch), sum(map(len, batches)))
+    found = {name: bench.cases_steps.facts(setting, batches, name) for name in ("lora", "adapter", "full")}
+    assert [(of.get("rank"), of.get("masked"), of.get("asked")) for of in found.values()] == [(8, masked, None), (None, masked, None), (None, None, texts)] and masked > texts
 
 
 ANOTHER = """

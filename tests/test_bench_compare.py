@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import types
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -112,6 +113,61 @@ def test_a_file_counts_tensors_and_configuration_and_no_readme(bench):
             (folder / name).write_bytes(bytes(1024))
 
     assert bench.lanes.file_kib(bench.case.Work(run=dict, results=dict, save=save)) == 2 and bench.lanes.file_kib(bench.case.Work(run=dict, results=dict)) is None
+
+
+class Lane:
+    """A provider's process whose passes take what is given."""
+
+    about = {"steps": 2, "tokens": 8, "torch": "t", "triton": None, "versions": {}, "extra": {}}
+
+    def __init__(self, name, spent, asked):
+        self.name, self.spent, self.asked = name, iter(spent), asked
+
+    def ask(self, what):
+        self.asked.append(self.name)
+        return next(self.spent) if what == "pass" else 7.0
+
+    def close(self):
+        pass
+
+
+def test_the_ceiling_is_the_rate_of_one_product(bench, monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(bench.compare, "GEMM", (2, 3, 5)), monkeypatch.setattr(bench.compare, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert bench.compare.gemm_rates(2)["blas"] == pytest.approx(2 * 2 * 3 * 5 / 0.2)  # five products a second
+
+
+def test_figures_are_of_a_step_and_the_floor_of_the_best_library(bench, setting, monkeypatch):
+    monkeypatch.setattr(bench.compare, "gemm_rates", lambda repeats=7: {"blas": 1e9, "onednn": 4e9})
+    monkeypatch.setattr(bench.compare.lanes, "lane", lambda case, provider, setting: Lane(provider, range(1, 7), []))
+    monkeypatch.setattr(bench.compare.lanes, "peak_mib", lambda *_: 5.0)
+    found = bench.compare.compare(bench.lanes.COMPARED["lora_step"], setting, {"peftdebias": bench.case.Provider(dict)}, 6, 1, {})
+    of = {row.metric_name: row for row in found}
+    assert {name: (r.y_50, r.y_20, r.y_80) for name, r in of.items()} == {"time": pytest.approx((1750, 1000, 2500)), "rate": pytest.approx((8 / 3.5, 8 / 5, 8 / 2)), "peak memory": (5, 5, 5),
+                                                                         "saved for backward": (7, 7, 7), "adapter file": (7, 7, 7)}
+    extra = of["time"].extra_config
+    assert extra["floor_ms"] == pytest.approx(1000 * bench.cases_steps.needed_flops(setting, "lora") / 4e9 / 2) and (extra["gemm_gflops"], extra["blas_gflops"]) == (4, 1)
+
+
+def test_passes_of_two_take_turns_and_the_ratio_is_ours_over_theirs(bench):
+    asked = []
+    assert bench.compare.in_turns(Lane("ours", 4 * [3.0], asked), Lane("theirs", 4 * [2.0], asked), 4) == [1.5] * 4
+    assert asked == 2 * ["theirs", "ours", "ours", "theirs"]
+    assert bench.bars.pairs("full_step") == [("peftdebias, frozen module folded", "peftdebias")] and bench.bars.pairs("lora_step") == []
+
+
+def test_memory_is_no_ratio_of_passes(bench):
+    folded, plain = (row(bench, "full_step", p, y, "peak memory", **more) for p, y, more in ((bench.bars.FOLDED, 50.0, {"paired": {"peftdebias": [1.03] * 3}}), ("peftdebias", 100.0, {})))
+    (_, line) = bench.bars.lines([plain, folded])
+    assert line == "full_step, base: peftdebias, frozen module folded: peak memory 50 MiB; 0.5 of peftdebias"
+
+
+def test_every_repeat_begins_with_another_provider(bench, setting, monkeypatch):
+    asked, case = [], bench.lanes.COMPARED["sparse_step"]
+    monkeypatch.setattr(bench.compare, "gemm_rates", lambda repeats=7: {"blas": 1e9}), monkeypatch.setattr(bench.compare, "in_turns", lambda *_: [1.0])
+    monkeypatch.setattr(bench.compare.lanes, "lane", lambda case, provider, setting: Lane(provider[-1], 4 * [1.0], asked)), monkeypatch.setattr(bench.compare.lanes, "peak_mib", lambda *_: 1.0)
+    bench.compare.compare(case, setting, dict(case.providers), 4, 1, {})
+    assert "".join(asked[:8]) == "12211221"
 
 
 def test_compare_writes_rows_tables_bars_and_a_drawing(bench, tmp_path, capsys, monkeypatch):

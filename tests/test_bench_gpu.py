@@ -167,6 +167,41 @@ def test_on_a_gpu_an_op_has_two_times_and_without_a_graph_that_is_said(bench, qu
     assert heads.startswith("| size | rows | provider | time, ms | of baseline | eager time, ms |")
 
 
+def test_a_launch_that_the_device_waited_for_does_not_count(bench, monkeypatch):
+    """Unless all did."""
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            pass
+
+        def query(self):
+            return next(late)
+
+        def elapsed_time(self, end):
+            return next(spent)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event), monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(bench.measure, "FLUSH", 8)
+    for answers, expected in (([True, False, False], (2.0, 1)), ([True, True, True], (5.0, 3))):
+        late, spent = iter(answers), iter([11000.0, 1000.0, 3000.0])
+        assert bench.measure.cuda_seconds(int, 3, torch.device("cpu")) == expected
+
+
+def test_the_peak_of_an_op_is_above_what_lay_there(bench, monkeypatch):
+    for name, found in (("synchronize", None), ("reset_peak_memory_stats", None), ("memory_allocated", 3 * 2 ** 20), ("max_memory_allocated", 5 * 2 ** 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert bench.measure.cuda_peak(bench.case.Work(int, dict), torch.device("cuda")) == 2
+
+
+def test_the_lower_quantile_of_an_eager_launch_is_the_faster_one(bench, quick, pretend, monkeypatch, tmp_path):  # noqa: F811
+    case, spent = one_case(bench, "full", ours=bench.case.Work(int, dict, roof=((0.0, 1e6),))), iter([100.0, 100.0, *range(1, 7)])
+    monkeypatch.setattr(bench.measure, "seconds", lambda work, passes, device: next(spent))
+    rows = {row.metric_name: row for row in bench.measure.time_case(case, bench.case.Setting("micro", 1, tmp_path, torch.device("cuda")), dict(case.providers), 6)}
+    assert (rows["eager time"].y_20, rows["eager time"].y_50, rows["eager time"].y_80) == pytest.approx((2000, 3500, 5000))
+
+
 def test_on_a_gpu_the_peak_of_a_step_is_that_of_its_first_passes(bench, quick, pretend, monkeypatch, tmp_path):  # noqa: F811
     """Building leaves 1 MiB, the passes reach 11, and 2 MiB of AdamW's state were there before; torch held 4 MiB of the device, and 22 in the end."""
     runs = []
@@ -245,6 +280,42 @@ def test_both_phases_against_the_twins_and_in_the_loop_with_its_validations(benc
     monkeypatch.setattr(curves.training, "autocast", lambda *_: contextlib.nullcontext())
     (red,) = curves.whole(setting, "adapter", 2, "eager", say=said.append)
     assert red.startswith("adapter, bf16, eager, the loop of training.py: RuntimeError: ")
+
+
+def test_curves_that_part_are_red(bench):
+    curves, nan = bench.gpu.curves, float("nan")
+    first = {"a": torch.tensor([1.0, 0.0], dtype=torch.float64)}
+    wanted = curves.Curve(60 * [1.0], first)
+
+    def red(losses, gradients=first, precision="float32"):
+        return curves.trouble(curves.Curve(losses, gradients), wanted, precision)[0]
+
+    def turned(cosine):
+        return {"a": torch.tensor([cosine, (1 - cosine ** 2) ** 0.5], dtype=torch.float64)}
+
+    assert red(60 * [1.0]) == red(60 * [1.005], turned(0.995), "bf16") == []
+    assert red(55 * [1.0] + 5 * [1.001]) == ["loss over all steps: off by 0.001, allowed 0.0001"]
+    assert red(60 * [1.00005]) == ["loss over the first 50 steps: off by 5e-05, allowed 1e-05"] and len(red(60 * [nan])) == 2
+    assert red(60 * [1.0], {}) == ["gradients: expected those of 1 parameters, got 0", "gradient of a: nan of what is allowed"]
+    assert red(60 * [1.0], {"a": nan * first["a"]}) == ["gradient of a: nan of what is allowed"]
+    assert red(60 * [1.0], turned(0.98), "bf16") == ["gradient of a: 2 of what is allowed"]
+
+
+def test_a_validation_that_rises_in_the_loop_is_red(bench, monkeypatch, tmp_path):
+    curves, found = bench.gpu.curves, types.SimpleNamespace(before={"loss": 1.0}, best={"loss": 1.02})
+    monkeypatch.setattr(curves, "begun", lambda setting, phase: (None, {}, [[]], None)), monkeypatch.setattr(curves.training, "train", lambda *_: found)
+    setting = bench.case.Setting("micro", 40, tmp_path)
+    assert curves.whole(setting, "lora", 2, "eager", say=lambda line: None) == [
+        "lora, float32, eager, the loop of training.py: validation 1.0000 before, 1.0200 at best in 2 steps"]
+    found.best["loss"] = 1.009
+    assert curves.whole(setting, "lora", 2, "eager", say=lambda line: None) == []
+
+
+def test_curves_are_held_against_the_twins_on_the_cpu(bench, monkeypatch, tmp_path):
+    asked, curves = [], bench.gpu.curves
+    monkeypatch.setattr(curves, "curve", lambda setting, phase, steps, implementation, *_, **__: (asked.append((setting.device.type, implementation)), curves.Curve([1.0], {}))[1])
+    monkeypatch.setattr(curves, "whole", lambda *_: [])
+    assert curves.check(torch.device("cpu"), tmp_path, 1, "micro", phases=("lora",), say=lambda line: None) == [] and asked == [("cpu", "torch"), ("cpu", "auto")]
 
 
 def test_the_base_of_the_curves_is_updated_as_a_whole_base_is(bench):

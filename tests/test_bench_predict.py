@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -124,6 +125,60 @@ def test_the_floor_counts_the_products_that_run(bench, small, monkeypatch):
     assert bench.cases_predict.forward_flops(config, [len(e.ids) for e in encoded]) == pytest.approx(counter.get_total_flops())
 
 
+def test_who_is_called_merged_is_and_batches_are_as_they_say(bench, task, monkeypatch):
+    library("transformers"), library("peft")
+    import peft
+    import transformers
+
+    merged, lengths, merge, theirs, pad = [], [], bench.cases_predict.patch.merge, peft.LoraModel.merge_and_unload, transformers.PreTrainedTokenizerBase.pad
+    monkeypatch.setattr(bench.cases_predict.patch, "merge", lambda *a: (merged.append(1), merge(*a))[1])
+    monkeypatch.setattr(peft.LoraModel, "merge_and_unload", lambda *a, **k: (merged.append(1), theirs(*a, **k))[1])
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "pad", lambda self, rows, **k: (lengths.extend(map(len, rows["input_ids"])), pad(self, rows, **k))[1])
+    texts = task.texts()[:6]
+    for name, build in bench.cases_predict.PREDICTORS.items():
+        lengths.clear(), merged.clear()
+        build(task)(texts, 2)
+        assert len(merged) == ("merged" in name)
+        assert not lengths or (lengths == sorted(lengths)) == ("sorted" in name) and len(lengths) == 6
+
+
+def test_every_pass_begins_with_another_one(bench):
+    class Lane:
+        def __init__(self, name):
+            self.name = name
+
+        def ask(self, line):
+            asked.append(self.name)
+            return [1.0]
+
+    asked, names = [], "abc"
+    assert bench.predict.in_turns({name: Lane(name) for name in names}, "file", 3) == {name: [[1.0]] * 3 for name in names}
+    assert "".join(asked) == "abcbcacab"
+
+
+def test_the_ceiling_is_of_the_best_rate_and_calls_are_of_one_size(bench, task, monkeypatch):
+    class Lane:
+        def __init__(self, name, command):
+            pass
+
+        def ask(self, line):
+            asked.append(line)
+            return [1.0]
+
+        def close(self):
+            pass
+
+    asked, rates = [], iter([1e9, 4e9, 2e9])
+    monkeypatch.setattr(bench.predict, "Process", Lane), monkeypatch.setattr(bench.predict, "LARGE", 16)
+    monkeypatch.setattr(bench.predict, "gemm_rates", lambda repeats=7: {"blas": next(rates)})
+    monkeypatch.setattr(bench.predict, "available", lambda: [bench.predict.OURS]), monkeypatch.setattr(bench.predict, "check", lambda *_: {bench.predict.OURS: 0.0})
+    rows, _ = bench.predict.measured(task, types.SimpleNamespace(only=None, singles=3, large=40, repeats=1, file_repeats=2))
+    lengths = [len(e.ids) for e in load_tokenizer(task.tokenizer).encode(task.texts(), max_length=task.longest)]
+    extra = rows[-1].extra_config
+    assert asked == ["calls 1 3", "calls 16 32", "file", "file"] and extra["gemm_gflops"] == 4
+    assert extra["floor_ms"] == pytest.approx(1000 * bench.cases_predict.forward_flops(task.config, lengths) / 4e9)
+
+
 @pytest.mark.parametrize(("script", "words", "shown"), [
     ("predict", ["none.txt", "--tokenizer", "."], "bench: .: expected tokenizer.json"),
     ("predict", ["none.txt"], "required: --tokenizer"),
@@ -176,6 +231,42 @@ def test_one_thing_changes_in_each_curve(bench):
         assert {f for f in fields if len({getattr(s, f) for s in shapes}) > 1} == own[name]
         if name in ("tokens", "length"):
             assert [s.sequences * s.length for s in shapes] == (list(growth.values) if name == "tokens" else [bench.cases_scale.TOKENS] * len(shapes))
+
+
+def test_points_are_in_milliseconds_and_the_fit_is_of_the_medians(bench, monkeypatch, tmp_path):
+    spent = {32: [1.0, 2.0, 9.0], 64: [2.0, 4.0, 4.1]}
+    given = {x: iter(seconds) for x, seconds in spent.items()}
+    monkeypatch.setattr(bench.scale, "build", lambda shape, saving, folder: bench.scale.Work(lambda: shape.length, dict))
+    monkeypatch.setattr(bench.scale.measure, "seconds", lambda work, passes, device: next(given[work.run()]))
+    monkeypatch.setattr(bench.scale.measure, "cpu_peak", lambda *_: None)
+    rows = bench.scale.measured("length", (32, 64), 3, {}, tmp_path)
+    assert [(row.x_value, row.y_50, row.extra_config["fit"]["exponent"]) for row in rows] == [(32, 2000, pytest.approx(1)), (64, 4000, pytest.approx(1))]
+
+
+def test_what_is_saved_is_a_share_of_what_it_takes_without(bench):
+    def row(provider, y):
+        return bench.rows.Row("scale_layers", provider, "step", "time", "ms", "layers", 4, y, y, y, {}, "d", "t", None, "c", "2026")
+
+    assert bench.scale.savings([row("peftdebias", 100.0), row(bench.cases_scale.SAVING, 130.0)]) == ["4 layers, --save-memory over without: time 1.30"]
+
+
+def test_a_step_has_the_rank_and_the_modules_of_its_shape(bench, monkeypatch):
+    create, made = bench.cases_scale.methods.create, []
+    monkeypatch.setattr(bench.cases_scale.methods, "create", lambda *a, **k: (made.append(k["options"]), create(*a, **k))[1])
+    work = bench.cases_scale.step_of(bench.cases_scale.Shape(layers=1, hidden=64, vocab=97, sequences=2, length=32, rank=3, modules=2), False)
+    assert made == 2 * [{"rank": 3}] and work.tokens == 64
+
+
+def test_weights_are_not_kept_for_the_backward(bench):
+    """The table of 20,000 words has 4.9 MiB, the scores of five places have 0.4."""
+    assert bench.cases_scale.step_of(bench.cases_scale.Shape(layers=1, hidden=64, vocab=20000, sequences=1, length=32), False).held() < 4
+
+
+def test_what_is_kept_for_the_backward_holds_no_parameter(bench, monkeypatch):
+    shape, patch = bench.cases_scale.Shape(layers=1, hidden=64, vocab=97, sequences=2, length=32, rank=64), bench.cases_scale.patch
+    found = bench.cases_scale.step_of(shape, False).held()
+    monkeypatch.setattr(patch, "all_parameters", lambda model: dict(model.named_parameters()))
+    assert bench.cases_scale.step_of(shape, False).held() > found
 
 
 def test_curves_rows_and_a_drawing(bench, capsys, tmp_path):

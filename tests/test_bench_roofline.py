@@ -88,3 +88,24 @@ def test_the_memory_of_a_step_is_judged_by_what_is_allocated_and_by_what_is_take
     assert bench.roofline.targets(found)[1:] == ["full_step 128x256, mean_length 256: peak memory 0.49 of theirs's, asked for at most 0.50: met",
                                                 "full_step 128x256, mean_length 256: reserved memory 0.70 of theirs's, asked for at most 0.50: not met"]
     assert len(bench.roofline.targets([r for r in found if r.metric_name != "reserved memory"])) == 2
+
+
+def test_the_ceilings_are_the_best_that_were_measured(bench):
+    slower = dataclasses.replace(ceilings_of(bench)[-1], y_50=500.0)
+    assert bench.roofline.ceilings([*ceilings_of(bench), slower]) == (8e14, 2e12)
+
+
+def test_the_lowest_share_is_that_of_the_slowest_time(bench):
+    row = dataclasses.replace(op_row(bench, "adapter", "peftdebias", 4, 0.04, [(0.0, 4e7)]), y_20=0.025, y_80=0.08)
+    share = bench.roofline.with_shares([*ceilings_of(bench), row])[-1]
+    assert (share.y_20, share.y_50, share.y_80) == pytest.approx((25, 50, 80))
+
+
+@pytest.mark.parametrize("x,eager,compiled", [(51, "0.30: not met", "0.50: met"), (128, "0.60: met", "0.90: met")], ids=["padded", "even"])
+def test_the_fastest_of_ours_is_held_against_both_dresses(bench, x, eager, compiled):
+    def row(provider, ms):
+        return bench.rows.Row("full_step 32x128", provider, "step", "time", "ms", "mean_length", x, ms, ms, ms, {"baseline": "old", "longest": 128}, "d", "t", None, "c", "2026")
+
+    found = [row(p, ms) for p, ms in (("old", 10.0), ("old, compiled", 8.0), ("peftdebias", 5.0), ("peftdebias, CUDA graph", 4.0), ("peftdebias, frozen module folded", 1.0))]
+    assert bench.roofline.targets(found) == [f"full_step 32x128, mean_length {x}: peftdebias, CUDA graph takes 0.40 of old's time, asked for at most {eager}",
+                                             f"full_step 32x128, mean_length {x}: peftdebias, CUDA graph takes 0.50 of old, compiled's time, asked for at most {compiled}"]

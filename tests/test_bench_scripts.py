@@ -5,10 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
+
+from .benched import modules
 
 ROOT = Path(__file__).resolve().parent.parent
 LINES = ["He told his mother that she should call him.", "The nurse said that her shift had ended.", "A king and a queen sat there."]
+bench = modules("cda", "crows", "pronouns")
 
 
 def script(*words) -> subprocess.CompletedProcess:
@@ -59,6 +63,50 @@ def test_counterfactuals(corpus):
 def test_crows_pairs(shared):
     lines = printed(script("crows.py", shared / "data/crows_pairs/crows_pairs_anonymized.csv", shared / "models/bert-tiny-mlm", "--pairs", "4", "--slow", "4", "--repeats", "1"))
     assert [line["what"].split(",")[0] for line in lines] == ["equality", "crows-pairs", "equality", "crows-pairs", "the whole file"]
+
+
+def test_the_floor_of_crows_pairs_counts_distinct_contexts(bench):
+    """Against torch's own counter, on what questions.py runs of each: the last layer's queries, output and feed-forward and the head on one row."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from peftdebias import kernels, questions
+    from peftdebias.encoder import EncoderConfig, Model
+    from peftdebias.ops import attention_ref
+
+    config = EncoderConfig(kind="bert", layers=3, hidden=32, heads=2, feed_forward=48, vocab=100, max_positions=64)
+    asked = [questions.MaskedToken(numpy.arange(5, 5 + n), place, target) for n, place, target in ((6, 2, 9), (6, 2, 11), (6, 3, 9), (9, 4, 9))]
+    with kernels.use("torch"), torch.no_grad(), pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False) as counter:
+        patch.setattr("peftdebias.encoder.attention", attention_ref)
+        questions.masked_log_probs(Model(config, mlm=True).eval(), asked)
+    assert bench.crows.flops(config, asked) == pytest.approx(counter.get_total_flops())
+
+
+def test_the_quoted_half_is_the_one_that_the_rules_were_not_built_on(bench):
+    lines = ["first", "second", "third", "fourth"]
+    assert [lines[bench.pronouns.HALVES[name]] for name in ("quoted", "built")] == [["second", "fourth"], ["first", "third"]]
+    assert bench.pronouns.share({("his", "her", "his"): 3, ("his", "hers", "hers"): 1, ("her", "his", "her"): 5}, "his") == (3, 4)
+
+
+def test_megabytes_a_second_are_of_the_input(bench, monkeypatch, capsys):
+    now = iter([0.0, 2.0, 10.0, 11.0, 20.0, 24.0])
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.cda, "time", type("clock", (), {"perf_counter": staticmethod(lambda: next(now))}))
+        found = bench.cda.rates(int, 4_000_000, 3)
+    assert found == [1, 2, 4] and bench.cda.show("engine", found) == 2 and json.loads(capsys.readouterr().out)["MB/s"] == 2
+
+
+def test_a_row_of_seeds_and_the_split_of_hate_speech(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import all_methods
+    import bug_gender
+
+    assert bug_gender.row("k", [1.0, 2.0, 3.0]) == "| k | 2.00 ± 1.00 | 1.00, 2.00, 3.00 |" and bug_gender.row("k", [1.0]) == "| k | 1.00 | 1.00 |"
+    (tmp_path / "in.tsv").write_text("head\n" + "".join(f"{i}\n" for i in range(50)))
+    train, dev = (path.read_text().splitlines() for path in all_methods.carve_dev(tmp_path / "in.tsv", tmp_path))
+    assert (len(train), len(dev)) == (46, 6) and train[0] == dev[0] == "head" and not set(train[1:]) & set(dev[1:])
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in ({"loss": 3.0}, {"loss": 2.5}, {"loss": 2.0, "seconds": 9.0})))
+    assert all_methods.losses(tmp_path) == (3.0, 2.0, 9.0)
 
 
 @pytest.mark.parametrize("words,said", [

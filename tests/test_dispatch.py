@@ -76,6 +76,12 @@ def test_dA_and_dB_go_by_rows_and_pieces(tmp_path, monkeypatch, fresh):
     assert [picked(rows=4096), picked(rows=65536), picked(rows=4096, outside=1536, rank=16)] == ["twice", "once", "once"]
 
 
+def test_a_line_of_the_table_has_the_median_and_the_columns_of_both_pieces():
+    one = dataclasses.replace(row("lora_grads_two", "twice", 4096, 2.0), y_20=1.0, y_80=3.0)
+    (line,) = dispatch_table.lines([one])["lora_grads"].values()
+    assert (line["outside"], line["rank"], line["ms"]) == (1536, 16, {"twice": 2.0})
+
+
 def test_the_forms_of_attention_are_measured_by_rows_sequences_and_lengths(tmp_path, monkeypatch, fresh):
     def attention(provider: str, ms: float, dropout: float = 0.0, case: str = "attention", **sizes) -> rows.Row:
         sizes = {"rows": 6912, "sequences": 128, "longest": 128, "prefix": 0, "width": 768} | sizes

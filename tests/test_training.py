@@ -277,6 +277,21 @@ def test_the_speed_is_that_of_steps_that_were_not_compiled(compiled, expected, l
     assert progress.figures() == expected and [event["tokens_per_second"] for event in told] == [round(expected[1])] and err.getvalue().endswith(f" {left} minutes left\n")
 
 
+def test_the_time_left_holds_the_validations_to_come(monkeypatch):
+    """Ten steps of a second and ten seconds of validation; twenty steps are left."""
+    now = [0.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(training, "TOLD_EVERY", 0.0)
+    with training._bar(30, "") as bar, contextlib.redirect_stderr(io.StringIO()) as err:
+        progress = training._Progress(30, lambda **event: None, bar, "")
+        with progress.aside():
+            now[0] += 10
+        for step in range(1, 11):
+            now[0] += 1
+            progress.after(step, torch.tensor(1.0), 0.1, 50)
+    assert err.getvalue().endswith(" 0.7 minutes left\n")
+
+
 def test_the_progress_bar_is_closed_before_an_error_is_told():
     class Task(Plain):
         def loss(self, model, batch):
