@@ -356,7 +356,8 @@ def base_of(path: str | Path) -> str | Path:
 
 def versions(device: torch.device | None = None) -> dict:
     """What a result depends on besides its configuration: packages, this project's commit where it runs from a checkout, the device (None: that which `auto` is here)."""
-    found = {"peftdebias": __version__, "python": platform.python_version(), "platform": platform.platform(), "torch": torch.__version__}  # torch's own word says of what build it is
+    found = {"peftdebias": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    found["torch"] = torch.__version__  # says of what build it is, where its package may not
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -157,7 +157,8 @@ class Evaluate:
     positive: str | None = option("the label that F1 and FPRD are of (default: the run's own)", None, metavar="LABEL", of=("classification", "fprd", "iptts"))
     terms: str | None = option("file with the identity terms, one a line (default for iptts: identity.csv beside it)", None, metavar="FILE", of=("fprd", "iptts"))
     neutral: str | None = option("the label that means neutral (default: neutral; of the labels 0, 1, 2: 1)", None, metavar="LABEL", of=("bias-nli",))
-    axis: str | None = option("axis whose words are swapped, a shipped name or a TOML file of yours (default: the shipped one that the run's module was learnt on)", None, metavar="NAME|FILE", of=("counterfactual",))
+    axis: str | None = option("axis whose words are swapped, a shipped name or a TOML file of yours (default: the shipped one that the run's module was learnt on)", None,
+                              metavar="NAME|FILE", of=("counterfactual",))
     max_pairs: int = option("at most that many pairs, a sample chosen by the seed; 0: all", 20000, of=("bias-nli",))
     max_length: int | None = option("longest text in tokens; longer ones are cut, counted and reported (default: the run's own, else 256)", None,
                                     of=("perplexity", "classification", "fprd", "iptts", "bias-nli", "counterfactual"))

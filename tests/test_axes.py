@@ -301,7 +301,8 @@ def test_mistakes_are_named(load, text, error, words):
 
 def test_as_much_as_is_allowed_is_read(load):
     words = [f"c{i}" for i in range(MOST_BARRED)]
-    axis = load('keep_untouched = true\ngroups = [["a", "' + "x" * LONGEST_WORD + '"]' + "".join(f', ["{word}", "d{word}"]' for word in words) + "]\n[unless_after]\n" + "".join(f'{w} = ["x{w}"]\n' for w in words))
+    groups = ", ".join(f'["{word}", "d{word}"]' for word in words)
+    axis = load(f'keep_untouched = true\ngroups = [["a", "{"x" * LONGEST_WORD}"], {groups}]\n[unless_after]\n' + "".join(f'{word} = ["x{word}"]\n' for word in words))
     assert len(axis.unless_after) == MOST_BARRED and len(axis.groups[0][1]) == LONGEST_WORD
 
 

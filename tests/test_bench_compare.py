@@ -165,7 +165,8 @@ def test_memory_is_no_ratio_of_passes(bench):
 def test_every_repeat_begins_with_another_provider(bench, setting, monkeypatch):
     asked, case = [], bench.lanes.COMPARED["sparse_step"]
     monkeypatch.setattr(bench.compare, "gemm_rates", lambda repeats=7: {"blas": 1e9}), monkeypatch.setattr(bench.compare, "in_turns", lambda *_: [1.0])
-    monkeypatch.setattr(bench.compare.lanes, "lane", lambda case, provider, setting: Lane(provider[-1], 4 * [1.0], asked)), monkeypatch.setattr(bench.compare.lanes, "peak_mib", lambda *_: 1.0)
+    monkeypatch.setattr(bench.compare.lanes, "lane", lambda case, provider, setting: Lane(provider[-1], 4 * [1.0], asked))
+    monkeypatch.setattr(bench.compare.lanes, "peak_mib", lambda *_: 1.0)
     bench.compare.compare(case, setting, dict(case.providers), 4, 1, {})
     assert "".join(asked[:8]) == "12211221"
 
