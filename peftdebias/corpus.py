@@ -258,14 +258,15 @@ def read_examples(
 
     Labels and groups are strings: JSON integers and integral floats are written without a point, booleans as
     "true"/"false"; spaces around them are dropped and an empty one is an error. Several `label` columns make one label,
-    "1" where any of them is true and "0" elsewhere. A row with an empty text is a row; a file with no text is an error.
+    "1" where any of them is true and "0" elsewhere. A row with an empty text is a row, and where neither label nor group is asked for, one in which
+    nothing is said at all; a file with no text is an error.
     """
     kind = lines.kind(path)
     kind = "tsv" if kind == "txt" else kind
     labels = [] if label is None else [label] if isinstance(label, str) else list(label)
     wanted = [text, *labels, *([text_pair] if text_pair else []), *([group] if group else [])]
     examples = []
-    for record in records.read(path, kind, wanted):
+    for record in records.read(path, kind, wanted, blank=not (labels or group)):
         place, values = _place(path, record.first), record.values
         cell = dict(zip(wanted, values))
         examples.append(

@@ -188,8 +188,8 @@ def parse_settings(pairs: list[str], texts: frozenset[str] = frozenset()) -> dic
 
 
 def texts_of(cls: type) -> frozenset[str]:
-    """The fields of a dataclass whose value is one text."""
-    return frozenset(name for name, hint in typing.get_type_hints(cls).items() if _plain(hint) is str)
+    """The fields of a dataclass whose value is one text, as they are typed."""
+    return frozenset(name.rstrip("_") for name, hint in typing.get_type_hints(cls).items() if _plain(hint) is str)
 
 
 def as_plain(config) -> dict:

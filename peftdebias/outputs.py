@@ -36,8 +36,8 @@ def writing(path: str | None) -> Iterator:
     target = Path(os.path.realpath(path))  # a link stays one
     if os.path.isdir(target):
         raise ConfigError(f"{path}: expected a file to write, got a folder")
-    if os.path.exists(path) and not os.path.isfile(path):  # a device such as /dev/null, or a pipe: that of /dev/stdout and /dev/fd/63 has no other name
-        with open(path, "w", encoding="utf-8") as file:
+    if _is_open(path) or os.path.exists(path) and not os.path.isfile(path):  # or a device such as /dev/null, or a pipe
+        with open(path, "a", encoding="utf-8") as file:  # behind what is there: of a file that is open somebody has written the beginning
             yield file
         return
     partial = partial_of(target)
@@ -52,6 +52,19 @@ def writing(path: str | None) -> Iterator:
         if error.filename is None and error.errno in FULL:
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def _is_open(path: str) -> bool:
+    """Whether it is the name of something that this process has open, /dev/stdout or /dev/fd/63, or a link to one: what that is may have no other name."""
+    for _ in range(40):  # links, as many as Linux follows
+        folder, name = os.path.realpath(os.path.dirname(path)), os.path.basename(path)
+        if re.fullmatch(r"/dev/fd|/proc/\d+/fd", folder):
+            return True
+        path = os.path.join(folder, name)
+        if not os.path.islink(path):
+            return False
+        path = os.path.join(folder, os.readlink(path))
+    return False
 
 
 @contextlib.contextmanager

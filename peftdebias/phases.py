@@ -120,6 +120,7 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
     device = pick_device(settings.device)
     precision, step = pick_precision(settings.precision, device), pick_step(settings.step, device)
     axis, intervention = prepared(settings)
+    about = {"axis_sha256": load_axis(settings.axis).digest()}  # before the training, in whose hours the file may change or go
     cls = methods.method_class(settings.method)
     options = checked(cls.Config, settings.set or {}, f"--set, {cls.name}: ")
     with checkpoint.writing_run(settings.out, "upstream", _saved(settings), settings.overwrite, device, precision=precision, step=step) as run, contextlib.ExitStack() as stack:
@@ -159,7 +160,7 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
             weights.save_model(model, run.path / "model", tokenizer)
         if not cls.trains_base:
             _assert_frozen("base", base["sha256"], base_checksum(model))
-            checkpoint.save_adapter(checkpoint.adapter_folder(run.path), method, axis.name, base, {"axis_sha256": load_axis(settings.axis).digest()})
+            checkpoint.save_adapter(checkpoint.adapter_folder(run.path), method, axis.name, base, about)
         more = [note for note in texts.notes() if note not in notes]  # of a pass over the corpus that has gone on meanwhile
         _tell(say, more)
         notes += more

@@ -35,8 +35,11 @@ class Record(NamedTuple):
     end: tuple[int, int]
 
 
-def read(path: str | Path, kind: str, wanted: list[str], report: Report = lines.stop, begin: Place = Place()) -> Iterator[Record]:
-    """The records of one file from `begin` on. kind: csv, tsv or jsonl. A corrupt record goes to `report`; a missing column raises DataError."""
+def read(path: str | Path, kind: str, wanted: list[str], report: Report = lines.stop, begin: Place = Place(), blank: bool = True) -> Iterator[Record]:
+    """The records of one file from `begin` on. kind: csv, tsv or jsonl. A corrupt record goes to `report`; a missing column raises DataError.
+
+    blank: whether a row of as many fields as the header, none of which says anything, is a row; one of another number, or above the header, is none.
+    """
     with contextlib.closing(Lines(path, report, quoted=kind == "csv")) as source:
         if kind == "jsonl":
             source.seek(begin.offset, begin.lines)
@@ -46,24 +49,32 @@ def read(path: str | Path, kind: str, wanted: list[str], report: Report = lines.
         positions = None
         for record in rows(source):
             if positions is None:
+                if _is_blank(record) and not all(name.isdecimal() for name in wanted):
+                    continue
                 width, place = len(record.values), _place(path, record.first)
                 positions, has_header = _positions(record.values, wanted, place)
                 if begin.offset:
                     break
                 if has_header:
                     continue
-            yield from _row(path, record, width, positions, report)
+            yield from _row(path, record, width, positions, report, blank)
         if positions is not None and begin.offset:
             source.seek(begin.offset, begin.lines)
             for record in rows(source):
-                yield from _row(path, record, width, positions, report)
+                yield from _row(path, record, width, positions, report, blank)
 
 
-def _row(path, record: Record, width: int, positions: list[int], report: Report) -> Iterator[Record]:
+def _row(path, record: Record, width: int, positions: list[int], report: Report, blank: bool) -> Iterator[Record]:
+    if _is_blank(record) and (len(record.values) != width or not blank):  # what spreadsheets put behind the last row
+        return
     if len(record.values) != width:
         report(f"{_place(path, record.first)}: expected {width} fields, got {len(record.values)}")
     else:
         yield record._replace(values=[record.values[position] for position in positions])
+
+
+def _is_blank(record: Record) -> bool:
+    return not any(value.strip() for value in record.values)
 
 
 def _positions(first_row: list[str], wanted: list[str], place: str) -> tuple[list[int], bool]:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import checkpoint, evaluation, extrinsic, methods, phases, prepare, recipe as recipes, weights
+from .augment import prepared
 from .axes import load_axis
 from .config import Downstream, Evaluate, Run, Upstream
 from .errors import ConfigError, DataError, PeftDebiasError
@@ -167,8 +168,8 @@ class _Runner:
         load_axis(self.recipe.axis)
         self._same_files()
         pick_device(self.settings.device)
-        if any(unit.task is None and unit.system.method is not None for unit in units):
-            self._text()
+        for unit in {unit.system.name: unit for unit in units if unit.task is None and unit.system.method is not None}.values():
+            prepared(self._upstream_settings(unit))
         seen = set()
         for unit in units:
             if unit.task is not None:
@@ -182,18 +183,20 @@ class _Runner:
         """Notes the sha256 of the files that are read, the model's, of the data folder what is named, and the user's axes and first names, or sees that they are what they were,
         from whatever folder the command is given."""
         model = sorted(path for path in weights.find_folder(self.settings.model).iterdir() if path.suffix in (".json", ".txt", ".safetensors", ".bin"))
-        called = {_whole_path(path): path for path in [*self._named(), *model, *self._tables()]}
+        tables = self._tables()
+        called = {_whole_path(path): path for path in [*self._named(), *model, *tables]}
         now = {whole: digest(path) for whole, path in called.items()}
         path = self.out / "read.json"  # not recipe.json, which is locked as the file that it is
-        before = {_whole_path(name): value for name, value in read_object(path, ConfigError).items()} if path.exists() else now
+        noted = {_whole_path(name): value for name, value in read_object(path, ConfigError).items()} if path.exists() else {}
+        before = {whole: now[whole] for whole in map(_whole_path, tables)} | noted if path.exists() else now  # an earlier version noted no tables
         if changed := next((name for name in (*now, *before) if now.get(name) != before.get(name)), None):
             raise ConfigError(f"--out {self.out}: holds results with another {called.get(changed, changed)} than there is now; expected the same as before or another folder")
-        if not path.exists():
+        if before.keys() != noted.keys():
             write_text(path, json.dumps(now, indent=2) + "\n")
 
     def _tables(self) -> list[Path]:
         """Axes and tables of first names that are files of the user's."""
-        asked = [{"axis": self.recipe.axis}, *(system.upstream or {} for system in self.recipe.systems), *self.overrides["upstream"].values()]
+        asked = [{"axis": self.recipe.axis}, *(self._own(Upstream, system, "upstream") for system in self.recipe.systems), *self.overrides["upstream"].values()]
         return [Path(name) for one in asked for name in tables(one.get("axis"), one.get("names")) if os.path.isfile(name)]
 
     def _check_labels(self, task: Task, settings: Downstream) -> None:
@@ -220,9 +223,10 @@ class _Runner:
 
     def _claim(self) -> None:
         """Makes OUT, or sees that it holds the same recipe; what its table shows may change."""
+        model = os.path.realpath(self.settings.model) if os.path.exists(self.settings.model) else self.settings.model  # a name of the hub is one in every folder
         asked = {"recipe": dataclasses.asdict(dataclasses.replace(self.recipe, path=self.recipe.name, title="", columns=(), sources={})) | {
                      "sources": {"/".join(key): dataclasses.asdict(source) for key, source in self.recipe.sources.items()}},
-                 "scale": self.settings.scale, "model": os.path.realpath(self.settings.model), "data": os.path.realpath(self.data),
+                 "scale": self.settings.scale, "model": model, "data": os.path.realpath(self.data),
                  "upstream": self.overrides["upstream"], "downstream": self.overrides["downstream"]}
         asked = json.loads(json.dumps(asked))
         path = self.out / "recipe.json"
@@ -231,7 +235,7 @@ class _Runner:
             there = read_object(path, ConfigError)
             for key in asked:
                 before, now = (recipes.what_decides(one.get(key), self.data) if key == "recipe" else one.get(key) for one in (there, asked))
-                if before != now:
+                if before != now and not (key == "model" and before == os.path.realpath(self.settings.model)):  # what an earlier version made of a name of the hub
                     what = "another recipe" if key == "recipe" else f"{key} {there.get(key)}"
                     raise ConfigError(f"--out {self.out}: holds results with {what}; expected the same as before or another folder")
         elif self.out.exists() and any(self.out.iterdir()):
@@ -298,22 +302,27 @@ class _Runner:
     def _label(self, unit: Unit) -> str:
         return self.recipe.base if unit.task is None and unit.system.method is None else unit.system.name
 
+    def _own(self, cls: type, system: System, phase: str) -> dict:
+        """What the recipe says of a system in a phase. Raises ConfigError on what is no setting."""
+        return checked(cls, getattr(system, phase) or {}, f"{self.recipe.path}: [[system]] {system.name}: {phase}: ")
+
     def _settings(self, cls: type, unit: Unit, phase: str, values: dict):
-        own = getattr(unit.system, phase) or {}
-        values = values | checked(cls, own, f"{self.recipe.path}: [[system]] {unit.system.name}: {phase}: ")
+        values = values | self._own(cls, unit.system, phase)
         for owner in ("", unit.task.name if unit.task else "", unit.system.name):
             values |= self.overrides[phase].get(owner, {})
         return build(cls, {key: value for key, value in values.items() if value is not None})
 
     def _upstream(self, unit: Unit) -> None:
-        if unit.system.method is None or self.run_of(unit).exists():
-            return
+        if unit.system.method is not None and not self.run_of(unit).exists():
+            phases.upstream(self._upstream_settings(unit), self._said(unit))
+
+    def _upstream_settings(self, unit: Unit) -> Upstream:
         learning, scale = self.recipe.upstream, self.settings.scale
         values = {"model": self.settings.model, "axis": self.recipe.axis, "corpus": (str(self._text()),), "column": "text", "out": str(self.run_of(unit)),
                   "method": unit.system.method, "budget": unit.system.budget, "set": unit.system.set, "seed": unit.seed, "lr": learning.lr,
                   "steps": max(1, round(learning.steps * scale)), "valid_every": max(1, round(learning.valid_every * scale)),
                   "batch_size": learning.batch_size, "max_length": learning.max_length, "device": self.settings.device}
-        phases.upstream(self._settings(Upstream, unit, "upstream", values), self._said(unit))
+        return self._settings(Upstream, unit, "upstream", values)
 
     def _downstream(self, unit: Unit) -> None:
         if not self.run_of(unit).exists():

@@ -271,9 +271,9 @@ def find_folder(name: str | Path) -> Path:
 def _cache() -> Path:
     """Where `hf download` puts models, by the variables that huggingface_hub reads."""
     if named := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(os.path.expandvars(named)).expanduser()
+        return Path(os.path.expandvars(os.path.expanduser(named)))
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(os.path.expandvars(home)).expanduser() / "hub"
+    return Path(os.path.expandvars(os.path.expanduser(home))) / "hub"
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

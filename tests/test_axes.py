@@ -1,6 +1,7 @@
 """The shipped axes are what they claim, a user's own axis is one file, and every mistake in it is named."""
 
 import csv
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -340,3 +341,10 @@ def test_an_axis_made_by_hand_is_looked_at_too(changes, words):
     with pytest.raises(DataError, match=re.escape(f"axis 'wealth': {words}")):
         Axis(**dict(name="wealth", groups=(("rich", "poor"),), keep_untouched=True) | changes)
     assert counterfactuals("rich", Axis("wealth", (("rich", "poor"),), True))[0].text == "poor"
+
+
+def test_a_digest_is_of_the_words_and_of_what_is_done_with_them():
+    axis = Axis("wealth", (("rich", "poor"),), True)
+    same = [dataclasses.replace(axis, **change) for change in ({"name": "money"}, {"source": "f"}, {"description": "d"}, {"keep_untouched": False}, {"columns": ("a", "b")})]
+    other = [dataclasses.replace(axis, **change) for change in ({"groups": (("rich", "needy"),)}, {"like": (("wealthy", "rich"),)}, {"only": (("rich", ("lower",)),)}, {"unless_after": (("rich", ("oil",)),)})]
+    assert {one.digest() for one in same} == {axis.digest()} and len({axis.digest(), *(one.digest() for one in other)}) == 5

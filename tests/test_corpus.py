@@ -422,3 +422,9 @@ def test_a_byte_that_is_none_inside_a_quoted_field_costs_its_record_alone(later,
     assert said == [f"{path}:4: expected utf-8, got 0xff at byte 1 of the line"]
     with pytest.raises(DataError, match=r"torn.csv:4: expected utf-8, got 0xff"):
         list(records.read(path, "csv", ["text"]))
+
+
+@pytest.mark.parametrize("name, content", [("a.tsv", "\t\ntext\tl\na\t1\n\t\nb\t2\n\t\t\n\t\n"), ("a.csv", ',\ntext,l\na,1\n""\nb,2\n,,\n,\n')])
+def test_rows_that_a_spreadsheet_leaves_blank_are_none_where_a_label_is_asked_for(file, name, content):
+    assert [(e.text, e.label) for e in read_examples(file(name, content), text="text", label="l")] == [("a", "1"), ("b", "2")]
+    assert [text.text for text in read_texts([file(name, content)])] == ["a", "b"]

@@ -296,3 +296,18 @@ def test_a_pipe_that_has_no_name_of_its_own_is_written_to():
             file.write("she\n")
         os.close(writer)
         assert end.read() == "she\n"
+
+
+def test_the_standard_output_by_its_name_is_written_behind_what_is_there(tmp_path):
+    (tmp_path / "a.txt").write_text("he is a king\n")
+    (tmp_path / "log").write_text("kept\n")
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    for out in ("/dev/stdout", "link"):
+        with open(tmp_path / "log", "a") as log:
+            subprocess.run([sys.executable, "-m", "peftdebias", "augment", "--axis", "gender", "a.txt", "--out", out], cwd=tmp_path, stdout=log, stderr=subprocess.PIPE, check=True)
+    assert [line[:9] for line in (tmp_path / "log").read_text().splitlines()] == ["kept", '{"text": ', '{"text": ']
+    with open(tmp_path / "gone", "w+") as gone:
+        (tmp_path / "gone").unlink()
+        subprocess.run([sys.executable, "-m", "peftdebias", "augment", "--axis", "gender", "a.txt", "--out", "/dev/stdout"], cwd=tmp_path, stdout=gone, stderr=subprocess.PIPE, check=True)
+        gone.seek(0)
+        assert gone.read().startswith('{"text": ') and sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "link", "log"]

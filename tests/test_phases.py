@@ -600,3 +600,16 @@ def test_a_run_is_repeated_from_anywhere(small, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     said = cli("augment", "--axis", "gender", "--names", "mynames", small.corpus, "--out", "mynames")
     assert said.code == 2 and "is read" in said.err and (place / "mynames").read_text().startswith("columns")
+
+
+@pytest.mark.parametrize("left", [None, 'keep_untouched = true\ngroups = [["king", "queen"]]\n'])
+def test_an_axis_file_that_changes_while_a_run_trains_is_not_asked_again(left, small, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('keep_untouched = true\ngroups = [["he", "she"], ["his", "her"]]\n')
+    words = load_axis(file).digest()
+
+    def meanwhile(line):
+        file.write_text(left) if left else file.unlink(missing_ok=True)
+
+    phases.upstream(Upstream(model=str(small.base), axis=str(file), corpus=(str(small.corpus),), out=str(tmp_path / "run"), steps=1), meanwhile)
+    assert json.loads((tmp_path / "run/adapter/adapter.json").read_text())["axis_sha256"] == words

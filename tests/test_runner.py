@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from peftdebias import evaluation, recipe as recipes, recipe_table, runner
-from peftdebias.config import Report, Run
+from peftdebias import evaluation, options, recipe as recipes, recipe_table, runner
+from peftdebias.config import Report, Run, Upstream
 from peftdebias.errors import ConfigError, DataError, PeftDebiasError
 from peftdebias.metrics.nli import SLOT
 from peftdebias.metrics.compare import over_seeds, seed_difference
@@ -486,3 +486,55 @@ def test_below_one_epoch_a_share_of_the_training_file_is_taken(place, small, tmp
     trained = (tmp_path / "out" / "data" / "moved-train.jsonl").read_text().splitlines()
     assert len(trained) == round(0.2 * 50) and tomllib.loads((tmp_path / "out" / row["run"] / "config.toml").read_text())["epochs"] == 1
     assert [row["stage"] for row in found["rows"]] == ["upstream", "downstream", "transfer"] and recipe_table.change(found, found["columns"][1], "FT") is None
+
+
+def test_a_folder_of_an_earlier_version_notes_the_tables_and_goes_on(place, small, tmp_path, monkeypatch):
+    recipe, data = place
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.toml").write_text('keep_untouched = false\ncolumns = ["male", "female"]\ngroups = [["he", "she"], ["his", "her"]]\n')
+    recipe.write_text(recipe.read_text().replace('axis = "gender"', 'axis = "own.toml"'))
+    settings = Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out"), scale=0.02, seeds=1, systems=("LoRA",))
+    runner.run(settings)
+    path = tmp_path / "out/read.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in told.items() if not name.endswith("own.toml")}))
+    runner.run(dataclasses.replace(settings, seeds=2))
+    assert json.loads(path.read_text()) == told
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="holds results with another"):
+        runner.run(dataclasses.replace(settings, seeds=3))
+
+
+def test_a_model_of_the_hub_is_the_same_in_every_folder(place, small, tmp_path, monkeypatch):
+    recipe, data = place
+    shutil.copytree(small.base, tmp_path / "hub/models--me--tiny/snapshots/1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "elsewhere").mkdir()
+    flags = ["run", recipe, "--model", "me/tiny", "--scale", 0.02, "--systems", "FT", "--data", data, "--out", tmp_path / "out"]
+    monkeypatch.chdir(tmp_path)
+    done(*flags, "--seeds", 1)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    done(*flags, "--seeds", 2)
+    path = tmp_path / "out/recipe.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": str(tmp_path / "elsewhere/me/tiny")}))  # of an earlier version
+    done(*flags, "--seeds", 3)
+
+
+@pytest.mark.parametrize("setting, words", [('axis = "no/such.toml"', "axis file no/such.toml: no such file"), ('names = "none.toml"', "names file none.toml: no such file"), ("workers = -1", "--workers: expected at least 0, got -1")])
+def test_what_a_system_s_own_settings_ask_for_is_looked_for_first(setting, words, place, small, tmp_path):
+    recipe, data = place
+    recipe.write_text(recipe.read_text().replace("upstream = { lr = 1e-4 }", f"upstream = {{ {setting} }}"))
+    said = cli("run", recipe, "--model", small.base, "--data", data, "--out", tmp_path / "out", "--scale", 0.02)
+    assert said.code == 2 and words in said.err.splitlines()[-1] and "jobs-ft-0" not in said.err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("setting, words", [("axis = 5", "axis: expected a text, got 5"), ("names = true", "names: expected a text, got True"), ('names = ["a"]', "names: expected a text, got ['a']")])
+def test_a_system_s_own_axis_that_is_no_text_is_one_line(setting, words, place, small, tmp_path):
+    recipe, data = place
+    recipe.write_text(recipe.read_text().replace("upstream = { lr = 1e-4 }", f"upstream = {{ {setting} }}"))
+    said = cli("run", recipe, "--model", small.base, "--data", data, "--out", tmp_path / "out", "--scale", 0.02)
+    assert said.code == 2 and f"[[system]] Full-Debias: upstream: {words}" in said.err.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+def test_a_column_by_its_number_is_a_text():
+    assert options.checked(Upstream, options.parse_settings(["from=2"], options.texts_of(Upstream))) == {"from_": "2"}

@@ -514,6 +514,11 @@ def test_the_cache_is_where_its_variables_say(variables, cache, monkeypatch, tmp
     assert find_folder("org/tiny") == tmp_path / "huggingface" / "hub" / "models--org--tiny" / "snapshots" / "aaa"
 
 
+def test_a_cache_of_somebody_who_is_not_is_no_cache(monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", "~nobody-of-this-name/hub")
+    assert "not in the Hugging Face cache ~nobody-of-this-name/hub" in message(lambda: find_folder("org/tiny"))
+
+
 def test_a_name_that_is_nowhere_says_how_to_fetch_it(cache):
     for name in ("org/other", "tiny"):
         assert message(lambda: load_model(name)) == \

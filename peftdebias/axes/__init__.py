@@ -76,8 +76,8 @@ class Axis:
         return hash((self.name, self.source))
 
     def digest(self) -> str:
-        """sha256 of what is swapped and how, by no matter which file says so."""
-        return hashlib.sha256(repr(replace(self, description="", source="")).encode()).hexdigest()
+        """sha256 of the words that are swapped, for which and where; not of names, nor of what becomes of texts without them."""
+        return hashlib.sha256(repr((self.groups, self.pronouns, self.like, self.only, self.unless_after)).encode()).hexdigest()
 
     @property
     def words(self) -> frozenset[str]:
