@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 
 from peftdebias import checkpoint, patch, phases
+from peftdebias.axes import load_axis
 from peftdebias.methods import METHODS, create
 from peftdebias.weights import load, load_model
 
@@ -29,7 +30,7 @@ def test_both_phases_and_back_from_the_files(method, small, tmp_path):
 
     run = checkpoint.load_run(small.base, (str(tmp_path / "up"),))
     again = run.model.methods["gender"]
-    checkpoint.save_adapter(tmp_path / "again", again, "gender", header["base"])
+    checkpoint.save_adapter(tmp_path / "again", again, "gender", header["base"], {"axis_sha256": load_axis("gender").digest()})
     for name in ("adapter.json", "adapter.safetensors"):
         assert sha256(tmp_path / "again" / name) == sha256(tmp_path / "up" / "adapter" / name)
 
