@@ -69,7 +69,7 @@ def compare(case: Case, setting: Setting, providers: dict[str, Provider], repeat
     times: dict[str, list[float]] = {provider: [] for provider in up}
     load = os.getloadavg()[0]
     for i in range(repeats):
-        for provider in [*up][i % len(up):] + [*up][:i % len(up)]:
+        for provider in measure.in_turn(up, i):
             times[provider].append(up[provider].ask("pass"))
         rates = {form: max(rate, rates[form]) for form, rate in gemm_rates(2).items()}
     ratios = {pair: in_turns(*(up[p] for p in pair), pairs) for pair in bars.pairs(case.name) if set(pair) <= set(up)}

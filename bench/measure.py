@@ -14,7 +14,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy
@@ -318,10 +318,17 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def in_turn(names: Iterable, repeat: int) -> list:
+    """The names in the order of a repeat, each of which begins with another one, so that noise hits all alike."""
+    names = list(names)
+    first = repeat % len(names)
+    return names[first:] + names[:first]
+
+
 def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repeats: int, *, shares: dict[str, float] | None = None,
               memory: Callable[[str], float | None] | None = None, say: Callable[[str], None] = lambda line: None,
               failed: Callable[[str], None] | None = None) -> list[rows.Row]:
-    """Rows of all providers. They take turns within every repeat, each repeat starting with another, so that noise hits all alike.
+    """Rows of all providers. They take turns within every repeat (in_turn).
 
     failed: hears of a provider, other than a compiled one, that raises in its first passes, and the others are timed; without it that is raised.
 
@@ -356,7 +363,7 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
     late = dict.fromkeys(launches, 0)
     load = os.getloadavg()[0]
     for i in range(repeats):
-        for name in [*works][i % len(works):] + [*works][:i % len(works)]:
+        for name in in_turn(works, i):
             if name not in launches:
                 samples[name].append(seconds(works[name], passes[name], device))
                 continue

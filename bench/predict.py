@@ -99,7 +99,7 @@ def in_turns(lanes: dict[str, Process], line: str, repeats: int, between=lambda:
     """name -> of each repeat, seconds of the calls. Every repeat begins with another one."""
     spent: dict[str, list[list[float]]] = {name: [] for name in lanes}
     for i in range(repeats):
-        for name in [*lanes][i % len(lanes):] + [*lanes][:i % len(lanes)]:
+        for name in measure.in_turn(lanes, i):
             spent[name].append(lanes[name].ask(line))
         between()
     return spent

@@ -82,7 +82,7 @@ def measured(name: str, values: tuple[int, ...], repeats: int, changes: dict, fo
     peaks = {key: measure.cpu_peak(Provider(lambda _, work=work: work), setting) for key, work in works.items()}
     spent: dict[tuple[str, int], list[float]] = {key: [] for key in works}
     for i in range(repeats):
-        for key in [*works][i % len(works):] + [*works][:i % len(works)]:
+        for key in measure.in_turn(works, i):
             spent[key].append(measure.seconds(works[key], 1, setting.device))
     metrics = {}
     for key, work in works.items():

@@ -29,10 +29,10 @@ TOP = 10  # words that the summary names
 
 @dataclass
 class Summary:
-    """What was done. replaced: which words, where not all of the axis. rows: lines written. size: bytes read (unpacked). seconds: of all of it."""
+    """What was done. words: which are replaced, for people. size: bytes read (unpacked). seconds: of all of it."""
 
     axis: Axis
-    replaced: str = ""
+    words: str
     counts: Counts = field(default_factory=Counts)
     skipped: Skipped = field(default_factory=Skipped)
     size: int = 0
@@ -60,13 +60,13 @@ class Summary:
 
     def report(self) -> list[str]:
         """Lines for people."""
-        counts, name = self.counts, self.axis.name
+        counts = self.counts
         share = 100 * counts.touched / max(1, counts.texts)
         found = self.groups if self.axis.columns else dict(counts.found.most_common(TOP))
         return [
             *self.skipped.report("corpus"),
-            f"{counts.texts} texts, {counts.touched} ({share:.1f} %) with words of the axis {name}{self.replaced}; {counts.variants} counterfactuals, {counts.replaced} swaps",
-            f"words of the axis {name}: " + ", ".join(f"{word} {n}" for word, n in found.items()),
+            f"{counts.texts} texts, {counts.touched} ({share:.1f} %) with {self.words}; {counts.variants} counterfactuals, {counts.replaced} swaps",
+            f"words of the axis {self.axis.name}: " + ", ".join(f"{word} {n}" for word, n in found.items()),
             f"{self.size / 1e6:.1f} MB in {self.seconds:.1f} s, {self.size / 1e6 / max(self.seconds, 1e-9):.0f} MB/s ({self.engine} engine)",
         ]
 
@@ -89,7 +89,7 @@ def augment(settings: Augment) -> Summary:
     corpus.check_column(files, settings.column)
     keep_apart({"--out": settings.out, "--stats": settings.stats}, [*files, *tables(settings.axis, settings.names)])
     made = engine(axis, intervention, settings.threads)
-    summary = Summary(axis, intervention.column_of(axis), engine=made.name)
+    summary = Summary(axis, intervention.words_of(axis), engine=made.name)
     start, stop = 0, EVERYTHING
     if settings.shard:
         start, stop = _stretch(settings, files, made)
@@ -104,7 +104,7 @@ def augment(settings: Augment) -> Summary:
         if settings.shard:
             summary.counts.texts = stop - start  # those before were read to be numbered
         elif not summary.counts.touched:
-            raise DataError(f"{', '.join(settings.files) or 'standard input'}: expected words of the axis {axis.name}{summary.replaced}, found none in {summary.counts.texts} texts")
+            raise DataError(f"{', '.join(settings.files) or 'standard input'}: expected {summary.words}, found none in {summary.counts.texts} texts")
         summary.seconds = time.perf_counter() - begin
         if settings.stats:
             with writing(settings.stats) as file:

@@ -84,9 +84,10 @@ class Intervention:
                 more = " (axis.column(name) gives a column's)" if name == "only_from" else ""
                 raise ConfigError(f"{name}: expected a whole number of at least {least}{more}, got {value!r}")
 
-    def column_of(self, axis: Axis) -> str:
-        """" in the column female", whose words alone are replaced; empty where all are."""
-        return "" if self.only_from is None else f" in the column {axis.columns[self.only_from] if axis.columns else self.only_from + 1}"
+    def words_of(self, axis: Axis) -> str:
+        """What is replaced, for a message: "words of the axis gender", or those "in the column female" alone."""
+        column = "" if self.only_from is None else f" in the column {axis.columns[self.only_from] if axis.columns else self.only_from + 1}"
+        return f"words of the axis {axis.name}{column}"
 
 
 PAPER = Intervention()

@@ -56,11 +56,6 @@ def _whole(axis: Axis, intervention: Intervention) -> Axis | None:
     return None if intervention.only_from is None and intervention.max_variants is None else axis
 
 
-def _words_of(axis: Axis, intervention: Intervention) -> str:
-    """What a corpus must hold, for a message."""
-    return f"words of the axis {axis.name}{intervention.column_of(axis)}"
-
-
 def choose(read: Read, axis: Axis, intervention: Intervention, share: float, wanted: int, files: str) -> tuple[HeldOut, list[str]]:
     """(the rule, the texts of the first `wanted` held-out families), with words of the axis on both sides: where none of these has any, the first held-out one
     that has takes the last place.
@@ -87,9 +82,9 @@ def choose(read: Read, axis: Axis, intervention: Intervention, share: float, wan
         if len(held) >= wanted and held_touched and first is not None:
             break
     if first is None and not held_touched:
-        raise DataError(f"{files}: expected {_words_of(axis, intervention)}, found none in {texts} texts")
+        raise DataError(f"{files}: expected {intervention.words_of(axis)}, found none in {texts} texts")
     if first is None or (second is None and not held_touched):
-        raise DataError(f"{files}: expected two texts with {_words_of(axis, intervention)} that differ in more than these, one to validate on; found one (or give --valid FILE)")
+        raise DataError(f"{files}: expected two texts with {intervention.words_of(axis)} that differ in more than these, one to validate on; found one (or give --valid FILE)")
     if held_touched:
         return rule, held
     rule, held = HeldOut(share, frozenset([first]), whole), []
@@ -125,8 +120,8 @@ def beside(read: Read, valid: Sequence[str], axis: Axis, intervention: Intervent
                 return rule
             any_touched = any_touched or bool(family.variants)
     if any_touched:
-        raise DataError(f"{files}: expected texts with {_words_of(axis, intervention)} beside those of {valid_files}, found the same alone")
-    raise DataError(f"{files}: expected {_words_of(axis, intervention)}, found none in {texts} texts")
+        raise DataError(f"{files}: expected texts with {intervention.words_of(axis)} beside those of {valid_files}, found the same alone")
+    raise DataError(f"{files}: expected {intervention.words_of(axis)}, found none in {texts} texts")
 
 
 def first_families(read: Read, axis: Axis, intervention: Intervention, wanted: int, files: str) -> list[str]:
@@ -141,7 +136,7 @@ def first_families(read: Read, axis: Axis, intervention: Intervention, wanted: i
         if any_touched and len(found) >= wanted:
             return found
     if not any_touched:
-        raise DataError(f"{files}: expected {_words_of(axis, intervention)}, found none in {texts} texts")
+        raise DataError(f"{files}: expected {intervention.words_of(axis)}, found none in {texts} texts")
     return found
 
 
