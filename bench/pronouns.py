@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.arguments import Parser, existing_file  # noqa: E402
 from peftdebias.axes import Axis, load_axis  # noqa: E402
-from peftdebias.cda import counterfactuals, deciding_rule  # noqa: E402
+from peftdebias.cda import counterfactuals  # noqa: E402
+from peftdebias.pronouns import deciding_rule  # noqa: E402
 
 PRONOUNS = ("his", "him", "her", "hers")
 HALVES = {"quoted": slice(1, None, 2), "built": slice(0, None, 2), "all": slice(None)}

@@ -1,4 +1,4 @@
-// Which rule of pronouns.toml decides what a pronoun becomes: cda.deciding_rule.
+// Which rule of pronouns.toml decides what a pronoun becomes: pronouns.deciding_rule.
 //
 // It is no search: for each of the five places around a pronoun and each class of token there is a bit set of the rules that the place allows; the lowest bit of
 // their intersection is the first rule that fits.

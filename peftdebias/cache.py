@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy
 
-from . import axes, cda, cda_engine, corpus, holdout, lines, records, sentences, splice, tokens
+from . import axes, cda, cda_engine, corpus, holdout, lines, pronouns, records, sentences, splice, tokens
 from .buckets import Families
 from .errors import ConfigError
 from .outputs import digest
@@ -136,7 +136,7 @@ class Cached:
 def key(recipe) -> str:
     """sha256 of all that decides the families of a recipe."""
     tokenizer, axis = recipe.tokenizer, recipe.axis
-    code = [Path(module.__file__) for module in (axes, cda, cda_engine, corpus, holdout, lines, records, sentences, splice, tokens)] + [Path(axes.__file__).parent / "pronouns.toml"]
+    code = [Path(module.__file__) for module in (axes, cda, cda_engine, corpus, holdout, lines, pronouns, records, sentences, splice, tokens)] + [Path(axes.__file__).parent / "pronouns.toml"]
     about = [
         FORMAT, [digest(Path(path)) for path in code], [(lines.kind(path), lines.is_packed(path), digest(Path(path))) for path in recipe.files], recipe.column, recipe.unit, recipe.on_error,
         repr(dataclasses.replace(axis, description="", source="")), repr(recipe.intervention), recipe.held_out.share, sorted(recipe.held_out.also), recipe.shard,

@@ -19,6 +19,7 @@ from peftdebias import cda, native
 from peftdebias.axes import MOST_BARRED, Axis, word_class
 from peftdebias.cda import KEEP, PAPER, Counterfactual, Family, Intervention, Swap, counterfactuals
 from peftdebias.errors import ConfigError
+from peftdebias.pronouns import PRONOUNS, fits, pronoun_table
 
 BLOCK = 8 << 20  # bytes of text that go to the engine together
 EVERYTHING = 2**62
@@ -304,7 +305,7 @@ def _characters() -> bytes:
 @functools.cache
 def _pronoun_tables() -> dict:
     """pronouns.toml as bit sets: which rules a token of each class allows at each of the five places."""
-    table = cda.pronoun_table()
+    table = pronoun_table()
     bits = table.bits
     spelled = [
         sum(bits[name] for name in ("WORD", *("NUMBER",) * number, *ending, *("CAPITAL",) * capital))
@@ -320,9 +321,9 @@ def _pronoun_tables() -> dict:
         for condition in rule.conditions:
             place = allowed[condition[0]]
             for i, one in enumerate(classes):
-                if not cda.fits(condition, one):
+                if not fits(condition, one):
                     place[i] &= ~(1 << rule.number)
-    pronouns = list(cda.PRONOUNS.items())
+    pronouns = list(PRONOUNS.items())
 
     def words(sets) -> array:
         return array("Q", (one >> 64 * w & (1 << 64) - 1 for one in sets for w in range(width)))
@@ -353,7 +354,7 @@ def _tables(axis: Axis, only_from: int | None) -> tuple["_Tables", list[str]]:
             pronouns.append(0)
         else:
             rows += form.choices.values()
-            pronouns.append(1 + list(cda.PRONOUNS).index(form.word))
+            pronouns.append(1 + list(PRONOUNS).index(form.word))
     choices = [choice for row in rows for choice in row]
     sets = list(dict.fromkeys(lexicon.unless_after.values()))
     if len(sets) > MOST_BARRED:  # an Axis that came from no file

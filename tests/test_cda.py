@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from peftdebias.axes import SHAPES, Axis, letter_cases, load_axis, names
-from peftdebias.cda import Counterfactual, Family, Intervention, Swap, counterfactuals, deciding_rule, families, possessive_end, pronoun_table, rows
+from peftdebias.cda import Counterfactual, Family, Intervention, Swap, counterfactuals, families, possessive_end, rows
 from peftdebias.errors import ConfigError
+from peftdebias.pronouns import deciding_rule, pronoun_table
 
 GENDER, RACE, GROUP = load_axis("gender"), load_axis("race"), load_axis("group")
 
@@ -194,7 +195,7 @@ def test_the_table_ends_with_a_row_for_everything():
 
 def test_the_table_sees_no_difference_between_male_and_female():
     """A rule decides alike when the neighbour that it looks at is swapped too. Only her, him, his and hers themselves are told apart, on purpose."""
-    from peftdebias.cda import _classes
+    from peftdebias.pronouns import _classes
 
     for male, female in GENDER.groups:
         if male not in ("him", "his"):
@@ -204,7 +205,7 @@ def test_the_table_sees_no_difference_between_male_and_female():
 @pytest.mark.parametrize("token,kinds", [
     ("walking", "ING"), ("being", ""), ("king", ""), ("quickly", "LY"), ("fly", ""), ("walked", "ED"), ("bed", ""), ("need", ""), ("agreed", ""), ("useful", "ADJ"), ("able", ""), ("12", "NUMBER")])
 def test_classes_by_spelling(token, kinds):
-    from peftdebias.cda import _by_spelling
+    from peftdebias.pronouns import _by_spelling
 
     bits = pronoun_table().bits
     assert {name for name, bit in bits.items() if name.isupper() and _by_spelling(bits, token) & bit} == {"WORD", *kinds.split()}

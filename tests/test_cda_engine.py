@@ -15,6 +15,7 @@ from peftdebias.axes import LONGEST_WORD, Axis, is_word_character, load_axis, na
 from peftdebias.cda import KEEP, OCCURRENCES, PAPER, Intervention
 from peftdebias.cda_engine import NativeEngine, PythonEngine
 from peftdebias.errors import ConfigError
+from peftdebias.pronouns import pronoun_table
 
 GENDER, RACE = load_axis("gender"), load_axis("race")
 UNEVEN = Axis("uneven", (("she", "he"), ("ma'am", "sir"), ("ma", "pa"), ("red", "blue", "green", "grün"), ("s", "z"), ("ladies", "gentlemen")), True,
@@ -66,7 +67,7 @@ def fuzzed(seed, axis, count=300):
     """Texts of attribute words, signs, rule words and any characters."""
     rng = random.Random(seed)
     words = sorted(axis.words)
-    rules = sorted(cda.pronoun_table().words)
+    rules = sorted(pronoun_table().words)
     for _ in range(count):
         kinds = rng.choices(("piece", "word", "Word", "WORD", "rule", "any"), weights=(6, 4, 1, 1, 3, 1), k=rng.randrange(40))
         yield "".join(piece(rng, kind, words, rules) for kind in kinds)
@@ -175,7 +176,7 @@ def test_a_word_before_may_be_as_long_as_any():
 
 def test_the_rules_see_the_same_words_and_lines():
     """Every example of the table, each word in turn one of every spelling, each space in turn a line break."""
-    for rule in cda.pronoun_table().rules:
+    for rule in pronoun_table().rules:
         words = rule.example.replace("[", "").replace("]", "").split(" ")
         texts = [" ".join([*words[:i], other, *words[i + 1:]]) for i in range(len(words)) for other in ("loving", "being", "fully", "moved", "agreed", "usable", "12th")]
         texts += [" ".join(words[:i]) + gap + " ".join(words[i:]) for i in range(1, len(words)) for gap in ("\n", " \n ", "\n\n")]

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from peftdebias.axes import load_axis
-from peftdebias.cda import _classes, counterfactuals
+from peftdebias.cda import counterfactuals
 from peftdebias.errors import ConfigError, DataError
+from peftdebias.pronouns import _classes
 
 GENDER = load_axis("gender")
 WITH = GENDER.with_names()
