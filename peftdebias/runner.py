@@ -23,6 +23,7 @@ from .axes import load_axis
 from .config import Downstream, Evaluate, Run, Upstream
 from .errors import ConfigError, DataError, PeftDebiasError
 from .files import read_object
+from .labelled import read_labelled
 from .metrics import nli
 from .options import build, checked, expect, parse_settings, texts_of
 from .outputs import alone, digest, tables, write_text
@@ -201,7 +202,7 @@ class _Runner:
 
     def _check_labels(self, task: Task, settings: Downstream) -> None:
         try:
-            read = phases.read_splits(settings)
+            read = read_labelled(settings)
             for entry in task.entries:
                 name, _, path = self._on(entry, Path(settings.test)).partition("=")
                 extrinsic.check_asked(name, path, read.labels, positive=read.positive, terms=task.terms, neutral=task.neutral)

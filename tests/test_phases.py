@@ -20,7 +20,7 @@ from peftdebias.checkpoint import load_run
 from peftdebias.config import Downstream, Upstream
 from peftdebias.errors import ConfigError, DataError, PeftDebiasError
 from peftdebias.holdout import HeldOut
-from peftdebias.phases import parse_class_weights
+from peftdebias.labelled import parse_class_weights, read_labelled
 from peftdebias.tasks import class_probabilities, labelled_samples
 from peftdebias.testbed import World
 from peftdebias.training import Schedule
@@ -534,7 +534,7 @@ def test_downstream_says_what_it_read_before_it_tokenises(small, tmp_path, monke
     assert before[0][:2] == [f"{name}: {tmp_path / 't.csv'}, 3 examples, 2 with the label 0, 1 with the label 1" for name in ("train", "dev")]
     assert said[:len(before[0])] == before[0] and len(said) == len(set(said))
     settings = Downstream(model="", train=str(tmp_path / "d.csv"), dev=str(tmp_path / "d.csv"), text="text", label="label", out="")
-    assert phases.read_splits(settings).lines()[1] == f"dev: {tmp_path / 'd.csv'}, 18 examples, 9 labels"
+    assert read_labelled(settings).lines()[1] == f"dev: {tmp_path / 'd.csv'}, 18 examples, 9 labels"
 
 
 def test_a_module_worse_than_none_is_told(small, tmp_path):
