@@ -87,7 +87,7 @@ def augment(settings: Augment) -> Summary:
     axis, intervention = prepared(settings)
     files = lines.find(settings.files or ("-",))
     corpus.check_column(files, settings.column)
-    keep_apart({"--out": settings.out, "--stats": settings.stats}, [*files, *tables(settings.axis, settings.names)])
+    keep_apart({"--out": settings.out or "-", "--stats": settings.stats}, [*files, *tables(settings.axis, settings.names)])
     made = engine(axis, intervention, settings.threads)
     summary = Summary(axis, intervention.words_of(axis), engine=made.name)
     start, stop = 0, EVERYTHING

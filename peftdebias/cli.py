@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from . import __version__, config, options
 from .errors import ConfigError, PeftDebiasError
@@ -44,6 +44,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # said by the command that does not know them, whose help lists those it knows
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str):
         self.exit(2, f"peftdebias: {message} (see `{self.prog} --help`)\n")
@@ -232,9 +238,10 @@ def evaluate(settings: config.Evaluate) -> None:
     result = evaluation.evaluate(settings)
     for line in result.notes:
         say(line)
-    print(table(result.measures))
     places = [p for p in (settings.json, settings.examples) if p]
-    print(f"result: {' and '.join(places) if places else 'above (--json FILE keeps it)'}")
+    tell = _beside(places)
+    tell(table(result.measures))
+    tell(f"result: {' and '.join(map(called, places)) if places else 'above (--json FILE keeps it)'}")
 
 
 def compare(settings: config.Compare) -> None:
@@ -244,11 +251,12 @@ def compare(settings: config.Compare) -> None:
     found = comparison.compare(settings)
     for line in found.notes:
         say(line)
+    tell = _beside([settings.json])
     if found.differences:
-        print(differences(found.differences))
+        tell(differences(found.differences))
     if found.spreads and not found.differences:
-        print(spreads(found.spreads))
-    print(f"result: {settings.json or 'above (--json FILE keeps it)'}")
+        tell(spreads(found.spreads))
+    tell(f"result: {called(settings.json) if settings.json else 'above (--json FILE keeps it)'}")
 
 
 def run(settings: config.Run) -> None:
@@ -275,7 +283,7 @@ def predict(settings: config.Predict) -> None:
         wait_for_input()
     for line in evaluation.predict(settings):
         say(line)
-    say(f"result: {settings.out or 'standard output'}")
+    say(f"result: {called(settings.out)}")
 
 
 def augment(settings: config.Augment) -> None:
@@ -286,7 +294,7 @@ def augment(settings: config.Augment) -> None:
         wait_for_input()
     for line in run(settings).report():
         say(line)
-    say(f"result: {settings.out or 'standard output'}")
+    say(f"result: {called(settings.out)}")
 
 
 def methods(settings: config.Methods) -> None:
@@ -375,6 +383,16 @@ def show(settings) -> None:
     """What was resolved, on standard error."""
     values = " ".join(f"{key}={value}" for key, value in options.as_plain(settings).items() if value not in ([], {}))
     say(f"{type(settings).__name__.lower()}: {values}")
+
+
+def called(path: str | None) -> str:
+    """A place of results, as people are told of it."""
+    return "standard output" if path in (None, "-") else path
+
+
+def _beside(places: list[str | None]) -> Callable[[str], None]:
+    """How a table is told: on standard output, or where that is one of the places of the files, for people alone."""
+    return say if "-" in places else print
 
 
 def say(line: str) -> None:

@@ -11,6 +11,7 @@ from .options import SEEDS, at_least, at_most, check_seed, flag, option, setting
 
 THREADS = 1024  # few enough that what each needs fits in memory
 LEAST = 3  # tokens of a text: the special ones and one more
+LEAST_SAMPLES = 40  # of a bootstrap: below, an interval's ends, 2.5 % of the samples, are no sample's
 
 
 @settings
@@ -171,7 +172,8 @@ class Evaluate:
     examples: str | None = option("write the scores of every example there, as jsonl", None, metavar="FILE")
 
     def __post_init__(self):
-        at_least(1, self, "batch_tokens", "samples")
+        at_least(1, self, "batch_tokens")
+        at_least(LEAST_SAMPLES, self, "samples")
         at_least(LEAST, self, "max_length")
         at_least(0, self, "max_pairs")
         check_seed(self.seed)
@@ -190,7 +192,7 @@ class Compare:
     json: str | None = option("write the comparison there", None, metavar="FILE")
 
     def __post_init__(self):
-        at_least(1, self, "samples")
+        at_least(LEAST_SAMPLES, self, "samples")
         check_seed(self.seed)
 
 

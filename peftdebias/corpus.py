@@ -312,8 +312,8 @@ def _name(value, what: str, column: str, place: str) -> str:
         return "true" if value else "false"
     if isinstance(value, float):
         value = int(value) if value.is_integer() else None if math.isnan(value) else value
-    if isinstance(value, (dict, list)):
-        raise DataError(f"{place}: expected a {what} in column '{column}', got {json_type(value)}")
+    if isinstance(value, (dict, list)) or value in (math.inf, -math.inf):  # JSON has no such number, but 1e400 is read as one
+        raise DataError(f"{place}: expected a {what} in column '{column}', got {value if isinstance(value, float) else json_type(value)}")
     name = "" if value is None else str(value).strip()
     if not name:
         raise DataError(f"{place}: empty {what} in column '{column}'")

@@ -150,10 +150,18 @@ def checked(cls: type, values: dict, where: str = "") -> dict:
             value = float(value) if kind is float and type(value) is int else value
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)) or (kind is tuple and not all(isinstance(v, str) for v in value)):
             raise ConfigError(f"{where}{name}: expected {KINDS[kind]}, got {_short(value)}")
+        if (place := _place(fields[key])) and "" in (value if kind is tuple else (value,)):
+            raise ConfigError(f"{where}{name}: expected {place}, got an empty text")
         if (choices := fields[key].metadata.get("choices")) and value not in choices:
             raise ConfigError(f"{where}{name}: expected one of {', '.join(choices)}, got {value!r}")
         ready[key] = value
     return ready
+
+
+def _place(field: dataclasses.Field) -> str | None:
+    """The word for a file or folder where a field is one; of an unset shell variable no more than "" is left."""
+    metavar = field.metadata.get("metavar")
+    return metavar if metavar in ("DIR", "DIR_OR_RUN", "FILE", "RUN", "PATH", "NAME|FILE") else None
 
 
 def _unwrapped(value):

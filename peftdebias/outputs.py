@@ -198,9 +198,12 @@ def _short(name: str) -> str:
 def keep_apart(outs: dict[str, str | Path | None], inputs: Iterable[str | Path | None], folders: bool = False) -> None:
     """Raises ConfigError where a file to write is one that is read, or is called .gz, or two of them are one; with `folders`, where a folder to write is or holds what is read.
 
-    outs: what asks for it ("--out") -> where it goes; None and "-" are standard output. inputs: files and folders that are read; None is none, "-" standard
+    outs: what asks for it ("--out") -> where it goes; None is nowhere, "-" standard output. inputs: files and folders that are read; None is none, "-" standard
     input. A file that is there already is replaced, if nothing reads it.
     """
+    streamed = [flag for flag, out in outs.items() if out == "-"]
+    if len(streamed) > 1:
+        raise ConfigError(f"{streamed[1]} -: standard output is the place of {streamed[0]} too; expected two")
     outs = {flag: Path(out) for flag, out in outs.items() if out not in (None, "-")}
     there = [path for name in inputs if name is not None and os.path.exists(path := Path("/dev/stdin" if str(name) == "-" else name))]
     for flag, out in outs.items():

@@ -220,7 +220,8 @@ def test_the_twin_writes_the_same(files, monkeypatch):
     (["--from", "neuter"], "axis 'gender': unknown column 'neuter': expected one of male, female, or a number from 1 to 2"),
     (["--max-variants", "0"], "--max-variants: expected at least 1, got 0"), (["--threads", "0"], "--threads: expected at least 1, got 0"),
     (["--names", "nowhere.toml"], "names file nowhere.toml: no such file"), (["no-*.txt"], "no-*.txt: expected files that fit this pattern, found none"),
-    (["--unit", "document", "b.csv"], "b.csv: --unit document: expected txt files"), (["--names", ""], "names file .: expected a file, got a folder"),
+    (["--unit", "document", "b.csv"], "b.csv: --unit document: expected txt files"), (["--names", "."], "names file .: expected a file, got a folder"),
+    (["--names", ""], "names: expected FILE, got an empty text"),
     (["-", "-"], "FILE: expected standard input, -, once, since it is read once; got it 2 times"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_refusals(files, monkeypatch, flags, why):
@@ -229,6 +230,11 @@ def test_refusals(files, monkeypatch, flags, why):
     before = tree(files)
     said = cli("augment", "--axis", "gender", *flags, *([] if flags[-1] in ("-", "no-*.txt", "b.csv") else ["a.txt"]), "--out", "o.jsonl")
     assert said.code == 2 and why in said.err.splitlines()[-1] and tree(files) == before
+
+
+def test_counterfactuals_and_their_statistics_are_not_both_written_to_standard_output(files):
+    said = cli("augment", "--axis", "gender", files / "a.txt", "--stats", "-")
+    assert said.code == 2 and not said.out and said.err.endswith("peftdebias: --stats -: standard output is the place of --out too; expected two\n")
 
 
 @pytest.mark.parametrize("unit", ["line", "sentence"])

@@ -306,7 +306,8 @@ SWEEP = {
     # --- argparse's own
     "no command": (lambda b: [], "the following arguments are required: COMMAND"),
     "unknown command": (lambda b: ["downsteam"], "invalid choice: 'downsteam'"),
-    "unknown flag": (lambda b: b.up("--warm", 3), "unrecognized arguments: --warm 3"),  # and no abbreviations
+    "unknown flag": (lambda b: b.up("--warm", 3), r"unrecognized arguments: --warm 3 \(see `peftdebias upstream --help`\)$"),  # and no abbreviations
+    "a flag that no command knows": (lambda b: ["--warm", "doctor"], r"unrecognized arguments: --warm \(see `peftdebias --help`\)$"),
     "a word for a number": (lambda b: b.up("--lr", "high"), "argument --lr: invalid float value: 'high'"),
     "a flag without a value": (lambda b: b.up("--axis"), "argument --axis: expected one argument"),
     "unknown choice": (lambda b: b.up("--precision", "fp8"), "argument --precision: invalid choice: 'fp8'"),

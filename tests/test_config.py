@@ -13,7 +13,7 @@ import tomli_w
 import peftdebias
 from peftdebias import cli, config, options, recipe
 from peftdebias.axes import load_axis
-from peftdebias.config import Augment, Demo, Downstream, Evaluate, Predict, Upstream
+from peftdebias.config import Augment, Compare, Demo, Downstream, Evaluate, Predict, Upstream
 from peftdebias.errors import ConfigError
 
 COMMANDS = [settings for _, settings, _ in cli.COMMANDS.values()]
@@ -215,7 +215,11 @@ def test_all_that_is_missing_is_named_as_it_is_typed():
     (Upstream, UPSTREAM, {"warmup": 1.5}, "--warmup: expected a share from 0 to 1"),
     (Upstream, UPSTREAM, {"max_length": 2}, "--max-length: expected at least 3"),
     (Downstream, DOWNSTREAM, {"epochs": 0}, "--epochs: expected at least 1"),
-    (Evaluate, {"model": "m"}, {"samples": 0}, "--samples: expected at least 1"),
+    (Evaluate, {"model": "m"}, {"samples": 39}, "--samples: expected at least 40, got 39"),
+    (Compare, {"files": ("a", "b")}, {"samples": 39}, "--samples: expected at least 40, got 39"),
+    (Evaluate, {"model": "m"}, {"model": ""}, "Evaluate: model: expected DIR_OR_RUN, got an empty text"),
+    (Upstream, UPSTREAM, {"out": ""}, "Upstream: out: expected RUN, got an empty text"),
+    (Upstream, UPSTREAM, {"corpus": ("a.txt", "")}, "Upstream: corpus: expected FILE, got an empty text"),
     (Evaluate, {"model": "m"}, {"seed": -2}, "--seed: expected a whole number from 0"),
     (Upstream, UPSTREAM, {"steps": "3"}, "Upstream: steps: expected a whole number, got '3'"),
     (Upstream, UPSTREAM, {"steps": 2.5}, "Upstream: steps: expected a whole number, got 2.5"),

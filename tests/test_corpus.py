@@ -249,6 +249,8 @@ def test_errors_of_labels(file):
     for value in ("null", "NaN"):
         path = file("a.jsonl", '{"text": "a", "l": %s}' % value)
         assert message(lambda: read_examples(path, text="text", label="l")) == f"{path}:1: empty label in column 'l'"
+    path = file("c.jsonl", '{"text": "a", "l": -1e400}')
+    assert message(lambda: read_examples(path, text="text", label="l")) == f"{path}:1: expected a label in column 'l', got -inf"
     path = file("b.jsonl", '{"text": "a", "l": [1]}')
     assert message(lambda: read_examples(path, text="text", label="l")) == f"{path}:1: expected a label in column 'l', got a list"
     path = file("b.csv", "text,l,m\na,1,2\n")

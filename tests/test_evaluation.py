@@ -269,6 +269,18 @@ def test_output_files_that_cannot_be_written_are_known_before_anything_is_comput
         assert said.code == 2 and f"{tmp_path}/no/e.jsonl: cannot be written" in said.err and tree(tmp_path) == {}
 
 
+@pytest.mark.parametrize("flag", ["--json", "--examples"])
+def test_standard_output_holds_nothing_beside_a_file_that_goes_there(flag, small, tmp_path):
+    one = tmp_path / "one"
+    asked = ("evaluate", small.base, "--on", f"perplexity={small.heldout}")
+    said, kept = done(*asked, flag, "-"), done(*asked, flag, one)
+    assert one.read_text() == said.out.replace('"json": "-"', f'"json": "{one}"')
+    assert kept.out.splitlines()[:-1] == said.err.splitlines()[-len(kept.out.splitlines()):-1] and said.err.endswith("result: standard output\n")
+    if flag == "--examples":
+        said = done("compare", one, one, "--json", "-")
+        assert json.loads(said.out)["differences"] and "result: standard output" in said.err and "difference" in said.err
+
+
 def test_settings_for_the_python_api():
     with pytest.raises(ConfigError, match="--on: expected at least one"):
         evaluation.evaluate(Evaluate(model="none"))

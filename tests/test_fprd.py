@@ -244,19 +244,19 @@ def test_templates_with_terms_of_their_own_are_measured_again_with_them(answered
         shutil.copy(answered / "templates.csv", tmp_path / name / f"{name}.csv")
         (tmp_path / name / "identity.csv").write_text("\n".join(words) + "\n")
         asked += ["--on", f"iptts={tmp_path / name / name}.csv"]
-    done("evaluate", answered / "a", *asked, "--samples", 20, "--json", tmp_path / "found.json")
+    done("evaluate", answered / "a", *asked, "--samples", 40, "--json", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     assert "terms" not in found["settings"] and {Path(file).name for file in found["files"]} == {"one.csv", "two.csv", "identity.csv"} and len(found["files"]) == 4
     (tmp_path / "again.toml").write_text(tomli_w.dumps(found["settings"] | {"json": str(tmp_path / "again.json")}))
     done("evaluate", "--config", tmp_path / "again.toml")
     assert json.loads((tmp_path / "again.json").read_text())["measures"] == found["measures"]
-    done("evaluate", answered / "a", *asked[:2], "--samples", 20, "--json", tmp_path / "alone.json")
+    done("evaluate", answered / "a", *asked[:2], "--samples", 40, "--json", tmp_path / "alone.json")
     assert json.loads((tmp_path / "alone.json").read_text())["settings"]["terms"] == str(tmp_path / "one" / "identity.csv")
 
 
 def test_terms_of_both_texts_of_a_pair_are_mentioned():
     examples = [Example("a", "old b", "0", None, "f:1"), Example("young a", "b", "0", None, "f:2"), Example("a", "b", "1", None, "f:3")]
-    found = extrinsic._fprd(Answers(examples, ("0", "1"), np.full((3, 2), 0.5), ["0", "0", "1"], []), "1", ["old", "young"], "fprd", "f", Evaluate(model="m", samples=5))
+    found = extrinsic._fprd(Answers(examples, ("0", "1"), np.full((3, 2), 0.5), ["0", "0", "1"], []), "1", ["old", "young"], "fprd", "f", Evaluate(model="m", samples=40))
     assert [row["terms"] for row in found.examples] == [["old"], ["young"], []]
 
 

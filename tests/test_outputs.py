@@ -136,6 +136,8 @@ def test_what_is_read_is_not_written(tmp_path):
         keep_apart({"--out": f"{other}.GZ"}, [read])
     with pytest.raises(ConfigError, match=f"^--stats {other}: is the place of --out too; expected two$"):
         keep_apart({"--stats": other, "--out": str(other)}, [read])
+    with pytest.raises(ConfigError, match="^--stats -: standard output is the place of --out too; expected two$"):
+        keep_apart({"--out": "-", "--json": None, "--stats": "-"}, [])
     keep_apart({"--out": f"{other}.gz"}, [read], folders=True)
     keep_apart({"--out": other, "--stats": None, "--json": "-"}, [read, "-", tmp_path / "missing"])
     other.write_text("an earlier result")

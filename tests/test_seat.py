@@ -277,7 +277,7 @@ def test_a_difference_rests_on_the_words_of_both_sets():
 def test_evaluate_passes_the_seed_and_the_samples_on(base, tmp_path, monkeypatch):
     monkeypatch.setattr(seat, "PERMUTATIONS", 500)  # fewer than the 924 partitions
     file = written(tmp_path)
-    done("evaluate", base, "--on", f"seat={file}", "--seed", 5, "--samples", 7, "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
+    done("evaluate", base, "--on", f"seat={file}", "--seed", 5, "--samples", 47, "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
     (test,), s = read_tests(file), np.array([row["association"] for row in lines(tmp_path / "e.jsonl")])
-    expected, by_default = ([m.as_json() for m in measures(test, s, **settings)] for settings in (dict(seed=5, samples=7), {}))
+    expected, by_default = ([m.as_json() for m in measures(test, s, **settings)] for settings in (dict(seed=5, samples=47), {}))
     assert json.loads((tmp_path / "m.json").read_text())["measures"] == expected and all(a != b for a, b in zip(expected, by_default))
