@@ -175,7 +175,7 @@ class _Runner:
         for unit in units:
             if unit.task is not None:
                 settings = self._downstream_settings(unit)
-                same = repr(dataclasses.replace(settings, model="", adapter=(), out="", seed=0))
+                same = repr(dataclasses.replace(settings, model="base", adapter=(), out="run", seed=0))
                 if same not in seen:
                     self._check_labels(unit.task, settings)
                 seen.add(same)

@@ -181,7 +181,7 @@ def masked_lm_measures(run: Run, world: World, heldout: Path, pairs: int, seed: 
     odds = [s.more - s.less for s in scored]
     low, high = (bound / 100 - 0.5 for bound in (share.low, share.high))
     folded = (0.0 if low < 0 < high else min(abs(low), abs(high)), max(abs(low), abs(high)))
-    lm = evaluate_run(run, Evaluate(model="", on=(f"perplexity={heldout}",), max_length=LONGEST, samples=200, seed=seed)).measures
+    lm = evaluate_run(run, Evaluate(model="base", on=(f"perplexity={heldout}",), max_length=LONGEST, samples=200, seed=seed)).measures
     return [share, Measure("stereotype-preference", stereotype_preference([share]), "1", 0.0, *folded, share.n),
             Measure("stereotype-log-odds", sum(odds) / len(odds), "nats", 0.0, *mean_interval(odds, seed=seed), len(odds)), *lm]
 
