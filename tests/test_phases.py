@@ -533,7 +533,7 @@ def test_downstream_says_what_it_read_before_it_tokenises(small, tmp_path, monke
     phases.downstream(Downstream(model=str(small.base), train=str(tmp_path / "t.csv"), dev=str(tmp_path / "t.csv"), text="text", label="label", epochs=1, out=str(tmp_path / "a")), said.append)
     assert before[0][:2] == [f"{name}: {tmp_path / 't.csv'}, 3 examples, 2 with the label 0, 1 with the label 1" for name in ("train", "dev")]
     assert said[:len(before[0])] == before[0] and len(said) == len(set(said))
-    settings = Downstream(model="", train=str(tmp_path / "d.csv"), dev=str(tmp_path / "d.csv"), text="text", label="label", out="")
+    settings = Downstream(model="m", train=str(tmp_path / "d.csv"), dev=str(tmp_path / "d.csv"), text="text", label="label", out="o")
     assert read_labelled(settings).lines()[1] == f"dev: {tmp_path / 'd.csv'}, 18 examples, 9 labels"
 
 
