@@ -128,7 +128,7 @@ def _output(settings: Augment, files: list[str], made, skipped: Skipped, kind: s
             if number >= stop:
                 return
         if number == before:
-            corrupt = f" but {skipped.count - left_out} corrupt lines or records, such as {skipped.first[-1]}" if skipped.count > left_out else ""
+            corrupt = f" but {skipped.count - left_out} corrupt lines or records, such as {skipped.last}" if skipped.count > left_out else ""
             raise DataError(f"no text in {lines.called(path)}{corrupt}")
 
 

@@ -129,7 +129,7 @@ def _chunks(files, column: str, unit: str, report: Report, skipped: Skipped, sta
                 yield chunk
         if not found:
             left_out = skipped.count - before
-            raise DataError(f"no text in {lines.called(path)}" + (f" but {left_out} corrupt lines or records, such as {skipped.first[-1]}" if left_out else ""))
+            raise DataError(f"no text in {lines.called(path)}" + (f" but {left_out} corrupt lines or records, such as {skipped.last}" if left_out else ""))
 
 
 def _file_chunks(path: str, kind: str, column: str, unit: str, report: Report, begin: Place) -> Iterator[Chunk]:

@@ -36,13 +36,15 @@ class Place(NamedTuple):
 
 @dataclass
 class Skipped:
-    """What `on_error="skip"` left out: how many lines or records, and the first SHOWN of them as "file:line: reason"."""
+    """What `on_error="skip"` left out: how many lines or records, and the first SHOWN of them and the last as "file:line: reason"."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
+    last: str = ""
 
     def add(self, message: str) -> None:
         self.count += 1
+        self.last = message
         if len(self.first) < SHOWN:
             self.first.append(message)
 

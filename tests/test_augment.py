@@ -204,6 +204,8 @@ def test_corrupt_lines_stop_or_are_counted_and_named(tmp_path):
     (tmp_path / "c.txt").write_bytes(b"\xff\n\xfe\n")
     said = cli("augment", "--axis", "gender", tmp_path / "c.txt", "--on-error", "skip", "--out", tmp_path / "o.jsonl")
     assert said.code == 2 and "no text in" in said.err and f"but 2 corrupt lines or records, such as {tmp_path}/c.txt:2: " in said.err and not (tmp_path / "o.jsonl").exists()
+    said = cli("augment", "--axis", "gender", tmp_path / "a.txt", tmp_path / "c.txt", "--on-error", "skip")
+    assert said.code == 2 and f"no text in {tmp_path}/c.txt but 2 corrupt lines or records, such as {tmp_path}/c.txt:2: " in said.err
 
 
 def test_the_twin_writes_the_same(files, monkeypatch):

@@ -379,6 +379,12 @@ def test_what_was_left_out_is_reported_in_a_few_lines():
     assert Skipped(1, ["f:1: bad"]).report("c") == ["c: 1 corrupt lines or records were left out:", "  f:1: bad"]
 
 
+def test_a_file_of_which_nothing_is_left_names_a_line_of_its_own(file):
+    """However many lines of earlier files were left out before."""
+    files = [file("a.txt", b"he is\n" + b"\xff\n" * 7), file("b.txt", b"\xff\n\xfe\n")]
+    assert message(lambda: list(read_texts(files, on_error="skip"))) == f"no text in {files[1]} but 2 corrupt lines or records, such as {files[1]}:2: expected utf-8, got 0xfe at byte 1 of the line"
+
+
 def test_what_no_skipping_mends_stops(tmp_path, file):
     def skip(path, **options):
         return message(lambda: read_texts([path], on_error="skip", **options))

@@ -24,6 +24,7 @@ from peftdebias.planted.units import NONE, Plan, Sizes, Unit
 from peftdebias.testbed import GENDERED, World, write
 
 from .small import cli, done, save_bert, tree
+from .test_stream import gone
 
 GIVEN = ("--scale", 0.01, "--seeds", 0, 1, "--text-strengths", 0.4, 0.8, "--label-strengths", 0, 1, "--method-strengths", 1, "--methods", "lora", "full")
 SIZES = Sizes.scaled(0.01)
@@ -215,6 +216,31 @@ def test_a_process_that_is_killed_is_named_and_costs_no_other_unit(tmp_path):
     assert re.fullmatch(r"peftdebias: --jobs 2: a process was killed \(out of memory\?\) while .*, seed \d, \w+ ran; the same command goes on from there", told)
     left = [json.loads(path.read_text()) for path in (tmp_path / "t").rglob("unit.json")]
     assert left and all(found["figures"] for found in left)
+
+
+ENDLESS = """
+import os, time
+from peftdebias import planted
+
+class Endless:
+    def needs(self, unit):
+        return ()
+    def run(self, unit):
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+
+if __name__ == "__main__":
+    planted.run_all(Endless(), [1, 2], 2, print)
+"""
+
+
+def test_processes_side_by_side_end_with_the_one_that_started_them(tmp_path):
+    """However that ends: killed, it can tell them nothing."""
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    with subprocess.Popen([sys.executable, "endless.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        of = [int(process.stdout.readline()) for _ in range(2)]
+        process.kill()
+        assert all(map(gone, of))
 
 
 def children(pid: int) -> list[int]:

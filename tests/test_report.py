@@ -213,12 +213,13 @@ def test_drawings_take_the_pages_colours_and_keep_text():
     assert all(i and all(n.startswith(p) for n in i) for i, p in zip(ids, "dcs"))
 
 
-def test_bars_end_where_the_unit_does():
-    def line(unit, low, high):
-        return figures_of.Line("m", unit, 0.0, {0: 1.0}, 1.0, None, low, high, "seeds", 5)
+def test_bars_end_where_the_figure_does():
+    def line(unit, low, high, name="m"):
+        return figures_of.Line(name, unit, 0.0, {0: 1.0}, 1.0, None, low, high, "seeds", 5)
 
     assert figures_of.drawn_ends(line("%", -40.0, 300.0)) == (0.0, 100.0) and figures_of.drawn_ends(line("%", 3.0, 4.0)) == (3.0, 4.0)
-    assert figures_of.drawn_ends(line("points", -140.0, 30.0)) == (-100.0, 30.0) and figures_of.drawn_ends(line("1", -4.0, 300.0)) == (-4.0, 300.0)
+    assert figures_of.drawn_ends(line("points", -140.0, 30.0, "tpr-gap/class/nurse")) == (-100.0, 30.0)
+    assert figures_of.drawn_ends(line("points", -140.0, 130.0, "tpr-gap/rms")) == (0.0, 100.0) and figures_of.drawn_ends(line("1", -4.0, 300.0)) == (-4.0, 300.0)
     assert figures_of.drawn_ends(line("%", None, None)) == (None, None)
 
 

@@ -114,8 +114,15 @@ def run_all(plan: Plan, todo: list[Unit], jobs: int, done: Callable[[Unit, dict]
 
 
 def _alone() -> None:
-    """In a process of the pool: tqdm's lock is its own, no semaphore that stays behind where it is ended."""
+    """In a process of the pool: tqdm's lock is its own, no semaphore that stays behind where it is ended. It ends with the process that started it: a killed one
+    (SIGKILL, out of memory) can tell it nothing, and its queue, which the processes of the pool hold open among them, never ends."""
     tqdm.set_lock(threading.RLock())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _draw(found: dict, out: Path) -> list[str]:

@@ -136,12 +136,15 @@ def _whole(name: str) -> bool:
     return not any(part in name for part in ONE_BY_ONE) and not is_floor(name)
 
 
-POSSIBLE = {"%": (0.0, 100.0), "points": (-100.0, 100.0)}
+POSSIBLE = {"%": (0.0, 100.0), "points": (0.0, 100.0)}
+SIGNED = "/class/", "/shift"  # in the names of figures in points that may lie below 0: a gap of one class, where answers shift
 
 
 def drawn_ends(line: Line) -> tuple[float | None, float | None]:
-    """The interval as a plot shows it: cut at what the unit allows, which the interval of a mean over few seeds may leave."""
+    """The interval as a plot shows it: cut at what the figure can be, which the interval of a mean over few seeds may leave."""
     least, most = POSSIBLE.get(line.unit, (-math.inf, math.inf))
+    if line.unit == "points" and any(part in line.name for part in SIGNED):
+        least = -most
     return (None, None) if line.low is None or line.high is None else (min(max(line.low, least), most), max(min(line.high, most), least))
 
 
