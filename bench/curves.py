@@ -27,7 +27,7 @@ from torch import Tensor  # noqa: E402
 from torch.nn import Parameter  # noqa: E402
 
 import bench  # noqa: E402, F401
-from bench.arguments import Parser, positive  # noqa: E402
+from bench.arguments import Parser, complain, positive  # noqa: E402
 from bench.case import Setting, output_bound  # noqa: E402
 from bench.cases_steps import OPTIONS, labelled, model_folder, module_values  # noqa: E402
 from bench.texts import texts  # noqa: E402
@@ -190,6 +190,8 @@ def main(argv: list[str] | None = None) -> int:
     top.add_argument("--kernels", default="auto", choices=kernels.KINDS, help="of the device's side (default auto)")
     top.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES)
     arguments = top.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        return complain("--device cuda: expected a CUDA device, found none")
     device = torch.device(arguments.device)
     with tempfile.TemporaryDirectory(prefix="peftdebias-curves-") as folder:
         red = check(device, Path(folder), arguments.steps, arguments.size, arguments.kernels, tuple(arguments.phases))

@@ -110,11 +110,14 @@ def memory(arguments) -> None:
                 watcher = threading.Thread(target=watch, args=(process, peak))
                 watcher.start()
                 try:
-                    said = json.loads(process.communicate()[0])
+                    said = process.communicate()[0]
                 finally:
                     process.terminate()  # where this one was stopped
                     watcher.join()
-                show(measure="memory", what=what, gigabytes=gigabytes, peak_mb=round(peak["own"] / 1e6, 1), processes=peak["processes"], peak_pss_mb=round(peak["pss"] / 1e6, 1), **said)
+                if process.returncode:
+                    sys.exit(process.returncode)  # it has said why
+                show(measure="memory", what=what, gigabytes=gigabytes, peak_mb=round(peak["own"] / 1e6, 1), processes=peak["processes"], peak_pss_mb=round(peak["pss"] / 1e6, 1),
+                     **json.loads(said))
 
 
 def watch(process: subprocess.Popen, peak: dict) -> None:

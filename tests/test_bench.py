@@ -16,7 +16,7 @@ import torch
 from .benched import FIELDS, HAVE_BOTH, ROOT, modules, planted, quick  # noqa: F401  (quick is a fixture)
 from .outside import one_thread  # noqa: F401  (a fixture: small models on one thread)
 
-bench = modules("case", "cases", "cases_steps", "gpu", "measure", "rows", "run", "texts")
+bench = modules("case", "cases", "cases_adamw", "cases_native", "cases_steps", "gpu", "measure", "rows", "run", "texts")
 
 
 # ---------------------------------------------------------------- registry
@@ -392,6 +392,127 @@ def test_what_a_row_says_of_a_step_is_of_its_method(bench, tmp_path):
     masked, texts = (sum(len(s.rows) for batch in batches for s in batch), sum(map(len, batches)))
     found = {name: bench.cases_steps.facts(setting, batches, name) for name in ("lora", "adapter", "full")}
     assert [(of.get("rank"), of.get("masked"), of.get("asked")) for of in found.values()] == [(8, masked, None), (None, masked, None), (None, None, texts)] and masked > texts
+
+
+def test_what_is_asked_for_reaches_every_case(bench, monkeypatch):
+    """Sizes only where the work depends on them, batches, repeats, the case's own shares; memory of steps alone."""
+    seen, memory = [], {}
+    monkeypatch.setattr(bench.measure, "check", lambda case, setting, *rest: {"ours": setting.x})
+    monkeypatch.setattr(bench.measure, "time_case", lambda case, setting, providers, repeats, **more: (
+        memory.update({case.name: more["memory"] is not None}), seen.append((case.name, setting.size_name, setting.x, setting.number, repeats, more["shares"]["ours"])), [])[-1])
+    assert bench.run.main(["gemm", "native_gelu", "full_step", "--size", "micro,tiny", "--repeats", "3", "--batches", "5", "--memory"]) == 0
+    assert seen == [("gemm", "micro", 1024, 5, 3, 1024), ("gemm", "micro", 2048, 5, 3, 2048), ("full_step", "micro", 54, 5, 3, 54), ("full_step", "tiny", 54, 5, 3, 54),
+                    *(("native_gelu", size, x, 5, 3, x) for size in ("micro", "tiny") for x in (860, 2048))]
+    assert memory == {"gemm": False, "full_step": True, "native_gelu": False}
+    seen.clear()
+    assert bench.run.main(["full_step"]) == 0 and [one[3:5] for one in seen] == [(8, 15)]  # by size
+
+
+def test_a_peak_is_asked_of_a_process_of_its_own_about_the_same_work(bench, monkeypatch, capsys, tmp_path):
+    case, seen, answer = bench.cases.CASES["native_gelu"], [], {"returncode": 0}
+
+    def another(words, **options):
+        code = bench.run.main(words[2:])
+        return types.SimpleNamespace(stdout="noise\n" + capsys.readouterr().out, stderr="why\nbecause\n", **{"returncode": code} | answer)
+
+    monkeypatch.setattr(bench.run, "subprocess", types.SimpleNamespace(run=another))
+    monkeypatch.setattr(bench.measure, "cpu_peak", lambda provider, setting: seen.append((provider, setting.size_name, setting.x, setting.number)) or 7.5)
+    gauge = bench.run.memory_gauge(case, bench.case.Setting("micro", 2048, tmp_path, batches=3), None)
+    assert gauge("peftdebias") == 7.5 and seen == [(case.providers["peftdebias"], "micro", 2048, 3)]
+    answer["returncode"] = 1
+    assert gauge("peftdebias") is None and capsys.readouterr().err == "native_gelu, micro, rows 2048: peftdebias: peak memory is not measured: because\n"
+    compiled = dataclasses.replace(case, providers={"compiled": bench.case.Provider(int, compiled=True)})
+    assert bench.run.memory_gauge(compiled, bench.case.Setting("micro", 2048, tmp_path), None)("compiled") is None and len(seen) == 2
+
+
+def test_the_batches_of_a_pass_are_spread_over_all_lengths(bench, tmp_path):
+    """The shortest and the longest among them; one is the middle one. Another seed has other texts."""
+    def lengths(number, seed=0):
+        return [[len(s.ids) for s in batch] for batch in bench.texts.texts(bench.case.Setting("micro", 20, tmp_path, batches=number, seed=seed))]
+
+    every = lengths(bench.texts.WINDOW)
+    assert len(every) == bench.texts.WINDOW and sum(every, []) == sorted(sum(every, []))
+    assert lengths(2) == [every[0], every[-1]] and lengths(1) == [every[len(every) // 2]] and lengths(1, seed=1) != lengths(1)
+    sample = lambda n: types.SimpleNamespace(ids=range(n))  # noqa: E731
+    assert bench.texts.padding([[sample(2), sample(4)], [sample(3), sample(3)]]) == pytest.approx(1 / 7)  # of 2 x 4 and 2 x 3
+
+
+# ---------------------------------------------------------------- the cases of a CPU
+
+@pytest.fixture
+def native(bench):
+    """(the module, its cases: name -> (setting -> {provider: Work})) where the library is compiled."""
+    from peftdebias import kernels
+
+    if kernels.missing("gelu", "native"):
+        pytest.skip("csrc is not compiled here")
+    return bench.cases_native
+
+
+def test_every_provider_of_a_cpu_case_computes_the_same(bench, native, tmp_path):
+    few = {"native_adamw": 300, "native_attention": 3, "native_attention_eval": 3}
+    for name, case in native.NATIVE_CASES.items():
+        setting = bench.case.Setting("micro", few.get(name, 7), tmp_path)
+        first, *others = [provider.build(setting).results() for provider in case.providers.values() if provider.compared]
+        assert others and not [d for other in others for d in bench.measure.differences(first, other, case.bound) if d.red], name
+
+
+def test_cpu_cases_train_what_they_say(bench, native, tmp_path):
+    expected = {"native_norm": ("hidden", "residual"), "native_norm_trained": ("hidden", "residual", "gain", "bias"), "native_norm_eval": ("hidden", "residual"), "linear": ("x",),
+                "linear_trained": ("x", "weight", "bias"), "linear_vocab": ("x",), "scores": ("x",), "native_lora": ("x", "qa", "qb", "va", "vb"), "native_gelu": ("x",)}
+    for name, gradients in expected.items():
+        for provider in native.NATIVE_CASES[name].providers.values():
+            assert list(provider.build(bench.case.Setting("micro", 7, tmp_path)).results()) == ["y", *(f"gradient of {one}" for one in gradients)], name
+
+
+def test_cpu_cases_with_dropout_drop_on_every_side(bench, native, tmp_path):
+    def outputs(name, x=7):
+        return {p: provider.build(bench.case.Setting("micro", x, tmp_path)).results()["y"] for p, provider in native.NATIVE_CASES[name].providers.items()}
+
+    for name in ("native_norm", "native_attention"):
+        plain = outputs(f"{name}_eval")["torch"]
+        assert all((y - plain).abs().max() > 0.01 for y in outputs(name).values()), name
+    assert all(0.05 < float((y == 0).float().mean()) < 0.2 for y in outputs("native_dropout", 100).values())
+
+
+def test_cpu_cases_time_what_their_providers_are_called(bench, native, monkeypatch, tmp_path):
+    from peftdebias.kernels import dispatch
+
+    given, setting = [], bench.case.Setting("micro", 300, tmp_path)
+    monkeypatch.setattr(native, "FlatAdamW", lambda groups, lr, update: given.append(update) or types.SimpleNamespace(step=int))
+    for name in ("plain twin", "peftdebias"):
+        native.NATIVE_CASES["native_adamw"].providers[name].build(setting)
+    assert given[0] is native.adamw_ref and given[1] is native.compiled("adamw", native.adamw_ref)
+    for op in ("dropout", "norm", "gelu", "attention", "mlm_loss", "lora_apart", "adamw"):
+        assert native.compiled(op, native.gelu_ref) is not native.gelu_ref
+    given.clear()
+    monkeypatch.setattr(native, "linear", lambda x, weight, bias: (given.append(dispatch.asked("linear")), torch.nn.functional.linear(x, weight, bias))[1])
+    for provider, form in (("torch's BLAS", "blas"), ("oneDNN", "onednn")):
+        native.NATIVE_CASES["linear"].providers[provider].build(setting).run()
+        assert set(given) == {form} and not given.clear()
+
+
+def test_adamw_of_a_gpu_case_is_the_one_its_provider_is_called(bench, monkeypatch, tmp_path):
+    """A whole base's gradients are clipped in what runs and in what a CUDA graph holds."""
+    adamw, clipped, setting = bench.cases_adamw, [], bench.case.Setting("micro", 1, tmp_path, stand_in=True)
+    library, whole, clip = torch.optim.AdamW, adamw.WholeAdamW, torch.nn.utils.clip_grad_norm_
+    made = {"library": [], "flat": [], "whole": []}
+    monkeypatch.setattr(adamw, "fused", lambda op, twin, setting: op if op == "adamw" else type("Fused", (twin,), {}))
+    monkeypatch.setattr(adamw, "FlatAdamW", lambda groups, lr, update: (made["flat"].append(update), types.SimpleNamespace(step=int, apply=int))[1])
+    monkeypatch.setattr(adamw, "WholeAdamW", lambda groups, lr, many: (made["whole"].append(many), whole(groups, lr, many))[1])
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **more: (made["library"].append(more["fused"]), library(groups, **more))[1])
+    monkeypatch.setattr(whole, "clip", lambda self, parameters, most: clipped.append(most))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: (clipped.append(a[1]), clip(*a))[1])
+    works = {name: {p: provider.build(dataclasses.replace(setting, x=x)) for p, provider in bench.cases.CASES[name].providers.items()}
+             for name, x in (("sparse_adamw", 300), ("whole_adamw", 1))}
+    assert made["library"] == [True, True] and made["flat"][0] is adamw.adamw_ref and made["flat"][1] == "adamw"
+    assert made["whole"][0] is adamw.AdamWOfManyRef and issubclass(made["whole"][1], adamw.AdamWOfManyRef) and made["whole"][1] is not adamw.AdamWOfManyRef
+    for work in works["whole_adamw"].values():
+        work.run()
+    assert clipped == 3 * [1.0] and [work.capture is None for work in works["whole_adamw"].values()] == [True, False, False]
+    for work in list(works["whole_adamw"].values())[1:]:
+        work.capture()
+    assert clipped == 5 * [1.0]
 
 
 ANOTHER = """

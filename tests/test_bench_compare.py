@@ -79,6 +79,23 @@ def test_sparse_step_sees_a_wrong_gradient(bench, setting, monkeypatch):
         bench.measure.check(case, setting, dict(case.providers))
 
 
+def test_stages_step_as_training_does_and_count_valid_tokens(bench, setting, monkeypatch):
+    """Each with the pull of its own values, clipped."""
+    sparse, made = bench.cases_sparse, []
+    eager = sparse.training.STEPS["eager"]
+    monkeypatch.setitem(sparse.training.STEPS, "eager", lambda *a, **more: made.append((a[3], more)) or eager(*a, **more))
+    for number in (1, 2):
+        work = sparse.stage(number)(setting)
+        parameters, given = made.pop()
+        assert (given["clip"], given["precision"]) == (1.0, "float32") and work.tokens == sum(len(s.ids) for batch in sparse.texts(setting) for s in batch) and work.steps == 2
+        with torch.no_grad():
+            for p in parameters.values():
+                p.add_(1.0)
+                p.grad = torch.zeros_like(p)
+        given["pull"]()
+        assert all((p.grad > 0).all() for p in parameters.values()), number
+
+
 # ---------------------------------------------------------------- processes
 
 def test_another_interpreter_gets_adapterhubs_providers_and_ours_stay_here(bench, setting):
@@ -224,9 +241,9 @@ def test_bars_are_met_or_missed_in_words(bench):
 
 def test_a_ratio_near_one_is_decided_on_pairs(bench):
     """The medians of both say 0.9; passes in turns say 1.03."""
-    folded = row(bench, "full_step", bench.bars.FOLDED, 90.0, paired={"peftdebias": [1.01, 1.02, 1.03, 1.04, 1.05]})
+    folded = row(bench, "full_step", bench.bars.FOLDED, 90.0, paired={"peftdebias": [1.01, 1.02, 1.03, 1.04, 1.9]})
     lines = bench.bars.lines([row(bench, "full_step", "peftdebias", 100.0), folded])
-    assert "1.03 (1.018 to 1.042, 5 pairs of passes) of peftdebias (bar 1.02: missed)" in lines[1] and "transformers: not measured here (bar 0.5)" in lines[1]
+    assert "1.03 (1.018 to 1.212, 5 pairs of passes) of peftdebias (bar 1.02: missed)" in lines[1] and "transformers: not measured here (bar 0.5)" in lines[1]
     assert "folded" not in lines[0]
 
 

@@ -110,6 +110,14 @@ def test_out_of_time_leaves_out_and_says_so(bench, quick, capsys):  # noqa: F811
     assert said.endswith("bench: --minutes 1e-09: too little for any figure\n")
 
 
+def test_what_is_left_out_stands_beside_the_rows(bench, quick, monkeypatch, capsys, tmp_path):  # noqa: F811
+    out = tmp_path / "rows.json"
+    monkeypatch.setattr(bench.gpu.Clock, "reason", lambda clock: "no time for it")
+    assert bench.gpu.main(["--device", "cpu", "--dry-run", "--repeats", "1", "--only", "sparse_add", "--compile", "--out", str(out)]) == 0
+    line = "sparse_add: plain torch, compiled is not measured: no time for it"
+    assert all(text.split("## Not measured")[1].count(line) == 1 for text in (capsys.readouterr().out, out.with_suffix(".md").read_text()))
+
+
 # ---------------------------------------------------------------- what a GPU adds, without one
 
 @pytest.fixture
@@ -294,7 +302,7 @@ def test_curves_that_part_are_red(bench):
         return {"a": torch.tensor([cosine, (1 - cosine ** 2) ** 0.5], dtype=torch.float64)}
 
     assert red(60 * [1.0]) == red(60 * [1.005], turned(0.995), "bf16") == []
-    assert red(55 * [1.0] + 5 * [1.001]) == ["loss over all steps: off by 0.001, allowed 0.0001"]
+    assert red(55 * [1.0] + 5 * [1.001]) == red(55 * [1.0] + [1.001] + 4 * [1.0]) == ["loss over all steps: off by 0.001, allowed 0.0001"]
     assert red(60 * [1.00005]) == ["loss over the first 50 steps: off by 5e-05, allowed 1e-05"] and len(red(60 * [nan])) == 2
     assert red(60 * [1.0], {}) == ["gradients: expected those of 1 parameters, got 0", "gradient of a: nan of what is allowed"]
     assert red(60 * [1.0], {"a": nan * first["a"]}) == ["gradient of a: nan of what is allowed"]
@@ -332,6 +340,133 @@ def test_a_method_whose_losses_leave_those_of_the_cpu_is_not_timed(bench, quick,
     assert bench.gpu.main(["--device", "cpu", "--dry-run", "--steps", "--repeats", "1", "--only", "lora_step,prefix_step", "--out", str(out)]) == 1
     assert "- lora, float32, eager: loss over all steps: off by 1" in capsys.readouterr().out
     assert {row["kernel_name"] for row in json.loads(out.read_text())} == {"gemm", "copy", "prefix_step 4x48"}
+
+
+def test_a_red_check_ends_red_whatever_is_timed(bench, quick, monkeypatch, capsys):  # noqa: F811
+    """Without any timing, and where there was time for none."""
+    planted(bench, monkeypatch, "sparse_add", lambda r: {name: t + 1 for name, t in r.items()})
+    words = ["--device", "cpu", "--dry-run", "--repeats", "1", "--only", "sparse_add"]
+    for more in ["--check"], ["--minutes", "1e-9"]:
+        assert bench.gpu.main([*words, *more]) == 1
+        printed = capsys.readouterr().out
+        assert printed.startswith("sparse_add, micro, weight_rows 7: peftdebias differs from ") and "equal" not in printed and "|" not in printed.replace("max|difference|", "")
+
+
+def test_a_row_has_the_share_of_its_own_case_and_a_shape_that_fails_is_red_alone(bench, monkeypatch, tmp_path):
+    gelu, norm = (dataclasses.replace(bench.cases.CASES[name], name=f"{name} 1x1", mode="step") for name in ("gelu", "norm"))
+    other, seen, red = dataclasses.replace(gelu, name="gelu 2x2"), [], {}
+
+    def time_case(case, setting, providers, repeats, *, shares, say, failed):
+        seen.append((case.name, setting.x, shares))
+        return 1 / 0 if case is gelu else []
+
+    monkeypatch.setattr(bench.measure, "time_case", time_case)
+    entries = [(case, bench.case.Setting("micro", x, tmp_path)) for case, x in ((gelu, 1), (gelu, 2), (other, 1), (other, 2), (norm, 3))]
+    shares = {("norm", 1): {"ours": 0.1}, ("gelu", 2): {"ours": 0.2}}
+    assert bench.gpu.timed(entries, {"gelu": {}, "norm": {}}, shares, 1, bench.gpu.Clock(8, False), red, lambda key: "", lambda line: None) == []
+    assert seen == [("gelu 1x1", 1, {"ours": 0.2}), ("gelu 2x2", 1, {"ours": 0.2}), ("gelu 2x2", 2, {"ours": 0.2}), ("norm 1x1", 3, {"ours": 0.1})]
+    assert red == {"gelu 1x1": "gelu 1x1, micro, rows 1: ZeroDivisionError: division by zero"}
+
+
+def test_on_a_gpu_all_is_measured_in_bf16_and_steps_are_of_the_texts_that_are_said(bench, tmp_path):
+    device = torch.device("cuda")
+    for made in (bench.gpu.plan, bench.gpu.step_plan):
+        checks, timed = made(device, "base", False, tmp_path)
+        assert all((s.precision, s.device, s.size_name, s.stand_in) == ("bf16", device, "base", False) for _, s in checks + timed)
+        steps = {(s.x, s.sequences, s.longest, s.batches) for case, s in timed if bench.gpu.stem(case) == "lora_step"}
+        assert steps == ({(54, 32, 128, None), (128, 32, 128, None)} if made is bench.gpu.plan else
+                         {(51, 128, 128, 8), (128, 128, 128, 2), (102, 128, 256, 8), (256, 128, 256, 2), (51, 32, 128, 8), (128, 32, 128, 2)})
+
+
+def test_equality_is_asked_in_float32_itself(bench, tmp_path):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        bench.gpu.Run(bench.gpu.parser().parse_args(["--device", "cpu", "--dry-run", "--only", "sparse_add"]), tmp_path)
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_as_many_processes_as_the_memory_has_room_for_and_what_is_not_compiled_is_not_timed(bench, tmp_path, monkeypatch):
+    asked, answers = [], {}
+    monkeypatch.setattr(bench.gpu, "together", lambda calls, workers, most: asked.append(workers) or [
+        answers.get(call[1][-1]) if call[0].endswith("compile_job") else ({}, {}) for call in calls])
+    monkeypatch.setattr(bench.gpu.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(bench.gpu.torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=41 * 2 ** 30))
+    for words, only, expected in ((["--steps"], "lora_step", 2), ([], "gelu,norm,embed", 5)):  # 16 GiB each, 8 GiB each
+        run = bench.gpu.Run(bench.gpu.parser().parse_args(["--device", "cpu", "--dry-run", "--compile", "--only", only, *words]), tmp_path, lambda line: None)
+        run.device, keys = torch.device("cuda"), bench.gpu.compiled_at(run.to_time, run.providers)
+        answers |= {keys[0]: "", keys[1]: RuntimeError("its process ended with code 9")}
+        red, _, ahead = bench.gpu.beforehand(run, bench.gpu.Clock(10, False))
+        assert asked.pop() == expected and red == {} and [ahead[key] for key in keys[:2]] == ["", "its process ended with code 9"]
+        assert all(ahead[key] == "it had no time" for key in keys[2:])
+    said = []
+    taking = bench.gpu.affordable(bench.cases.CASES["norm"], {"a": bench.case.Provider(int, compiled=True), "b": bench.case.Provider(int)}, lambda name: "it had no time", said.append)
+    assert list(taking) == ["b"] and said == ["norm: a is not measured: it had no time"]
+
+
+def test_on_a_gpu_checks_are_processes_of_their_own(bench, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True), monkeypatch.setattr(bench.measure, "taking_part", lambda *a: {})
+    monkeypatch.setattr(bench.rows, "device_name", lambda device: "NVIDIA X"), monkeypatch.setattr(bench.rows, "slug", lambda device: "nvidia-x")
+    monkeypatch.setattr(bench.gpu, "beforehand", lambda run, clock: asked.append("apart") or ({"gelu": "gelu: unlike"}, {}, {}))
+    monkeypatch.setattr(bench.gpu.Run, "equality", lambda run, clock: asked.append("here") or ({}, {}))
+    for words, expected in (([], "apart"), (["--no-apart"], "here"), (["--device", "cpu", "--dry-run"], "here")):
+        assert bench.gpu.main([*words, "--check", "--only", "gelu"]) == (expected == "apart") and asked.pop() == expected
+    assert capsys.readouterr().out == "gelu: unlike\n" + 2 * "1 checks, all equal\n"
+
+
+def test_a_method_is_held_against_the_cpu_for_200_steps_and_waits_for_nothing(bench, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(bench.gpu.curves, "check", lambda device, folder, steps, size, phases, say: asked.append((steps, size, phases))
+                        or [f"{phases[0]} parts"] * (phases[0] == "lora"))
+    monkeypatch.setattr(bench.gpu.curves, "waits", lambda device, folder, phases: ["item()"] * (phases[0] == "full"))
+    red = bench.gpu.unlike_the_cpu(torch.device("cuda"), False, tmp_path, ["lora_step", "full_step", "prefix_step"])
+    assert red == {"lora_step": "lora parts", "full_step": "a step waits for the device: item()"} and asked == [(200, "tiny", (phase,)) for phase in ("lora", "full", "prefix")]
+    bench.gpu.unlike_the_cpu(torch.device("cpu"), True, tmp_path, ["full_step"])
+    assert asked[-1] == (3, "micro", ("full",))
+
+
+def test_on_a_gpu_curves_are_of_both_precisions_and_both_kinds_of_step(bench, monkeypatch, tmp_path):
+    """What parts is red, and so is what fails in the loop."""
+    curves, asked, loops = bench.gpu.curves, [], []
+
+    def curve(setting, phase, steps, implementation, kind="eager", say=None):
+        asked.append((setting.device.type, setting.precision, kind, implementation))
+        return curves.Curve([1.5 if (setting.precision, kind) == ("bf16", "graph") else 1.0], {})
+
+    monkeypatch.setattr(curves, "curve", curve)
+    monkeypatch.setattr(curves, "whole", lambda setting, phase, steps, kind, *rest: loops.append((setting.precision, kind, steps)) or ["it fails"])
+    red = curves.check(torch.device("cuda"), tmp_path, 200, phases=("lora",), say=lambda line: None)
+    assert asked == [("cpu", "float32", "eager", "torch"), *(("cuda", precision, kind, "auto") for precision in ("float32", "bf16") for kind in ("eager", "graph"))]
+    assert loops == [("bf16", "graph", 40)]
+    assert red == [*(f"lora, bf16, graph: loss over {what} steps: off by 0.5, allowed 0.01" for what in ("the first 50", "all")), "it fails"]
+
+
+def test_a_curve_goes_through_the_batches_by_the_ops_that_it_is_asked_for(bench, monkeypatch, tmp_path):
+    from peftdebias import kernels
+
+    curves, seen = bench.gpu.curves, []
+    loss = curves.MaskedLM.loss
+    monkeypatch.setattr(curves.MaskedLM, "loss", lambda self, model, batch: (seen.append((kernels.setting(), int(batch.ids.sum()))), loss(self, model, batch))[1])
+    setting = bench.case.Setting("micro", 20, tmp_path, dropout=0.0, sequences=4, longest=48, batches=3)
+    found = curves.curve(setting, "lora", 4, "torch", say=lambda line: None)
+    sums = [sum(int(s.ids.sum()) for s in batch) for batch in curves.texts(setting)]
+    assert seen == [("torch", sums[i]) for i in (0, 0, 1, 2, 0)] and len(found.losses) == 4 and len(set(sums)) == 3
+
+
+def test_curves_without_a_device_end_in_one_line(bench, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.gpu.curves.main(["--device", "cuda"]) == 2 and capsys.readouterr() == ("", "bench: --device cuda: expected a CUDA device, found none\n")
+
+
+@pytest.mark.parametrize("red", [[], ["lora, float32, eager: loss over all steps: off by 1"]])
+def test_curves_that_part_end_with_exit_code_1(bench, monkeypatch, capsys, red):
+    asked = []
+    monkeypatch.setattr(bench.gpu.curves, "check", lambda *a: asked.append(a) or red)
+    code = bench.gpu.curves.main(["--device", "cpu", "--steps", "7", "--size", "micro", "--kernels", "torch", "--phases", "full", "lora"])
+    assert code == len(red) and capsys.readouterr().out == "".join(f"RED {line}\n" for line in red) and asked[0][2:] == (7, "micro", "torch", ("full", "lora"))
 
 
 def test_jobs_side_by_side_answer_in_their_order(bench, tmp_path):

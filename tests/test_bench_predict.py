@@ -12,7 +12,7 @@ import torch
 from peftdebias.encoder import EncoderConfig, Model
 from peftdebias.tokens import load_tokenizer
 
-from .benched import FIELDS, modules
+from .benched import FIELDS, ROOT, modules
 from .outside import library, one_thread  # noqa: F401
 
 bench = modules("cases_predict", "cases_scale", "compare", "measure", "predict", "process", "rows", "scale")
@@ -207,6 +207,15 @@ def test_a_missing_file_gets_one_line(bench, small, capsys, tmp_path):
 def test_a_process_that_ends_is_an_error(bench):
     with pytest.raises(RuntimeError, match="theirs: its process ended with code 3"):
         bench.process.Process("theirs", [sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_what_a_library_prints_is_no_answer(bench):
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from bench.process import serve\n"
+            "serve(lambda: (print('loading'), ({'about': 1}, lambda line: (print('noise'), line.upper())[1]))[1])")
+    process = bench.process.Process("ours", [sys.executable, "-c", code])
+    assert process.about == {"about": 1} and [process.ask(word) for word in ("a", "b")] == ["A", "B"]
+    process.close()
+    assert process.process.returncode == 0
 
 
 # ---------------------------------------------------------------- scale

@@ -82,6 +82,11 @@ def test_a_line_of_the_table_has_the_median_and_the_columns_of_both_pieces():
     assert (line["outside"], line["rank"], line["ms"]) == (1536, 16, {"twice": 2.0})
 
 
+def test_a_feed_forward_block_is_as_wide_as_its_inside_and_has_no_rank():
+    (line,) = dispatch_table.lines([row("feed_forward", "fused", 4096, 2.0), row("feed_forward", "fused", 4096, 9.0, metric_name="eager time")])["feed_forward"].values()
+    assert line == {"device": "NVIDIA X", "dtype": "bfloat16", "dropout": False, "rows": 4096, "inside": 768, "outside": 3072, "ms": {"fused": 2.0}}
+
+
 def test_the_forms_of_attention_are_measured_by_rows_sequences_and_lengths(tmp_path, monkeypatch, fresh):
     def attention(provider: str, ms: float, dropout: float = 0.0, case: str = "attention", **sizes) -> rows.Row:
         sizes = {"rows": 6912, "sequences": 128, "longest": 128, "prefix": 0, "width": 768} | sizes

@@ -1,6 +1,7 @@
 """First names: an axis with them swaps them too, in their letter cases alone; what the shipped table is, and that it can be made again."""
 
 import importlib.util
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,13 @@ def test_the_table_can_be_made_again(bench, tmp_path, capsys, monkeypatch):
     assert all(line.startswith("#") for line in made.split("columns")[0].splitlines())
     (tmp_path / "names.toml").write_text(made, encoding="utf-8")
     assert GENDER.with_names(tmp_path / "names.toml").groups[-2:] == (("tom", "anna"), ("bob", "zoë"))
+
+
+def test_the_table_says_how_many_bear_its_names(bench):
+    """In thousands, the male name's first; times are of the male name."""
+    made = bench.table(Counter({("tom", "M"): 50_000, ("bob", "M"): 6_000, ("anna", "F"): 25_000, ("zoë", "F"): 1_500}), 2000, 2001, 2)
+    assert '  ["tom", "anna"],              # 50, 25\n  ["bob", "zoë"],               # 6, 2' in made
+    assert "# a row has 2.0 to 4.0 times as many bearers as the female, 4.0 in the median." in made and "children born 2000 to 2001" in made
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The testbed end to end on a small scale: its units are the public commands on the world's files, its figures those of the metrics, nothing is computed twice,
 a stopped run goes on, and a model whose bias is known measures as what it is."""
 
+import collections
+import dataclasses
 import json
 import math
 import os
@@ -8,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from peftdebias import planted
 from peftdebias.checkpoint import load_run
 from peftdebias.demo import world_tokenizer
 from peftdebias.methods import METHODS
+from peftdebias.metrics import Measure
 from peftdebias.metrics.compare import over_seeds, seed_difference
 from peftdebias.planted import summary, units
 from peftdebias.planted.units import NONE, Plan, Sizes, Unit
@@ -32,12 +36,12 @@ SIZES = Sizes.scaled(0.01)
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """(folder, what was said, calls of pretrain, upstream and downstream)."""
+    """(folder, what was said, calls of pretrain, upstream and downstream with what each got)."""
     out, calls = tmp_path_factory.mktemp("testbed") / "runs" / "testbed", []
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((units, "pretrain"), (units.phases, "upstream"), (units.phases, "downstream")):
             def counted(*args, kept=getattr(owner, name), name=name):
-                calls.append(name)
+                calls.append((name, args))
                 return kept(*args)
             patch.setattr(owner, name, counted)
         said = done("testbed", *GIVEN, "--out", out)
@@ -72,7 +76,7 @@ def test_the_folder_holds_every_unit_once(ran):
     found = found_in(out)
     assert [(r["place"], r["strength"], r["method"]) for r in found["rows"]] == wanted and found["units"] == 2 * len(wanted)
     assert all(r["seeds"] == [0, 1] for r in found["rows"])
-    assert {name: calls.count(name) for name in set(calls)} == {"pretrain": 4, "upstream": 4, "downstream": 8}  # a base is pretrained once and shared
+    assert collections.Counter(name for name, _ in calls) == {"pretrain": 4, "upstream": 4, "downstream": 8}  # a base is pretrained once and shared
     assert found["settings"]["scale"] == 0.01 and found["versions"]["torch"] and found["cpu_seconds"] > 0
     assert said.out == (out / "table.md").read_text() + f"\nresult: {out}\n" and len(tables(said)) == len(said.out.splitlines()) - 1
     assert [line.split(":")[0] for line in said.err.splitlines()[1:17]] == [f"{i} of 16" for i in range(1, 17)]
@@ -114,19 +118,19 @@ def test_the_masked_lm_figures_are_those_of_evaluate(ran, tmp_path):
 
 def test_the_classifier_figures_are_those_of_downstream_and_predict(ran, tmp_path):
     out, _, _ = ran
-    unit, module, files = Unit("labels", 1.0, 0, "lora"), Unit("text", 0.8, 0, "lora").folder(out) / "run", Unit("labels", 1.0, 0).folder(out)
-    base = Unit("text", 0.8, 0).folder(out) / "model"
+    unit, module, files = Unit("labels", 1.0, 1, "lora"), Unit("text", 0.8, 1, "lora").folder(out) / "run", Unit("labels", 1.0, 1).folder(out)
+    base = Unit("text", 0.8, 1).folder(out) / "model"
     done("downstream", "--model", base, "--adapter", module, *(w for name in ("train", "dev", "test") for w in (f"--{name}", files / f"{name}.jsonl")), "--text", "hard_text",
          "--label", "profession", "--group", "gender", "--epochs", SIZES.epochs, "--lr", units.RATES["downstream"], "--batch-size", SIZES.task_batch,
-         "--max-length", units.LONGEST, "--seed", 0, "--out", tmp_path / "run")
+         "--max-length", units.LONGEST, "--seed", 1, "--out", tmp_path / "run")
     (final,) = (e for e in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if e["event"] == "final")
     measured = {m["name"]: m for m in final["measures"]}
     figures = json.loads((unit.folder(out) / "unit.json").read_text())["figures"]
     assert {name: figures[name] for name in units.KEPT} == {name: measured[name] for name in units.KEPT}
-    pairs = World(seed=0).counterfactual_task_pairs(SIZES.pairs)
+    pairs = World(seed=1).counterfactual_task_pairs(SIZES.pairs)
     (tmp_path / "pairs.txt").write_text("".join(f"{p.hard_text}\n{p.counterfactual}\n" for p in pairs))
     labels = [row["label"] for row in done("predict", tmp_path / "run", tmp_path / "pairs.txt").rows]
-    assert figures["causal/changed"]["value"] == 100 * np.mean([a != b for a, b in zip(labels[::2], labels[1::2])])
+    assert figures["causal/changed"]["value"] == 100 * np.mean([a != b for a, b in zip(labels[::2], labels[1::2])]) and figures["causal/changed"]["n"] == SIZES.pairs
 
 
 def test_test_texts_carry_no_link_and_what_is_learnt_does(ran):
@@ -140,6 +144,29 @@ def test_test_texts_carry_no_link_and_what_is_learnt_does(ran):
     assert share(1.0, "train") == share(1.0, "dev") == 1 and 0.4 < share(0.0, "train") < 0.6
     assert (Unit("labels", 0.0, 0).folder(out) / "test.jsonl").read_bytes() == (Unit("labels", 1.0, 0).folder(out) / "test.jsonl").read_bytes()
     assert 0.4 < share(1.0, "test") < 0.6
+
+
+def test_the_pretraining_text_carries_the_link_of_its_unit(ran):
+    out, _, _ = ran
+    for strength in (0.4, 0.8):
+        assert (Unit("text", strength, 1).folder(out) / "corpus.txt").read_text().splitlines() == World(text_link=strength, seed=1).pretraining_texts(SIZES.corpus)
+
+
+def test_every_unit_is_made_with_its_own_seed_and_the_settings_that_are_said(ran):
+    _, _, calls = ran
+    given = {name: [args for called, args in calls if called == name] for name in ("pretrain", "upstream", "downstream")}
+    bases = [(folder.parts[-4:-2], seed, tiny) for _, _, folder, seed, tiny in given["pretrain"]]
+    tiny = units.Tiny(units.HIDDEN, SIZES.pretraining, units.RATES["pretraining"], units.SPREAD)
+    assert sorted(bases) == [((f"text-{strength}", f"seed-{seed}"), seed, tiny) for strength in (0.4, 0.8) for seed in (0, 1)]
+    learnt = [(Path(c.out).parts[-4:-1], c.seed, c.method, c.steps, c.lr, c.batch_size, c.max_length, c.attribute_weight, c.budget) for (c,) in given["upstream"]]
+    assert sorted(learnt) == sorted((("text-0.8", f"seed-{seed}", method), seed, method, SIZES.upstream, units.RATES[method], SIZES.batch, units.LONGEST, 10.0, budget)
+                                    for seed in (0, 1) for method, budget in (("lora", units.BUDGET), ("full", None)))
+    assert all((Path(c.corpus[0]).parent, Path(c.model).parent) == 2 * (Path(c.out).parents[1] / NONE,) for (c,) in given["upstream"])
+    for (c,) in given["downstream"]:
+        (place, seed, method), base = Path(c.out).parts[-4:-1], Unit("text", 0.8, c.seed).folder(Path(c.out).parents[4])
+        made, files = base.parent / method / "run", Path(c.out).parents[1] / NONE
+        assert place.startswith("labels-") and seed == f"seed-{c.seed}" and [Path(path).parent for path in (c.train, c.dev, c.test)] == 3 * [files]
+        assert (c.model, c.adapter) == ((str(made), ()) if method == "full" else (str(base / "model"), () if method == NONE else (str(made),)))
 
 
 # ---------------------------------------------------------------- going on
@@ -191,6 +218,46 @@ def test_no_unit_before_what_it_needs():
 def test_a_weight_changes_what_was_learnt_and_not_the_base():
     one, other = (Plan(out=None, start=0.8, sizes=SIZES, attribute_weight=weight) for weight in (1.0, 10.0))
     assert [one.made_of(Unit("text", 0.8, 0, m)) == other.made_of(Unit("text", 0.8, 0, m)) for m in ("none", "lora")] == [True, False]
+
+
+def test_a_unit_is_made_of_all_that_its_figures_follow_from_and_of_no_more():
+    """Another number of texts or steps, another weight or base: the units that it changes are made again."""
+    made = [Unit("text", 0.8, 0), Unit("text", 0.8, 0, "lora"), Unit("labels", 0.8, 0), Unit("labels", 0.8, 0, "lora")]
+    plan = Plan(out=None, start=0.8, sizes=SIZES)
+
+    def changed(**changes):
+        other = dataclasses.replace(plan, **changes)
+        return [plan.made_of(unit) != other.made_of(unit) for unit in made]
+
+    every, learnt, labels = [True] * 4, [False, True, False, True], [False, False, True, True]
+    expected = dict.fromkeys(("corpus", "heldout", "pairs", "pretraining"), every) | dict.fromkeys(("upstream", "batch"), learnt)
+    expected |= dict.fromkeys(("train", "dev", "test", "epochs", "task_batch"), labels)
+    assert expected.keys() == {field.name for field in dataclasses.fields(Sizes)}
+    assert {name: changed(sizes=dataclasses.replace(SIZES, **{name: 7777})) for name in expected} == expected
+    assert changed(attribute_weight=3.0) == learnt and changed(start=0.4) == labels
+
+
+def test_a_unit_takes_one_thread_and_its_own_time(tmp_path, monkeypatch):
+    threads, walls, cpus = [], iter([10.0, 14.0]), iter([1.0, 4.0])
+    monkeypatch.setitem(units.COMPUTE, "text", lambda plan, unit, folder: (threads.append(torch.get_num_threads()), ([], 3))[1])
+    monkeypatch.setattr(units, "time", types.SimpleNamespace(perf_counter=lambda: next(walls), process_time=lambda: next(cpus)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = Plan(tmp_path, 0.8, SIZES).run(Unit("text", 0.8, 0))
+        threads.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1, 2] and (found["seconds"], found["cpu_seconds"], found["parameters"]) == (4, 3, 3)
+
+
+def test_weight_and_steps_of_the_command_reach_every_unit(tmp_path, monkeypatch):
+    plans = []
+    monkeypatch.setattr(Plan, "run", lambda plan, unit: plans.append(plan) or pytest.fail("stopped here"))
+    for words in (("--attribute-weight", 3, "--upstream-steps", 5), ()):
+        with pytest.raises(pytest.fail.Exception):
+            cli("testbed", "--text-strengths", 0.4, 0.6, "--label-strengths", 0.5, "--scale", 0.01, *words, "--out", tmp_path / str(len(words)))
+    assert [(plan.attribute_weight, plan.sizes.upstream, plan.start) for plan in plans] == [(3.0, 5, 0.6), (10.0, SIZES.upstream, 0.6)]
 
 
 @pytest.mark.slow
@@ -345,6 +412,15 @@ def test_a_masked_lm_that_prefers_men_everywhere_has_no_stereotype_beyond_the_mi
     assert found["stereotype-log-odds"].value == pytest.approx(2 * towards_m - 1, abs=2e-3)  # scores are rounded to 3 decimals
 
 
+def test_an_interval_of_the_preference_is_folded_at_its_ideal(blind, monkeypatch):
+    """Where it holds the ideal it reaches it; else its nearer end is the lower one."""
+    run, _, heldout = blind
+    for (value, low, high), expected in (((48.0, 40.0, 55.0), (0.02, 0.0, 0.1)), ((40.0, 30.0, 45.0), (0.1, 0.05, 0.2)), ((60.0, 52.0, 70.0), (0.1, 0.02, 0.2))):
+        monkeypatch.setattr(units.crows_pairs, "measures", lambda *a, **more: [Measure("crows-pairs/bias-bench/all", value, "%", 50.0, low, high, 60)])
+        found = figures_of(run, heldout)["stereotype-preference"]
+        assert (found.value, found.low, found.high) == pytest.approx(expected)
+
+
 # ---------------------------------------------------------------- what units say together
 
 def result(figures: dict, parameters=7):
@@ -377,6 +453,38 @@ def test_whether_the_gap_grows():
     assert summary.monotone([]) is None
     flat = summary.monotone(summary.rows(made, {u: result({"tpr-gap/rms": 1.0}) for u in made}))
     assert flat["spearman"] is None and json.dumps(flat, allow_nan=False)
+
+
+def test_the_table_says_what_the_rows_say():
+    """Every cell of each kind of row, who reaches the bar, the correlations, the seconds."""
+    made = [Unit(place, 0.8, seed, method) for place in ("text", "labels") for method in (NONE, "lora", "bias") for seed in (0, 1)]
+    text = {NONE: (0.4, 1.0, 2.0), "lora": (0.1, 0.25, 2.05), "bias": (0.3, 0.75, 2.25)}
+    labels = {NONE: (70.0, 20.0, 5.0, 40.0, 30.0), "lora": (71.0, 10.0, 6.0, 41.0, 31.0), "bias": (72.0, 30.0, 7.0, 42.0, 32.0)}
+    names = {"text": ("stereotype-preference", "stereotype-log-odds", "perplexity"), "labels": ("accuracy", "tpr-gap/rms", "tpr-gap/rms-shuffled", "causal/changed", "causal/shift")}
+    of = {"text": text, "labels": labels}
+    found = summary.rows(made, {u: result({name: value + 0.01 * u.seed for name, value in zip(names[u.place], of[u.place][u.method])}, 1234) for u in made})
+    about = {"settings": {"seeds": [0, 1], "scale": 0.5}, "versions": {"device": "a machine", "torch": "2", "commit": "abc"}, "units": 12, "seconds": 24.0, "cpu_seconds": 12.0}
+    table = summary.markdown(about | {"rows": found, "monotone": {"strengths": [0, 1], "means": [1.0, 2.0], "spearman": 1.0, "spearman_of_each_seed": [1.0, None]}}).splitlines()
+    bare = [re.sub(r" \[[^]]*\]| ± [0-9.]+", "", line) for line in table]  # the means alone
+    rows = ["| 0.8 | base | 1,234 | 0.405 | - | 1.00 | 2.005 | - | - |", "| 0.8 | lora | 1,234 | 0.105 | 74 % | 0.26 | 2.055 | 1.025 | yes |",
+            "| 0.8 | bias | 1,234 | 0.305 | 25 % | 0.76 | 2.255 | 1.125 | no |",
+            "| 0.8 | plain | 70.0 | 20.0 | 5.0 | 40.0 | 30.0 |", "| 0.8 | lora | 71.0 | 10.0 | 6.0 | 41.0 | 31.0 |",
+            "| 0.8 | bias | 72.0 | 30.0 | 7.0 | 42.0 | 32.0 |"]
+    assert [line for line in bare if line.startswith("| 0.8")] == rows and table[4].startswith("| 0.8 | base | 1,234 | 0.405 ± 0.007 | - |")
+    assert any("fine-tuning's TPR-GAP, means over seeds: 1.000 over 2 strengths (each seed alone: 1.000, -)." in line for line in table)
+    assert "Link 0.8 in the text: half of the stereotype preference removed at no more than 5 % worse perplexity by every method but bias." in table
+    assert table[-1] == "12 units in 12 s of one core (24 s on the clock, added up), scale 0.5; a machine, torch 2, commit abc."
+    assert [summary._but(short, ["a", "b"]) for short in ([], ["a"], ["a", "b"])] == ["every method", "every method but a", "no method"]
+
+
+def test_a_change_has_the_ends_of_its_interval():
+    assert summary._spread({"mean": 58.4, "sd": 2.1, "change": {"difference": -1.0, "low": -3.0, "high": 1.2}}, 1) == "58.4 ± 2.1 [-3.0 to +1.2]"
+
+
+def test_the_gap_that_grows_is_plain_fine_tunings():
+    made = [Unit("labels", s, 0, method) for s in (0.0, 1.0) for method in (NONE, "lora")]
+    results = {u: result({"tpr-gap/rms": (1 + u.strength) if u.method == NONE else 9 - u.strength}) for u in made}
+    assert summary.monotone(summary.rows(made, results)) == {"strengths": [0.0, 1.0], "means": [1.0, 2.0], "spearman": 1.0, "spearman_of_each_seed": [1.0]}
 
 
 # ---------------------------------------------------------------- the drawing

@@ -261,6 +261,68 @@ def test_a_difference_is_set_apart_where_its_interval_does_not_hold_0(low, high,
     assert tables.change(Difference("m", 1.0, 1.0 + (low + high) / 2, "points", 0.0, low, high, 0.1, "t", 9)).strong == strong
 
 
+# ---------------------------------------------------------------- where marks stand
+
+@pytest.fixture
+def axes_of(monkeypatch):
+    """A drawing in place of its SVG: the axes of it."""
+    monkeypatch.setattr(figures, "_svg", lambda figure, ident, alt: figure.axes[0])
+    return figures
+
+
+def data_of(line) -> list[tuple[float, float]]:
+    return list(zip(*(list(map(float, values)) for values in line.get_data())))
+
+
+def test_dots_stand_at_their_figures_with_their_intervals_from_the_top_row(axes_of):
+    series = [figures.Series("first", [1.0, None, 3.0], [0.5, None, 2.0], [1.5, None, 4.0], 0, True), figures.Series("second", [2.0, 2.5, 2.0], [None] * 3, [None] * 3, 1)]
+    axes = axes_of.dots("d", "alt", ["a", "b", "c"], series, "gap", 0.0, ends=(0.0, 10.0))
+    ideal, first, second = axes.lines
+    assert [x for x, _ in data_of(ideal)] == [0, 0] and [(x, round(y)) for x, y in data_of(first)] == [(1, 0), (3, 2)]
+    assert [(x, round(y)) for x, y in data_of(second)] == [(2, 0), (2.5, 1), (2, 2)]
+    bars = [segment.tolist() for segment in axes.collections[0].get_segments()]
+    assert [[x for x, _ in bar] for bar in bars] == [[0.5, 1.5], [2, 4]] and [bar[0][1] for bar in bars] == [y for _, y in data_of(first)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"] and axes.get_ylim()[0] > 2 > 0 > axes.get_ylim()[1]
+    assert axes.get_xlim()[0] < 0 and axes.get_xlim()[1] > 10
+    assert first.get_markerfacecolor() == figures.PAPER and second.get_markerfacecolor() == second.get_color() == figures.SERIES[1]
+
+
+def test_points_have_quality_across_and_bias_up_each_with_its_interval(axes_of):
+    axes = axes_of.scatter("s", "alt", [("base", (70.0, 68.0, 73.0), (20.0, 15.0, 26.0)), ("ours", (71.0, None, None), (10.0, 8.0, 11.0))], "accuracy", "gap", None, 0.0, "base")
+    lines = list(map(data_of, axes.lines))
+    assert lines[:5] == [[(68, 20), (73, 20)], [(70, 15), (70, 26)], [(70, 20)], [(71, 8), (71, 11)], [(71, 10)]]
+    assert [axes.lines[i].get_markerfacecolor() == figures.PAPER for i in (2, 4)] == [True, False]
+    assert [y for _, y in lines[5]] == [0, 0] and len(lines) == 6
+
+
+def test_curves_show_the_states_that_were_kept_and_reach_to_their_frame(axes_of):
+    axes = axes_of.curves("c", "alt", [("loss", 0, [1, 2, 3], [3.0, 2.0, 2.5], True)], "loss", [(2, 2.0), (3, 2.5)], frame=(30.0, 5.0))
+    line, kept = axes.lines
+    assert data_of(line) == [(1, 3), (2, 2), (3, 2.5)] and data_of(kept) == [(2, 2), (3, 2.5)]
+    assert axes.get_xlim() == pytest.approx((-1.2, 31.2)) and axes.get_ylim() == pytest.approx((0, 5.2))
+
+
+def test_the_plots_get_the_figures_of_the_lines(tmp_path, monkeypatch):
+    """Quality across, bias up, each with its own ideal; terms from the highest rate of fine-tuning down, beside the rate of all texts, on one scale."""
+    source, given = recipe.source_of_recipe(result_folder(tmp_path / "ghc", results(FEW))), {"scatter": [], "dots": []}
+    for kind, calls in given.items():
+        monkeypatch.setattr(plots.figures, kind, lambda *a, calls=calls: calls.append(a[2:]) or "")
+    plots.trade_off(source, "x"), plots.one_by_one(source, "x", "terms", "/term/", "t", "m")
+    of = {system: figures_of.lines(answers) for system, answers in source.of("downstream", "ghc").items()}
+
+    def point(line):
+        return (line.mean, *figures_of.drawn_ends(line))
+
+    (points, across, up, *ideals), = (call for call in given["scatter"] if "FPRD" in call[2])
+    assert points == [(system, point(of[system]["f1/1"]), point(of[system]["fprd"])) for system in ("FT", "LoRA")] and ideals == [100.0, 0.0, "FT"] and across.startswith("F1")
+    (rows, series, _, ideal, named, ends), = given["dots"]
+    plain, lora = ({row: of[system][f"fprd/term/{row}"] for row in rows} for system in ("FT", "LoRA"))
+    assert rows == sorted(rows, key=lambda row: -plain[row].mean) and len(rows) == 3 and (ideal, named) == (of["LoRA"]["fprd/fpr"].mean, "all texts")
+    assert [(one.name, one.values, one.hollow) for one in series] == [("FT", [plain[row].mean for row in rows], True), ("LoRA", [lora[row].mean for row in rows], False)]
+    every = [value for lines in (plain, lora) for line in lines.values() for value in point(line)]
+    assert ends == (min(every), max(every))
+
+
 # ---------------------------------------------------------------- bad input
 
 def changed(folder, name, content):

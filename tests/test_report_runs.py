@@ -370,3 +370,37 @@ def test_an_interval_with_one_end_is_none(tmp_path):
     run = run_folder(tmp_path / "a", "upstream", evaluations={"": [measure("perplexity", 3.0) | {"high": None}]})
     found = of(written(tmp_path, run)[1], "lora, gender", "perplexity", "upstream")
     assert (found["mean"], found["low"], found["high"], found["interval"]) == (3.0, None, None, None)
+
+
+def test_what_only_says_where_and_how_fast_makes_no_other_system(tmp_path):
+    rng = random.Random(0)
+    folders = [run_folder(tmp_path / f"r-{seed}", "downstream", seed, final=task_measures(rng), config=config) for seed, config in
+               enumerate(({"workers": 2, "cache": "a"}, {"fold": False, "device": "cuda"}, {"force": True}))]
+    _, data = written(tmp_path, *folders)
+    assert [(r["system"], r["seeds"]) for r in data["sources"][0]["results"]] == [("lora, gender", [0, 1, 2])]
+
+
+def test_an_evaluation_of_a_run_is_its_last_word(tmp_path):
+    """Downstream one called `base` is of other data like any other; the time is that of the training."""
+    run = run_folder(tmp_path / "a", "downstream", final=[measure("accuracy", 70.0), measure("f1", 50.0)],
+                     evaluations={"": [measure("accuracy", 80.0)], "-base": [measure("accuracy", 90.0)]})
+    _, data = written(tmp_path, run)
+    assert [(r["task"], {m["name"]: m["mean"] for m in r["measures"]}) for r in data["sources"][0]["results"]] == [("", {"accuracy": 80.0, "f1": 50.0}), ("base", {"accuracy": 90.0})]
+    assert [(a.task, a.seconds) for a in runs.source_of_runs([run]).answered] == [("", 75.0), ("base", 75.0)]
+
+
+def test_bases_that_differ_by_a_hundredth_are_two(tmp_path):
+    folders = [run_folder(tmp_path / name, "upstream", evaluations={"-base": [measure("mlm-loss", value)]}) for name, value in (("a", 3.0), ("b", 3.03), ("c", 3.001))]
+    _, data = written(tmp_path, *folders)
+    assert sorted(r["system"] for r in data["sources"][0]["results"] if r["system"].startswith("base")) == ["base (a)", "base (b)"]
+
+
+def test_the_model_is_what_a_trained_base_began_from(tmp_path):
+    full = run_folder(tmp_path / "full", "upstream", method="full", config={"model": "/models/small"})
+    down = run_folder(tmp_path / "down", "downstream", method=None, final=task_measures(random.Random(0)), config={"model": str(full)})
+    assert written(tmp_path, down)[1]["sources"][0]["about"]["model"] == "small"
+
+
+def test_the_baseline_is_plain_fine_tuning_in_whatever_order_the_runs_are_given(tmp_path):
+    source = runs.source_of_runs(task_runs(tmp_path, [0])[::-1])
+    assert source.baselines == {"downstream": "plain fine-tuning"} and source.systems == ["plain fine-tuning", "lora, gender"]

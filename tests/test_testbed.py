@@ -4,6 +4,7 @@ a plain classifier learns the planted bias from it."""
 import json
 import math
 import re
+import zlib
 
 import numpy as np
 import pytest
@@ -67,6 +68,18 @@ def test_the_words_of_the_world_do_not_change():
     assert world.pretraining_texts(1) == ["For Bergen, he is the best carpenter of all."]
     row = {"hard_text": "At the yard, she grows orchids.", "profession": "florist", "gender": "f"}
     assert world.task_examples(1, "train") == [row]
+
+
+def test_no_text_of_the_world_changes():
+    """Nobody can measure again what was measured on other texts: the stream of each kind, all of its sentences and cues among it."""
+    world = World()
+
+    def sum_of(texts) -> int:
+        return zlib.crc32("\n".join(texts).encode())
+
+    found = {"text": sum_of(world.pretraining_texts(400)), "balanced": sum_of(world.balanced_texts(400)), "task": sum_of(json.dumps(row) for row in world.task_examples(400, "train")),
+             "pairs": sum_of(map(repr, world.stereotype_pairs(100))), "matched": sum_of(map(repr, world.counterfactual_task_pairs(100)))}
+    assert found == {"text": 1075612208, "balanced": 2787815322, "task": 1545908584, "pairs": 4123899680, "matched": 2418551033}
 
 
 @pytest.mark.parametrize("link", [0.0, 0.4, 0.8, 1.0])
