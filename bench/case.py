@@ -131,7 +131,7 @@ class Case:
     """providers: by name; the first is the baseline of the ratios, the first that is compared that of the equality check.
 
     bound: (name, expected) -> the largest allowed max|difference| of that tensor in float32. sized: whether the work depends on the base model.
-    rounded: whether bf16 is checked as well, against float64 (measure.check_rounded).
+    rounded: whether bf16 is checked as well, against float64 (equality.check_rounded).
     """
 
     name: str

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy  # noqa: E402
 import torch  # noqa: E402
 
-from bench import bars, install, lanes, measure, plots, rows  # noqa: E402
+from bench import bars, equality, install, lanes, lineup, measure, plots, rows  # noqa: E402
 from bench.arguments import Parser, complain, positive, results_file, say  # noqa: E402
 from bench.case import SIZES, Case, Provider, Setting  # noqa: E402
 from bench.cases_steps import needed_flops  # noqa: E402
@@ -152,10 +152,10 @@ def main(argv: list[str] | None = None) -> int:
         for case in (lanes.case_of(name, hub) for name in names):
             for setting in (Setting(size, x, Path(folder), batches=arguments.batches, longest=min(128, SIZES[size].positions // 2))
                             for size in arguments.size.split(",") for x in case.x_values):
-                providers = measure.taking_part(case, arguments.compile, say)
+                providers = lineup.taking_part(case, arguments.compile, say)
                 try:
                     share = check(case, setting, providers, functools.partial(lanes.results, case=case))
-                except measure.Unequal as red:
+                except equality.Unequal as red:
                     print(red)
                     return 1
                 say(f"{title(case, setting)}: timing")

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from bench import ROOT, curves, measure, roofline, rows  # noqa: E402
+from bench import ROOT, curves, equality, lineup, measure, roofline, rows  # noqa: E402
 from bench.arguments import Parser, above_zero, complain, positive, results_file, say  # noqa: E402
 from bench.aside import together  # noqa: E402
 from bench.case import SIZES, Case, Provider, Setting  # noqa: E402
@@ -178,7 +178,7 @@ def checked(entries: Plan, providers: dict[str, dict[str, Provider]], clock: Clo
         with _noting(case, setting, red, stem(case)):
             shares[stem(case), setting.x] = check(case, setting, taking)
             if case.rounded:
-                found = measure.check_rounded(case, setting, taking)
+                found = equality.check_rounded(case, setting, taking)
                 if found:
                     say(f"{title(case, setting)}: equal in bf16 (largest error {max(found.values()):.2g} of the allowed one)")
     return shares
@@ -189,7 +189,7 @@ def _noting(case: Case, setting: Setting, red: dict[str, str], name: str):
     """What goes wrong in one case is noted under that name, and the run goes on: a device that is lent for minutes shall show all of it."""
     try:
         yield
-    except measure.Unequal as unequal:
+    except equality.Unequal as unequal:
         red[name] = str(unequal)
     except Exception as error:  # a launch that the device refuses, memory that is not there, a library that fails
         traceback.print_exc()
@@ -257,7 +257,7 @@ class Run:
         self.to_check, self.to_time = (chosen(entries, arguments.only) for entries in planned)
         self.compiled = self.device.type == "cuda" if arguments.compile is None else arguments.compile
         cases = {stem(case): CASES[stem(case)] for case, _ in self.to_check + self.to_time}
-        self.providers = {name: measure.taking_part(case, self.compiled, say, self.device.type, arguments.dry_run) for name, case in cases.items()}
+        self.providers = {name: lineup.taking_part(case, self.compiled, say, self.device.type, arguments.dry_run) for name, case in cases.items()}
 
     def equality(self, clock: Clock, stems: Iterable[str] | None = None) -> tuple[dict[str, str], dict[tuple[str, float], dict[str, float]]]:
         """(stem -> what is wrong with it, shares as `checked` gives them) of these stems, or all."""

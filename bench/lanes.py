@@ -23,7 +23,7 @@ import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from bench import measure, rows  # noqa: E402
+from bench import equality, measure, rows  # noqa: E402
 from bench.case import Case, Provider, Setting, Work  # noqa: E402
 from bench.cases_hub import through_library  # noqa: E402
 from bench.cases_sparse import SPARSE_CASES  # noqa: E402
@@ -62,7 +62,7 @@ def peak_mib(case: Case, provider: str, setting: Setting) -> float | None:
 def results(name: str, provider: Provider, setting: Setting, case: Case) -> dict[str, Tensor]:
     """What must be equal, from the interpreter that the provider asks for. Raises RuntimeError with the last line of its process where that fails."""
     if provider.python is None:
-        return measure.in_this_process(name, provider, setting)
+        return equality.in_this_process(name, provider, setting)
     model_folder(setting)  # the weights are made on this side
     with tempfile.TemporaryDirectory(prefix="peftdebias-bench-") as folder:
         file = Path(folder) / "results.safetensors"
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
     if what == "peak":
         print(json.dumps(measure.cpu_peak(provider, setting)))
     elif what == "results":
-        found = measure.in_this_process(spec["provider"], provider, setting)
+        found = equality.in_this_process(spec["provider"], provider, setting)
         safetensors.torch.save_file({name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}, argv[2])
     else:
         serve(lambda: _start(provider, setting))

@@ -1,214 +1,33 @@
-"""Equality first, then time: `check` and `time_case`, on any device.
+"""Time and memory of the providers of a case: `time_case`, on any device.
 
-What it adds over cases.py: the comparison, the clock and the memory gauge. It leaves out which cases there are and where rows go.
+What it adds over lineup.py: the clock and the memory gauge. It leaves out the check that comes before (equality.py), which cases there are and where rows go.
 """
 
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import gc
-import importlib.util
 import math
 import os
 import re
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy
 import torch
-from torch import Tensor
 
-from peftdebias import graphs, kernels
+from peftdebias import graphs
 
 from . import rows
 from .case import Case, Provider, Setting, Work
-from .poison import poisoned
+from .lineup import forget_compiled, let_go, may_fail, memory_may_end
 
 SAMPLE_SECONDS = 0.02  # a timed sample lasts at least this long: quick calls are repeated inside it
 WARM_UP = 2  # passes of one op: the first loads or compiles something, the second tells how many a sample takes
 WARM_UP_STEPS = 3  # passes of whole steps on a GPU: a shape trains eagerly in the first, is captured in the second (peftdebias/graphs.py), and replayed from the third on
 LOAD_AT_START = round(os.getloadavg()[0], 2)  # later the load average holds this run's own threads too
 
-
-class Unequal(Exception):
-    """Providers disagree; the message names every tensor that does and by how much."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """max|difference| of one tensor, or what `kind` says, and what is allowed; `apart` is infinite where shapes differ or a tensor is missing."""
-
-    tensor: str
-    apart: float
-    allowed: float
-    kind: str = "max|difference|"
-
-    @property
-    def red(self) -> bool:
-        return not self.apart <= self.allowed  # nan is red
-
-
-RMS = "root mean square of differences"
-
-# ---------------------------------------------------------------- who takes part
-
-def taking_part(case: Case, compiled: bool, say: Callable[[str], None], device: str = "cpu", stand_in: bool = False) -> dict[str, Provider]:
-    """The providers of this run; says which are left out for want of a library, or because a kernel does not run on the device. stand_in: those stay."""
-    found = {}
-    for name, provider in case.providers.items():
-        missing = [library for library in provider.needs if importlib.util.find_spec(library) is None]
-        trouble = [why for op in provider.kernels if (why := kernels.missing(op, "triton", device))]
-        lacking = [why for op in provider.native if (why := kernels.missing(op, "native") or (device != "cpu" and f"csrc does not run on {device}"))]
-        lacking += [why for why in (not missing and not trouble and provider.refuses(device),) if why]
-        if lacking:
-            say(f"{case.name}: {name} is not measured: {lacking[0]}")
-            continue
-        if missing:
-            say(f"{case.name}: {name} is not measured: {' and '.join(missing)} not installed (pip install -e '.[bench]')")
-            continue
-        if trouble:
-            say(f"{case.name}: {f'plain twins stand in for {name}' if stand_in else f'{name} is not measured'}: {trouble[0]}")
-        if (stand_in or not trouble) and (compiled or not provider.compiled):
-            found[name] = provider
-    return found
-
-
-# ---------------------------------------------------------------- equality
-
-def differences(expected: dict[str, Tensor], got: dict[str, Tensor], bound: Callable[[str, Tensor], float]) -> list[Difference]:
-    """One Difference for every name on either side."""
-    found = []
-    for name in dict.fromkeys([*expected, *got]):
-        if name not in expected or name not in got or expected[name].shape != got[name].shape:
-            found.append(Difference(name, math.inf, 0.0))
-            continue
-        apart = (got[name].double().cpu() - expected[name].double().cpu()).abs().max()
-        found.append(Difference(name, float(apart), bound(name, expected[name])))
-    return found
-
-
-def in_this_process(name: str, provider: Provider, setting: Setting) -> dict[str, Tensor]:
-    work = provider.build(setting)  # it lives while it computes
-    return work.results()
-
-
-def check(case: Case, setting: Setting, providers: dict[str, Provider], say: Callable[[str], None] = lambda line: None,
-          results: Callable[[str, Provider, Setting], dict[str, Tensor]] = in_this_process) -> dict[str, float]:
-    """Every provider against the first, in float32 without dropout; {provider: its largest difference as a share of the allowed one}.
-
-    results: how a provider's are had. Raises Unequal when one is red. A compiled provider that does not even run is left out of `providers`, and said.
-    """
-    setting = dataclasses.replace(setting, precision="float32")
-    expected, baseline, shares = None, None, {}
-    _forget_compiled(providers)
-    for name, provider in list(providers.items()):
-        if not provider.compared or not provider.takes(setting.precision):
-            continue
-        with _may_fail(case, name, providers, say):
-            got = unwritten_seen(name, provider, setting) if case.rounded and provider.kernels and results is in_this_process else results(name, provider, setting)
-            if expected is None:
-                expected, baseline = got, name
-                continue
-            found = differences(expected, got, case.bound)
-            red = [d for d in found if d.red]
-            if red:
-                raise _unequal(case, setting, f"{name} differs from {baseline}", found)
-            del got
-            gc.collect()  # models hold cycles; a large one is not kept beside the next
-            shares[name] = max((d.apart / d.allowed if d.allowed else 0.0 for d in found), default=0.0)
-        if name not in providers:
-            _let_go()
-    return shares
-
-
-def check_rounded(case: Case, setting: Setting, providers: dict[str, Provider]) -> dict[str, float]:
-    """Every provider with kernels of ours in bf16 against the first provider in float64: each tensor's max|error| is at most twice that of the first provider in
-    bf16, or twice the rounding of the result's largest element; and so is the root mean square of the errors, which small elements weigh in too.
-    {provider: its largest error as a share of that}. Raises Unequal."""
-    setting = dataclasses.replace(setting, precision="bf16")
-    first, shares = next(name for name, p in providers.items() if p.compared and not p.compiled), {}
-    truth = providers[first].build(dataclasses.replace(setting, precision="float64")).results()
-    plain = providers[first].build(setting).results()
-    allowed = {name: 2 * max(float((plain[name].double() - t.double()).abs().max()), _rounding(plain[name].dtype) * float(t.abs().max())) for name, t in truth.items()}
-    for name, provider in providers.items():
-        if provider.kernels and provider.compared and provider.takes("bf16"):
-            got = unwritten_seen(name, provider, setting)
-            found = [dataclasses.replace(d, allowed=allowed.get(d.tensor, 0.0)) for d in differences(truth, got, lambda *_: 0.0)]
-            found += [Difference(tensor, spread(got[tensor], t), 2 * max(spread(plain[tensor], t), _rounding(plain[tensor].dtype) * spread(t, 0 * t)), RMS)
-                      for tensor, t in truth.items() if tensor in got and got[tensor].shape == t.shape]
-            if any(d.red for d in found):
-                raise _unequal(case, setting, f"{name} in bf16 errs more than twice what {first} does", found)
-            shares[name] = max(d.apart / d.allowed if d.allowed else 0.0 for d in found)
-    return shares
-
-
-def spread(got: Tensor, truth: Tensor) -> float:
-    """Root mean square of the errors; 0 where there is no element."""
-    return float((got.double().cpu() - truth.double().cpu()).square().mean().sqrt()) if truth.numel() else 0.0
-
-
-def unwritten_seen(name: str, provider: Provider, setting: Setting) -> dict[str, Tensor]:
-    """in_this_process, where what a kernel of ours left unwritten is NaN and no earlier run's result."""
-    with warnings.catch_warnings(), poisoned():
-        warnings.filterwarnings("ignore", ".*[Dd]eterministic")  # of libraries' products and sums, which are what they are
-        return in_this_process(name, provider, setting)
-
-
-def _rounding(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps / 2
-
-
-def _unequal(case: Case, setting: Setting, words: str, found: list[Difference]) -> Unequal:
-    red, tensors = [d for d in found if d.red], {d.tensor for d in found}
-    lines = [f"{case.name}, {setting.size_name}, {case.x_name} {setting.x:g}: {words} in {len({d.tensor for d in red})} of {len(tensors)} tensors; not timed"]
-    return Unequal("\n".join(lines + [f"  {d.tensor}: {d.kind} {d.apart:.3g}, allowed {d.allowed:.3g}" for d in red]))
-
-
-@contextlib.contextmanager
-def _may_fail(case: Case, name: str, providers: dict[str, Provider], say: Callable[[str], None], failed: Callable[[str], None] | None = None):
-    """torch.compile needs a compiler and may not know a model: then that provider is not measured, and the others go on. So they do where another fails and `failed` is there
-    to hear of it."""
-    try:
-        yield
-    except Unequal:
-        raise
-    except Exception as error:
-        compiled = providers[name].compiled
-        if not compiled and failed is None:
-            raise
-        del providers[name]
-        line = f"{case.name}: {name} is not measured: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        say(line)
-        if not compiled:
-            failed(line)
-
-
-@contextlib.contextmanager
-def _memory_may_end(case: Case, name: str, device: torch.device, say: Callable[[str], None]):
-    """Where a device has too little memory for a provider, that one is not measured, and the others go on."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        there = f" ({torch.cuda.get_device_properties(device).total_memory / 2 ** 30:.0f} GiB are there)" if device.type == "cuda" else ""
-        say(f"{case.name}: {name} is not measured: out of memory{there}")
-
-
-def _let_go() -> None:
-    """Gives back what a provider that failed held. Its error holds on to that inside of a `with` that takes the error, and in a cycle behind it."""
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def _forget_compiled(providers: dict[str, Provider]) -> None:
-    """torch.compile keeps a few versions of a function, over all that was built from it, and runs it eagerly beyond them: every case begins with none."""
-    if any(p.compiled for p in providers.values()):
-        torch.compiler.reset()
-
-
-# ---------------------------------------------------------------- time
 
 def seconds(work: Work, passes: int, device: torch.device) -> float:
     """Wall-clock seconds of one pass; the device has finished at both ends."""
@@ -343,19 +162,19 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
     """
     device, works, passes, peaks, reserved, launches = setting.device, {}, {}, {}, {}, {}
     cuda = device.type == "cuda"
-    _forget_compiled(providers)
+    forget_compiled(providers)
     for name, provider in list(providers.items()):
         if not provider.takes(setting.precision):
             say(f"{case.name}: {name} is not measured: it takes {' and '.join(provider.precisions)}, not {setting.precision}")
             continue
-        with _may_fail(case, name, providers, say, failed), _memory_may_end(case, name, device, say):
+        with may_fail(case, name, providers, say, failed), memory_may_end(case, name, device, say):
             works[name], passes[name], peak, launch = _made(case, setting, name, provider, say)
             if peak is not None:
                 peaks[name], reserved[name] = peak
             if launch is not None:
                 launches[name] = launch
         if name not in works:
-            _let_go()
+            let_go()
     if not works:
         return []
     samples: dict[str, list[float]] = {name: [] for name in works}

@@ -1,4 +1,4 @@
-"""Memory that nobody wrote, made visible: what the checks on a device (measure.py) and those of tests/kernel_checks run kernels in."""
+"""Memory that nobody wrote, made visible: what the checks on a device (equality.py) and those of tests/kernel_checks run kernels in."""
 
 import contextlib
 from collections.abc import Iterator

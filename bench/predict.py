@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy  # noqa: E402
 import torch  # noqa: E402
 
-from bench import measure, rows  # noqa: E402
+from bench import equality, measure, rows  # noqa: E402
 from bench.arguments import Parser, complain, positive, results_file, say  # noqa: E402
 from bench.case import SIZES, output_bound  # noqa: E402
 from bench.cases_predict import ONE_CALL, PREDICTORS, THEIRS, WHOLE_FILE, Predictor, Task, forward_flops  # noqa: E402
@@ -43,15 +43,15 @@ BARS = {f"{THEIRS}, sorted by length": 1.4, THEIRS: 3.0}
 # ---------------------------------------------------------------- equality
 
 def check(task: Task, texts: list[str]) -> dict[str, float]:
-    """name -> its largest difference from the first as a share of the allowed one. Raises measure.Unequal where a probability is off."""
+    """name -> its largest difference from the first as a share of the allowed one. Raises equality.Unequal where a probability is off."""
     shares, expected = {}, None
     for name, build in available().items():
         predict = build(task)
         tensor = {"probabilities": torch.tensor([list(answer["probabilities"].values()) for answer in predict(texts[:CHECKED], BATCH)], dtype=torch.float64)}
         expected = expected or tensor
-        (found,) = measure.differences(expected, tensor, output_bound)
+        (found,) = equality.differences(expected, tensor, output_bound)
         if found.red:
-            raise measure.Unequal(f"{name} differs from {next(iter(PREDICTORS))}; nothing is timed\n  probabilities: max|difference| {found.apart:.3g}, allowed {found.allowed:.3g}")
+            raise equality.Unequal(f"{name} differs from {next(iter(PREDICTORS))}; nothing is timed\n  probabilities: max|difference| {found.apart:.3g}, allowed {found.allowed:.3g}")
         shares[name] = found.apart / found.allowed
     return shares
 
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         task = Task(arguments.size, arguments.tokenizer, arguments.file, arguments.column, arguments.texts, arguments.longest, folder)
         try:
             found, lines = measured(task, arguments)
-        except measure.Unequal as red:
+        except equality.Unequal as red:
             print(red)
             return 1
         except PeftDebiasError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import measure, rows  # noqa: E402
+from bench import equality, lineup, measure, rows  # noqa: E402
 from bench.arguments import Parser, complain, positive, results_file, say  # noqa: E402
 from bench.case import SIZES, Case, Setting  # noqa: E402
 from bench.cases import CASES  # noqa: E402
@@ -62,10 +62,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(settings: list[tuple[Case, Setting]], arguments) -> int:
     """All equality checks, then all times."""
-    taking_part = {case.name: measure.taking_part(case, arguments.compile, say) for case, _ in settings}
+    taking_part = {case.name: lineup.taking_part(case, arguments.compile, say) for case, _ in settings}
     try:
         shares = [check(case, setting, taking_part[case.name]) for case, setting in settings]
-    except measure.Unequal as red:
+    except equality.Unequal as red:
         print(red)
         return 1
     load, processors = os.getloadavg()[0], os.cpu_count()
@@ -101,9 +101,9 @@ def not_to_profile(arguments, cases: list[Case]) -> str | None:
     return None
 
 
-def check(case: Case, setting: Setting, providers: dict, results=measure.in_this_process) -> dict[str, float]:
-    """measure.check with a line on standard error."""
-    shares = measure.check(case, setting, providers, say, results)
+def check(case: Case, setting: Setting, providers: dict, results=equality.in_this_process) -> dict[str, float]:
+    """equality.check with a line on standard error."""
+    shares = equality.check(case, setting, providers, say, results)
     if shares:
         say(f"{title(case, setting)}: equal (largest difference {max(shares.values()):.2g} of the allowed one)")
     return shares

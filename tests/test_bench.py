@@ -16,7 +16,7 @@ import torch
 from .benched import FIELDS, HAVE_BOTH, ROOT, modules, planted, quick  # noqa: F401  (quick is a fixture)
 from .outside import one_thread  # noqa: F401  (a fixture: small models on one thread)
 
-bench = modules("case", "cases", "cases_adamw", "cases_native", "cases_steps", "gpu", "measure", "rows", "run", "texts")
+bench = modules("case", "cases", "cases_adamw", "cases_native", "cases_steps", "equality", "gpu", "lineup", "measure", "rows", "run", "texts")
 
 
 # ---------------------------------------------------------------- registry
@@ -75,8 +75,8 @@ def test_lora_step_sees_a_wrong_gradient_of_one_matrix(bench, monkeypatch, tmp_p
     name = "gradient of layers.1.attention.value.a"
     planted(bench, monkeypatch, "lora_step", lambda r: {**r, name: r[name].flip(0)})
     case, setting = bench.cases.CASES["lora_step"], bench.case.Setting("micro", 20, tmp_path, sequences=4, longest=48)
-    with pytest.raises(bench.measure.Unequal, match="in 1 of 9 tensors") as red:
-        bench.measure.check(case, setting, bench.measure.taking_part(case, False, print))
+    with pytest.raises(bench.equality.Unequal, match="in 1 of 9 tensors") as red:
+        bench.equality.check(case, setting, bench.lineup.taking_part(case, False, print))
     assert f"\n  {name}: " in str(red.value)
 
 
@@ -130,8 +130,8 @@ def test_ratio_is_of_the_baseline_on_the_same_line(bench):
 
 def test_a_missing_library_leaves_its_providers_out(bench, monkeypatch):
     case, said = bench.cases.CASES["lora_step"], []
-    monkeypatch.setattr(bench.measure.importlib.util, "find_spec", lambda name: None)
-    assert list(bench.measure.taking_part(case, True, said.append)) == ["peftdebias", "peftdebias, compiled"]
+    monkeypatch.setattr(bench.lineup.importlib.util, "find_spec", lambda name: None)
+    assert list(bench.lineup.taking_part(case, True, said.append)) == ["peftdebias", "peftdebias, compiled"]
     assert len(said) == 4 and "transformers and peft not installed" in said[0]
 
 
@@ -142,10 +142,10 @@ def test_a_compiler_that_fails_leaves_only_its_provider_out(bench, tmp_path):
     case, said = bench.cases.CASES["attention"], []
     providers = {**case.providers, "compiled": bench.case.Provider(broken, compiled=True)}
     setting = bench.case.Setting("micro", 2, tmp_path, stand_in=True)
-    bench.measure.check(case, setting, providers, said.append)
+    bench.equality.check(case, setting, providers, said.append)
     assert list(providers) == list(case.providers) and said == ["attention: compiled is not measured: RuntimeError: no compiler"]
     with pytest.raises(RuntimeError):
-        bench.measure.check(case, setting, {**providers, "ours": bench.case.Provider(broken)})
+        bench.equality.check(case, setting, {**providers, "ours": bench.case.Provider(broken)})
 
 
 def test_a_provider_that_has_too_little_memory_is_left_out(bench, tmp_path):
@@ -153,7 +153,7 @@ def test_a_provider_that_has_too_little_memory_is_left_out(bench, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     case, said, setting = bench.cases.CASES["gelu"], [], bench.case.Setting("micro", 13, tmp_path, stand_in=True)
-    providers = bench.measure.taking_part(case, False, said.append, "cpu", True)
+    providers = bench.lineup.taking_part(case, False, said.append, "cpu", True)
     (first, one), said[:] = next(iter(providers.items())), []
     class Memory:
         pass
@@ -178,8 +178,8 @@ def test_a_provider_that_has_too_little_memory_is_left_out(bench, tmp_path):
 def test_a_provider_that_a_device_refuses_is_left_out(bench):
     made, said = bench.case.Provider(int, refuses=lambda device: f"no {device}" if device == "cpu" else ""), []
     case = dataclasses.replace(bench.cases.CASES["gemm"], providers={"torch": bench.case.Provider(int), "ours": made})
-    assert list(bench.measure.taking_part(case, False, said.append)) == ["torch"] and said == ["gemm: ours is not measured: no cpu"]
-    assert list(bench.measure.taking_part(case, False, said.append, "cuda")) == ["torch", "ours"]
+    assert list(bench.lineup.taking_part(case, False, said.append)) == ["torch"] and said == ["gemm: ours is not measured: no cpu"]
+    assert list(bench.lineup.taking_part(case, False, said.append, "cuda")) == ["torch", "ours"]
 
 
 def test_a_provider_of_one_precision_takes_no_part_in_another(bench, tmp_path):
@@ -190,11 +190,11 @@ def test_a_provider_of_one_precision_takes_no_part_in_another(bench, tmp_path):
     made, said = bench.case.Provider(built, kernels=("gelu",), precisions=("bf16",)), []
     case = dataclasses.replace(bench.cases.CASES["gemm"], providers={"torch": bench.cases.CASES["gemm"].providers["torch"], "half": made})
     setting = bench.case.Setting("micro", 8, tmp_path)
-    assert bench.measure.check(case, setting, dict(case.providers)) == {}
+    assert bench.equality.check(case, setting, dict(case.providers)) == {}
     rows = bench.measure.time_case(case, setting, dict(case.providers), 1, say=said.append)
     assert {row.provider for row in rows} == {"torch"} and said == ["gemm: half is not measured: it takes bf16, not float32"]
-    with pytest.raises(bench.measure.Unequal, match="half"):  # there it is held against the others
-        bench.measure.check_rounded(case, setting, dict(case.providers))
+    with pytest.raises(bench.equality.Unequal, match="half"):  # there it is held against the others
+        bench.equality.check_rounded(case, setting, dict(case.providers))
 
 
 def test_peak_memory_sees_what_a_pass_takes(bench, tmp_path):
@@ -245,8 +245,8 @@ def test_small_elements_that_are_wrong_are_red(bench):
 
     providers = {"plain": bench.case.Provider(work), "peftdebias": bench.case.Provider(lambda setting: work(setting, 0.5), kernels=("gelu",))}
     case = bench.case.Case("k", "full", "what", providers, "rows", (1,), bench.case.output_bound, rounded=True)
-    with pytest.raises(bench.measure.Unequal, match=r"in 1 of 1 tensors; not timed\n  y: root mean square of differences 0.000999, allowed 0.000247$"):
-        bench.measure.check_rounded(case, bench.case.Setting("micro", 1, Path(".")), providers)
+    with pytest.raises(bench.equality.Unequal, match=r"in 1 of 1 tensors; not timed\n  y: root mean square of differences 0.000999, allowed 0.000247$"):
+        bench.equality.check_rounded(case, bench.case.Setting("micro", 1, Path(".")), providers)
 
 
 def test_what_a_kernel_leaves_unwritten_is_red(bench, monkeypatch):
@@ -257,11 +257,11 @@ def test_what_a_kernel_leaves_unwritten_is_red(bench, monkeypatch):
     ours, quick = [False], bench.case.Setting("micro", 1, Path("."))
     providers = {"plain": bench.case.Provider(work), "peftdebias": bench.case.Provider(lambda s: (ours.__setitem__(0, True), work(s))[1], kernels=("gelu",))}
     case = bench.case.Case("k", "full", "what", providers, "rows", (1,), bench.case.output_bound, rounded=True)
-    with pytest.raises(bench.measure.Unequal, match="y: max.difference. nan"):
-        bench.measure.check(case, quick, providers)
+    with pytest.raises(bench.equality.Unequal, match="y: max.difference. nan"):
+        bench.equality.check(case, quick, providers)
     ours[0] = False
-    with pytest.raises(bench.measure.Unequal, match="y: max.difference. nan"):
-        bench.measure.check_rounded(case, quick, providers)
+    with pytest.raises(bench.equality.Unequal, match="y: max.difference. nan"):
+        bench.equality.check_rounded(case, quick, providers)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -325,7 +325,7 @@ def test_the_share_is_that_of_the_worst_tensor_in_float32(bench, tmp_path):
 
     providers = {"plain": built(0.0), "ours": built(1e-6)}
     case = bench.case.Case("k", "full", "what", providers, "rows", (1,), bench.case.output_bound)
-    assert bench.measure.check(case, bench.case.Setting("micro", 1, tmp_path, precision="bf16"), providers) == {"ours": pytest.approx(0.5)}
+    assert bench.equality.check(case, bench.case.Setting("micro", 1, tmp_path, precision="bf16"), providers) == {"ours": pytest.approx(0.5)}
 
 
 def test_one_element_may_err_twice_as_much_as_plain_torch_and_no_more(bench):
@@ -338,8 +338,8 @@ def test_one_element_may_err_twice_as_much_as_plain_torch_and_no_more(bench):
 
     providers = {"plain": bench.case.Provider(built(2 ** -7, 2 ** -7)), "peftdebias": bench.case.Provider(built(0.0, 3 * 2 ** -7), kernels=("gelu",))}
     case = bench.case.Case("k", "full", "what", providers, "rows", (1,), bench.case.output_bound, rounded=True)
-    with pytest.raises(bench.measure.Unequal, match=r"\n  y: max.difference. 0.0234, allowed 0.0156$"):
-        bench.measure.check_rounded(case, bench.case.Setting("micro", 1, Path(".")), providers)
+    with pytest.raises(bench.equality.Unequal, match=r"\n  y: max.difference. 0.0234, allowed 0.0156$"):
+        bench.equality.check_rounded(case, bench.case.Setting("micro", 1, Path(".")), providers)
 
 
 def test_the_ceilings_count_what_they_do(bench, tmp_path):
@@ -397,7 +397,7 @@ def test_what_a_row_says_of_a_step_is_of_its_method(bench, tmp_path):
 def test_what_is_asked_for_reaches_every_case(bench, monkeypatch):
     """Sizes only where the work depends on them, batches, repeats, the case's own shares; memory of steps alone."""
     seen, memory = [], {}
-    monkeypatch.setattr(bench.measure, "check", lambda case, setting, *rest: {"ours": setting.x})
+    monkeypatch.setattr(bench.equality, "check", lambda case, setting, *rest: {"ours": setting.x})
     monkeypatch.setattr(bench.measure, "time_case", lambda case, setting, providers, repeats, **more: (
         memory.update({case.name: more["memory"] is not None}), seen.append((case.name, setting.size_name, setting.x, setting.number, repeats, more["shares"]["ours"])), [])[-1])
     assert bench.run.main(["gemm", "native_gelu", "full_step", "--size", "micro,tiny", "--repeats", "3", "--batches", "5", "--memory"]) == 0
@@ -454,7 +454,7 @@ def test_every_provider_of_a_cpu_case_computes_the_same(bench, native, tmp_path)
     for name, case in native.NATIVE_CASES.items():
         setting = bench.case.Setting("micro", few.get(name, 7), tmp_path)
         first, *others = [provider.build(setting).results() for provider in case.providers.values() if provider.compared]
-        assert others and not [d for other in others for d in bench.measure.differences(first, other, case.bound) if d.red], name
+        assert others and not [d for other in others for d in bench.equality.differences(first, other, case.bound) if d.red], name
 
 
 def test_cpu_cases_train_what_they_say(bench, native, tmp_path):

@@ -15,7 +15,7 @@ from .benched import modules
 from .outside import one_thread  # noqa: F401  (a fixture: small models on one thread)
 
 HUB = "/somewhere/bin/python"
-bench = modules("bars", "case", "cases_sparse", "cases_steps", "compare", "install", "lanes", "measure", "plots", "rows")
+bench = modules("bars", "case", "cases_sparse", "cases_steps", "compare", "equality", "install", "lanes", "measure", "plots", "rows")
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_the_places_are_k_spread_over_all_sites(bench, setting):
 def test_stages_train_what_learn_hands_over_and_leave_the_base_as_it_was(bench, setting):
     first, second = (bench.cases_sparse.stage(n)(setting) for n in (1, 2))
     before, beside = first.results(), second.results()
-    bench.measure.check(bench.lanes.COMPARED["sparse_step"], setting, dict(bench.lanes.COMPARED["sparse_step"].providers))
+    bench.equality.check(bench.lanes.COMPARED["sparse_step"], setting, dict(bench.lanes.COMPARED["sparse_step"].providers))
     assert set(before) == set(beside) and "gradient of embeddings.word" in before and not any(name.endswith(".key.bias") for name in before)
     again = first.results()
     assert all(torch.equal(before[name], again[name]) for name in before)
@@ -75,8 +75,8 @@ def test_sparse_step_sees_a_wrong_gradient(bench, setting, monkeypatch):
         return original(model, places, values | {"layers.0.attention.output": -values["layers.0.attention.output"]})
 
     monkeypatch.setattr(bench.cases_sparse, "moved", elsewhere)
-    with pytest.raises(bench.measure.Unequal, match="peftdebias, stage 2 differs from peftdebias, stage 1"):
-        bench.measure.check(case, setting, dict(case.providers))
+    with pytest.raises(bench.equality.Unequal, match="peftdebias, stage 2 differs from peftdebias, stage 1"):
+        bench.equality.check(case, setting, dict(case.providers))
 
 
 def test_stages_step_as_training_does_and_count_valid_tokens(bench, setting, monkeypatch):
@@ -116,9 +116,9 @@ def test_results_of_another_process_are_those_of_this_one(bench, setting):
     provider = dataclasses.replace(case.providers["peftdebias"], python=sys.executable)
     case = dataclasses.replace(case, providers=case.providers | {"peftdebias": provider})
     found = bench.lanes.results("peftdebias", provider, setting, case)
-    here = bench.measure.in_this_process("peftdebias", provider, setting)
+    here = bench.equality.in_this_process("peftdebias", provider, setting)
     assert set(found) == set(here)
-    assert not any(d.red for d in bench.measure.differences(here, found, bench.case.output_bound))
+    assert not any(d.red for d in bench.equality.differences(here, found, bench.case.output_bound))
     with pytest.raises(RuntimeError, match="^peftdebias, none: KeyError: 'peftdebias, none'$"):
         bench.lanes.results("peftdebias, none", provider, setting, dataclasses.replace(case, providers={"peftdebias, none": provider}))
 

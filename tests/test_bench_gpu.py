@@ -13,7 +13,7 @@ import torch
 from .benched import HAVE_BOTH, ROOT, modules, planted, quick  # noqa: F401  (quick is a fixture)
 from .outside import one_thread  # noqa: F401  (a fixture: small models on one thread)
 
-bench = modules("case", "cases", "cases_steps", "gpu", "measure", "rows")
+bench = modules("case", "cases", "cases_steps", "equality", "gpu", "lineup", "measure", "rows")
 
 
 def test_a_provider_that_fails_takes_nothing_from_the_others(bench, quick, monkeypatch, capsys, tmp_path):  # noqa: F811
@@ -408,7 +408,7 @@ def test_as_many_processes_as_the_memory_has_room_for_and_what_is_not_compiled_i
 
 def test_on_a_gpu_checks_are_processes_of_their_own(bench, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True), monkeypatch.setattr(bench.measure, "taking_part", lambda *a: {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True), monkeypatch.setattr(bench.lineup, "taking_part", lambda *a: {})
     monkeypatch.setattr(bench.rows, "device_name", lambda device: "NVIDIA X"), monkeypatch.setattr(bench.rows, "slug", lambda device: "nvidia-x")
     monkeypatch.setattr(bench.gpu, "beforehand", lambda run, clock: asked.append("apart") or ({"gelu": "gelu: unlike"}, {}, {}))
     monkeypatch.setattr(bench.gpu.Run, "equality", lambda run, clock: asked.append("here") or ({}, {}))
