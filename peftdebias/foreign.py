@@ -209,13 +209,24 @@ def _only_weights(cls: type[Method]) -> None:
 
 
 def _check(site: str, theirs: str, host: nn.Module, config: EncoderConfig) -> None:
-    """The tensor behind `site` is there and has its shape."""
+    """The tensor behind `site` is there, can be changed, and has its shape."""
     stem, kind = site.removesuffix(".bias"), "bias" if site.endswith(".bias") else "weight"
+    tensor = _tensor(site, theirs, host)
+    if stem not in TABLES and kind not in host._parameters and not parametrize.is_parametrized(host, kind):
+        raise AdapterError(f"{site} ({theirs}.{kind}): expected a parameter, got what {type(host).__name__} computes or hands on (a layer of peft's? attach before peft wraps it)")
+    _check_shape(site, theirs, tensor, config)
+
+
+def _tensor(site: str, theirs: str, host: nn.Module) -> Tensor:
+    kind = "bias" if site.endswith(".bias") else "weight"
     tensor = getattr(host, kind, None)
     if not isinstance(tensor, Tensor):
         raise AdapterError(f"{site} ({theirs}.{kind}): expected a tensor, found none")
-    if stem not in TABLES and kind not in host._parameters and not parametrize.is_parametrized(host, kind):
-        raise AdapterError(f"{site} ({theirs}.{kind}): expected a parameter, got what {type(host).__name__} computes or hands on (a layer of peft's? attach before peft wraps it)")
+    return tensor
+
+
+def _check_shape(site: str, theirs: str, tensor: Tensor, config: EncoderConfig) -> None:
+    stem, kind = site.removesuffix(".bias"), "bias" if site.endswith(".bias") else "weight"
     rows = {"embeddings.word": config.vocab, "embeddings.position": config.max_positions + config.position_offset, "embeddings.segment": config.segments}
     if stem in rows:
         shape = [rows[stem], config.hidden]
@@ -269,19 +280,24 @@ def _load(folder: Path, find: _Finder, force: bool) -> Method:
     layers = 0
     while find.all(f"layers.{layers}.attention.query"):
         layers += 1
-    word, position, segment, up = (find(site)[1].weight for site in (*TABLES, "layers.0.feed_forward.up"))
+    sizing = {site: find(site) for site in (*TABLES, "layers.0.feed_forward.up")}
+    word, position, segment, up = (_tensor(site, *found) for site, found in sizing.items())
+    for (site, (name, _)), tensor in zip(sizing.items(), (word, position, segment, up)):
+        if tensor.dim() != 2:
+            raise AdapterError(f"{site} ({name}.weight): expected a matrix, got shape {list(tensor.shape)}")
     config = EncoderConfig(kind=header["base"].get("type", "bert"), layers=layers, hidden=word.shape[1], heads=1, feed_forward=up.shape[0], vocab=word.shape[0],
                            max_positions=position.shape[0], segments=segment.shape[0])  # heads: no method here asks
     theirs = {}
     for ours, name in ENCODER_NAMES.items():
         for i in range(layers) if "{i}" in ours else (0,):
-            host = find(ours.format(i=i))[1]
+            where, host = find(site := ours.format(i=i))
             for kind in ("weight",) if ours in TABLES else ("weight", "bias"):
-                plain = host.parametrizations[kind].original if parametrize.is_parametrized(host, kind) else getattr(host, kind)
+                full = site if kind == "weight" else f"{site}.bias"
+                _check_shape(full, where, _tensor(full, where, host), config)
+                of = host.parametrizations[kind] if parametrize.is_parametrized(host, kind) else None
+                plain = of.original if hasattr(of, "original") else getattr(host, kind)  # what is made of several tensors, a weight norm's, has no original
                 theirs[f"{name.format(i=i)}.{kind}"] = plain.detach()
     model, tensors = Model(config), from_foreign(theirs, config)[0]
     for name, parameter in model.encoder.named_parameters():
-        if parameter.shape != tensors[name].shape:
-            raise AdapterError(f"{name}: expected shape {list(parameter.shape)}, got {list(tensors[name].shape)} in the module to attach to")
         parameter.data = tensors[name]
     return checkpoint.load_adapter(own, model, force).method

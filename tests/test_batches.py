@@ -170,6 +170,7 @@ def test_lengths_are_sorted_within_windows_only():
     lengths = np.arange(10 * WINDOW * 3)
     batches = plan(lengths, batch_size=3, seed=0)
     assert 15 < spread(batches, lengths) < 25
+    assert 15 < spread(plan(2 * lengths, members=np.full(len(lengths), 2), batch_size=6, seed=0), lengths) < 25  # families of two
     assert {tuple(sorted(b)) for b in batches} != {tuple(sorted(b)) for b in plan(lengths, batch_size=3, seed=1)}
 
 

@@ -2,12 +2,16 @@
 
 import concurrent.futures
 import copy
+import importlib.util
 import json
 import pickle
 import random
 import re
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy.linalg._umath_linalg
 import pytest
 
 from peftdebias import cda, cda_engine, kernels, native
@@ -289,6 +293,23 @@ def test_a_stale_library_is_refused(monkeypatch):
     monkeypatch.setattr(native, "ABI", native.ABI + 1)
     found, trouble = native.load()
     assert found is None and re.search(rf"expected version {native.ABI}, got {native.ABI - 1}", trouble)
+    native.load.cache_clear()
+
+
+@pytest.mark.parametrize("origin,words", [
+    (None, "peftdebias._native is not built, plain Python does its work, far slower; to have it, install again where a C[+][+]17 compiler is: pip install "),
+    ("text", "{file}: cannot be loaded, plain Python does its work, far slower [(].*[)]; to mend it, install again "),
+    ("another", "{file}: cannot be loaded, plain Python does its work, far slower [(].*peftdebias_cda_abi.*[)]; to mend it, install again "),
+])
+def test_a_library_that_is_not_there_or_not_ours_is_told(origin, words, tmp_path, monkeypatch):
+    """As a folder of source without the compiled part, a file cut off, and a library of something else."""
+    file = Path(numpy.linalg._umath_linalg.__file__) if origin == "another" else tmp_path / "_native.so"
+    file.exists() or file.write_text("no library")
+    for spec in (SimpleNamespace(origin=str(file)),) if origin else (None, SimpleNamespace(origin=None)):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, spec=spec: spec)
+        native.load.cache_clear()
+        found, trouble = native.load()
+        assert found is None and re.match(words.replace("{file}", re.escape(str(file))), trouble) and "\n" not in trouble
     native.load.cache_clear()
 
 

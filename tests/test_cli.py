@@ -1,5 +1,6 @@
 """The command line from end to end: what it prints and leaves behind, and for every kind of bad input one line, exit code 2 and nothing half-written."""
 
+import dataclasses
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import torch
 from peftdebias import cli as command_line
 from peftdebias import demo as demonstration
 from peftdebias import kernels, threads
+from peftdebias.metrics import Measure
 from peftdebias.report import available
 from peftdebias.testbed import write
 
@@ -470,12 +472,45 @@ def test_version():
 
 # ---------------------------------------------------------------- demo, on a smaller world
 
+def test_the_demo_s_world_and_folder(tmp_path, monkeypatch):
+    worlds, out, kept = [], tmp_path / "demo", tmp_path / "kept"
+
+    def stop(world, folder):
+        worlds.append((world.text_link, world.label_link, world.seed))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demonstration, "write", stop)
+    out.mkdir(), kept.mkdir(), (kept / "notes.txt").write_text("mine")  # an empty folder will do
+    for _ in range(2):
+        assert cli("demo", "--out", out, "--strength", 0.7, "--label-strength", 0.2, "--seed", 5).code == 130
+        (out / "base").is_symlink() or (out / "base").symlink_to(kept)
+    assert worlds == [(0.7, 0.2, 5)] * 2
+    assert cli("demo", "--out", out).code == 130 and not os.path.lexists(out / "base") and (kept / "notes.txt").exists()  # a link goes, not what it leads to
+    said = cli("demo", "--out", kept / "notes.txt" / "demo")
+    assert said.code == 2 and re.fullmatch(r"peftdebias: --out .*/notes.txt/demo: cannot be written: Not a directory", said.err.splitlines()[-1])
+
+
+@pytest.mark.parametrize("value", [42.0, 58.0])
+def test_a_stereotype_is_preferred_or_its_opposite(value):
+    one = Measure(demonstration.SCORING, value, "%", 50.0, None, None, 10)
+    assert demonstration.stereotype_preference([one]) == pytest.approx(0.08)
+
+
 def test_the_demo_ends_in_a_table_and_can_be_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(demonstration, "write", lambda world, folder: write(world, folder, corpus=260, heldout=20, train=64, dev=64, test=200, pairs=8))
     monkeypatch.setattr(demonstration, "PRETRAINING_STEPS", 3)
     monkeypatch.setattr(demonstration, "UPSTREAM_STEPS", 3)
     monkeypatch.setattr(demonstration, "EPOCHS", 1)
     monkeypatch.setattr(demonstration, "HIDDEN", 32)
+    downstream, numbers = demonstration.phases.downstream, {}
+
+    def numbered(settings):  # every measure has a value of its own, which so few steps do not give
+        result = downstream(settings)
+        measures = [dataclasses.replace(m, value=number + 0.5) for number, m in enumerate(result.measures)]
+        numbers.update((m.name, m.value) for m in measures)
+        return dataclasses.replace(result, measures=measures)
+
+    monkeypatch.setattr(demonstration.phases, "downstream", numbered)
     out = tmp_path / "runs" / "demo"
     said = done("demo", "--out", out)
     table = said.out.splitlines()
@@ -490,6 +525,12 @@ def test_the_demo_ends_in_a_table_and_can_be_run_again(tmp_path, monkeypatch):
     assert table[-2].startswith(f"report: {out}/report.html" if available() else "report: pip install")
     for run, names in (("gender", ("evaluation.json", "evaluation-base.json", "examples.jsonl", "examples-base.jsonl")), ("plain", ("evaluation.json", "examples.jsonl"))):
         assert all((out / run / name).exists() for name in names)
+    assert [line[2:].split("   ")[0] for line in table if line.startswith("  ")] == [row["system"] for row in found["rows"]]
+    base, debiased, plain, frozen = found["rows"]
+    assert base["mlm_loss"] != debiased["mlm_loss"]
+    for row, run in ((plain, "plain"), (frozen, "debiased")):
+        assert [row["accuracy"], row["tpr_gap"], row["floor"]] == [numbers[name] for name in ("accuracy", "tpr-gap/rms", "tpr-gap/rms-shuffled")]
+        assert all(low <= high for low, high in row["intervals"].values()) and (out / run / "adapter").is_dir() == (run == "debiased")
     (out / "demo.json").write_text('{"rows": null}')  # as after Ctrl-C
     (out / "mine").mkdir()
     (out / "mine" / "notes.txt").write_text("mine")

@@ -4,11 +4,12 @@ import importlib
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from peftdebias import doctor, kernels
+from peftdebias import doctor, kernels, native
 
 from .small import cli, done
 
@@ -114,7 +115,7 @@ def test_a_cpu_says_how_it_multiplies(kind, product, first, monkeypatch):
     monkeypatch.setenv("PEFTDEBIAS_LINEAR", product)
     with kernels.use(kind):
         said = cli("doctor", "--device", "cpu").out
-    assert f"\nlinear        form {product}: asked for by name\nscores        form {first}" in said
+    assert f"\nlinear        form {product}: asked for by name\nscores        form {first}" in said and "without effect" not in said
 
 
 def test_where_nothing_is_compiled_every_op_says_so():
@@ -123,6 +124,16 @@ def test_where_nothing_is_compiled_every_op_says_so():
     rows = {line.split()[0]: line for line in said[said.index("adamw"):said.index("result:")].splitlines()}
     assert "it is gone" in rows.pop("counterfactuals") and len(rows) > 10
     assert all(" torch " in row and "no compiled library here (the last line says why)" in row for row in rows.values())
+
+
+def test_what_was_asked_for_by_name_is_why(monkeypatch):
+    """And not that nothing else is there."""
+    monkeypatch.setattr(native, "load", lambda: (None, "it is gone"))
+    for kind, of_op, of_engine in (("auto", "no compiled library here (the last line says why); plain torch does its work", "it is gone"),
+                                   ("torch", "asked for by name", "asked for by name")):
+        monkeypatch.setenv("PEFTDEBIAS_KERNELS", kind)
+        with kernels.use(kind):
+            assert doctor._answer("a new op", torch.device("cpu")) == ("torch", of_op) and doctor._engine() == ("counterfactuals", "python", of_engine)
 
 
 def test_a_form_asked_for_where_no_kernel_has_it_is_named(monkeypatch):
@@ -143,6 +154,26 @@ def test_errors(device, environment, words, monkeypatch):
         monkeypatch.setenv(name, value)
     got = cli("doctor", "--device", device)
     assert got.code == 2 and got.err.splitlines()[-1] == words
+
+
+@pytest.mark.parametrize("kernel,words", [
+    (lambda *given: (_ for _ in ()).throw(RuntimeError("lowering\nno compiler found\n")),
+     "fails on cpu: RuntimeError: no compiler found (PEFTDEBIAS_KERNELS=torch goes without it)"),
+    (lambda x, *given: x, "runs on cpu by its interpreter, and a kernel DIFFERS FROM its plain twin"),
+])
+def test_a_kernel_that_fails_or_differs_is_told(kernel, words, monkeypatch):
+    monkeypatch.setattr(kernels, "interpreted", lambda: True)
+    monkeypatch.setitem(sys.modules, "peftdebias.kernels.dropout", SimpleNamespace(dropout=kernel))
+    assert doctor._tried(torch.device("cpu")) == words
+
+
+def test_the_machine_is_described(monkeypatch):
+    """A GPU that is not here; a package that is not there."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="NVIDIA X", major=9, minor=0, total_memory=139 * 2**30))
+    assert doctor._machine(torch.device("cuda:1"))[1] == f"device        cuda:1: NVIDIA X, compute capability 9.0, 139 GiB, CUDA {torch.version.cuda}"
+    assert doctor._version("torch") and doctor._version("peftdebias-no-such") == "none"
+    monkeypatch.setattr(kernels, "no_triton", lambda: "is not installed")
+    assert any(line.startswith("kernels ") and line.endswith("; Triton is not installed") for line in doctor.examine("cpu").facts)
 
 
 @pytest.mark.skipif(kernels.no_triton() != "", reason="triton is not installed")

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import peftdebias
-from peftdebias import checkpoint, methods, patch, weights
+from peftdebias import checkpoint, embedding, methods, patch, weights
 from peftdebias.batches import Sample, pack
 from peftdebias.config import Predict
 from peftdebias.encoder import EncoderConfig, Model
@@ -101,6 +101,12 @@ def test_rows_of_the_table_that_are_no_tokens_are_no_answers(model):
     with torch.no_grad():
         model.run.model.mlm.bias[tokenizer.vocab_size:] += 100
     assert max(answer["id"] for answer in model.fill_mask("[MASK]", top=4)[0]) < tokenizer.vocab_size
+
+
+def test_a_special_token_is_answered_by_its_name(model):
+    with torch.no_grad():
+        model.run.model.mlm.bias[model.run.tokenizer.sep_id] += 100
+    assert model.fill_mask("[MASK]", top=1)[0][0]["token"] == "[SEP]"
 
 
 def test_encode_is_the_first_token_or_the_mean(model):
@@ -217,6 +223,25 @@ def test_another_thread_waits_for_the_end_of_a_block(model):
     assert found[0].equal(on)
 
 
+@pytest.mark.parametrize("ask", ["predict", "fill_mask", "export"])
+def test_every_answer_waits_for_the_end_of_a_block(ask, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding, "export_padded", lambda padded: (_ for _ in ()).throw(ZeroDivisionError))  # it takes its time
+    ended, calls = [], {"predict": lambda: model.predict(TEXTS[:1]), "fill_mask": lambda: model.fill_mask("[MASK]"), "export": lambda: model.export(tmp_path / "x.pt2")}
+
+    def call():
+        with contextlib.suppress(ZeroDivisionError):
+            calls[ask]()
+        ended.append(ask)
+
+    waiting = threading.Thread(target=call)
+    with model.without("gender"):
+        waiting.start()
+        waiting.join(0.3)
+        assert not ended
+    waiting.join()
+    assert ended == [ask]
+
+
 def test_a_copy_of_a_model_answers_alike(model):
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert twin.encode(TEXTS).equal(model.encode(TEXTS)) and twin.methods == model.methods and twin.name == model.name
@@ -326,6 +351,60 @@ def test_an_exported_file_runs_without_this_package(folders, tmp_path):
             assert_close(found[2], model.run.model.encoder(first), "encode")
 
 
+def exported(model, path, *inputs, **options) -> tuple[torch.Tensor, dict]:
+    """(what the file answers, its peftdebias.json)."""
+    extra = {"peftdebias.json": ""}
+    graph = torch.export.load(model.export(path, **options), extra_files=extra).module()
+    return graph(*inputs), json.loads(extra["peftdebias.json"])
+
+
+def test_a_run_of_pairs_exports_a_graph_of_pairs(model, tmp_path):
+    """Unless it is told otherwise; modules that are off are not in it."""
+    model.run.config |= {"text_pair": "b"}
+    (one,) = model.run.tokenizer.encode(TEXTS[:1], TEXTS[1:2])
+    ids = torch.from_numpy(one.ids).long()[None]
+    probabilities = list(model.predict(TEXTS[:1], TEXTS[1:2])[0]["probabilities"].values())
+    found, about = exported(model, tmp_path / "pairs.pt2", ids, torch.ones_like(ids))
+    assert about["pairs"] is True and found.softmax(-1)[0].tolist() == pytest.approx(probabilities, abs=1e-6)
+    with model.without("gender"):
+        other, about = exported(model, tmp_path / "single.pt2", ids, torch.ones_like(ids), what="encode", pooling="mean", pairs=False)
+        assert_close(other[0], model.run.model.encoder(pack([Sample(one.ids, numpy.arange(len(one.ids)))])).mean(0).detach())
+    assert about["pairs"] is False and about["modules"] == {"race": "adapter"} and about["pooling"] == "mean"
+
+
+def test_a_roberta_reads_pairs_without_segments(model, tmp_path):
+    """Of which it has one."""
+    config = EncoderConfig(kind="roberta", layers=1, hidden=32, heads=2, feed_forward=48, vocab=model.run.tokenizer.vocab_size, max_positions=64, segments=1, position_offset=2)
+    run = dataclasses.replace(model.run, model=randomize(Model(config)).eval())
+    (one,) = run.tokenizer.encode(TEXTS[:1], TEXTS[1:2])
+    ids = torch.from_numpy(one.ids).long()[None]
+    found, _ = exported(embedding.Debiased(run), tmp_path / "x.pt2", ids, torch.ones_like(ids), what="encode", pairs=True)
+    assert_close(found, run.model.encoder(pack([Sample(one.ids, numpy.array([0]))])).detach())
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(model, tmp_path, monkeypatch):
+    def full(program, path, extra_files):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(embedding, "export_padded", lambda padded: None)
+    monkeypatch.setattr(torch.export, "save", full)
+    (tmp_path / "folder.pt2").mkdir()
+    for name, words in (("x.pt2", "No space left on device"), ("folder.pt2", "expected a file in a folder that is there")):
+        with pytest.raises(ConfigError, match=f"^export {tmp_path}/{name}: cannot be written: {words}$"):
+            model.export(tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.pt2"]
+
+
+def test_modules_made_for_another_base_come_in_by_force(folders, tmp_path):
+    model = randomize(Model(peftdebias.load(folders / "plain").run.model.config, mlm=True, labels=LABELS), seed=7)
+    weights.save_model(model, tmp_path / "other", peftdebias.load(folders / "plain").run.tokenizer)
+    with pytest.raises(AdapterError, match="made for the base with checksum"):
+        peftdebias.load(tmp_path / "other", [folders / "third"])
+    with pytest.warns(UserWarning, match="going on by force"):
+        assert peftdebias.load(tmp_path / "other", [folders / "third"], force=True).methods == ("religion",)
+
+
 def test_arguments_of_other_kinds_are_named(model, tmp_path):
     run = model.run.model
     for call, words in (
@@ -333,9 +412,12 @@ def test_arguments_of_other_kinds_are_named(model, tmp_path):
         (lambda: peftdebias.unmerge(None), "unmerge: expected a model of this package, as load(...).run.model is, got NoneType"),
         (lambda: peftdebias.detach(model, "gender"), "detach 'gender': expected a model of this package, as load(...).run.model is, got Debiased"),
         (lambda: model.fill_mask("[MASK]", top="3"), "top: expected a whole number from 1 to"),
+        (lambda: model.fill_mask("[MASK]", top=model.run.tokenizer.vocab_size + 1), "the tokens there are, got"),
         (lambda: model.fill_mask("[MASK]", top=True), "top: expected a whole number from 1 to"),
         (lambda: model.export(None), "export: expected the name of a file, got NoneType"),
         (lambda: model.export(tmp_path / "x.pt2", "encode", pairs="yes"), "export: pairs: expected one of None, True, False, got 'yes'"),
+        (lambda: peftdebias.attach_to("model", "r"), "attach_to: expected a torch.nn.Module, got str"),
+        (lambda: peftdebias.attach_to(torch.nn.Linear(2, 2), 3), "attach_to: expected a method or the folder of one, got int"),
         (lambda: peftdebias.attach_to(torch.nn.Linear(2, 2), "r", 5), "attach_to: names: expected a dict, our site to their module's name, got int"),
         (lambda: peftdebias.attach_to(torch.nn.Linear(2, 2), __file__), "expected a folder, got a file"),
         (lambda: run.encoder(torch.zeros(3)), "expected a Batch, as batches.pack(samples) makes one, got Tensor"),

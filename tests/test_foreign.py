@@ -1,5 +1,6 @@
 """Modules on models that are not ours: transformers' BERT and RoBERTa, and a user's own in plain torch, with the outputs of our own model."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from peftdebias import attach_to, checkpoint, methods, patch
 from peftdebias.encoder import Model
@@ -138,6 +140,67 @@ def test_transformers(kind, names, tmp_path):
     assert same(other, before) and other(**padded(other, batch)).logits.equal(plain)
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_folder_on_transformers_model(kind, tmp_path):
+    """Whose base is recognised, whatever the heights of its tables."""
+    other, model = pair(kind, tmp_path / "model")
+    base, method = checkpoint.describe_base(model), sparse(model, "axis")
+    for p in method.parameters().values():
+        p.data = p.data.float().double()  # as they are loaded
+    method.indices = {site: indices.sort().values for site, indices in method.indices.items()}
+    checkpoint.save_adapter(tmp_path / "adapter", method, "gender", base)
+    batch = ragged()
+    attach_to(other, tmp_path / "adapter")
+    assert_close(mlm_logits(other, batch), model.mlm_logits(batch))
+
+
+def test_a_folder_on_a_weight_that_is_made_of_several_tensors(tmp_path):
+    """As a weight norm's is: direction and length."""
+    model = drawn_model()
+    own, method, x = own_twin(model), attached(model, "axis", "lora", targets=("up",)), torch.randn(2, model.config.hidden, dtype=torch.float64)
+    checkpoint.save_adapter(tmp_path / "adapter", method, "gender", checkpoint.describe_base(model) | {"sha256": None})
+    plain, delta = own.blocks[0].up(x), F.linear(x, method.delta("layers.0.feed_forward.up"))
+    nn.utils.parametrizations.weight_norm(own.blocks[0].up)
+    with pytest.warns(UserWarning, match="carries no checksum of its base"):
+        handle = attach_to(own, tmp_path / "adapter", NAMES)
+    torch.testing.assert_close(own.blocks[0].up(x), plain + delta, atol=1e-6, rtol=0)  # the file holds float32
+    handle.remove()
+    torch.testing.assert_close(own.blocks[0].up(x), plain)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("first", ["theirs", "ours"])
+def test_a_parametrization_of_the_users_own_stays(first):
+    """As torch.nn.utils.parametrizations makes them. Each acts on what those before it gave."""
+    model = drawn_model()
+    own, method, x = own_twin(model), attached(model, "axis", "lora", targets=("up",)), torch.randn(2, model.config.hidden, dtype=torch.float64)
+    up = own.blocks[0].up
+    plain, delta = up.weight.detach().clone(), method.delta("layers.0.feed_forward.up")
+    if first == "theirs":
+        parametrize.register_parametrization(up, "weight", Doubled())
+    handle = attach_to(own, method, NAMES)
+    if first == "ours":
+        parametrize.register_parametrization(up, "weight", Doubled())
+    assert_close(up(x), F.linear(x, 2 * plain + delta if first == "theirs" else 2 * (plain + delta), up.bias))
+    handle.remove()
+    assert [type(part) for part in up.parametrizations.weight] == [Doubled] and up.weight.equal(2 * plain)
+    assert not parametrize.is_parametrized(own.blocks[1].up)
+
+
+def test_a_table_asked_for_by_keyword_has_its_delta():
+    model = drawn_model()
+    own, method, ids = own_twin(model), sparse(model, "axis"), torch.arange(5, 97)
+    handle = attach_to(own, method, NAMES)
+    rows = own.words(ids)
+    assert own.words(input=ids).equal(rows) and not rows.equal(own.words.weight[ids])
+    handle.remove()
+    assert own.words(input=ids).equal(own.words.weight[ids])
+
+
 def test_training_moves_the_module_alone():
     model = drawn_model()
     own, (ids, mask) = own_twin(model), in_rectangle(ragged(rows="all"))
@@ -161,6 +224,7 @@ def test_a_host_inside_a_larger_module_and_a_folder(tmp_path):
     """float32: the folder's checksum is of the base as it is stored."""
     model = drawn_model().float()
     own, batch = own_twin(model), ragged(rows="all")
+    own.subwords = nn.Linear(2, 2)  # ends as another's name does, and is none of it
     base, method = checkpoint.describe_base(model), attach_ours(model, ("lora",))[0]
     for p in method.parameters().values():
         p.data = p.data.float()
@@ -190,6 +254,17 @@ def test_a_host_inside_a_larger_module_and_a_folder(tmp_path):
         attach_to(whole.bfloat16(), tmp_path / "run", names)
     with pytest.raises(AdapterError, match="^layers.0.attention.query: expected one module named blocks.0.z, found none"):
         attach_to(whole, tmp_path / "run", names | {"layers.{i}.attention.query": "blocks.{i}.z"})
+    for site, name, words in (("layers.0.attention.value", "blocks.0.up", "expected shape [21, 21], got [41, 21]"), ("embeddings.word", "blocks.0", "expected a tensor, found none"),
+                              ("embeddings.word", "blocks.0.norm1", "expected a matrix, got shape [21]"), ("layers.1.attention.norm", "kinds", "expected shape [21], got [2, 21]")):
+        with pytest.raises(AdapterError, match=re.escape(f"{site} (encoder.{name}.weight): {words}") + "$"):
+            attach_to(whole, tmp_path / "run", names | {site: name})
+    bias, own.blocks[1].o.bias = own.blocks[1].o.bias, None
+    with pytest.raises(AdapterError, match=r"^layers.1.attention.output.bias \(encoder.blocks.1.o.bias\): expected a tensor, found none$"):
+        attach_to(whole, tmp_path / "run", names)
+    own.blocks[1].o.bias = bias
+    shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "run" / "adapter-2")
+    with pytest.raises(AdapterError, match="/run: a run with several modules; expected one, as .*/run/adapter is$"):
+        attach_to(whole, tmp_path / "run", names)
 
 
 # ---------------------------------------------------------------- what is refused, in one line
@@ -256,6 +331,18 @@ def test_methods_that_do_more_than_change_weights(name, tmp_path):
     if name != "full":
         checkpoint.save_adapter(tmp_path, method, "gender", checkpoint.describe_base(model))
         refused(f"^{name}: does more than change weights", own_twin(model), tmp_path, NAMES)
+
+
+def test_a_method_that_is_a_product_alone_is_refused():
+    class Product(methods.Method):
+        name = "product"
+
+        def linear(self, site, x, weight, bias, seed=None):
+            return F.linear(x, 2 * weight, bias)
+
+    model = drawn_model()
+    refused("^product: does more than change weights, so it acts in this package's own model only; expected one of lora, sparse, ia3, bias$", own_twin(model),
+            Product(None, model.config), NAMES)
 
 
 def test_missing_modules_biases_and_shapes(tmp_path):
@@ -350,6 +437,10 @@ found.sum().backward()
 assert all(p.grad is not None for p in handle.parameters()) and refused(handle.remove).startswith(whole)
 assert (host(ids, mask) - expected).abs().max() < 1e-12
 assert refused(lambda: attach_to(host, module, NAMES)) == refused(lambda: attach_to(own, module, NAMES)) == late
+fresh, inner = own_twin(model), own_twin(model)
+assert refused(lambda: attach_to(wrapped(fresh), module, NAMES)) == late
+inner.blocks[0] = wrapped(inner.blocks[0])
+assert refused(lambda: attach_to(inner, module, NAMES)) == late
 
 beside = torch.nn.ModuleDict({"body": own_twin(model), "head": torch.nn.Linear(3, 3)})  # where FSDP has another part alone
 beside["head"] = wrapped(beside["head"])

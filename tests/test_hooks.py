@@ -246,6 +246,16 @@ def test_a_frozen_method_stays_in_eval_mode(model):  # noqa: F811
     assert (one.training, two.training) == (False, False)
 
 
+def test_an_attached_method_is_in_the_mode_of_its_model(model):  # noqa: F811
+    """One that was trained elsewhere would go on dropping."""
+    toy = adapter()
+    for training in (True, False, True):
+        toy.training = not training
+        attach(model.train(training), "toy", toy)
+        assert toy.training == training
+        detach(model, "toy")
+
+
 def test_methods_move_with_the_model(model, batch):  # noqa: F811
     attach(model, "toy", prefix())
     model.encoder(batch).sum().backward()

@@ -181,6 +181,17 @@ def test_detaching_a_merged_method_unmerges_first(model, batch):  # noqa: F811
     assert same_tensors(model, before) and torch.equal(outputs(model, batch), base)
 
 
+def test_a_model_that_torch_compiles_is_taken(model, batch):  # noqa: F811
+    compiled, plain = torch.compile(model, backend="eager"), outputs(model, batch)
+    attach(compiled, "toy", dense(SOME_LINEARS))
+    attached = outputs(model, batch)
+    merge(compiled)
+    assert_close(outputs(model, batch), attached)
+    unmerge(compiled)
+    detach(compiled, "toy")
+    assert model.methods == {} and torch.equal(outputs(model, batch), plain) and not torch.equal(attached, plain)
+
+
 def test_errors_of_attaching_and_merging_say_what_was_expected(model):  # noqa: F811
     attach(model, "gender", dense(SOME_LINEARS))
     attach(model, "race", adapter())

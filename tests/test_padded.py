@@ -150,9 +150,20 @@ def test_further_separators_and_those_of_padding_begin_no_segment():
 
 
 @torch.no_grad()
-def test_the_head_of_a_roberta_is_gelu_whatever_its_layers_use():
-    model = drawn_model("roberta", activation="relu")
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_the_head_of_a_roberta_is_gelu_whatever_its_layers_use(kind):
+    """That of a BERT is as its layers are."""
+    model = drawn_model(kind, activation="relu")
     assert_same(Padded(model, "fill_mask"), model, "fill_mask")
+
+
+@torch.no_grad()
+def test_a_decoder_of_its_own_is_the_graph_s():
+    model = drawn_model()
+    model.mlm.decoder = torch.nn.Linear(*reversed(model.encoder.embeddings.word.weight.shape), bias=False, dtype=torch.float64)
+    graph = Padded(model, "fill_mask")
+    assert_same(graph, model, "fill_mask")
+    assert not graph._at("mlm.decoder").equal(model.encoder.embeddings.word.weight)
 
 
 def test_what_the_graph_cannot_hold_is_refused_by_name():

@@ -1,6 +1,7 @@
 """A step in its other forms is the same step: batches in fixed shapes, under torch.compile as one graph, and with nothing in it that asks the device."""
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import importlib
@@ -11,11 +12,12 @@ import numpy
 import pytest
 import safetensors
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftdebias import kernels, methods, patch
+from peftdebias import graphs, kernels, methods, patch
 from peftdebias import lowered as lowered_file
-from peftdebias.batches import IGNORED, with_inserted
+from peftdebias.batches import IGNORED, Batch, with_inserted
 from peftdebias.encoder import Encoder, Model
 from peftdebias.errors import ModelError, PeftDebiasError
 from peftdebias.graphs import Graphed, recorded
@@ -98,7 +100,7 @@ def test_sizes_are_rounded_up_by_an_eighth_at_most():
     assert len({rounded(size, 64) for size in range(4096, 8192)}) <= 9
 
 
-@pytest.mark.parametrize("lengths", [RAGGED, (19,), (1, 1), (17, 0, 3), FULL, (13,) * 97])
+@pytest.mark.parametrize("lengths", [RAGGED, (19,), (1, 1), (17, 0, 3), FULL, (13,) * 8, (13,) * 97])
 def test_a_filled_batch_holds_the_texts_and_a_tail_that_counts_for_nothing(lengths):
     batch = ragged(tuple(n for n in lengths if n)) if 0 in lengths else ragged(lengths)
     shape = shape_of(batch, 19)
@@ -110,6 +112,7 @@ def test_a_filled_batch_holds_the_texts_and_a_tail_that_counts_for_nothing(lengt
     assert torch.equal(filled.rows[:rows], batch.rows) and torch.equal(filled.targets[:rows], batch.targets) and (filled.targets[rows:] == IGNORED).all()
     assert torch.equal(filled.cu_seqlens[:len(batch.cu_seqlens)], batch.cu_seqlens) and filled.cu_seqlens[-1] == shape.tokens
     assert filled.cu_seqlens.diff().max() <= shape.longest <= 19 and filled.cu_rows[-1] == shape.rows and filled.cu_rows.diff().max() <= shape.most_rows
+    assert not filled.ids[tokens:].any() and not filled.segments[tokens:].any()  # rows that every table has
     assert (filled.cu_seqlens.diff() >= 0).all() and filled.positions.max() < 19 and (filled.rows < shape.tokens).all()
 
 
@@ -350,6 +353,101 @@ def test_a_capture_hands_over_what_the_optimizer_s_launches_read(fails, monkeypa
         assert [t is table for t in found.tables] == [True] and calls == ["begins", "ends", "handed over"] and step.pool == "pool"
 
 
+class Recorded:
+    """What a CUDA graph is, of the calls that are made while it is recorded: they run when it is replayed, and not before."""
+
+    def __init__(self):
+        self.calls, self.replays = [], 0
+
+    def pool(self):
+        return "pool"
+
+    def replay(self):
+        self.replays += 1
+        for call in self.calls:
+            call()
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """A step that records and replays on the CPU, made by `recorder(said, broken=..., **of made)`; broken: what it does cannot be captured."""
+    open_graph = []
+
+    @contextlib.contextmanager
+    def graph(into, pool, stream):
+        open_graph.append(into)
+        try:
+            yield
+        except ValueError:
+            raise RuntimeError("the capture could not be ended")
+        finally:
+            open_graph.clear()
+
+    waits, staged = SimpleNamespace(wait_stream=lambda other: None), Batch.staged
+    for name, instead in (("CUDAGraph", Recorded), ("graph", graph), ("synchronize", lambda device=None: None), ("device", lambda device: contextlib.nullcontext()),
+                          ("current_stream", lambda device=None: waits), ("set_stream", lambda stream: None), ("stream", lambda stream: contextlib.nullcontext()),
+                          ("empty_cache", lambda: None)):
+        monkeypatch.setattr(torch.cuda, name, instead)
+    monkeypatch.setattr(Batch, "staged", lambda self, pinned=False: staged(self))
+
+    def make(said, broken=False, **settings):
+        step = made("lora", cls=Graphed, **settings)
+        step.off, step.stream, step.say = None, waits, said.append
+        gradients, apply = step.gradients, step.optimizer.apply
+
+        def record_gradients(batch):
+            if not open_graph:
+                return gradients(batch)
+            if broken:
+                raise ValueError("operation not permitted\nwhen capturing")
+            loss = torch.zeros(())
+            open_graph[0].calls.append(lambda: loss.copy_(gradients(dataclasses.replace(batch))))  # which has computed nothing yet, as a device that replays
+            return loss
+
+        monkeypatch.setattr(step, "gradients", record_gradients)
+        monkeypatch.setattr(step.optimizer, "apply", lambda: open_graph[0].calls.append(apply) if open_graph else apply())
+        return step
+    return make
+
+
+def trained(step: Step, shapes: str, shaped: bool = False) -> list[Tensor]:
+    """Its losses, as they were returned, and then what is trained. shapes: which batch comes when; a and A have one shape."""
+    losses = []
+    for seed, shape in enumerate(shapes):
+        torch.manual_seed(seed)
+        batch = batch_for("lora", seed, {"a": RAGGED, "A": FULL, "b": (19,) * 9, "c": (5,) * 33}[shape])
+        losses.append(step(step.shaped(batch) if shaped else batch, 1e-2 / (1 + seed)))
+    return [*losses, *step.parameters]
+
+
+@pytest.mark.parametrize("most,replays", [(96, [2, 3]), (1, [3])])
+def test_replayed_steps_are_the_steps(most, replays, recorder, monkeypatch):
+    """Each shape eagerly first, then from its graph, with the batch and the rate of the moment; those beyond the most go on eagerly."""
+    monkeypatch.setattr(graphs, "MOST", most)
+    said = []
+    step = recorder(said)
+    found, expected = trained(step, "aAbabcAb"), trained(made("lora"), "aAbabcAb", shaped=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and said == []
+    assert sorted(one.graph.replays for one in step.captured.values()) == replays
+
+
+def test_a_step_that_cannot_be_captured_is_trained_eagerly(recorder):
+    """Once, and from then on; the line tells what broke the capture off."""
+    said = []
+    step = recorder(said, broken=True, dtype=torch.float64)
+    found, expected = trained(step, "aaba"), trained(made("lora", torch.float64), "aaba")
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)  # the first step is of a filled batch
+    assert said == ["CUDA graphs: off, every step runs eagerly: operation not permitted"] and not step.captured
+
+
+def test_a_step_that_leaves_a_parameter_out_is_not_captured(recorder):
+    said = []
+    step = recorder(said, loss=lambda model, batch: list(model.methods["gender"].values.values())[0].square().sum())
+    trained(step, "aaa")
+    assert said == ["CUDA graphs: off, every step runs eagerly: a trained parameter has no gradient"] and not step.captured
+
+
 @pytest.mark.parametrize("captured", [True, False])
 def test_a_new_shape_without_memory_beside_the_captured_ones_gives_these_up(captured, monkeypatch):
     """The device is pretended. The step is repeated, and trained once; without captured ones there is nothing to give up."""
@@ -447,14 +545,16 @@ def test_a_step_that_cannot_be_compiled_says_so_in_one_line():
         step(batch_for("lora"), 1e-3)
 
 
-def test_a_folder_for_what_is_compiled_that_cannot_be_written_says_so_in_one_line():
+@pytest.mark.parametrize("error,words", [(OSError(errno.ENOSPC, "No space left on device", "/cache/graph"), "/cache/graph: No space left on device"),
+                                         (OSError("torn"), "its files: torn")])
+def test_a_folder_for_what_is_compiled_that_cannot_be_written_says_so_in_one_line(error, words):
     step = made("lora", cls=functools.partial(Compiled, backend="eager"))
 
     def full(model, batch):
-        raise OSError(errno.ENOSPC, "No space left on device", "/cache/graph")
+        raise error
 
     step.loss = full
-    with pytest.raises(PeftDebiasError, match="^--step compiled: torch.compile cannot keep what it builds: /cache/graph: No space left on device; expected a folder that it can "
+    with pytest.raises(PeftDebiasError, match=f"^--step compiled: torch.compile cannot keep what it builds: {words}; expected a folder that it can "
                                               r"write to \(TORCHINDUCTOR_CACHE_DIR\), or --step eager$"):
         step(batch_for("lora"), 1e-3)
 
@@ -472,13 +572,37 @@ def test_graphs_of_one_training_are_not_anothers(kind):
     torch.compiler.reset()
     for _ in range(3 if kind != "callable" else 1):
         said, times = [], []
-        loss = {"method": Squares().loss, "function": lambda *given: Squares.loss(None, *given), "callable": functools.partial(Squares().loss)}[kind]
+        loss = {"method": Squares().loss, "callable": functools.partial(Squares().loss),
+                "function": lambda model, batch, one=1, *, two=2: Squares.loss(None, model, batch) * one * two}[kind]
         step = made("bias", cls=functools.partial(Compiled, backend="eager"), say=said.append, loss=loss)
         with dynamo_config().patch(recompile_limit=1):
             for seed in (0, 1):
                 step(batch_for("bias", seed), 1e-3)
                 times.append(step.preparing)
         assert len(said) == 1 and re.fullmatch(r"step: compiled once, in \d+ s", said[0]) and times[0] > 0 == times[1]
+
+
+@pytest.mark.parametrize("cls", [Step, functools.partial(Compiled, backend="eager")])
+def test_a_loss_keeps_nothing_of_its_pass(cls):
+    """Whoever collects the losses would keep every step's activations."""
+    assert not made("bias", cls=cls, loss=Squares().loss)(batch_for("bias"), 1e-3).requires_grad
+
+
+def test_what_is_compiled_sees_few_shapes():
+    step, seen = made("bias", cls=functools.partial(Compiled, backend="eager"), loss=Squares().loss), set()
+    gradients, step.gradients = step.gradients, lambda batch: seen.add(batch.bounds) or gradients(batch)
+    for lengths in (RAGGED, (13, 2, 7), (19, 5), (3,)):
+        step(batch_for("bias", lengths=lengths), 1e-3)
+    assert len(seen) == 1 and None not in seen
+
+
+def test_a_folder_that_cannot_be_made_when_torch_compile_is_loaded_is_one_line(monkeypatch):
+    def refused(name):
+        raise PermissionError(errno.EACCES, "Permission denied", "/cache/inductor")
+
+    monkeypatch.setattr(importlib, "import_module", refused)
+    with pytest.raises(PeftDebiasError, match="^--step compiled: torch.compile cannot keep what it builds: /cache/inductor: Permission denied; expected a folder"):
+        pick_step("compiled", torch.device("cpu"))
 
 
 def test_what_a_stopped_compilation_left_is_told():

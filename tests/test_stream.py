@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import io
 import json
 import os
 import pickle
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from peftdebias import corpus, lines, stream, worker
+from peftdebias import buckets, corpus, lines, stream, worker
 from peftdebias.axes import load_axis
 from peftdebias.batches import Sample, from_packed, pack, plan
 from peftdebias.buckets import Families
@@ -78,8 +79,10 @@ def given(made: Recipe, count: int, position: dict | None = None) -> list[Given]
 
 # ---------------------------------------------------------------- the same as in memory
 
-@pytest.mark.parametrize("batch", [{"batch_size": 16}, {"batch_tokens": 90}])
-def test_a_corpus_of_one_window_gives_what_everything_in_memory_would(file, batch, small_blocks):
+@pytest.mark.parametrize("batch,gathered", [({"batch_size": 16}, 64), ({"batch_tokens": 90}, 3)])
+def test_a_corpus_of_one_window_gives_what_everything_in_memory_would(file, batch, gathered, small_blocks, monkeypatch):
+    """However many batches are gathered together."""
+    monkeypatch.setattr(buckets, "GATHER", gathered)
     made = dataclasses.replace(recipe(file, held_out=HeldOut(0.1)), batch=batch)
     with Epochs(made) as epochs:
         for number in range(3):
@@ -360,6 +363,36 @@ def test_a_process_that_is_killed_is_one_clear_line(file):
             while True:
                 list(batches)
                 batches = epochs.epoch(epochs.position["epoch"] + 1)
+
+
+class Leaves:
+    """Ends the process where it is unpickled."""
+
+    def __reduce__(self):
+        return os._exit, (3,)
+
+
+def test_a_process_that_ends_by_itself_is_one_clear_line(file):
+    with Epochs(dataclasses.replace(recipe(file), column=Leaves()), 1) as epochs:
+        with pytest.raises(PeftDebiasError, match=r"^the background process that makes batches ended with code 3; expected it to last"):
+            epochs.ready()
+
+
+def test_a_frame_that_is_cut_off_is_the_end():
+    whole = io.BytesIO()
+    worker._send(whole, {"kind": "given"}, [numpy.arange(3), numpy.arange(2)])
+    head, body = worker._read_frame(io.BytesIO(whole.getvalue()))
+    numbers = numpy.frombuffer(body, numpy.int64)
+    assert head == {"kind": "given"} and numbers.tolist() == [0, 1, 2, 0, 1] and numbers.flags.aligned
+    assert all(worker._read_frame(io.BytesIO(whole.getvalue()[:size])) is None for size in range(len(whole.getvalue())))
+
+
+def test_a_corpus_without_a_family_ends_there_as_here(tmp_path):
+    (tmp_path / "c.txt").write_text("a ship in the town\n")
+    made = dataclasses.replace(recipe(tmp_path / "c.txt"), axis=dataclasses.replace(GENDER, keep_untouched=False))
+    for workers in (0, 1):
+        with Epochs(made, workers) as epochs:
+            assert epochs.ready().texts == 0 and list(epochs.epoch(0)) == []
 
 
 def test_it_needs_no_thread_here_and_takes_a_large_recipe(file):
