@@ -1,7 +1,7 @@
 """What a benchmark case is made of: a size, a setting, the work of one provider, the providers, and what must be equal.
 
-What it adds over measure.py: the vocabulary. It leaves out the work itself (cases.py: ceilings; cases_steps.py, cases_hub.py, cases_sparse.py: steps; cases_kernels.py,
-cases_encoder.py, cases_adamw.py, cases_attention.py, cases_native.py: one op each).
+It is the vocabulary, and leaves out the work itself (cases.py: ceilings; cases_steps.py, cases_hub.py, cases_sparse.py: steps; cases_kernels.py, cases_encoder.py,
+cases_adamw.py, cases_attention.py, cases_native.py: one op each) and what becomes of it (lineup.py, equality.py, measure.py).
 """
 
 import dataclasses

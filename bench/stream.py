@@ -114,6 +114,8 @@ def memory(arguments) -> None:
                 finally:
                     process.terminate()  # where this one was stopped
                     watcher.join()
+                if process.returncode < 0:  # killed, it could not say why
+                    sys.exit(complain(f"{what}: expected the process that is watched to last, got it ended by signal {-process.returncode} (out of memory?)"))
                 if process.returncode:
                     sys.exit(process.returncode)  # it has said why
                 show(measure="memory", what=what, gigabytes=gigabytes, peak_mb=round(peak["own"] / 1e6, 1), processes=peak["processes"], peak_pss_mb=round(peak["pss"] / 1e6, 1),

@@ -74,7 +74,7 @@ struct cda_result {
 namespace cda {
 
 constexpr int ABI = 3;  // of the whole library: this C ABI and that of ops.h
-constexpr int WINDOW = 64;  // cda.WINDOW
+constexpr int WINDOW = 64;  // pronouns.WINDOW
 constexpr int GAP = 3;      // cda.GAP
 constexpr int LONGEST = 400;  // bytes of axes.LONGEST_WORD characters at most
 enum { OK = 0, NO_MEMORY = 1 };

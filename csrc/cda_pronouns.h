@@ -159,7 +159,7 @@ private:
         return found < 0 ? axis->sign_class : axis->token_class[size_t(found)];
     }
 
-    // cda._classes of a word, as the number of its set of classes.
+    // pronouns._classes of a word, as the number of its set of classes.
     int32_t token(const uint8_t* p, int64_t n, int characters, bool ascii) {
         const bool capital = p[0] >= 'A' && p[0] <= 'Z' && n > 1 && p[1] >= 'a' && p[1] <= 'z';
         uint8_t lower[4 * WINDOW];

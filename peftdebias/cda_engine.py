@@ -1,7 +1,7 @@
 """Counterfactuals of many texts at once: the engine of csrc/cda.cpp, and its plain twin behind the same calls.
 
 What it adds over cda.py, which says what a counterfactual is: blocks of texts, threads, output as it is written to a file, counts. `engine(axis)` is what
-others use; it takes the compiled engine where it is there. The tables that the engine works from are made here, out of cda.py's own.
+others use; it takes the compiled engine where it is there. The tables that the engine works from are made here, out of those of cda.py and pronouns.py.
 """
 
 import ctypes

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 from . import __version__, config, options
 from .errors import ConfigError, PeftDebiasError
-from .outputs import FULL
+from .outputs import FULL, STANDARD_OUTPUT
 from .threads import sleep_soon
 
 EXAMPLES = {
@@ -101,10 +101,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _nowhere(settings) -> str:
-    """What is wrong with a standard output that the caller closed, where the result has no other place; empty where it has one."""
+    """What is wrong with a standard output that the caller closed, where the result, or what else is asked for there, has no other place; empty where all has one."""
     flag = next((name for name in ("out", "json") if hasattr(settings, name)), None)
     if flag is not None and getattr(settings, flag) not in (None, "-"):
-        return ""
+        flag = next((name for name in ("examples", "stats") if getattr(settings, name, None) == "-"), None)
+        if flag is None:
+            return ""
     return "standard output: expected it open, for the result, got it closed" + (f"; name a file with --{flag}" if flag else "")
 
 
@@ -392,7 +394,7 @@ def called(path: str | None) -> str:
 
 def _beside(places: list[str | None]) -> Callable[[str], None]:
     """How a table is told: on standard output, or where that is one of the places of the files, for people alone."""
-    return say if "-" in places else print
+    return say if any(place in STANDARD_OUTPUT for place in places) else print
 
 
 def say(line: str) -> None:

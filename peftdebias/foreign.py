@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from . import checkpoint
@@ -225,6 +226,14 @@ def _tensor(site: str, theirs: str, host: nn.Module) -> Tensor:
     return tensor
 
 
+def _filled(site: str, theirs: str, host: nn.Module) -> Tensor:
+    """The tensor behind `site`, whose values the base is known by."""
+    tensor = _tensor(site, theirs, host)
+    if is_lazy(tensor) or tensor.is_meta:
+        raise AdapterError(f"{site} ({theirs}.{'bias' if site.endswith('.bias') else 'weight'}): expected a tensor with values, by which the base is known, got one without (lazy, or on the device meta)")
+    return tensor
+
+
 def _check_shape(site: str, theirs: str, tensor: Tensor, config: EncoderConfig) -> None:
     stem, kind = site.removesuffix(".bias"), "bias" if site.endswith(".bias") else "weight"
     rows = {"embeddings.word": config.vocab, "embeddings.position": config.max_positions + config.position_offset, "embeddings.segment": config.segments}
@@ -281,7 +290,7 @@ def _load(folder: Path, find: _Finder, force: bool) -> Method:
     while find.all(f"layers.{layers}.attention.query"):
         layers += 1
     sizing = {site: find(site) for site in (*TABLES, "layers.0.feed_forward.up")}
-    word, position, segment, up = (_tensor(site, *found) for site, found in sizing.items())
+    word, position, segment, up = (_filled(site, *found) for site, found in sizing.items())
     for (site, (name, _)), tensor in zip(sizing.items(), (word, position, segment, up)):
         if tensor.dim() != 2:
             raise AdapterError(f"{site} ({name}.weight): expected a matrix, got shape {list(tensor.shape)}")
@@ -293,7 +302,7 @@ def _load(folder: Path, find: _Finder, force: bool) -> Method:
             where, host = find(site := ours.format(i=i))
             for kind in ("weight",) if ours in TABLES else ("weight", "bias"):
                 full = site if kind == "weight" else f"{site}.bias"
-                _check_shape(full, where, _tensor(full, where, host), config)
+                _check_shape(full, where, _filled(full, where, host), config)
                 of = host.parametrizations[kind] if parametrize.is_parametrized(host, kind) else None
                 plain = of.original if hasattr(of, "original") else getattr(host, kind)  # what is made of several tensors, a weight norm's, has no original
                 theirs[f"{name.format(i=i)}.{kind}"] = plain.detach()

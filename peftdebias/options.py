@@ -101,7 +101,7 @@ def _shown(field: dataclasses.Field) -> str:
 def resolve(cls: type, given: dict):
     """An instance of `cls` from typed flags and, under "config", a TOML file. Raises ConfigError on unknown keys, wrong types and what is missing."""
     given = {key: value for key, value in given.items() if value is not None and value != []}
-    values = _read_toml(cls, Path(given.pop("config"))) if "config" in given else {}
+    values = _read_toml(cls, given.pop("config")) if "config" in given else {}
     for field in dataclasses.fields(cls):
         pair = {field.name, field.metadata["instead"]} if field.metadata["instead"] else set()
         if len(pair & set(given)) == 1:
@@ -161,7 +161,7 @@ def checked(cls: type, values: dict, where: str = "") -> dict:
 def _place(field: dataclasses.Field) -> str | None:
     """The word for a file or folder where a field is one; of an unset shell variable no more than "" is left."""
     metavar = field.metadata.get("metavar")
-    return metavar if metavar in ("DIR", "DIR_OR_RUN", "FILE", "RUN", "PATH", "NAME|FILE") else None
+    return metavar if metavar in ("DIR", "DIR_OR_RUN", "FILE", "RUN", "PATH", "RECIPE", "NAME|FILE") else None
 
 
 def _unwrapped(value):
@@ -220,9 +220,11 @@ def _literal(text: str):
         return text
 
 
-def _read_toml(cls: type, path: Path) -> dict:
+def _read_toml(cls: type, path: str) -> dict:
+    if not path:  # as a Path it would be the working folder
+        raise ConfigError("--config: expected FILE.toml, got an empty text")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: no such file") from None
     except OSError as error:

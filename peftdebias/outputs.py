@@ -24,6 +24,7 @@ except ImportError:  # not POSIX
     fcntl = None
 
 SHIPPED = "shipped"  # --names without a file
+STANDARD_OUTPUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")  # its names
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -201,9 +202,9 @@ def keep_apart(outs: dict[str, str | Path | None], inputs: Iterable[str | Path |
     outs: what asks for it ("--out") -> where it goes; None is nowhere, "-" standard output. inputs: files and folders that are read; None is none, "-" standard
     input. A file that is there already is replaced, if nothing reads it.
     """
-    streamed = [flag for flag, out in outs.items() if out == "-"]
+    streamed = [flag for flag, out in outs.items() if str(out) in STANDARD_OUTPUT]
     if len(streamed) > 1:
-        raise ConfigError(f"{streamed[1]} -: standard output is the place of {streamed[0]} too; expected two")
+        raise ConfigError(f"{streamed[1]} {outs[streamed[1]]}: standard output is the place of {streamed[0]} too; expected two")
     outs = {flag: Path(out) for flag, out in outs.items() if out not in (None, "-")}
     there = [path for name in inputs if name is not None and os.path.exists(path := Path("/dev/stdin" if str(name) == "-" else name))]
     for flag, out in outs.items():

@@ -169,7 +169,11 @@ def test_memory_of_a_process_that_fails_is_none_and_its_code_is_kept(scripted, c
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(SystemExit) as left:
         stream.memory(types.SimpleNamespace(gigabytes=[1e-9], folder=tmp_path, corpus=str(corpus), what=["batches", "swapped"], seconds=1, threads=1, model="m"))
-    assert left.value.code == 2 and capsys.readouterr().out == "" and list(tmp_path.iterdir()) == [python]
+    assert left.value.code == 2 and capsys.readouterr() == ("", "") and list(tmp_path.iterdir()) == [python]
+    python.write_text("#!/bin/sh\nkill -9 $$\n")
+    with pytest.raises(SystemExit) as left:
+        stream.memory(types.SimpleNamespace(gigabytes=[1e-9], folder=tmp_path, corpus=str(corpus), what=["swapped"], seconds=1, threads=1, model="m"))
+    assert left.value.code == 2 and capsys.readouterr().err == "bench: swapped: expected the process that is watched to last, got it ended by signal 9 (out of memory?)\n"
 
 
 def test_waiting_is_in_percent_and_of_either_buffer(scripted, monkeypatch, capsys, tmp_path):

@@ -417,7 +417,9 @@ def test_a_result_for_a_standard_output_that_is_closed_is_refused(small, tmp_pat
     assert said.returncode == 2 and said.stderr == "peftdebias: standard output: expected it open, for the result, got it closed; name a file with --out\n"
     assert ran(["augment", "--axis", "gender", corpus, "--out", tmp_path / "out.jsonl"], ">&-").returncode == 0 and "she is a nurse" in (tmp_path / "out.jsonl").read_text()
     measuring, hint = ["evaluate", small.base, "--on", f"perplexity={small.heldout}"], "; name a file with --json"
-    for words, hint in (["doctor"], ""), (["methods", "--model", small.base], ""), (measuring, hint), ([*measuring, "--examples", tmp_path / "e.jsonl"], hint):
+    for words, hint in ((["doctor"], ""), (["methods", "--model", small.base], ""), (measuring, hint), ([*measuring, "--examples", tmp_path / "e.jsonl"], hint),
+                        ([*measuring, "--json", tmp_path / "m.json", "--examples", "-"], "; name a file with --examples"),
+                        (["augment", "--axis", "gender", corpus, "--out", tmp_path / "o.jsonl", "--stats", "-"], "; name a file with --stats")):
         said = ran(words, ">&-")
         assert said.returncode == 2 and said.stderr == f"peftdebias: standard output: expected it open, for the result, got it closed{hint}\n"
 

@@ -179,6 +179,8 @@ def test_a_file_that_is_no_toml_or_is_not_there(toml, tmp_path):
         options.resolve(Upstream, {"config": str(tmp_path / "none.toml")})
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         options.resolve(Upstream, {"config": str(tmp_path)})
+    with pytest.raises(ConfigError, match="^--config: expected FILE.toml, got an empty text$"):
+        options.resolve(Upstream, {"config": ""})
     (tmp_path / "latin.toml").write_bytes("model = 'é'".encode("latin-1"))
     with pytest.raises(ConfigError, match="expected TOML"):
         options.resolve(Upstream, {"config": str(tmp_path / "latin.toml")})

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -279,6 +281,15 @@ def test_standard_output_holds_nothing_beside_a_file_that_goes_there(flag, small
     if flag == "--examples":
         said = done("compare", one, one, "--json", "-")
         assert json.loads(said.out)["differences"] and "result: standard output" in said.err and "difference" in said.err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="no /dev/stdout here")
+def test_standard_output_by_its_name_is_not_written_over(small, tmp_path):
+    """As a file that is open twice would be, each time from its beginning."""
+    with open(tmp_path / "m.json", "w") as file:
+        words = [sys.executable, "-m", "peftdebias", "evaluate", small.base, "--on", f"perplexity={small.heldout}", "--json", "/dev/stdout"]
+        said = subprocess.run(words, stdout=file, stderr=subprocess.PIPE, text=True, check=True).stderr
+    assert json.loads((tmp_path / "m.json").read_text())["measures"] and "perplexity" in said.splitlines()[-2]
 
 
 def test_settings_for_the_python_api():

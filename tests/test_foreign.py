@@ -262,6 +262,12 @@ def test_a_host_inside_a_larger_module_and_a_folder(tmp_path):
     with pytest.raises(AdapterError, match=r"^layers.1.attention.output.bias \(encoder.blocks.1.o.bias\): expected a tensor, found none$"):
         attach_to(whole, tmp_path / "run", names)
     own.blocks[1].o.bias = bias
+    up = own.blocks[1].up
+    for empty in (nn.LazyLinear(41), nn.Linear(21, 41, device="meta")):
+        own.blocks[1].up = empty
+        with pytest.raises(AdapterError, match=r"^layers.1.feed_forward.up \(encoder.blocks.1.up.weight\): expected a tensor with values, .* got one without \(lazy, or on the device meta\)$"):
+            attach_to(whole, tmp_path / "run", names)
+    own.blocks[1].up = up
     shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "run" / "adapter-2")
     with pytest.raises(AdapterError, match="/run: a run with several modules; expected one, as .*/run/adapter is$"):
         attach_to(whole, tmp_path / "run", names)

@@ -138,6 +138,8 @@ def test_what_is_read_is_not_written(tmp_path):
         keep_apart({"--stats": other, "--out": str(other)}, [read])
     with pytest.raises(ConfigError, match="^--stats -: standard output is the place of --out too; expected two$"):
         keep_apart({"--out": "-", "--json": None, "--stats": "-"}, [])
+    with pytest.raises(ConfigError, match="^--examples /dev/stdout: standard output is the place of --json too; expected two$"):
+        keep_apart({"--json": "-", "--examples": "/dev/stdout"}, [])
     keep_apart({"--out": f"{other}.gz"}, [read], folders=True)
     keep_apart({"--out": other, "--stats": None, "--json": "-"}, [read, "-", tmp_path / "missing"])
     other.write_text("an earlier result")

@@ -160,7 +160,7 @@ def test_a_recipe_that_is_wrong_is_refused_in_one_line(old, new, words, tmp_path
 
 
 @pytest.mark.parametrize("flags,words", [
-    (["nothing"], "nothing: expected a recipe file or one of biasbios, bug, ghc, lhc, mnli, found none"),
+    (["nothing"], "nothing: expected a recipe file or one of biasbios, bug, ghc, lhc, mnli, found none"), ([""], "recipe: expected RECIPE, got an empty text"),
     (["--scale", "0"], "--scale: expected a finite number above 0, got 0.0"),
     (["--scale", "inf"], "--scale: expected a finite number above 0, got inf"),
     (["--systems", "LoRA", "X"], "--systems X: expected one of FT, Full-Debias, LoRA"),
@@ -173,7 +173,7 @@ def test_a_recipe_that_is_wrong_is_refused_in_one_line(old, new, words, tmp_path
 def test_bad_input_is_one_line_and_leaves_nothing(flags, words, place, small, tmp_path):
     recipe, data = place
     argv = ["run", recipe, "--model", small.base, "--data", data, "--out", tmp_path / "out"]
-    said = cli(*(["run", *flags, *argv[2:]] if flags == ["nothing"] else [*argv, *flags]))
+    said = cli(*(["run", *flags, *argv[2:]] if flags in (["nothing"], [""]) else [*argv, *flags]))
     assert said.code == 2 and words in said.err.splitlines()[-1] and not (tmp_path / "out").exists(), said.err
 
 
