@@ -331,7 +331,7 @@ def tiles_for(kernel: str, dtype: torch.dtype, width: int, queries: int, keys: i
     # Without a bound the compilers take fewer there, and spill.
     elif kernel in ("queries", "whole") and short and arch >= 100:
         sizes["maxnreg"] = 168
-    elif arch == 86 and (kernel == "keys" and not (short and narrow) or kernel == "forward" and shared and short):
+    elif kernel == "keys" and arch < 90 and not (short and narrow) or kernel == "forward" and arch == 86 and shared and short:
         sizes["maxnreg"] = 255
     return sizes | {"num_warps": warps, "num_stages": stages}
 

@@ -89,7 +89,7 @@ def specs(arch: int) -> list[Spec]:
         words = table if table == kind else f"{table} to {kind}"
         for width in (768, 700, 1024):
             for drops in (False, True) if width < 1024 else (True,):
-                bound = registers(is_tight(dtype, tiles_for(width)["WHOLE"], drops), arch)
+                bound = registers(is_tight(dtype, tiles_for(width)["WHOLE"]), arch)
                 found += [spec_of(f"forward alone, {words}", embed_kernel, width, given, ("normal", "inverse", "checked"), drops, **bound),
                           spec_of(f"forward, trained, {words}", embed_kernel, width, given, (), drops, **bound)]
             for name, nothing in (("backward, tables trained", nobody), ("backward, all trained", ()), ("backward, gain and bias trained", ("dhidden",))):
@@ -112,7 +112,7 @@ def _embed_forward(ids: Tensor, places: Tensor, word: Tensor, placed: Tensor, ga
             embed_kernel[(ceil_div(rows, sizes["ROWS"]),)](
                 ids.contiguous(), places.contiguous(), word, placed, gain.contiguous(), bias.contiguous(), seed if rate else None, y, normal if keeps else None,
                 inverse if keeps else None, checked if tables else None, rows, width, len(word), len(placed), word.stride(0), placed.stride(0), epsilon, site, threshold,
-                65536 / threshold, DROPS=rate > 0, enable_fp_fusion=True, **sizes, **registers(is_tight(word.dtype, sizes["WHOLE"], rate > 0), arch_of(word)))
+                65536 / threshold, DROPS=rate > 0, enable_fp_fusion=True, **sizes, **registers(is_tight(word.dtype, sizes["WHOLE"]), arch_of(word)))
     return y, normal, inverse, checked
 
 

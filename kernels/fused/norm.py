@@ -180,9 +180,9 @@ def registers(tight: bool, arch: int) -> dict[str, int]:
     return {"maxnreg": 168} if tight or arch == 86 else {}
 
 
-def is_tight(dtype: torch.dtype, whole: bool, drops: bool) -> bool:
-    """Whether a forward's threads need the bound on every GPU: with a mask, rows of float32 and ragged ones."""
-    return drops and (dtype == torch.float32 or not whole)
+def is_tight(dtype: torch.dtype, whole: bool) -> bool:
+    """Whether a forward's threads need the bound on every GPU: rows of float32 and ragged ones, some with a mask, some by one compiler alone."""
+    return dtype == torch.float32 or not whole
 
 
 def spec_of(name: str, kernel, width: int, given: dict[str, str], nothing: tuple[str, ...], drops: bool, maxnreg: int | None = None, **constants: bool) -> Spec:
@@ -206,7 +206,7 @@ def specs(arch: int) -> list[Spec]:
         given |= dict.fromkeys(("gain", "bias", "inverse", *nobody), "*fp32")
 
         def forward(name: str, width: int, nothing: tuple[str, ...], drops: bool) -> Spec:
-            return spec_of(f"{name}, {kind}", forward_kernel, width, given, nothing, drops, **registers(is_tight(dtype, tiles_for(width)["WHOLE"], drops), arch))
+            return spec_of(f"{name}, {kind}", forward_kernel, width, given, nothing, drops, **registers(is_tight(dtype, tiles_for(width)["WHOLE"]), arch))
 
         def backward(name: str, width: int, nothing: tuple[str, ...], drops: bool) -> Spec:
             return spec_of(f"{name}, {kind}", backward_kernel, width, given, nothing, drops, AFTER=False, **({} if "normal" not in nothing else registers(False, arch)))
@@ -235,7 +235,7 @@ def _norm_forward(hidden: Tensor, residual: Tensor | None, gain: Tensor, bias: T
             forward_kernel[(ceil_div(rows, sizes["ROWS"]),)](
                 hidden, residual, gain.contiguous(), bias.contiguous(), seed if rate else None, y, normal if keeps else None, inverse if keeps else None, rows,
                 width, hidden.stride(0), 0 if residual is None else residual.stride(0), epsilon, site, threshold, 65536 / threshold, DROPS=rate > 0,
-                enable_fp_fusion=True, **sizes, **registers(is_tight(hidden.dtype, sizes["WHOLE"], rate > 0), arch_of(hidden)))
+                enable_fp_fusion=True, **sizes, **registers(is_tight(hidden.dtype, sizes["WHOLE"]), arch_of(hidden)))
     return y, normal, inverse
 
 
