@@ -211,15 +211,21 @@ def _only_weights(cls: type[Method]) -> None:
 
 def _check(site: str, theirs: str, host: nn.Module, config: EncoderConfig) -> None:
     """The tensor behind `site` is there, can be changed, and has its shape."""
-    stem, kind = site.removesuffix(".bias"), "bias" if site.endswith(".bias") else "weight"
+    stem, kind = _parts(site)
     tensor = _tensor(site, theirs, host)
     if stem not in TABLES and kind not in host._parameters and not parametrize.is_parametrized(host, kind):
         raise AdapterError(f"{site} ({theirs}.{kind}): expected a parameter, got what {type(host).__name__} computes or hands on (a layer of peft's? attach before peft wraps it)")
     _check_shape(site, theirs, tensor, config)
 
 
+def _parts(site: str) -> tuple[str, str]:
+    """(a module's site, which of its tensors is meant)."""
+    return (site.removesuffix(".bias"), "bias") if site.endswith(".bias") else (site, "weight")
+
+
 def _tensor(site: str, theirs: str, host: nn.Module) -> Tensor:
-    kind = "bias" if site.endswith(".bias") else "weight"
+    """The tensor behind `site`. Raises AdapterError where there is none."""
+    kind = _parts(site)[1]
     tensor = getattr(host, kind, None)
     if not isinstance(tensor, Tensor):
         raise AdapterError(f"{site} ({theirs}.{kind}): expected a tensor, found none")
@@ -230,12 +236,13 @@ def _filled(site: str, theirs: str, host: nn.Module) -> Tensor:
     """The tensor behind `site`, whose values the base is known by."""
     tensor = _tensor(site, theirs, host)
     if is_lazy(tensor) or tensor.is_meta:
-        raise AdapterError(f"{site} ({theirs}.{'bias' if site.endswith('.bias') else 'weight'}): expected a tensor with values, by which the base is known, got one without (lazy, or on the device meta)")
+        raise AdapterError(f"{site} ({theirs}.{_parts(site)[1]}): expected a tensor with values, by which the base is known, got one without (lazy, or on the device meta)")
     return tensor
 
 
 def _check_shape(site: str, theirs: str, tensor: Tensor, config: EncoderConfig) -> None:
-    stem, kind = site.removesuffix(".bias"), "bias" if site.endswith(".bias") else "weight"
+    """Raises AdapterError where the tensor behind `site` has not the shape that the module's base has there."""
+    stem, kind = _parts(site)
     rows = {"embeddings.word": config.vocab, "embeddings.position": config.max_positions + config.position_offset, "embeddings.segment": config.segments}
     if stem in rows:
         shape = [rows[stem], config.hidden]
