@@ -12,8 +12,10 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 VENV := .venv
 PY := $(VENV)/bin/python
-# -qq: errors only. pip would otherwise print a line for every index it asks. --no-compile: Python compiles what it imports, not all of torch.
+# -qq: errors only. pip would otherwise print a line for every index it asks. --no-compile: the byte code is made below, by every processor.
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -qq --no-compile -c constraints.txt
+# Where PYTHONDONTWRITEBYTECODE is set, each of the tests' processes would else compile torch for itself. A failure is no error: torch has files in a newer Python's syntax.
+COMPILE := $(PY) -m compileall -qq -j 0 $(VENV)/lib || true
 
 .DEFAULT_GOAL := help
 .PHONY: help demo install test test-slow clean
@@ -48,12 +50,15 @@ $(VENV)/.package: pyproject.toml constraints.txt $(wildcard csrc/*)
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) torch setuptools 2>/dev/null || { $(PIP) --no-deps --index-url $(TORCH_INDEX) torch && $(PIP) torch setuptools; } || { echo "error: PyTorch's CPU build could not be installed for this Python (looked at $(TORCH_INDEX) too); another place: make TORCH_INDEX=URL" >&2; exit 1; }
 	@$(PIP) --no-build-isolation -e ".[report]"
+	@$(COMPILE)
 	@touch $@
 
-# Beside it: pytest, and transformers and peft to compare with.
+# Beside it: pytest, and transformers and peft to compare with. By name, since `-e .[test]` would compile csrc/ again.
 $(VENV)/.test: $(VENV)/.package
 	@echo "Installing the test extra into $(VENV): about half a minute, once ..."
-	@$(PIP) --no-build-isolation -e ".[test]"
+	@$(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"], sep="\n")' > $(VENV)/test.txt
+	@$(PIP) -r $(VENV)/test.txt
+	@$(COMPILE)
 	@touch $@
 
 clean:
