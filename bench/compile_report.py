@@ -3,6 +3,7 @@
     python bench/compile_report.py --arch 90 --only lora
 
 Beside these: how many of its instructions that read memory read 16 bytes a thread, which is what a GPU wants; where a kernel knows nothing of an address or a width there are none.
+And the passes over shared memory that a warp takes in one round of the longest loop, with bank conflicts and without (bank_conflicts.py): 200/200 has none.
 
 What is compiled is what the kernel files list in `specs(arch)`: their default tiles, in float32 and bf16, most in fp16 too. The numbers come from the machine code itself, read
 by the cuobjdump that triton carries. They are facts about the code, not about its speed.
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bench  # noqa: E402, F401
 from bench.arguments import Parser  # noqa: E402
+from bench.bank_conflicts import Passes, passes  # noqa: E402
 from peftdebias import kernels  # noqa: E402
 
 ARCHES = (80, 86, 89, 90, 100, 120)
@@ -35,8 +37,8 @@ SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 10
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """registers a thread; local: bytes of local memory a thread (spills); shared: bytes a program; wide: instructions that load 16 bytes a thread; failure: why it did not
-    compile."""
+    """registers a thread; local: bytes of local memory a thread (spills); shared: bytes a program; wide: instructions that load 16 bytes a thread; passes: over
+    shared memory; failure: why it did not compile."""
 
     file: str
     name: str
@@ -46,6 +48,7 @@ class Compiled:
     shared: int = 0
     threads: int = 0
     wide: int = 0
+    passes: Passes = Passes()
     failure: str = ""
 
     @property
@@ -89,7 +92,7 @@ def compile_one(file: str, spec, arch: int) -> Compiled:
         registers, local = resources(made.asm["cubin"])
     except Exception as error:  # whatever the compiler throws is a finding of this report
         return Compiled(file, spec.name, arch, failure=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}")
-    return Compiled(file, spec.name, arch, registers, local, made.metadata.shared, 32 * spec.num_warps, wide_loads(made.asm["ptx"]))
+    return Compiled(file, spec.name, arch, registers, local, made.metadata.shared, 32 * spec.num_warps, wide_loads(made.asm["ptx"]), passes(made.asm["ptx"]))
 
 
 def compile_file(file: str, arch: int) -> list[Compiled]:
@@ -116,10 +119,10 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def table(found: list[Compiled]) -> str:
-    rows = [("kernel", "sm", "registers", "local, B", "shared, B", "threads", "16-byte loads", "")]
-    rows += [(f"{c.file}: {c.name}", str(c.arch), *((str(n) for n in (c.registers, c.local, c.shared, c.threads, c.wide)) if not c.failure else ("-",) * 5), c.red) for c in found]
+    rows = [("kernel", "sm", "registers", "local, B", "shared, B", "threads", "16-byte loads", "shared passes", "")]
+    rows += [(f"{c.file}: {c.name}", str(c.arch), *((str(n) for n in (c.registers, c.local, c.shared, c.threads, c.wide, c.passes)) if not c.failure else ("-",) * 6), c.red) for c in found]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(w) if i in (0, 7) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
+    return "\n".join("  ".join(cell.ljust(w) if i in (0, 8) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,9 +17,9 @@ Forms, picked by dispatch.py. `sum_kernel`, the last launch of both, adds the su
 columns and a chunk of rows. Where u and v are there already, as behind the unwritten product, x and dY are read once. Where x and dY fit in the L2 cache, the second
 time comes from there. What limits it: memory, and at a few thousand rows the launches.
 "once": x and dY are read once. `once_kernel`: a program, one a multiprocessor, walks over its chunk of rows with all of dA and dB in its registers and the next tiles of
-rows on their way to shared memory. It takes what they hold (`once_serves`): bf16 and fp16, I and O of up to 768 columns, up to 16 ranks of all pieces, up to two of
-these, one with dropout. What limits it: a program's second products wait for the sum of its first; at a few thousand rows the sums of as many chunks as there are
-multiprocessors. Its pieces share tiles: where a piece's dY is not finite, the others' gradients are not either.
+rows on their way to shared memory. It takes what they hold (`once_serves`): bf16 and fp16, I and O in whole tiles of 128 columns, 768 at most, up to 16 ranks of all
+pieces, up to two of these, one with dropout. What limits it: a program's second products wait for the sum of its first; at a few thousand rows the sums of as many
+chunks as there are multiprocessors.
 
 Letters: T rows, G pieces, I = in, O = out of a piece, R ranks of all pieces (padded to a power of two), BT rows and BK columns of a tile, W tiles side by side.
 """
@@ -82,19 +82,31 @@ def _zeros(N: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def _side(base, rows, stride, first, width, T, seed, site, threshold, DROPS: tl.constexpr, BT: tl.constexpr, W: tl.constexpr, BK: tl.constexpr):
-    """As _tile, W tiles side by side: [W, BT, BK] from column `first` on."""
-    columns = first + (tl.arange(0, W) * BK)[:, None] + tl.arange(0, BK)[None, :]
-    value = tl.load(base + rows[None, :, None] * stride + columns[:, None, :], mask=(rows < T)[None, :, None] & (columns < width)[:, None, :], other=0.0)
+def _side(base, row0, stride, first, blocks, T, seed, site, threshold, DROPS: tl.constexpr, BT: tl.constexpr, W: tl.constexpr, BK: tl.constexpr):
+    """W tiles side by side, [W, BT, BK], from row row0 and column `first` on; rows beyond T are zeros. DROPS: dropped as dropout.py says, `blocks` blocks of 8 a row."""
+    columns, rows = first + (tl.arange(0, W) * BK)[:, None] + tl.arange(0, BK)[None, :], tl.arange(0, BT)
+    value = tl.load(base + row0 * stride + (rows[None, :, None] * stride + columns[:, None, :]), mask=(rows < T - row0)[None, :, None], other=0.0)
     if DROPS:
-        kept = keep(rows, first // 8, (width + 7) // 8, seed, site, threshold, W * BK // 8)
+        kept = keep(row0 + rows, first // 8, blocks, seed, site, threshold, W * BK // 8)
         value = tl.where(tl.permute(tl.reshape(kept, (BT, W, BK)), (1, 0, 2)), value, 0.0)
     return value
 
 
 @triton.jit
+def _over_tiles(u, v):
+    """[BT, R] each: u and v [W, BT, R] summed over W. Tiles lie in different warps: a thread gets both halves of W for its numbers, of u and v in one exchange. (A bare
+    tl.sum over W has a warp write and read one number in eight, eight times in a row, and triton 3.6 puts them into the same bank of shared memory.)"""
+    W: tl.constexpr = u.shape[0]
+    BT: tl.constexpr = u.shape[1]
+    R: tl.constexpr = u.shape[2]
+    both = tl.permute(tl.join(u, v), (1, 2, 3, 0))
+    even, odd = tl.split(tl.reshape(both, (BT, R, 2, W // 2, 2)))
+    return tl.split(tl.sum(even + odd, 3))
+
+
+@triton.jit
 def _everywhere(low, W: tl.constexpr):
-    """[W, R, BT] of x's dtype: low [BT, R] turned, for each of the W tiles side by side."""
+    """[W, R, BT]: low [BT, R] turned, for each of the W tiles side by side."""
     return tl.broadcast_to(tl.trans(low)[None, :, :], (W, low.shape[1], low.shape[0]))
 
 
@@ -106,36 +118,43 @@ def once_kernel(x, dy, packed, seed, partial_a, partial_b, T, I, O, x_stride, dy
     dB, as each has ranks of its own. Programs: a chunk of `tiles` tiles of BT rows each."""
     chunk, ranks, own_columns = tl.program_id(0).to(tl.int64), tl.arange(0, R), (tl.arange(0, W) * BK)[:, None] + tl.arange(0, BK)[None, :]
     start = 0 if seed is None else tl.load(seed)
+    piece_of, low_b = ranks // rank, packed + R * I
     da, db = _zeros(XS, W, R, BK), _zeros(DYS, W, R, BK)
     for t in range(0, tiles):
-        rows = ((chunk * tiles + t) * BT + tl.arange(0, BT)).to(tl.int64)
-        xs, u, v = (), tl.zeros((W, BT, R), tl.float32), tl.zeros((W, BT, R), tl.float32)
+        row0 = (chunk * tiles + t) * BT
+        xs, dys, u, v = (), (), tl.zeros((W, BT, R), tl.float32), tl.zeros((W, BT, R), tl.float32)
         for i in tl.static_range(XS):
-            columns = (i * W * BK + own_columns)[:, :, None]
-            value = _side(x, rows, x_stride, i * W * BK, I, T, start, site, threshold, DROPS, BT, W, BK)
-            u = dot(value, tl.load(packed + columns + ranks[None, None, :] * I, mask=columns < I, other=0.0), u)
+            value = _side(x, row0, x_stride, i * W * BK, I // 8, T, start, site, threshold, DROPS, BT, W, BK)
+            u = dot(value, tl.load(packed + (i * W * BK + own_columns)[:, :, None] + ranks[None, None, :] * I), u)
             xs = xs + (value,)
-        low, grown = tl.sum(u, 0).to(x.dtype.element_ty), ()
+        for piece in tl.static_range(PIECES):
+            total = tl.zeros((W, BT, R), tl.float32)
+            for j in tl.static_range(DYS):
+                columns = (j * W * BK + own_columns)[:, :, None]
+                b = tl.load(low_b + columns * R + ranks[None, None, :])
+                for other in tl.static_range(1, PIECES):  # where the others' ranks are zeros: one tile for all pieces, in half the shared memory
+                    b += tl.load(low_b + (other * O + columns) * R + ranks[None, None, :])
+                value = _side(dy + piece * apart, row0, dy_stride, j * W * BK, 0, T, start, site, threshold, False, BT, W, BK)
+                total = dot(value, b, total)
+                dys = dys + (value,)
+            v = total if PIECES == 1 else tl.where((piece_of == piece)[None, None, :], total, v)
+        u, v = _over_tiles(u, v)
+        u, v, grown = _everywhere(u.to(x.dtype.element_ty), W), _everywhere(v.to(x.dtype.element_ty), W), ()
         for j in tl.static_range(DYS):
-            columns, total = (j * W * BK + own_columns)[:, :, None], db[j]
-            for piece in tl.static_range(PIECES):
-                own = ((ranks >= piece * rank) & (ranks < (piece + 1) * rank))[None, :]
-                value = _side(dy + piece * apart, rows, dy_stride, j * W * BK, O, T, start, site, threshold, False, BT, W, BK)
-                v = dot(value, tl.load(packed + R * I + (piece * O + columns) * R + ranks[None, None, :], mask=columns < O, other=0.0), v)
-                total = dot(_everywhere(low if PIECES == 1 else tl.where(own, low, 0.0), W), value, total)
+            total = dot(u, dys[j], db[j])
+            for piece in tl.static_range(1, PIECES):  # u with zeros for the others' ranks would go through shared memory once more
+                total = tl.where((piece_of == piece)[None, :, None], dot(u, dys[piece * DYS + j], db[j]), total)
             grown = grown + (total,)
-        db = grown
-        low, grown = _everywhere(tl.sum(v, 0).to(x.dtype.element_ty), W), ()
+        db, grown = grown, ()
         for i in tl.static_range(XS):
-            grown = grown + (dot(low, xs[i], da[i]),)
+            grown = grown + (dot(v, xs[i], da[i]),)
         da = grown
+    held = (ranks < PIECES * rank)[None, :, None]
     for i in tl.static_range(XS):
-        columns = (i * W * BK + own_columns)[:, None, :]
-        tl.store(partial_a + (chunk * PIECES * rank + ranks[None, :, None]) * I + columns, da[i], mask=(ranks < PIECES * rank)[None, :, None] & (columns < I))
+        tl.store(partial_a + (chunk * PIECES * rank + ranks[None, :, None]) * I + (i * W * BK + own_columns)[:, None, :], da[i], mask=held)
     for j in tl.static_range(DYS):
-        columns = (j * W * BK + own_columns)[:, None, :]
-        places = (chunk * rank + (ranks % rank)[None, :, None]) * (PIECES * O) + (ranks // rank * O)[None, :, None] + columns
-        tl.store(partial_b + places, db[j], mask=(ranks < PIECES * rank)[None, :, None] & (columns < O))
+        places = (chunk * rank + (ranks % rank)[None, :, None]) * (PIECES * O) + (piece_of * O)[None, :, None] + (j * W * BK + own_columns)[:, None, :]
+        tl.store(partial_b + places, db[j], mask=held)
 
 
 @triton.jit
@@ -162,14 +181,19 @@ SUMMED = {"CHUNKS": 32, "BN": 64}
 
 
 def once_tiles(arch: int) -> dict[str, int]:
-    """As tiles_for, of once_kernel. Before 90 there is shared memory for one tile of rows on its way, from 90 on for two."""
-    return {"BT": 16, "W": 8, "BK": 32, "R": 16, "num_warps": 8, "num_stages": 2 if arch < 90 else 3}
+    """As tiles_for, of once_kernel. Before 90 there is shared memory for one tile of rows on its way, from 90 on for two. With BK 16 the 8 warps share out W whole: of wider
+    tiles triton 3.9 gives a thread some of several W, lays them out in shared memory so, and eight rows of a product's operand come from one bank."""
+    return {"BT": 16, "W": 8, "BK": 16, "R": 16, "num_warps": 8, "num_stages": 2 if arch < 90 else 3}
+
+
+ONCE_COLUMNS = 128  # W BK
 
 
 def once_serves(arch: int, dtype: torch.dtype, width: int, out: int, pieces: int, ranks: int, drops: bool) -> bool:
     """Whether "once" takes x of `width` and pieces of dY of `out` columns with `ranks` ranks together. Its sums must fit in registers, and tiles of rows in shared memory: of
-    that a data centre's GPUs have 160 KB and more, others 100."""
-    return arch in (80, 90, 100, 103) and dtype != torch.float32 and ranks <= 16 and pieces <= (1 if drops else 2) and max(width, out) <= 768
+    that a data centre's GPUs have 160 KB and more, others 100. Columns come in whole tiles: the registers of a mask are not there."""
+    return (arch in (80, 90, 100, 103) and dtype != torch.float32 and ranks <= 16 and pieces <= (1 if drops else 2) and max(width, out) <= 768
+            and not width % ONCE_COLUMNS and not out % ONCE_COLUMNS)
 
 
 def specs(arch: int) -> list[Spec]:
@@ -190,7 +214,7 @@ def specs(arch: int) -> list[Spec]:
     for kind in ("bf16", "fp16"):
         for pieces, drops in ((1, False), (2, False), (1, True)):
             if once_serves(arch, torch.bfloat16, 768, 768, pieces, 16, drops):
-                add(f"once, {kind}, {pieces} of 768", once_kernel, kind, drops, once_tiles(arch) | {"PIECES": pieces, "XS": 3, "DYS": 3})
+                add(f"once, {kind}, {pieces} of 768", once_kernel, kind, drops, once_tiles(arch) | {"PIECES": pieces, "XS": 768 // ONCE_COLUMNS, "DYS": 768 // ONCE_COLUMNS})
     signature = dict.fromkeys(("partial_a", "partial_b", "da", "db"), "*fp32") | dict.fromkeys(("chunks", "ranks", "rank", "I", "O", "groups_a"), "i32") | dict.fromkeys(("scale_a", "scale_b"), "fp32")
     return [*lora_thin.specs(arch), *found, Spec("sum", sum_kernel, signature, SUMMED, aligned=("I", "O"))]
 
@@ -260,9 +284,8 @@ def _once(x: Tensor, dy: Tensor, packed: Tensor, width: int, out: int, apart: in
     sizes = once_tiles(arch_of(x))
     tiles, *partial = _partial(x, width, out, pieces, rank, sizes["BT"], processors(x))
     if x.shape[0]:
-        side = sizes["W"] * sizes["BK"]
         once_kernel[len(partial[0]),](x, dy, packed, seed, *partial, *x.shape, out, x.stride(0), dy.stride(0), apart, rank, tiles, site, threshold_of(rate), DROPS=rate > 0,
-                                      PIECES=pieces, XS=ceil_div(width, side), DYS=ceil_div(out, side), enable_fp_fusion=True, **sizes)
+                                      PIECES=pieces, XS=width // ONCE_COLUMNS, DYS=out // ONCE_COLUMNS, enable_fp_fusion=True, **sizes)
     return tuple(partial)
 
 
