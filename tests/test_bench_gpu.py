@@ -489,10 +489,16 @@ def test_checks_beside_each_other_find_what_one_process_finds(bench, tmp_path, c
     alone = run.equality(bench.gpu.Clock(8, False))
     assert bench.gpu.beforehand(run, bench.gpu.Clock(8, False)) == (*alone, {}) and set(alone[1]) == {("sparse_add", 7), ("mlm_loss", 13)} and not alone[0]
     assert "2 checks and 0 times torch.compile, 1 at a time" in capsys.readouterr().err
-    done = subprocess.run([sys.executable, ROOT / "bench" / "gpu.py", "--device", "cpu", "--dry-run", "--apart", "--only", "sparse_add,mlm_loss", "--check"], text=True, capture_output=True)
-    assert (done.returncode, done.stdout) == (0, "2 checks, all equal\n"), done.stderr  # by name, where the script is `__main__` and its processes have another
     red, shares, _ = bench.gpu.beforehand(run, bench.gpu.Clock(1e-9, False))
     assert shares == {} and red == {name: f"{name}: not checked: the run has used 40% of its time" for name in ("sparse_add", "mlm_loss")}
+
+
+@pytest.mark.slow
+def test_checks_beside_each_other_from_the_command_line():
+    """By name, where the script is `__main__` and its processes have another."""
+    words = [sys.executable, ROOT / "bench" / "gpu.py", "--device", "cpu", "--dry-run", "--apart", "--only", "sparse_add,mlm_loss", "--check"]
+    done = subprocess.run(words, text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, "2 checks, all equal\n"), done.stderr
 
 
 def test_nobody_waits_for_a_job_that_does_not_end(bench, tmp_path, monkeypatch):
