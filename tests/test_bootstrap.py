@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from peftdebias.errors import DataError
-from peftdebias.metrics import Measure, bootstrap
+from peftdebias.metrics import Measure, bare_name, bootstrap
 
 
 def test_seeds_repeat_and_differ():
@@ -91,3 +91,5 @@ def test_a_measure_as_json_has_no_nan_and_no_numpy():
     row = Measure("a/b", np.float32(0.5), "%", None, float("nan"), float("inf"), np.int64(3)).as_json()
     assert json.loads(json.dumps(row, allow_nan=False)) == row
     assert row == {"name": "a/b", "value": 0.5, "unit": "%", "ideal": None, "low": None, "high": None, "n": 3}
+    assert bare_name("fprd/term/a b (more (1).csv)") == "fprd/term/a b"
+    assert json.dumps(Measure("a/b", 1, "%", np.float32(50), None, None, 3).as_json()["ideal"]) == "50.0"

@@ -67,6 +67,13 @@ def test_errors(change, message):
         gender_effect(*change(*drawn(3)), LABELS, STEREOTYPES)
 
 
+def test_a_label_without_a_stereotype_and_what_the_seed_draws():
+    with pytest.raises(DataError, match="expected the genders m and f, got none"):
+        gender_effect(*drawn(3), LABELS, {"baker": "f"})
+    first, again, other = ([(m.low, m.high) for m in gender_effect(*drawn(37), LABELS, STEREOTYPES, seed=seed)] for seed in (1, 1, 2))
+    assert first == again and all(one != two for one, two in zip(first, other))
+
+
 def test_ranks_share_the_mean_of_equal_places():
     assert ranks([30, 10, 20]).tolist() == [3, 1, 2]
     assert ranks([5, 1, 5, 5, 0]).tolist() == [4, 2, 4, 4, 1]
@@ -80,5 +87,6 @@ def test_spearman_is_one_for_any_growth_and_the_known_formula_without_ties():
     assert spearman(x, y) == pytest.approx(1 - 6 * sum(v * v for v in d) / (6 * 35), abs=1e-12)
     assert spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(math.sqrt(3) / 2, abs=1e-12)  # ties: Pearson of (1.5, 1.5, 3) and (1, 2, 3)
     assert math.isnan(spearman(x, [1] * 6))
-    with pytest.raises(DataError, match="expected as many values of both, 2 at least, got 1 and 1"):
-        spearman([1], [1])
+    for x, y in (([1], [1]), ([1, 2], [1, 2, 3])):
+        with pytest.raises(DataError, match=f"expected as many values of both, 2 at least, got {len(x)} and {len(y)}"):
+            spearman(x, y)

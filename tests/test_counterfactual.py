@@ -38,7 +38,7 @@ def test_the_figures_are_their_definitions():
 
 def test_a_text_counts_once_however_many_counterfactuals_it_has():
     flips, probability = counterfactual.measures([True, False, False, False, True], [0.4, 0.0, 0.0, 0.0, -0.2], ["a", "a", "a", "a", "b"])
-    assert (flips.value, flips.n) == (pytest.approx(100 * (1 / 4 + 1) / 2), 2) and probability.value == pytest.approx(100 * (0.1 + 0.2) / 2)
+    assert (flips.value, flips.n) == (pytest.approx(100 * (1 / 4 + 1) / 2), 2) and probability.value == pytest.approx(100 * (0.1 + 0.2) / 2) and probability.n == 2
 
 
 def test_intervals_are_those_of_drawing_texts():
@@ -54,8 +54,9 @@ def test_intervals_are_those_of_drawing_texts():
 def test_what_does_not_fit_is_named():
     with pytest.raises(DataError, match="no counterfactuals to measure on"):
         counterfactual.measures([], [], [])
-    with pytest.raises(DataError, match="expected as many changes and sources as answers, 2, got 1 and 2"):
-        counterfactual.measures([True, False], [0.1], ["a", "b"])
+    for shift, sources in (([0.1], ["a", "b"]), ([0.1, 0.2], ["a"])):
+        with pytest.raises(DataError, match=f"expected as many changes and sources as answers, 2, got {len(shift)} and {len(sources)}"):
+            counterfactual.measures([True, False], shift, sources)
 
 
 # ---------------------------------------------------------------- pairs
@@ -100,7 +101,8 @@ def texts(tmp_path):
 
 
 def test_flips_of_a_run_are_those_of_each_text_and_its_counterfactual(runs, texts, tmp_path, answer):  # noqa: F811
-    said = done("evaluate", runs["plain"], "--axis", "gender", "--on", f"counterfactual={texts}", "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
+    said = done("evaluate", runs["plain"], "--axis", "gender", "--on", f"counterfactual={texts}", "--seed", 5, "--samples", 47, "--json", tmp_path / "m.json",
+                "--examples", tmp_path / "e.jsonl")
     found, rows, axis = by_name(tmp_path / "m.json"), lines(tmp_path / "e.jsonl"), load_axis("gender")
     touched = [(i, text, counterfactuals(text, axis)[0].text) for i, text in enumerate(TEXTS) if counterfactuals(text, axis)]
     assert [(r["source"], r["text"], r["counterfactual"]) for r in rows] == touched and len(touched) == 5
@@ -115,6 +117,8 @@ def test_flips_of_a_run_are_those_of_each_text_and_its_counterfactual(runs, text
         shifts.append(abs(after[label] - before[label]))
     assert found["counterfactual/flips"]["value"] == pytest.approx(100 * numpy.mean(flips)) and found["counterfactual/flips"]["n"] == 5
     assert found["counterfactual/probability"]["value"] == pytest.approx(100 * numpy.mean(shifts), abs=1e-4) and numpy.mean(shifts) > 0.001
+    told = [r["probabilities_counterfactual"][r["predicted"]] - r["probabilities"][r["predicted"]] for r in rows]
+    assert list(found.values()) == [m.as_json() for m in counterfactual.measures(flips, told, [r["source"] for r in rows], seed=5, samples=47)]
 
 
 def test_the_axis_is_that_of_the_runs_module_unless_it_is_named(small, runs, texts, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from peftdebias.batches import Sample, pack
 from peftdebias.errors import DataError
 from peftdebias.methods import Method
-from peftdebias.metrics import crows_pairs
+from peftdebias.metrics import crows_pairs, tally
 from peftdebias.metrics.crows_pairs import Pair, Scored, measures, read_pairs, score_pairs
 from peftdebias.metrics.tally import differences
 from peftdebias.patch import attach
@@ -128,6 +128,14 @@ def test_one_category_alone_and_one_that_is_not_there():
     assert measures([scored(None, None)], "bias-bench") == []  # all dropped: nothing to say
 
 
+def test_pairs_of_a_category_called_all_are_among_all():
+    rows = [scored(-1.0, -2.0, "all"), scored(-3.0, -1.0), scored(-3.0, -1.0)]
+    found = [(m.name.split("/")[-1], m.value, m.n) for m in measures(rows, "bias-bench")]
+    counted, _ = compared(rows, rows)
+    assert found == [("all", pytest.approx(100 / 3), 3), ("gender", 0, 2)]
+    assert found == [(f.name.split("/")[-1], pytest.approx(value), f.n) for f, value in zip(counted.figures, tally.values(counted))]
+
+
 def test_an_unknown_scoring_is_a_mistake_of_the_caller(loaded):
     with pytest.raises(ValueError, match="expected one of nangia, bias-bench, got 'mean'"):
         score_pairs(loaded.model, loaded.tokenizer, [], "mean")
@@ -202,6 +210,7 @@ def test_an_antistereo_pair_is_aligned_with_the_less_stereotyping_sentence_first
     stereo, turned, anti = score_pairs(loaded.model, loaded.tokenizer, [Pair(more, less, "gender"), Pair(less, more, "gender"), Pair(more, less, "gender", "antistereo")],
                                        scoring)
     assert (anti.more, anti.less) == (turned.less, turned.more) != (stereo.more, stereo.less)
+    assert (stereo.more, stereo.less) == pytest.approx(textbook(loaded.model, loaded.tokenizer, more, less, scoring), abs=0.0005 + 1e-9)
 
 
 @pytest.mark.parametrize("content,words", [
@@ -224,12 +233,15 @@ def test_bad_files_are_named_with_their_line(content, words, tmp_path):
 # ---------------------------------------------------------------- as evaluate reports it
 
 def test_evaluate_reports_both_scorings_and_each_example(small, tmp_path):
-    done("evaluate", small.base, "--on", f"crows-pairs={small.pairs}", "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
-    found = {m["name"]: m["value"] for m in json.loads((tmp_path / "m.json").read_text())["measures"]}
+    done("evaluate", small.base, "--on", f"crows-pairs={small.pairs}", "--seed", 5, "--samples", 47, "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
+    kept = json.loads((tmp_path / "m.json").read_text())["measures"]
+    found = {m["name"]: m["value"] for m in kept}
     rows = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
     for scoring in crows_pairs.SCORINGS:
         own = [r for r in rows if r["measure"] == f"crows-pairs/{scoring}"]
         assert len(own) == 12
+        again = measures([scored(r["more"], r["less"]) for r in own], scoring, seed=5, samples=47)
+        assert [m.as_json() for m in again] == [m for m in kept if scoring in m["name"]]
         assert found[f"crows-pairs/{scoring}/all"] == found[f"crows-pairs/{scoring}/gender"] == pytest.approx(100 * sum(r["more"] > r["less"] for r in own) / 12)
 
 

@@ -24,7 +24,10 @@ from peftdebias.corpus import Example, read_examples
 from peftdebias.errors import ConfigError, DataError
 from peftdebias.evaluation import parse_on
 from peftdebias.extrinsic import classification_measures
-from peftdebias.metrics import bootstrap
+from peftdebias.metrics import Measure, bootstrap
+from peftdebias.metrics.classification import accuracy, f1, macro_f1
+from peftdebias.metrics.fairness import fairness
+from peftdebias.metrics.tpr_gap import tpr_gap
 from peftdebias.tasks import masked_samples
 from peftdebias.tokens import Encoded
 
@@ -74,7 +77,7 @@ def test_a_text_without_a_word_to_mask_says_nothing(small, tmp_path):
 
 def test_perplexity_is_its_definition(small, tmp_path):
     """The masks are those of the seed; loss is the mean over masked tokens of -log P, one text at a time here."""
-    done("evaluate", small.base, "--on", f"perplexity={small.heldout}", "--seed", 3, "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
+    done("evaluate", small.base, "--on", f"perplexity={small.heldout}", "--seed", 3, "--samples", 47, "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
     run, found = load_run(small.base), by_name(tmp_path / "m.json")
     texts = small.heldout.read_text().splitlines()
     samples = masked_samples([[e.ids] for e in run.tokenizer.encode(texts)], run.tokenizer, numpy.random.default_rng([3, 4]))
@@ -87,7 +90,7 @@ def test_perplexity_is_its_definition(small, tmp_path):
     assert found["mlm-loss"]["low"] < loss < found["mlm-loss"]["high"] and found["mlm-loss"]["n"] == len(texts) and found["mlm-loss"]["unit"] == "nats"
     rows = lines(tmp_path / "e.jsonl")
     counts = numpy.array([r["tokens"] for r in rows])
-    low, high = bootstrap.interval(lambda drawn: numpy.array(nll)[drawn].sum() / counts[drawn].sum(), len(texts), seed=3)  # of tokens, texts drawn
+    low, high = bootstrap.interval(lambda drawn: numpy.array(nll)[drawn].sum() / counts[drawn].sum(), len(texts), seed=3, samples=47)  # of tokens, texts drawn
     assert (found["mlm-loss"]["low"], found["mlm-loss"]["high"]) == pytest.approx((low, high), rel=1e-5) and len(set(counts)) > 1
     assert [r["text"] for r in rows] == texts and [r["nll"] for r in rows] == pytest.approx(nll, rel=1e-5) and [r["tokens"] for r in rows] == [len(s.targets) for s in samples]
     done("evaluate", small.base, "--on", f"perplexity={small.heldout}", "--seed", 4, "--json", tmp_path / "other.json")
@@ -169,6 +172,10 @@ def test_a_model_without_the_head_that_a_measure_needs_is_named(small, runs):
         assert said.code == 2 and f"{runs['jobs']}: expected a model with a masked-LM head for --on {name}={path}, got one without" in said.err
     said = cli("evaluate", small.base, "--on", f"classification={small.test}")
     assert said.code == 2 and f"{small.base}: expected a model with a classifier for --on classification={small.test}, got one without" in said.err
+    for run, entry, flags, words in (("jobs", f"bias-nli={small.root}", ("--neutral", "nurse"), "expected a run on pairs of texts (--text-pair), got one on single texts"),
+                                     ("pairs", f"iptts={small.binary}", (), "expected a run on single texts, got one on pairs")):
+        said = cli("evaluate", runs[run], "--on", entry, *flags)
+        assert said.code == 2 and said.err.endswith(f"--on {entry}: {words}\n")
     said = cli("evaluate", small.base)
     assert said.code == 2 and f"--on: expected at least one NAME=FILE with NAME one of {', '.join(MEASURES)}, got none" in said.err
 
@@ -306,6 +313,12 @@ def test_an_option_that_no_measure_takes_is_told(small):
     assert said.code == 2 and f"--text column: expected a csv, tsv or jsonl file to take it from, got txt alone ({small.heldout})" in said.err
 
 
+def test_results_do_not_take_the_place_of_an_axis_file(small, tmp_path):
+    (tmp_path / "own.toml").write_text("words")
+    said = cli("evaluate", small.base, "--on", f"perplexity={small.heldout}", "--axis", tmp_path / "own.toml", "--json", tmp_path / "own.toml")
+    assert said.code == 2 and f"--json {tmp_path}/own.toml: is read" in said.err and (tmp_path / "own.toml").read_text() == "words"
+
+
 def test_every_option_of_measures_names_measures():
     named = {name for f in dataclasses.fields(Evaluate) for name in f.metadata["of"]}
     assert named < set(evaluation.ON) and all(f.metadata["help"].startswith(", ".join(f.metadata["of"])) for f in dataclasses.fields(Evaluate))
@@ -334,11 +347,38 @@ def test_floors_take_no_more_shuffles_than_samples():
     assert len(floors) == 2 and all(m.low == m.value == m.high for m in floors)
 
 
+def test_figures_of_a_classifier_are_those_of_the_runs_labels_with_the_seed_and_samples_given():
+    """A label that neither is true nor predicted is one of the classes."""
+    predicted, labels, groups = list("01001101") * 5, list("00001111" * 5), list("fm" * 20)
+    drawn, known = dict(seed=5, samples=300), ("0", "1", "2")
+    found, _ = classification_measures(predicted, [example(*row) for row in zip(labels, groups)], known, "1", where="f.csv", **drawn)
+    assert found == [accuracy(predicted, labels, **drawn), macro_f1(predicted, labels, **drawn), f1(predicted, labels, "1", **drawn),
+                     *tpr_gap(predicted, labels, groups, **drawn).as_measures(), *fairness(predicted, labels, groups, classes=known, shuffles=200, **drawn).measures]
+
+
 def test_a_note_on_every_system_is_told_once(tmp_path, monkeypatch):
     (tmp_path / "t.txt").write_text("a\n")
     monkeypatch.setitem(evaluation.ON, "perplexity", lambda run, path, settings: Result([], [], ["cut"]))
     run = SimpleNamespace(model=SimpleNamespace(methods={"gender": None, "race": None}, without=lambda *names: contextlib.nullcontext()))
     assert evaluation.evaluate_run(run, Evaluate(model="m", on=(f"perplexity={tmp_path / 't.txt'}",))).notes == ["cut"]
+
+
+def test_figures_and_examples_of_every_system_and_file_have_one_name(tmp_path, monkeypatch):
+    """Two files that are called alike are told by their paths; a module alone is measured without the others."""
+    files = [tmp_path / "t.txt", tmp_path / "deep" / "t.txt"]
+    files[1].parent.mkdir()
+    for file in files:
+        file.write_text("a\n")
+    monkeypatch.setitem(evaluation.ON, "perplexity", lambda run, path, settings: Result([Measure("mlm-loss", 1.0, "nats", None, None, None, 1)], [{"measure": "mlm-loss"}], []))
+    for modules, expected in ((("gender", "race"), {"": (), "base/": ("gender", "race"), "only-gender/": ("race",), "only-race/": ("gender",)}), (("gender",), {"": ()})):
+        off = []
+        run = SimpleNamespace(model=SimpleNamespace(methods=dict.fromkeys(modules), without=lambda *names: off.append(names) or contextlib.nullcontext()))
+        found = evaluation.evaluate_run(run, Evaluate(model="m", on=tuple(f"perplexity={os.path.relpath(file)}" for file in files)))
+        assert off == list(expected.values()) and [m.name for m in found.measures] == [f"{prefix}mlm-loss ({file.resolve()})" for prefix in expected for file in files]
+        assert [row["measure"] for row in found.examples] == [m.name for m in found.measures]
+    assert parse_on((f"perplexity={files[0]}",))
+    with pytest.raises(ConfigError, match="given twice; expected it once"):
+        parse_on((f"perplexity={files[0]}", f"perplexity={os.path.relpath(files[0])}"))
 
 
 def test_files_of_a_folder_are_those_that_no_results_are(tmp_path):

@@ -125,6 +125,11 @@ def test_intervals_of_few_examples_stay_in_the_range_and_around_their_value():
     assert beyond > 0
 
 
+def test_floors_are_drawn_by_the_seed_and_are_of_all_examples():
+    first, again, other = (fairness(*world(groups=2), samples=2, shuffles=20, seed=seed).measures[1::2] for seed in (1, 1, 2))
+    assert first == again and all(one.value != two.value for one, two in zip(first, other)) and {m.n for m in first} == {531}
+
+
 def test_order_and_names_do_not_matter():
     predicted, labels, groups = (np.array(column) for column in world())
     order = np.random.default_rng(0).permutation(len(labels))

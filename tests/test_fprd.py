@@ -1,6 +1,7 @@
 """FPRD against its definition as loops; what a mention is; terms left out; the script's variant; the floor; intervals."""
 
 import csv
+import gzip
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ from peftdebias.errors import DataError
 from peftdebias.metrics import bootstrap, tally
 from peftdebias.metrics.fprd import fprd, fprd_tally, frames, mentions, read_terms
 
-from .small import done, flags_of
+from .small import cli, done, flags_of
 
 TERMS = ["gay", "white", "african american", "american", "deaf"]
 
@@ -55,7 +56,7 @@ def test_fprd_and_the_scripts_variant_are_their_definitions():
     found = {m.name: m for m in fprd(predicted, labels, "1", mentioned, TERMS).measures}
     assert found["fprd"].value == pytest.approx(by_hand(predicted, labels, mentioned), abs=1e-9)
     assert found["fprd/script"].value == pytest.approx(by_hand(predicted, labels, mentioned, lambda label: True), abs=1e-9)
-    assert found["fprd/script"].value < found["fprd"].value and found["fprd/script"].n == 611
+    assert found["fprd/script"].value < found["fprd"].value and found["fprd/script"].n == 611 and found["fprd/fpr"].n == found["fprd"].n < 611
     assert found["fprd/fpr"].value == pytest.approx(100 * rates(predicted, labels, mentioned)[0], abs=1e-9)
     for z, term in enumerate(TERMS[:4]):
         value, n = rates(predicted, labels, mentioned, z)
@@ -160,6 +161,10 @@ def test_terms_come_one_a_line(tmp_path):
     assert read_terms(tmp_path / "t.csv") == ["african american", "gay"]
     (tmp_path / "t.txt").write_text("middle eastern, or so\nterm\n")
     assert read_terms(tmp_path / "t.txt") == ["middle eastern, or so", "term"]
+    for name, header in (("T.CSV", "terms"), ("t.Csv.gz", "identity")):
+        with (gzip.open if name.endswith("gz") else open)(tmp_path / name, "wt") as file:
+            file.write(f"{header},note\nGay,x\n")
+        assert read_terms(tmp_path / name) == ["gay"]
     (tmp_path / "none.csv").write_text("identity\n\n")
     with pytest.raises(DataError, match="none.csv: expected identity terms, one a line, found none"):
         read_terms(tmp_path / "none.csv")
@@ -173,6 +178,9 @@ def test_terms_come_one_a_line(tmp_path):
 def test_errors_say_what_was_expected():
     with pytest.raises(DataError, match=r"expected texts without the label '1' that mention an identity term, found none with any of 1: gay"):
         fprd(["1", "0"], ["1", "0"], "1", [[True], [False]], ["gay"])
+    for n, shown in ((5, "5: a, b, c, d, e"), (6, "6: a, b, c, d, e, ...")):
+        with pytest.raises(DataError, match=f"found none with any of {shown}$"):
+            fprd(["0"], ["0"], "1", [[False] * n], list("abcdef"[:n]))
     with pytest.raises(DataError, match="expected texts without the label '1', found none"):
         fprd(["1"], ["1"], "1", [[True]], ["gay"])
     with pytest.raises(DataError, match="expected mentions of 2 terms in 1 texts, got 1 in 1"):
@@ -205,11 +213,26 @@ def test_intervals_of_templates_draw_whole_frames():
     found = {m.name: m for m in fprd(predicted, labels, "1", mentioned, TERMS_OF, clusters=clusters, samples=4000).measures}
     alone = {m.name: m for m in fprd(predicted, labels, "1", mentioned, TERMS_OF, samples=4000).measures}
     assert {name: m.value for name, m in found.items()} == pytest.approx({name: m.value for name, m in alone.items()})
+    order = np.random.default_rng(1).permutation(240)
+    mixed = fprd(np.array(predicted)[order], labels, "1", mentioned[order], TERMS_OF, clusters=np.array(clusters)[order], samples=4000).measures
+    assert {m.name: (m.value, m.low, m.high) for m in mixed if m.name != "fprd/shuffled"} == {m.name: pytest.approx((m.value, m.low, m.high)) for m in found.values() if m.name != "fprd/shuffled"}
     drawn = np.random.default_rng(3).integers(0, 40, (2000, 40))
     rates = (np.array(predicted) == "1").reshape(40, 6)[drawn].mean((1, 2)) * 100
     low, high = np.quantile(rates, [0.025, 0.975])
     assert abs(found["fprd/fpr"].low - low) < 0.08 * (high - low) and abs(found["fprd/fpr"].high - high) < 0.08 * (high - low)
     assert found["fprd/fpr"].high - found["fprd/fpr"].low > 1.8 * (alone["fprd/fpr"].high - alone["fprd/fpr"].low)
+
+
+def test_of_templates_a_figure_rests_on_the_frames_that_have_its_texts():
+    texts = ["gay and white men", "gay and deaf men", "a white man", "a deaf man", "old white men", "old deaf men"]  # gay: two texts of one frame
+    found = fprd(list("101010"), ["0"] * 6, "1", mentions(texts, TERMS), TERMS, clusters=frames(texts, TERMS)).measures
+    assert [m.name for m in found if np.isnan(m.low)] == ["fprd/term/gay"] and found[-3].n == 2
+    texts = [f"{term} {word}" for word in ("men", "towns", "food", "hate", "spite", "scorn", "venom") for term in TERMS[:2]]  # of seven frames three are harmless
+    labels, mentioned = ["0"] * 6 + ["1"] * 8, mentions(texts, TERMS[:2])
+    one, other = (fprd_tally([answer] * 6 + ["1"] * 8, labels, "1", mentioned, TERMS[:2], clusters=frames(texts, TERMS[:2])).tally for answer in "01")
+    found = {d.name: (d.value, d.p) for d in tally.differences(one, other)[0]}
+    assert found == {"fprd": (0, 1), "fprd/script": (0, 1)} | {f"fprd/{rate}": (100, 0.25) for rate in ("fpr", "term/gay", "term/white")}
+    assert [f.units for f in one.figures] == [3, None, 3, 3, 3]
 
 
 # ---------------------------------------------------------------- through the commands
@@ -252,12 +275,22 @@ def test_templates_with_terms_of_their_own_are_measured_again_with_them(answered
     assert json.loads((tmp_path / "again.json").read_text())["measures"] == found["measures"]
     done("evaluate", answered / "a", *asked[:2], "--samples", 40, "--json", tmp_path / "alone.json")
     assert json.loads((tmp_path / "alone.json").read_text())["settings"]["terms"] == str(tmp_path / "one" / "identity.csv")
+    done("evaluate", answered / "a", *asked[:2], "--samples", 40, "--terms", tmp_path / "two" / "identity.csv", "--json", tmp_path / "named.json")  # named, so not those beside it
+    assert {m["name"] for m in json.loads((tmp_path / "named.json").read_text())["measures"] if "/term/" in m["name"]} == {f"fprd-iptts/term/{word}" for word in WORDS[:2]}
+
+
+def test_templates_with_another_label_are_named_by_their_line(answered, tmp_path):
+    (tmp_path / "t.csv").write_text("Text,bin_label\nnurse,0\nguard,2\n")
+    said = cli("evaluate", answered / "a", "--on", f"iptts={tmp_path / 't.csv'}", "--terms", answered / "terms.txt")
+    assert said.code == 2 and said.err.endswith(f"{tmp_path}/t.csv:3: expected 0 or 1 in column 'bin_label', got '2'\n")
 
 
 def test_terms_of_both_texts_of_a_pair_are_mentioned():
     examples = [Example("a", "old b", "0", None, "f:1"), Example("young a", "b", "0", None, "f:2"), Example("a", "b", "1", None, "f:3")]
     found = extrinsic._fprd(Answers(examples, ("0", "1"), np.full((3, 2), 0.5), ["0", "0", "1"], []), "1", ["old", "young"], "fprd", "f", Evaluate(model="m", samples=40))
     assert [row["terms"] for row in found.examples] == [["old"], ["young"], []]
+    with pytest.raises(DataError, match="^f: expected texts without the label '1' that mention an identity term, found none with any of 1: tall$"):
+        extrinsic._fprd(Answers(examples, ("0", "1"), np.full((3, 2), 0.5), ["0", "0", "1"], []), "1", ["tall"], "fprd", "f", Evaluate(model="m"))
 
 
 def rows_of(folder, name, measure):

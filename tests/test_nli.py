@@ -147,7 +147,7 @@ def test_evaluate_asks_every_pair_and_compare_counts_the_same(small, tmp_path):
     for seed, name in enumerate("ab"):
         done("downstream", *flags_of(dict(model=small.base, train=small.paired, dev=small.paired, text="first", text_pair="second", label="same", epochs=3, lr=3e-3, seed=seed,
                                           out=tmp_path / name)))
-        said = done("evaluate", tmp_path / name, "--on", f"bias-nli={lists}", "--neutral", "yes", "--seed", 3, "--json", tmp_path / f"{name}.json",
+        said = done("evaluate", tmp_path / name, "--on", f"bias-nli={lists}", "--neutral", "yes", "--seed", 3, "--samples", 47, "--json", tmp_path / f"{name}.json",
                     "--examples", tmp_path / f"{name}.jsonl")
         assert f"{lists}: 24 of 24 pairs; 4 occupations; neutral is the label 'yes'" in said.err
     pairs, counted = list(nli.read_pairs(lists)), []
@@ -159,7 +159,7 @@ def test_evaluate_asks_every_pair_and_compare_counts_the_same(small, tmp_path):
         assert run.model.classifier.labels == ("no", "yes") and [row["probabilities"]["yes"] for row in rows] == pytest.approx(yes, abs=1e-6)
         assert [row["predicted"] for row in rows] == ["yes" if p > 0.5 else "no" for p in yes] and {row["neutral"] for row in rows} == {"yes"}
         given = [row["probabilities"]["yes"] for row in rows], [p > 0.5 for p in yes], [p.occupation for p in pairs]
-        assert json.loads((tmp_path / f"{name}.json").read_text())["measures"] == [m.as_json() for m in nli.measures(*given, seed=3)]
+        assert json.loads((tmp_path / f"{name}.json").read_text())["measures"] == [m.as_json() for m in nli.measures(*given, seed=3, samples=47)]
         counted.append(nli.nli_tally(*given))
     done("compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--seed", 3, "--json", tmp_path / "d.json")
     found = {d["name"]: (d["difference"], d["low"], d["high"]) for d in json.loads((tmp_path / "d.json").read_text())["differences"]}
@@ -167,3 +167,6 @@ def test_evaluate_asks_every_pair_and_compare_counts_the_same(small, tmp_path):
     said = done("evaluate", tmp_path / "a", "--on", f"bias-nli={lists}", "--neutral", "yes", "--max-pairs", 7, "--seed", 5, "--examples", tmp_path / "few.jsonl")
     few = [(row["text"], row["text_pair"]) for row in map(json.loads, (tmp_path / "few.jsonl").read_text().splitlines())]
     assert few == [(pairs[i].premise, pairs[i].hypothesis) for i in nli.read_pairs(lists).numbers(7, 5)] and "7 of 24 pairs, a sample with seed 5" in said.err
+    longer = sum(len(e.ids) > 12 for e in run.tokenizer.encode([p.premise for p in pairs], [p.hypothesis for p in pairs]))
+    said = done("evaluate", tmp_path / "a", "--on", f"bias-nli={lists}", "--neutral", "yes", "--max-length", 12)
+    assert f"{lists}: {longer} pairs are longer than 12 tokens and were cut" in said.err and 0 < longer < 24

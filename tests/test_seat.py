@@ -13,7 +13,7 @@ from peftdebias.batches import Sample, pack
 from peftdebias.errors import DataError
 from peftdebias.metrics import seat
 from peftdebias.metrics.seat import AssociationTest, associations, measures, p_value, read_tests, seat_tally, stems
-from peftdebias.metrics.tally import differences
+from peftdebias.metrics.tally import differences, values
 from peftdebias.tokens import STYLES, wordpiece
 from peftdebias.weights import load
 
@@ -84,7 +84,7 @@ def test_by_hand():
 
 def test_equal_sums_count_although_they_round_apart():
     s = np.array([0.1, 0.2, 0.3, 0.3, 0.2, 0.1])  # the same three numbers on both sides
-    assert p_value(s, 3) == np.mean([sum(part) >= 0.6 - 1e-9 for part in itertools.combinations(s, 3)])
+    assert p_value(s, 3) == np.mean([sum(part) >= 0.6 - 1e-9 for part in itertools.combinations(s, 3)]) == p_value(1e9 * s, 3) == p_value(1e-13 * s, 3)
     assert p_value(np.full(8, 0.1), 4) == p_value(np.zeros(8), 4) == 1 and math.isnan(effect_size(np.zeros(8), 4))
 
 
@@ -101,6 +101,9 @@ def test_sampled_partitions_agree_with_all_of_them(monkeypatch):
 def test_the_observed_partition_counts_among_the_sampled(monkeypatch):
     monkeypatch.setattr(seat, "PERMUTATIONS", 500)
     assert p_value(np.concatenate([np.ones(40), np.zeros(40)]), 40) == 1 / 500  # no other is as extreme; p is never 0
+    for block in (seat.BLOCK, 800):
+        monkeypatch.setattr(seat, "BLOCK", block)
+        assert p_value(np.zeros(80), 40) == 1  # all of them are
 
 
 # ---------------------------------------------------------------- intervals
@@ -126,7 +129,7 @@ def test_the_interval_is_that_of_drawing_words_within_each_set():
 
 def test_one_word_says_nothing_of_the_spread():
     found, p = measures(AssociationTest("t", (("x 1", "x 2", "x 3"), ("y 1", "z 2", "y 3"), ("a",), ("b",)), tuple("XYAB")), np.array([1.0, 2, 3, 0, 1, 0.5]))
-    assert math.isnan(found.low) and found.value > 0 and p.low is p.high is None
+    assert math.isnan(found.low) and found.value > 0 and p.low is p.high is None and p.n == found.n == 6
 
 
 def test_two_systems_are_compared_on_the_same_words():
@@ -150,12 +153,17 @@ def test_what_rounds_apart_is_no_difference():
     assert 0 < abs(found.value) < 1e-12 and (found.low, found.high, found.p) == (0, 0, 1)
 
 
+def test_small_associations_and_one_target_of_many_have_an_effect():
+    for s in (np.eye(200)[0], 1e-9 * np.eye(200)[0]):  # variance 1 / 200
+        assert values(seat_tally(["t"] * 200, [0] * 100 + [1] * 100, range(200), s)) == pytest.approx(0.01 / math.sqrt(1 / 200))
+
+
 def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path):
     for name in ("weat10.jsonl", "weat2.jsonl", "sent-weat2.jsonl", "notes.txt"):
         written(tmp_path, name)
     assert [t.name for t in read_tests(tmp_path)] == ["sent-weat2", "weat2", "weat10"]
-    (one,) = read_tests(written(tmp_path, attr1={"category": "A", "examples": ["career", "salary", "career"]}))
-    assert one.sets[2] == ("career", "salary") and one.categories == ("TARG1", "TARG2", "A", "ATTR2") and one.targets == 12  # a text counts once
+    (one,) = read_tests(written(tmp_path, "weat6.v2.jsonl", attr1={"category": "A", "examples": ["career", "salary", "career"]}, attr2={"examples": ["home"]}))
+    assert one.name == "weat6.v2" and one.sets[2] == ("career", "salary") and one.categories == ("TARG1", "TARG2", "A", "attr2") and one.targets == 12  # a text counts once
 
 
 @pytest.mark.parametrize("changes,words", [
@@ -272,6 +280,8 @@ def test_a_difference_rests_on_the_words_of_both_sets():
     one, other = (seat_tally(["t"] * 4, [0, 0, 1, 1], list("abcd"), s) for s in ([1.0, 1, -1, -1], [-1.0, -1, 1, 1]))
     (found,), _ = differences(one, other)
     assert (found.value, found.low, found.high) == pytest.approx((-2 * math.sqrt(3),) * 3) and found.p == 1 / 8
+    twice = (seat_tally(["t"] * 8 + ["u"] * 8, [0, 0, 1, 1] * 4, list("abcd") * 4, s * 4) for s in ([1.0, 1, -1, -1], [-1.0, -1, 1, 1]))  # two tests, two sentences a word
+    assert [(d.p, d.n) for d in differences(*twice)[0]] == [(1 / 8, 8)] * 2
 
 
 def test_evaluate_passes_the_seed_and_the_samples_on(base, tmp_path, monkeypatch):

@@ -56,6 +56,8 @@ def test_sub_tokens_are_asked_one_by_one_with_those_before_filled_in_and_those_a
         ("[CLS] the nurse was per [MASK] . [SEP]", 5, "##cep"),
         ("[CLS] the nurse was per ##cep [MASK] . [SEP]", 6, "##tive"),
         ("[CLS] the nurse was [MASK] . [SEP]", 4, "fox")]
+    asked, *_ = questions(TOKENIZER, [context(words=("kind", "\u4e2dcalm", "fox"))], 64)  # an unknown sub-token is filled in too
+    assert masked(asked)[2] == ("[CLS] the nurse was [UNK] [MASK] . [SEP]", 5, "calm")
 
 
 @pytest.mark.parametrize("text,expected", [
@@ -76,6 +78,8 @@ def test_candidates_are_one_word_without_punctuation_counted_by_single_spaces(tm
         row("The nurse  was BLANK", sentences=["the nurse  was kind", "the nurse  was calm", "the nurse  was tall"]),
     ])
     assert [c.words for c in read_contexts(file)] == [("kindhearted", "very", "fox"), ("Calm", "fox", "kind"), ("kind", "calm", "tall")]
+    (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(read_contexts(tmp_path / "bom.json")) == 3
 
 
 def test_roberta_candidates_have_a_space_before_them(shared):
@@ -196,10 +200,12 @@ def test_by_hand_ties_count_as_anti_and_the_model_that_knows_nothing():
 
 
 def test_a_target_of_two_domains_is_one_term():
+    assert [m.value for m in measures(["x", "X", "X"], ["d"] * 3, [[3, 1, 2], [1, 3, 2], [1, 3, 2]])][1] == 50  # another case is another term
     found = {m.name: m for m in measures(["x", "x", "y"], ["d", "e", "e"], [[3, 1, 2], [1, 3, 2], [3, 2, 1]])}
     assert found["stereoset/ss/overall"].value == 75 and found["stereoset/ss/d"].value == 100 and found["stereoset/ss/e"].value == 50
     assert math.isnan(found["stereoset/ss/d"].low) and found["stereoset/ss/d"].as_json()["high"] is None  # one term says nothing of the spread
     assert not math.isnan(found["stereoset/ss/e"].low)
+    assert [(m.name, m.value) for m in measures(["x", "y"], ["overall", "d"], [[3, 1, 2], [1, 3, 2]])][1::3] == [("stereoset/ss/overall", 50), ("stereoset/ss/d", 0)]
 
 
 def test_intervals_are_those_of_drawing_terms():
@@ -243,8 +249,9 @@ def broken(**changes) -> dict:
     ([broken(sentences=None)], "expected three sentences, one each with the gold_label stereotype, anti-stereotype, unrelated, got 0 with none"),
     ([broken(sentences=row()["sentences"][:2])], "got 2 with stereotype, anti-stereotype"),
     ([broken(sentences=[row()["sentences"][0]] * 3)], "got 3 with stereotype"),
+    ([broken(sentences=row()["sentences"] + row()["sentences"][:1])], "got 4 with stereotype, anti-stereotype, unrelated"),
     ([row(sentences=["The nurse", "The nurse was calm.", "The nurse was fox."])], "expected a word in the place of BLANK in every sentence, word 4 counted by single spaces"),
-    ([row(sentences=["The nurse was ...", "The nurse was calm.", "The nurse was fox."])], "found none in one of them"),
+    *(([row(sentences=[f"The nurse was{end}", "The nurse was calm.", "The nurse was fox."])], "found none in one of them") for end in (" ...", "", " \u00a0.")),
 ])  # fmt: skip
 def test_bad_files_are_named_with_the_context(rows, words, tmp_path):
     file = written(tmp_path, rows)
@@ -258,6 +265,8 @@ def test_what_is_no_stereoset_file(content, tmp_path):
     (tmp_path / "f.json").write_bytes(content)
     with pytest.raises(DataError, match=r"f.json: expected StereoSet's "):
         read_contexts(tmp_path / "f.json")
+    with pytest.raises(DataError, match=f"^{tmp_path}: expected StereoSet's JSON, got .*directory"):
+        read_contexts(tmp_path)
     with pytest.raises(DataError, match="none.json: no such file"):
         read_contexts(tmp_path / "none.json")
 

@@ -68,6 +68,9 @@ def test_strata_keep_their_sizes():
     drawn = [np.concatenate([x[:20][random.integers(0, 20, 20)], x[20:][random.integers(0, 30, 30)]]).mean() for _ in range(4000)]
     low, high = np.quantile(drawn, [0.025, 0.975])
     assert abs(mean.low - low) < 0.06 * (high - low) and abs(mean.high - high) < 0.06 * (high - low)
+    number = (Figure("ones", "1", None, 50, lambda sums: sums[..., 1]),)  # of two kinds, one of which both strata have: 15 of the second stratum's 30
+    (ones,) = measures(Tally(np.array([0] * 20 + [0, 1] * 15), 2, None, number, strata), samples=4000)
+    assert (ones.low, ones.high) == pytest.approx((15 - 1.96 * 7.5 ** 0.5, 15 + 1.96 * 7.5 ** 0.5), abs=1)
     free, _ = measures(Tally(np.arange(50), 50, adds, figures), samples=4000)
     assert free.high - free.low > 3 * (mean.high - mean.low)
     assert measures(Tally(np.arange(50), 50, adds, figures, np.zeros(50, int))) == measures(Tally(np.arange(50), 50, adds, figures))
@@ -110,13 +113,33 @@ def test_what_noise_lifts_is_shifted_down():
 
 
 def test_there_is_no_difference_without_an_interval():
-    with pytest.raises(DataError, match="accuracy: expected an interval for the difference, got none"):
-        Difference("accuracy", 1.0, 2.0, "points", None, float("nan"), 3.0, 0.5, "none", 10)
+    for low, high in ((float("nan"), 3.0), (3.0, float("inf"))):
+        with pytest.raises(DataError, match="accuracy: expected an interval for the difference, got none"):
+            Difference("accuracy", 1.0, 2.0, "points", None, low, high, 0.5, "none", 10)
     assert differences(means([1.0], [1.0]), means([2.0], [1.0])) == ([], ["mean"])  # one example
     assert differences(means([1.0, 2.0], [0.0, 0.0]), means([1.0, 2.0], [1.0, 1.0])) == ([], ["mean"])  # not defined
     assert differences(means([1.0, 2.0], [1, 1], "a"), means([1.0, 2.0], [1, 1], "b")) == ([], [])  # nothing in common
     one = measures(means([1.0], [1.0]))[0]
     assert one.value == 1 and one.as_json()["low"] is None
+
+
+def test_figures_are_told_by_their_names():
+    """The second system has them in another order, one more, and one of the first's is not among them; each has a number of its own."""
+    x = np.random.default_rng(0).normal(size=(9, 3))
+
+    def kept(shift, *columns):
+        return of_rows(x + shift, tuple(Figure("xyz"[c], "1", None, 3 + c, lambda sums, c=c: sums[..., c] / 9) for c in columns))
+
+    found, without = differences(kept(0.0, 1, 0, 2), kept([1.0, 2, 3], 0, 2))
+    assert [(d.name, d.first, d.second, d.n, d.p) for d in found] == [("x", pytest.approx(x[:, 0].mean()), pytest.approx(x[:, 0].mean() + 1), 3, 0.25),
+                                                                      ("z", pytest.approx(x[:, 2].mean()), pytest.approx(x[:, 2].mean() + 3), 5, 2.0 ** -4)]
+    assert not without and all(d.low == pytest.approx(d.value) == d.high for d in found) and [m.n for m in measures(kept(0.0, 1, 0))] == [4, 3]
+
+
+def test_blocks_of_resamples_are_as_many_as_asked_for(monkeypatch):
+    monkeypatch.setattr(tally, "BLOCK", 7 * 401)
+    blocks = [block.shape for (block,) in tally._resamples([means(*some())], 0, 40)]
+    assert blocks == [(1, 7)] * 5 + [(1, 5)]
 
 
 def test_what_rests_on_one_cluster_has_neither_interval_nor_difference():

@@ -57,6 +57,7 @@ def test_which_group_comes_first(pair, first):
     assert result.first == first and {result.first, result.second} == set(pair)
     assert result.per_class["y"] == (-50.0 if first == pair[0] else 50.0)
     assert tpr_gap(predicted, labels, [pair[0]] * 2 + [pair[1]] * 2, first=pair[0]).per_class["y"] == -50.0
+    assert tpr_gap(predicted, labels, [1, 1, 0, 0], first=1).first == "1"  # as strings
 
 
 def test_classes_without_positives_of_either_group_are_left_out_and_named():
@@ -147,6 +148,9 @@ def test_ten_thousand_examples_take_no_time():
 def test_errors_say_what_was_expected():
     with pytest.raises(DataError, match="expected 2 groups, got 3: f, m, x"):
         tpr_gap(["y"] * 3, ["y"] * 3, ["f", "m", "x"])
+    for n, shown in ((5, "a, b, c, d, e"), (6, "a, b, c, d, e, ...")):
+        with pytest.raises(DataError, match=f"expected 2 groups, got {n}: {shown}$"):
+            tpr_gap(["y"] * n, ["y"] * n, "abcdef"[:n])
     with pytest.raises(DataError, match="expected 2 groups, got 1: f"):
         tpr_gap(["y"], ["y"], ["f"])
     with pytest.raises(DataError, match="expected as many groups as predicted, 2, got 1"):

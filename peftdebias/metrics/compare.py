@@ -58,8 +58,8 @@ def classification_tally(predicted, labels, groups=None, *, classes, positive=No
     shape = (len(classes), len(names), len(classes))
     kind = np.ravel_multi_index([index_of(labels, classes, "label"), index_of(groups, names, "group"), index_of(predicted, classes, "prediction")], shape)
 
-    def figure(name, unit, ideal, value, lifted=False, units=None):
-        return Figure(name, unit, ideal, len(labels), lambda sums: value(sums.reshape(*sums.shape[:-1], *shape)), lifted, most=100.0, units=units)
+    def figure(name, unit, ideal, value, lifted=False, n=len(labels), units=None):
+        return Figure(name, unit, ideal, n, lambda sums: value(sums.reshape(*sums.shape[:-1], *shape)), lifted, most=100.0, units=units)
 
     def true(table):  # [..., C, G, C] -> [..., C]
         return np.diagonal(table.sum(-2), axis1=-2, axis2=-1)
@@ -80,7 +80,7 @@ def classification_tally(predicted, labels, groups=None, *, classes, positive=No
             hits, all_of = np.swapaxes(np.diagonal(table, axis1=-3, axis2=-1), -1, -2), table.sum(-1)
             return rms_of_gaps(gaps_of_counts(np.stack([all_of - hits, hits], -1)))
         positives = np.bincount(kind // shape[2], minlength=shape[0] * shape[1]).reshape(shape[:2])  # of each label in each group
-        figures.append(figure("tpr-gap/rms", "points", 0.0, rms, lifted=True, units=None if (positives.min(1) > 1).any() else 1))
+        figures.append(figure("tpr-gap/rms", "points", 0.0, rms, lifted=True, n=int(positives[positives.min(1) > 0].sum()), units=None if (positives.min(1) > 1).any() else 1))
     if len(names) > 1:
         figures += table_figures(shape, len(labels))
     return Tally(kind, int(np.prod(shape)), None, tuple(figures))

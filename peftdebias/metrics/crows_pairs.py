@@ -129,7 +129,7 @@ def measures(scored: Sequence[Scored], scoring: str, bias_type: str | None = Non
     if bias_type is not None and bias_type not in kinds:
         raise DataError(f"CrowS-Pairs category: expected one of {', '.join(kinds)}, got {bias_type!r}")
     found = []
-    for kind in [bias_type] if bias_type else ["all", *kinds]:
+    for kind in [bias_type] if bias_type else dict.fromkeys(["all", *kinds]):
         prefers = numpy.array([s.prefers_more for s in scored if s.more is not None and kind in ("all", s.pair.bias_type)])
         if len(prefers):
             low, high = mean_interval(100.0 * prefers, seed=seed, samples=samples)
@@ -142,7 +142,7 @@ def crows_pairs_tally(name: str, more, less, bias_types) -> Tally:
 
     name: "crows-pairs/SCORING". more, less: scores of each pair [N], None where dropped. bias_types: of each pair.
     """
-    groups = {"all": numpy.ones(len(bias_types), bool)} | {kind: numpy.array([k == kind for k in bias_types]) for kind in sorted(set(bias_types))}
+    groups = {"all": numpy.ones(len(bias_types), bool)} | {kind: numpy.array([k == kind for k in bias_types]) for kind in sorted({*bias_types} - {"all"})}
     scored = numpy.array([m is not None and l is not None for m, l in zip(more, less)])
     prefers = numpy.array([m is not None and l is not None and m > l for m, l in zip(more, less)])
     rows = numpy.stack([part for inside in groups.values() for part in (inside & scored, inside & prefers)], 1)

@@ -168,14 +168,18 @@ def fprd_tally(predicted, labels, positive, mentioned, terms: Sequence[str], *, 
     def rate(place):
         return lambda sums: 100 * tally.ratio(layout(sums)[2][..., place], layout(sums)[1][..., place])
 
+    _, of = np.unique(range(len(labels)) if clusters is None else clusters, return_inverse=True)
+
+    def units(inside):  # how many clusters have such texts
+        return int(np.count_nonzero(np.bincount(of[inside])))
+
     n = int(negative.sum())
-    figures = (Figure(name, "1", 0.0, n, value, lifted=True, most=len(kept)),
+    figures = (Figure(name, "1", 0.0, n, value, lifted=True, most=len(kept), units=units(negative)),
                Figure(f"{name}/script", "1", 0.0, len(labels), script, lifted=True, most=len(kept)),
-               Figure(f"{name}/fpr", "%", 0.0, n, rate(0)),
-               *(Figure(f"{name}/term/{terms[z]}", "%", 0.0, int(count[z]), rate(i)) for i, z in enumerate(kept, 1)))
+               Figure(f"{name}/fpr", "%", 0.0, n, rate(0), units=units(negative)),
+               *(Figure(f"{name}/term/{terms[z]}", "%", 0.0, int(count[z]), rate(i), units=units(negative & mentioned[:, z])) for i, z in enumerate(kept, 1)))
     kind, rows = kinds.kind, adds
     if clusters is not None:
-        _, of = np.unique(clusters, return_inverse=True)
         order = np.argsort(of, kind="stable")
         whole = tally.of_rows(np.add.reduceat(adds[kind[order]], np.flatnonzero(np.diff(of[order], prepend=-1)), axis=0), ())
         kind, rows = whole.kind, whole.adds
