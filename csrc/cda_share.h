@@ -221,7 +221,7 @@ private:
         for (size_t i = first; i < last; ++i) {
             const Hit& hit = hits_[i];
             const int64_t turn = r % (hit.choices + 1);
-            if (!turn) continue;
+            if (!turn || (!done_.empty() && hit.start < done_.back().end)) continue;  // the s of a possessive went with the word before it
             Done done{hit.start, hit.end, axis->row_start(hit.row) + int32_t(turn) - 1, 0, {}};
             possessive(t, hit, done);
             done_.push_back(done);

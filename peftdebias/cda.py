@@ -133,7 +133,7 @@ def counterfactuals(text: str, axis: Axis, intervention: Intervention = PAPER) -
     for r, places, rows in candidates:
         swaps, pieces, done = [], [], 0
         for (start, end, _), row in zip(places, rows):
-            if turn := r % (len(row) + 1):
+            if (turn := r % (len(row) + 1)) and start >= done:  # else an s that is a word of the axis, and went with a possessive
                 after = row[turn - 1]
                 if text[end : end + 1] in _APOSTROPHES:
                     end, after = _possessive(text, start, end, after)

@@ -64,7 +64,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, last: type | None = No
         meta, kind = field.metadata, _plain(hints[field.name])
         kwargs: dict = {"default": argparse.SUPPRESS, "help": (meta["help"] + _shown(field)).replace("%", "%%")}
         if kind is bool:
-            kwargs["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
+            kwargs["action"] = argparse.BooleanOptionalAction  # --no-NAME too: a flag wins over a TOML file that says true
         else:
             kwargs["metavar"] = meta["metavar"] or (None if meta["choices"] else {int: "N", float: "X"}.get(kind, "TEXT"))
             if meta["choices"]:
@@ -136,6 +136,8 @@ def checked(cls: type, values: dict, where: str = "") -> dict:
         if key not in fields:
             known = ", ".join(field.rstrip("_") for field in fields)
             raise ConfigError(f"{where}unknown key {name!r}; expected {'one of ' + known if known else 'none'}")
+        if key in ready:  # with - and with _
+            raise ConfigError(f"{where}{name}: expected once, got it twice")
         kind = _plain(hints[key])
         if value is None and type(None) in typing.get_args(hints[key]):
             ready[key] = None
@@ -224,7 +226,7 @@ def _read_toml(cls: type, path: str) -> dict:
     if not path:  # as a Path it would be the working folder
         raise ConfigError("--config: expected FILE.toml, got an empty text")
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: no such file") from None
     except OSError as error:

@@ -180,7 +180,7 @@ def load(name: str) -> Recipe:
     """Read and check a recipe. Raises ConfigError that names the file and the key."""
     path = find(name)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: expected TOML, got {error}") from None
     return _Reader(str(path)).recipe(table)

@@ -91,6 +91,9 @@ def test_a_shard_counts_its_own_texts(files, tmp_path):
     whole = json.loads((tmp_path / "s.json").read_text())
     assert [sum(one[key] for one in found) for key in ("texts", "touched", "variants", "swaps")] == [whole[key] for key in ("texts", "touched", "variants", "swaps")]
     assert all(one["touched_share"] == one["touched"] / one["texts"] for one in found) and max(one["texts"] for one in found) <= whole["texts"] // 3 + 1
+    said = done("augment", "--axis", "gender", files / "a.txt", "--shard", "1/99", "--stats", tmp_path / "s.json", "--out", tmp_path / "o.jsonl")
+    none = json.loads((tmp_path / "s.json").read_text())  # more shards than texts: some are empty, and no error
+    assert "0 texts, 0 (0.0 %) with words of the axis gender; 0 counterfactuals, 0 swaps" in said.err and (none["texts"], none["touched_share"]) == (0, 0.0)
 
 
 def test_interventions(tmp_path):
@@ -122,6 +125,8 @@ def test_lines_are_texts_for_other_tools(files):
         (files / "two.jsonl").write_text(json.dumps({"text": text}) + "\n")
         said = cli("augment", "--axis", "gender", "--format", "lines", files / "two.jsonl", "--out", files / "o.txt")
         assert said.code == 2 and "two.jsonl:1: expected a text without line breaks for --format lines" in said.err and not (files / "o.txt").exists()
+    (files / "two.jsonl").write_text(json.dumps({"text": "he\rshe"}) + "\n")  # which no reader parts
+    assert done("augment", "--axis", "gender", "--format", "lines", files / "two.jsonl").out == "he\rshe\nshe\rhe\n"
 
 
 def test_statistics(files):
@@ -131,6 +136,14 @@ def test_statistics(files):
         "axis": "gender", "texts": 8, "touched": 5, "variants": 5, "swaps": 10, "skipped": 0, "groups": {"male": 6, "female": 4}}
     assert found["touched_share"] == 5 / 8 and found["words"]["his"] == 2 and sum(found["words"].values()) == 10
     assert found["bytes"] == (files / "a.txt").stat().st_size and found["engine"] in ("native", "python")
+
+
+def test_the_engine_has_the_threads_that_are_asked_for(files, monkeypatch):
+    asked, made = [], augment.engine
+    monkeypatch.setattr(augment, "engine", lambda *arguments: asked.append(arguments[2]) or made(*arguments))
+    for flags in ((), ("--threads", 3)):
+        done("augment", "--axis", "gender", files / "a.txt", *flags)
+    assert asked == [1, 3]
 
 
 @pytest.mark.parametrize("name, content", [("a.txt", "h\u00e9 is a king\n"), ("a.csv", "text\nh\u00e9 is a king\n")])
@@ -151,6 +164,8 @@ def test_what_is_found_is_told_by_column(tmp_path):
     assert stats("--axis", "gender")[0] == {"male": 1, "female": 3}
     found, said = stats("--axis", "group", "--from", "1")
     assert found == {"1": 1, "2": 0, "3": 0} and "2 texts, 1 (50.0 %) with words of the axis group in the column 1; " in said and "words of the axis group: jewish 1\n" in said
+    told = json.loads((tmp_path / "s.json").read_text())
+    assert (told["touched"], told["touched_share"], told["variants"]) == (1, 0.5, 2)  # a share of texts, whatever each becomes
 
 
 def test_the_ten_words_that_were_found_most_are_named(tmp_path):
@@ -162,8 +177,10 @@ def test_the_ten_words_that_were_found_most_are_named(tmp_path):
 
 def test_a_text_without_words_of_the_axis_is_an_error_that_counts(tmp_path):
     (tmp_path / "a.txt").write_text("rain\nsnow\n")
-    said = cli("augment", "--axis", "gender", tmp_path / "a.txt", "--out", tmp_path / "o.jsonl")
-    assert said.code == 2 and said.err.splitlines()[-1] == f"peftdebias: {tmp_path}/a.txt: expected words of the axis gender, found none in 2 texts" and list(tree(tmp_path)) == ["a.txt"]
+    for files, many in ((["a.txt"], 2), (["a.txt", "a.txt"], 4)):
+        said = cli("augment", "--axis", "gender", *(tmp_path / name for name in files), "--out", tmp_path / "o.jsonl")
+        assert said.code == 2 and list(tree(tmp_path)) == ["a.txt"]
+        assert said.err.splitlines()[-1] == f"peftdebias: {', '.join(f'{tmp_path}/{name}' for name in files)}: expected words of the axis gender, found none in {many} texts"
 
 
 def test_a_column_of_lines_is_refused(files):

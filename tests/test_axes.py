@@ -232,6 +232,8 @@ def test_an_unknown_name_lists_the_known():
 
 
 def test_a_missing_file(tmp_path):
+    with pytest.raises(DataError, match=r"^axis file NOWHERE\.TOML: no such file$"):
+        load_axis("NOWHERE.TOML")
     with pytest.raises(DataError, match=r"axis file .*nowhere\.toml: no such file"):
         load_axis(tmp_path / "nowhere.toml")
 
@@ -346,5 +348,6 @@ def test_an_axis_made_by_hand_is_looked_at_too(changes, words):
 def test_a_digest_is_of_the_words_and_of_what_is_done_with_them():
     axis = Axis("wealth", (("rich", "poor"),), True)
     same = [dataclasses.replace(axis, **change) for change in ({"name": "money"}, {"source": "f"}, {"description": "d"}, {"keep_untouched": False}, {"columns": ("a", "b")})]
-    other = [dataclasses.replace(axis, **change) for change in ({"groups": (("rich", "needy"),)}, {"like": (("wealthy", "rich"),)}, {"only": (("rich", ("lower",)),)}, {"unless_after": (("rich", ("oil",)),)})]
-    assert {one.digest() for one in same} == {axis.digest()} and len({axis.digest(), *(one.digest() for one in other)}) == 5
+    other = [dataclasses.replace(axis, **change) for change in (
+        {"groups": (("rich", "needy"),)}, {"pronouns": True}, {"like": (("wealthy", "rich"),)}, {"only": (("rich", ("lower",)),)}, {"unless_after": (("rich", ("oil",)),)})]
+    assert {one.digest() for one in same} == {axis.digest()} and len({axis.digest(), *(one.digest() for one in other)}) == 6

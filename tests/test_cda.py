@@ -75,6 +75,12 @@ def test_a_bare_apostrophe_gets_its_s(mark):
     assert swap(f"the duchess{mark} horse, an ACTRESS{mark} role, a hostess{mark}") == f"the duke{mark}s horse, an ACTOR{mark}S role, a hostess{mark}"
 
 
+@pytest.mark.parametrize("plural", ["townsmen", "townspeople", "grandchildren"])
+def test_a_plural_without_an_s_gives_its_own_up(plural):
+    axis = Axis("plurals", ((plural, "ladies"),), True)
+    assert [swap(text, axis) for text in (f"The {plural}'s hats", f"{plural.upper()}'S HATS", "the ladies' hats")] == ["The ladies' hats", "LADIES' HATS", f"the {plural}'s hats"]
+
+
 @pytest.mark.parametrize("mark", ["'", "\u2019"])
 @pytest.mark.parametrize(
     "text, expected",
@@ -99,6 +105,14 @@ def test_possessives_and_contractions(text, expected, mark):
     assert swap(expected) == text
     (variant,) = counterfactuals(text, GENDER)
     assert rebuild(text, variant.swaps) == expected
+
+
+@pytest.mark.parametrize("mark", ["'", "\u2019"])
+def test_the_s_of_a_possessive_is_swapped_once(mark):
+    """Also where it is a word of the axis itself: swaps do not overlap."""
+    axis = Axis("letters", (("ladies", "gentlemen"), ("s", "z")), True)
+    (variant,) = counterfactuals(f"The gentlemen{mark}s s, king{mark}s", axis)
+    assert variant == Counterfactual(f"The ladies{mark} z, king{mark}z", (Swap(4, 15, f"gentlemen{mark}s", f"ladies{mark}"), Swap(16, 17, "s", "z"), Swap(24, 25, "s", "z")))
 
 
 def test_where_the_swaps_lie():
@@ -203,7 +217,8 @@ def test_the_table_sees_no_difference_between_male_and_female():
 
 
 @pytest.mark.parametrize("token,kinds", [
-    ("walking", "ING"), ("being", ""), ("king", ""), ("quickly", "LY"), ("fly", ""), ("walked", "ED"), ("bed", ""), ("need", ""), ("agreed", ""), ("useful", "ADJ"), ("able", ""), ("12", "NUMBER")])
+    ("walking", "ING"), ("being", ""), ("king", ""), ("quickly", "LY"), ("fly", ""), ("walked", "ED"), ("bed", ""), ("need", ""), ("agreed", ""), ("useful", "ADJ"), ("able", ""), ("12", "NUMBER"),
+    ("ugly", ""), ("shed", ""), ("cable", ""), ("edible", "ADJ"), ("famous", "ADJ"), ("hopeless", "ADJ"), ("9th", "NUMBER"), ("\u0665", "")])
 def test_classes_by_spelling(token, kinds):
     from peftdebias.pronouns import _by_spelling
 
@@ -223,7 +238,7 @@ def test_a_word_of_the_longest_length_is_seen_before_another():
 def test_the_window_is_bounded():
     """A row looks no further than 64 characters: what lies beyond does not matter, and costs nothing."""
     far = "her" + " " * 64
-    assert swap(far + ".") == far.replace("her", "his") + "."
+    assert swap(far + ".") == far.replace("her", "his") + "." and swap(far) == far.replace("her", "him")  # where the text ends is seen from there
     assert swap("her" + " " * 63 + ".") == "him" + " " * 63 + "."
 
 
@@ -263,6 +278,9 @@ def test_a_repeated_variant_is_left_out(tmp_path):
     axis = load_axis(tmp_path / "twice.toml")
     assert [v.text for v in counterfactuals("a c", axis)] == ["b c"]
     assert [v.text for v in counterfactuals("C a", axis)] == ["D b", "E a", "F b"]
+    alike = Axis("alike", (("x", "\u0131", "i"),), True)  # both are written I
+    assert [v.text for v in counterfactuals("X", alike)] == ["I"]
+    assert [v.text for v in counterfactuals("X X", alike, Intervention(occurrences="one"))] == ["I X", "X I"]
 
 
 def test_words_of_other_scripts(tmp_path):

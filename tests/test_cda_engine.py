@@ -119,7 +119,8 @@ def test_any_bytes():
         same_lines(GENDER, broken(rng, lines) + rng.choice((b"", b"\n", b"\r\n")), threads=rng.randrange(1, 5))
 
 
-@pytest.mark.parametrize("data", [b"", b"\n", b"\r", b"\r\n", b"he", b"he\n\nshe", b" \n\t\nhe\x0b\n\xe3\x80\x80\n", b"\xff", b"he\xff\n\xff\nshe \xe9\n", b"h\0e he\0"])
+@pytest.mark.parametrize("data", [b"", b"\n", b"\r", b"\r\n", b"he", b"he\n\nshe", b" \n\t\nhe\x0b\n\xe3\x80\x80\n", b"\xff", b"he\xff\n\xff\nshe \xe9\n", b"h\0e he\0",
+                                  b"he\xc1\xbf\nhe\xe0\x9f\xbf\nhe\xf0\x8f\xbf\xbf\nhe\xed\xbf\xbf\nhe\xf4\x90\x80\x80\nhe \xe0\xa0\x80 \xf0\x90\x80\x80 \xf4\x8f\xbf\xbf"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_lines_are_those_of_the_reader(data, threads):
     same_lines(GENDER, data, threads=threads)
@@ -136,15 +137,22 @@ def test_lines_are_those_that_corpus_reads(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_threads_change_nothing(threads):
-    texts = list(fuzzed(4, GENDER, 60))
-    same(GENDER, texts, threads=threads)
-    same_lines(GENDER, "\n".join(text.replace("\n", " ") for text in texts).encode(), threads=threads)
+    """Nor do more of them than there are texts, or one text as long as the shares of several."""
+    for texts in (list(fuzzed(4, GENDER, 60)), ["he"], ["", "she" * 50, "his"]):
+        same(GENDER, texts, threads=threads)
+        same_lines(GENDER, "\n".join(text.replace("\n", " ") for text in texts).encode(), threads=threads)
 
 
 @pytest.mark.parametrize("bounds", [{"first": 100}, {"first": 5, "start": 8, "stop": 20}, {"stop": 3}, {"start": 1000}])
 def test_part_of_a_block(bounds):
     data = "\n".join(text.replace("\n", " ") for text in fuzzed(5, GENDER, 40)).encode()
     same_lines(GENDER, data, threads=3, **bounds)
+
+
+def test_a_corpus_has_any_number_of_texts():
+    for engine in engines(GENDER):
+        (chunk,) = engine.write(["he"], "json", first=2**40).chunks
+        assert json.loads(bytes(chunk))["source"] == 2**40
 
 
 @pytest.mark.parametrize(
@@ -157,12 +165,13 @@ def test_long_texts(text):
     same(GENDER, [text, "he", text])
 
 
-@pytest.mark.parametrize("cut", range(40, 90, 3))
-@pytest.mark.parametrize("filler", ["x", "é", " ", "\n", ". ", "€"])
+@pytest.mark.parametrize("cut", [40, 49, *range(58, 68), 76, 87])
+@pytest.mark.parametrize("filler", ["x", "é", " ", "\u3000", "\n", ". ", "€"])
 def test_what_the_window_of_a_pronoun_cuts(filler, cut):
     """64 characters on either side, not bytes; a word at the border counts as the piece inside."""
     fill = (filler * 90)[:cut]
-    same(GENDER, [f"met{fill} her{fill} going", f"a friend of{fill}his{fill}came", f"told {fill}her\n{fill}\nKim", f"they \n{fill}\n her", f"word{fill}loving her loving{fill}x"])
+    same(GENDER, [f"met{fill} her{fill} going", f"a friend of{fill}his{fill}came", f"told {fill}her\n{fill}\nKim", f"they \n{fill}\n her", f"word{fill}loving her loving{fill}x",
+                  f"a friend of{fill}his came.", f"met her{fill}", f"met her{fill}.", f"met her{fill}atoms", f"told her{fill}Kim", f"told\n{filler}\nher Kim", f"met her{filler}\n{fill}\nof"])
 
 
 @pytest.mark.parametrize("joint", sorted(cda.JOINTS))
@@ -172,10 +181,10 @@ def test_every_joint_leads_to_the_word_before(joint):
     assert [len(family.variants) for family in engines(UNEVEN)[0].families(texts)] == [0, 0, 0, 0, 3]
 
 
-def test_a_word_before_may_be_as_long_as_any():
+def test_a_word_and_one_before_may_be_as_long_as_any():
     """In characters, not bytes."""
-    axis = Axis("wealth", (("rich", "poor"),), True, unless_after=(("rich", ("\U00010428" * LONGEST_WORD,)),))
-    same(axis, ["\U00010428" * n + " rich" for n in (LONGEST_WORD - 1, LONGEST_WORD, LONGEST_WORD + 1)])
+    axis = Axis("wealth", (("rich", "poor"), ("\u5973" * LONGEST_WORD, "b")), True, unless_after=(("rich", ("\U00010428" * LONGEST_WORD,)),))
+    same(axis, ["\U00010428" * n + " rich" for n in (LONGEST_WORD - 1, LONGEST_WORD, LONGEST_WORD + 1)] + ["\u5973" * LONGEST_WORD])
 
 
 def test_the_rules_see_the_same_words_and_lines():
@@ -188,8 +197,17 @@ def test_the_rules_see_the_same_words_and_lines():
         assert fast.expand(texts) == plain.expand(texts)
 
 
+def test_the_rules_see_words_of_any_spelling():
+    texts = [text for word in pronoun_table().words if word.isalpha() for text in (f"earned her {word.upper()} times", f"let her {word.upper()} to")]
+    spelled = [start + ending for start in ("", "9", "z", "zz", "zzz", "é", "zé", "zzé") for ending in ("ing", "ly", "ed", "eed", "able", "ible", "ful", "less", "ous")]
+    texts += [f"{verb} her {word} {after}" for word in (*spelled, *map(str.upper, spelled[-9:])) for verb, after in (("heard", "songs"), ("used", "."), ("had", "."), ("made", "."), ("hit", "times"))]
+    texts += [f"told her {name} was" for name in ("Eva", "\u00c9va", "E\u00e9a", "EVA", "eva")]
+    fast, plain = engines(GENDER)
+    assert fast.expand(texts) == plain.expand(texts)
+
+
 def test_a_word_inside_another_is_not_found():
-    same(Axis("boats", (("fo'c's'le", "stern"), ("le", "la"), ("c", "d")), True), ["the fo'c's'le", "FO\u2019c's'le le", "fo'c's'les, c's", "fo'c's\u2019le's c"])
+    same(Axis("boats", (("fo'c", "bow"), ("fo'c's'le", "stern"), ("fo'c's", "bows"), ("le", "la"), ("c", "d")), True), ["the fo'c's'le", "FO\u2019c's'le le", "fo'c's'les, c's", "fo'c's\u2019le's c"])
 
 
 def test_quotes_and_possessives_at_the_ends_of_a_text():
@@ -198,6 +216,12 @@ def test_quotes_and_possessives_at_the_ends_of_a_text():
 
 def test_the_s_of_a_possessive_has_the_case_of_what_is_put():
     same(Axis("scripts", (("ladies", "\u5973"), ("lords", "1")), True), ["LADIES' room", "Ladies' room", "LORDS' room", "\u5973\u2019s"])
+    same(GENDER, ["GENTLEMEN'S room", "THE GENTLEMEN\u2019S"])
+
+
+@pytest.mark.parametrize("occurrences", OCCURRENCES)
+def test_choices_that_are_written_alike_make_one_variant(occurrences):
+    same(Axis("alike", (("x", "\u0131", "i"), ("y", "z")), True), ["X", "X X y", "I"], Intervention(occurrences=occurrences))
 
 
 def test_no_texts():

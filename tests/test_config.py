@@ -100,6 +100,15 @@ def test_a_flag_wins_over_the_file_over_the_default(toml):
     assert options.resolve(Upstream, {"config": path, "set": ["rank=4", "targets=key"]}).set == {"rank": 4, "targets": "key"}
 
 
+@pytest.mark.parametrize("cls,rest,name", [(cls, rest, field.name) for cls, rest in ((Upstream, UPSTREAM), (Downstream, DOWNSTREAM), (config.Compare, {}))
+                                           for field in dataclasses.fields(cls) if isinstance(field.default, bool)])
+def test_a_flag_turns_off_what_the_file_turns_on(cls, rest, name, toml):
+    command, path = cls.__name__.lower(), toml(tomli_w.dumps(rest | {name: True}))
+    for typed, expected in (([], True), ([f"--no-{options.flag(name)[2:]}"], False), ([options.flag(name)], True)):
+        given = vars(cli.parser().parse_args([command, "--config", path, *typed]))
+        assert given.pop("command") == command and getattr(options.resolve(cls, given), name) is expected
+
+
 def test_one_value_serves_as_a_list_of_one(toml):
     assert options.resolve(Upstream, {"config": toml('model="m"\naxis="a"\ncorpus="c.txt"\nout="o"')}).corpus == ("c.txt",)
 
@@ -161,9 +170,11 @@ REST = 'model="m"\naxis="a"\ncorpus="c"\nout="o"\n'
 @pytest.mark.parametrize("text,words", [
     (REST + "stepz = 3", "unknown key 'stepz'; expected one of "), (REST + 'steps = "3"', "steps: expected a whole number, got '3'"),
     (REST + "steps = 3.0", "steps: expected a whole number, got 3.0"), (REST + "steps = true", "steps: expected a whole number, got True"),
+    ("valid-every = 3\nvalid_every = 4", "valid_every: expected once, got it twice"), ("from = 'a'\nfrom_ = 'b'", "from_: expected once, got it twice"),
     (REST + 'lr = "high"', "lr: expected a number, got 'high'"), (REST + "overwrite = 1", "overwrite: expected true or false, got 1"),
     ("corpus = [1, 2]", r"corpus: expected a list of texts, got \(1, 2\)"), ("corpus = 5", r"corpus: expected a list of texts, got \(5,\)"), ("model = 5", "model: expected a text, got 5"),
     ('set = "rank"', "set: expected a table of options, got 'rank'"), ("set = 3", "set: expected a table of options, got 3"),
+    (f'steps = "{"x" * 98}"', "steps: expected a whole number, got 'x{98}'$"), (f'steps = "{"x" * 99}"', "steps: expected a whole number, got str$"),
     ('precision = "fp8"', "precision: expected one of auto, float32, bf16, got 'fp8'"),
 ])  # fmt: skip
 def test_what_the_file_gets_wrong_is_named_with_the_file(text, words, toml):
@@ -181,6 +192,8 @@ def test_a_file_that_is_no_toml_or_is_not_there(toml, tmp_path):
         options.resolve(Upstream, {"config": str(tmp_path)})
     with pytest.raises(ConfigError, match="^--config: expected FILE.toml, got an empty text$"):
         options.resolve(Upstream, {"config": ""})
+    (tmp_path / "marked.toml").write_text("\ufeff" + REST, encoding="utf-8")  # as some editors save it
+    assert options.resolve(Upstream, {"config": str(tmp_path / "marked.toml")}).out == "o"
     (tmp_path / "latin.toml").write_bytes("model = 'é'".encode("latin-1"))
     with pytest.raises(ConfigError, match="expected TOML"):
         options.resolve(Upstream, {"config": str(tmp_path / "latin.toml")})
@@ -243,6 +256,14 @@ def test_all_that_is_missing_is_named_as_it_is_typed():
     (Predict, {"run": "r"}, {"max_length": -5}, "--max-length: expected at least 3"),
     (Upstream, UPSTREAM, {"weight_decay": float("nan")}, "--weight-decay: expected at least 0, got nan"),
     (Augment, {"axis": "gender"}, {"threads": 1025}, "--threads: expected at most 1024, got 1025"),
+    (Upstream, UPSTREAM, {"workers": 1025}, "--workers: expected at most 1024, got 1025"), (Upstream, UPSTREAM, {"workers": -1}, "--workers: expected at least 0, got -1"),
+    (Upstream, UPSTREAM, {"shuffle_buffer": 0}, "--shuffle-buffer: expected at least 1, got 0"), (Upstream, UPSTREAM, {"fresh_head": 0}, "--fresh-head: expected at least 1, got 0"),
+    (Downstream, DOWNSTREAM, {"text_pair": "t"}, "--text, --text-pair, --label: expected columns of their own, got t twice"),
+    (Evaluate, {"model": "m"}, {"max_pairs": -1}, "--max-pairs: expected at least 0, got -1"), (Evaluate, {"model": "m"}, {"samples": 39}, "--samples: expected at least 40, got 39"),
+    (config.Testbed, {}, {"scale": 100.5}, "--scale: expected more than 0, up to 100, got 100.5"),
+    (config.Testbed, {}, {"attribute_weight": 1001.0}, "--attribute-weight: expected a number from 1 to 1000"),
+    (Augment, {"axis": "gender"}, {"shard": "0/2"}, "--shard: expected I/N with I from 1 to N, got '0/2'"),
+    (Augment, {"axis": "gender"}, {"shard": "\u00b9/2"}, "--shard: expected I/N with I from 1 to N, got '\u00b9/2'"),
     (config.Report, {"paths": ("r",)}, {"examples": -1}, "--examples: expected at least 0, got -1"),
     (Demo, {}, {"strength": 1.2}, "--strength: expected a strength from 0 to 1, got 1.2"),
     (Demo, {}, {"label_strength": -1.0}, "--label-strength: expected a strength"),
@@ -251,6 +272,17 @@ def test_values_that_make_no_sense_are_named_by_their_flag(cls, rest, changes, w
     with pytest.raises(ConfigError, match=words):
         cls(**rest | changes)
     assert cls(**rest)  # the rest was fine
+
+
+@pytest.mark.parametrize("cls,rest,values", [
+    (Upstream, UPSTREAM, {"warmup": 1.0, "workers": 1024, "attribute_weight": 1000.0, "seed": 2**63 - 1, "shuffle_buffer": 1, "max_length": 3, "fresh_head": 1}),
+    (Upstream, UPSTREAM, {"warmup": 0.0, "workers": 0, "attribute_weight": 1.0, "seed": 0, "max_variants": 1}), (Downstream, DOWNSTREAM, {"epochs": 1, "text_pair": "u"}),
+    (Augment, {"axis": "gender"}, {"threads": 1024, "shard": "3/3"}), (Evaluate, {"model": "m"}, {"samples": 40, "max_pairs": 0}), (Compare, {}, {"samples": 40}),
+    (config.Testbed, {}, {"scale": 100.0, "text_strengths": ("0", "1")}), (Demo, {}, {"strength": 1.0, "label_strength": 0.0}),
+])  # fmt: skip
+def test_the_ends_of_what_is_allowed_are_allowed(cls, rest, values):
+    made = cls(**rest | values)
+    assert {name: getattr(made, name) for name in values} == values
 
 
 def test_batches_are_32_texts_unless_asked_otherwise():

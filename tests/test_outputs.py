@@ -48,6 +48,11 @@ def test_a_folder_takes_its_name_when_it_is_whole(tmp_path):
     with folder(tmp_path / "run") as made:
         (made / "a").write_text("1")
     (tmp_path / "link").symlink_to(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    for out in ("run", "empty"):
+        with pytest.raises(ConfigError, match=f"^--out {tmp_path / out}: exists; expected a new folder [(]or --overwrite[)]$"), folder(tmp_path / out):
+            pass
+    (tmp_path / "empty").rmdir()
     for out in ("run", "link"):
         with folder(tmp_path / out, overwrite=True) as made:
             (made / "a").write_text(out)
@@ -147,7 +152,7 @@ def test_what_is_read_is_not_written(tmp_path):
     keep_apart({"--out": "/dev/null", "--stats": "/dev/null"}, [read, "/dev/null"])
 
 
-def test_a_digest_is_of_contents_and_of_where_they_lie(tmp_path):
+def test_a_digest_is_of_contents_and_of_where_they_lie(tmp_path, monkeypatch):
     found = []
     for place, content in (("a/x", "1"), ("a/x", "2"), ("b/x", "1"), ("a/x", "1")):
         folder = tmp_path / str(len(found))
@@ -155,6 +160,9 @@ def test_a_digest_is_of_contents_and_of_where_they_lie(tmp_path):
         (folder / place).write_text(content)
         found.append(outputs.digest(folder))
     assert len(set(found)) == 3 and found[0] == found[3]
+    whole, listed = outputs.digest(tmp_path), outputs.files_in
+    monkeypatch.setattr(outputs, "files_in", lambda folder: listed(folder)[::-1])  # a file system that lists them in another order
+    assert outputs.digest(tmp_path) == whole
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -162,6 +170,9 @@ def test_a_place_that_is_full_is_named(code, tmp_path):
     with pytest.raises(OSError) as caught, writing(str(tmp_path / "f.txt")):
         raise OSError(code, os.strerror(code))
     assert caught.value.filename == str(tmp_path / "f.txt") and list(tree(tmp_path)) == []
+    with pytest.raises(OSError) as caught, writing(str(tmp_path / "f.txt")):
+        raise OSError(code, os.strerror(code), "another.txt")  # which is the full one then
+    assert caught.value.filename == "another.txt"
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +226,8 @@ def test_a_shipped_axis_is_no_file(tmp_path, monkeypatch):
     (tmp_path / "texts.txt").write_text("she is a nurse\n")
     for _ in range(2):
         done("augment", "--axis", "gender", "texts.txt", "--out", "gender")
-    assert [tables(*names) for names in (("gender",), (None, None), ("gender", "shipped"), ("mine.toml", "mine"), ("axes/mine", "names/mine"))] == [
-        [], [], [], ["mine.toml", "mine"], ["axes/mine", "names/mine"]]
+    assert [tables(*names) for names in (("gender",), (None, None), ("gender", "shipped"), ("mine.TOML", "mine"), ("axes/mine", "names/mine"))] == [
+        [], [], [], ["mine.TOML", "mine"], ["axes/mine", "names/mine"]]
 
 
 def test_standard_input_counts_as_read(tmp_path):

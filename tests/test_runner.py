@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import tomllib
@@ -120,6 +121,7 @@ def test_the_shipped_recipes_are_whole():
     ("seeds = 2", "seeds = 0", "seeds: expected at least 1, got 0"),
     ("seeds = 2", "seeds = true", "seeds: expected a whole number, got True"),
     ("steps = 30", "steps = -5", r"\[upstream\]: steps: expected at least 1, got -5"),
+    ("valid_every = 20", "valid_every = 0", r"\[upstream\]: valid_every: expected at least 1, got 0"),
     ("lr = 1e-2", "lr = inf", r"\[upstream\]: lr: expected a finite number above 0, got inf"),
     ("max_length = 100", "max_length = 2", r"\[upstream\]: max_length: expected at least 3, got 2"),
     ("epochs = 10\n", "epochs = -3\n", r"\[\[task\]\] moved: epochs: expected at least 1, got -3"),
@@ -131,6 +133,8 @@ def test_the_shipped_recipes_are_whole():
     ("steps = 30", "step = 30", r"\[upstream\]: unknown key 'step'"),
     ("steps = 30", "steps = 30\nmax_pairs = 7", r"\[upstream\]: unknown key 'max_pairs'"),
     ('name = "moved"', 'name = "moved"\nmax_pairs = -1', r"\[\[task\]\] moved: max_pairs: expected at least 0, got -1"),
+    ('label = "profession", ', "", r"\[\[task\]\] jobs: expected a source `train` with a label"),
+    ('test = { file = ["binary.csv"], text = "text", label = "is_health" }\n', "", r"\[\[task\]\] moved: expected a source `test` with a label"),
     ('train_of = "jobs"', "", r"\[upstream\]: expected either file or train_of"),
     ('train_of = "jobs"', 'train_of = "job"', r"\[upstream\]: train_of: expected one of jobs, moved, got 'job'"),
     ('name = "moved"', 'name = "jobs"', r"\[\[task\]\]: expected one or more, each with a name of its own, got jobs, jobs"),
@@ -148,12 +152,12 @@ def test_the_shipped_recipes_are_whole():
     ('name = "LoRA"', 'name = "BERT"', "got 'BERT' and 'BERT'"),
     ('name = "LoRA"', 'name = "moved"', "got 'moved' and 'moved'"),
     ('name = "moved"', 'name = "upstream"', "got 'upstream' and 'upstream'"),
-    ('name = "moved"', 'name = "jobs-Full"\nstage = "transfer"\ntrain = { file = ["a"], label = "b" }\ntest = { file = ["a"], label = "b" }\n[[system]]\nname = "Debias"\n[[task]]\nname = "moved"',
-     "got 'jobs-full-debias' and 'jobs-Full-debias'"),
+    *[('name = "moved"', f'name = "{name}-Full"\nstage = "transfer"\ntrain = {{ file = ["a"], label = "b" }}\ntest = {{ file = ["a"], label = "b" }}\n[[system]]\nname = "Debias"\n'
+       '[[task]]\nname = "moved"', f"got '{name}-full-debias' and '{name}-Full-debias'") for name in ("jobs", "upstream")],
 ])  # fmt: skip
 def test_a_recipe_that_is_wrong_is_refused_in_one_line(old, new, words, tmp_path):
     assert old in RECIPE
-    (tmp_path / "r.toml").write_text(RECIPE.replace(old, new, 1))
+    (tmp_path / "r.toml").write_text("\ufeff" + RECIPE.replace(old, new, 1), encoding="utf-8")  # the mark that some editors put first is no mistake
     with pytest.raises(ConfigError, match=words) as error:
         recipes.load(str(tmp_path / "r.toml"))
     assert "\n" not in str(error.value)
@@ -166,6 +170,7 @@ def test_a_recipe_that_is_wrong_is_refused_in_one_line(old, new, words, tmp_path
     (["--systems", "LoRA", "X"], "--systems X: expected one of FT, Full-Debias, LoRA"),
     (["--upstream", "lt=1"], "--upstream lt: unknown key 'lt'"),
     (["--downstream", "lr=fast"], "--downstream lr: lr: expected a number, got 'fast'"),
+    (["--upstream", "jobs.lr=1.0"], "--upstream jobs.lr: expected NAME.KEY=VALUE with NAME one of FT, Full-Debias, LoRA"),
     (["--upstream", "Lora2.lr=1.0"], "--upstream Lora2.lr: expected NAME.KEY=VALUE with NAME one of FT, Full-Debias, LoRA"),
     (["--data", "nowhere"], "--data nowhere: expected a folder, found none"),
     (["--model", "nowhere"], "model 'nowhere': no such folder"),
@@ -300,6 +305,26 @@ def test_a_setting_of_one_text_keeps_its_commas(place, small, tmp_path, monkeypa
     assert seen[0].class_weights == "nurse=2,teacher=1"
 
 
+def test_all_that_a_recipe_says_of_the_training_is_asked_for(place, small, tmp_path, monkeypatch):
+    recipe, data = place
+    own = 'lr = 1e-3\nbatch_size = 7\nmax_length = 50\nmetric = "f1"\npositive = "nurse"\nclass_weights = "nurse=2"\n'
+    recipe.write_text(recipe.read_text().replace("lr = 1e-3\n", own, 1).replace("set = { rank = 2 }", "budget = 0.02"))
+    seen = []
+
+    def asked(settings, say):
+        seen.append(settings)
+        raise KeyboardInterrupt
+
+    for system, phase in (("LoRA", "upstream"), ("FT", "downstream")):
+        monkeypatch.setattr(runner.phases, phase, asked)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / system), systems=(system,), scale=0.09, device="cpu"))
+    expected = ({"axis": "gender", "method": "lora", "budget": 0.02, "steps": 3, "valid_every": 2, "lr": 1e-2, "batch_size": 16, "max_length": 100, "seed": 0, "device": "cpu"},
+                {"epochs": 2, "lr": 1e-3, "batch_size": 7, "max_length": 50, "metric": "f1", "positive": "nurse", "class_weights": "nurse=2", "group": "group", "seed": 0,
+                 "device": "cpu"})  # 0.09 of 30 steps, 20 and 20 epochs, rounded
+    assert [{name: getattr(one, name) for name in values} for one, values in zip(seen, expected)] == list(expected)
+
+
 def test_a_recipe_stopped_and_taken_up_again(place, small, tmp_path, monkeypatch):
     recipe, data = place
     out = tmp_path / "out"
@@ -399,10 +424,11 @@ def test_results_of_a_recipe_that_said_more_go_on(place, small, tmp_path):
 def test_files_that_changed_are_not_mixed_with_what_was_learnt_on_them(place, small, tmp_path):
     recipe, data = place
     shutil.copytree(small.base, tmp_path / "base")
+    (tmp_path / "base" / "more.bin").write_bytes(b"weights")
     settings = Run(recipe=str(recipe), model=str(tmp_path / "base"), data=str(data), out=str(tmp_path / "out"), scale=0.02, seeds=1, systems=("FT",))
     runner.run(settings)
     more = dataclasses.replace(settings, seeds=2)
-    for changed in (tmp_path / "base" / "model.safetensors", data / "test.jsonl", data / small.pairs.name):
+    for changed in (tmp_path / "base" / "model.safetensors", tmp_path / "base" / "more.bin", data / "test.jsonl", data / small.pairs.name):
         before = changed.read_bytes()
         changed.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
         with pytest.raises(ConfigError, match=re.escape(f"--out {tmp_path}/out: holds results with another {changed} than there is now; expected the same as before or another folder")):
@@ -440,6 +466,10 @@ def test_the_same_files_by_another_path_go_on(place, small, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path / "elsewhere")
     done(*flags, "--data", "../data", "--out", "../out", "--seeds", 3)
     assert "4 seeds" in done(*flags, "--data", "linked", "--out", "../out", "--seeds", 4).out
+    shutil.copytree(data, tmp_path / "copied")
+    for changed, what in ((("--data", "../copied"), f"data {os.path.realpath(data)}"), (("--data", "linked", "--upstream", "lr=0.5"), "upstream {}")):
+        said = cli(*flags, "--out", "../out", *changed)
+        assert said.code == 2 and f"--out ../out: holds results with {what}; expected the same as before" in said.err
 
 
 def test_what_is_damaged_in_its_own_folder_is_named_or_made_again(place, small, tmp_path):
