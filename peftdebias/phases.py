@@ -230,8 +230,10 @@ def _schedule(settings: Upstream | Downstream, steps: int, validate_every: int |
 
 
 def _saved(settings: Upstream | Downstream) -> dict:
-    """The configuration as the run keeps it: folders, files and patterns by absolute path, so that it can be found again from anywhere."""
+    """The configuration as the run keeps it: folders, files and patterns by absolute path, so that it can be found again from anywhere; not whether a
+    folder was replaced, which whoever repeats the run has to say again."""
     values = as_plain(settings)
+    del values["overwrite"]
     for key in checkpoint.SOURCES:
         if key in values:
             values[key] = [_absolute(v) for v in values[key]] if isinstance(values[key], list) else _absolute(values[key])

@@ -464,6 +464,13 @@ def test_what_is_cut_is_counted_and_reported(small, tmp_path):
     assert "longer than" not in done("downstream", *small.task(out=tmp_path / "whole", epochs=1)).err
 
 
+def test_to_replace_a_folder_is_said_each_time(small, tmp_path):
+    """Not by the config.toml of a run that once replaced another."""
+    assert learn(small, tmp_path, "he is a nurse\nshe is a baker\n", valid_share=1e-9, overwrite=True).code == 0
+    said = cli("upstream", "--config", tmp_path / "run" / "config.toml")
+    assert said.code == 2 and said.err.endswith("run: exists; expected a new folder (or --overwrite)\n"), said.err
+
+
 def test_a_budget_that_texts_leave_no_room_for_is_told(small, tmp_path):
     said = learn(small, tmp_path, "he is a nurse\nshe is a baker\n", method="prompt", budget=0.1, set=None, valid_share=0.5)
     assert re.search(r"--budget: 0\.1 of the base comes to prompt length \d+, 1 taken: beside texts of --max-length tokens the base has no positions for more", said.err), said.err
