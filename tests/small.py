@@ -120,6 +120,13 @@ def done(*argv) -> Said:
     return said
 
 
+def learn(small: Small, tmp_path: Path, text: str, **changes) -> Said:
+    """Two steps upstream on `text`, into the folder run; `changes` to the options."""
+    path = tmp_path / "c.txt"
+    path.write_text(text)
+    return cli("upstream", *small.learning(out=tmp_path / "run", corpus=path, steps=2, **changes))
+
+
 # ---------------------------------------------------------------- files
 
 def sha256(path: Path) -> str:
@@ -137,3 +144,7 @@ def lines(path: Path) -> list[dict]:
         raise AssertionError(f"{path}: {name} is no JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def without_times(path) -> list[dict]:
+    return [{k: v for k, v in event.items() if k not in ("seconds", "tokens_per_second", "waiting")} for event in lines(path)]
