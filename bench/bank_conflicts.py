@@ -2,7 +2,8 @@
 
 Shared memory has 32 banks of 4 bytes; in one pass each gives one word. What a warp reads or writes by one instruction takes as many passes as the most words that it wants of
 one bank (CUDA C++ programming guide, shared memory). Addresses are whole-number arithmetic on the thread's number, so they can be worked out, here for the 32 threads of a
-program's first warp; what depends on memory is unknown. No branch is followed, so a loop is seen in its first round.
+program's first warp, each of them taken to take part; what depends on memory, or on an instruction that is not in WHOLE, is unknown. No branch is followed, so a loop is seen in its
+first round. Counted are ld.shared, st.shared, ldmatrix and stmatrix; cp.async and wgmma, which go to shared memory by themselves, are not.
 """
 
 import collections
@@ -69,11 +70,17 @@ def _lop3(a: int, b: int, c: int, table: int) -> int:
     return sum(((table >> (4 * (a >> bit & 1) + 2 * (b >> bit & 1) + (c >> bit & 1))) & 1) << bit for bit in range(32))
 
 
+def _div(a: int, b: int) -> int:
+    """Towards 0."""
+    return abs(a) // abs(b) * (-1 if (a < 0) != (b < 0) else 1)
+
+
 WHOLE = {
-    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "mad": lambda a, b, c: a * b + c, "min": min, "max": max, "div": lambda a, b: a // b,
-    "rem": lambda a, b: a % b, "shl": lambda a, b: a << b, "shr": lambda a, b: a >> b, "and": lambda a, b: a & b, "or": lambda a, b: a | b, "xor": lambda a, b: a ^ b,
-    "not": lambda a: ~a, "mov": lambda a: a, "cvt": lambda a: a, "cvta": lambda a: a, "lop3": _lop3, "bfe": lambda a, at, bits: a >> at & (1 << bits) - 1,
-    "selp": lambda a, b, p: a if p else b}
+    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "mad": lambda a, b, c: a * b + c, "min": min, "max": max, "neg": lambda a: -a,
+    "div": _div, "rem": lambda a, b: a - b * _div(a, b), "shl": lambda a, b: a << min(b, 64), "shr": lambda a, b: a >> min(b, 64),
+    "and": lambda a, b: a & b, "or": lambda a, b: a | b, "xor": lambda a, b: a ^ b, "not": lambda a: ~a, "lop3": _lop3, "bfe": lambda a, at, bits: a >> at & (1 << bits) - 1,
+    "bfe.s32": lambda a, at, bits: (a >> at & (1 << bits) - 1 ^ 1 << bits - 1) - (1 << bits - 1),
+    "mov": lambda a: a, "cvt": lambda a: a, "cvta": lambda a: a, "selp": lambda a, b, p: a if p else b}
 COMPARED = {"lt": int.__lt__, "le": int.__le__, "gt": int.__gt__, "ge": int.__ge__, "eq": int.__eq__, "ne": int.__ne__}
 
 
@@ -113,15 +120,20 @@ class _Warp:
         return [0] * WARP if word == "global_smem" or word.startswith(("%ctaid", "%tid")) else None
 
     def _compute(self, kind: str, name: str, words: list[str]) -> None:
-        function = COMPARED.get(name.split(".")[1]) if kind == "setp" else WHOLE.get(kind)
+        function = COMPARED.get(name.split(".")[1]) if kind == "setp" else WHOLE.get(name, WHOLE.get(kind))
         given, type_ = [self._value(word) for word in words[1:]], name.rsplit(".", 1)[-1]
         if function is None or type_[0] in "fp" and kind != "setp" or ".hi" in name or None in given:
-            self._forget(words[0])
+            self._forget(words[0].partition("[")[0])  # an address that is written to stays what it is
             return
         if kind in ("shr", "setp", "cvt", "div", "rem", "min", "max") and name.split(".")[-1].startswith("s32"):
             given = [[(n + 2 ** 31) % 2 ** 32 - 2 ** 31 for n in some] for some in given]
-        made = [int(function(*some)) for some in zip(*given)]
-        self.registers[words[0]] = [n % 2 ** 32 for n in made] if type_.endswith("32") and ".wide" not in name and kind not in ("setp", "cvt") else made
+        try:
+            made = [int(function(*some)) for some in zip(*given)]
+        except (ArithmeticError, TypeError):  # by an argument that is taken as 0; of more operands than are known here
+            self._forget(words[0])
+            return
+        bits = "" if kind == "setp" or ".wide" in name else (name.split(".")[1] if kind == "cvt" else type_)[1:]
+        self.registers[words[0]] = [n % 2 ** int(bits) for n in made] if bits in ("16", "32") else made
 
     def _forget(self, text: str) -> None:
         self.registers.update(dict.fromkeys(re.findall(r"%\w+", text)))

@@ -68,3 +68,20 @@ def test_arguments_and_signs(counted):
                    "\tcvt.s64.s32 \t%rd2, %r7;", "\tadd.s64 \t%rd3, %rd1, %rd2;", "\tld.shared.b8 \t%rs1, [%rd3];") == "1/1"
     negative = "\tmov.u32 \t%r1, %tid.x;", "\tsub.s32 \t%r2, %r1, 16;", "\tsetp.lt.s32 \t%p1, %r2, 0;", "\tselp.b32 \t%r3, 0, %r1, %p1;", "\tshl.b32 \t%r4, %r3, 7;"
     assert counted(*negative, "\tld.shared.b32 \t%r9, [%r4];") == "17/1"  # one address for the lower 16 threads, the others' 16 in the same bank
+
+
+@pytest.mark.parametrize("line,expected", [
+    ("bfe.u32 %r3, %r1, 1, 2;", lambda t: t >> 1 & 3), ("bfe.s32 %r3, %r1, 1, 2;", lambda t: (0, 1, -2, -1)[t >> 1 & 3]), ("neg.s32 %r3, %r1;", lambda t: -t),
+    ("lop3.b32 %r3, %r1, 12, 5, 0x40;", lambda t: t & 12 & ~5), ("shr.s32 %r3, %r2, 2;", lambda t: t - 20 >> 2), ("shr.u32 %r3, %r2, 2;", lambda t: (t - 20) % 2 ** 32 >> 2),
+    ("min.s32 %r3, %r2, 3;", lambda t: min(t - 20, 3)), ("shl.b16 %r3, %r1, 14;", lambda t: (t << 14) % 2 ** 16), ("cvt.u16.u32 %r3, %r2;", lambda t: (t - 20) % 2 ** 16),
+    ("cvt.s64.s32 %r3, %r2;", lambda t: t - 20), ("mul.hi.u32 %r3, %r1, %r2;", None), ("ld.param.b32 %r3, [k];", lambda t: 4096), ("ld.param.b64 %r3, [k];", lambda t: 0),
+    ("div.s32 %r3, %r2, 3;", lambda t: int((t - 20) / 3)), ("rem.s32 %r3, %r2, 3;", lambda t: t - 20 - 3 * int((t - 20) / 3)), ("div.s32 %r3, %r1, 0;", None),
+    ("shl.b32 %r3, %r1, %r2;", lambda t: t << t - 20 if t > 19 else 0), ("setp.lt.and.s32 %r3, %r1, 3, 1;", None), ("prmt.b32 %r3, %r1, %r2, 0x5410U;", None),
+], ids=lambda given: given if isinstance(given, str) else "")
+def test_whole_numbers_are_those_of_ptx(counted, line, expected):
+    """%r1: thread t's t; %r2: t - 20, negative for most."""
+    warp = importlib.import_module("bench.bank_conflicts")._Warp()
+    for each in ("mov.u32 %r1, %tid.x;", "sub.s32 %r2, %r1, 20;", "st.global.b32 [ %r1 + 0 ], %r2;", line):
+        warp.run(each)
+    found, wanted = warp.registers["%r3"], expected and [expected(t) for t in range(32)]
+    assert found == wanted or found == [n % 2 ** 32 for n in wanted]

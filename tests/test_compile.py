@@ -36,7 +36,7 @@ many = next(s for s in importlib.import_module("peftdebias.kernels.adamw").specs
 print("many", compile_one("adamw", many, 90).wide)
 once = next(s for s in importlib.import_module("peftdebias.kernels.lora_grads").specs(90) if s.name == "once, bf16, 2 of 768")
 made = compile_one("lora_grads", once, 90)
-assert not made.red and made.passes.taken == made.passes.least > 0 and not made.passes.unknown, made  # its time is that of shared memory: no bank conflicts
+assert not made.red and made.passes.taken == made.passes.least > 0 and not made.passes.unknown, made  # no bank conflicts
 from peftdebias.kernels.tiles import like
 assert [like(arch) for arch in (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)] == [80, 86, 86, 86, 90, 100, 103, 110, 86, 86]
 assert not [s.name for s in importlib.import_module("peftdebias.kernels.lora_grads").specs(86) if s.name.startswith("once")]  # no shared memory for it

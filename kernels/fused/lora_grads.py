@@ -84,7 +84,7 @@ def _zeros(N: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
 @triton.jit
 def _side(base, row0, stride, first, blocks, T, seed, site, threshold, DROPS: tl.constexpr, BT: tl.constexpr, W: tl.constexpr, BK: tl.constexpr):
     """W tiles side by side, [W, BT, BK], from row row0 and column `first` on; rows beyond T are zeros. DROPS: dropped as dropout.py says, `blocks` blocks of 8 a row."""
-    columns, rows = first + (tl.arange(0, W) * BK)[:, None] + tl.arange(0, BK)[None, :], tl.arange(0, BT)
+    columns, rows = first + (tl.arange(0, W) * BK)[:, None] + tl.arange(0, BK)[None, :], tl.arange(0, BT).to(tl.int64)
     value = tl.load(base + row0 * stride + (rows[None, :, None] * stride + columns[:, None, :]), mask=(rows < T - row0)[None, :, None], other=0.0)
     if DROPS:
         kept = keep(row0 + rows, first // 8, blocks, seed, site, threshold, W * BK // 8)
@@ -94,7 +94,7 @@ def _side(base, row0, stride, first, blocks, T, seed, site, threshold, DROPS: tl
 
 @triton.jit
 def _over_tiles(u, v):
-    """[BT, R] each: u and v [W, BT, R] summed over W. Tiles lie in different warps: a thread gets both halves of W for its numbers, of u and v in one exchange. (A bare
+    """[BT, R] fp32 each: u and v [W, BT, R] fp32 summed over W. Tiles lie in different warps: a thread gets both halves of W for its numbers, of u and v in one exchange. (A bare
     tl.sum over W has a warp write and read one number in eight, eight times in a row, and triton 3.6 puts them into the same bank of shared memory.)"""
     W: tl.constexpr = u.shape[0]
     BT: tl.constexpr = u.shape[1]
@@ -106,7 +106,7 @@ def _over_tiles(u, v):
 
 @triton.jit
 def _everywhere(low, W: tl.constexpr):
-    """[W, R, BT]: low [BT, R] turned, for each of the W tiles side by side."""
+    """[W, R, BT]: low [BT, R], of any dtype, turned, for each of the W tiles side by side."""
     return tl.broadcast_to(tl.trans(low)[None, :, :], (W, low.shape[1], low.shape[0]))
 
 

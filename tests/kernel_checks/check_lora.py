@@ -297,6 +297,15 @@ def test_grads_of_a_slice_of_columns():
 
 
 @pytest.mark.parametrize("form", ["twice", "once"])
+def test_rows_may_lie_further_apart_than_32_bits_count(form):
+    """The elements of one tile of rows. What lies between them is never touched, so on a CPU it takes no memory."""
+    x = torch.empty_strided((16, 128), (2 ** 31 // 15 + 16, 1), dtype=torch.bfloat16, device=DEVICE).fill_(1)
+    with dispatch.use("lora_grads", form):
+        da, db = lora_grads.lora_grads(x, *(torch.ones(shape, device=DEVICE, dtype=x.dtype) for shape in ((16, 128), (3, 128), (128, 3))), 1.0)
+    assert (da == 2048).all() and (db == 2048).all()
+
+
+@pytest.mark.parametrize("form", ["twice", "once"])
 @pytest.mark.parametrize("rows", [1, 64, 129, 64 * 7 + 1])
 def test_chunks_of_rows_are_added_once_each(rows, form, monkeypatch):
     """With ones everywhere dB counts rows. More tiles than chunks make a program walk over several."""
