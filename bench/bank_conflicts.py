@@ -59,7 +59,8 @@ def _asked(name: str, addresses: list[int]) -> tuple[int, int]:
     if "matrix" in name:
         groups, bytes_each = int(re.search(r"\.x(\d)", name)[1]), 16
         return sum(_rounds(addresses[8 * n:8 * n + 8], bytes_each) for n in range(groups)), groups
-    bytes_each = int(re.search(r"\.[bfsu](\d+)$", name)[1]) // 8 * int((re.search(r"\.v(\d)", name) or "11")[1])
+    vector = re.search(r"\.v(\d)", name)
+    bytes_each = int(re.search(r"\.[bfsu](\d+)$", name)[1]) // 8 * (int(vector[1]) if vector else 1)
     together = min(WARP, WARP * WORD // bytes_each)
     return sum(_rounds(addresses[n:n + together], bytes_each) for n in range(0, WARP, together)), WARP // together
 

@@ -114,7 +114,7 @@ def compare_examples(first: str, second: str, *, seed: int = 0, samples: int = 1
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{first} or {second}: {name}: expected rows as `evaluate --examples` writes them, got others ({type(error).__name__}: {error})") from None
         except DataError as error:
-            raise DataError(str(error) if str(error).startswith((first, second)) else f"{first} or {second}: {name}: {error}") from None
+            raise DataError(str(error) if str(error).startswith((f"{first}:", f"{second}:")) else f"{first} or {second}: {name}: {error}") from None
         compared, without = differences(*both, seed=seed, samples=samples)
         if tallies is _classification:
             compared = [_with_mcnemar(d, a, b) if d.name == "accuracy" else d for d in compared]

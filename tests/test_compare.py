@@ -279,7 +279,7 @@ def test_a_mean_counts_what_has_a_weight():
     assert mean_tally("x", [1.0, 0.0, 3.0], [2, 0, 1], unit="nats", ideal=None).figures[0].n == 2
 
 
-def test_rows_that_no_figure_can_be_made_of_name_their_files(tmp_path):
+def test_rows_that_no_figure_can_be_made_of_name_their_files(tmp_path, monkeypatch):
     row = {"measure": "classification", "text": "t", "label": "x", "group": None, "positive": None, "predicted": "x", "probabilities": {"x": 0.6, "y": 0.4}}
     for rows, words in (([row, row | {"predicted": "z"}], "expected every prediction to be one of x, y, got z"),
                         ([row | {"group": "m"}, row], "groups: expected a value for every example, got none for example 1 (counted from 0)")):
@@ -288,6 +288,10 @@ def test_rows_that_no_figure_can_be_made_of_name_their_files(tmp_path):
         with pytest.raises(DataError) as error:
             comparison.compare_examples(str(tmp_path / "a"), str(tmp_path / "b"))
         assert str(error.value) == f"{tmp_path}/a or {tmp_path}/b: classification: {words}"
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / words[:3]).write_bytes((tmp_path / "a").read_bytes())  # a name that the message begins with is no place
+        with pytest.raises(DataError, match=f"^{words[:3]} or b: classification: {words[:20]}"):
+            comparison.compare_examples(words[:3], "b")
     (tmp_path / "b").write_text("".join(json.dumps(r | {"predicted": 3, "group": None}) + "\n" for r in rows))
     (tmp_path / "a").write_text((tmp_path / "b").read_text())
     with pytest.raises(DataError, match=f"^{tmp_path}/a:1: predicted: expected a label as text, got 3"):

@@ -180,13 +180,14 @@ def tiles_for(dtype: torch.dtype, ranks: int) -> dict[str, int]:
 SUMMED = {"CHUNKS": 32, "BN": 64}
 
 
+ONCE = {"BT": 16, "W": 8, "BK": 16, "R": 16, "num_warps": 8}
+ONCE_COLUMNS = ONCE["W"] * ONCE["BK"]
+
+
 def once_tiles(arch: int) -> dict[str, int]:
     """As tiles_for, of once_kernel. Before 90 there is shared memory for one tile of rows on its way, from 90 on for two. With BK 16 the 8 warps share out W whole: of wider
     tiles triton 3.9 gives a thread some of several W, lays them out in shared memory so, and eight rows of a product's operand come from one bank."""
-    return {"BT": 16, "W": 8, "BK": 16, "R": 16, "num_warps": 8, "num_stages": 2 if arch < 90 else 3}
-
-
-ONCE_COLUMNS = 128  # W BK
+    return ONCE | {"num_stages": 2 if arch < 90 else 3}
 
 
 def once_serves(arch: int, dtype: torch.dtype, width: int, out: int, pieces: int, ranks: int, drops: bool) -> bool:
