@@ -9,15 +9,14 @@ import contextlib
 import dataclasses
 import importlib
 import os
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from . import __version__, config, options
 from .errors import ConfigError, PeftDebiasError
 from .outputs import FULL, STANDARD_OUTPUT
+from .signals import Stopped, stoppable
 from .threads import sleep_soon
 
 EXAMPLES = {
@@ -65,13 +64,12 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8")
     try:
-        with warnings.catch_warnings(), _terminable():
+        with warnings.catch_warnings(), stoppable():
             warnings.showwarning = lambda message, *where: say(f"warning: {message}")
             given = options.resolve(settings, arguments)
             if closed and (refused := _nowhere(given)):
                 raise ConfigError(refused)
-            with _heard_later():
-                importlib.import_module(f".{module}", __package__)
+            importlib.import_module(f".{module}", __package__)
             command(given)
         sys.stdout.flush()
         return 0
@@ -92,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         return _ended(f"{'the results cannot be written' if error.filename is None else error.filename}: {error.strerror}")
     except KeyboardInterrupt as stop:
         _ended("stopped")
-        return 128 + stop.number if isinstance(stop, _Terminated) else 130
+        return 128 + stop.number if isinstance(stop, Stopped) else 130
     except (MemoryError, RuntimeError) as error:
         why = _no_memory(error)
         if why is None:
@@ -136,56 +134,6 @@ def _less(settings: type) -> str:
     there = [flag for name, flag in (("batch_size", "--batch-size"), ("batch_tokens", "--batch-tokens"), ("max_length", "--max-length")) if name in names]
     less = f"; less in {' or '.join(there)} takes less" if there else ""
     return f"{less}, and so does --save-memory" if "save_memory" in names else less
-
-
-STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-
-
-class _Terminated(KeyboardInterrupt):
-    """By a signal other than Ctrl-C's. number: which."""
-
-    def __init__(self, number: int):
-        self.number = number
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Inside the `with` block SIGTERM (kill, a scheduler, a container that ends) and SIGHUP (a terminal that is gone; not under nohup) raise, as Ctrl-C does; in another thread
-    than the first they cannot."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number, frame):
-        for each in taken:
-            signal.signal(each, signal.SIG_IGN)  # once is enough: the next would break off the tidying
-        raise _Terminated(number)
-
-    taken = [number for number in STOPPING if signal.getsignal(number) == signal.SIG_DFL]
-    for number in taken:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def _heard_later() -> Iterator[None]:
-    """Signals that come inside the `with` block are answered behind it: what a handler raises while C imports numpy or torch is lost, or leaves them half made."""
-    came, heard = [], {}
-    if threading.current_thread() is threading.main_thread():
-        heard = {number: handler for number in (signal.SIGINT, *STOPPING) if callable(handler := signal.getsignal(number))}
-    for number in heard:
-        signal.signal(number, lambda *signalled: came.append(signalled))
-    try:
-        yield
-    finally:
-        for number, handler in heard.items():
-            signal.signal(number, handler)
-    for number, frame in came[:1]:
-        heard[number](number, frame)
 
 
 def parser() -> argparse.ArgumentParser:

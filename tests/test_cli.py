@@ -5,10 +5,8 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import tomllib
 
 import pytest
@@ -383,18 +381,6 @@ def test_a_bug_keeps_its_traceback(small, monkeypatch, tmp_path):
     assert said.code == 130 and said.err.splitlines()[-1] == "peftdebias: stopped" and tree(tmp_path) == {}
 
 
-@pytest.mark.parametrize("name,code", [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
-def test_a_signal_leaves_nothing_half_written(name, code, small, tmp_path):
-    out = tmp_path / "run"
-    command = subprocess.Popen([sys.executable, "-m", "peftdebias", "upstream", *small.learning(steps=3000, valid_every=3000, out=out)], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True, preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)])  # ignored behind a shell's & or nohup
-    heard = iter(command.stderr.readline, "")
-    assert any(line.startswith("trained: ") for line in heard) and list(tmp_path.iterdir())  # the folder that is not whole yet
-    command.send_signal(getattr(signal, name))
-    said = command.stderr.read()
-    assert command.wait(60) == code and said.splitlines()[-1] == "peftdebias: stopped" and tree(tmp_path) == {}
-
-
 def test_streams_that_nobody_reads_end_no_work(small, tmp_path):
     """Standard output or error closed by the caller, or lines for people that find no place."""
     words = [sys.executable, "-m", "peftdebias", "evaluate", small.base, "--on", f"perplexity={small.heldout}", "--json"]
@@ -433,14 +419,6 @@ def test_an_error_that_finds_no_place_keeps_its_code(small, tmp_path):
 def test_a_name_that_is_not_utf_8_is_one_line(small, tmp_path):
     said = cli("upstream", *small.learning(out=tmp_path / "d\udcff"))
     assert said.code == 2 and "expected names in UTF-8" in said.err.splitlines()[-1] and "d\\udcff" in said.err.splitlines()[-1] and tree(tmp_path) == {}
-
-
-def test_in_a_thread_of_another_program_signals_are_left_alone(small, tmp_path):
-    before, said = signal.getsignal(signal.SIGTERM), []
-    thread = threading.Thread(target=lambda: said.append(cli("methods", "--model", small.base)))
-    thread.start()
-    thread.join()
-    assert said[0].code == 0 and cli("methods", "--model", small.base).code == 0 and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_kernel_that_is_not_there_is_one_line(small, monkeypatch, tmp_path):
@@ -620,22 +598,6 @@ def test_another_error_of_torch_keeps_its_traceback(monkeypatch):
 def test_methods_of_a_run_are_those_of_its_base(small, chain):
     tables = [done("methods", "--model", folder).out for folder in (small.base, chain[0]["gender"], chain[0]["plain"])]
     assert tables[0] == tables[1] == tables[2]
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_while_modules_are_imported_is_answered_behind_them(name, request):
-    """What a handler raises inside of numpy's or torch's own initialisation is lost."""
-    number, done, before = getattr(signal, name), [], {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL}[name]
-    given = signal.signal(number, before)  # ignored behind a shell's &
-    request.addfinalizer(lambda: signal.signal(number, given))
-    with pytest.raises(KeyboardInterrupt), command_line._terminable(), command_line._heard_later():
-        signal.raise_signal(number)
-        signal.raise_signal(number)
-        done.append("imported")
-    assert done == ["imported"] and signal.getsignal(number) == before
-    with command_line._terminable(), command_line._heard_later():
-        pass
-    assert signal.getsignal(number) == before
 
 
 @pytest.mark.parametrize("given, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0"), ({"GOMP_SPINCOUNT": ""}, "1000")])
