@@ -18,6 +18,7 @@ from peftdebias.batches import Spans
 from peftdebias.kernels import dispatch
 from peftdebias.ops import Drop, attention_padded, gelu_ref, heads_of, linear, norm_ref
 from peftdebias.ops.dropout import dropout_ref
+from peftdebias.ops.linear import bf16_products
 from peftdebias.ops.scores import _Turned
 from peftdebias.optimizer import FlatAdamW, adamw_ref
 from peftdebias.tasks import mlm_loss_ref
@@ -110,8 +111,12 @@ def _linear(outside: str, trained: bool) -> Callable:
                     return linear(**tensors)
             return run
 
+        def rounded(**tensors):
+            with bf16_products():
+                return linear(**tensors)
+
         words = f"x [T, {d}] W^T + bias, W [{o}, {d}] {'trained' if trained else 'frozen'}; forward and backward, both by torch's BLAS or by oneDNN"
-        return {"blas": by("blas"), "onednn": by("onednn")}, given, tuple(given) if trained else ("x",), words
+        return {"blas": by("blas"), "onednn": by("onednn"), "bf16": rounded}, given, tuple(given) if trained else ("x",), words
     return make
 
 
@@ -182,7 +187,8 @@ NATIVE_CASES = {case.name: case for case in (
     _case("native_mlm_loss", "mlm_loss", "cross-entropy of the rows asked for on a CPU", _builder(_loss), "rows", (128,), twin=False),
     _case("native_lora", "lora_apart", "query, key and value with LoRA on a CPU", _builder(_lora), "rows", (128, 860), twin=False),
 )}
-NATIVE_CASES |= {name: Case(name, "full", what, {"torch's BLAS": Provider(builder("blas")), "oneDNN": Provider(builder("onednn"))}, "rows", (128, 860), output_bound) for name, what, builder in (
+NATIVE_CASES |= {name: Case(name, "full", what, {"torch's BLAS": Provider(builder("blas")), "oneDNN": Provider(builder("onednn")),
+                                                "oneDNN, bf16": Provider(builder("bf16"), bf16=True, compared=False)}, "rows", (128, 860), output_bound) for name, what, builder in (
     ("linear", "a linear on a CPU, frozen, by two libraries", _builder(_linear("feed_forward", False))),
     ("linear_trained", "the same, its weight trained", _builder(_linear("feed_forward", True))),
     ("linear_vocab", "the masked-LM's decoder by two libraries", _builder(_linear("vocab", False))),

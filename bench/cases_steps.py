@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from peftdebias import methods, patch, training
 from peftdebias.batches import Sample, pack
 from peftdebias.encoder import EncoderConfig, Model
-from peftdebias.lowered import lowered
+from peftdebias.lowered import BF16_PRODUCTS, lowered
 from peftdebias.tasks import MaskedLM, mlm_loss
 from peftdebias.weights import load_model, save_model, to_foreign
 
@@ -117,9 +117,11 @@ def needed_flops(setting: Setting, name: str) -> float:
 
 # ---------------------------------------------------------------- ours
 
-def ours(name: str, kind: str = "eager", folded: bool = False) -> Callable[[Setting], Work]:
-    """Packed, length-bucketed batches, the head and the last layer on the rows asked for; the step of our own training loop. kind: one of training.STEPS."""
+def ours(name: str, kind: str = "eager", folded: bool = False, precision: str | None = None) -> Callable[[Setting], Work]:
+    """Packed, length-bucketed batches, the head and the last layer on the rows asked for; the step of our own training loop. kind: one of training.STEPS. precision: in place of
+    the setting's."""
     def build(setting: Setting) -> Work:
+        setting = dataclasses.replace(setting, precision=precision or setting.precision)
         full = name == "full"
         folder = model_folder(setting, full)
         model = loaded((folder, "ours"), lambda: load_model(folder)[0], setting)
@@ -262,15 +264,17 @@ WITH = {"lora": with_lora, "adapter": with_adapter, "prefix": with_prefix, "full
 SAVE = {name: lambda model, folder: model.save_pretrained(folder) for name in ("lora", "prefix")}
 
 
-def theirs(name: str, bucketed: bool = False, compiled: bool = False, module: Callable | None = None, save: Callable | None = None) -> Callable[[Setting], Work]:
+def theirs(name: str, bucketed: bool = False, compiled: bool = False, module: Callable | None = None, save: Callable | None = None,
+           precision: str | None = None) -> Callable[[Setting], Work]:
     """transformers, and peft where it has the method, as a user writes it: batches padded to their longest text, labels -100 where nothing is asked, logits of every
-    token. module, save: in place of those of WITH and SAVE."""
+    token. module, save: in place of those of WITH and SAVE; precision: of the setting's."""
     module, save = module or WITH[name], save or SAVE.get(name)
 
     def build(setting: Setting) -> Work:
         quiet()
         import transformers
 
+        setting = dataclasses.replace(setting, precision=precision or setting.precision)
         full = name == "full"
         head = transformers.BertForSequenceClassification if full else transformers.BertForMaskedLM
         folder = model_folder(setting, full)
@@ -313,14 +317,17 @@ def theirs(name: str, bucketed: bool = False, compiled: bool = False, module: Ca
 # ---------------------------------------------------------------- the cases
 
 def dresses(them: str, name: str, needs: tuple[str, ...] = (), python: str | None = None, **side) -> dict[str, Provider]:
-    """The other side as written, under torch.compile, length-bucketed. side: module and save of `theirs`."""
+    """The other side as written, under torch.compile, length-bucketed, and the first and last under autocast in bf16. side: module and save of `theirs`."""
     return {them: Provider(theirs(name, **side), needs, python=python),
             f"{them}, compiled": Provider(theirs(name, compiled=True, **side), needs, compiled=True, python=python),
-            f"{them}, length-bucketed": Provider(theirs(name, bucketed=True, **side), needs, python=python)}
+            f"{them}, length-bucketed": Provider(theirs(name, bucketed=True, **side), needs, python=python),
+            f"{them}, bf16": Provider(theirs(name, precision="bf16", **side), needs, bf16=True, compared=False, python=python),
+            f"{them}, length-bucketed, bf16": Provider(theirs(name, bucketed=True, precision="bf16", **side), needs, bf16=True, compared=False, python=python)}
 
 
 def _case(name: str, what: str, them: str, needs: tuple[str, ...]) -> Case:
-    own = {"peftdebias, compiled": Provider(ours(name, "compiled"), compiled=True), "peftdebias, CUDA graph": Provider(ours(name, "graph"), kernels=("attention", "norm"))}
+    own = {"peftdebias, compiled": Provider(ours(name, "compiled"), compiled=True), "peftdebias, CUDA graph": Provider(ours(name, "graph"), kernels=("attention", "norm")),
+           "peftdebias, bf16": Provider(ours(name, precision=BF16_PRODUCTS), bf16=True, compared=False)}
     if name == "full":
         own |= {"peftdebias, frozen module folded": Provider(ours(name, folded=True), compared=False)}
     return Case(f"{name}_step", "step", what, {**dresses(them, name, needs), "peftdebias": Provider(ours(name)), **own}, "mean_length", (54,), output_bound)

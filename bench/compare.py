@@ -126,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--pairs", type=positive, default=PAIRS, metavar="N", help=f"more passes, in turns, of two providers whose ratio is near 1 (default {PAIRS})")
     top.add_argument("--batches", type=positive, metavar="N", help="batches in one pass (default: by size)")
     top.add_argument("--compile", action="store_true", help="with the compiled dress (slow to start)")
+    top.add_argument("--bf16", action="store_true", help="with products in bf16, ours and theirs under autocast, on a processor that multiplies it")
     top.add_argument("--adapters-venv", type=Path, metavar="DIR", help="a virtual environment with AdapterHub's `adapters`; without it the adapters are put into transformers by hand")
     top.add_argument("--out", type=results_file, metavar="FILE.json", help="write the rows there, FILE.md and FILE.svg beside it")
     return top
@@ -152,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         for case in (lanes.case_of(name, hub) for name in names):
             for setting in (Setting(size, x, Path(folder), batches=arguments.batches, longest=min(128, SIZES[size].positions // 2))
                             for size in arguments.size.split(",") for x in case.x_values):
-                providers = lineup.taking_part(case, arguments.compile, say)
+                providers = lineup.taking_part(case, arguments.compile, say, bf16=arguments.bf16)
                 try:
                     share = check(case, setting, providers, functools.partial(lanes.results, case=case))
                 except equality.Unequal as red:

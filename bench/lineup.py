@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from peftdebias import kernels
+from peftdebias.ops.linear import no_bf16
 
 from .case import Case, Provider
 
@@ -19,13 +20,16 @@ class Unequal(Exception):
     """Providers disagree; the message names every tensor that does and by how much."""
 
 
-def taking_part(case: Case, compiled: bool, say: Callable[[str], None], device: str = "cpu", stand_in: bool = False) -> dict[str, Provider]:
+def taking_part(case: Case, compiled: bool, say: Callable[[str], None], device: str = "cpu", stand_in: bool = False, bf16: bool = False) -> dict[str, Provider]:
     """The providers of this run; says which are left out for want of a library, or because a kernel does not run on the device. stand_in: those stay."""
     found = {}
     for name, provider in case.providers.items():
+        if provider.bf16 and not bf16:
+            continue
         missing = [library for library in provider.needs if importlib.util.find_spec(library) is None]
         trouble = [why for op in provider.kernels if (why := kernels.missing(op, "triton", device))]
         lacking = [why for op in provider.native if (why := kernels.missing(op, "native") or (device != "cpu" and f"csrc does not run on {device}"))]
+        lacking += [f"--precision bf16: {why}" for why in (provider.bf16 and no_bf16(),) if why]
         lacking += [why for why in (not missing and not trouble and provider.refuses(device),) if why]
         if lacking:
             say(f"{case.name}: {name} is not measured: {lacking[0]}")

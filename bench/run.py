@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--batches", type=positive, metavar="N", help="batches in one pass of a step (default: by size)")
     top.add_argument("--out", type=results_file, metavar="FILE.json", help="write the rows there, and FILE.md beside it")
     top.add_argument("--compile", action="store_true", help="with torch.compile as a further baseline (slow to start on a CPU)")
+    top.add_argument("--bf16", action="store_true", help="with products in bf16, ours and theirs under autocast, on a processor that multiplies it")
     top.add_argument("--memory", action="store_true", help="with peak memory, every provider of a step in a fresh process")
     top.add_argument("--profile", metavar="PROVIDER", help="in place of the times of all: those of one provider, and the ops that they go to (torch's profiler)")
     top.add_argument("--list", action="store_true", help="show the cases and leave")
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(settings: list[tuple[Case, Setting]], arguments) -> int:
     """All equality checks, then all times."""
-    taking_part = {case.name: lineup.taking_part(case, arguments.compile, say) for case, _ in settings}
+    taking_part = {case.name: lineup.taking_part(case, arguments.compile, say, bf16=arguments.bf16) for case, _ in settings}
     try:
         shares = [check(case, setting, taking_part[case.name]) for case, setting in settings]
     except equality.Unequal as red:
@@ -98,6 +99,8 @@ def not_to_profile(arguments, cases: list[Case]) -> str | None:
             return f"--profile: {case.name} has no provider {arguments.profile!r}; expected one of {'; '.join(case.providers)}"
         if case.providers[arguments.profile].compiled and not arguments.compile:
             return f"--profile {arguments.profile!r}: expected --compile beside it"
+        if case.providers[arguments.profile].bf16 and not arguments.bf16:
+            return f"--profile {arguments.profile!r}: expected --bf16 beside it"
     return None
 
 

@@ -17,6 +17,7 @@ from .kernels import dispatch
 from .kernels.dropout_ref import dropout_ref
 from .ops.attention import has_varlen
 from .ops.linear import form as linear_form
+from .ops.linear import no_bf16
 from .ops.scores import form as scores_form
 from .training import find_device
 
@@ -87,9 +88,12 @@ def _tried(device: torch.device) -> str:
 
 
 def _forms(device: torch.device) -> list[str]:
-    """By which library a CPU multiplies, and how it computes a vocabulary's scores; which forms of lora_linear, lora_grads, attention and feed_forward are picked at the size
+    """By which library a CPU multiplies, how it computes a vocabulary's scores, whether it multiplies bf16; which forms of lora_linear, lora_grads, attention and feed_forward are picked at the size
     of BERT-base, where a kernel is."""
-    lines = ["linear        form {}: {}".format(*linear_form()), "scores        form {}: {}".format(*scores_form())] if device.type == "cpu" else []
+    lines = []
+    if device.type == "cpu":
+        lines = ["linear        form {}: {}".format(*linear_form()), "scores        form {}: {}".format(*scores_form()),
+                 f"bf16          {'refused: ' + why if (why := no_bf16()) else 'by --precision bf16, for wide products'}"]
     if kernels.decide("lora_linear", device)[0] != "triton":
         return lines + _without_effect(device)
     how = {"device": device, "dtype": torch.bfloat16}

@@ -14,7 +14,11 @@ from torch.nn import Parameter
 
 from .encoder import Model, parameter_at
 from .errors import AdapterError
+from .ops.linear import bf16_products
 from .ops.scores import narrow, widen
+
+BF16_PRODUCTS = "bf16 products"
+"""What --precision bf16 is on a CPU."""
 
 
 def may_be_lowered(model: Model) -> list[Parameter]:
@@ -30,7 +34,10 @@ def may_be_lowered(model: Model) -> list[Parameter]:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """The context of a pass in "bf16" (torch's autocast, without which bf16 matrices and float32 biases do not go together) or in "float32" (none)."""
+    """The context of a pass in "bf16" (torch's autocast, without which bf16 matrices and float32 biases do not go together), in BF16_PRODUCTS (vectors and matrices stay
+    float32, so that a CPU's kernels take them, and are rounded for products) or in "float32" (none)."""
+    if precision == BF16_PRODUCTS:
+        return bf16_products()
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 

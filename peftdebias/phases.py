@@ -63,7 +63,8 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
     """
     expect(Upstream, settings)
     device = pick_device(settings.device)
-    precision, step = pick_precision(settings.precision, device), pick_step(settings.step, device)
+    precision = pick_precision(settings.precision, device)
+    step = pick_step(settings.step, device, precision)
     axis, intervention = prepared(settings)
     about = {"axis_sha256": load_axis(settings.axis).digest()}  # before the training, in whose hours the file may change or go
     cls = methods.method_class(settings.method)
@@ -141,7 +142,8 @@ def downstream(settings: Downstream, say: Callable[[str], None] = lambda line: N
     """
     expect(Downstream, settings)
     device = pick_device(settings.device)
-    precision, step = pick_precision(settings.precision, device), pick_step(settings.step, device)
+    precision = pick_precision(settings.precision, device)
+    step = pick_step(settings.step, device, precision)
     with checkpoint.writing_run(settings.out, "downstream", _saved(settings), settings.overwrite, device, precision=precision, step=step) as run:
         read = read_labelled(settings)
         paths, splits, labels, targets, positive, last = read.paths, read.splits, read.labels, read.targets, read.positive, read.last

@@ -21,7 +21,8 @@ from .encoder import Model
 from .errors import ConfigError, PeftDebiasError
 from .graphs import Graphed
 from .kernels import dispatch
-from .lowered import autocast, lowered
+from .lowered import BF16_PRODUCTS, autocast, lowered
+from .ops.linear import no_bf16
 from .optimizer import AdamWOfManyRef, FlatAdamW, LargeAdamW, WholeAdamW, adamw_ref
 from .patch import Folded
 from .step import Compiled, Step, expect_compiler
@@ -101,11 +102,14 @@ def find_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """auto is bf16 on a GPU that multiplies it (NVIDIA's from compute capability 8.0 on), float32 elsewhere. Raises ConfigError on bf16 without a GPU."""
+    """auto is bf16 on a GPU that multiplies it (NVIDIA's from compute capability 8.0 on), float32 elsewhere; bf16 on a CPU is BF16_PRODUCTS. Raises ConfigError on bf16 where a
+    CPU does not multiply it."""
     if name == "auto":
         return "bf16" if device.type == "cuda" and _has_bf16(device) else "float32"
     if name == "bf16" and device.type != "cuda":
-        raise ConfigError(f"--precision bf16: expected a GPU, got {device.type}; use float32")
+        if why := no_bf16():
+            raise ConfigError(f"--precision bf16: expected a GPU, or a CPU that multiplies it, got {device.type}: {why}; use float32")
+        return BF16_PRODUCTS
     return name
 
 
@@ -117,13 +121,15 @@ def _has_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def pick_step(name: str, device: torch.device) -> str:
-    """auto is a CUDA graph on a GPU, eager elsewhere. Raises ConfigError on a graph without a GPU, PeftDebiasError where torch.compile cannot be had."""
+def pick_step(name: str, device: torch.device, precision: str = "float32") -> str:
+    """auto is a CUDA graph on a GPU, eager elsewhere. Raises ConfigError on a graph without a GPU and on BF16_PRODUCTS compiled, PeftDebiasError where torch.compile cannot be had."""
     if name == "auto":
         return "graph" if device.type == "cuda" else "eager"
     if name == "graph" and device.type != "cuda":
         raise ConfigError(f"--step graph: expected a GPU, got {device.type}; use eager or compiled")
     if name == "compiled":
+        if precision == BF16_PRODUCTS:
+            raise ConfigError("--step compiled: expected --precision float32 on a CPU, got bf16, which torch.compile would leave out; use eager")
         expect_compiler()
     return name
 

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from . import kernels
 from .kernels import dispatch
 from .ops import compiled, linear
-from .ops.linear import product, product_dtype
+from .ops.linear import in_bf16, product, product_dtype
 from .sites import Hooks
 
 UNWRITTEN = (torch.float64,)  # no kernel takes it
@@ -141,7 +141,8 @@ class _Apart(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, firsts, scales, *thin):
         a, b = torch.cat(thin[:len(firsts)]), thin[len(firsts):]
-        y, u = product(x, weight, bias), product(x, a)
+        ctx.bf16 = in_bf16(x, weight, bias)
+        y, u = product(x, weight, bias, ctx.bf16), product(x, a)
         for first, scale, up, low in zip(firsts, scales, b, u.split([up.shape[1] for up in b], 1)):
             y[:, first:first + len(up)].addmm_(low, up.t(), alpha=scale)
         trained = any(ctx.needs_input_grad[5:])
@@ -160,6 +161,6 @@ class _Apart(torch.autograd.Function):
             mine = dy[:, first:first + len(up)]
             low.copy_(((scale * up).t() @ mine.t()).t())
             db.append((u.split(ranks, 1)[i].t() @ mine).t().mul_(scale) if trained else None)
-        dx = product(dy, weight.t()).addmm_(v, a) if to_x else None
+        dx = product(dy, weight.t(), bf16=ctx.bf16).addmm_(v, a) if to_x else None
         da = (v.t() @ x).split(ranks) if trained else [None] * len(b)
         return dx, None, dy.sum(0) if to_bias else None, None, None, *da, *db

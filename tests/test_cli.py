@@ -291,7 +291,6 @@ SWEEP = {
     "bad device": (lambda b: b.up(device="gpu"), "--device: expected cpu, cuda, cuda:1, ... or auto, got 'gpu'"),
     "bad device, evaluate": (lambda b: b.on(f"perplexity={b.small.heldout}", device="tpu"), "--device: expected cpu, cuda"),
     "bad device, predict": (lambda b: ["predict", b.runs["plain"], b.small.heldout, "--device", "tpu"], "--device: expected cpu, cuda"),
-    "bf16 on a CPU": (lambda b: b.down(device="cpu", precision="bf16"), "--precision bf16: expected a GPU, got cpu; use float32"),
     # --- measures
     "unknown measure": (lambda b: b.on("crows=f"), "--on crows=f: expected NAME=FILE with NAME one of crows-pairs, stereoset, seat, perplexity, classification.*, got 'crows'"),
     "measure without a file": (lambda b: b.on("perplexity"), "--on perplexity: expected perplexity=FILE, got no file"),

@@ -115,7 +115,7 @@ def test_a_cpu_says_how_it_multiplies(kind, product, first, monkeypatch):
     monkeypatch.setenv("PEFTDEBIAS_LINEAR", product)
     with kernels.use(kind):
         said = cli("doctor", "--device", "cpu").out
-    assert f"\nlinear        form {product}: asked for by name\nscores        form {first}" in said and "without effect" not in said
+    assert f"\nlinear        form {product}: asked for by name\nscores        form {first}" in said and "\nbf16          " in said and "without effect" not in said
 
 
 def test_where_nothing_is_compiled_every_op_says_so():

@@ -21,6 +21,7 @@ from torch.nn import Parameter
 from .. import kernels
 from ..errors import ConfigError
 from ..kernels.dropout_ref import dropout_ref
+from ..ops import linear
 from ..sites import EncoderConfig, drop_places, linear_shape, linear_sites
 from . import Method, linear_kinds
 
@@ -30,7 +31,7 @@ def lora_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b
     """x [T, in], weight [out, in], bias [out], a [r, in], b [out, r] -> [T, out]; the specification. rate, seed, site: dropout of the update's x
     (kernels/fused/dropout.py says which bits)."""
     z = dropout_ref(x, rate, seed, site) if rate else x
-    return F.linear(x, weight, bias) + scale * F.linear(F.linear(z, a), b)
+    return linear(x, weight, bias) + scale * F.linear(F.linear(z, a), b)
 
 
 def lora_grads_ref(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, scale: float, rate: float = 0.0, seed: Tensor | None = None, site: int = 0) -> tuple[Tensor, Tensor]:

@@ -4,15 +4,17 @@ torch's float32 products go to its BLAS, which is MKL in the usual builds, and M
 all. Where AVX-512 multiplies no faster than AVX2 does (AMD's family 25) it takes a wide W for oneDNN to gain. bench/run.py linear measures both. oneDNN makes code for every
 shape that it meets and keeps it (0.3 ms and about as many MiB each), so the rows of a batch, never as many twice, go in pieces of few sizes.
 
-What it adds over torch.nn.functional.linear: that choice, for plain float32 on a CPU; and on a GPU, where products of 16 bits have trained parameters, gradients that
-are not rounded (kernels/fused/linear_trained.py). For all else it is that function. Two forms, "blas" and "onednn": by the
+What it adds over torch.nn.functional.linear: that choice, for plain float32 on a CPU; there, inside of `bf16_products`, wide products in bf16; and on a GPU, where products
+of 16 bits have trained parameters, gradients that are not rounded (kernels/fused/linear_trained.py). For all else it is that function. Two forms, "blas" and "onednn": by the
 processor, or by PEFTDEBIAS_LINEAR, or `with dispatch.use("linear", "onednn"):`; "blas" wherever OpenMP may give oneDNN fewer threads than it counts on (openmp.py).
 
 Letters: T rows, in and out widths.
 """
 
 import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +23,14 @@ from torch.autograd.function import once_differentiable
 
 from .. import kernels
 from ..kernels import dispatch
-from ..processor import family, vendor
+from ..processor import described, family, vendor
 from . import compiled, openmp
 from .norm import Normal
 
 LEAST = 1e7  # FLOPs: below it a call costs more than it saves
 PIECE, FEW, STEP, ROUND = 512, 256, 64, 16  # rows: of a piece at most; up to which a product is not cut; multiples of which a piece and an uncut product have
 NARROW = 512  # inputs and outputs of W at least, or WIDE outputs, for oneDNN where AVX-512 is no faster than AVX2
+LEAST_BF16 = 128  # inputs and outputs of W at least, for bf16 to gain more than rounding costs
 WIDE = 8192  # columns from which a product is not cut: putting its pieces together would cost more than code for another number of rows
 
 linear_ref = F.linear
@@ -38,9 +41,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, normal: Normal
     """linear_ref by the library that is faster here. normal: what a norm keeps that x is made of; then a product that would keep x for its backward keeps that."""
     if trained_in_16_bits(x, weight, bias) and kernels.decide("linear_trained", x.device)[0] == "triton":
         return kernels.choose("linear_trained", reference=linear_ref, device=x.device)(x, weight, bias, normal)
-    if not _taken(x, weight, bias):
+    if not (bf16 := in_bf16(x, weight, bias)) and not _taken(x, weight, bias):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias) if compiled.recorded(x, weight, bias) else product(x, weight, bias)
+    return _Linear.apply(x, weight, bias, bf16) if compiled.recorded(x, weight, bias) else product(x, weight, bias, bf16)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -113,34 +116,87 @@ def _taken(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """dx = dy W, dW = dy^T x, dbias = the sum of dy's rows. Saves x where W is trained, W where x is."""
+    """dx = dy W, dW = dy^T x, dbias = the sum of dy's rows. Saves x where W is trained, W where x is; rounded where the product is."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        to_x, to_weight, _ = ctx.needs_input_grad
+    def forward(ctx, x, weight, bias, bf16):
+        to_x, to_weight, *_ = ctx.needs_input_grad
+        if bf16:
+            x, weight = x.bfloat16(), weight.bfloat16()
+        ctx.bf16 = bf16
         ctx.save_for_backward(x if to_weight else None, weight if to_x else None)
-        return _onednn(x, weight, bias)
+        return _multiplied(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        to_x, to_weight, to_bias = ctx.needs_input_grad
-        return _onednn(dy, weight.t()) if to_x else None, _onednn_outer(dy, x) if to_weight else None, dy.sum(0) if to_bias else None
+        to_x, to_weight, to_bias, _ = ctx.needs_input_grad
+        mine = dy.bfloat16() if ctx.bf16 else dy
+        return _multiplied(mine, weight.t()) if to_x else None, _multiplied_outer(mine, x) if to_weight else None, dy.sum(0) if to_bias else None, None
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, in] W^T [in, out] + bias -> [T, out], without a gradient; weight may be the transpose of a matrix. Plain where oneDNN is not taken."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, bf16: bool = False) -> Tensor:
+    """x [T, in] W^T [in, out] + bias -> [T, out], without a gradient; weight may be the transpose of a matrix. bf16: in it. Else plain, where
+    oneDNN is not taken."""
+    if bf16:
+        return _multiplied(x.bfloat16(), weight.bfloat16(), bias)
     return _onednn(x, weight, bias) if _taken(x, weight, bias) else F.linear(x, weight, bias)
 
 
+# ---------------------------------------------------------------- bf16, on a CPU that multiplies it
+
+_BF16 = contextvars.ContextVar("peftdebias_bf16_products", default=False)
+
+
+@contextlib.contextmanager
+def bf16_products() -> Iterator[None]:
+    """Inside the `with` block `linear` and `product` round float32 on a CPU to bf16 for wide products: what comes of one is summed in float32, rounded once and float32 again,
+    the bias added to that. Vectors, parameters and thin products, those of modules, stay float32. A backward does as its forward did."""
+    token = _BF16.set(True)
+    try:
+        yield
+    finally:
+        _BF16.reset(token)
+
+
+def no_bf16() -> str:
+    """Why this CPU gains nothing by bf16, or would err, in words; empty where it multiplies it."""
+    if not _there():
+        return "this torch carries no oneDNN for this processor"
+    if not {"avx512_bf16", "amx_bf16"} & set(described().get("flags", "").split()):
+        return "a processor without AVX-512 BF16 and AMX"
+    return openmp.too_few()
+
+
+def in_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether this product is one of those."""
+    return (not torch.compiler.is_compiling() and _BF16.get() and compiled.takes(x, weight, bias) and x.dim() == weight.dim() == 2 and 2.0 * x.numel() * len(weight) >= LEAST and len(x) >= ROUND
+            and min(weight.shape) >= LEAST_BF16 and not torch.is_autocast_enabled("cpu") and not openmp.too_few())
+
+
+def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`product` of two in float32 or in bf16, float32."""
+    if x.dtype == torch.float32:
+        return _onednn(x, weight, bias)
+    y = F.linear(x, weight).float() if kernels.setting() == "torch" else _onednn(x, weight)
+    return y if bias is None else y.add_(bias)
+
+
+def _multiplied_outer(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x [out, in] of dy [T, out] and x [T, in] in float32 or in bf16, float32."""
+    return (dy.t() @ x).float() if x.dtype != torch.float32 and kernels.setting() == "torch" else _onednn_outer(dy, x)
+
+
+# ---------------------------------------------------------------- by oneDNN
+
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`product`, by pieces of the rows."""
+    """`product`, float32 also of bf16, by pieces of the rows."""
     x, rows = _apart(x), len(x)
     with torch.no_grad():
         if rows <= FEW or len(weight) >= WIDE:
-            return _call(_filled(x, -(-rows // ROUND) * ROUND), weight, bias)[:rows]
-        y = x.new_empty(rows, len(weight))
+            return _call(_filled(x, -(-rows // ROUND) * ROUND), weight, bias)[:rows].float()
+        y = x.new_empty(rows, len(weight), dtype=torch.float32)
         for start, size in pieces(rows):
             y[start:start + size] = _call(x[start:start + size], weight, bias)
     return y
@@ -150,11 +206,11 @@ def _onednn_outer(dy: Tensor, x: Tensor) -> Tensor:
     """dy^T x [out, in] of dy [T, out] and x [T, in]."""
     rows = len(x) // STEP * STEP
     if not rows:
-        return dy.t() @ x
+        return dy.float().t() @ x.float()
     dy, x = _apart(dy), _apart(x)
     with torch.no_grad():
-        y = _call(dy[:rows].t(), x[:rows].t(), None)
-        return y if rows == len(x) else y.addmm_(dy[rows:].t(), x[rows:])
+        y = _call(dy[:rows].t(), x[:rows].t(), None).float()
+        return y if rows == len(x) else y.addmm_(dy[rows:].t().float(), x[rows:].float())
 
 
 def pieces(rows: int) -> list[tuple[int, int]]:

@@ -26,7 +26,7 @@ from .. import kernels
 from ..processor import vendor
 from . import compiled
 from .linear import form as linear_form
-from .linear import linear, product_dtype
+from .linear import in_bf16, linear, product_dtype
 
 ROUND = 64
 FEW = 256  # rows: up to which putting W into a wider tensor, in every call, costs more than it saves
@@ -40,7 +40,7 @@ def scores(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     trained = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
     if not trained and _widens(x, weight, bias, dtype):
         return _Scores.apply(x.to(dtype), weight, bias)
-    if not trained and _turns(x, weight, bias):
+    if not trained and not in_bf16(x, weight, bias) and _turns(x, weight, bias):
         return _Turned.apply(x, weight, bias) if compiled.recorded(x) else turned(x, weight, bias)
     return linear(x, weight, bias)
 

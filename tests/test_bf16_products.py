@@ -1,0 +1,186 @@
+"""Wide products of a CPU in bf16: against float64 of what is rounded, which products are, and a training by them from the command line."""
+
+import importlib
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from peftdebias import kernels, processor
+from peftdebias.errors import ConfigError
+from peftdebias.kernels import dispatch
+from peftdebias.lowered import BF16_PRODUCTS
+from peftdebias.ops import linear, openmp, scores
+from peftdebias.ops.linear import LEAST_BF16, STEP, bf16_products, no_bf16, product
+from peftdebias.training import pick_precision, pick_step
+
+from .outside import FEED_FORWARD, HIDDEN
+from .small import cli, tree
+from .steps import FULL, batch_for, made
+
+MODULE = importlib.import_module("peftdebias.ops.linear")
+ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+KINDS = [pytest.param("auto", marks=pytest.mark.skipif(not ONEDNN, reason="no bf16 by oneDNN here")), "torch"]
+
+
+@pytest.fixture
+def all_of_them(monkeypatch):
+    """However small."""
+    monkeypatch.setattr(MODULE, "LEAST", 0.0)
+    monkeypatch.setattr(MODULE, "LEAST_BF16", 1)
+
+
+def tensors(rows: int, inside: int = 37, outside: int = 29) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    return [torch.randn(shape, generator=generator) for shape in ((rows, inside), (outside, inside), (outside,), (rows, outside))]
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    return x.bfloat16().double()
+
+
+def once_rounded(found: torch.Tensor, exact: torch.Tensor, added=0.0) -> None:
+    """A product in float64, rounded to bf16 (half a unit in the eighth place; sums in float32), and what is added in float32."""
+    assert found.dtype == torch.float32 and found.shape == exact.shape
+    assert ((found.double() - added - exact).abs() <= 2.0 ** -8 * exact.abs() + 2e-5 * max(1.0, exact.abs().max())).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("rows", [16, 65, 257, 881])
+def test_product_and_gradients(rows, biased, kind, all_of_them):
+    x, weight, bias, dy = tensors(rows)
+    given = [t.requires_grad_() for t in (x, weight, bias)[:2 + biased]]
+    with kernels.use(kind), bf16_products():
+        y = linear(*given)
+        one = product(x.detach(), weight.detach(), bias.detach() if biased else None, bf16=True)
+    with kernels.use(kind):
+        y.backward(dy)  # as the forward, though nobody asks for it here
+    once_rounded(y.detach(), rounded(x) @ rounded(weight).t(), bias.detach().double() if biased else 0)
+    assert torch.equal(one, y.detach()) and not torch.equal(y, F.linear(*given))
+    once_rounded(x.grad, rounded(dy) @ rounded(weight))
+    rest = rows // STEP * STEP if kind == "auto" else rows  # rows behind, too few for a piece, are added in float32
+    once_rounded(weight.grad, rounded(dy[:rest]).t() @ rounded(x[:rest]), rounded(dy[rest:]).t() @ rounded(x[rest:]))
+    assert not biased or torch.equal(bias.grad, dy.sum(0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_is_rounded(kind, all_of_them):
+    x, weight, bias, _ = tensors(130)
+    for trained, shapes in (((False, True, True), [x.shape]), ((True, False, False), [weight.shape])):
+        kept = []
+        given = [t.detach().requires_grad_(flag) for t, flag in zip((x, weight, bias), trained)]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), kernels.use(kind), bf16_products():
+            linear(*given)
+        assert [t.shape for t in kept] == shapes and all(t.dtype == torch.bfloat16 for t in kept)
+
+
+def in_float32(*given) -> bool:
+    return torch.equal(linear(*given), F.linear(*given))
+
+
+def test_thin_and_small_products_and_other_tensors_stay_as_they_are(monkeypatch):
+    rows = -(-MODULE.LEAST // (2 * LEAST_BF16 ** 2))
+    x, weight, bias, _ = tensors(int(rows), LEAST_BF16, LEAST_BF16)
+    with dispatch.use("linear", "blas"), kernels.use("torch"), bf16_products():
+        assert not in_float32(x, weight, bias)
+        assert in_float32(x[:-1], weight, bias) and in_float32(torch.cat([x, x]), weight[1:], bias[1:]) and in_float32(torch.cat([x, x])[:, 1:], weight[:, 1:], bias)
+        assert in_float32(x.double(), weight.double(), bias.double()) and in_float32(x.view(2, -1, LEAST_BF16), weight, bias)
+        assert torch.equal(torch.compile(lambda *given: linear(*given), backend="eager", fullgraph=True)(x, weight, bias), F.linear(x, weight, bias))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(x, weight, bias).dtype == torch.bfloat16
+        monkeypatch.setattr(MODULE, "LEAST", 0.0)
+        assert not in_float32(x[:16], weight, bias) and in_float32(x[:15], weight, bias)
+        monkeypatch.setattr(openmp, "too_few", lambda: "OpenMP may give fewer threads")
+        assert in_float32(x, weight, bias)
+    monkeypatch.undo()
+    with dispatch.use("linear", "blas"):
+        assert in_float32(x, weight, bias)
+
+
+def test_a_vocabulary_is_not_turned_round(monkeypatch, all_of_them):
+    """Where MKL on a processor of AMD would be given blocks of it."""
+    room = importlib.import_module("peftdebias.ops.scores")
+    monkeypatch.setattr(room, "_turns", lambda *given: True)
+    x, weight, bias, _ = tensors(20)
+    assert torch.equal(scores(x, weight, bias), room.turned(x, weight, bias))
+    with kernels.use("torch"), bf16_products():
+        once_rounded(scores(x, weight, bias), rounded(x) @ rounded(weight).t(), bias.double())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["lora", "adapter", "prefix", None])
+def test_a_step_is_the_float32_step_with_its_products_rounded(name, kind, all_of_them):
+    found = []
+    for precision in ("float32", BF16_PRODUCTS):
+        step = made(name, precision=precision)
+        torch.manual_seed(3)
+        with kernels.use(kind):
+            loss = step.gradients(batch_for(name))
+        assert all(p.dtype == torch.float32 for p in step.model.parameters())
+        found.append((float(loss), torch.cat([p.grad.flatten() for p in step.parameters if p.grad is not None])))
+        assert found[-1][1].dtype == torch.float32
+    assert found[1][0] == pytest.approx(found[0][0], rel=2e-2) and found[1][0] != found[0][0]
+    assert F.cosine_similarity(found[0][1], found[1][1], 0) > 0.98
+
+
+@pytest.mark.skipif(not ONEDNN, reason="no bf16 by oneDNN here")
+def test_all_of_a_base_is_multiplied_so_and_of_a_module_nothing(all_of_them, monkeypatch):
+    """LoRA's own products go beside those of its linears, which are whole where nothing is dropped, else each by itself; forward and backward."""
+    monkeypatch.setattr(MODULE, "LEAST_BF16", 8)
+    products, call = [], MODULE._call
+    monkeypatch.setattr(MODULE, "_call", lambda x, weight, bias: products.append((x.dtype, tuple(weight.shape))) or call(x, weight, bias))
+    for rate, linears in ((0.0, {(3 * HIDDEN, HIDDEN), (HIDDEN, 3 * HIDDEN)}), (0.1, {(HIDDEN, HIDDEN)})):
+        step = made("lora", precision=BF16_PRODUCTS, options={"dropout": rate})
+        with dispatch.use("linear", "onednn"):
+            step.gradients(batch_for("lora", lengths=FULL))
+        assert linears | {(HIDDEN, FEED_FORWARD), (FEED_FORWARD, HIDDEN)} <= {shape for dtype, shape in products if dtype == torch.bfloat16}
+        assert all((dtype == torch.bfloat16) == (min(shape) >= 8) for dtype, shape in products)
+        products.clear()
+
+
+# ---------------------------------------------------------------- asked for by a user
+
+def test_a_processor_that_does_not_multiply_it(small, tmp_path, monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(MODULE, "_there", lambda: True)
+    for flags, expected in (("avx512f avx512_bf16", BF16_PRODUCTS), ("amx_tile amx_bf16", BF16_PRODUCTS), ("avx2 fma avx512f", None), ("", None)):
+        monkeypatch.setattr(MODULE, "described", lambda: {"flags": flags})
+        if expected:
+            assert no_bf16() == "" and pick_precision("bf16", cpu) == expected and pick_precision("auto", cpu) == "float32"
+            continue
+        with pytest.raises(ConfigError, match="^--precision bf16: expected a GPU, or a CPU that multiplies it, got cpu: a processor without AVX-512 BF16 and AMX; use float32$"):
+            pick_precision("bf16", cpu)
+    said = cli("upstream", *small.learning(out=tmp_path / "run", device="cpu", precision="bf16"))
+    assert said.code == 2 and said.err.splitlines()[-1].startswith("peftdebias: --precision bf16: expected a GPU, or a CPU that multiplies it, got cpu: ") and tree(tmp_path) == {}
+    assert "\nbf16          refused: a processor without AVX-512 BF16 and AMX\n" in cli("doctor", "--device", "cpu").out
+    monkeypatch.setattr(MODULE, "described", lambda: {"flags": "avx512_bf16"})
+    monkeypatch.setattr(openmp, "too_few", lambda: "OpenMP may give fewer threads than asked for (OMP_DYNAMIC)")
+    with pytest.raises(ConfigError, match=r"got cpu: OpenMP may give fewer threads than asked for \(OMP_DYNAMIC\); use float32$"):
+        pick_precision("bf16", cpu)
+    monkeypatch.setattr(MODULE, "_there", lambda: False)
+    with pytest.raises(ConfigError, match="got cpu: this torch carries no oneDNN"):
+        pick_precision("bf16", cpu)
+    with pytest.raises(ConfigError, match="--step compiled: expected --precision float32 on a CPU, got bf16"):
+        pick_step("compiled", cpu, BF16_PRODUCTS)
+    assert pick_step("eager", cpu, BF16_PRODUCTS) == pick_step("auto", cpu, BF16_PRODUCTS) == "eager"
+
+
+@pytest.mark.skipif(not ONEDNN, reason="no bf16 by oneDNN here")
+def test_both_phases_from_the_command_line(small, tmp_path, all_of_them, monkeypatch):
+    monkeypatch.setattr(MODULE, "described", lambda: processor.described() | {"flags": "avx512_bf16"})
+    losses = {}
+    for precision in ("float32", "bf16"):
+        runs = {phase: tmp_path / f"{phase}-{precision}" for phase in ("up", "down")}
+        said = cli("upstream", *small.learning(out=runs["up"], device="cpu", precision=precision))
+        assert said.code == 0 and f"device: cpu, {'bf16 products' if precision == 'bf16' else precision}\n" in said.err
+        assert cli("downstream", *small.task(out=runs["down"], adapter=runs["up"], epochs=1, device="cpu", precision=precision)).code == 0
+        for phase, run in runs.items():
+            assert json.loads((run / "versions.json").read_text())["precision"] == ("bf16 products" if precision == "bf16" else "float32")
+            events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            losses[phase, precision] = [event["loss"] for event in events if event["event"] == "step"]
+    for phase in ("up", "down"):
+        assert losses[phase, "bf16"] == pytest.approx(losses[phase, "float32"], rel=2e-2) and losses[phase, "bf16"] != losses[phase, "float32"]
+    said = cli("upstream", *small.learning(out=tmp_path / "no", device="cpu", precision="bf16", step="compiled"))
+    assert said.code == 2 and said.err.splitlines()[-1].startswith("peftdebias: --step compiled: expected --precision float32 on a CPU") and not (tmp_path / "no").exists()
