@@ -146,8 +146,12 @@ def ours(name: str, kind: str = "eager", folded: bool = False, precision: str | 
         step = training.STEPS[kind](model, task, optimizer, parameters, clip=plan.clip, precision=plan.precision)
         count = sum(len(batch.targets) for batch in packed)
 
+        def rounded_loss(batch) -> Tensor:
+            with autocast(setting):
+                return loss(model, batch.to(setting.device))
+
         def results() -> dict[str, Tensor]:
-            losses = [lambda b=b: loss(model, b.to(setting.device)) for b in packed]
+            losses = [lambda b=b: rounded_loss(b) for b in packed]
             found = mean_loss_and_gradients(model, parameters, losses, [len(b.targets) / count for b in packed])
             return as_theirs(found, model.config) if full else found
 

@@ -1,6 +1,7 @@
 """bench/compare.py: a floor that torch's own count confirms, both stages of sparse fine-tuning, a provider under another interpreter, bars, drawing. No figure is looked at."""
 
 import dataclasses
+import importlib
 import json
 import sys
 import types
@@ -11,11 +12,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .benched import modules
+from peftdebias import kernels
+
+from .benched import HAVE_BOTH, modules
 from .outside import one_thread  # noqa: F401  (a fixture: small models on one thread)
 
 HUB = "/somewhere/bin/python"
-bench = modules("bars", "case", "cases_sparse", "cases_steps", "compare", "equality", "install", "lanes", "measure", "plots", "rows")
+bench = modules("bars", "case", "cases_sparse", "cases", "cases_steps", "compare", "equality", "install", "lanes", "lineup", "measure", "plots", "rows")
 
 
 @pytest.fixture
@@ -67,6 +70,26 @@ def test_stages_train_what_learn_hands_over_and_leave_the_base_as_it_was(bench, 
     assert not torch.equal(moved["gradient of embeddings.word"], before["gradient of embeddings.word"])
 
 
+@pytest.mark.skipif(not HAVE_BOTH, reason="compares with transformers and peft, which are not installed")
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_products_in_bf16_are_measured_where_they_are_asked_for(bench, setting, monkeypatch, name):
+    """Ours and theirs lose what the float32 step loses, rounded; and only on a processor that multiplies them."""
+    case, said = bench.cases.CASES[f"{name}_step"], []
+    monkeypatch.setattr(bench.lineup, "no_bf16", lambda: "")
+    among = bench.lineup.taking_part(case, False, said.append, bf16=True)
+    mine = {provider for provider in among if provider.endswith("bf16")}
+    assert len(mine) == 3 and "peftdebias, bf16" in mine and not mine & set(bench.lineup.taking_part(case, False, said.append))
+    linears = importlib.import_module("peftdebias.ops.linear")
+    monkeypatch.setattr(linears, "LEAST", 0.0), monkeypatch.setattr(linears, "LEAST_BF16", 8)
+    with kernels.use("torch"):
+        losses = {provider: float(among[provider].build(setting).results()["loss"]) for provider in ("peftdebias", *mine)}
+    for provider in mine:
+        assert losses[provider] == pytest.approx(losses["peftdebias"], rel=1e-2) and losses[provider] != losses["peftdebias"], provider
+    monkeypatch.setattr(bench.lineup, "no_bf16", lambda: "too old"), said.clear()
+    assert not mine & set(bench.lineup.taking_part(case, False, said.append, bf16=True))
+    assert f"{name}_step: peftdebias, bf16 is not measured: --precision bf16: too old" in said
+
+
 def test_sparse_step_sees_a_wrong_gradient(bench, setting, monkeypatch):
     case = bench.lanes.COMPARED["sparse_step"]
     original = bench.cases_sparse.moved
@@ -100,7 +123,7 @@ def test_stages_step_as_training_does_and_count_valid_tokens(bench, setting, mon
 
 def test_another_interpreter_gets_adapterhubs_providers_and_ours_stay_here(bench, setting):
     case = bench.lanes.case_of("adapter_step", HUB)
-    theirs = {"transformers+adapters", "transformers+adapters, compiled", "transformers+adapters, length-bucketed"}
+    theirs = {f"transformers+adapters{dress}" for dress in ("", ", compiled", ", length-bucketed", ", bf16", ", length-bucketed, bf16")}
     assert {name for name, p in case.providers.items() if p.python == HUB} == theirs and case.baseline == "transformers+adapters"
     assert "peftdebias" in case.providers and not any("by hand" in name for name in case.providers)
     python, script, spec, *what = bench.lanes.command(case, case.baseline, setting, "peak")

@@ -145,7 +145,7 @@ def test_all_of_a_base_is_multiplied_so_and_of_a_module_nothing(all_of_them, mon
 def test_a_processor_that_does_not_multiply_it(small, tmp_path, monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(MODULE, "_there", lambda: True)
-    for flags, expected in (("avx512f avx512_bf16", BF16_PRODUCTS), ("amx_tile amx_bf16", BF16_PRODUCTS), ("avx2 fma avx512f", None), ("", None)):
+    for flags, expected in (("avx512f avx512_bf16", BF16_PRODUCTS), ("amx_tile amx_bf16", BF16_PRODUCTS), ("avx2 fma avx512f amx_tile", None), ("", None)):
         monkeypatch.setattr(MODULE, "described", lambda: {"flags": flags})
         if expected:
             assert no_bf16() == "" and pick_precision("bf16", cpu) == expected and pick_precision("auto", cpu) == "float32"
