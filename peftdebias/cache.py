@@ -6,7 +6,7 @@
 
 KEY is the sha256 of all that decides the families: the files' contents and how they are read, axis, intervention, tokenizer, longest text, what is held
 out, the shard, and the sources that read and swap. A folder takes its name when it is whole, so two processes may write the same one at once: the first
-to finish counts. Numbers are little-endian. It leaves out when a window is full and what a batch is.
+to finish counts; what a killed one left is removed when the same is written anew. Numbers are little-endian. It leaves out when a window is full and what a batch is.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import numpy
 from . import axes, cda, cda_engine, corpus, holdout, lines, pronouns, records, sentences, splice, tokens
 from .buckets import Families
 from .errors import ConfigError
-from .outputs import digest
+from .outputs import NotMade, digest, held, partial_of
 
 FORMAT = 1
 ARRAYS = {"ids": "<i4", "lengths": "<i4", "sizes": "<i4", "sources": "<i8"}
@@ -71,28 +70,25 @@ class Cache:
 
     def writing(self, blocks: Iterable) -> Iterator:
         """The blocks (stream.Block) as they come, written besides; the folder is there once the last one was taken. Raises ConfigError where it cannot be."""
-        made = [folder for folder in (self.root, *self.root.parents) if not os.path.exists(folder)]
+        partial = partial_of(self.folder)
+        _unfinished[partial] = [folder for folder in (self.root, *self.root.parents) if not os.path.exists(folder)]
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            partial = self.root / f".partial-{uuid.uuid4().hex}"
-            partial.mkdir()
-        except OSError as error:
-            raise ConfigError(f"--cache {self.root}: cannot be written: {error.strerror}") from None
-        _unfinished[partial] = made
-        try:
-            written, counts = dict.fromkeys(ARRAYS, 0), {}
-            with contextlib.ExitStack() as stack:
-                files = {name: stack.enter_context(open(partial / f"{name}.bin", "wb")) for name in ARRAYS}
-                for block in blocks:
-                    for name, kind in ARRAYS.items():
-                        written[name] += self._write(files[name], getattr(block.families, name).astype(kind))
-                    counts = dataclasses.asdict(block.counts)
-                    yield block
-            about = {"format": FORMAT, "bytes": written, "counts": {name: counts[name] for name in counts.keys() - {"whole", "notes"}}}
-            with open(partial / "about.json", "wb") as file:
-                self._write(file, json.dumps(about, indent=1).encode())
-            with contextlib.suppress(OSError):  # another process was first
-                os.rename(partial, self.folder)
+            with held(partial, lambda: partial.mkdir(parents=True)):
+                written, counts = dict.fromkeys(ARRAYS, 0), {}
+                with contextlib.ExitStack() as stack:
+                    files = {name: stack.enter_context(open(partial / f"{name}.bin", "wb")) for name in ARRAYS}
+                    for block in blocks:
+                        for name, kind in ARRAYS.items():
+                            written[name] += self._write(files[name], getattr(block.families, name).astype(kind))
+                        counts = dataclasses.asdict(block.counts)
+                        yield block
+                about = {"format": FORMAT, "bytes": written, "counts": {name: counts[name] for name in counts.keys() - {"whole", "notes"}}}
+                with open(partial / "about.json", "wb") as file:
+                    self._write(file, json.dumps(about, indent=1).encode())
+                with contextlib.suppress(OSError):  # another process was first
+                    os.rename(partial, self.folder)
+        except NotMade as error:
+            raise ConfigError(f"--cache {self.root}: cannot be written: {error}") from None
         finally:
             _remove(partial)
 

@@ -56,15 +56,15 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 on bad input, 130, 143 or 129 where a signal stopped it (SIGINT, SIGTERM, SIGHUP), which leaves nothing half-written, 141 where nobody read on."""
-    arguments = vars(parser().parse_args(argv))
-    command, settings, module = COMMANDS[arguments.pop("command")]
-    sleep_soon()
-    closed = sys.stdout is None
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))  # None where the caller closed it
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(encoding="utf-8")
     try:
-        with warnings.catch_warnings(), stoppable():
+        with stoppable(), warnings.catch_warnings():
+            arguments = vars(parser().parse_args(argv))
+            command, settings, module = COMMANDS[arguments.pop("command")]
+            sleep_soon()
+            closed = sys.stdout is None
+            sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))  # None where the caller closed it
+            if hasattr(sys.stdout, "reconfigure"):
+                sys.stdout.reconfigure(encoding="utf-8")
             warnings.showwarning = lambda message, *where: say(f"warning: {message}")
             given = options.resolve(settings, arguments)
             if closed and (refused := _nowhere(given)):

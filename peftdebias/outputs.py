@@ -43,11 +43,11 @@ def writing(path: str | None) -> Iterator:
         return
     partial = partial_of(target)
     try:
-        with _held(partial, partial.touch):
+        with held(partial, partial.touch):
             with open(partial, "w", encoding="utf-8") as file:
                 yield file
             partial.replace(target)
-    except _NotMade as error:
+    except NotMade as error:
         raise ConfigError(f"{path}: cannot be written: {error}") from None
     except OSError as error:
         if error.filename is None and error.errno in FULL:
@@ -71,7 +71,8 @@ def _is_open(path: str) -> bool:
 @contextlib.contextmanager
 def alone(path: Path, what: str) -> Iterator[None]:
     """Inside the `with` block no other process is in such a block for `path`, a file that is there. Raises ConfigError about `what` where one is; where the system
-    knows no such locks, it is not seen. What a process that was killed left half-written beside the file or below is removed."""
+    knows no such locks, it is not seen. What a process that was killed left half-written beside the file or below is removed, at the start and, of those that the block
+    itself has ended, at the end."""
     with open(path, "rb") as file:
         if fcntl is not None:
             try:
@@ -81,36 +82,41 @@ def alone(path: Path, what: str) -> Iterator[None]:
                 raise ConfigError(f"{what}: another process is at work there; expected it to end first, or another folder") from None
             except OSError:  # a file system without locks
                 pass
-        yield
+        try:
+            yield
+        finally:
+            _tidy(path.parent.rglob(".*.partial-*"))
 
 
-class _NotMade(Exception):
+class NotMade(Exception):
     """Why a partial cannot be made."""
 
 
 @contextlib.contextmanager
-def _held(partial: Path, make: Callable[[], object]) -> Iterator[None]:
+def held(partial: Path, make: Callable[[], object]) -> Iterator[None]:
     """`make` makes a partial, which `_tidy` leaves alone while the block runs: it is locked, where the system knows such locks. What is there of it when the block ends is
-    removed, and at the start what killed processes left of the same result. Raises _NotMade."""
+    removed, and at the start what killed processes left of the same result. Raises NotMade."""
     descriptor = None
     try:
-        _tidy(partial.parent.glob(glob.escape(partial.name.rpartition("-")[0]) + "-*"))
-        while True:
-            make()
-            if fcntl is None:
-                break
-            descriptor = os.open(partial, os.O_RDONLY)
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if os.path.exists(partial):
-                break
-            os.close(descriptor)  # somebody tidied before it was locked
-    except OSError as error:
-        raise _NotMade(error.strerror) from None
-    try:
+        try:
+            _tidy(partial.parent.glob(glob.escape(partial.name.rpartition("-")[0]) + "-*"))
+            while True:
+                make()
+                if fcntl is None:
+                    break
+                descriptor = os.open(partial, os.O_RDONLY)
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if os.path.exists(partial):
+                    break
+                os.close(descriptor)  # somebody tidied before it was locked
+                descriptor = None
+        except OSError as error:
+            raise NotMade(error.strerror) from None
         yield
     finally:
-        _remove(partial)
+        with contextlib.suppress(OSError):  # of a folder that may not be read
+            _remove(partial)
         if descriptor is not None:
             os.close(descriptor)
 
@@ -158,14 +164,14 @@ def writing_folder(out: Path, overwrite: bool, what: str, replaceable: Callable[
     old = partial.with_name(partial.name.replace(".partial-", ".old-"))
     made = [folder for folder in partial.parents if not os.path.exists(folder)]  # by us, the innermost first
     try:
-        with _held(partial, lambda: partial.mkdir(parents=True)):
+        with held(partial, lambda: partial.mkdir(parents=True)):
             yield partial
             check()  # somebody may have come first
             if not (target.exists() and _exchanged(partial, target)):
                 if target.exists():
                     target.rename(old)
                 partial.rename(target)
-    except _NotMade as error:
+    except NotMade as error:
         raise ConfigError(f"--out {out}: cannot be written: {error}") from None
     finally:
         if os.path.exists(old) and not os.path.exists(target):  # stopped between the two

@@ -27,7 +27,8 @@ def stoppable() -> Iterator[None]:
     stay so, and in another thread than the first nothing changes.
 
     Not inside of an import, but soon behind it: C that imports numpy, torch or triton loses what is raised there, is left half made by it, or ends the process.
-    What is raised where Python has to drop it, in a __del__, is raised again.
+    What is raised where Python has to drop it, in a __del__, is raised again, and where C makes another error of it (torch.asarray in safetensors), it is Stopped
+    that leaves the block.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -39,6 +40,7 @@ def stoppable() -> Iterator[None]:
             return
         for each in given:
             signal.signal(each, signal.SIG_IGN)  # once is enough: the next would break off the tidying
+        raised.append(number)
         raise Stopped(number)
 
     def soon(number: int) -> None:
@@ -51,6 +53,7 @@ def stoppable() -> Iterator[None]:
         else:
             unraisable(what)
 
+    raised: list[int] = []
     given = {number: handler for number in STOPPING if (handler := signal.getsignal(number)) in (signal.SIG_DFL, signal.default_int_handler)}
     can_wait = hasattr(signal, "setitimer") and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL  # nobody else's alarm
     outside, unraisable = _imports(sys._getframe()), sys.unraisablehook
@@ -59,6 +62,10 @@ def stoppable() -> Iterator[None]:
         signal.signal(number, stop)
     try:
         yield
+    except Exception as error:
+        if raised:
+            raise Stopped(raised[0]) from error
+        raise
     finally:
         if can_wait:
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from peftdebias import axes, cache, stream
+from peftdebias import axes, cache, outputs, stream, worker
 from peftdebias.cache import Cache
 from peftdebias.cda import Intervention
 from peftdebias.errors import ConfigError
@@ -127,10 +127,11 @@ def test_a_damaged_cache_is_named_and_made_again(what, made):
     assert equal(write(made), expected) and note(made) == f"cache: {folder} is read"
 
 
-def test_what_is_not_finished_leaves_nothing(made):
+def test_what_is_not_finished_leaves_nothing(made, monkeypatch):
+    monkeypatch.setattr(worker, "PATIENCE", 60)
     events = Stream(made).run()
     next(events), next(events)
-    assert len(folders(made)) == 1 and folders(made)[0].startswith(".partial-")
+    assert len(folders(made)) == 1 and ".partial-" in folders(made)[0]
     events.close()
     assert not Path(made.cache).exists()
     with Epochs(dataclasses.replace(made, files=made.files * 100), 1) as epochs:  # more than waits in the pipe
@@ -148,6 +149,16 @@ def test_two_writers_at_once_do_no_harm(made):
     list(other)
     assert folders(made) == [Cache(made).folder.name] and (Cache(made).folder / "ids.bin").stat().st_ino == before  # the first to finish counts
     assert equal(write(made), write(plain))
+
+
+def test_what_a_killed_writer_left_is_removed_when_the_same_is_written(made):
+    left = outputs.partial_of(Cache(made).folder)  # what a process that is gone had locked
+    left.mkdir(parents=True), (left / "ids.bin").write_bytes(b"1234")
+    writing = Cache(made).writing(tokenised(dataclasses.replace(made, cache=None)))
+    next(writing)
+    assert not left.exists() and len(folders(made)) == 1  # its own
+    list(writing)
+    assert folders(made) == [Cache(made).folder.name]
 
 
 def test_memory_stays_bounded_in_reading(made, monkeypatch):

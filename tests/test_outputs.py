@@ -303,6 +303,43 @@ def test_what_a_killed_process_left_is_removed(tmp_path, by):
     assert anew() == own and partials(tmp_path / "runs") == [] and all(path.exists() for path in kept)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="knows no such locks")
+@pytest.mark.parametrize("write", [lambda place: writing(str(place)), folder], ids=["file", "folder"])
+def test_a_signal_before_what_is_made_is_locked_leaves_nothing(write, tmp_path, monkeypatch):
+    def stopped(descriptor, operation):
+        assert partials(tmp_path) == [".x.partial"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(outputs.fcntl, "flock", stopped)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(KeyboardInterrupt), write(tmp_path / "runs" / "x"):
+        pass
+    assert list(tree(tmp_path)) == ["runs"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="knows no such locks")
+def test_what_processes_that_are_ended_leave_is_removed_before_others_may_work_there(tmp_path):
+    (tmp_path / "recipe.json").write_text("{}")
+    with pytest.raises(KeyboardInterrupt), alone(tmp_path / "recipe.json", "--out x"):
+        outputs.partial_of(tmp_path / "runs" / "x").mkdir(parents=True)  # whose lock went with its process
+        raise KeyboardInterrupt
+    assert sorted(tree(tmp_path)) == ["recipe.json", "runs"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="knows no such locks")
+def test_what_was_tidied_before_its_lock_and_cannot_be_made_again_says_why(tmp_path, monkeypatch):
+    partial, errors = outputs.partial_of(tmp_path / "x"), iter([None, OSError(errno.EACCES, "Permission denied")])
+
+    def make():
+        if error := next(errors):
+            raise error
+        partial.touch()
+
+    monkeypatch.setattr(outputs.fcntl, "flock", lambda *lock: partial.unlink())
+    with pytest.raises(outputs.NotMade, match="^Permission denied$"), outputs.held(partial, make):
+        pass
+
+
 def test_a_pipe_that_has_no_name_of_its_own_is_written_to():
     """What a shell hands over as >(gzip > x.gz), and /dev/stdout before a |."""
     reader, writer = os.pipe()

@@ -406,7 +406,7 @@ def test_it_needs_no_thread_here_and_takes_a_large_recipe(file):
         for _ in range(3):
             assert same(next(there.epoch(0)), expected[0])
             time.sleep(0.3)  # the pipe fills: there is always another epoch
-        assert equal(list(there.epoch(0)), expected) and threading.active_count() == before
+        assert equal(list(there.epoch(0)), expected) and threading.active_count() <= before  # another's may end
 
 
 class Cut:
@@ -422,6 +422,7 @@ class Cut:
 
 def test_what_ctrl_c_breaks_off_is_not_read_on(file, monkeypatch):
     """In the middle of a frame, of a command and of the recipe: the next run has a process of its own and the same batches."""
+    monkeypatch.setattr(worker, "PATIENCE", 60)  # what was broken off is read once the process has started
     with Epochs(recipe(file)) as here:
         expected = list(here.epoch(0))
 
@@ -542,7 +543,7 @@ def test_ahead_makes_one_item_more_and_is_closed_with_its_source():
 
     items = ahead(source())
     assert next(items) == 0
-    for _ in range(100):
+    for _ in range(2000):
         if len(made) == 2:
             break
         time.sleep(0.01)

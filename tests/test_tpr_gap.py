@@ -140,9 +140,9 @@ def test_measures_have_names_and_units_and_seeds_repeat():
 
 def test_ten_thousand_examples_take_no_time():
     data = world(10_000, classes=28)
-    start = time.perf_counter()
+    start = time.process_time()
     tpr_gap(*data)
-    assert time.perf_counter() - start < 2  # 0.1 s here
+    assert time.process_time() - start < 2  # 0.1 s here
 
 
 def test_errors_say_what_was_expected():
