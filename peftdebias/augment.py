@@ -104,7 +104,7 @@ def augment(settings: Augment) -> Summary:
         if settings.shard:
             summary.counts.texts = stop - start  # those before were read to be numbered
         elif not summary.counts.touched:
-            raise DataError(f"{', '.join(settings.files) or 'standard input'}: expected {summary.words}, found none in {summary.counts.texts} texts")
+            raise DataError(f"{lines.all_called(settings.files or ('-',))}: expected {summary.words}, found none in {summary.counts.texts} texts")
         summary.seconds = time.perf_counter() - begin
         if settings.stats:
             with writing(settings.stats) as file:

@@ -95,10 +95,10 @@ def _held_out(settings: Upstream, axis: Axis, intervention: Intervention, files:
         return lambda: (chunk.texts for chunk in corpus.chunks(paths, settings.column, unit=settings.unit, on_error=settings.on_error, skipped=skipped))
 
     if valid:
-        names = ", ".join(settings.corpus), ", ".join(settings.valid)
+        names = lines.all_called(settings.corpus), lines.all_called(settings.valid)
         texts = first_families(read(valid, skipped), axis, intervention, settings.valid_texts, names[1])
         return beside(read(files), texts, axis, intervention, *names), texts
-    return choose(read(files), axis, intervention, settings.valid_share, settings.valid_texts, ", ".join(settings.corpus))
+    return choose(read(files), axis, intervention, settings.valid_share, settings.valid_texts, lines.all_called(settings.corpus))
 
 
 def _corpus_notes(counts: Counts, held_out: int | None, axis: str, longest: int) -> list[str]:

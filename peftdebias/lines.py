@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -158,6 +158,11 @@ def place(path, number: int) -> str:
 def called(path) -> str:
     """A file in a message."""
     return "<stdin>" if str(path) == "-" else str(path)
+
+
+def all_called(paths: Iterable) -> str:
+    """Files in a message."""
+    return ", ".join(map(called, paths))
 
 
 class Lines:

@@ -545,6 +545,16 @@ def test_standard_input_that_is_no_text(tmp_path, monkeypatch):
     assert list(tree(tmp_path)) == ["c.txt"]
 
 
+@pytest.mark.parametrize("command", ["augment", "augment -", "upstream"])
+def test_standard_input_without_words_of_the_axis(command, small, tmp_path, monkeypatch):
+    flags = ["--axis", "gender"] if "augment" in command else small.learning(corpus="-", out=tmp_path / "run")
+    with open(file(tmp_path, "c.txt", b"bergen\nosaka\n")) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        said = cli(*command.split(), *flags)
+    assert (said.code, said.err.splitlines()[-1]) == (2, "peftdebias: <stdin>: expected words of the axis gender, found none in 2 texts")
+    assert list(tree(tmp_path)) == ["c.txt"]
+
+
 def test_a_reader_that_goes_away_is_no_error_and_output_is_utf8_whatever_the_locale(tmp_path):
     """While rows are written (`head`), and before the last ones leave (`true`)."""
     for name, times in (("long.txt", 50_000), ("short.txt", 1)):
