@@ -96,9 +96,11 @@ def short(value: object) -> str:
 
 
 def read_object(path: Path, raised: type[PeftDebiasError]) -> dict:
-    """The JSON object of a file that is there. Raises on anything else."""
+    """The JSON object of a file, which may begin with a byte order mark. Raises on anything else."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise raised(f"{path}: no such file") from None
     except OSError as error:
         raise raised(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or an integer of thousands of digits

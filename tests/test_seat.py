@@ -184,10 +184,13 @@ def test_bad_files_are_named(changes, words, tmp_path):
 def test_what_is_no_test_at_all(tmp_path):
     for content in (b"", b'{"targ1": {}}\n{"targ1": {}}\n', b"[]", b"\xff\xfe", b"[" * 10**5):
         (tmp_path / "f.jsonl").write_bytes(content)
-        with pytest.raises(DataError, match="f.jsonl: expected a"):
+        with pytest.raises(DataError, match="f.jsonl: expected (a JSON object|JSON), got "):
             read_tests(tmp_path / "f.jsonl")
     with pytest.raises(DataError, match="none.jsonl: no such file"):
         read_tests(tmp_path / "none.jsonl")
+    (tmp_path / "f.jsonl").write_text("{}")
+    with pytest.raises(DataError, match="f.jsonl: expected a JSON object with targ1, targ2, attr1, attr2, got no keys$"):
+        read_tests(tmp_path / "f.jsonl")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty: expected association tests, files \*.jsonl, found none"):
         read_tests(tmp_path / "empty")

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from peftdebias.errors import DataError
+from peftdebias.files import read_object
 from peftdebias.metrics import Measure, tally
 from peftdebias.metrics.tally import Figure, Tally
 
@@ -66,14 +67,9 @@ def read_tests(path: str | Path) -> list[AssociationTest]:
 
 
 def _read(path: Path) -> AssociationTest:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: expected an association test as one JSON object, got {error}") from None
-    if not isinstance(data, dict) or not all(isinstance(data.get(name), dict) for name in SETS):
-        raise DataError(f"{path}: expected a JSON object with {', '.join(SETS)}, got {', '.join(data) if isinstance(data, dict) else type(data).__name__}")
+    data = read_object(path, DataError)
+    if not all(isinstance(data.get(name), dict) for name in SETS):
+        raise DataError(f"{path}: expected a JSON object with {', '.join(SETS)}, got {', '.join(data) or 'no keys'}")
     sets = []
     for name in SETS:
         texts = data[name].get("examples")

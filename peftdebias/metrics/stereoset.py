@@ -30,6 +30,7 @@ import numpy as np
 
 from peftdebias.encoder import Model
 from peftdebias.errors import DataError
+from peftdebias.files import read_object
 from peftdebias.metrics import Measure, tally
 from peftdebias.metrics.tally import Figure, Tally
 from peftdebias.questions import MaskedToken, masked_log_probs
@@ -65,13 +66,7 @@ class Scored:
 
 def read_contexts(path: str | Path) -> list[Context]:
     """The intrasentence contexts of the published JSON. Raises DataError that names the file and the context."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: expected StereoSet's JSON, got {error}") from None
-    rows = data.get("data") if isinstance(data, dict) else None
+    rows = read_object(Path(path), DataError).get("data")
     rows = rows.get("intrasentence") if isinstance(rows, dict) else None
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{path}: expected StereoSet's contexts, a list under data.intrasentence, found none")
