@@ -135,7 +135,7 @@ def key(recipe) -> str:
     code = [Path(module.__file__) for module in (axes, cda, cda_engine, corpus, holdout, lines, pronouns, records, sentences, splice, tokens)] + [Path(axes.__file__).parent / "pronouns.toml"]
     about = [
         FORMAT, [digest(Path(path)) for path in code], [(lines.kind(path), lines.is_packed(path), digest(Path(path))) for path in recipe.files], recipe.column, recipe.unit, recipe.on_error,
-        repr(dataclasses.replace(axis, description="", source="")), repr(recipe.intervention), recipe.held_out.share, sorted(recipe.held_out.also), recipe.shard,
-        tokenizer.backend.to_str(), tokenizer.style, recipe.max_length,
+        repr(dataclasses.replace(axis, description="", source="")), repr(recipe.intervention), recipe.held_out.share, sorted(recipe.held_out.also), recipe.held_out.axis is None, recipe.shard,
+        tokenizer.backend.to_str(), tokenizer.backend.encode_special_tokens, tokenizer.style, tokenizer.cls_id, tokenizer.sep_id, recipe.max_length,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()

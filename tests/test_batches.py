@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from peftdebias.batches import WINDOW, Sample, Spans, cumulative, from_packed, pack, plan
+from peftdebias.batches import WINDOW, Bounds, Sample, Spans, cumulative, from_packed, pack, plan, with_inserted
 from peftdebias.buckets import Families, Packed
 from peftdebias.errors import ModelError
 
@@ -63,6 +63,17 @@ def test_families_end_to_end():
 def test_targets_are_packed_only_where_every_sample_has_them():
     assert pack([sample(1, rows=[0], targets=[3]), sample(2, rows=[0])]).targets is None
     assert equal(pack([sample(1, rows=[0], targets=[3]), sample(2, 3, targets=[])]).targets, [3])
+
+
+def test_a_classifiers_batch_asks_for_the_first_token_of_each_text():
+    asked = ([[0], [0]], True), ([[0], [1]], False), ([[0], [0, 1]], False), ([[0], []], False)
+    assert all(pack([sample(1, 2, rows=rows) for rows in texts]).firsts == firsts for texts, firsts in asked) and not pack([]).firsts
+
+
+def test_vectors_before_every_text_widen_what_a_batch_is_bound_by():
+    batch = dataclasses.replace(pack([sample(1, 2, 3, rows=[0]), sample(4, rows=[0])]), cu_rows=cumulative((1, 1)), bounds=Bounds(4, 3, 1))
+    order, found = with_inserted(batch, 2)
+    assert with_inserted(pack([]), 2)[1].max_length == 0 and found.bounds == Bounds(8, 5, 1) and equal(order, [0, 1, 4, 5, 6, 2, 3, 7]) and equal(found.cu_seqlens, [0, 5, 8], torch.int32) and equal(found.rows, [2, 7])
 
 
 def test_no_sample_is_an_empty_batch():
@@ -149,7 +160,7 @@ def test_a_seed_repeats_and_another_differs():
     order = plan(LENGTHS, batch_size=13, seed=(0, 1))
     assert order == plan(LENGTHS, batch_size=13, seed=(0, 1))
     assert order != plan(LENGTHS, batch_size=13, seed=(0, 2))
-    assert plan(LENGTHS, batch_size=13) == plan(LENGTHS, batch_size=13)
+    assert [item for batch in plan(LENGTHS, batch_size=13) for item in batch] == np.argsort(LENGTHS, kind="stable").tolist()
 
 
 def spread(batches, lengths):
@@ -193,6 +204,7 @@ def test_one_limit_is_needed(options):
 @pytest.mark.parametrize("changes,words", [
     (dict(rows=np.arange(4) == 2), "rows: expected 4 integers, got bool of shape [4]"),
     (dict(rows=np.array([0, 5, 2]), targets=None), "expected rows from 0 to 3, ascending, got 0, 5, 2"),
+    (dict(rows=np.array([1, 4])), "expected rows from 0 to 3, ascending, got 1, 4"),
     (dict(rows=np.array([0, -1, 2]), targets=None), "expected rows from 0 to 3, ascending, got 0, -1, 2"),
     (dict(rows=np.array([-1, 2]), targets=None), "expected rows from 0 to 3, ascending, got -1, 2"),  # in a batch, the last row of the text before
     (dict(rows=np.array([3, 2, 1, 1, 0, 0]), targets=None), "expected rows from 0 to 3, ascending, got 3, 2, 1, 1, 0, ..."),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+import tokenizers
 
 from peftdebias import axes, cache, outputs, stream, worker
 from peftdebias.cache import Cache
@@ -84,6 +85,7 @@ def test_the_background_process_writes_and_reads_it_too(made):
 
 @pytest.mark.parametrize("change", [
     {"column": "x"}, {"unit": "sentence"}, {"on_error": "skip"}, {"max_length": 9}, {"shard": (0, 2)}, {"held_out": HeldOut(0.2)}, {"held_out": HeldOut(0.1, frozenset([3]))},
+    {"held_out": HeldOut(0.1, axis=axes.load_axis("gender"))},
     {"intervention": Intervention(keep="originals")}, {"axis": axes.load_axis("race")}, {"axis": dataclasses.replace(axes.load_axis("gender"), keep_untouched=True)},
     {"tokenizer": wordpiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "he"])},
 ], ids=lambda change: "-".join(f"{k}={v}" if isinstance(v, (str, int, float)) else k for k, v in change.items()))  # fmt: skip
@@ -188,6 +190,11 @@ def test_a_run_that_ends_before_leaves_no_folder_of_its_own(made, tmp_path):
     assert (tmp_path / "new" / "cache").is_dir()
     writing.close()
     assert not (tmp_path / "new").exists()
+    (tmp_path / "new").mkdir()  # which the user made
+    writing = Cache(made).writing(iter([block for block in tokenised(made)]))
+    next(writing)
+    writing.close()
+    assert list((tmp_path / "new").rglob("*")) == []
 
 
 def test_the_key_sees_how_a_file_is_read(tmp_path):
@@ -203,6 +210,36 @@ def test_the_key_sees_no_place_of_an_axis(made):
     assert cache.key(dataclasses.replace(made, axis=dataclasses.replace(made.axis, source="elsewhere", description="other"))) == cache.key(made)
 
 
+def test_the_key_sees_the_sources_that_read_and_swap(made, monkeypatch):
+    plain, keys = cache.digest, {cache.key(made)}
+    read = ("axes/__init__", "cda", "cda_engine", "corpus", "holdout", "lines", "pronouns", "records", "sentences", "splice", "tokens")
+    for source in (*(f"{name}.py" for name in read), "axes/pronouns.toml"):
+        monkeypatch.setattr(cache, "digest", lambda path: "another" if path == Path(cache.__file__).parent / source else plain(path))
+        keys.add(cache.key(made))
+    monkeypatch.setattr(cache, "FORMAT", 0)
+    assert len(keys | {cache.key(made)}) == 14
+
+
+def test_the_key_sees_which_families_are_held_out_and_which_word_has_an_id(made):
+    keys = {cache.key(dataclasses.replace(made, held_out=HeldOut(0.1, frozenset([place])))) for place in (3, 4)}
+    keys |= {cache.key(dataclasses.replace(made, tokenizer=wordpiece([*STYLES["bert"].values(), *words]))) for words in (("he", "she"), ("she", "he"))}
+    assert len(keys) == 4
+
+
+def test_the_counts_of_a_hit_are_those_of_the_whole_pass(made):
+    many = dataclasses.replace(made, files=made.files * 2)
+    blocks = list(Cache(many).writing(tokenised(many)))
+    last, (found, _) = dataclasses.asdict(blocks[-1].counts), Cache(many).open()
+    assert found.counts == {name: value for name, value in last.items() if name not in ("whole", "notes")} and len(blocks) > 1
+
+
 def test_the_key_sees_how_pairs_are_framed(made):
-    other = Tokenizer(made.tokenizer.backend, "roberta", {f"{role}_token": token for role, token in STYLES["bert"].items()})
-    assert cache.key(dataclasses.replace(made, tokenizer=other)) != cache.key(made)
+    """And texts: two tokenizers may differ in nothing else than which of their tokens begins a text, or in whether a text's [CLS] is read as text."""
+    backend, keys = made.tokenizer.backend, {cache.key(made)}
+    for style, changes in (("roberta", {}), ("bert", {"cls_token": "[PAD]"}), ("bert", {"sep_token": "[PAD]"})):
+        other = Tokenizer(backend, style, {f"{role}_token": token for role, token in STYLES["bert"].items()} | changes)
+        keys.add(cache.key(dataclasses.replace(made, tokenizer=other)))
+    other = Tokenizer(tokenizers.Tokenizer.from_str(backend.to_str()), "bert")
+    assert cache.key(dataclasses.replace(made, tokenizer=other)) in keys
+    other.backend.encode_special_tokens = True
+    assert len(keys | {cache.key(dataclasses.replace(made, tokenizer=other))}) == 5

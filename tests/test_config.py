@@ -115,7 +115,7 @@ def test_one_value_serves_as_a_list_of_one(toml):
 
 @pytest.mark.parametrize("cls,values", [
     (Upstream, UPSTREAM | {"set": {"rank": 2, "targets": ("query", "key")}, "budget": 0.01, "adapter": ("x", "y")}),
-    (Upstream, UPSTREAM), (Downstream, DOWNSTREAM | {"fold": False, "class_weights": "a=1,b=2"}), (Evaluate, {"model": "m", "on": ("perplexity=f",)}),
+    (Upstream, UPSTREAM | {"from_": "male"}), (Downstream, DOWNSTREAM | {"fold": False, "class_weights": "a=1,b=2"}), (Evaluate, {"model": "m", "on": ("perplexity=f",)}),
     (Predict, {"run": "r", "file": "f"}), (Augment, {"axis": "gender", "files": ("a",)}), (Demo, {}),
 ])  # fmt: skip
 def test_what_is_saved_can_be_read_back(cls, values, toml):
@@ -123,6 +123,7 @@ def test_what_is_saved_can_be_read_back(cls, values, toml):
     saved = tomli_w.dumps({"command": cls.__name__.lower()} | options.as_plain(settings))
     found = options.resolve(cls, {"config": toml(saved)})
     assert options.as_plain(found) == options.as_plain(settings)  # lists for the tuples inside --set
+    assert not [name for name in options.as_plain(settings) if name.endswith("_")]
 
 
 def test_required_values_may_all_come_from_the_file(toml):

@@ -8,13 +8,14 @@ import re
 import sys
 import threading
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from peftdebias import lines, records
 from peftdebias.corpus import Example, Text, check_column, chunks, read_examples, read_texts
 from peftdebias.errors import ConfigError, DataError
-from peftdebias.lines import Skipped
+from peftdebias.lines import Copies, Skipped
 
 
 def write(folder, name, content):
@@ -88,6 +89,22 @@ def test_lines_end_at_newlines_only_and_keep_their_spaces(file):
         Text("two\u2028still two\x0btwo", f"{path}:2"),
         Text("three\rthree", f"{path}:3"),
     ]
+    path = file("b.txt", "\ufeffone\r\n\n\ufefftwo\r\r\n".encode())  # a BOM in the middle is text, and one \r alone is the end's
+    for unit in ("line", "document"):
+        assert [text.text for text in read_texts([path], unit=unit)] == ["one", "\ufefftwo\r"]
+
+
+def test_what_can_be_read_once_is_copied_and_no_copy_stays(file, monkeypatch):
+    (end, begin), plain = os.pipe(), str(file("a.txt", "one\n"))
+    os.write(begin, b"two\n")
+    os.close(begin)
+    with open(end) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(DataError, match="^<stdin>:1: bad$"), Copies() as copies:
+            kept, copy = copies.seekable([plain, "-"])
+            assert kept == plain and Path(copy).read_text() == "two\n"
+            raise DataError(f"{copy}:1: bad")
+    assert not Path(copy).parent.exists()
 
 
 def test_texts_stream_over_several_files_and_name_their_places(file):
@@ -161,6 +178,8 @@ def test_spaces_around_a_column_s_name_and_in_a_blank_line_mean_nothing(file):
 @pytest.mark.parametrize("name, content", [("a.tsv", "text\tl\na\t1\n\t\nb\t2\n"), ("a.csv", "text,l\na,1\n,\nb,2\n"), ("b.csv", 'text\na\n""\n\nb\n'), ("b.tsv", 'text\na\n""\n\nb\n')])
 def test_a_row_with_an_empty_text_is_a_row(file, name, content):
     assert [e.text for e in read_examples(file(name, content), text="text")] == ["a", "", "b"]
+    path = file(f"numbers-{name}", content.partition("\n")[2].replace("a", '""', 1).replace("1", "", 1))  # without a header, and the first one is such a row
+    assert [e.text for e in read_examples(path, text="0")] == ["", "", "b"]
 
 
 def test_huge_fields_are_read(file):
@@ -191,6 +210,9 @@ def test_errors_of_files(tmp_path, file):
 def test_errors_of_encoding(file):
     path = file("a.txt", b"ok\ncaf\xe9\n")
     assert message(lambda: read_texts([path])) == f"{path}:2: expected utf-8, got 0xe9 at byte 4 of the line"
+    for name in ("b.txt", "b.jsonl"):  # a byte order mark is no byte of the line
+        path = file(name, b"\xef\xbb\xbfcaf\xe9\n")
+        assert message(lambda: read_texts([path])) == f"{path}:1: expected utf-8, got 0xe9 at byte 4 of the line"
     path = file("a.csv", "text\nok\n".encode("utf-16"))
     assert message(lambda: read_texts([path])) == f"{path}:1: expected utf-8, got 0xff at byte 1 of the line"
     path = file("a.jsonl", '{"text": "a\\ud800"}\n')
@@ -351,6 +373,7 @@ CORRUPT = {
     "d.txt": (b"one\n\xff\ntwo\n\nthree", "document", ["one\ntwo", "three"], [(2, "expected utf-8")]),
     "a.csv": (b'text,n\none,1\n"a\n\xff\nb",2\ntwo,2\nx\n"y"z,3\nthree,\xff\nfour,4\n"open,5\n', "line", ["one", "two", "four"],
               [(4, "expected utf-8"), (7, "expected 2 fields, got 1"), (8, "not csv"), (9, "expected utf-8"), (11, "not csv: unexpected end of data")]),
+    "b.csv": (b'text\none\n"a\xff"x\ntwo\n', "line", ["one", "two"], [(3, "expected utf-8")]),
     "a.tsv": (b"text\tn\none\t1\ntwo\n\xff\t2\nthree\t3\n", "line", ["one", "three"], [(3, "expected 2 fields, got 1"), (4, "expected utf-8")]),
     "a.jsonl": (b'{"text": "one"}\n{"text": \n["x"]\n{"t": 1}\n{"text": 5}\n{"text": "\\ud800"}\n\xff\n{"text": "two"}\n', "line", ["one", "two"],
                 [(2, "not JSON"), (3, "expected a JSON object, got a list"), (4, "no column 'text'; columns: t"), (5, "expected a text in column 'text', got a number"),
@@ -401,8 +424,9 @@ def test_what_no_skipping_mends_stops(tmp_path, file):
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 18])
 @pytest.mark.parametrize("unit", ["line", "sentence"])
 def test_blocks_may_end_anywhere(block, unit, file, monkeypatch):
-    content = "\ufeffone. Two\r\n\n\nthr\u00e9e\n" + "long " * 30 + "\nX. Y. Z\n \nlast"
+    content = "\ufeffone. Two\r\n\n\nthr\u00e9e\n" + "long " * 30 + "\nX. Y. Z\n \n  last"
     path = file("a.txt", content)
+    assert all(b"".join(raw for raw, *_ in lines.blocks(path, size=size)) == content.encode() for size in range(1, 60))
     expected = list(read_texts([path], unit=unit))
     monkeypatch.setattr(lines.blocks, "__defaults__", (0, 0, block))  # BLOCK was read when the function was made
     assert list(read_texts([path], unit=unit)) == expected and expected[0].place == f"{path}:1" and expected[-1].place == f"{path}:8"

@@ -1,14 +1,17 @@
 """Counterfactual flips: against their definition as loops, one text at a time; whose words are swapped; pairs; what cannot be measured; two systems compared."""
 
 import json
+from types import SimpleNamespace
 
 import numpy
 import pytest
 
+from peftdebias import extrinsic
 from peftdebias.axes import load_axis
 from peftdebias.cda import counterfactuals
+from peftdebias.config import Evaluate
 from peftdebias.corpus import Example
-from peftdebias.errors import DataError
+from peftdebias.errors import ConfigError, DataError
 from peftdebias.extrinsic import BETWEEN, _variants
 from peftdebias.metrics import bootstrap, counterfactual
 
@@ -128,9 +131,24 @@ def test_the_axis_is_that_of_the_runs_module_unless_it_is_named(small, runs, tex
     assert said.code == 2 and f"--on counterfactual={texts}: expected --axis NAME|FILE, since {runs['plain']} has no module" in said.err
     mine = tmp_path / "mine.toml"
     mine.write_text('name = "mine"\nkeep_untouched = false\ngroups = [["dough", "ward", "rains"]]\n')
-    done("evaluate", runs["debiased"], "--axis", mine, "--on", f"counterfactual={texts}", "--examples", tmp_path / "e.jsonl")
+    done("evaluate", runs["debiased"], "--axis", mine, "--on", f"counterfactual={texts}", "--examples", tmp_path / "e.jsonl", "--json", tmp_path / "m.json")
     rows = lines(tmp_path / "e.jsonl")
     assert [r["source"] for r in rows] == [1, 1, 3, 3, 5, 5, 6, 6] and rows[0]["counterfactual"] == "it dough ." and {r["axis"] for r in rows} == {"mine"}
+    assert {m["n"] for m in by_name(tmp_path / "m.json").values()} == {4}  # of texts, whatever their counterfactuals
+
+
+def test_several_modules_of_one_axis_tell_it_where_all_were_learnt_on_its_words(monkeypatch):
+    own = {"ours": load_axis("gender").digest(), "theirs": "of other words"}
+    monkeypatch.setattr(extrinsic, "read_header", lambda folder: {"axis_sha256": own[folder]})
+
+    def axis_of(**sources):
+        names = {name.replace("_", "-"): folder for name, folder in sources.items()}
+        return extrinsic._axis(SimpleNamespace(model=SimpleNamespace(methods=dict.fromkeys(names)), sources=names), Evaluate(model="m"), "f").name
+
+    assert axis_of(gender="ours", gender_2="ours") == "gender"
+    for sources, words in (({"gender": "ours", "gender_2": "theirs"}, "m has a module learnt on other words"), ({"gender": "ours", "race": "ours"}, "m has modules on gender, race")):
+        with pytest.raises(ConfigError, match=words):
+            axis_of(**sources)
 
 
 def test_words_of_ones_own_under_a_shipped_name_are_not_taken_for_the_shipped_ones(small, texts, tmp_path):

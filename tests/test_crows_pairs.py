@@ -246,12 +246,12 @@ def test_evaluate_reports_both_scorings_and_each_example(small, tmp_path):
 
 
 def test_sentences_longer_than_the_model_are_cut_and_counted(small, tmp_path):
-    path = written(tmp_path, HEADER + f'0,he {"is " * 80},she {"is " * 80},stereo,gender\n1,he is,she is,stereo,gender\n')
+    path = written(tmp_path, HEADER + f'0,he {"is " * 80},she {"is " * 80},stereo,gender\n1,he is,she is,stereo,gender\n2,he was,she was,stereo,race\n')
     said = done("evaluate", small.base, "--on", f"crows-pairs={path}", "--bias-type", "gender")
     assert f"{path}: 2 of 4 texts are longer than 64 tokens and were cut (38 tokens left out)" in said.err
     assert [line.split()[0] for line in said.out.splitlines()[1:3]] == ["crows-pairs/nangia/gender", "crows-pairs/bias-bench/gender"]
     said = cli("evaluate", small.base, "--on", f"crows-pairs={path}", "--bias-type", "age")
-    assert said.code == 2 and f"{path}: expected --bias-type to be one of gender, got 'age'" in said.err
+    assert said.code == 2 and f"{path}: expected --bias-type to be one of gender, race, got 'age'" in said.err
 
 
 def test_a_module_that_takes_positions_leaves_less_room(small):

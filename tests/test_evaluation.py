@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
@@ -15,11 +17,11 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from peftdebias import evaluation
-from peftdebias.answers import Result, cut_note, positive_label
+from peftdebias import axes, evaluation
+from peftdebias.answers import Answers, Result, cut_note, is_plain, longest_of, positive_label
 from peftdebias.batches import Sample, pack
 from peftdebias.checkpoint import load_run
-from peftdebias.config import MEASURES, Evaluate
+from peftdebias.config import LEAST, MEASURES, Evaluate, Predict
 from peftdebias.corpus import Example, read_examples
 from peftdebias.errors import ConfigError, DataError
 from peftdebias.evaluation import parse_on
@@ -106,6 +108,12 @@ def test_a_module_changes_what_is_measured(small, tmp_path):
     assert list(base) == ["mlm-loss", "perplexity", *(f"crows-pairs/{s}/{k}" for s in ("nangia", "bias-bench") for k in ("all", "gender"))]
 
 
+def test_texts_of_a_run_are_as_long_as_it_was_trained_with_and_pairs_as_long_as_the_model_reads(small, tmp_path):
+    done("upstream", *small.learning(steps=1, valid_every=1, max_length=6, out=tmp_path / "short"))
+    said = done("evaluate", tmp_path / "short", "--on", f"perplexity={small.heldout}", "--on", f"crows-pairs={small.pairs}")
+    assert [line.partition(": ")[0] for line in said.err.splitlines() if "longer than" in line] == [str(small.heldout)] and "longer than 6 tokens" in said.err
+
+
 def test_classification_figures_are_those_of_the_examples(small, runs, tmp_path, answer):
     done("evaluate", runs["jobs"], "--on", f"classification={small.test}", "--json", tmp_path / "m.json", "--examples", tmp_path / "e.jsonl")
     found, rows = by_name(tmp_path / "m.json"), lines(tmp_path / "e.jsonl")
@@ -118,7 +126,8 @@ def test_classification_figures_are_those_of_the_examples(small, runs, tmp_path,
 
 
 def test_columns_come_from_the_run_unless_they_are_named(small, runs, tmp_path):
-    assert "f1/1" in done("evaluate", runs["health"], "--on", f"classification={small.binary}").out  # text and is_health, F1 of 1
+    assert "f1/1" in done("evaluate", runs["health"], "--on", f"classification={small.binary}", "--examples", tmp_path / "e.jsonl").out  # text and is_health, F1 of 1
+    assert {row["positive"] for row in lines(tmp_path / "e.jsonl")} == {"1"}
     renamed = tmp_path / "r.csv"
     renamed.write_text(small.binary.read_text().replace("text,is_health", "body,ill"))
     said = cli("evaluate", runs["health"], "--on", f"classification={renamed}")
@@ -126,6 +135,9 @@ def test_columns_come_from_the_run_unless_they_are_named(small, runs, tmp_path):
     own = done("evaluate", runs["health"], "--on", f"classification={small.binary}").out
     assert done("evaluate", runs["health"], "--on", f"classification={renamed}", "--text", "body", "--label", "ill").out == own
     assert done("evaluate", runs["health"], "--on", f"classification={small.binary}", "--positive", "0").out.count("f1/0") == 1
+    (tmp_path / "words.txt").write_text("he\nshe\n")
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({k: v for k, v in row.items() if k != "gender"}) + "\n" for row in lines(small.test)))
+    done("evaluate", runs["jobs"], "--on", f"fprd={tmp_path / 't.jsonl'}", "--positive", "nurse", "--terms", tmp_path / "words.txt")  # groups are another measure's
     said = cli("evaluate", runs["health"] / "model", "--on", f"classification={small.binary}")  # the bare model folder knows no columns
     assert said.code == 2 and f"--on classification={small.binary}: expected --text COL and --label COL" in said.err
 
@@ -134,9 +146,27 @@ def example(label, group=None):
     return Example("t", None, label, group, "f:1")
 
 
+def test_rows_of_examples_have_all_that_a_measure_is_made_of():
+    examples = [example("yes", "f"), Example("t", "u", "no", None, "f:2")]
+    assert Answers(examples, ("yes", "no"), numpy.array([[0.75, 0.25], [0.5, 0.5]]), ["yes", "yes"], []).rows("m", positive="no") == [
+        {"measure": "m", "place": "f:1", "text": "t", "label": "yes", "group": "f", "predicted": "yes", "probabilities": {"yes": 0.75, "no": 0.25}, "positive": "no"},
+        {"measure": "m", "place": "f:2", "text": "t", "text_pair": "u", "label": "no", "group": None, "predicted": "yes", "probabilities": {"yes": 0.5, "no": 0.5}, "positive": "no"}]
+
+
+def test_how_long_texts_may_be_and_which_files_have_one_a_line():
+    def longest(room, most=None, **trained):
+        return longest_of(SimpleNamespace(model=SimpleNamespace(encoder=SimpleNamespace(longest=room)), config=trained), Predict(run="r", max_length=most))
+
+    assert [longest(512), longest(512, max_length=300), longest(512, 20, max_length=300), longest(64, 300), longest(LEAST)] == [256, 300, 20, 64, LEAST]
+    for source, named, plain in (("-", "x", True), ("a.TXT", None, True), ("a.txt.gz", None, True), ("a.txt", "1", False), ("a.csv.gz", None, False)):
+        assert is_plain(source, named, (None, None)) == plain
+
+
 def test_what_cannot_be_measured_is_left_out_or_named_with_its_file():
     found, notes = classification_measures(["0", "0"], [example("0"), example("0")], ("0", "1"), where="f.csv", samples=5)
     assert [m.name for m in found] == ["accuracy", "f1/macro"] and notes == ["f.csv: no F1 of '1', which no example has"]
+    assert classification_measures(["0", "1"], [example("0"), example("0")], ("0", "1"), where="f.csv", samples=5)[1] == notes
+    assert classification_measures(["0", "0"], [example("0"), example("1")], ("0", "1"), where="f.csv", samples=5)[0][2].name == "f1/1"
     found, notes = classification_measures(["0", "1", "0"], [example("0", "f"), example("0", "m"), example("1", "f")], ("0", "1"), where="f.csv", samples=5)
     assert [m.name for m in found] == ["accuracy", "f1/macro", "f1/1", "tpr-gap/rms", "tpr-gap/rms-shuffled", "tpr-gap/class/0", "demographic-parity",
                                        "demographic-parity/shuffled"]
@@ -231,6 +261,7 @@ def test_a_run_on_pairs_labels_pairs(small, runs, tmp_path, monkeypatch, answer)
     first, second, _ = small.paired.read_text().splitlines()[1].split("\t")
     assert len(rows) == 95 and rows[0]["text"] == first and rows[0]["probabilities"] == pytest.approx(answer(runs["pairs"], first, second), abs=2e-6)
     assert rows[0]["probabilities"] != pytest.approx(answer(runs["pairs"], first), abs=1e-4)  # the second text counts
+    assert done("predict", runs["pairs"] / "model", small.paired, "--text", "first", "--text-pair", "second").rows == rows  # the folder alone says nothing of pairs
     with open(small.heldout) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         for argv, what in (([], "standard input"), ([small.heldout], str(small.heldout))):
@@ -313,10 +344,19 @@ def test_an_option_that_no_measure_takes_is_told(small):
     assert said.code == 2 and f"--text column: expected a csv, tsv or jsonl file to take it from, got txt alone ({small.heldout})" in said.err
 
 
-def test_results_do_not_take_the_place_of_an_axis_file(small, tmp_path):
+@pytest.mark.parametrize("flag", ["--axis", "--terms"])
+def test_results_do_not_take_the_place_of_a_file_of_words(flag, small, tmp_path):
     (tmp_path / "own.toml").write_text("words")
-    said = cli("evaluate", small.base, "--on", f"perplexity={small.heldout}", "--axis", tmp_path / "own.toml", "--json", tmp_path / "own.toml")
+    said = cli("evaluate", small.base, "--on", f"perplexity={small.heldout}", flag, tmp_path / "own.toml", "--json", tmp_path / "own.toml")
     assert said.code == 2 and f"--json {tmp_path}/own.toml: is read" in said.err and (tmp_path / "own.toml").read_text() == "words"
+    said = cli("evaluate", small.base, "--on", f"seat={tmp_path}", "--examples", tmp_path / "own.toml")  # a file of the folder that is measured
+    assert said.code == 2 and f"--examples {tmp_path}/own.toml: is read" in said.err and (tmp_path / "own.toml").read_text() == "words"
+
+
+def test_figures_name_every_file_that_they_may_be_of(small, tmp_path):
+    own = shutil.copy(Path(axes.__file__).with_name("gender.toml"), tmp_path / "own.toml")
+    done("evaluate", small.base, "--on", f"perplexity={small.heldout}", "--axis", own, "--json", tmp_path / "m.json")
+    assert json.loads((tmp_path / "m.json").read_text())["files"] == {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in (small.heldout, own)}
 
 
 def test_every_option_of_measures_names_measures():

@@ -9,6 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from peftdebias import files
+from peftdebias.errors import ModelError
 from peftdebias.files import write_tensors, wrong_numbers
 from peftdebias.weights import load_model, read_tensors
 
@@ -131,6 +133,23 @@ def test_missing_files_are_named(bert):
 def test_numbers_are_judged_as_what_they_become():
     large = torch.tensor([1.0, 1e300], dtype=torch.float64)
     assert wrong_numbers(large) == "" and wrong_numbers(large, torch.float32) == "expected finite numbers, got 1 of 2 that are NaN or infinite in float32"
+    assert wrong_numbers(large / 0, torch.float64) == "expected finite numbers, got 2 of 2 that are NaN or infinite"
+
+
+@pytest.mark.parametrize("tensor", [torch.empty(2**40, 0), torch.zeros(1).expand(2**20, 2**20)], ids=["empty", "strides of 0"])
+def test_a_small_file_holds_no_shape_that_no_memory_does(tensor, tmp_path):
+    torch.save({"a": tensor}, tmp_path / "a.bin")
+    with pytest.raises(ModelError, match=rf"a.bin: a: expected no more than the file's .* bytes, got shape \{list(tensor.shape)} of "):
+        files.read_tensors(tmp_path / "a.bin", ModelError)
+
+
+def test_what_is_neither_a_plain_tensor_nor_shallow_json_is_refused(tmp_path):
+    torch.save({"a": torch.eye(3).to_sparse()}, tmp_path / "a.bin")
+    with pytest.raises(ModelError, match="a.bin: expected tensors by name, got something else$"):
+        files.read_tensors(tmp_path / "a.bin", ModelError)
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(ModelError, match="a.json: expected JSON, got "):
+        files.read_object(tmp_path / "a.json", ModelError)
 
 
 def test_a_folder_in_the_place_of_weights_is_named(bert):

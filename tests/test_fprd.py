@@ -16,7 +16,7 @@ from peftdebias.answers import Answers
 from peftdebias.axes import word_class
 from peftdebias.config import Evaluate
 from peftdebias.corpus import Example
-from peftdebias.errors import DataError
+from peftdebias.errors import ConfigError, DataError
 from peftdebias.metrics import bootstrap, tally
 from peftdebias.metrics.fprd import fprd, fprd_tally, frames, mentions, read_terms
 
@@ -277,6 +277,17 @@ def test_templates_with_terms_of_their_own_are_measured_again_with_them(answered
     assert json.loads((tmp_path / "alone.json").read_text())["settings"]["terms"] == str(tmp_path / "one" / "identity.csv")
     done("evaluate", answered / "a", *asked[:2], "--samples", 40, "--terms", tmp_path / "two" / "identity.csv", "--json", tmp_path / "named.json")  # named, so not those beside it
     assert {m["name"] for m in json.loads((tmp_path / "named.json").read_text())["measures"] if "/term/" in m["name"]} == {f"fprd-iptts/term/{word}" for word in WORDS[:2]}
+    assert json.loads((tmp_path / "named.json").read_text())["settings"]["terms"] == str(tmp_path / "two" / "identity.csv")
+
+
+def test_templates_need_no_terms_where_some_lie_beside_them(tmp_path):
+    given = dict(labels=("0", "1"), positive="1", neutral=None)
+    extrinsic.check_asked("fprd", str(tmp_path / "t.csv"), terms="terms.txt", **given)
+    for name in ("fprd", "iptts"):
+        with pytest.raises(ConfigError, match=f"^terms: expected a file of identity terms for {name}"):
+            extrinsic.check_asked(name, str(tmp_path / "t.csv"), terms=None, **given)
+    (tmp_path / "identity.csv").touch()
+    extrinsic.check_asked("iptts", str(tmp_path / "t.csv"), terms=None, **given)
 
 
 def test_templates_with_another_label_are_named_by_their_line(answered, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from peftdebias import extrinsic
 from peftdebias.batches import pack
 from peftdebias.checkpoint import load_run
 from peftdebias.errors import ConfigError, DataError
@@ -142,7 +143,7 @@ def test_errors_say_what_was_expected():
 
 # ---------------------------------------------------------------- through the commands
 
-def test_evaluate_asks_every_pair_and_compare_counts_the_same(small, tmp_path):
+def test_evaluate_asks_every_pair_and_compare_counts_the_same(small, tmp_path, monkeypatch):
     lists = own_lists(tmp_path / "lists", occupations="nurse\nguard\njudge\npoet\n", gendered_words="man\nwoman\n", templates="The {} kneads dough .\nI saw the {} .\n{} works .\n")
     for seed, name in enumerate("ab"):
         done("downstream", *flags_of(dict(model=small.base, train=small.paired, dev=small.paired, text="first", text_pair="second", label="same", epochs=3, lr=3e-3, seed=seed,
@@ -170,3 +171,7 @@ def test_evaluate_asks_every_pair_and_compare_counts_the_same(small, tmp_path):
     longer = sum(len(e.ids) > 12 for e in run.tokenizer.encode([p.premise for p in pairs], [p.hypothesis for p in pairs]))
     said = done("evaluate", tmp_path / "a", "--on", f"bias-nli={lists}", "--neutral", "yes", "--max-length", 12)
     assert f"{lists}: {longer} pairs are longer than 12 tokens and were cut" in said.err and 0 < longer < 24
+    monkeypatch.setattr(extrinsic, "PAIRS_AT_ONCE", 7)
+    said = done("evaluate", tmp_path / "a", "--on", f"bias-nli={lists}", "--neutral", "yes", "--seed", 3, "--samples", 47, "--json", tmp_path / "parts.json", "--max-length", 12)
+    assert f"{lists}: {longer} pairs are longer than 12 tokens and were cut" in said.err and {m["n"] for m in json.loads((tmp_path / "parts.json").read_text())["measures"]} == {24}
+    assert "3 of 24 pairs" in done("evaluate", tmp_path / "a" / "model", "--on", f"bias-nli={lists}", "--neutral", "yes", "--max-pairs", 3).err  # a folder that no run trained

@@ -49,10 +49,12 @@ def test_a_folder_takes_its_name_when_it_is_whole(tmp_path):
         (made / "a").write_text("1")
     (tmp_path / "link").symlink_to(tmp_path / "run")
     (tmp_path / "empty").mkdir()
-    for out in ("run", "empty"):
+    (tmp_path / "file").touch()
+    for out in ("run", "empty", "file"):
         with pytest.raises(ConfigError, match=f"^--out {tmp_path / out}: exists; expected a new folder [(]or --overwrite[)]$"), folder(tmp_path / out):
             pass
     (tmp_path / "empty").rmdir()
+    (tmp_path / "file").unlink()
     for out in ("run", "link"):
         with folder(tmp_path / out, overwrite=True) as made:
             (made / "a").write_text(out)
@@ -84,6 +86,32 @@ def test_a_reader_finds_the_old_folder_or_the_new_one(tmp_path):
             (made / "a").write_text(str(value))
     (tmp_path / "end").touch()
     assert reader.communicate()[1] == b"" and reader.returncode == 0
+
+
+def test_a_folder_that_is_not_finished_leaves_none_of_those_made_for_it(tmp_path):
+    (tmp_path / "there").mkdir()
+    for out in ("new/and/run", "there/run"):
+        with pytest.raises(RuntimeError), folder(tmp_path / out) as made:
+            (made / "a").write_text("1")
+            raise RuntimeError
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("there")]
+
+
+@pytest.mark.skipif(outputs.fcntl is None, reason="knows no such locks")
+def test_a_folder_that_is_tidied_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    flock, locked = outputs.fcntl.flock, []
+
+    def late(descriptor, how):
+        if not locked:  # another process came between
+            for partial in tmp_path.glob(".run.partial-*"):
+                partial.rmdir()
+        locked.append(descriptor)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(outputs.fcntl, "flock", late)
+    with folder(tmp_path / "run") as made:
+        (made / "a").write_text("1")
+    assert len(locked) == 2 and list(tree(tmp_path)) == ["run", "run/a"]
 
 
 def test_a_folder_that_somebody_made_meanwhile_stays(tmp_path):
@@ -141,6 +169,8 @@ def test_what_is_read_is_not_written(tmp_path):
         keep_apart({"--out": f"{other}.GZ"}, [read])
     with pytest.raises(ConfigError, match=f"^--stats {other}: is the place of --out too; expected two$"):
         keep_apart({"--stats": other, "--out": str(other)}, [read])
+    with pytest.raises(ConfigError, match="is the place of --out too; expected two$"):
+        keep_apart({"--stats": tmp_path / "no" / ".." / "other.txt", "--out": other}, [read])
     with pytest.raises(ConfigError, match="^--stats -: standard output is the place of --out too; expected two$"):
         keep_apart({"--out": "-", "--json": None, "--stats": "-"}, [])
     with pytest.raises(ConfigError, match="^--examples /dev/stdout: standard output is the place of --json too; expected two$"):
@@ -275,14 +305,14 @@ def partials(folder: Path) -> list[str]:
 @pytest.mark.parametrize("by", ["who writes it anew", "who is alone above"])
 def test_what_a_killed_process_left_is_removed(tmp_path, by):
     """And what another one writes still is not, whatever its number: in a container all have the same."""
-    place, run = tmp_path / "runs" / "f.json", tmp_path / "runs" / ("x" * 240)
+    place, run = tmp_path / "runs" / "f[1].json", tmp_path / "runs" / ("x" * 240)
     place.parent.mkdir()
     (tmp_path / "recipe.json").write_text("{}")
     kept = [tmp_path / ".d.partial-x.pt2", tmp_path / ".e.old-1", tmp_path / "runs" / "f.partial-1"]
     for path in kept:
         path.write_text("x")
     writer = subprocess.Popen([sys.executable, "-c", KILLED, place, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    there = [".f.json.partial", f".{'x' * 200}.partial"]
+    there = [".f[1].json.partial", f".{'x' * 200}.partial"]
 
     def anew() -> list[str]:
         if by == "who is alone above":

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from peftdebias import questions
-from peftdebias.batches import Sample
+from peftdebias.batches import Sample, pack
 from peftdebias.encoder import Model
 from peftdebias.errors import ModelError
 from peftdebias.methods.prefix import PrefixConfig, Prefix
@@ -51,6 +51,8 @@ def test_float32_rounds_no_more_than_the_slow_way():
     single = model_of(dtype=torch.float32)
     ours, slow = (numpy.abs(found - exact).max() for found in (masked_log_probs(single, asked()), masked_log_probs_ref(single, asked())))
     assert ours <= 2 * slow + 1e-7
+    half = model_of(dtype=torch.bfloat16)  # its scores have few digits, their sum has not
+    assert masked_log_probs(half, asked(9)) == pytest.approx(masked_log_probs_ref(half, asked(9)), abs=1e-6)
 
 
 def test_sums_over_a_large_vocabulary_do_not_round_away_its_tail(monkeypatch):
@@ -78,12 +80,33 @@ def test_sums_over_a_large_vocabulary_do_not_round_away_its_tail(monkeypatch):
 
 
 def test_equal_contexts_are_computed_once_and_equal_questions_get_the_same_bits(monkeypatch):
-    model, rows = model_of(dtype=torch.float32), []
+    """And a batch has no more tokens than it is told, or one text."""
+    model, rows, sizes = model_of(dtype=torch.float32), [], []
     forward = model.mlm_hidden
-    monkeypatch.setattr(model, "mlm_hidden", lambda batch: rows.append(len(batch.rows)) or forward(batch))
+    monkeypatch.setattr(model, "mlm_hidden", lambda batch: rows.append(len(batch.rows)) or sizes.append(len(batch.ids)) or forward(batch))
     found = masked_log_probs(model, asked(), 20)
     assert sum(rows) == len({(tuple(q.ids), q.place) for q in asked()}) < 60
+    assert max(sizes) <= 20
     assert found[:5].tolist() == found[-5:].tolist()
+
+
+def test_a_batch_of_one_length_is_what_pack_makes_of_its_texts():
+    ids, places = numpy.arange(5, 17).reshape(3, 4), numpy.array([1, 0, 3])
+    found, expected = questions.of_one_length(ids.flatten().astype(numpy.int32), places), pack([Sample(row, place[None], family=i) for i, (row, place) in enumerate(zip(ids, places))])
+    for name, other in vars(expected).items():
+        one = getattr(found, name)
+        assert torch.equal(one, other) and one.dtype == other.dtype if isinstance(other, torch.Tensor) else one == other, name
+
+
+def test_a_model_that_trains_drops_nothing_while_it_answers_and_what_overflows_is_told():
+    model, expected = model_of(dropout=0.5), masked_log_probs_ref(model_of(), asked(3))
+    model.train()
+    assert masked_log_probs_ref(model, asked(3)).tolist() == expected.tolist() and model.training
+    assert masked_log_probs(model, asked(3)) == pytest.approx(expected, abs=1e-10) and model.training
+    with torch.no_grad():
+        model.mlm.bias[7] = float("nan")
+    with pytest.raises(ModelError, match="log-probabilities: expected finite numbers, got"):
+        masked_log_probs(model, asked(3))
 
 
 def test_under_a_module_too():

@@ -12,6 +12,7 @@ from peftdebias.sentences import split
     "It ended... | Then it began.", "what? no capital. no end", "One line\nof two. | Done", "A heading\n\n| and an empty line.", "from the U.S.\n\n| He left.", "\u00c9t\u00e9. | \u00c0 vous.",
     "\u0416\u0434\u0430. | \u041e\u043d.", "no end", "Wait.What", "Mr.",
     "It was plan b. | Then it ended.", "So it was. _he_ said", "They met Mr... | Then they left.", "It ended.\nand went on. | Then",
+    "A firm? | A co? | It is.", "{She left.} | {He stayed.}", "A heading\n \t\n| and a line of space.", "Mx. Lee left. | He stayed.",
 ])  # fmt: skip
 def test_sentences(text):
     """A bar stands where a sentence ends."""
@@ -20,6 +21,12 @@ def test_sentences(text):
 
 def test_blank_texts_have_none():
     assert split("") == split(" \n\n ") == []
+
+
+def test_long_runs_are_read_once():
+    """Of stops, as tables of contents have them, and of space: not once more from each of their characters."""
+    for text in (f"a{'.' * 100_000}b.", f"a{' ' * 100_000}b."):  # else minutes
+        assert split(text) == [text]
 
 
 def test_nothing_but_space_is_lost():

@@ -297,11 +297,13 @@ def test_evaluate_and_compare(tmp_path):
     file = written(tmp_path, rows)
     for seed in (0, 1):
         base = save_bert(tmp_path / f"base{seed}", TOKENIZER, seed=seed)
-        done("evaluate", base, "--on", f"stereoset={file}", "--json", tmp_path / f"m{seed}.json", "--examples", tmp_path / f"e{seed}.jsonl")
+        done("evaluate", base, "--on", f"stereoset={file}", "--seed", 5, "--samples", 47, "--json", tmp_path / f"m{seed}.json", "--examples", tmp_path / f"e{seed}.jsonl")
     found = {m["name"]: m for m in json.loads((tmp_path / "m0.json").read_text())["measures"]}
     examples = lines(tmp_path / "e0.jsonl")
     assert len(examples) == 12 and {r["measure"] for r in examples} == {"stereoset"} and examples[1]["words"] == {"stereotype": "perceptive", "anti-stereotype": "kind", "unrelated": "fox"}
     scores = [[r["scores"][label] for label in LABELS] for r in examples]
+    again = measures([r["target"] for r in examples], [r["domain"] for r in examples], scores, seed=5, samples=47)
+    assert [m.as_json() for m in again] == list(found.values())
     *expected, n = by_loops([r["target"] for r in examples], [r["domain"] for r in examples], scores)
     assert [found[f"stereoset/{figure}/overall"]["value"] for figure in ("lm", "ss", "icat")] == pytest.approx(expected) and n == 12
     assert set(found) == {f"stereoset/{figure}/{group}" for figure in ("lm", "ss", "icat") for group in ("overall", "gender", "profession")}

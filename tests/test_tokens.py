@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 
 from peftdebias.errors import ConfigError, ModelError
 from peftdebias.tokens import STYLES, Tokenizer, load_tokenizer, mask_flat, mask_tokens, mask_weights, wordpiece
@@ -144,6 +145,12 @@ def test_saving_and_loading_give_the_same_ids(bert, roberta, tmp_path):
         assert first == [(tmp_path / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")]
 
 
+def test_what_is_saved_frames_texts_where_the_library_alone_reads_it(toy, tmp_path):
+    toy.save(tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert [backend.encode("he she").ids, backend.encode("he", "she .").ids] == ids([*toy.encode(["he she"]), *toy.encode(["he"], ["she ."])])
+
+
 def test_the_longest_text_is_the_tokenizers_or_the_models(tmp_path):
     for own, expected in ((None, 512), (128, 128), (10**30, 512)):
         wordpiece(WORDS, {} if own is None else {"model_max_length": own}).save(tmp_path, 512)
@@ -156,9 +163,10 @@ def test_errors_say_what_was_expected(tmp_path):
     (tmp_path / "vocab.json").write_text("{}")  # without merges.txt
     with pytest.raises(ModelError, match="found none"):
         load_tokenizer(tmp_path)
-    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nhe\n")
-    with pytest.raises(ModelError, match=rf"{tmp_path}: tokenizer: expected a mask token '\[MASK\]' in the vocabulary, got none"):
-        load_tokenizer(tmp_path)
+    for role in ("mask", "pad"):
+        (tmp_path / "vocab.txt").write_text("".join(token + "\n" for one, token in STYLES["bert"].items() if one != role) + "he\n")
+        with pytest.raises(ModelError, match=rf"{tmp_path}: tokenizer: expected a {role} token '\[{role.upper()}\]' in the vocabulary, got none"):
+            load_tokenizer(tmp_path)
     for broken in (b"{", b"\xff", b"[]"):
         (tmp_path / "tokenizer.json").write_bytes(broken)
         with pytest.raises(ModelError, match=f"{tmp_path}: tokenizer cannot be read: ") as caught:
@@ -203,6 +211,7 @@ def test_cutting_equals_transformers(both):
         assert ids(ours.encode(texts, max_length=longest)) == theirs(texts, **cut)["input_ids"], longest
         assert ids(ours.encode(texts, PAIRS, longest)) == theirs(texts, PAIRS, **cut)["input_ids"], longest
         assert ids(ours.encode(PAIRS, texts, longest)) == theirs(PAIRS, texts, **cut)["input_ids"], longest
+        assert ids(ours.encode(texts, texts, longest)) == theirs(texts, texts, **cut)["input_ids"], longest
 
 
 # ---------------------------------------------------------------- cutting
@@ -409,6 +418,8 @@ NEW = {"content": "[PERSON]", "lstrip": False, "rstrip": False, "normalized": Fa
     ("bert", {"tokenizer_config.json": {"added_tokens_decoder": {"30522": NEW}}}),
     ("bert", {"special_tokens_map.json": {"cls_token": "[unused1]", "mask_token": {"content": "[unused9]", "lstrip": True, "normalized": False}}}),
     ("bert", {"special_tokens_map.json": {"cls_token": "[unused1]"}, "tokenizer_config.json": {"cls_token": "[unused2]"}}),
+    ("bert", {"tokenizer_config.json": {"added_tokens_decoder": {"30523": NEW | {"content": "[NO]"}, "30522": NEW}}, "special_tokens_map.json": {"cls_token": "[unused1]"},
+              "added_tokens.json": {"<ent>": 30523}}),
     ("roberta", {"added_tokens.json": {"<ent>": 50265}}),
 ])  # fmt: skip
 def test_added_and_special_tokens_are_those_of_transformers(kind, files, bert, roberta, shared, tmp_path):
@@ -485,6 +496,16 @@ def test_an_added_token_with_another_id_is_refused(bert, tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_special_token_that_the_vocabulary_lacks_is_not_put_in(tmp_path):
+    """Its id would have no row in the model's table."""
+    (tmp_path / "vocab.txt").write_text("".join(token + "\n" for token in (*STYLES["bert"].values(), "he")))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"additional_special_tokens": ["[NEW]", "he"]}))
+    assert load_tokenizer(tmp_path).vocab_size == 6 and max(load_tokenizer(tmp_path).encode(["he [NEW]"])[0].ids) == 5
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": "[NEW]"}))
+    with pytest.raises(ModelError, match=r"expected a mask token '\[NEW\]' in the vocabulary, got none"):
+        load_tokenizer(tmp_path)
+
+
 def test_one_text_in_place_of_several_and_pairs_of_another_number_are_refused(toy):
     for arguments, words in ((("he",), r"texts: expected a list of texts, got one text: \['he'\]"), ((["he"], "she"), r"pairs: expected a list of texts, got one text: \['she'\]"),
                              ((["he", "she"], ["a"]), "pairs: expected 2, one for each text, got 1")):
@@ -506,6 +527,11 @@ def test_threads_that_cannot_start_are_told(toy):
     tokenizer.backend = Without()
     with pytest.raises(ConfigError, match="^tokenizers: The global thread pool has not been initialized.: Resource temporarily unavailable; fewer threads: RAYON_NUM_THREADS=1$"):
         tokenizer.encode(["a"])
+
+
+def test_a_word_of_more_than_100_characters_is_unknown():
+    tokenizer = wordpiece([*STYLES["bert"].values(), "a", "##a"])
+    assert [len(e.ids) for e in tokenizer.encode(["a" * 100, "a" * 101])] == [102, 3]
 
 
 def test_chinese_characters_stand_alone_unless_the_settings_have_it_otherwise():
