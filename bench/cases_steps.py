@@ -23,6 +23,7 @@ from peftdebias import methods, patch, training
 from peftdebias.batches import Sample, pack
 from peftdebias.encoder import EncoderConfig, Model
 from peftdebias.lowered import BF16_PRODUCTS, lowered
+from peftdebias.ops.linear import rounding_once
 from peftdebias.tasks import MaskedLM, mlm_loss
 from peftdebias.weights import load_model, save_model, to_foreign
 
@@ -163,9 +164,9 @@ def ours(name: str, kind: str = "eager", folded: bool = False, precision: str | 
 
         work = Work(run, results, steps=len(packed), tokens=sum(len(b.ids) for b in packed), flops=needed_flops(setting, name), extra=facts(setting, batches, name),
                     state=sum(t.numel() * t.element_size() for t in state), save=None if full else (lambda folder: save_adapter(folder, model, method)))
-        if setting.precision == "bf16":
+        if setting.precision in ("bf16", BF16_PRODUCTS):  # as training.train has it
             work.held = contextlib.ExitStack()
-            work.held.enter_context(lowered(model))
+            work.held.enter_context(lowered(model) if setting.precision == "bf16" else rounding_once())
         model.train()
         return work
 

@@ -22,7 +22,7 @@ from .errors import ConfigError, PeftDebiasError
 from .graphs import Graphed
 from .kernels import dispatch
 from .lowered import BF16_PRODUCTS, autocast, lowered
-from .ops.linear import no_bf16
+from .ops.linear import no_bf16, rounding_once
 from .optimizer import AdamWOfManyRef, FlatAdamW, LargeAdamW, WholeAdamW, adamw_ref
 from .patch import Folded
 from .step import Compiled, Step, expect_compiler
@@ -169,7 +169,7 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
     device = model.device
     optimizer = make_optimizer(parameters, schedule)
     decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    half = lowered(model) if schedule.precision == "bf16" else contextlib.nullcontext()
+    half = lowered(model) if schedule.precision == "bf16" else rounding_once()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), half, model.recomputing(schedule.save_memory), \
             _bar(schedule.steps, label) as bar:
         _seed(device, schedule.seed)

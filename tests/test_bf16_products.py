@@ -12,7 +12,7 @@ from peftdebias.errors import ConfigError
 from peftdebias.kernels import dispatch
 from peftdebias.lowered import BF16_PRODUCTS
 from peftdebias.ops import linear, openmp, scores
-from peftdebias.ops.linear import LEAST_BF16, STEP, bf16_products, no_bf16, product
+from peftdebias.ops.linear import LEAST_BF16, STEP, bf16_products, no_bf16, product, rounding_once
 from peftdebias.training import pick_precision, pick_step
 
 from .outside import FEED_FORWARD, HIDDEN
@@ -74,6 +74,31 @@ def test_what_is_saved_is_rounded(kind, all_of_them):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), kernels.use(kind), bf16_products():
             linear(*given)
         assert [t.shape for t in kept] == shapes and all(t.dtype == torch.bfloat16 for t in kept)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frozen_vocabulary_is_rounded_once(kind, all_of_them, monkeypatch):
+    monkeypatch.setattr(MODULE, "WIDE", 29)
+    x, weight, bias, _ = tensors(32)
+
+    def kept(weight: torch.Tensor) -> torch.Tensor:
+        found = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t), kernels.use(kind), bf16_products():
+            y = linear(x.requires_grad_(), weight, bias[:len(weight)])
+        once_rounded(y.detach(), rounded(x.detach()) @ rounded(weight.detach()).t(), bias[:len(weight)].double())
+        return found[-1]
+
+    def once(*weights: torch.Tensor) -> bool:
+        memory = [kept(weight) for weight in weights]
+        return len({each.data_ptr() for each in memory}) == 1
+
+    with rounding_once():
+        assert once(weight, weight) and not once(weight, weight.clone()) and not once(*[weight[1:]] * 2)  # too narrow for a vocabulary
+        before = kept(weight)
+        weight.mul_(3)
+        assert kept(weight).data_ptr() != before.data_ptr()
+        assert not once(*[weight.requires_grad_()] * 2)
+    assert not once(*[weight.requires_grad_(False)] * 2)
 
 
 def in_float32(*given) -> bool:

@@ -122,7 +122,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, bf16):
         to_x, to_weight, *_ = ctx.needs_input_grad
         if bf16:
-            x, weight = x.bfloat16(), weight.bfloat16()
+            x, weight = x.bfloat16(), _rounded(weight)
         ctx.bf16 = bf16
         ctx.save_for_backward(x if to_weight else None, weight if to_x else None)
         return _multiplied(x, weight, bias)
@@ -140,13 +140,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, bf16: bool = 
     """x [T, in] W^T [in, out] + bias -> [T, out], without a gradient; weight may be the transpose of a matrix. bf16: in it. Else plain, where
     oneDNN is not taken."""
     if bf16:
-        return _multiplied(x.bfloat16(), weight.bfloat16(), bias)
+        return _multiplied(x.bfloat16(), _rounded(weight), bias)
     return _onednn(x, weight, bias) if _taken(x, weight, bias) else F.linear(x, weight, bias)
 
 
 # ---------------------------------------------------------------- bf16, on a CPU that multiplies it
 
 _BF16 = contextvars.ContextVar("peftdebias_bf16_products", default=False)
+_TABLES = contextvars.ContextVar("peftdebias_rounded_tables", default=None)
 
 
 @contextlib.contextmanager
@@ -158,6 +159,27 @@ def bf16_products() -> Iterator[None]:
         yield
     finally:
         _BF16.reset(token)
+
+
+@contextlib.contextmanager
+def rounding_once() -> Iterator[None]:
+    """Inside the `with` block, a training say, a frozen vocabulary's matrix is rounded for the first of those products and again when somebody has written to it; rounding it
+    takes as long as the product of a hundred rows. Other matrices are rounded for each."""
+    token = _TABLES.set({})
+    try:
+        yield
+    finally:
+        _TABLES.reset(token)
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    tables = _TABLES.get()
+    if tables is None or len(weight) < WIDE or weight.requires_grad:
+        return weight.bfloat16()
+    found = tables.get(id(weight))
+    if found is None or found[0] != weight._version:
+        found = tables[id(weight)] = weight._version, weight.bfloat16(), weight  # which keeps its id its own
+    return found[1]
 
 
 def no_bf16() -> str:
