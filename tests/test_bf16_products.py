@@ -98,6 +98,9 @@ def test_a_frozen_vocabulary_is_rounded_once(kind, all_of_them, monkeypatch):
         weight.mul_(3)
         assert kept(weight).data_ptr() != before.data_ptr()
         assert not once(*[weight.requires_grad_()] * 2)
+        with torch.inference_mode():
+            unversioned = weight.clone()
+        assert not once(*[unversioned] * 2)
     assert not once(*[weight.requires_grad_(False)] * 2)
 
 
@@ -148,6 +151,20 @@ def test_a_step_is_the_float32_step_with_its_products_rounded(name, kind, all_of
         assert found[-1][1].dtype == torch.float32
     assert found[1][0] == pytest.approx(found[0][0], rel=2e-2) and found[1][0] != found[0][0]
     assert F.cosine_similarity(found[0][1], found[1][1], 0) > 0.98
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["lora", "adapter", None])
+def test_layers_computed_again_are_the_same_bits(name, kind, all_of_them):
+    """In the backward, where nobody asks for bf16 any more."""
+    found = []
+    for again in (False, True):
+        step = made(name, precision=BF16_PRODUCTS)
+        torch.manual_seed(3)
+        with kernels.use(kind), step.model.recomputing(again), rounding_once():
+            loss = step.gradients(batch_for(name))
+        found.append([loss, *(p.grad for p in step.parameters if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 1 and all(torch.equal(a, b) for a, b in zip(*found))
 
 
 @pytest.mark.skipif(not ONEDNN, reason="no bf16 by oneDNN here")

@@ -174,7 +174,7 @@ def rounding_once() -> Iterator[None]:
 
 def _rounded(weight: Tensor) -> Tensor:
     tables = _TABLES.get()
-    if tables is None or len(weight) < WIDE or weight.requires_grad:
+    if tables is None or len(weight) < WIDE or weight.requires_grad or weight.is_inference():  # which counts no writes
         return weight.bfloat16()
     found = tables.get(id(weight))
     if found is None or found[0] != weight._version:
