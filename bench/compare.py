@@ -28,7 +28,7 @@ from bench import bars, equality, install, lanes, lineup, measure, plots, rows  
 from bench.arguments import Parser, complain, positive, results_file, say  # noqa: E402
 from bench.case import SIZES, Case, Provider, Setting  # noqa: E402
 from bench.cases_steps import needed_flops  # noqa: E402
-from bench.process import Process  # noqa: E402
+from bench.process import Ended, Process  # noqa: E402
 from bench.run import check, title  # noqa: E402
 from peftdebias.kernels import dispatch  # noqa: E402
 from peftdebias.ops import linear  # noqa: E402
@@ -160,7 +160,10 @@ def main(argv: list[str] | None = None) -> int:
                     print(red)
                     return 1
                 say(f"{title(case, setting)}: timing")
-                found += compare(case, setting, providers, arguments.repeats, arguments.pairs, share)
+                try:
+                    found += compare(case, setting, providers, arguments.repeats, arguments.pairs, share)
+                except Ended as error:
+                    return complain(f"{title(case, setting)}: {error}; expected all {len(providers)} to last, side by side")
     notes = {"Ours beside theirs": bars.lines(found), "Start-up": install.start_up(hub), "Installed, with all that each side requires, PyTorch among it": install.sizes(hub)}
     heading = f"Measured by bench/compare.py on {rows.device_name(torch.device('cpu'))}"
     print(f"# {heading}\n\n{rows.table(found, notes)}")

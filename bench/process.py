@@ -1,5 +1,6 @@
 """A provider in a process of its own, spoken to by lines: `Process` is this end, `serve` the other. What it leaves out: what is asked and answered."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -7,8 +8,12 @@ import sys
 from collections.abc import Callable
 
 
+class Ended(RuntimeError):
+    """A provider's process, by itself or by a signal."""
+
+
 class Process:
-    """Started and ready: `about` is what it said first. Raises RuntimeError when it ends."""
+    """Started and ready: `about` is what it said first. Raises Ended when it ends."""
 
     def __init__(self, name: str, command: list[str]):
         self.name = name
@@ -16,7 +21,8 @@ class Process:
         self.about = self._read()
 
     def ask(self, line: str):
-        print(line, file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it has ended: nothing is read either
+            print(line, file=self.process.stdin, flush=True)
         return self._read()
 
     def close(self) -> None:
@@ -26,7 +32,8 @@ class Process:
     def _read(self):
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.name}: its process ended with code {self.process.wait()}")
+            code = self.process.wait()
+            raise Ended(f"{self.name}: its process {f'was killed by signal {-code} (out of memory?)' if code < 0 else f'ended with code {code}'}")
         return json.loads(line)
 
 

@@ -18,7 +18,7 @@ from .benched import HAVE_BOTH, modules
 from .outside import one_thread  # noqa: F401  (a fixture: small models on one thread)
 
 HUB = "/somewhere/bin/python"
-bench = modules("bars", "case", "cases_sparse", "cases", "cases_steps", "compare", "equality", "install", "lanes", "lineup", "measure", "plots", "rows")
+bench = modules("bars", "case", "cases_sparse", "cases", "cases_steps", "compare", "equality", "install", "lanes", "lineup", "measure", "plots", "process", "rows")
 
 
 @pytest.fixture
@@ -209,6 +209,16 @@ def test_every_repeat_begins_with_another_provider(bench, setting, monkeypatch):
     monkeypatch.setattr(bench.compare.lanes, "peak_mib", lambda *_: 1.0)
     bench.compare.compare(case, setting, dict(case.providers), 4, 1, {})
     assert "".join(asked[:8]) == "12211221"
+
+
+def test_a_process_that_the_memory_is_not_enough_for_is_one_line(bench, tmp_path, capsys, monkeypatch):
+    def ended(*given):
+        raise bench.process.Ended("theirs: its process was killed by signal 9 (out of memory?)")
+
+    monkeypatch.setattr(bench.compare, "compare", ended), monkeypatch.setattr(bench.compare, "check", lambda *given: {})
+    assert bench.compare.main(["sparse", "--size", "micro", "--out", str(tmp_path / "rows.json")]) == 2 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err.splitlines()[-1] == ("bench: sparse_step, micro, mean_length 54: theirs: its process was killed by signal 9 (out of memory?); expected all 2 to last, "
+                                                        "side by side")
 
 
 def test_compare_writes_rows_tables_bars_and_a_drawing(bench, tmp_path, capsys, monkeypatch):

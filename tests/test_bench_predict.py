@@ -207,6 +207,11 @@ def test_a_missing_file_gets_one_line(bench, small, capsys, tmp_path):
 def test_a_process_that_ends_is_an_error(bench):
     with pytest.raises(RuntimeError, match="theirs: its process ended with code 3"):
         bench.process.Process("theirs", [sys.executable, "-c", "raise SystemExit(3)"])
+    lane = bench.process.Process("theirs", [sys.executable, "-c", "print(1, flush=True); input()"])
+    lane.process.kill(), lane.process.wait()
+    for _ in range(2):  # whether the pipe is broken already or not
+        with pytest.raises(bench.process.Ended, match=r"^theirs: its process was killed by signal 9 \(out of memory\?\)$"):
+            lane.ask("pass")
 
 
 def test_what_a_library_prints_is_no_answer(bench):
