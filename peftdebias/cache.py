@@ -5,7 +5,7 @@
     DIR/KEY/lengths.bin     int32, tokens of each text          sizes.bin int32, texts of each family          sources.bin int64, number of its source text
 
 KEY is the sha256 of all that decides the families: the files' contents and how they are read, axis, intervention, tokenizer, longest text, what is held
-out, the shard, and the sources that read and swap. A folder takes its name when it is whole, so two processes may write the same one at once: the first
+out, the shard, and the sources, and the compiled engine, that read and swap. A folder takes its name when it is whole, so two processes may write the same one at once: the first
 to finish counts; what a killed one left is removed when the same is written anew. Numbers are little-endian. It leaves out when a window is full and what a batch is.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy
 
-from . import axes, cda, cda_engine, corpus, holdout, lines, pronouns, records, sentences, splice, tokens
+from . import axes, buckets, cda, cda_engine, corpus, holdout, lines, native, pronouns, records, sentences, splice, tokens
 from .buckets import Families
 from .errors import ConfigError
 from .outputs import NotMade, digest, held, partial_of
@@ -132,7 +132,8 @@ class Cached:
 def key(recipe) -> str:
     """sha256 of all that decides the families of a recipe."""
     tokenizer, axis = recipe.tokenizer, recipe.axis
-    code = [Path(module.__file__) for module in (axes, cda, cda_engine, corpus, holdout, lines, pronouns, records, sentences, splice, tokens)] + [Path(axes.__file__).parent / "pronouns.toml"]
+    code = [Path(module.__file__) for module in (axes, buckets, cda, cda_engine, corpus, holdout, lines, pronouns, records, sentences, splice, tokens)]
+    code += [Path(axes.__file__).parent / "pronouns.toml", *([library._name] if (library := native.library()) else ())]
     about = [
         FORMAT, [digest(Path(path)) for path in code], [(lines.kind(path), lines.is_packed(path), digest(Path(path))) for path in recipe.files], recipe.column, recipe.unit, recipe.on_error,
         repr(dataclasses.replace(axis, description="", source="")), repr(recipe.intervention), recipe.held_out.share, sorted(recipe.held_out.also), recipe.held_out.axis is None, recipe.shard,

@@ -10,7 +10,7 @@ import numpy
 import pytest
 import tokenizers
 
-from peftdebias import axes, cache, outputs, stream, worker
+from peftdebias import axes, cache, native, outputs, stream, worker
 from peftdebias.cache import Cache
 from peftdebias.cda import Intervention
 from peftdebias.errors import ConfigError
@@ -212,12 +212,14 @@ def test_the_key_sees_no_place_of_an_axis(made):
 
 def test_the_key_sees_the_sources_that_read_and_swap(made, monkeypatch):
     plain, keys = cache.digest, {cache.key(made)}
-    read = ("axes/__init__", "cda", "cda_engine", "corpus", "holdout", "lines", "pronouns", "records", "sentences", "splice", "tokens")
+    read = ("axes/__init__", "buckets", "cda", "cda_engine", "corpus", "holdout", "lines", "pronouns", "records", "sentences", "splice", "tokens")
     for source in (*(f"{name}.py" for name in read), "axes/pronouns.toml"):
         monkeypatch.setattr(cache, "digest", lambda path: "another" if path == Path(cache.__file__).parent / source else plain(path))
         keys.add(cache.key(made))
+    monkeypatch.setattr(cache, "digest", lambda path: "another" if path.suffix != ".py" and path.name.startswith("_native") else plain(path))
+    keys.add(cache.key(made))
     monkeypatch.setattr(cache, "FORMAT", 0)
-    assert len(keys | {cache.key(made)}) == 14
+    assert len(keys | {cache.key(made)}) == (16 if native.library() else 15)
 
 
 def test_the_key_sees_which_families_are_held_out_and_which_word_has_an_id(made):
