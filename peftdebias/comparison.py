@@ -299,7 +299,8 @@ def _over_files(paths: tuple[str, ...]) -> tuple[dict[str, dict], list[str]]:
     common = [name for name in names if all(table.get(name, {}).get("value") is not None for table in tables)]
     missing = [name for name in names if name not in common]
     if not common:
-        raise DataError(f"{paths[0]}: expected measures that all {len(paths)} files have, found none")
+        empty = (path for path, table in zip(paths, tables) if all(measure["value"] is None for measure in table.values()))
+        raise DataError(f"{next(empty, paths[0])}: expected measures that all {len(paths)} files have, found none")
     notes = [f"{Path(paths[0]).name} and others: left out, not in every file: {', '.join(missing)}"] if missing else []
     if other := next((name for name in common if len({table[name]["n"] for table in tables}) > 1), None):
         notes.append(f"{Path(paths[0]).name} and others: {other} is of {', '.join(str(table[other]['n']) for table in tables)} examples: not of one test set?")

@@ -320,6 +320,9 @@ def test_seeds_that_do_not_match(tmp_path):
         comparison.compare(Compare(seeds=True, files=(a, b), against=(c, c)))
     found = comparison.compare(Compare(seeds=True, files=(a, b)))
     assert [s.name for s in found.spreads] == ["x"] and found.notes == ["a and others: left out, not in every file: y"]
+    for others, named in (((written("f", y=None),), "f"), ((written("g"),), "g"), ((written("h", z=1.0),), "a"), ((written("i", z=1.0), written("j", z=None)), "j")):
+        with pytest.raises(DataError, match=f"/{named}: expected measures that all {1 + len(others)} files have, found none$"):
+            comparison.compare(Compare(seeds=True, files=(a, *others)))
     (tmp_path / "deep").mkdir()
     again = written("deep/a", x=1.0, y=2.0), written("deep/b", x=1.5)  # the same words about files that are called alike
     assert comparison.compare(Compare(seeds=True, files=(a, b), against=again)).notes == found.notes
