@@ -108,8 +108,8 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Provider:
-    """needs: libraries it imports, kernels: Triton ops it calls, native: ops of csrc; without them it is not measured. compiled: only with --compile. bf16: only with --bf16, on a CPU. compared: whether it computes what
-    the others do (a library's dropout draws another mask). python: the interpreter of its process, where that is not this one (compare.py). precisions: where it is
+    """needs: libraries it imports, kernels: Triton ops it calls, native: ops of csrc; without them it is not measured. compiled: only with --compile. bf16: only with --bf16, on a CPU.
+    compared: whether it computes what the others do (a library's dropout draws another mask). python: the interpreter of its process, where that is not this one (compare.py). precisions: where it is
     measured and compared; nothing is any. refuses: device -> why it cannot be measured there, or nothing."""
 
     build: Callable[[Setting], Work]

@@ -14,6 +14,7 @@ from .config import LEAST, Evaluate, Predict
 from .corpus import Example
 from .encoder import Model
 from .errors import ConfigError, ModelError
+from .lines import called
 from .metrics import Measure
 from .tasks import class_probabilities, label_indices, labelled_samples
 from .tokens import Tokenizer
@@ -60,7 +61,7 @@ def is_plain(source: str, named: str | None, columns: tuple[str | None, str | No
         return False
     if columns[1]:
         way = f" (a txt file with tabs: --text {columns[0]})" if txt else ""
-        raise ConfigError(f"{'standard input' if source == '-' else source}: expected a csv, tsv or jsonl file with the columns {columns[0]} and {columns[1]}, since the run labels pairs{way}")
+        raise ConfigError(f"{called(source)}: expected a csv, tsv or jsonl file with the columns {columns[0]} and {columns[1]}, since the run labels pairs{way}")
     return True
 
 

@@ -159,7 +159,7 @@ def _stretch(settings: Augment, files: list[str], made) -> tuple[int, int]:
     """The numbers of the shard's first text and of the one behind its last. Reads everything once to count."""
     for path in files:
         if not Path(path).is_file():
-            raise ConfigError(f"--shard: expected files, which are read twice, got {'standard input' if path == '-' else path}")
+            raise ConfigError(f"--shard: expected files, which are read twice, got {lines.called(path)}")
     shard, shards = settings.shard_of
     texts = sum(written.counts.texts for written, _ in _output(settings, files, made, Skipped(), "nothing", EVERYTHING, EVERYTHING))
     return texts * (shard - 1) // shards, texts * shard // shards

@@ -41,7 +41,8 @@ class Training:
     warmup: float = option("share of all steps in which the learning rate rises; it falls linearly afterwards", 0.1)
     clip: float = option("largest gradient norm", 1.0)
     device: str = option("cpu, cuda, cuda:1, ...; auto takes a GPU where there is one", "auto")
-    precision: str = option("float32 or bf16 (on a GPU autocast, on a CPU with AVX-512 BF16 or AMX wide products alone); auto is bf16 on a GPU that multiplies it", "auto", choices=("auto", "float32", "bf16"))
+    precision: str = option("float32 or bf16 (on a GPU autocast, on a CPU with AVX-512 BF16 or AMX wide products alone); auto is bf16 on a GPU that multiplies it", "auto",
+                            choices=("auto", "float32", "bf16"))
     step: str = option("how a step runs: eager, graph (replayed as a CUDA graph) or compiled (torch.compile); auto is graph on a GPU", "auto",
                        choices=("auto", "eager", "graph", "compiled"))
     save_memory: bool = option("keep the inputs of the layers alone and compute the rest again in the backward: the same bits, less memory, more time", False)

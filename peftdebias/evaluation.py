@@ -16,6 +16,7 @@ from .answers import Result, check_pairs, cut_note, is_plain, longest_of
 from .checkpoint import Run
 from .config import Evaluate, Predict
 from .errors import ConfigError, DataError, ModelError
+from .lines import called
 from .options import as_plain, expect, flag
 from .outputs import digest, files_in, keep_apart, tables, writing
 from .tasks import class_probabilities, labelled_samples
@@ -169,7 +170,7 @@ def predict(settings: Predict) -> list[str]:
         for text, row in zip(texts, class_probabilities(run.model, labelled_samples(encoded), settings.batch_tokens)):
             line = {"text": text, "label": labels[int(row.argmax())], "probabilities": {label: round(float(p), 6) for label, p in zip(labels, row)}}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return cut_note(encoded, longest, settings.file or "standard input")
+    return cut_note(encoded, longest, called(settings.file or "-"))
 
 
 def _to_label(run: Run, settings: Predict) -> tuple[list[str], list[str] | None]:

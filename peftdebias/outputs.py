@@ -123,7 +123,12 @@ def held(partial: Path, make: Callable[[], object]) -> Iterator[None]:
 
 def _tidy(found: Iterable[Path]) -> None:
     """Remove those of these partials that nobody writes any more: whom the lock was of is gone, on whatever machine."""
-    for left in list(found) if fcntl is not None else ():
+    if fcntl is None:
+        return
+    partials: list[Path] = []
+    with contextlib.suppress(OSError):  # of a folder that goes meanwhile
+        partials += found
+    for left in partials:
         if not re.search(r"\.partial-[0-9a-z]+$", left.name):
             continue
         with contextlib.suppress(OSError):

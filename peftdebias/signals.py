@@ -35,24 +35,26 @@ def stoppable() -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         if _imports(frame) > outside and can_wait:
-            soon(number)
+            soon()
             return
-        for each in given:
-            signal.signal(each, signal.SIG_IGN)  # once is enough: the next would break off the tidying
-        raised.append(number)
-        raise Stopped(number)
+        for each in (*given, signal.SIGALRM) if can_wait else given:
+            signal.signal(each, _unheard)  # once is enough: the next would break off the tidying
+        raised.append(came[0])
+        raise Stopped(came[0])
 
-    def soon(number: int) -> None:
-        signal.signal(signal.SIGALRM, lambda _, frame: stop(number, frame))
+    def soon() -> None:
+        signal.signal(signal.SIGALRM, stop)
         signal.setitimer(signal.ITIMER_REAL, SOON)
 
     def dropped(what) -> None:
         if isinstance(what.exc_value, Stopped) and can_wait:
-            soon(what.exc_value.number)
+            soon()
         else:
             unraisable(what)
 
+    came: list[int] = []  # of which the first counts
     raised: list[int] = []
     given = {number: handler for number in STOPPING if (handler := signal.getsignal(number)) in (signal.SIG_DFL, signal.default_int_handler)}
     can_wait = hasattr(signal, "setitimer") and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL  # nobody else's alarm
@@ -73,6 +75,10 @@ def stoppable() -> Iterator[None]:
         for number, handler in given.items():
             signal.signal(number, handler)
         sys.unraisablehook = unraisable
+
+
+def _unheard(number: int, frame: FrameType | None) -> None:
+    """Not SIG_IGN, which programs that are started would keep, and of which Python complains where two signals came at once."""
 
 
 def _imports(frame: FrameType | None) -> int:

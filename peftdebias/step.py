@@ -26,7 +26,7 @@ from .shapes import Shape, fill, shape_of
 
 
 class Step:
-    """One update of `parameters`. task: see tasks.MaskedLM. precision: "float32", or "bf16" for autocast. pull: called after the backward, adds a gradient of its own to
+    """One update of `parameters`. task: see tasks.MaskedLM. precision: as lowered.autocast has it. pull: called after the backward, adds a gradient of its own to
     the parameters'. say: hears lines that a user should read, each once. preparing: seconds of the last step, where it made code first, else 0."""
 
     preparing = 0.0

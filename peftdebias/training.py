@@ -36,8 +36,8 @@ FLAT = {"native": 2 ** 24, "triton": 2 ** 22}
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """steps in all; validate_every steps (or None: at the end of every epoch); lr is the peak; warmup a share of the steps; clip a gradient norm; step: how a step
-    runs, one of STEPS; save_memory: the backward computes the layers again (Encoder.recompute)."""
+    """steps in all; validate_every steps (or None: at the end of every epoch); lr is the peak; warmup a share of the steps; clip a gradient norm; precision: as
+    lowered.autocast has it; step: how a step runs, one of STEPS; save_memory: the backward computes the layers again (Encoder.recompute)."""
 
     steps: int
     lr: float
@@ -150,6 +150,14 @@ def make_optimizer(parameters: dict[str, Parameter], schedule: Schedule) -> Flat
     return LargeAdamW(groups, schedule.lr)
 
 
+def _expect_precision(schedule: Schedule, device: torch.device) -> None:
+    """Raises ConfigError on what no step would do, and would not say."""
+    if schedule.precision not in ("float32", "bf16", BF16_PRODUCTS):
+        raise ConfigError(f"precision: expected float32, bf16 or {BF16_PRODUCTS}, got {schedule.precision!r}")
+    if schedule.precision == BF16_PRODUCTS and (device.type != "cpu" or schedule.step != "eager"):
+        raise ConfigError(f"precision {BF16_PRODUCTS}: expected a CPU and an eager step, got {device.type} and {schedule.step}")
+
+
 def _seed(device: torch.device, seed: int) -> None:
     """The generators that training draws from, which `train` gives back as they were; those of other GPUs stay as they are."""
     torch.default_generator.manual_seed(seed)
@@ -164,9 +172,11 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
 
     task: see tasks.MaskedLM. folded: deltas in the base that weight decay must not touch. log: gets every event as keywords. label: names the progress bar.
     pull: adds a gradient of its own to the parameters' after every backward; no loss that is logged has a term for it.
-    Repeats bit for bit on the same machine, where no other thread draws from torch's generators meanwhile. Raises PeftDebiasError when the loss is not finite.
+    Repeats bit for bit on the same machine, where no other thread draws from torch's generators meanwhile. Raises PeftDebiasError when the loss is not finite,
+    ConfigError on a precision that is none, or none of this device and step.
     """
     device = model.device
+    _expect_precision(schedule, device)
     optimizer = make_optimizer(parameters, schedule)
     decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     half = lowered(model) if schedule.precision == "bf16" else rounding_once()

@@ -235,7 +235,7 @@ def test_the_twin_writes_the_same(files, monkeypatch):
 
 @pytest.mark.parametrize("flags, why", [
     (["--shard", "0/2"], "--shard: expected I/N with I from 1 to N, got '0/2'"), (["--shard", "3/2"], "got '3/2'"), (["--shard", "1"], "got '1'"),
-    (["--shard", "1/2", "-"], "--shard: expected files, which are read twice, got standard input"),
+    (["--shard", "1/2", "-"], "--shard: expected files, which are read twice, got <stdin>"),
     (["--from", "neuter"], "axis 'gender': unknown column 'neuter': expected one of male, female, or a number from 1 to 2"),
     (["--max-variants", "0"], "--max-variants: expected at least 1, got 0"), (["--threads", "0"], "--threads: expected at least 1, got 0"),
     (["--names", "nowhere.toml"], "names file nowhere.toml: no such file"), (["no-*.txt"], "no-*.txt: expected files that fit this pattern, found none"),

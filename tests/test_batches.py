@@ -73,7 +73,8 @@ def test_a_classifiers_batch_asks_for_the_first_token_of_each_text():
 def test_vectors_before_every_text_widen_what_a_batch_is_bound_by():
     batch = dataclasses.replace(pack([sample(1, 2, 3, rows=[0]), sample(4, rows=[0])]), cu_rows=cumulative((1, 1)), bounds=Bounds(4, 3, 1))
     order, found = with_inserted(batch, 2)
-    assert with_inserted(pack([]), 2)[1].max_length == 0 and found.bounds == Bounds(8, 5, 1) and equal(order, [0, 1, 4, 5, 6, 2, 3, 7]) and equal(found.cu_seqlens, [0, 5, 8], torch.int32) and equal(found.rows, [2, 7])
+    assert with_inserted(pack([]), 2)[1].max_length == 0 and found.bounds == Bounds(8, 5, 1)
+    assert equal(order, [0, 1, 4, 5, 6, 2, 3, 7]) and equal(found.cu_seqlens, [0, 5, 8], torch.int32) and equal(found.rows, [2, 7])
 
 
 def test_no_sample_is_an_empty_batch():

@@ -2,10 +2,12 @@
 
 import importlib
 import json
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn import Parameter
 
 from peftdebias import kernels, processor
 from peftdebias.errors import ConfigError
@@ -13,7 +15,7 @@ from peftdebias.kernels import dispatch
 from peftdebias.lowered import BF16_PRODUCTS
 from peftdebias.ops import linear, openmp, scores
 from peftdebias.ops.linear import LEAST_BF16, STEP, bf16_products, no_bf16, product, rounding_once
-from peftdebias.training import pick_precision, pick_step
+from peftdebias.training import Schedule, pick_precision, pick_step, train
 
 from .outside import FEED_FORWARD, HIDDEN
 from .small import cli, tree
@@ -26,7 +28,9 @@ KINDS = [pytest.param("auto", marks=pytest.mark.skipif(not ONEDNN, reason="no bf
 
 @pytest.fixture
 def all_of_them(monkeypatch):
-    """However small."""
+    """However small; where OpenMP gives fewer threads, or cannot be asked, none is in bf16."""
+    if why := openmp.too_few():
+        pytest.skip(why)
     monkeypatch.setattr(MODULE, "LEAST", 0.0)
     monkeypatch.setattr(MODULE, "LEAST_BF16", 1)
 
@@ -80,6 +84,7 @@ def test_what_is_saved_is_rounded(kind, all_of_them):
 def test_a_frozen_vocabulary_is_rounded_once(kind, all_of_them, monkeypatch):
     monkeypatch.setattr(MODULE, "WIDE", 29)
     x, weight, bias, _ = tensors(32)
+    weight = Parameter(weight, False)
 
     def kept(weight: torch.Tensor) -> torch.Tensor:
         found = []
@@ -93,15 +98,21 @@ def test_a_frozen_vocabulary_is_rounded_once(kind, all_of_them, monkeypatch):
         return len({each.data_ptr() for each in memory}) == 1
 
     with rounding_once():
-        assert once(weight, weight) and not once(weight, weight.clone()) and not once(*[weight[1:]] * 2)  # too narrow for a vocabulary
+        assert once(weight, weight) and not once(weight, Parameter(weight.clone(), False))
+        assert not once(*[Parameter(weight[1:], False)] * 2)  # too narrow for a vocabulary
+        assert not once(*[weight[:]] * 2) and not once(*[weight.view_as(weight)] * 2)  # of which every pass has another
         before = kept(weight)
         weight.mul_(3)
         assert kept(weight).data_ptr() != before.data_ptr()
         assert not once(*[weight.requires_grad_()] * 2)
         with torch.inference_mode():
-            unversioned = weight.clone()
+            unversioned = Parameter(weight.clone(), False)
         assert not once(*[unversioned] * 2)
     assert not once(*[weight.requires_grad_(False)] * 2)
+    with rounding_once():
+        with torch.inference_mode(), kernels.use(kind), bf16_products():  # a validation
+            linear(x, weight, bias)
+        assert once(weight, weight)
 
 
 def in_float32(*given) -> bool:
@@ -111,6 +122,7 @@ def in_float32(*given) -> bool:
 def test_thin_and_small_products_and_other_tensors_stay_as_they_are(monkeypatch):
     rows = -(-MODULE.LEAST // (2 * LEAST_BF16 ** 2))
     x, weight, bias, _ = tensors(int(rows), LEAST_BF16, LEAST_BF16)
+    monkeypatch.setattr(openmp, "too_few", lambda: "")
     with dispatch.use("linear", "blas"), kernels.use("torch"), bf16_products():
         assert not in_float32(x, weight, bias)
         assert in_float32(x[:-1], weight, bias) and in_float32(torch.cat([x, x]), weight[1:], bias[1:]) and in_float32(torch.cat([x, x])[:, 1:], weight[:, 1:], bias)
@@ -186,7 +198,9 @@ def test_all_of_a_base_is_multiplied_so_and_of_a_module_nothing(all_of_them, mon
 
 def test_a_processor_that_does_not_multiply_it(small, tmp_path, monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(MODULE, "_there", lambda: True)
+    monkeypatch.setattr(openmp, "too_few", lambda: "")
+    for there in ("_there", "_multiplies_bf16"):
+        monkeypatch.setattr(MODULE, there, lambda: True)
     for flags, expected in (("avx512f avx512_bf16", BF16_PRODUCTS), ("amx_tile amx_bf16", BF16_PRODUCTS), ("avx2 fma avx512f amx_tile", None), ("", None)):
         monkeypatch.setattr(MODULE, "described", lambda: {"flags": flags})
         if expected:
@@ -201,12 +215,25 @@ def test_a_processor_that_does_not_multiply_it(small, tmp_path, monkeypatch):
     monkeypatch.setattr(openmp, "too_few", lambda: "OpenMP may give fewer threads than asked for (OMP_DYNAMIC)")
     with pytest.raises(ConfigError, match=r"got cpu: OpenMP may give fewer threads than asked for \(OMP_DYNAMIC\); use float32$"):
         pick_precision("bf16", cpu)
+    monkeypatch.setattr(MODULE, "_multiplies_bf16", lambda: False)
+    with pytest.raises(ConfigError, match=r"got cpu: oneDNN is told to do without \(ONEDNN_MAX_CPU_ISA\); use float32$"):
+        pick_precision("bf16", cpu)
     monkeypatch.setattr(MODULE, "_there", lambda: False)
     with pytest.raises(ConfigError, match="got cpu: this torch carries no oneDNN"):
         pick_precision("bf16", cpu)
     with pytest.raises(ConfigError, match="--step compiled: expected --precision float32 on a CPU, got bf16"):
         pick_step("compiled", cpu, BF16_PRODUCTS)
     assert pick_step("eager", cpu, BF16_PRODUCTS) == pick_step("auto", cpu, BF16_PRODUCTS) == "eager"
+
+
+@pytest.mark.parametrize("changes,words", [({"precision": "fp16"}, "precision: expected float32, bf16 or bf16 products, got 'fp16'"),
+                                           ({"step": "compiled"}, "precision bf16 products: expected a CPU and an eager step, got cpu and compiled"),
+                                           ({"device": "cuda"}, "precision bf16 products: expected a CPU and an eager step, got cuda and eager")])
+def test_a_training_in_python_is_told_what_it_would_not_get(changes, words):
+    changes = dict(changes)
+    device = torch.device(changes.pop("device", "cpu"))
+    with pytest.raises(ConfigError, match=f"^{words}$"):
+        train(types.SimpleNamespace(device=device), None, {}, Schedule(**{"steps": 1, "lr": 1.0, "precision": BF16_PRODUCTS} | changes))
 
 
 @pytest.mark.skipif(not ONEDNN, reason="no bf16 by oneDNN here")

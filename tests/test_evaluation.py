@@ -220,7 +220,7 @@ def test_the_note_on_cut_texts():
     assert cut_note([encoded(0), encoded(2), encoded(5)], 9, "f") == ["f: 2 of 3 texts are longer than 9 tokens and were cut (7 tokens left out)"]
 
 
-def test_evaluate_and_predict_count_what_they_cut_and_cut_as_the_run_did(small, runs, tmp_path):
+def test_evaluate_and_predict_count_what_they_cut_and_cut_as_the_run_did(small, runs, tmp_path, monkeypatch):
     words = f"{small.binary}: {{}} of 96 texts are longer than {{}} tokens and were cut"
     lengths = [len(e.ids) for e in load_run(small.base).tokenizer.encode([e.text for e in read_examples(small.binary, text="text")])]
     for said in (done("evaluate", runs["health"], "--on", f"classification={small.binary}"), done("predict", runs["health"], small.binary)):
@@ -230,6 +230,9 @@ def test_evaluate_and_predict_count_what_they_cut_and_cut_as_the_run_did(small, 
     (tmp_path / "long.txt").write_text("he is a nurse\n" + "he " * 80 + "\n")
     said = done("evaluate", small.base, "--on", f"perplexity={tmp_path / 'long.txt'}")
     assert f"{tmp_path}/long.txt: 1 of 2 texts are longer than 64 tokens and were cut (18 tokens left out)" in said.err
+    with open(tmp_path / "long.txt") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert "<stdin>: 1 of 2 texts are longer than 12 tokens and were cut" in done("predict", runs["health"]).err
 
 
 # ---------------------------------------------------------------- predict
@@ -264,7 +267,7 @@ def test_a_run_on_pairs_labels_pairs(small, runs, tmp_path, monkeypatch, answer)
     assert done("predict", runs["pairs"] / "model", small.paired, "--text", "first", "--text-pair", "second").rows == rows  # the folder alone says nothing of pairs
     with open(small.heldout) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
-        for argv, what in (([], "standard input"), ([small.heldout], str(small.heldout))):
+        for argv, what in (([], "<stdin>"), ([small.heldout], str(small.heldout))):
             said = cli("predict", runs["pairs"], *argv)
             assert said.code == 2 and f"{what}: expected a csv, tsv or jsonl file with the columns first and second, since the run labels pairs" in said.err
 

@@ -348,12 +348,22 @@ def test_a_signal_before_what_is_made_is_locked_leaves_nothing(write, tmp_path, 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="knows no such locks")
-def test_what_processes_that_are_ended_leave_is_removed_before_others_may_work_there(tmp_path):
+def test_what_processes_that_are_ended_leave_is_removed_before_others_may_work_there(tmp_path, monkeypatch):
     (tmp_path / "recipe.json").write_text("{}")
+    (tmp_path / "runs" / "gone").mkdir(parents=True)
+    scandir = os.scandir
+
+    def vanishing(place):
+        if os.path.basename(str(place)) == "gone":  # while it is looked through, since another process tidies too
+            raise FileNotFoundError(place)
+        return scandir(place)
+
     with pytest.raises(KeyboardInterrupt), alone(tmp_path / "recipe.json", "--out x"):
-        outputs.partial_of(tmp_path / "runs" / "x").mkdir(parents=True)  # whose lock went with its process
+        outputs.partial_of(tmp_path / "x").mkdir(parents=True)  # whose lock went with its process
+        monkeypatch.setattr(os, "scandir", vanishing)
         raise KeyboardInterrupt
-    assert sorted(tree(tmp_path)) == ["recipe.json", "runs"]
+    monkeypatch.undo()
+    assert sorted(tree(tmp_path)) == ["recipe.json", "runs", "runs/gone"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="knows no such locks")

@@ -92,11 +92,13 @@ def module(folder, monkeypatch, body: str) -> str:
 
 
 def test_a_signal_inside_of_an_import_is_answered_behind_it(name, tmp_path, monkeypatch):
-    body = f"for number in range(2):\n    signal.raise_signal(signal.{name})\n    done.append(number)\n"
+    """The first of several."""
+    numbers = [int(getattr(signal, each)) for each in (name, *GIVEN)]
+    body = f"for number in {numbers}:\n    signal.raise_signal(number)\n    done.append(number)\n"
     with pytest.raises(Stopped) as stop, stoppable():
         done = importlib.import_module(module(tmp_path, monkeypatch, body)).done
         time.sleep(60)
-    assert done == [0, 1] and stop.value.number == getattr(signal, name)
+    assert done == numbers and stop.value.number == getattr(signal, name)
 
 
 def test_an_import_that_is_over_when_the_command_is_stops_nothing(name, tmp_path, monkeypatch):
@@ -170,6 +172,34 @@ def test_once_is_enough(name):
                 signal.raise_signal(getattr(signal, other))
             tidied.append(name)
     assert tidied == [name] and stop.value.number == getattr(signal, name)
+
+
+def test_once_is_enough_where_one_waits_for_an_import(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("peftdebias.signals.SOON", 0.05)
+    tidied = []
+    with pytest.raises(Stopped) as stop, stoppable():
+        try:
+            importlib.import_module(module(tmp_path, monkeypatch, f"signal.raise_signal(signal.{name})"))
+            for other in GIVEN:
+                signal.raise_signal(getattr(signal, other))
+        finally:
+            time.sleep(0.1)
+            tidied.append(name)
+    assert tidied == [name] and stop.value.number == getattr(signal, name) and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_of_two_at_once_one_stops_and_nothing_is_said_of_the_other(name, monkeypatch):
+    both, heard = {getattr(signal, name), signal.SIGHUP, signal.SIGTERM}, []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: heard.append(what.exc_value))
+    with pytest.raises(Stopped) as stop, stoppable():
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)
+        for number in both:
+            signal.raise_signal(number)
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        finally:
+            [None for _ in range(3)]  # where the other handler is run
+    assert stop.value.number == min(both) and heard == []
 
 
 def test_what_is_ignored_stays_so():

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from .. import kernels
 from ..kernels import dispatch
@@ -111,8 +112,13 @@ def _pays(weight: Tensor) -> bool:
 
 
 def _taken(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return _large(x, weight, bias) and _pays(weight) and form()[0] == "onednn"
+
+
+def _large(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether it is a plain float32 product of two matrices on a CPU, large enough for oneDNN."""
     return (compiled.takes(x, weight, bias) and x.dim() == weight.dim() == 2 and 2.0 * x.numel() * len(weight) >= LEAST and len(x) >= ROUND
-            and not torch.is_autocast_enabled("cpu") and _pays(weight) and form()[0] == "onednn")
+            and not torch.is_autocast_enabled("cpu"))
 
 
 class _Linear(torch.autograd.Function):
@@ -152,7 +158,7 @@ _TABLES = contextvars.ContextVar("peftdebias_rounded_tables", default=None)
 
 @contextlib.contextmanager
 def bf16_products() -> Iterator[None]:
-    """Inside the `with` block `linear` and `product` round float32 on a CPU to bf16 for wide products: what comes of one is summed in float32, rounded once and float32 again,
+    """Inside the `with` block `linear` rounds float32 on a CPU to bf16 for wide products: what comes of one is summed in float32, rounded once and float32 again,
     the bias added to that. Vectors, parameters and thin products, those of modules, stay float32. A backward does as its forward did."""
     token = _BF16.set(True)
     try:
@@ -174,11 +180,12 @@ def rounding_once() -> Iterator[None]:
 
 def _rounded(weight: Tensor) -> Tensor:
     tables = _TABLES.get()
-    if tables is None or len(weight) < WIDE or weight.requires_grad or weight.is_inference():  # which counts no writes
-        return weight.bfloat16()
+    if tables is None or not isinstance(weight, Parameter) or len(weight) < WIDE or weight.requires_grad or weight.is_inference():  # the last counts no writes
+        return weight.bfloat16()  # a slice or a transpose, another tensor in every pass, would be kept for each
     found = tables.get(id(weight))
     if found is None or found[0] != weight._version:
-        found = tables[id(weight)] = weight._version, weight.bfloat16(), weight  # which keeps its id its own
+        with torch.inference_mode(False):  # a backward may want what a validation has rounded
+            found = tables[id(weight)] = weight._version, weight.bfloat16(), weight  # which keeps its id its own
     return found[1]
 
 
@@ -188,13 +195,19 @@ def no_bf16() -> str:
         return "this torch carries no oneDNN for this processor"
     if not {"avx512_bf16", "amx_bf16"} & set(described().get("flags", "").split()):
         return "a processor without AVX-512 BF16 and AMX"
+    if not _multiplies_bf16():
+        return "oneDNN is told to do without (ONEDNN_MAX_CPU_ISA)"
     return openmp.too_few()
+
+
+@functools.cache
+def _multiplies_bf16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def in_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether this product is one of those."""
-    return (not torch.compiler.is_compiling() and _BF16.get() and compiled.takes(x, weight, bias) and x.dim() == weight.dim() == 2 and 2.0 * x.numel() * len(weight) >= LEAST and len(x) >= ROUND
-            and min(weight.shape) >= LEAST_BF16 and not torch.is_autocast_enabled("cpu") and not openmp.too_few())
+    return not torch.compiler.is_compiling() and _BF16.get() and _large(x, weight, bias) and min(weight.shape) >= LEAST_BF16 and not openmp.too_few()
 
 
 def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
