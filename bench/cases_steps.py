@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from peftdebias import methods, patch, training
 from peftdebias.batches import Sample, pack
 from peftdebias.encoder import EncoderConfig, Model
-from peftdebias.lowered import BF16_PRODUCTS, lowered
-from peftdebias.ops.linear import rounding_once
+from peftdebias.lowered import BF16_PRODUCTS, rounded_beforehand
 from peftdebias.tasks import MaskedLM, mlm_loss
 from peftdebias.weights import load_model, save_model, to_foreign
 
@@ -164,9 +163,8 @@ def ours(name: str, kind: str = "eager", folded: bool = False, precision: str | 
 
         work = Work(run, results, steps=len(packed), tokens=sum(len(b.ids) for b in packed), flops=needed_flops(setting, name), extra=facts(setting, batches, name),
                     state=sum(t.numel() * t.element_size() for t in state), save=None if full else (lambda folder: save_adapter(folder, model, method)))
-        if setting.precision in ("bf16", BF16_PRODUCTS):  # as training.train has it
-            work.held = contextlib.ExitStack()
-            work.held.enter_context(lowered(model) if setting.precision == "bf16" else rounding_once())
+        work.held = contextlib.ExitStack()
+        work.held.enter_context(rounded_beforehand(model, setting.precision))
         model.train()
         return work
 

@@ -11,7 +11,6 @@ step makes the host wait.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from bench.texts import texts  # noqa: E402
 from peftdebias import kernels, methods, patch, training  # noqa: E402
 from peftdebias.batches import Batch, Sample, pack  # noqa: E402
 from peftdebias.encoder import Model  # noqa: E402
-from peftdebias.lowered import lowered  # noqa: E402
+from peftdebias.lowered import rounded_beforehand  # noqa: E402
 from peftdebias.tasks import MaskedLM, class_probabilities, mlm_loss  # noqa: E402
 from peftdebias.weights import load_model  # noqa: E402
 
@@ -70,7 +69,7 @@ def curve(setting: Setting, phase: str, steps: int, implementation: str = "auto"
     """Train that long. phase: one of PHASES; implementation: of the ops, as kernels.use takes it; kind: one of training.STEPS."""
     model, parameters, samples, loss = begun(setting, phase)
     batches = [pack(batch) for batch in samples]
-    with kernels.use(implementation), lowered(model) if setting.precision == "bf16" else contextlib.nullcontext():
+    with kernels.use(implementation), rounded_beforehand(model, setting.precision):
         optimizer = training.make_optimizer(parameters, training.Schedule(steps=steps, lr=LR))
         step = training.STEPS[kind](model, types.SimpleNamespace(loss=loss), optimizer, parameters, clip=1e9, precision=setting.precision, say=say)
         step.gradients(batches[0].to(setting.device))

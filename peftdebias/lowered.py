@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from .encoder import Model, parameter_at
 from .errors import AdapterError
-from .ops.linear import bf16_products
+from .ops.linear import bf16_products, rounding_once
 from .ops.scores import narrow, widen
 
 BF16_PRODUCTS = "bf16 products"
@@ -39,6 +39,11 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision == BF16_PRODUCTS:
         return bf16_products()
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def rounded_beforehand(model: Model, precision: str) -> contextlib.AbstractContextManager:
+    """The context of a whole training, around its passes under `autocast`: what they would all round alike is rounded once."""
+    return {"bf16": lambda: lowered(model), BF16_PRODUCTS: rounding_once}.get(precision, contextlib.nullcontext)()
 
 
 @contextlib.contextmanager

@@ -21,8 +21,8 @@ from .encoder import Model
 from .errors import ConfigError, PeftDebiasError
 from .graphs import Graphed
 from .kernels import dispatch
-from .lowered import BF16_PRODUCTS, autocast, lowered
-from .ops.linear import no_bf16, rounding_once
+from .lowered import BF16_PRODUCTS, autocast, rounded_beforehand
+from .ops.linear import no_bf16
 from .optimizer import AdamWOfManyRef, FlatAdamW, LargeAdamW, WholeAdamW, adamw_ref
 from .patch import Folded
 from .step import Compiled, Step, expect_compiler
@@ -179,8 +179,7 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
     _expect_precision(schedule, device)
     optimizer = make_optimizer(parameters, schedule)
     decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    half = lowered(model) if schedule.precision == "bf16" else rounding_once()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), half, model.recomputing(schedule.save_memory), \
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), rounded_beforehand(model, schedule.precision), model.recomputing(schedule.save_memory), \
             _bar(schedule.steps, label) as bar:
         _seed(device, schedule.seed)
         before = _scores(model, task, schedule)

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from peftdebias import kernels, processor
 from peftdebias.errors import ConfigError
 from peftdebias.kernels import dispatch
-from peftdebias.lowered import BF16_PRODUCTS
+from peftdebias.lowered import BF16_PRODUCTS, rounded_beforehand
 from peftdebias.ops import linear, openmp, scores
 from peftdebias.ops.linear import LEAST_BF16, STEP, bf16_products, no_bf16, product, rounding_once
 from peftdebias.training import Schedule, pick_precision, pick_step, train
@@ -113,6 +113,15 @@ def test_a_frozen_vocabulary_is_rounded_once(kind, all_of_them, monkeypatch):
         with torch.inference_mode(), kernels.use(kind), bf16_products():  # a validation
             linear(x, weight, bias)
         assert once(weight, weight)
+
+
+def test_what_a_training_rounds_beforehand():
+    """With bf16 matrices, which a CPU's kernels would not take, or a table of what its products round; in float32 nothing."""
+    model = made("lora").model
+    for precision, lowers, keeps in (("float32", False, False), (BF16_PRODUCTS, False, True), ("bf16", True, False)):
+        with rounded_beforehand(model, precision):
+            assert any(p.dtype == torch.bfloat16 for p in model.parameters()) == lowers and (MODULE._TABLES.get() is not None) == keeps
+        assert all(p.dtype == torch.float32 for p in model.parameters()) and MODULE._TABLES.get() is None
 
 
 def in_float32(*given) -> bool:
