@@ -14,6 +14,7 @@ import torch
 from peftdebias import checkpoint, corpus, methods, patch
 from peftdebias.embedding import Debiased
 from peftdebias.encoder import EncoderConfig, Model
+from peftdebias.lowered import BF16_PRODUCTS
 from peftdebias.tokens import load_tokenizer
 from peftdebias.weights import save_model
 
@@ -72,8 +73,8 @@ def forward_flops(config: EncoderConfig, lengths: Sequence[int]) -> float:
 
 # ---------------------------------------------------------------- ours
 
-def ours(merged: bool) -> Callable[[Task], Predictor]:
-    """peftdebias.load's predict: it makes its batches itself."""
+def ours(merged: bool, precision: str = "float32") -> Callable[[Task], Predictor]:
+    """peftdebias.load's predict: it makes its batches itself. precision: as lowered.autocast has it."""
     def build(task: Task) -> Predictor:
         run = checkpoint.load_run(task.model_folder())
         run.config["max_length"] = task.longest
@@ -83,7 +84,7 @@ def ours(merged: bool) -> Callable[[Task], Predictor]:
         run.model.eval()
         if merged:
             patch.merge(run.model)
-        model = Debiased(run)
+        model = Debiased(run, precision=precision)
         return lambda texts, batch: model.predict(texts)
 
     return build
@@ -91,8 +92,8 @@ def ours(merged: bool) -> Callable[[Task], Predictor]:
 
 # ---------------------------------------------------------------- theirs
 
-def theirs(merged: bool, by_length: bool = False) -> Callable[[Task], Predictor]:
-    """Batches padded to their longest text, in the order of the texts, or sorted by length before."""
+def theirs(merged: bool, by_length: bool = False, bf16: bool = False) -> Callable[[Task], Predictor]:
+    """Batches padded to their longest text, in the order of the texts, or sorted by length before. bf16: under torch's autocast."""
     def build(task: Task) -> Predictor:
         quiet()
         import peft
@@ -115,7 +116,9 @@ def theirs(merged: bool, by_length: bool = False) -> Callable[[Task], Predictor]
             for start in range(0, len(texts), batch):
                 items = order[start:start + batch]
                 padded = tokenizer.pad({key: [rows[i] for i in items] for key, rows in encoded.items()}, return_tensors="pt")
-                for i, row in zip(items, model(**padded).logits.softmax(-1).tolist()):
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    logits = model(**padded).logits
+                for i, row in zip(items, logits.float().softmax(-1).tolist()):
                     found[i] = {"text": texts[i], "label": labels[row.index(max(row))], "probabilities": dict(zip(labels, row))}
             return found
 
@@ -124,8 +127,11 @@ def theirs(merged: bool, by_length: bool = False) -> Callable[[Task], Predictor]
     return build
 
 
-THEIRS = "transformers+peft, merged"
-PREDICTORS = {"transformers+peft": theirs(False), THEIRS: theirs(True), f"{THEIRS}, sorted by length": theirs(True, True), "peftdebias": ours(False), "peftdebias, merged": ours(True)}
+THEIRS, OURS = "transformers+peft, merged", "peftdebias, merged"
+SORTED = f"{THEIRS}, sorted by length"
+PREDICTORS = {"transformers+peft": theirs(False), THEIRS: theirs(True), SORTED: theirs(True, True), "peftdebias": ours(False), OURS: ours(True)}
 """name -> builder. The first is what all others must equal."""
-ONE_CALL = ("transformers+peft", THEIRS, "peftdebias", "peftdebias, merged")
-WHOLE_FILE = (THEIRS, f"{THEIRS}, sorted by length", "peftdebias", "peftdebias, merged")
+IN_BF16 = {f"{THEIRS}, bf16": theirs(True, bf16=True), f"{SORTED}, bf16": theirs(True, True, bf16=True), "peftdebias, bf16": ours(False, BF16_PRODUCTS), f"{OURS}, bf16": ours(True, BF16_PRODUCTS)}
+"""The same of those with products in bf16, which are near the first and not compared."""
+ONE_CALL = ("transformers+peft", THEIRS, "peftdebias", OURS, f"{THEIRS}, bf16", "peftdebias, bf16", f"{OURS}, bf16")
+WHOLE_FILE = (THEIRS, SORTED, "peftdebias", OURS, f"{SORTED}, bf16", "peftdebias, bf16", f"{OURS}, bf16")

@@ -26,17 +26,18 @@ import torch  # noqa: E402
 from bench import equality, measure, rows  # noqa: E402
 from bench.arguments import Parser, complain, positive, results_file, say  # noqa: E402
 from bench.case import SIZES, output_bound  # noqa: E402
-from bench.cases_predict import ONE_CALL, PREDICTORS, THEIRS, WHOLE_FILE, Predictor, Task, forward_flops  # noqa: E402
+from bench.cases_predict import IN_BF16, ONE_CALL, OURS, PREDICTORS, SORTED, THEIRS, WHOLE_FILE, Predictor, Task, forward_flops  # noqa: E402
 from bench.compare import gemm_rates  # noqa: E402
 from bench.process import Process, serve  # noqa: E402
 from peftdebias.errors import PeftDebiasError  # noqa: E402
+from peftdebias.ops.linear import no_bf16  # noqa: E402
 from peftdebias.tokens import load_tokenizer  # noqa: E402
 
 PARTS = ("calls", "file")
 BATCH, LARGE = 64, 256
 CHECKED = 100  # texts that all must answer alike
-OURS, CEILING = "peftdebias, merged", "ceiling: matrix products + tokenizer"
-BARS = {f"{THEIRS}, sorted by length": 1.4, THEIRS: 3.0}
+CEILING = "ceiling: matrix products + tokenizer"
+BARS = {SORTED: 1.4, THEIRS: 3.0}
 """How many times as fast OURS is to be, of the whole file."""
 
 
@@ -56,9 +57,9 @@ def check(task: Task, texts: list[str]) -> dict[str, float]:
     return shares
 
 
-def available() -> dict:
+def available(bf16: bool = False) -> dict:
     there = all(importlib.util.find_spec(name) for name in ("transformers", "peft"))
-    return {name: build for name, build in PREDICTORS.items() if there or name.startswith("peftdebias")}
+    return {name: build for name, build in (PREDICTORS | (IN_BF16 if bf16 else {})).items() if there or name.startswith("peftdebias")}
 
 
 # ---------------------------------------------------------------- the other end
@@ -76,7 +77,7 @@ def timed_calls(predict: Predictor, texts: list[str], batch: int) -> list[float]
 def child(name: str, task: Task) -> None:
     """Answers `calls BATCH TEXTS` and `file`."""
     def start():
-        texts, predict = task.texts(), PREDICTORS[name](task)
+        texts, predict = task.texts(), (PREDICTORS | IN_BF16)[name](task)
         predict(texts[:LARGE], BATCH)
 
         def answer(line: str) -> list[float]:
@@ -125,10 +126,10 @@ class Table:
         self.rows: list[rows.Row] = []
         self.task, self.shares = task, shares
         self.setting = (f"{size.layers} layers x {size.hidden}, {size.heads} heads, feed-forward {size.feed_forward}, random weights (no checkpoint of that shape is used), LoRA on query and value; "
-                        f"{len(lengths)} texts of {Path(task.file).name}, mean {numpy.mean(lengths):.1f} and at most {longest} tokens; float32")
+                        f"{len(lengths)} texts of {Path(task.file).name}, mean {numpy.mean(lengths):.1f} and at most {longest} tokens; float32, or products in bf16 where that is said")
 
     def add(self, kernel: str, baseline: str, provider: str, x: tuple[str, float], metrics: dict[str, list[float]], **extra) -> None:
-        extra = {"size": self.task.size_name, "baseline": baseline, "precision": "float32", "load_average": round(os.getloadavg()[0], 2), "load_at_start": measure.LOAD_AT_START,
+        extra = {"size": self.task.size_name, "baseline": baseline, "precision": "bf16" if provider in IN_BF16 else "float32", "load_average": round(os.getloadavg()[0], 2), "load_at_start": measure.LOAD_AT_START,
                  "device": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", "setting": self.setting,
                  "versions": {n: rows.version(n) for n in ("transformers", "peft")}, "largest_difference_as_share_of_allowed": self.shares.get(provider), **extra}
         common = dict(extra_config=extra, device_name=rows.device_name(torch.device("cpu")), torch_version=torch.__version__, triton_version=rows.version("triton"), commit=rows.commit(),
@@ -158,7 +159,7 @@ def measured(task: Task, arguments) -> tuple[list[rows.Row], list[str]]:
     shares = check(task, texts)
     say(f"equal: largest difference {max(shares.values()):.2g} of the allowed one")
     table, parts = Table(task, lengths, shares), arguments.only or PARTS
-    names = [name for name in available() if ("calls" in parts and name in ONE_CALL) or ("file" in parts and name in WHOLE_FILE)]
+    names = [name for name in available(arguments.bf16) if ("calls" in parts and name in ONE_CALL) or ("file" in parts and name in WHOLE_FILE)]
     lanes = {name: Process(name, [sys.executable, __file__, "--serve", name, json.dumps(dataclasses.asdict(task))]) for name in names}
     if not any(name.startswith("transformers") for name in names):
         say("transformers and peft: not installed, ours is timed alone")
@@ -203,6 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     top.add_argument("--column", metavar="COL", help="with the text (default text)")
     top.add_argument("--size", default="minilm", choices=SIZES)
     top.add_argument("--longest", type=int, default=128, metavar="N", help="tokens that a text is cut to (default 128)")
+    top.add_argument("--bf16", action="store_true", help="with products in bf16, ours and theirs under autocast, on a processor that multiplies it")
     top.add_argument("--only", nargs="+", choices=PARTS, help="default: both")
     for flag, value, what in (("--texts", 10000, "of the whole file"), ("--singles", 200, "texts in a pass of single calls"), ("--large", 1024, f"texts in a pass of calls of {LARGE}"),
                               ("--repeats", 5, "passes of calls"), ("--file-repeats", 3, "passes of the whole file")):
@@ -211,6 +213,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = top.parse_args(argv)
     if not 8 <= arguments.longest <= SIZES[arguments.size].positions:
         return complain(f"--longest: expected 8 to {SIZES[arguments.size].positions} for the size {arguments.size}, got {arguments.longest}")
+    if arguments.bf16 and (why := no_bf16()):
+        say(f"--bf16: not measured: {why}")
+        arguments.bf16 = False
     with tempfile.TemporaryDirectory(prefix="peftdebias-bench-") as folder:
         task = Task(arguments.size, arguments.tokenizer, arguments.file, arguments.column, arguments.texts, arguments.longest, folder)
         try:

@@ -8,6 +8,7 @@ Letters: B texts, S longest text, D hidden, V vocabulary, C labels.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import numbers
@@ -27,25 +28,39 @@ from .answers import LONGEST, cut_note, max_length
 from .batches import Batch, Sample, pack
 from .encoder import Model
 from .errors import ConfigError, ModelError
+from .lowered import answering
 from .outputs import partial_of
 from .padded import Padded, export_padded
 from .tasks import class_probabilities, in_eval, labelled_samples, scored_batches
 from .tokens import Encoded
-from .training import pick_device
+from .training import pick_device, pick_precision
 
 KINDS = ("predict", "fill_mask", "encode")
 POOLINGS = ("first", "mean")
+PRECISIONS = ("float32", "bf16")
 
 
-def load(run: str | Path, adapters: Sequence[str | Path] = (), device: str = "cpu", force: bool = False) -> "Debiased":
+def load(run: str | Path, adapters: Sequence[str | Path] = (), device: str = "cpu", force: bool = False, precision: str = "float32") -> "Debiased":
     """A run folder or a plain model folder with its modules and further `adapters`, ready to answer. force: modules made for another base too, where shapes allow it.
 
-    Raises ModelError or AdapterError on bad folders.
+    precision "bf16": products of answers in bf16, on a GPU or a CPU that multiplies it; see `Debiased`. Raises ModelError or AdapterError on bad folders, ConfigError where the
+    device has no such precision.
     """
-    return Debiased(checkpoint.load_run(run, adapters, pick_device(device), force), str(run))
+    place = pick_device(device)
+    _one_of("load: precision", precision, PRECISIONS)
+    precision = pick_precision(precision, place)
+    return Debiased(checkpoint.load_run(run, adapters, place, force), str(run), precision)
 
 
-_locks: "weakref.WeakKeyDictionary[Model, threading.RLock]" = weakref.WeakKeyDictionary()
+@dataclasses.dataclass
+class _Own:
+    """What a model has of its own, whoever answers by it: a lock, and its rounded matrices. No part of a copy."""
+
+    lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
+    rounded: dict = dataclasses.field(default_factory=dict)
+
+
+_owned: "weakref.WeakKeyDictionary[Model, _Own]" = weakref.WeakKeyDictionary()
 _making = threading.Lock()
 
 
@@ -53,7 +68,7 @@ def _forked() -> None:
     """In a child of os.fork nobody holds what the parent's threads held."""
     global _making
     _making = threading.Lock()
-    _locks.clear()
+    _owned.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -64,7 +79,7 @@ def _one_at_a_time(answer):
     """An answer waits for those of other threads, and for their `without` blocks: the model is one."""
     @functools.wraps(answer)
     def alone(self, *args, **kwargs):
-        with self._lock:
+        with self._own.lock:
             return answer(self, *args, **kwargs)
     return alone
 
@@ -73,16 +88,22 @@ class Debiased:
     """A model with its tokenizer and modules. run: checkpoint.Run; `run.model` is the Model itself, `methods` the names that `without` takes.
 
     Threads may share it: answers are computed one after another, each by all of torch's threads. A `without` block is its thread's alone; others wait for its end.
+
+    precision: as lowered.autocast has it; `export` writes float32 whatever it is. On a CPU the matrices rounded to bf16 are kept, two bytes a number, and made again where somebody
+    wrote to the parameters, not where to their `data` alone.
     """
 
-    def __init__(self, run: checkpoint.Run, name: str = "model"):
-        self.run, self.name = run, name
+    def __init__(self, run: checkpoint.Run, name: str = "model", precision: str = "float32"):
+        self.run, self.name, self.precision = run, name, precision
 
     @property
-    def _lock(self) -> threading.RLock:
-        """The model's own, whoever else answers by it: no part of a copy."""
+    def _own(self) -> _Own:
         with _making:
-            return _locks.setdefault(self.run.model, threading.RLock())
+            return _owned.setdefault(self.run.model, _Own())
+
+    def _answering(self) -> contextlib.AbstractContextManager:
+        """The context of a pass, in the precision asked for."""
+        return answering(self.run.model.device, self.precision, self._own.rounded)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -92,7 +113,7 @@ class Debiased:
     @contextlib.contextmanager
     def without(self, *names: str) -> Iterator["Debiased"]:
         """Inside the `with` block the named modules are off, for `export` too; answers to other threads wait until it ends. Raises AdapterError on another name."""
-        with self._lock, self.run.model.without(*names):
+        with self._own.lock, self.run.model.without(*names):
             yield self
 
     @_one_at_a_time
@@ -104,8 +125,9 @@ class Debiased:
             return []
         answers.check_pairs(self.name, self.run, pairs is not None)
         labels = self.run.model.classifier.labels
-        return [{"text": text, "label": labels[int(row.argmax())], "probabilities": dict(zip(labels, map(float, row)))}
-                for text, row in zip(texts, class_probabilities(self.run.model, labelled_samples(encoded)))]
+        with self._answering():
+            found = class_probabilities(self.run.model, labelled_samples(encoded))
+        return [{"text": text, "label": labels[int(row.argmax())], "probabilities": dict(zip(labels, map(float, row)))} for text, row in zip(texts, found)]
 
     @_one_at_a_time
     def fill_mask(self, text: str, top: int = 5) -> list[list[dict]]:
@@ -124,7 +146,9 @@ class Debiased:
         rows = numpy.flatnonzero(ids == tokenizer.mask_id)
         if not len(rows):
             raise ConfigError(f"fill_mask: expected {mask} in the text (within its first {self._longest} tokens), got none")
-        found = _mask_logits(self.run.model, pack([Sample(ids, rows)])).double().softmax(-1)[:, :vocabulary].topk(top)  # rows beyond are padding of the table
+        with self._answering():
+            logits = _mask_logits(self.run.model, pack([Sample(ids, rows)]))
+        found = logits.double().softmax(-1)[:, :vocabulary].topk(top)  # rows beyond are padding of the table
         return [[{"token": tokenizer.backend.decode([i], skip_special_tokens=False), "id": i, "probability": p} for i, p in zip(*row)]
                 for row in zip(found.indices.tolist(), found.values.tolist())]
 
@@ -134,7 +158,8 @@ class Debiased:
         too ("mean"). Vectors of prompts are not among them."""
         _one_of("pooling", pooling, POOLINGS)
         encoded = self._encoded(self._texts("texts", texts))
-        return _pooled(self.run.model, [Sample(e.ids, numpy.arange(1 if pooling == "first" else len(e.ids)), None, e.segments) for e in encoded])
+        with self._answering():
+            return _pooled(self.run.model, [Sample(e.ids, numpy.arange(1 if pooling == "first" else len(e.ids)), None, e.segments) for e in encoded])
 
     @_one_at_a_time
     def export(self, path: str | Path, what: str = "predict", *, pooling: str = "first", pairs: bool | None = None) -> Path:
@@ -229,6 +254,6 @@ def _pooled(model: Model, samples: Sequence[Sample]) -> Tensor:
     """[B, D] on the CPU: the mean over the rows that each sample asks for."""
     found = torch.zeros(len(samples), model.config.hidden, dtype=model.encoder.embeddings.word.weight.dtype, device="cpu")
     for items, batch in scored_batches(model, samples):
-        for i, rows in zip(items, model.encoder(batch).cpu().split(batch.row_lengths)):
+        for i, rows in zip(items, model.encoder(batch).cpu().to(found.dtype).split(batch.row_lengths)):
             found[i] = rows.mean(0)
     return found

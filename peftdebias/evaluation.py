@@ -17,10 +17,11 @@ from .checkpoint import Run
 from .config import Evaluate, Predict
 from .errors import ConfigError, DataError, ModelError
 from .lines import called
+from .lowered import answering
 from .options import as_plain, expect, flag
 from .outputs import digest, files_in, keep_apart, tables, writing
 from .tasks import class_probabilities, labelled_samples
-from .training import pick_device
+from .training import pick_device, pick_precision
 
 
 ON: dict[str, Callable[[Run, str, Evaluate], Result]] = {
@@ -159,6 +160,7 @@ def predict(settings: Predict) -> list[str]:
     """Label the texts of settings.file (or standard input) and write {"text", "label", "probabilities"} a line. Returns notes. Raises PeftDebiasError."""
     expect(Predict, settings)
     device = pick_device(settings.device)
+    precision = pick_precision(settings.precision, device)
     keep_apart({"--out": settings.out}, [settings.file or "-", *checkpoint.files_of(settings.run)])
     with writing(settings.out) as file:
         run = checkpoint.load_run(settings.run, device=device)
@@ -167,7 +169,9 @@ def predict(settings: Predict) -> list[str]:
         texts, pairs = _to_label(run, settings)
         longest, labels = longest_of(run, settings), run.model.classifier.labels
         encoded = run.tokenizer.encode(texts, pairs, longest)
-        for text, row in zip(texts, class_probabilities(run.model, labelled_samples(encoded), settings.batch_tokens)):
+        with answering(device, precision):
+            found = class_probabilities(run.model, labelled_samples(encoded), settings.batch_tokens)
+        for text, row in zip(texts, found):
             line = {"text": text, "label": labels[int(row.argmax())], "probabilities": {label: round(float(p), 6) for label, p in zip(labels, row)}}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return cut_note(encoded, longest, called(settings.file or "-"))

@@ -47,6 +47,13 @@ def rounded_beforehand(model: Model, precision: str) -> contextlib.AbstractConte
 
 
 @contextlib.contextmanager
+def answering(device: torch.device, precision: str, kept: dict | None = None) -> Iterator[None]:
+    """The context of passes that train nothing, in `autocast`'s precisions. kept: as ops.linear.rounding_once has it."""
+    with rounding_once(trained=True, kept=kept) if precision == BF16_PRODUCTS else contextlib.nullcontext(), autocast(device, precision):
+        yield
+
+
+@contextlib.contextmanager
 def lowered(model: Model) -> Iterator[None]:
     """Inside the `with` block those parameters hold bf16, for passes under `autocast`; behind it the very tensors that they held, kept on the host meanwhile where the
     model is on a GPU."""

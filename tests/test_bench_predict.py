@@ -168,11 +168,17 @@ def test_the_ceiling_is_of_the_best_rate_and_calls_are_of_one_size(bench, task, 
         def close(self):
             pass
 
-    asked, rates = [], iter([1e9, 4e9, 2e9])
+    asked, rates = [], iter([1e9, 1e9, 1e9])
     monkeypatch.setattr(bench.predict, "Process", Lane), monkeypatch.setattr(bench.predict, "LARGE", 16)
     monkeypatch.setattr(bench.predict, "gemm_rates", lambda repeats=7: {"blas": next(rates)})
-    monkeypatch.setattr(bench.predict, "available", lambda: [bench.predict.OURS]), monkeypatch.setattr(bench.predict, "check", lambda *_: {bench.predict.OURS: 0.0})
-    rows, _ = bench.predict.measured(task, types.SimpleNamespace(only=None, singles=3, large=40, repeats=1, file_repeats=2))
+    monkeypatch.setattr(bench.predict, "available", lambda bf16: [bench.predict.OURS, *([f"{bench.predict.OURS}, bf16"] if bf16 else [])]), monkeypatch.setattr(bench.predict, "check", lambda *_: {bench.predict.OURS: 0.0})
+    settings = types.SimpleNamespace(only=None, singles=3, large=40, repeats=1, file_repeats=2, bf16=True)
+    rows, _ = bench.predict.measured(task, settings)
+    assert asked == ["calls 1 3"] * 2 + ["calls 16 32"] * 2 + ["file"] * 4
+    assert {row.provider: row.extra_config["precision"] for row in rows} == {bench.predict.OURS: "float32", f"{bench.predict.OURS}, bf16": "bf16", bench.predict.CEILING: "float32"}
+    asked.clear()
+    rates, settings.bf16 = iter([1e9, 4e9, 2e9]), False
+    rows, _ = bench.predict.measured(task, settings)
     lengths = [len(e.ids) for e in load_tokenizer(task.tokenizer).encode(task.texts(), max_length=task.longest)]
     extra = rows[-1].extra_config
     assert asked == ["calls 1 3", "calls 16 32", "file", "file"] and extra["gemm_gflops"] == 4
@@ -294,3 +300,13 @@ def test_curves_rows_and_a_drawing(bench, capsys, tmp_path):
     assert saved[bench.cases_scale.SAVING, 2] < saved["peftdebias", 2] and saved["peftdebias", 2] > saved["peftdebias", 1]
     assert "## Exponents" in printed and "- 2 layers, --save-memory over without: time" in printed
     assert ElementTree.parse(out.with_suffix(".svg")).getroot().tag.endswith("svg")
+
+
+def test_products_in_bf16_are_asked_for(bench, task, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(bench.predict, "measured", lambda task, arguments: seen.append(arguments.bf16) or ([], []))
+    for why, options in (("", ()), ("", ("--bf16",)), ("a processor without it", ("--bf16",))):
+        monkeypatch.setattr(bench.predict, "no_bf16", lambda: why)
+        assert bench.predict.main(words_of(task, *options)) == 0
+    assert seen == [False, True, False] and capsys.readouterr().err == "--bf16: not measured: a processor without it\n"
+    assert f"{bench.predict.OURS}, bf16" in set(bench.predict.available(True)) - set(bench.predict.available()) <= set(bench.cases_predict.IN_BF16)

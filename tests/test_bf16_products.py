@@ -1,18 +1,21 @@
 """Wide products of a CPU in bf16: against float64 of what is rounded, which products are, and a training by them from the command line."""
 
+import copy
 import importlib
 import json
 import types
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn import Parameter
 
-from peftdebias import kernels, processor
+import peftdebias
+from peftdebias import kernels, patch, processor
 from peftdebias.errors import ConfigError
 from peftdebias.kernels import dispatch
-from peftdebias.lowered import BF16_PRODUCTS, rounded_beforehand
+from peftdebias.lowered import BF16_PRODUCTS, answering, rounded_beforehand
 from peftdebias.ops import linear, openmp, scores
 from peftdebias.ops.linear import LEAST_BF16, STEP, bf16_products, no_bf16, product, rounding_once
 from peftdebias.training import Schedule, pick_precision, pick_step, train
@@ -81,33 +84,36 @@ def test_what_is_saved_is_rounded(kind, all_of_them):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_frozen_vocabulary_is_rounded_once(kind, all_of_them, monkeypatch):
-    monkeypatch.setattr(MODULE, "WIDE", 29)
+def test_a_frozen_matrix_is_rounded_once(kind, all_of_them):
     x, weight, bias, _ = tensors(32)
     weight = Parameter(weight, False)
 
-    def kept(weight: torch.Tensor) -> torch.Tensor:
+    def kept(weight: torch.Tensor, x: torch.Tensor = x) -> torch.Tensor:
         found = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t), kernels.use(kind), bf16_products():
             y = linear(x.requires_grad_(), weight, bias[:len(weight)])
         once_rounded(y.detach(), rounded(x.detach()) @ rounded(weight.detach()).t(), bias[:len(weight)].double())
         return found[-1]
 
-    def once(*weights: torch.Tensor) -> bool:
-        memory = [kept(weight) for weight in weights]
-        return len({each.data_ptr() for each in memory}) == 1
+    def once(*weights: torch.Tensor, **more) -> bool:
+        memory = [kept(weight, **more) for weight in weights]
+        return len({each.untyped_storage().data_ptr() for each in memory}) == 1
 
     with rounding_once():
         assert once(weight, weight) and not once(weight, Parameter(weight.clone(), False))
-        assert not once(*[Parameter(weight[1:], False)] * 2)  # too narrow for a vocabulary
-        assert not once(*[weight[:]] * 2) and not once(*[weight.view_as(weight)] * 2)  # of which every pass has another
+        assert once(weight, weight[3:20], weight[20:], weight.view_as(weight)) and once(*[weight[:, 2:30]] * 2, x=x[:, 2:30].detach())
+        assert not once(*[weight.clone()] * 2)  # no parameter: of a merge, say, another one in every pass
         before = kept(weight)
         weight.mul_(3)
+        assert kept(weight).data_ptr() != before.data_ptr()
+        before, weight.data = kept(weight), weight.data * 2  # what a merge puts in its place
         assert kept(weight).data_ptr() != before.data_ptr()
         assert not once(*[weight.requires_grad_()] * 2)
         with torch.inference_mode():
             unversioned = Parameter(weight.clone(), False)
         assert not once(*[unversioned] * 2)
+        turned = Parameter(torch.empty(weight.shape[::-1]).t().copy_(weight), False)
+        assert not once(*[turned] * 2)
     assert not once(*[weight.requires_grad_(False)] * 2)
     with rounding_once():
         with torch.inference_mode(), kernels.use(kind), bf16_products():  # a validation
@@ -115,13 +121,33 @@ def test_a_frozen_vocabulary_is_rounded_once(kind, all_of_them, monkeypatch):
         assert once(weight, weight)
 
 
+def test_scores_round_trained_matrices_once_too_and_keep_them_for_their_caller(all_of_them):
+    x, weight, bias, _ = tensors(32)
+    weight, kept = Parameter(weight), {}
+
+    def answer(precision: str = BF16_PRODUCTS) -> torch.Tensor:
+        with torch.no_grad(), kernels.use("torch"), answering(torch.device("cpu"), precision, kept):
+            return linear(x, weight, bias)
+
+    def expected() -> torch.Tensor:
+        return F.linear(x.bfloat16(), weight.detach().bfloat16()).float() + bias
+
+    assert torch.equal(answer(), expected())
+    ((_, _, found, _),) = kept.values()
+    found.zero_()
+    assert torch.equal(answer(), bias.expand(32, -1))  # by the one that is kept
+    with torch.no_grad():
+        weight.add_(1)
+    assert torch.equal(answer(), expected()) and torch.equal(answer("float32"), F.linear(x, weight, bias))
+
+
 def test_what_a_training_rounds_beforehand():
-    """With bf16 matrices, which a CPU's kernels would not take, or a table of what its products round; in float32 nothing."""
+    """With bf16 matrices, which a CPU's kernels would not take, or matrices that its products round; in float32 nothing."""
     model = made("lora").model
     for precision, lowers, keeps in (("float32", False, False), (BF16_PRODUCTS, False, True), ("bf16", True, False)):
         with rounded_beforehand(model, precision):
-            assert any(p.dtype == torch.bfloat16 for p in model.parameters()) == lowers and (MODULE._TABLES.get() is not None) == keeps
-        assert all(p.dtype == torch.float32 for p in model.parameters()) and MODULE._TABLES.get() is None
+            assert any(p.dtype == torch.bfloat16 for p in model.parameters()) == lowers and (MODULE._KEPT.get() is not None) == keeps
+        assert all(p.dtype == torch.float32 for p in model.parameters()) and MODULE._KEPT.get() is None
 
 
 def in_float32(*given) -> bool:
@@ -262,3 +288,46 @@ def test_both_phases_from_the_command_line(small, tmp_path, all_of_them, monkeyp
         assert losses[phase, "bf16"] == pytest.approx(losses[phase, "float32"], rel=2e-2) and losses[phase, "bf16"] != losses[phase, "float32"]
     said = cli("upstream", *small.learning(out=tmp_path / "no", device="cpu", precision="bf16", step="compiled"))
     assert said.code == 2 and said.err.splitlines()[-1].startswith("peftdebias: --step compiled: expected --precision float32 on a CPU") and not (tmp_path / "no").exists()
+
+
+@pytest.mark.skipif(not ONEDNN, reason="no bf16 by oneDNN here")
+def test_answers_by_them(small, tmp_path, all_of_them, monkeypatch):
+    monkeypatch.setattr(MODULE, "described", lambda: processor.described() | {"flags": "avx512_bf16"})
+    run, texts = tmp_path / "run", ["She is a nurse.", "The doctor said that he is here.", "Nurse."]
+    assert cli("upstream", *small.learning(out=tmp_path / "up", device="cpu")).code == 0
+    assert cli("downstream", *small.task(out=run, adapter=tmp_path / "up", epochs=1, device="cpu")).code == 0
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+
+    def probabilities(rows: list[dict]) -> list[list[float]]:
+        return [list(row["probabilities"].values()) for row in rows]
+
+    def said(*options: str) -> list[list[float]]:
+        assert (found := cli("predict", run, tmp_path / "texts.txt", "--device", "cpu", *options)).code == 0
+        return probabilities([json.loads(line) for line in found.out.splitlines()])
+
+    exact, models = said(), {precision: peftdebias.load(run, precision=precision) for precision in ("float32", "bf16")}
+    assert said("--precision", "float32") == exact
+    for precision, model in models.items():
+        assert numpy.allclose(probabilities(model.predict(texts)), said("--precision", precision), atol=1e-6)  # written with six digits
+    near, model = said("--precision", "bf16"), models["bf16"]
+    assert near != exact and numpy.allclose(near, exact, atol=2e-2)
+    assert not models["float32"]._own.rounded and len(model._own.rounded) > 1
+    vectors = [m.encode(texts, "mean") for m in models.values()]
+    assert all(v.dtype == torch.float32 for v in vectors) and not torch.equal(*vectors) and torch.allclose(*vectors, atol=5e-2)
+    merged = peftdebias.load(run, precision="bf16")
+    patch.merge(merged.run.model)
+    on = merged.encode(texts)
+    with model.without("gender"), merged.without("gender"):
+        assert torch.equal(merged.encode(texts), model.encode(texts)) and not torch.equal(merged.encode(texts), on)
+    assert torch.equal(merged.encode(texts), on) and torch.allclose(on, model.encode(texts), atol=5e-2)
+    assert torch.equal(copy.deepcopy(merged).encode(texts), on)
+    ids = model.run.tokenizer.encode(texts[:1])[0].ids
+    exported = torch.export.load(model.export(tmp_path / "run.pt2", "encode")).module()(torch.tensor(ids[None]), torch.ones(1, len(ids), dtype=torch.int64))
+    assert torch.allclose(exported, models["float32"].encode(texts[:1]), atol=1e-5)  # float32 as well
+    with pytest.raises(ConfigError, match="^load: precision: expected one of float32, bf16, got 'fp16'$"):
+        peftdebias.load(run, precision="fp16")
+    monkeypatch.setattr(MODULE, "described", lambda: {"flags": ""})
+    with pytest.raises(ConfigError, match="^--precision bf16: expected a GPU, or a CPU that multiplies it, got cpu: a processor without"):
+        peftdebias.load(run, precision="bf16")
+    refused = cli("predict", run, tmp_path / "texts.txt", "--device", "cpu", "--precision", "bf16", "--out", tmp_path / "out.jsonl")
+    assert refused.code == 2 and "\npeftdebias: --precision bf16: expected a GPU" in refused.err and not (tmp_path / "out.jsonl").exists()

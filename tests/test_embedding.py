@@ -185,7 +185,7 @@ def test_a_child_process_waits_for_nobody(model):
         other.start()
         assert not taken.wait(0.2)
         if (child := os.fork()) == 0:
-            os._exit(0 if model._lock.acquire(timeout=20) else 1)
+            os._exit(0 if model._own.lock.acquire(timeout=20) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and model.encode(TEXTS).equal(expected)
     other.join()
 

@@ -153,7 +153,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, bf16: bool = 
 # ---------------------------------------------------------------- bf16, on a CPU that multiplies it
 
 _BF16 = contextvars.ContextVar("peftdebias_bf16_products", default=False)
-_TABLES = contextvars.ContextVar("peftdebias_rounded_tables", default=None)
+_KEPT = contextvars.ContextVar("peftdebias_rounded_matrices", default=None)
 
 
 @contextlib.contextmanager
@@ -168,25 +168,32 @@ def bf16_products() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def rounding_once() -> Iterator[None]:
-    """Inside the `with` block, a training say, a frozen vocabulary's matrix is rounded for the first of those products and again when somebody has written to it; rounding it
-    takes as long as the product of a hundred rows. Other matrices are rounded for each."""
-    token = _TABLES.set({})
+def rounding_once(trained: bool = False, kept: dict | None = None) -> Iterator[None]:
+    """Inside the `with` block a parameter's matrix is rounded for the first of those products, and again when somebody has written to it or put another in its place; what is
+    written to its `data` alone is not seen. It takes two bytes a number until the block ends. trained: those that want gradients too, where nothing is trained. kept: where
+    the rounded ones are kept, for further blocks."""
+    token = _KEPT.set(({} if kept is None else kept, trained))
     try:
         yield
     finally:
-        _TABLES.reset(token)
+        _KEPT.reset(token)
 
 
 def _rounded(weight: Tensor) -> Tensor:
-    tables = _TABLES.get()
-    if tables is None or not isinstance(weight, Parameter) or len(weight) < WIDE or weight.requires_grad or weight.is_inference():  # the last counts no writes
-        return weight.bfloat16()  # a slice or a transpose, another tensor in every pass, would be kept for each
-    found = tables.get(id(weight))
-    if found is None or found[0] != weight._version:
+    kept, trained = _KEPT.get() or (None, False)
+    owner = weight if isinstance(weight, Parameter) or weight._base is None else weight._base  # the parameter that a slice or a transpose is of
+    if kept is None or not isinstance(owner, Parameter) or (owner.requires_grad and not trained) or owner.is_inference() or not owner.is_contiguous():
+        return weight.bfloat16()  # of what is made in inference mode nobody counts the writes
+    found = kept.get(id(owner))
+    if found is None or found[0] is not owner or found[1] != _state(owner):
         with torch.inference_mode(False):  # a backward may want what a validation has rounded
-            found = tables[id(weight)] = weight._version, weight.bfloat16(), weight  # which keeps its id its own
-    return found[1]
+            found = kept[id(owner)] = owner, _state(owner), owner.detach().bfloat16(), owner.detach()  # the last holds its memory, which else might be another's
+    return found[2] if weight is owner else found[2].as_strided(weight.shape, weight.stride(), weight.storage_offset() - owner.storage_offset())
+
+
+def _state(parameter: Parameter) -> tuple[int, int]:
+    """What is another one after somebody has written to it or put another tensor in its place."""
+    return parameter._version, parameter.data_ptr()
 
 
 def no_bf16() -> str:
