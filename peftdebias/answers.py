@@ -88,8 +88,26 @@ def longest_of(run: Run, settings: Evaluate | Predict) -> int:
 
 def cut_note(encoded, longest: int, what: str) -> list[str]:
     """One line where texts were cut, else none. encoded: what has a `cut` each, the number of tokens left out."""
-    cut = [e.cut for e in encoded if e.cut]
-    return [f"{what}: {len(cut)} of {len(encoded)} texts are longer than {longest} tokens and were cut ({sum(cut)} tokens left out)"] if cut else []
+    return Cuts().count(encoded).note(longest, what)
+
+
+@dataclasses.dataclass
+class Cuts:
+    """How many texts there were, how many of them were cut, and by how many tokens in all."""
+
+    texts: int = 0
+    cut: int = 0
+    tokens: int = 0
+
+    def count(self, encoded) -> "Cuts":
+        """With these as well."""
+        for one in encoded:
+            self.texts, self.cut, self.tokens = self.texts + 1, self.cut + (one.cut > 0), self.tokens + one.cut
+        return self
+
+    def note(self, longest: int, what: str) -> list[str]:
+        """As cut_note."""
+        return [f"{what}: {self.cut} of {self.texts} texts are longer than {longest} tokens and were cut ({self.tokens} tokens left out)"] if self.cut else []
 
 
 def encode_examples(tokenizer: Tokenizer, examples, longest: int) -> list:

@@ -246,41 +246,45 @@ def _documents(path: str, report: Report, begin: Place) -> Iterator[Record]:
             yield Record(["\n".join(rows)], first, start, (source.offset, source.count))
 
 
-def read_examples(
+def examples(
     path: str | Path,
     *,
     text: str,
     label: str | Sequence[str] | None = None,
     text_pair: str | None = None,
     group: str | None = None,
-) -> list[Example]:
-    """All rows of one table. The keyword arguments name its columns; what is not named is None in every Example.
+) -> Iterator[Example]:
+    """The rows of one table in order, streaming. The keyword arguments name its columns; what is not named is None in every Example.
 
     Labels and groups are strings: JSON integers and integral floats are written without a point, booleans as
     "true"/"false"; spaces around them are dropped and an empty one is an error. Several `label` columns make one label,
     "1" where any of them is true and "0" elsewhere. A row with an empty text is a row, and where neither label nor group is asked for, one in which
-    nothing is said at all; a file with no text is an error.
+    nothing is said at all; a file with no text is an error, at its end.
     """
     kind = lines.kind(path)
     kind = "tsv" if kind == "txt" else kind
     labels = [] if label is None else [label] if isinstance(label, str) else list(label)
     wanted = [text, *labels, *([text_pair] if text_pair else []), *([group] if group else [])]
-    examples = []
+    said = False
     for record in records.read(path, kind, wanted, blank=not (labels or group)):
         place, values = _place(path, record.first), record.values
         cell = dict(zip(wanted, values))
-        examples.append(
-            Example(
-                text=_text(cell[text], text, place),
-                text_pair=_text(cell[text_pair], text_pair, place) if text_pair else None,
-                label=_label({name: cell[name] for name in labels}, place) if labels else None,
-                group=_name(cell[group], "group", group, place) if group else None,
-                place=place,
-            )
+        example = Example(
+            text=_text(cell[text], text, place),
+            text_pair=_text(cell[text_pair], text_pair, place) if text_pair else None,
+            label=_label({name: cell[name] for name in labels}, place) if labels else None,
+            group=_name(cell[group], "group", group, place) if group else None,
+            place=place,
         )
-    if not any(example.text.strip() for example in examples):
+        said = said or bool(example.text.strip())
+        yield example
+    if not said:
         raise DataError(f"no text in {lines.called(path)}")
-    return examples
+
+
+def read_examples(path: str | Path, *, text: str, label: str | Sequence[str] | None = None, text_pair: str | None = None, group: str | None = None) -> list[Example]:
+    """All rows of one table, as `examples` has them."""
+    return list(examples(path, text=text, label=label, text_pair=text_pair, group=group))
 
 
 # Cells: what a value read from a file means.

@@ -6,15 +6,20 @@ several modules in one table, and the output files.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tqdm import tqdm
+
 from . import checkpoint, corpus, extrinsic, intrinsic
-from .answers import Result, check_pairs, cut_note, is_plain, longest_of
+from .answers import Cuts, Result, check_pairs, encode_examples, is_plain, longest_of
 from .checkpoint import Run
 from .config import Evaluate, Predict
+from .corpus import Example
 from .errors import ConfigError, DataError, ModelError
 from .lines import called
 from .lowered import answering
@@ -156,6 +161,10 @@ def _made_from(settings: Evaluate, asked: list[tuple[str, str]]) -> dict:
 
 # ---------------------------------------------------------------- predict
 
+STRETCH = 16384
+"""Texts that are read, sorted by length and labelled together, so that memory does not grow with the file."""
+
+
 def predict(settings: Predict) -> list[str]:
     """Label the texts of settings.file (or standard input) and write {"text", "label", "probabilities"} a line. Returns notes. Raises PeftDebiasError."""
     expect(Predict, settings)
@@ -166,23 +175,24 @@ def predict(settings: Predict) -> list[str]:
         run = checkpoint.load_run(settings.run, device=device)
         if run.model.classifier is None:
             raise ModelError(f"{settings.run}: expected a downstream run with a classifier, got a model without")
-        texts, pairs = _to_label(run, settings)
-        longest, labels = longest_of(run, settings), run.model.classifier.labels
-        encoded = run.tokenizer.encode(texts, pairs, longest)
-        with answering(device, precision):
-            found = class_probabilities(run.model, labelled_samples(encoded), settings.batch_tokens)
-        for text, row in zip(texts, found):
-            line = {"text": text, "label": labels[int(row.argmax())], "probabilities": {label: round(float(p), 6) for label, p in zip(labels, row)}}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return cut_note(encoded, longest, called(settings.file or "-"))
+        longest, labels, cuts, examples = longest_of(run, settings), run.model.classifier.labels, Cuts(), _to_label(run, settings)
+        hidden = True if file is sys.stdout and sys.stdout.isatty() else None  # among the lines themselves; None: where standard error is no terminal
+        with answering(device, precision), tqdm(desc="predict", unit=" texts", disable=hidden, dynamic_ncols=True) as bar:
+            while stretch := list(itertools.islice(examples, STRETCH)):
+                encoded = encode_examples(run.tokenizer, stretch, longest)
+                cuts.count(encoded)
+                for example, row in zip(stretch, class_probabilities(run.model, labelled_samples(encoded), settings.batch_tokens)):
+                    line = {"text": example.text, "label": labels[int(row.argmax())], "probabilities": {label: round(float(p), 6) for label, p in zip(labels, row)}}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                bar.update(len(stretch))
+    return cuts.note(longest, called(settings.file or "-"))
 
 
-def _to_label(run: Run, settings: Predict) -> tuple[list[str], list[str] | None]:
-    """(texts, second texts or None). Columns default to the run's own; a txt file and standard input have none, unless --text names one."""
+def _to_label(run: Run, settings: Predict) -> Iterator[Example]:
+    """What is to be labelled, streaming. Columns default to the run's own; a txt file and standard input have none, unless --text names one."""
     source, text, pair = settings.file or "-", settings.text or run.config.get("text"), settings.text_pair or run.config.get("text_pair")
     plain = is_plain(source, settings.text, (text, pair))
     check_pairs(settings.run, run, bool(pair))
     if plain:
-        return [t.text for t in corpus.read_texts([source])], None
-    examples = corpus.read_examples(source, text=text or "text", text_pair=pair)
-    return [e.text for e in examples], [e.text_pair for e in examples] if pair else None
+        return (Example(t.text, None, None, None, t.place) for t in corpus.read_texts([source]))
+    return corpus.examples(source, text=text or "text", text_pair=pair)

@@ -259,6 +259,28 @@ def test_predictions_are_the_models_answers_whatever_the_format(small, runs, tmp
     assert said.out == "" and lines(tmp_path / "out.jsonl") == rows and said.err.splitlines()[-1] == f"result: {tmp_path / 'out.jsonl'}"
 
 
+def test_a_file_is_labelled_by_stretches(small, runs, tmp_path, monkeypatch):
+    """So that any file fits in memory: what is before a corrupt record is answered before it is read, and a file that is to be written is not there then."""
+    texts = [e.text for e in read_examples(small.test, text="hard_text")][:7]
+    (tmp_path / "t.csv").write_text("hard_text\n" + "".join(f'"{t}"\n' for t in texts))
+    (tmp_path / "pairs.tsv").write_text("\n".join(small.paired.read_text().splitlines()[:6]) + "\n")
+    asked = [("predict", runs["jobs"], tmp_path / "t.csv", "--max-length", 8), ("predict", runs["pairs"], tmp_path / "pairs.tsv")]
+    whole = [done(*words) for words in asked]
+    monkeypatch.setattr("peftdebias.evaluation.STRETCH", 3)
+    for words, before in zip(asked, whole):
+        said = done(*words)
+        assert [(r["text"], r["label"]) for r in said.rows] == [(r["text"], r["label"]) for r in before.rows] and said.err == before.err
+        assert all(r["probabilities"] == pytest.approx(b["probabilities"], abs=2e-6) for r, b in zip(said.rows, before.rows, strict=True))
+    assert "7 of 7 texts are longer than 8 tokens" in whole[0].err
+    (tmp_path / "t.csv").write_bytes((tmp_path / "t.csv").read_bytes() + b"\xff\n")
+    said = cli(*asked[0])
+    assert said.code == 2 and f"{tmp_path / 't.csv'}:9: expected utf-8" in said.err and [json.loads(line)["text"] for line in said.out.splitlines()] == texts[:6]
+    assert cli(*asked[0], "--out", tmp_path / "out.jsonl").code == 2 and not (tmp_path / "out.jsonl").exists()
+    (tmp_path / "blank.csv").write_text("hard_text\n" + "  \n" * 4)
+    said = cli("predict", runs["jobs"], tmp_path / "blank.csv", "--out", tmp_path / "out.jsonl")
+    assert said.code == 2 and "no text in" in said.err and not (tmp_path / "out.jsonl").exists()
+
+
 def test_a_run_on_pairs_labels_pairs(small, runs, tmp_path, monkeypatch, answer):
     rows = done("predict", runs["pairs"], small.paired).rows
     first, second, _ = small.paired.read_text().splitlines()[1].split("\t")
