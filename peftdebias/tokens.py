@@ -24,6 +24,7 @@ STYLES = {
 WEAK = "unless there"  # an added token of which a file knows the id alone; a tokenizer that has it knows its flags
 ADDED = ("single_word", "lstrip", "rstrip", "normalized", "special")  # flags of an added token
 MASK_SHARE = 0.15
+AT_ONCE = 8192  # texts that `encode` gives to the library together: what the library says of a text takes ten times what is kept of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +68,12 @@ class Tokenizer:
         texts, pairs = list(texts), None if pairs is None else list(pairs)
         if pairs is not None and len(pairs) != len(texts):
             raise ConfigError(f"pairs: expected {len(texts)}, one for each text, got {len(pairs)}")
-        first = [e.ids for e in self.encodings(texts)]
-        if pairs is None:
-            return [self._assemble(a, None, max_length) for a in first]
-        second = [e.ids for e in self.encodings(pairs)]
-        return [self._assemble(a, b, max_length) for a, b in zip(first, second)]
+        found = []
+        for part in (slice(start, start + AT_ONCE) for start in range(0, len(texts), AT_ONCE)):
+            first = [e.ids for e in self.encodings(texts[part])]
+            second = [None] * len(first) if pairs is None else [e.ids for e in self.encodings(pairs[part])]
+            found += [self._assemble(a, b, max_length) for a, b in zip(first, second)]
+        return found
 
     def encode_flat(self, texts: Sequence[str], max_length: int = 512) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
         """What `encode` gives for texts without pairs, end to end: (ids int32 [T], tokens of each text int32 [B], of them left out int32 [B])."""

@@ -195,9 +195,11 @@ def both(request, bert, roberta, shared, tmp_path_factory):
     return load_tokenizer(folder), {"bert": transformers.BertTokenizer, "roberta": transformers.RobertaTokenizer}[kind].from_pretrained(folder), texts
 
 
-def test_texts_and_pairs_equal_transformers(both):
+@pytest.mark.parametrize("at_once", [4, 8192])
+def test_texts_and_pairs_equal_transformers(at_once, both, monkeypatch):
+    monkeypatch.setattr("peftdebias.tokens.AT_ONCE", at_once)
     ours, theirs, texts = both
-    assert ids(ours.encode(texts)) == theirs(texts)["input_ids"]
+    assert ids(ours.encode(texts)) == theirs(texts)["input_ids"] and ours.encode([]) == ours.encode([], []) == []
     expected = theirs(texts, PAIRS, return_token_type_ids=ours.style == "bert")
     assert ids(ours.encode(texts, PAIRS)) == expected["input_ids"]
     assert segments(ours.encode(texts, PAIRS)) == expected.get("token_type_ids", [[0] * len(i) for i in expected["input_ids"]])
