@@ -15,12 +15,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import checkpoint, corpus, extrinsic, intrinsic
+from . import checkpoint, corpus, extrinsic, intrinsic, patch
 from .answers import Cuts, Result, check_pairs, encode_examples, is_plain, longest_of
 from .checkpoint import Run
 from .config import Evaluate, Predict
 from .corpus import Example
-from .errors import ConfigError, DataError, ModelError
+from .errors import AdapterError, ConfigError, DataError, ModelError
 from .lines import called
 from .lowered import answering
 from .options import as_plain, expect, flag
@@ -175,6 +175,7 @@ def predict(settings: Predict) -> list[str]:
         run = checkpoint.load_run(settings.run, device=device)
         if run.model.classifier is None:
             raise ModelError(f"{settings.run}: expected a downstream run with a classifier, got a model without")
+        _merge(run)
         longest, labels, cuts, examples = longest_of(run, settings), run.model.classifier.labels, Cuts(), _to_label(run, settings)
         hidden = True if file is sys.stdout and sys.stdout.isatty() else None  # among the lines themselves; None: where standard error is no terminal
         with answering(device, precision), tqdm(desc="predict", unit=" texts", disable=hidden, dynamic_ncols=True) as bar:
@@ -186,6 +187,13 @@ def predict(settings: Predict) -> list[str]:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 bar.update(len(stretch))
     return cuts.note(longest, called(settings.file or "-"))
+
+
+def _merge(run: Run) -> None:
+    """Write the modules into the weights, which then answer sooner, where they can be."""
+    if names := [name for name, method in run.model.methods.items() if method.mergeable]:
+        with contextlib.suppress(AdapterError):  # one scales what another that stays acts on
+            patch.merge(run.model, *names)
 
 
 def _to_label(run: Run, settings: Predict) -> Iterator[Example]:

@@ -307,15 +307,16 @@ def test_answers_by_them(small, tmp_path, all_of_them, monkeypatch):
 
     exact, models = said(), {precision: peftdebias.load(run, precision=precision) for precision in ("float32", "bf16")}
     assert said("--precision", "float32") == exact
-    for precision, model in models.items():
-        assert numpy.allclose(probabilities(model.predict(texts)), said("--precision", precision), atol=1e-6)  # written with six digits
+    merged = {precision: peftdebias.load(run, precision=precision) for precision in models}
+    for precision, answers in merged.items():
+        patch.merge(answers.run.model)  # as the command does
+        assert numpy.allclose(probabilities(answers.predict(texts)), said("--precision", precision), atol=1e-6)  # written with six digits
     near, model = said("--precision", "bf16"), models["bf16"]
     assert near != exact and numpy.allclose(near, exact, atol=2e-2)
-    assert not models["float32"]._own.rounded and len(model._own.rounded) > 1
     vectors = [m.encode(texts, "mean") for m in models.values()]
+    assert not models["float32"]._own.rounded and len(model._own.rounded) > 1
     assert all(v.dtype == torch.float32 for v in vectors) and not torch.equal(*vectors) and torch.allclose(*vectors, atol=5e-2)
-    merged = peftdebias.load(run, precision="bf16")
-    patch.merge(merged.run.model)
+    merged = merged["bf16"]
     on = merged.encode(texts)
     with model.without("gender"), merged.without("gender"):
         assert torch.equal(merged.encode(texts), model.encode(texts)) and not torch.equal(merged.encode(texts), on)

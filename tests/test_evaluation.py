@@ -17,13 +17,13 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from peftdebias import axes, evaluation
+from peftdebias import axes, evaluation, patch
 from peftdebias.answers import Answers, Result, cut_note, is_plain, longest_of, positive_label
 from peftdebias.batches import Sample, pack
 from peftdebias.checkpoint import load_run
 from peftdebias.config import LEAST, MEASURES, Evaluate, Predict
 from peftdebias.corpus import Example, read_examples
-from peftdebias.errors import ConfigError, DataError
+from peftdebias.errors import AdapterError, ConfigError, DataError
 from peftdebias.evaluation import parse_on
 from peftdebias.extrinsic import classification_measures
 from peftdebias.metrics import Measure, bootstrap
@@ -279,6 +279,30 @@ def test_a_file_is_labelled_by_stretches(small, runs, tmp_path, monkeypatch):
     (tmp_path / "blank.csv").write_text("hard_text\n" + "  \n" * 4)
     said = cli("predict", runs["jobs"], tmp_path / "blank.csv", "--out", tmp_path / "out.jsonl")
     assert said.code == 2 and "no text in" in said.err and not (tmp_path / "out.jsonl").exists()
+
+
+def test_modules_are_written_into_the_weights_where_they_can_be(small, tmp_path, monkeypatch, answer):
+    done("upstream", *small.learning(out=tmp_path / "gender"))
+    done("downstream", *small.task(out=tmp_path / "run", adapter=tmp_path / "gender", epochs=1))
+    merge, merged, refused = patch.merge, [], AdapterError("merge: it scales a place where another method acts")
+
+    def told(model, *names):
+        merged.append(names)
+        if len(merged) > 1:
+            raise refused
+        merge(model, *names)
+        assert model.encoder.hooks.merged
+
+    monkeypatch.setattr(patch, "merge", told)
+    (tmp_path / "t.txt").write_text("she is a nurse")
+    expected = answer(tmp_path / "run", "she is a nurse")
+    for _ in range(2):
+        (row,) = done("predict", tmp_path / "run", tmp_path / "t.txt").rows
+        assert row["probabilities"] == pytest.approx(expected, abs=2e-6)
+    assert merged == [("gender",)] * 2
+    monkeypatch.setattr("peftdebias.methods.lora.LoRA.mergeable", False)
+    (row,) = done("predict", tmp_path / "run", tmp_path / "t.txt").rows
+    assert len(merged) == 2 and row["probabilities"] == pytest.approx(expected, abs=2e-6)
 
 
 def test_a_run_on_pairs_labels_pairs(small, runs, tmp_path, monkeypatch, answer):
