@@ -78,7 +78,7 @@ def version(package: str) -> str | None:
 
 @functools.cache
 def commit() -> str:
-    """The commit of this checkout, `+changes` where files differ from it; `unknown` where git does not say."""
+    """The commit of this checkout, `+changes` where files differ from it, `+unchecked` where git does not say whether; `unknown` where it says nothing."""
     def git(*words: str) -> str | None:
         try:
             done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20)
@@ -88,7 +88,10 @@ def commit() -> str:
 
     head = git("rev-parse", "--short=12", "HEAD")
     # What was measured is the code; results written beside it do not count as a change of it.
-    return "unknown" if head is None else head + ("+changes" if git("status", "--porcelain", "--", ".", ":!bench/results") else "")
+    if head is None:
+        return "unknown"
+    changed = git("status", "--porcelain", "--", ".", ":!bench/results")
+    return head + ("+unchecked" if changed is None else "+changes" if changed else "")
 
 
 def machine() -> dict[str, object]:

@@ -56,6 +56,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 on bad input, 130, 143 or 129 where a signal stopped it (SIGINT, SIGTERM, SIGHUP), which leaves nothing half-written, 141 where nobody read on."""
+    settings = None
     try:
         with stoppable(), warnings.catch_warnings():
             arguments = vars(parser().parse_args(argv))
@@ -128,9 +129,9 @@ def _no_memory(error: Exception) -> str | None:
     return said[said.index("DefaultCPUAllocator"):] if "DefaultCPUAllocator" in said else None
 
 
-def _less(settings: type) -> str:
-    """Which of the command's options lower what it needs."""
-    names = {field.name for field in dataclasses.fields(settings)}
+def _less(settings: type | None) -> str:
+    """Which of the command's options lower what it needs. None: it is not known yet."""
+    names = {field.name for field in dataclasses.fields(settings)} if settings else set()
     there = [flag for name, flag in (("batch_size", "--batch-size"), ("batch_tokens", "--batch-tokens"), ("max_length", "--max-length")) if name in names]
     less = f"; less in {' or '.join(there)} takes less" if there else ""
     return f"{less}, and so does --save-memory" if "save_memory" in names else less

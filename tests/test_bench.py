@@ -291,6 +291,8 @@ def test_a_commit_with_edits_says_so(bench, monkeypatch, tmp_path):
     clean = bench.rows.commit.__wrapped__()
     (tmp_path / "code.py").write_text("2")
     assert len(clean) == 12 and bench.rows.commit.__wrapped__() == clean + "+changes"
+    (tmp_path / ".git" / "index").write_text("damaged")
+    assert bench.rows.commit.__wrapped__() == clean + "+unchecked"
 
 
 def test_figures_are_of_a_step_over_the_repeats_and_the_warm_up_is_none(bench, quick, monkeypatch, tmp_path):  # noqa: F811

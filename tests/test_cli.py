@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 
+import numpy
 import pytest
 import tomli_w
 import torch
@@ -593,6 +594,12 @@ def test_memory_that_is_not_there_is_one_line(command, does, words, small, monke
     monkeypatch.setitem(command_line.COMMANDS, command, (does, *command_line.COMMANDS[command][1:]))
     got = cli(command, *(small.learning(out="o") if command == "upstream" else []))
     assert got.code == 2 and re.fullmatch(f"peftdebias: out of memory: {words}\n", got.err), got.err
+
+
+def test_memory_that_is_not_there_for_the_arguments(monkeypatch):
+    monkeypatch.setattr(command_line, "parser", lambda: numpy.empty(2 ** 60, numpy.int8))
+    got = cli("doctor")
+    assert got.code == 2 and re.fullmatch("peftdebias: out of memory: Unable to allocate .*\n", got.err), got.err
 
 
 def test_another_error_of_torch_keeps_its_traceback(monkeypatch):
