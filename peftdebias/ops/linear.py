@@ -181,14 +181,14 @@ def rounding_once(trained: bool = False, kept: dict | None = None) -> Iterator[N
 
 def _rounded(weight: Tensor) -> Tensor:
     kept, trained = _KEPT.get() or (None, False)
-    owner = weight if isinstance(weight, Parameter) or weight._base is None else weight._base  # the parameter that a slice or a transpose is of
+    owner = weight if isinstance(weight, Parameter) else weight._base  # what a slice or a transpose is of
     if kept is None or not isinstance(owner, Parameter) or (owner.requires_grad and not trained) or owner.is_inference() or not owner.is_contiguous():
         return weight.bfloat16()  # of what is made in inference mode nobody counts the writes
     found = kept.get(id(owner))
-    if found is None or found[0] is not owner or found[1] != _state(owner):
+    if found is None or found[0] != _state(owner):
         with torch.inference_mode(False):  # a backward may want what a validation has rounded
-            found = kept[id(owner)] = owner, _state(owner), owner.detach().bfloat16(), owner.detach()  # the last holds its memory, which else might be another's
-    return found[2] if weight is owner else found[2].as_strided(weight.shape, weight.stride(), weight.storage_offset() - owner.storage_offset())
+            found = kept[id(owner)] = _state(owner), owner.detach().bfloat16(), owner, owner.detach()  # held, so that neither id nor address becomes another's
+    return found[1] if weight is owner else found[1].as_strided(weight.shape, weight.stride(), weight.storage_offset() - owner.storage_offset())
 
 
 def _state(parameter: Parameter) -> tuple[int, int]:
