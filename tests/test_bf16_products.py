@@ -112,6 +112,9 @@ def test_a_frozen_matrix_is_rounded_once(kind, all_of_them):
         with torch.inference_mode():
             unversioned = Parameter(weight.clone(), False)
         assert not once(*[unversioned] * 2)
+        flat = torch.cat([x.flatten().detach(), weight.detach().flatten()])
+        inside = Parameter(flat[x.numel():].view(weight.shape), False)  # as what was trained in one flat tensor
+        assert once(inside, inside[5:])
         turned = Parameter(torch.empty(weight.shape[::-1]).t().copy_(weight), False)
         assert not once(*[turned] * 2)
     assert not once(*[weight.requires_grad_(False)] * 2)
@@ -313,6 +316,8 @@ def test_answers_by_them(small, tmp_path, all_of_them, monkeypatch):
         assert numpy.allclose(probabilities(answers.predict(texts)), said("--precision", precision), atol=1e-6)  # written with six digits
     near, model = said("--precision", "bf16"), models["bf16"]
     assert near != exact and numpy.allclose(near, exact, atol=2e-2)
+    filled = [peftdebias.load(tmp_path / "up", precision=precision).fill_mask("[MASK] is a nurse " * 5, top=1)[0][0]["probability"] for precision in models]
+    assert filled[0] != filled[1] and filled[0] == pytest.approx(filled[1], abs=2e-2)
     vectors = [m.encode(texts, "mean") for m in models.values()]
     assert not models["float32"]._own.rounded and len(model._own.rounded) > 1
     assert all(v.dtype == torch.float32 for v in vectors) and not torch.equal(*vectors) and torch.allclose(*vectors, atol=5e-2)
