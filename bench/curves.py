@@ -132,7 +132,8 @@ def trouble(found: Curve, wanted: Curve, precision: str) -> tuple[list[str], str
         if not share <= 1:
             red.append(f"gradient of {name}: {share:.3g} of what is allowed")
     kind = "relative" if precision == "bf16" else "absolute"
-    return red, f"losses {wanted.losses[0]:.4f} to {wanted.losses[-1]:.4f}, off by {early:.2g} over 50 steps and {late:.2g} over {len(gaps)} ({kind}); gradients {worst:.2g} of the allowed"
+    off = f"off by {early:.2g} over {min(EARLY, len(gaps))} steps and {late:.2g} over {len(gaps)} ({kind})"
+    return red, f"losses {wanted.losses[0]:.4f} to {wanted.losses[-1]:.4f}, {off}; gradients {worst:.2g} of the allowed"
 
 
 def check(device: torch.device, folder: Path, steps: int = 200, size: str = "tiny", implementation: str = "auto", phases: tuple[str, ...] = PHASES, say=print) -> list[str]:

@@ -115,8 +115,11 @@ def counterfactuals(text: str, axis: Axis, intervention: Intervention = PAPER) -
 
     Variant r = 1 .. k - 1 (k: the longest row touched) puts column (c + r) mod k' for a word in column c of its row of k' words. A word whose row
     returns to itself (r mod k' = 0) stays; a variant equal to the text or to an earlier variant is left out. With occurrences = "one" the candidates
-    are those of the first word, r = 1 .. k' - 1, then those of the second, and so on. Raises ConfigError on what is no Axis, or a column that it has not.
+    are those of the first word, r = 1 .. k' - 1, then those of the second, and so on. Raises ConfigError on what is no Axis, or a column that it has not,
+    and on what is no text.
     """
+    if not isinstance(text, str):
+        raise ConfigError(f"counterfactuals: expected a text, got {type(text).__name__}")
     known = lexicon(axis, intervention.only_from)
     hits = [(*found.span(), known.forms[found[0]]) for found in known.find(text)]
     if not hits:

@@ -32,7 +32,7 @@ from .errors import AdapterError, ConfigError, ModelError
 from .files import read_object, read_tensors, write_tensors
 from .methods import Method
 from .options import checked
-from .outputs import files_in, keep_apart, tables, writing_folder
+from .outputs import digest, files_in, keep_apart, tables, writing_folder
 from .tokens import Tokenizer
 
 FORMAT = 1
@@ -63,8 +63,9 @@ class Adapter:
     about: dict
 
 
-def save_adapter(folder: Path, method: Method, axis: str, base: dict, about: dict | None = None) -> None:
+def save_adapter(folder: str | Path, method: Method, axis: str, base: dict, about: dict | None = None) -> None:
     """Write adapter.json and adapter.safetensors. base: describe_base of the model it belongs to."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(method.state(), folder / "adapter.safetensors")
     header = {"format": FORMAT, "method": method.name, "axis": axis, "config": dataclasses.asdict(method.saved_config()), "base": base} | (about or {})
@@ -143,12 +144,22 @@ def _named(base: dict) -> str:
     return f"{base['type']} of {base['layers']} layers, hidden {base['hidden']}, vocabulary {base['vocab']}"
 
 
+def _expect_apart(folders: list[Path]) -> None:
+    """Raises AdapterError on a module that is there twice: one folder, or a downstream run's own copy of a module and what it is a copy of. Told before it is held against its base,
+    which a copy's has been trained away from."""
+    seen: dict[tuple[str, str], Path] = {}
+    for own in folders if len(folders) > 1 else ():
+        if all((own / name).is_file() for name in ("adapter.json", "adapter.safetensors")):
+            other = seen.setdefault((read_header(own)["axis"], digest(own / "adapter.safetensors")), own)
+            if other is not own:
+                raise AdapterError(f"{own}: attached twice; expected each module once" + ("" if other.resolve() == own.resolve() else f" ({other} is the same)"))
+
+
 def attach_adapters(model: Model, folders: tuple[str, ...], force: bool = False) -> list[Adapter]:
     """Load and attach each folder's module, all of a run's, under its axis (the second of an axis as `axis-2`), in order."""
-    adapters = [load_adapter(one, model, force) for folder in folders for one in adapter_folders(Path(folder)) or [folder]]
-    for number, adapter in enumerate(adapters):
-        if adapter.folder.resolve() in (other.folder.resolve() for other in adapters[:number]):
-            raise AdapterError(f"{adapter.folder}: attached twice; expected each module once")
+    places = [one for folder in map(Path, folders) for one in adapter_folders(folder) or [folder]]
+    _expect_apart(places)
+    adapters = [load_adapter(one, model, force) for one in places]
     for adapter in adapters:
         name, count = adapter.axis, 1
         while name in model.methods:

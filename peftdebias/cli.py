@@ -367,14 +367,14 @@ def wait_for_input() -> None:
 def table(measures) -> str:
     """Measures in columns: name, value, 95 % interval, ideal, how many examples."""
     rows = [("measure", "value", "95 % interval", "ideal", "n")]
-    rows += [(m.name, f"{number(m.value)} {m.unit if m.unit != '1' else ''}".rstrip(), f"{number(m.low)} to {number(m.high)}", number(m.ideal), str(m.n)) for m in measures]
+    rows += [(m.name, f"{number(m.value)} {m.unit if m.unit != '1' else ''}".rstrip(), between(m.low, m.high), number(m.ideal), str(m.n)) for m in measures]
     return columns(rows)
 
 
 def differences(found) -> str:
     """Differences of two systems in columns, each with its interval."""
     rows = [("measure", "first", "second", "difference", "95 % interval", "p", "test", "n")]
-    rows += [(d.name, number(d.first), number(d.second), f"{d.value:+.4g} {d.unit if d.unit != '1' else ''}".rstrip(), f"{number(d.low)} to {number(d.high)}",
+    rows += [(d.name, number(d.first), number(d.second), f"{d.value:+.4g} {d.unit if d.unit != '1' else ''}".rstrip(), between(d.low, d.high),
               f"{d.p:.3f}" if d.p >= 0.001 else "< 0.001", d.test, str(d.n)) for d in found]
     return columns(rows)
 
@@ -382,9 +382,13 @@ def differences(found) -> str:
 def spreads(found) -> str:
     """Means over seeds in columns, with the standard deviation of single seeds and the interval of the mean."""
     rows = [("measure", "mean", "sd over seeds", "95 % interval", "ideal", "seeds")]
-    rows += [(s.name, f"{number(s.mean)} {s.unit if s.unit != '1' else ''}".rstrip(), number(s.sd), f"{number(s.low)} to {number(s.high)}", number(s.ideal), str(s.n))
+    rows += [(s.name, f"{number(s.mean)} {s.unit if s.unit != '1' else ''}".rstrip(), number(s.sd), between(s.low, s.high), number(s.ideal), str(s.n))
              for s in found]
     return columns(rows)
+
+
+def between(low, high) -> str:
+    return "-" if number(low) == number(high) == "-" else f"{number(low)} to {number(high)}"
 
 
 def number(value) -> str:

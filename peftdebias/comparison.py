@@ -111,7 +111,7 @@ def compare_examples(first: str, second: str, *, seed: int = 0, samples: int = 1
             continue
         try:
             both = tallies(a, b)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise DataError(f"{first} or {second}: {name}: expected rows as `evaluate --examples` writes them, got others ({type(error).__name__}: {error})") from None
         except DataError as error:
             raise DataError(str(error) if str(error).startswith((f"{first}:", f"{second}:")) else f"{first} or {second}: {name}: {error}") from None
@@ -136,7 +136,7 @@ def read_rows(path: str) -> dict[str, Rows]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict) or not isinstance(row.get("measure"), str):
                 raise DataError(f"{place(path, source.count)}: expected a row of `evaluate --examples`, an object with 'measure', got {line[:40]!r}")
@@ -313,10 +313,11 @@ def read_measures(path: str) -> dict[str, dict]:
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))["measures"]
         found = {row["name"]: {key: row[key] for key in ("value", "unit", "ideal", "n")} for row in rows}
-        if not all(isinstance(m["unit"], str) and all(m[key] is None or type(m[key]) in (int, float) for key in ("value", "ideal", "n")) for m in found.values()):
+        if not all(isinstance(name, str) and isinstance(m["unit"], str) and all(m[key] is None or type(m[key]) in (int, float) and abs(m[key]) < 1e150 for key in ("value", "ideal", "n"))
+                   for name, m in found.items()):
             raise ValueError
         return found
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise DataError(f"{path}: expected a file of `evaluate --json`, got something else") from None

@@ -81,7 +81,7 @@ class Upstream(Swapping, Training):
     corpus: tuple[str, ...] = option("text files or quoted patterns such as 'texts/*.txt.gz': txt, csv, tsv, jsonl, each also .gz", many="words", metavar="FILE")
     out: str = option("run folder to write", metavar="RUN")
     method: str = option("what is trained, a name that `peftdebias methods` lists; one that trains the base itself makes a base", "lora")
-    column: str | None = option("column with the text, in csv, tsv and jsonl (default: text)", None, metavar="COL")
+    column: str | None = option("column with the text, in csv, tsv and jsonl, or its number from 0 in a table without a header (default: text)", None, metavar="COL")
     unit: str = option("what a text is: a line or row, each of its sentences, or (txt) the lines up to a blank one", "line", choices=("line", "sentence", "document"))
     on_error: str = option("a corrupt line or record (no utf-8, no JSON, another number of fields, no text) stops the run, or is left out and counted", "stop", choices=("stop", "skip"))
     shuffle_buffer: int = option("texts with their counterfactuals that are shuffled together, in the order of the files; a corpus of no more is shuffled whole", 131072)
@@ -244,7 +244,7 @@ class Augment(Swapping):
 
     files: tuple[str, ...] = option("txt, csv, tsv or jsonl files, each also .gz, or quoted patterns (default: one text a line on standard input)", (), many="words",
                                     metavar="FILE", positional=True)
-    column: str | None = option("column with the text, in csv, tsv and jsonl (default: text)", None, metavar="COL")
+    column: str | None = option("column with the text, in csv, tsv and jsonl, or its number from 0 in a table without a header (default: text)", None, metavar="COL")
     unit: str = option("what a text is: a line or row, each of its sentences, or (txt) the lines up to a blank one", "line", choices=("line", "sentence", "document"))
     on_error: str = option("a corrupt line or record stops the command, or is left out and counted", "stop", choices=("stop", "skip"))
     out: str | None = option("file to write (default: standard output)", None, metavar="FILE")

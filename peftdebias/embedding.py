@@ -10,6 +10,7 @@ Letters: B texts, S longest text, D hidden, V vocabulary, C labels.
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import numbers
 import os
@@ -189,9 +190,10 @@ class Debiased:
         with torch.no_grad():
             padded = Padded(model, what, pooling=pooling, separator=tokenizer.sep_id if pairs and model.config.segments > 1 else None).eval()
         program = export_padded(padded)
-        partial = path.with_name(partial_of(path).name + ".pt2")  # torch warns of another ending
+        made, partial = io.BytesIO(), partial_of(path)  # torch's own writer gives no OSError on a disk that is full, and may end the process
+        torch.export.save(program, made, extra_files={"peftdebias.json": json.dumps(about), "tokenizer.json": tokenizer.backend.to_str()})
         try:
-            torch.export.save(program, partial, extra_files={"peftdebias.json": json.dumps(about), "tokenizer.json": tokenizer.backend.to_str()})
+            partial.write_bytes(made.getbuffer())
             partial.rename(path)
         except OSError as error:
             raise ConfigError(f"export {path}: cannot be written: {error.strerror}") from None

@@ -257,8 +257,10 @@ class _Finder:
 
     def __init__(self, module: nn.Module, names: dict[str, str]):
         for site in names:
-            if re.sub(r"^layers\.\d+\.", "layers.{i}.", site) not in ENCODER_NAMES:
+            if not isinstance(site, str) or re.sub(r"^layers\.\d+\.", "layers.{i}.", site) not in ENCODER_NAMES:
                 raise AdapterError(f"names: expected some of {', '.join(ENCODER_NAMES)}, with a number for {{i}} where one layer is meant, got {site!r}")
+            if not isinstance(names[site], str):
+                raise AdapterError(f"names: {site}: expected their module's name, got {names[site]!r}")
         self.module, self.modules, self.names = module, dict(module.named_modules()), ENCODER_NAMES | names
 
     def wanted(self, site: str) -> str | None:

@@ -216,7 +216,13 @@ class Lines:
             return line.removesuffix("\n").removesuffix("\r")
 
 
+BEGINNINGS = {b"\xff\xfe": "utf-16 (`iconv -f utf-16 -t utf-8` rewrites it)", b"\xfe\xff": "utf-16 (`iconv -f utf-16 -t utf-8` rewrites it)",
+              b"\x1f\x8b": "gzip (whose names end in .gz)"}  # of files that are no utf-8
+
+
 def not_utf8(path, number: int, line: bytes, error: UnicodeDecodeError) -> str:
+    if number == 1 and (kind := BEGINNINGS.get(line[:2])):
+        return f"{place(path, number)}: expected utf-8, got {kind}"
     return f"{place(path, number)}: expected utf-8, got 0x{line[error.start]:02x} at byte {error.start + 1} of the line"
 
 

@@ -143,7 +143,7 @@ def checked(cls: type, values: dict, where: str = "") -> dict:
             ready[key] = None
             continue
         if kind is dict:
-            value = parse_settings(value) if isinstance(value, (list, tuple)) else value
+            value = parse_settings(value, called=f"{where}{name}" if where else "--set") if isinstance(value, (list, tuple)) else value
             value = {key: _unwrapped(one) for key, one in value.items()} if isinstance(value, dict) else value
         elif kind is tuple:
             value = tuple(map(_unwrapped, value)) if isinstance(value, (list, tuple)) else (_unwrapped(value),)
@@ -181,14 +181,14 @@ def _short(value) -> str:
     return said if len(said) <= 100 and "\n" not in said else type(value).__name__
 
 
-def parse_settings(pairs: list[str], texts: frozenset[str] = frozenset()) -> dict:
+def parse_settings(pairs: list[str], texts: frozenset[str] = frozenset(), called: str = "--set") -> dict:
     """["rank=8", "targets=query,value"] -> {"rank": 8, "targets": ("query", "value")}; numbers and true/false as in TOML, the rest is text. texts: keys, behind a
-    NAME. too, whose value is one text, commas and all."""
+    NAME. too, whose value is one text, commas and all. called: what they were given as, for messages."""
     settings = {}
     for pair in pairs:
         key, equals, text = str(pair).partition("=")
         if not equals or not key:
-            raise ConfigError(f"--set: expected KEY=VALUE, got {pair!r}")
+            raise ConfigError(f"{called}: expected KEY=VALUE, got {pair!r}")
         key, parts = key.replace("-", "_"), tuple(_literal(part) for part in text.split(","))
         if key.rpartition(".")[2] in texts:
             settings[key] = whole if isinstance(whole := _literal(text), str) else text

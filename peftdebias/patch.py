@@ -35,6 +35,8 @@ def attach(model: Model, name: str, method: Method) -> None:
 
     Raises AdapterError on a name in use or one with a "/", a method that is attached already, a base that is no module (Full-Debias), a method made for a base of other sizes, or a site that the model does not have.
     """
+    if isinstance(name, Method):
+        raise AdapterError(f"attach: expected a model, a name and a method, in this order, got a method for the name: {name.name}")
     _expect_model(model, f"attach {name!r}", " (attach_to takes others)")
     if not isinstance(name, str) or not name or "/" in name:
         raise AdapterError(f"attach: expected a name without '/', got {name!r}")

@@ -8,6 +8,7 @@ out what is trained on the files.
 
 import contextlib
 import dataclasses
+import glob
 import json
 import random
 import re
@@ -62,7 +63,7 @@ def find(names: Sequence[str], data: Path) -> Path:
     passed: list[Path] = []
     for name in names:
         folder = Path(name).parent.name.lower() if Path(name).name.split(".")[0] in SPLITS else ""
-        every = sorted(data.rglob(Path(name).name))
+        every = sorted(data.rglob(glob.escape(Path(name).name)))
         below = [path for path in every if not folder or path.parent == data or folder in [part.lower() for part in path.relative_to(data).parts[:-1]]]
         passed += [path for path in every if path not in below]
         if len(below) > 1:
@@ -139,8 +140,8 @@ def _readable(path: Path, columns: Sequence[str]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="peftdebias-") as folder:
         copy = Path(folder) / "table.jsonl"
         with open(copy, "w", encoding="utf-8") as out:
-            for batch in table.iter_batches(columns=list(columns)):
-                for row in batch.to_pylist():
+            for batch in _rows(path, table, columns):
+                for row in batch:
                     if wrong := next((name for name, value in row.items() if not isinstance(value, (str, bool, int, float, type(None)))), None):
                         raise DataError(f"{path}: column '{wrong}': expected texts or numbers, got {table.schema_arrow.field(wrong).type}")
                     out.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -148,6 +149,17 @@ def _readable(path: Path, columns: Sequence[str]) -> Iterator[Path]:
             yield copy
         except DataError as error:
             raise DataError(str(error).replace(str(copy), str(path))) from None
+
+
+def _rows(path: Path, table, columns: Sequence[str]) -> Iterator[list[dict]]:
+    """The rows of a parquet file, batch after batch. Raises DataError where its pages are damaged: those are read here, the footer was before."""
+    import pyarrow
+
+    try:
+        for batch in table.iter_batches(columns=list(columns)):
+            yield batch.to_pylist()
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
 
 
 @dataclasses.dataclass
@@ -197,13 +209,14 @@ def splits(train: list[Example], dev: list[Example] | None, test: list[Example],
     else:
         dev = without("dev", dev, in_test, "whose text is in the test split")
         kept = without("train", kept, of(dev), "whose text is in the dev split")
-    if train_share < 1:
+    if train_share < 1 and kept:
         number = max(1, round(train_share * len(kept)))
-        kept = [kept[i] for i in sorted(random.Random(0).sample(range(len(kept)), number))] if kept else kept
+        kept = [kept[i] for i in sorted(random.Random(0).sample(range(len(kept)), number))]
         notes.append(f"train: {number} examples, {100 * train_share:.3g} % of it")
     for name, part in (("train", kept), ("dev", dev), ("test", test)):
         if not part:
-            raise DataError(f"{name}: expected examples, got none")
+            why = "; ".join(note.removeprefix(f"{name}: ") for note in notes if note.startswith(f"{name}: "))
+            raise DataError(f"{name}: expected examples, got none{f' ({why})' if why else ''}")
     return Splits(kept, dev, test, notes)
 
 

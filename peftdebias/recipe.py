@@ -151,11 +151,19 @@ def what_decides(told: dict | None, data: Path) -> dict | None:
     if not isinstance(told, dict):
         return told
     found = told | {key: of(kind, told.get(key)) for key, kind in (("upstream", Learning), ("text", Source))}
+    for key in ("path", "seeds"):  # how the file is called, and how many seeds, which --seeds may change too: no unit is another one by them
+        found.pop(key, None)
     if isinstance(told.get("tasks"), list):
         found["tasks"] = [of(Task, task) for task in told["tasks"]]
     if isinstance(told.get("sources"), dict):
         found["sources"] = {key: of(Source, source) for key, source in told["sources"].items()}
     return found
+
+
+def differing(before: dict | None, now: dict) -> str:
+    """" (tasks differ)", say: what of two recipes as `what_decides` gives them is not the same; "" where that cannot be told."""
+    parts = [key for key in now if before.get(key) != now[key]] if isinstance(before, dict) else []
+    return f" ({', '.join(parts)} differ{'s' if len(parts) == 1 else ''})" if parts else ""
 
 
 def find(name: str) -> Path:
@@ -217,8 +225,10 @@ class _Reader:
         columns = tuple(self.table(Column, one, "[[column]]") for one in self.tables(table, "column"))
         tasks, sources = [], {}
         for values in self.tables(table, "task"):
+            if not isinstance(values, dict):
+                self.fail(f"[[task]]: expected a table, got {values!r}")
             values = dict(values)
-            name = values.get("name", "?")
+            name = str(values.get("name", "?"))
             for split in ("train", "dev", "test"):
                 if split in values:
                     sources[name, split] = self.table(Source, values.pop(split), f"[[task]] {name}, {split}")
@@ -277,7 +287,10 @@ class _Reader:
             self.fail(f"[upstream]: train_of: expected one of {', '.join(names)}, got {recipe.upstream.train_of!r}")
         for system in recipe.systems:
             if system.method is not None:
-                methods.method_class(system.method)
+                try:
+                    methods.method_class(system.method)
+                except ConfigError as error:
+                    self.fail(f"[[system]] {system.name}: {error}")
         for column in recipe.columns:
             if column.stage not in ("upstream", *STAGES):
                 self.fail(f"[[column]] {column.title}: stage: expected one of upstream, {', '.join(STAGES)}, got {column.stage!r}")
@@ -285,5 +298,5 @@ class _Reader:
             if column.task not in (own if len(own) > 1 else [None, *own]):  # the one that is meant is told, or the only one
                 self.fail(f"[[column]] {column.title}: task: expected {'one of ' + ', '.join(own) if own else 'none in this stage'}, got {column.task or 'none'!r}")
             for name, value in (column.paper or {}).items():
-                if not isinstance(value, (int, float)) or name not in (recipe.base, *(s.name for s in recipe.systems)):
+                if type(value) not in (int, float) or not abs(value) < 1e300 or name not in (recipe.base, *(s.name for s in recipe.systems)):
                     self.fail(f"[[column]] {column.title}: paper: expected a number for each of {recipe.base}, {', '.join(s.name for s in recipe.systems)}, got {name} = {value!r}")

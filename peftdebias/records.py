@@ -91,7 +91,9 @@ def _positions(first_row: list[str], wanted: list[str], place: str) -> tuple[lis
             if int(name) >= len(header):
                 raise DataError(f"{place}: no column {name}; a line has {len(header)} fields, the first is number 0")
         return [int(name) for name in wanted], False
-    raise DataError(f"{place}: no column '{missing[0]}'; columns: {_listing(header)}")
+    parted = next((mark for mark in ";|,\t" if len(header) == 1 and missing[0] in [name.strip(' "') for name in header[0].split(mark)]), None)
+    hint = f" (one, parted by {parted!r}: expected commas in a csv, tabs in a tsv)" if parted else ""
+    raise DataError(f"{place}: no column '{missing[0]}'; columns: {_listing(header)}{hint}")
 
 
 def _listing(names) -> str:

@@ -27,6 +27,7 @@ from .labelled import read_labelled
 from .metrics import nli
 from .options import build, checked, expect, parse_settings, texts_of
 from .outputs import alone, digest, tables, write_text
+from .prepare import Splits
 from .recipe import Column, Recipe, System, Task
 from .recipe_table import figures, markdown
 from .training import pick_device
@@ -45,6 +46,10 @@ class Unit:
     @property
     def stage(self) -> str:
         return "upstream" if self.task is None else self.task.stage
+
+    @property
+    def place(self) -> tuple[str, str | None]:
+        return self.stage, None if self.task is None else self.task.name
 
     @property
     def name(self) -> str:
@@ -70,7 +75,7 @@ def run(settings: Run, say: Say = lambda line: None) -> Results:
 
 
 def _run(runner: "_Runner") -> Results:
-    recipe, settings, say, units = runner.recipe, runner.settings, runner.say, runner.units()
+    recipe, settings, say, units, looked = runner.recipe, runner.settings, runner.say, runner.units(), set()
     say(f"{recipe.title}: {len(units)} units, {len(runner.rows(units))} of them done before; scale {settings.scale:g}")
     try:
         runner.prepare([unit for unit in units if not runner.row(unit).exists()])
@@ -80,7 +85,11 @@ def _run(runner: "_Runner") -> Results:
             began = time.perf_counter()
             runner.do(unit)
             say(f"{number} of {len(units)}: {unit.name}, {time.perf_counter() - began:.0f} s")
-            runner.write(units)
+            table = runner.write(units)
+            if unit.place not in looked:  # early: a recipe may name other measures for its table at any time
+                looked.add(unit.place)
+                for line in _empty(table, [column for column in table["columns"] if (column["stage"], column["task"]) in (unit.place, (unit.stage, None))], " so far"):
+                    say(line)
     except KeyboardInterrupt:
         say(f"{runner.out}: what is done is kept; the same command goes on from there")
         raise
@@ -88,10 +97,21 @@ def _run(runner: "_Runner") -> Results:
         runner.give_back()
         raise
     table = runner.write(units)
-    for column in table["columns"]:
-        if not any(figures(table, column, system) for system in table["systems"]):
-            say(f"[[column]] {column['title']}: no unit has {column['measure']}")
+    for line in _empty(table, table["columns"]):
+        say(line)
     return Results(table, (runner.out / "results.md").read_text(encoding="utf-8"), runner.out)
+
+
+def _empty(table: dict, columns: list[dict], when: str = "") -> list[str]:
+    """A line for each of these columns whose measure no unit has, with the measures there are that begin alike."""
+    lines = []
+    for column in columns:
+        if not any(figures(table, column, system) for system in table["systems"]):
+            there = [m["name"] for row in table["rows"] if row["stage"] == column["stage"] and column["task"] in (None, row["task"]) for m in row["measures"]]
+            alike = list(dict.fromkeys(name for name in there if name.split("/")[0] == column["measure"].split("/")[0]))
+            expected = f"; expected {', '.join(alike[:8])}{', ...' if len(alike) > 8 else ''}" if alike else ""
+            lines.append(f"[[column]] {column['title']}: no unit has {column['measure']}{when}{expected}")
+    return lines
 
 
 def _whole_path(path: str | Path) -> str:
@@ -127,7 +147,7 @@ class _Runner:
         cls, found = {"upstream": Upstream, "downstream": Downstream}[phase], {}
         names = [system.name for system in self.recipe.systems] + [task.name for task in self.recipe.tasks if phase == "downstream"]
         known = {name.lower().replace("-", "_"): name for name in names}
-        for key, value in parse_settings(list(entries), texts_of(cls)).items():
+        for key, value in parse_settings(list(entries), texts_of(cls), f"--{phase}").items():
             owner, _, field = key.rpartition(".")
             if owner and owner.lower() not in known:
                 raise ConfigError(f"--{phase} {key}: expected NAME.KEY=VALUE with NAME one of {', '.join(names)}")
@@ -169,8 +189,14 @@ class _Runner:
         load_axis(self.recipe.axis)
         self._same_files()
         pick_device(self.settings.device)
+        encoder = weights.read_config(weights.find_folder(self.settings.model))[0]
         for unit in {unit.system.name: unit for unit in units if unit.task is None and unit.system.method is not None}.values():
-            prepared(self._upstream_settings(unit))
+            settings = self._upstream_settings(unit)
+            prepared(settings)
+            try:
+                methods.check(settings.method, encoder, budget=settings.budget, options=settings.set, max_length=settings.max_length)
+            except ConfigError as error:
+                raise ConfigError(f"{self.recipe.path}: [[system]] {unit.system.name}: {error}") from None
         seen = set()
         for unit in units:
             if unit.task is not None:
@@ -237,7 +263,7 @@ class _Runner:
             for key in asked:
                 before, now = (recipes.what_decides(one.get(key), self.data) if key == "recipe" else one.get(key) for one in (there, asked))
                 if before != now and not (key == "model" and before == os.path.realpath(self.settings.model)):  # what an earlier version made of a name of the hub
-                    what = "another recipe" if key == "recipe" else f"{key} {there.get(key)}"
+                    what = f"another recipe{recipes.differing(before, now)}" if key == "recipe" else f"{key} {there.get(key)}"
                     raise ConfigError(f"--out {self.out}: holds results with {what}; expected the same as before or another folder")
         elif self.out.exists() and any(self.out.iterdir()):
             raise ConfigError(f"--out {self.out}: exists and holds no results of a recipe; expected a new folder")
@@ -362,6 +388,12 @@ class _Runner:
 
     # ---- data
 
+    def _parted(self, task: Task, read: dict, train_share: float = 1.0) -> Splits:
+        try:
+            return prepare.splits(read["train"], read.get("dev"), read["test"], dev_share=task.dev_share, train_share=train_share)
+        except DataError as error:
+            raise DataError(f"{self.recipe.path}: [[task]] {task.name}: {error}") from None
+
     def _splits(self, task: Task) -> dict[str, Path]:
         """The prepared files of a task, made once."""
         files = {name: self.out / "data" / f"{task.name}-{name}.jsonl" for name in ("train", "dev", "test")}
@@ -370,7 +402,7 @@ class _Runner:
             self.say(f"  {task.name}: " + ", ".join(f"{name} {prepare.find(source.file, self.data)}" for name, source in sources.items()))
             read = {name: prepare.read(source, self.data) for name, source in sources.items()}
             share = min(1.0, task.epochs * self.settings.scale)
-            parts = prepare.splits(read["train"], read.get("dev"), read["test"], dev_share=task.dev_share, train_share=share)
+            parts = self._parted(task, read, share)
             for name in ("dev", "test"):
                 prepare.check_labels(parts.train, getattr(parts, name), share)
             for note in parts.notes:
@@ -404,7 +436,7 @@ class _Runner:
             else:
                 task = next(t for t in self.recipe.tasks if t.name == self.recipe.upstream.train_of)
                 read = {name: prepare.read(s, self.data) for name in ("train", "dev", "test") if (s := self.recipe.sources.get((task.name, name)))}
-                found = prepare.splits(read["train"], read.get("dev"), read["test"], dev_share=task.dev_share).train
+                found = self._parted(task, read).train
             self._write_prepared([dataclasses.replace(e, text_pair=None, label=None, group=None) for e in found], path)
         return path
 

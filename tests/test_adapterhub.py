@@ -1,5 +1,6 @@
 """AdapterHub's folders, as recorded by make_adapterhub_fixtures.py: the same outputs, and what cannot be read is named."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -70,9 +71,10 @@ def test_lora_of_before_their_scaling_was_mended(hub, tmp_path):
     for version, scale in (("adapters.1.3.0", 7 / 3), ("adapters.1.1.0", 7 / 3), ("adapters.1.0.1", 1), ("adapters.0.2.2", 1)):
         (folder / "adapter_config.json").write_text(json.dumps(values | {"version": version}))
         assert interchange.read(folder, config).method.config.scale == scale
-    values["config"].pop("alpha")
+    del values["config"]["alpha"], values["config"]["dropout"]
     (folder / "adapter_config.json").write_text(json.dumps(values))
-    assert interchange.read(folder, config).method.config.scale == 8 / 3
+    found = interchange.read(folder, config)
+    assert (found.method.config.scale, found.method.config.dropout) == (8 / 3, 0) and found.origin == {"library": "adapters.1.3.0", "kind": "lora"}
 
 
 def drawn_for(hub, kind: str):
@@ -143,8 +145,11 @@ def test_copies_of_a_prefix_are_of_one_value(hub, tmp_path):
 
 
 def test_adapterhub_for_another_base(hub, tmp_path):
-    with pytest.raises(AdapterError, match="model_type: expected \"roberta\", got \"bert\""):
-        interchange.read(hub_folder(hub, "lora", tmp_path / "a"), drawn_for(hub, "roberta"))
+    folder = hub_folder(hub, "lora", tmp_path / "a")
+    for config, words in ((drawn_for(hub, "roberta"), "model_type: expected \"roberta\", got \"bert\""),
+                          (dataclasses.replace(drawn_for(hub, "bert"), hidden=28), "hidden_size: expected 28, got 14")):
+        with pytest.raises(AdapterError, match=words):
+            interchange.read(folder, config)
 
 
 def test_a_head_that_came_along_is_said_to_be_left(hub, tmp_path):

@@ -460,3 +460,7 @@ def test_a_column_that_is_not_there_and_one_text_for_several_are_refused():
     for text in ("he met her", b"he met her"):
         with pytest.raises(ConfigError, match=re.escape(f"families: expected a list of texts, got one: [{text!r}]")):
             list(families(text, axis))
+    for text, kind in ((None, "NoneType"), (["he"], "list"), (b"he", "bytes")):
+        for ask in (lambda: counterfactuals(text, axis), lambda: list(families([text], axis))):
+            with pytest.raises(ConfigError, match=f"^counterfactuals: expected a text, got {kind}$"):
+                ask()

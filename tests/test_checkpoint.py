@@ -446,5 +446,18 @@ def test_a_module_by_another_spelling_is_the_same(tmp_path):
     model = model_of()
     save_adapter(tmp_path / "a", lora(model), "gender", checkpoint.describe_base(model))
     (tmp_path / "b").symlink_to("a")
-    with pytest.raises(AdapterError, match="attached twice; expected each module once"):
+    with pytest.raises(AdapterError, match="b: attached twice; expected each module once$"):
         checkpoint.attach_adapters(model, (str(tmp_path / "a"), str(tmp_path / "b")))
+
+
+def test_a_copy_of_a_module_is_the_same_whatever_base_it_names(tmp_path):
+    """As a downstream run's is, whose base was trained under it: by force it would act twice."""
+    model = model_of()
+    folders, base = [str(tmp_path / name) for name in "abc"], checkpoint.describe_base(model)
+    for folder, axis, checksum in zip(folders, ("gender", "gender", "race"), (base["sha256"], "0" * 64, base["sha256"])):
+        save_adapter(Path(folder), lora(model), axis, base | {"sha256": checksum})
+    for force in (False, True):
+        with pytest.raises(AdapterError, match=r"b: attached twice; expected each module once \(.*a is the same\)$"):
+            checkpoint.attach_adapters(model, (folders[0], folders[1]), force)
+    checkpoint.attach_adapters(model, (folders[0], folders[2]))  # equal numbers of another axis are another module
+    assert list(model.methods) == ["gender", "race"]

@@ -347,10 +347,11 @@ FLIP = {"measure": "counterfactual", "source": 0, "text": "t", "counterfactual":
     MLM | {"nll": "x"}, MLM | {"tokens": "x"}, FLIP | {"probabilities": {"b": 1.0}}, FLIP | {"probabilities": {"a": "x"}},
     {"measure": "stereoset", "target": "t", "domain": "d", "context": "c", "words": {}, "scores": [1, 2, 3]},
     {"measure": "seat", "test": "t", "set": "Q", "text": "a", "stem": "a", "association": 1.0},
+    MLM | {"nll": 10**400}, {"measure": "fprd-iptts", "text": None, "predicted": "b", "label": "b", "probabilities": {"a": 0.1, "b": 0.9}, "terms": ["t"], "positive": "a"},
 ])
 def test_rows_of_another_shape_are_one_line(row, tmp_path):
     for name in ("a", "b"):
-        (tmp_path / name).write_text("".join(json.dumps(row | ({"text": f"text {i}"} if "text" in row else {})) + "\n" for i in range(2)))
+        (tmp_path / name).write_text("".join(json.dumps(row | ({"text": f"text {i}"} if row.get("text") else {})) + "\n" for i in range(2)))
     with pytest.raises(DataError, match=f"^{tmp_path}/a or {tmp_path}/b: {row['measure']}: expected rows as `evaluate --examples` writes them, got others "):
         comparison.compare_examples(str(tmp_path / "a"), str(tmp_path / "b"))
 
@@ -369,6 +370,45 @@ def test_what_one_file_alone_has_is_told_of_that_file(tmp_path):
         comparison.compare_examples(b, c)
 
 
+def test_what_has_no_comparison_is_noted_and_a_positive_label_has_its_f1(tmp_path):
+    rows = [{"measure": "classification", "text": str(i), "predicted": "ab"[i % 2], "label": "ab"[i // 2], "probabilities": {"a": 0.5, "b": 0.5}, "group": None, "positive": "b"}
+            for i in range(4)]
+    a, b = (jsonl(tmp_path / name, *rows, *[{"measure": "new", "text": "x"}][:n]) for name, n in (("a", 1), ("b", 1)))
+    (tmp_path / "empty").write_text("\n")
+    found = comparison.compare(Compare(files=(a, b), json=str(tmp_path / "out.json")))
+    assert [d.name for d in found.differences] == ["accuracy", "f1/macro", "f1/b"] and found.notes == ["not compared, has no comparison by example: new"]
+    assert json.loads((tmp_path / "out.json").read_text()) == {"differences": [d.as_json() for d in found.differences], "spreads": []}
+    wrong = jsonl(tmp_path / "wrong", rows[0], rows[1] | {"predicted": 3})
+    with pytest.raises(DataError, match=f"^{wrong}:2: predicted: expected a label as text, got 3$"):
+        comparison.compare_examples(jsonl(tmp_path / "right", *rows[:2]), wrong)
+    for name, known in (("fprd", True), ("fprd-iptts", False)):  # templates are drawn by their frame, of which there is one here
+        rows = [{"measure": name, "text": "he is t", "predicted": "ab"[i % 2], "label": "b", "probabilities": {"a": 0.5, "b": 0.5}, "terms": ["t"] * (i > 3), "positive": "a"} for i in range(8)]
+        assert bool(comparison.compare_examples(jsonl(tmp_path / "one", *rows), jsonl(tmp_path / "other", *rows)).differences) == known
+    with pytest.raises(DataError, match=f"^{tmp_path}/empty: expected rows of `evaluate --examples`, found none$"):
+        comparison.read_rows(str(tmp_path / "empty"))
+
+
+ANSWERS = {  # measure -> (what is the same of both systems, the answers of either)
+    "counterfactual": (lambda i: {"source": i // 2}, lambda i, s: {"predicted": "a", "predicted_counterfactual": "ab"[(i + s) % 2], "probabilities": {"a": 0.6, "b": 0.4},
+                                                                  "probabilities_counterfactual": {"a": 0.5 - 0.1 * s, "b": 0.5 + 0.1 * s}}),
+    "crows-pairs/nangia": (lambda i: {"bias_type": "age"}, lambda i, s: {"more": -1.0, "less": -2.0 + 2 * s * i}),
+    "stereoset": (lambda i: {"target": f"t{i}", "domain": "gender"}, lambda i, s: {"scores": {"stereotype": 1.0 + s, "anti-stereotype": 2.0, "unrelated": 0.5 * i}}),
+    "seat": (lambda i: {"test": "weat", "set": ("targ1", "targ1", "targ2", "targ2")[i], "stem": f"s{i}"}, lambda i, s: {"association": 0.1 * i * (1 - 2 * s)}),
+    "bias-nli": (lambda i: {"occupation": "on"[i % 2]}, lambda i, s: {"predicted": "a", "probabilities": {"a": 0.7 - 0.1 * s * i, "b": 0.3 + 0.1 * s * i}, "neutral": "a"}),
+    "mlm-loss": (lambda i: {"tokens": 2}, lambda i, s: {"nll": 1.0 + s * i}),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_what_a_system_answers_is_not_the_example(name, tmp_path):
+    of, answers = ANSWERS[name]
+    one, other = (jsonl(tmp_path / f"{s}", *({"measure": name, "place": f"{s}:{i}", "text": f"t{i}"} | of(i) | answers(i, s) for i in range(4))) for s in (0, 1))
+    found = comparison.compare_examples(one, other, samples=40)
+    assert found.differences + found.notes and all(d.n for d in found.differences)
+    with pytest.raises(DataError, match=f"^{tmp_path}/2:1: expected the example of {one}:1, got another text"):
+        comparison.compare_examples(one, jsonl(tmp_path / "2", *({"measure": name, "text": "else"} | of(i) | answers(i, 0) for i in range(4))))
+
+
 def test_figures_keep_what_stands_around_their_names(tmp_path):
     """Of a module alone, on one file of several; where there is no interval the note has it too. A blank line is no row."""
     rows = [MLM | {"measure": f"base/mlm-loss ({name}.txt)", "text": f"text {i}", "nll": float(i)} for name, n in (("one", 1), ("more", 4)) for i in range(n)]
@@ -382,6 +422,10 @@ def test_figures_keep_what_stands_around_their_names(tmp_path):
     path.write_text(path.read_text() + "\n\n" + "x" * 50)
     with pytest.raises(DataError, match="a:16: expected a row of .*, an object with 'measure', got '" + "x" * 40 + "'$"):
         comparison.read_rows(str(path))
+    path.write_text("[" * 100_000)  # deeper than Python's JSON reads
+    for read, words in ((comparison.read_rows, "a:1: expected a row of"), (comparison.read_measures, "a: expected a file of `evaluate --json`")):
+        with pytest.raises(DataError, match=words):
+            read(str(path))
 
 
 def test_terms_one_by_one_are_neither_compared_nor_missed(tmp_path):
@@ -432,7 +476,7 @@ def test_a_row_that_lacks_something_is_named_by_its_line(row, words, tmp_path):
     assert str(error.value) == f"{tmp_path}/a:{words}"
 
 
-@pytest.mark.parametrize("change", [{"value": "1"}, {"value": True}, {"n": [9]}, {"ideal": "50"}, {"unit": 3}])
+@pytest.mark.parametrize("change", [{"value": "1"}, {"value": True}, {"n": [9]}, {"ideal": "50"}, {"unit": 3}, {"name": None}, {"value": 10**400}, {"ideal": math.nan}])
 def test_measures_of_another_shape_are_refused(change, tmp_path):
     (tmp_path / "m.json").write_text(json.dumps({"measures": [{"name": "x", "value": 1.0, "unit": "%", "ideal": None, "n": 9} | change]}))
     with pytest.raises(DataError, match="m.json: expected "):

@@ -213,8 +213,11 @@ def test_errors_of_encoding(file):
     for name in ("b.txt", "b.jsonl"):  # a byte order mark is no byte of the line
         path = file(name, b"\xef\xbb\xbfcaf\xe9\n")
         assert message(lambda: read_texts([path])) == f"{path}:1: expected utf-8, got 0xe9 at byte 4 of the line"
-    path = file("a.csv", "text\nok\n".encode("utf-16"))
-    assert message(lambda: read_texts([path])) == f"{path}:1: expected utf-8, got 0xff at byte 1 of the line"
+    for kind, content in (("utf-16", "text\nok\n".encode("utf-16")), ("utf-16", "\ufeffok".encode("utf-16-be")), ("gzip", gzip.compress(b"he is"))):
+        path = file("a.csv", content)
+        assert message(lambda: read_texts([path])).startswith(f"{path}:1: expected utf-8, got {kind} (")
+    path = file("c.txt", b"ok\n\xff\xfe\n")  # such bytes tell of a file where it begins with them
+    assert message(lambda: read_texts([path])) == f"{path}:2: expected utf-8, got 0xff at byte 1 of the line"
     path = file("a.jsonl", '{"text": "a\\ud800"}\n')
     assert message(lambda: read_texts([path])) == f"{path}:1: column 'text' holds half a surrogate pair at character 1"
 
@@ -232,6 +235,15 @@ def test_errors_of_columns_list_the_columns(file, name, content):
     path = file(name, content)
     assert message(lambda: read_texts([path])) == f"{path}:1: no column 'text'; columns: id, body"
     assert message(lambda: read_examples(path, text="body", label="hate")) == f"{path}:1: no column 'hate'; columns: id, body"
+
+
+def test_a_table_parted_by_another_mark_is_told(file):
+    for name, content, mark in [("a.csv", "text;label\n", ";"), ("a.csv", "label\ttext\n", "\t"), ("a.tsv", "label,text\n", ","), ("b.tsv", '"text" | label\n', "|")]:
+        path = file(name, content + "x\n")
+        assert message(lambda: read_texts([path])).endswith(f" (one, parted by {mark!r}: expected commas in a csv, tabs in a tsv)"), name
+    for header, columns in (("body;label", "body;label"), ("text;label,body", "text;label, body")):
+        path = file("c.csv", f"{header}\nx\n")
+        assert message(lambda: read_texts([path])) == f"{path}:1: no column 'text'; columns: {columns}"
 
 
 def test_errors_of_column_numbers_and_double_columns(file):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import threading
@@ -383,16 +384,17 @@ def test_a_roberta_reads_pairs_without_segments(model, tmp_path):
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(model, tmp_path, monkeypatch):
-    def full(program, path, extra_files):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(embedding, "export_padded", lambda padded: None)
-    monkeypatch.setattr(torch.export, "save", full)
+    monkeypatch.setattr(torch.export, "save", lambda program, file, extra_files: file.write(b"x" * 9000))
     (tmp_path / "folder.pt2").mkdir()
-    for name, words in (("x.pt2", "No space left on device"), ("folder.pt2", "expected a file in a folder that is there")):
-        with pytest.raises(ConfigError, match=f"^export {tmp_path}/{name}: cannot be written: {words}$"):
-            model.export(tmp_path / name)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # as on a full disk, what is written ends here
+    try:
+        for name, words in (("x.pt2", "File too large"), ("folder.pt2", "expected a file in a folder that is there")):
+            with pytest.raises(ConfigError, match=f"^export {tmp_path}/{name}: cannot be written: {words}$"):
+                model.export(tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [p.name for p in tmp_path.iterdir()] == ["folder.pt2"]
 
 

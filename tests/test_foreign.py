@@ -228,7 +228,7 @@ def test_a_host_inside_a_larger_module_and_a_folder(tmp_path):
     base, method = checkpoint.describe_base(model), attach_ours(model, ("lora",))[0]
     for p in method.parameters().values():
         p.data = p.data.float()
-    checkpoint.save_adapter(tmp_path / "run" / "adapter", method, "gender", base)
+    checkpoint.save_adapter(str(tmp_path / "run" / "adapter"), method, "gender", base)
     whole, (ids, mask) = nn.ModuleDict({"encoder": own, "head": nn.Linear(3, 2)}), in_rectangle(batch)
     names = NAMES | {"embeddings.norm": "encoder.norm"}  # "norm" alone may stand in many places
     handle = attach_to(whole, tmp_path / "run", names)
@@ -361,6 +361,8 @@ def test_missing_modules_biases_and_shapes(tmp_path):
     refused("expected one module named blocks.0.q, found a.blocks.0.q and b.blocks.0.q; name it in `names`", nn.ModuleDict({"a": own, "b": own_twin(model)}), lora, NAMES)
     refused("^names: expected some of embeddings.word, .*, with a number for {i} where one layer is meant, got 'layers.{i}.attention.querry'$", own, lora,
             {"layers.{i}.attention.querry": "blocks.{i}.q"})
+    refused("^names: expected some of .*, got 3$", own, lora, {3: "blocks.{i}.q"})
+    refused("^names: layers.{i}.attention.query: expected their module's name, got 3$", own, lora, {"layers.{i}.attention.query": 3})
     refused("sparse: expected a module that changes at least one weight", own, methods.create("sparse", model.config), NAMES)
     refused("no such folder", own, tmp_path / "none", NAMES)
     assert same(own, before)
@@ -400,7 +402,7 @@ def test_a_layer_that_peft_has_wrapped_is_named(tmp_path):
     other, ours = pair("bert", tmp_path)
     method = attached(ours, "axis", "lora", targets=("query",))
     wrapped = peft.get_peft_model(other, peft.LoraConfig(r=2, target_modules=["query"]))
-    with pytest.raises(AdapterError, match="layers.0.attention.query .*expected a parameter, got what Linear computes or hands on"):
+    with pytest.raises(AdapterError, match=r"layers.0.attention.query \(.*\.weight\): expected a parameter, got what Linear computes or hands on"):
         attach_to(wrapped, method)
 
 

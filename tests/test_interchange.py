@@ -98,18 +98,24 @@ def test_hf_is_the_runs_model(runs, tmp_path):
 def test_the_card(runs, tmp_path):
     done("export", runs / "debiased", "--as", "merged", "--out", tmp_path / "a")
     text = (tmp_path / "a" / "README.md").read_text()
-    for words in ("# Debiasing: gender", "module: lora (rank 2", "learnt on the axis gender", "- base: ", "train.jsonl", "- accuracy: ", "## Limits",
-                  "never its absence", "Gender is treated as binary", "word lists are narrow"):
+    for words in ("a run of `downstream`, its modules merged into the weights.\n", "# Debiasing: gender", "module: lora (rank 2", "learnt on the axis gender", "- base: ", "train.jsonl",
+                  "- accuracy: ", "## Limits", "never its absence", "Gender is treated as binary", "word lists are narrow"):
         assert words in text, words
     described = r"bert, \d layers, hidden \d+, sha256 [0-9a-f]{12}"
     base = checkpoint.read_config(runs / "lora")["model"]
     assert f"\n- base: {base}\n" in text and "\n- texts: the run cuts them at " in text and "beside" not in text  # what the module's header describes is the run's model
     done("export", runs / "debiased", "--as", "peft", "--out", tmp_path / "c")
     assert re.search(rf"\n- base: {runs / 'debiased' / 'model'} \({described}\), trained from {base}\n", (tmp_path / "c" / "README.md").read_text())
+    assert json.loads((tmp_path / "c" / "adapter_config.json").read_text())["modules_to_save"] == ["classifier", "score"]
     done("export", runs / "lora", "--as", "peft", "--out", tmp_path / "b")
     assert re.search(rf"\n- base: {base} \({described}\)\n", (tmp_path / "b" / "README.md").read_text())
     assert re.search(r"\n- masked-LM loss on held-out texts, nats a masked token: \d\.\d{4} before, \d\.\d{4} at step \d+\n", (tmp_path / "b" / "README.md").read_text())
-    assert "corpus" in (tmp_path / "b" / "README.md").read_text()
+    text = (tmp_path / "b" / "README.md").read_text()
+    assert "corpus" in text and "a run of `upstream`.\n" in text and "learnt and measured beside" not in text
+    shutil.copytree(runs / "lora", tmp_path / "bare")
+    (tmp_path / "bare" / "metrics.jsonl").unlink()
+    done("export", tmp_path / "bare", "--as", "peft", "--out", tmp_path / "d")
+    assert "## Figures\n\nNone recorded.\n" in (tmp_path / "d" / "README.md").read_text()
 
 
 def test_the_card_names_what_a_module_was_learnt_beside(runs, small, tmp_path):
@@ -193,9 +199,9 @@ def test_out_is_replaced_only_when_asked_and_only_an_export(runs, tmp_path):
     done(*argv, "--overwrite")
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("x")
+    (tmp_path / "out" / "README.md").write_text("x")  # of something else
     assert "is no exported folder; it is not replaced" in cli(*argv, "--overwrite").err
-    assert set(tree(tmp_path / "out")) == {"mine"}
+    assert set(tree(tmp_path / "out")) == {"README.md"}
 
 
 def test_import_for_another_base(runs, small, tmp_path):
@@ -215,9 +221,15 @@ def test_a_base_that_a_folder_does_not_name_is_told_of(runs, small, tmp_path):
         assert not told or re.search(f"warning: {tmp_path}/p: names the base {small.base}, with checksum [0-9a-f]{{12}}; bound to {other}, with [0-9a-f]{{12}}$", said.err, re.M)
 
 
-def test_public_names(runs, small, tmp_path):
+def test_public_names(runs, small, tmp_path, monkeypatch):
     peftdebias.export_adapter(runs / "lora", "peft", tmp_path / "a")
-    assert peftdebias.import_adapter(tmp_path / "a", small.base, "gender", tmp_path / "b") == tmp_path / "b"
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["inference_mode"]
+    monkeypatch.chdir(small.base.parent)
+    assert peftdebias.import_adapter(tmp_path / "a", small.base.name, "gender", tmp_path / "b") == tmp_path / "b"
+    assert checkpoint.read_config(tmp_path / "b")["model"] == str(small.base.resolve())  # from whatever folder it is read
+    for axis in ("a/b", " "):
+        with pytest.raises(ConfigError, match=f"^--axis: expected a name without /, got '{axis}'$"):
+            peftdebias.import_adapter(tmp_path / "a", small.base, axis, tmp_path / "c")
     with pytest.raises(ConfigError, match="--as: expected one of hf, peft, merged, got 'onnx'"):
         peftdebias.export_adapter(runs / "lora", "onnx", tmp_path / "c")
 
@@ -237,7 +249,7 @@ def test_a_classifier_that_came_along_needs_the_pooler_it_was_trained_on(small, 
         weights.save_model(model, base, tokenizer)
         said = cli("import", folder, "--model", base, "--axis", "gender", "--out", tmp_path / f"out-{pooler}")
         if not pooler:
-            assert said.code == 2 and "expected a model with classifier.dense.weight: it is neither there nor beside the adapter" in said.err
+            assert said.code == 2 and f"{base}: expected a model with classifier.dense.weight: it is neither there nor beside the adapter" in said.err
             continue
         again = checkpoint.load_run(tmp_path / "out-True").model.classifier
         assert again.labels == ("LABEL_0", "LABEL_1", "LABEL_2") and all(torch.equal(p, q) for p, q in zip(again.parameters(), head.parameters(), strict=True))

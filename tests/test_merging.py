@@ -202,6 +202,8 @@ def test_errors_of_attaching_and_merging_say_what_was_expected(model):  # noqa: 
     for name in ("", "a/b", 3):
         with pytest.raises(AdapterError, match=f"attach: expected a name without '/', got {name!r}"):
             attach(model, name, adapter())
+    with pytest.raises(AdapterError, match="attach: expected a model, a name and a method, in this order, got a method for the name: adapter$"):
+        attach(model, adapter(), "x")
     with pytest.raises(AdapterError, match=r"attach 'x': expected a model of this package, as load\(...\).run.model is, got Linear \(attach_to takes others\)"):
         attach(torch.nn.Linear(2, 2), "x", adapter())
     for site in ("layers.3.attention.query", "layers.0.attention.qkv.query", "layers.0.intermediate", "pooler"):

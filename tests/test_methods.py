@@ -7,6 +7,7 @@ name, `without`, the size nearest to a budget. What a method computes is proved 
 import dataclasses
 import itertools
 import types
+from pathlib import Path
 
 import numpy
 import pytest
@@ -63,7 +64,7 @@ def bits(model: Model) -> dict[str, torch.Tensor]:
 
 
 def test_the_table_has_every_method_of_these_rooms():
-    assert {name for name, _ in CASES.values()} <= set(METHODS)
+    assert {name for name, _ in CASES.values()} | {"sparse", "full"} == set(METHODS)  # what these two hold is what training chose: test_every_method.py
     assert {name for name in METHODS if method_class(name).name != name} == set()
 
 
@@ -363,6 +364,26 @@ def test_one_per_cent_of_bert_base():
     assert {name: getattr(m.config, SIZES[name]) for name, m in modules.items()} == {"lora": 30, "adapter": 59, "prefix": 59, "prompt": 256}
     reached = {name: round(100 * m.count() / base_parameters(base), 2) for name, m in modules.items()}
     assert reached == {"lora": 1.02, "adapter": 1.01, "prefix": 1.0, "prompt": 0.18}
+
+
+def test_the_documented_method(tmp_path, monkeypatch):
+    """docs/design.md: a file and a line make a method that is made, checked, saved and merged like any other."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    (tmp_path / "gain.py").write_text(page.split("```python\n")[1].split("```")[0])
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    monkeypatch.setitem(METHODS, "gain", "Gain")
+    model = drawn_model()
+    before, method = outputs(model), create("gain", model.config, options={"linears": ["feed_forward.up", "attention.value"]})
+    patch.attach(model, "x", method)
+    close(outputs(model), before)
+    assert method.count() == model.config.layers * (model.config.feed_forward + model.config.hidden)
+    again = methods.restored(type(method), method.config, model.config, {name: 1.5 * tensor for name, tensor in method.state().items()})
+    patch.detach(model, "x")
+    patch.attach(model, "x", again)
+    unmerged = outputs(model)
+    patch.merge(model)
+    close(outputs(model), unmerged)
+    assert (unmerged[0] - before[0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -150,6 +150,7 @@ def theirs(tmp_path):
 @pytest.mark.parametrize("changes,words", [
     ({"peft_type": "P_TUNING"}, "peft_type: expected one of LORA, IA3, PREFIX_TUNING, PROMPT_TUNING, got 'P_TUNING'"),
     ({"target_modules": "all-linear"}, "target_modules: expected a list of names .*, got \"all-linear\""),
+    ({"target_modules": ["query", 3]}, r"target_modules: expected a list of names .*, got \[\"query\", 3\]"),
     ({"target_modules": r".*\.query"}, "target_modules: expected a list of names"), ({"layers_to_transform": [0]}, r"layers_to_transform: expected \[0, 1, 2\], got \[0\]"),
     ({"rank_pattern": {"query": 4}}, "rank_pattern: expected none .*, got {\"query\": 4}"), ({"alpha_pattern": {"query": 4}}, "alpha_pattern: expected none"),
     ({"use_dora": True}, "use_dora: expected none .*, got true"), ({"bias": "lora_only"}, "bias: expected \"none\", got \"lora_only\""),
@@ -229,7 +230,7 @@ def test_tensors_that_do_not_fit(theirs):
     first = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
     for tensors, words in ((lambda t: t | {"base_model.model.bert.pooled.x": torch.zeros(1)}, "expected 12 tensors .*, got bert.pooled.x besides"),
                            (lambda t: t | {"base_model.model.bert.pooler.dense.lora_A.weight": torch.zeros(1)},
-                            "expected modules of the encoder and whole heads, got bert.pooler.dense.lora_A.weight"),
+                            "adapter_model.safetensors: expected modules of the encoder and whole heads, got bert.pooler.dense.lora_A.weight"),
                            (lambda t: {n: x for n, x in t.items() if n != first}, "expected the tensor bert.encoder.*query.lora_A.weight, found none"),
                            (lambda t: t | {first: t[first].int()}, "expected floating-point numbers, got int32")):
         folder, config = theirs(tensors=tensors)

@@ -357,7 +357,7 @@ def test_a_folder_of_something_else_or_of_other_settings_stays_as_it_is(ran, tmp
     said = cli("testbed", *GIVEN, "--scale", 0.02, "--out", out)
     assert said.code == 2 and re.search(r"holds units of other settings; expected sizes {.*}, got {.*} in .*unit.json", said.err)
     said = cli("testbed", *GIVEN, "--upstream-steps", 4, "--out", out)  # the bases are right, what was learnt on them is not
-    assert said.code == 2 and re.search(r"holds units of other settings; expected sizes .* in .*text-0.8/seed-0/lora", said.err)
+    assert said.code == 2 and re.search(rf": --out {re.escape(str(out))}: holds units of other settings; expected sizes .* in .*text-0.8/seed-0/lora", said.err)
     said = cli("testbed", *GIVEN, "--text-strengths", 0.8, 0.4, "--out", out)  # other bases for the tasks
     assert said.code == 2 and re.search(r"holds units of other settings; expected start .*, got .* in .*labels-", said.err)
     assert tree(out) == before
@@ -367,12 +367,13 @@ def test_a_broken_unit_is_named(ran):
     out, _, _ = ran
     path = Unit("text", 0.4, 1).folder(out) / "unit.json"
     kept = path.read_text()
-    try:
-        path.write_text(kept[:40])
-        said = cli("testbed", *GIVEN, "--out", out)
-    finally:
-        path.write_text(kept)
-    assert said.code == 2 and said.err.splitlines()[-1] == f"peftdebias: {path}: expected the figures of a unit, got something else; delete it and it is made again"
+    for text in (kept[:40], json.dumps(json.loads(kept) | {"made_of": None}), json.dumps(json.loads(kept) | {"figures": {"perplexity": {"value": "3"}}})):
+        try:
+            path.write_text(text)
+            said = cli("testbed", *GIVEN, "--out", out)
+        finally:
+            path.write_text(kept)
+        assert said.code == 2 and said.err.splitlines()[-1] == f"peftdebias: {path}: expected the figures of a unit, got something else; delete it and it is made again"
 
 
 # ---------------------------------------------------------------- the truth

@@ -1,17 +1,19 @@
 """Public data sets as splits: what is read, renamed, cleaned, carved and refused."""
 
+import dataclasses
 import datetime
 import decimal
 import json
 import pickle
 import random
 import re
+import sys
 
 import pytest
 
 from peftdebias import prepare
 from peftdebias.corpus import Example
-from peftdebias.errors import DataError
+from peftdebias.errors import ConfigError, DataError
 from peftdebias.prepare import Source, read, read_texts, splits, without_links
 
 
@@ -32,6 +34,8 @@ def test_the_published_layouts(tmp_path):
     (tmp_path / "multinli_1.0_train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     mnli = Source(file=("m.tsv", "multinli_1.0_train.jsonl"), text="sentence1", text_pair="sentence2", label="gold_label", drop=("-",))
     assert [(e.text, e.text_pair, e.label) for e in read(mnli, tmp_path)] == [("c", "d", "neutral")]
+    with pytest.raises(DataError, match="multinli_1.0_train.jsonl: expected examples, found none but with the labels neutral, -$"):
+        read(Source(file=("multinli_1.0_train.jsonl",), text="sentence1", label="gold_label", drop=("neutral", "-")), tmp_path)
     (tmp_path / "lhc.csv").write_text("TweetID,LangID,TopicID,HateLabel,text\n1,1,0,2,one\n2,1,0,0,two\n3,1,1,1,three\n")
     lhc = read(Source(file=("lhc.csv",), label="HateLabel", labels={"0": "0", "1": "0", "2": "1"}), tmp_path)
     assert [e.label for e in lhc] == ["1", "0", "0"] and lhc[2].place == f"{tmp_path}/lhc.csv:4"
@@ -42,7 +46,7 @@ def test_the_published_layouts(tmp_path):
     assert [e.text for e in read_texts(Source(file=("t.txt",), clean=True), tmp_path)] == ["one", "two"]
 
 
-def test_parquet_is_read_as_its_jsonl_would_be(tmp_path):
+def test_parquet_is_read_as_its_jsonl_would_be(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -59,8 +63,16 @@ def test_parquet_is_read_as_its_jsonl_would_be(tmp_path):
         parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": values}), tmp_path / "typed.parquet")
         with pytest.raises(DataError, match=words):
             read(Source(file=("typed.parquet",), label="label"), tmp_path)
+    whole = (tmp_path / "train.parquet").read_bytes()
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1" + b"\xff" * 40 + whole[44:])  # its pages; its footer is as it was
+    for ask in (read, read_texts):
+        with pytest.raises(DataError, match=f"^{tmp_path}/torn.parquet: cannot be read: "):
+            ask(dataclasses.replace(source, file=("torn.parquet",)), tmp_path)
     (tmp_path / "bad.parquet").write_bytes(b"no")
     with pytest.raises(DataError, match="bad.parquet: not parquet: "):
+        read(Source(file=("bad.parquet",)), tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path}/bad.parquet: parquet files need the extra `parquet`: pip install 'peftdebias[parquet]'")):
         read(Source(file=("bad.parquet",)), tmp_path)
 
 
@@ -84,6 +96,8 @@ def test_a_file_that_is_not_there_or_there_twice_is_named(tmp_path):
     with pytest.raises(DataError, match="expected one b.tsv, found x/b.tsv, y/b.tsv; expected a/b.tsv"):
         prepare.find(("a/b.tsv",), tmp_path)
     assert prepare.find(("y/b.tsv",), tmp_path) == tmp_path / "y" / "b.tsv"
+    (tmp_path / "y" / "b [1].tsv").write_text("x")  # as browsers name what they fetch again: no pattern
+    assert prepare.find(("a/b [1].tsv",), tmp_path) == tmp_path / "y" / "b [1].tsv"
 
 
 def test_a_file_called_like_a_split_is_not_taken_from_another_data_set(tmp_path):
@@ -91,6 +105,10 @@ def test_a_file_called_like_a_split_is_not_taken_from_another_data_set(tmp_path)
     (tmp_path / "jobs" / "train.csv").touch()
     with pytest.raises(DataError, match="expected bios/train.csv or bios/train.jsonl, found none .jobs/train.csv may be of another data set.$"):
         prepare.find(("bios/train.csv", "bios/train.jsonl"), tmp_path)
+    for name in ("dev", "test", "valid", "validation"):
+        (tmp_path / "jobs" / f"{name}.csv").touch()
+        with pytest.raises(DataError, match=f"expected bios/{name}.csv, found none .jobs/{name}.csv may be of another data set.$"):
+            prepare.find((f"bios/{name}.csv",), tmp_path)
     assert prepare.find(("train.csv",), tmp_path) == tmp_path / "jobs" / "train.csv"  # asked for without a folder
     (tmp_path / "deep" / "bios").mkdir(parents=True)
     (tmp_path / "deep" / "bios" / "train.jsonl").touch()
@@ -122,8 +140,8 @@ def test_a_published_dev_split_loses_the_texts_of_test():
     assert [e.text for e in made.dev] == ["text 5", "text 21"]
     assert [e.text for e in made.train] == [f"text {i}" for i in range(9) if i != 5] and [e.text for e in made.test] == ["text 20", "text 30"]
     assert made.notes == ["dev: 1 of 3 examples whose text is in the test split were left out", "train: 1 of 9 examples whose text is in the dev split were left out"]
-    with pytest.raises(DataError, match="dev: expected examples, got none"):
-        splits([example(1)], [example(2)], [example(2)])
+    with pytest.raises(DataError, match=r"^dev: expected examples, got none \(1 of 1 examples whose text is in the test split were left out\)$"):
+        splits([example(1), example(3)], [example(2)], [example(2), example(3)])
 
 
 def test_examples_without_text_are_in_no_split():
@@ -140,8 +158,8 @@ def test_a_share_of_train_is_the_same_each_time():
     small = splits(train, [example(2000)], test, train_share=0.1)
     assert len(small.train) == 30 and small.train == splits(train, [example(2000)], test, train_share=0.1).train and small.notes[-1] == "train: 30 examples, 10 % of it"
     assert small.train == [train[i] for i in sorted(random.Random(0).sample(range(300), 30))]  # the same for all systems and seeds, and from year to year
-    with pytest.raises(DataError, match="train: expected examples, got none"):
-        splits([example(1)], [example(2)], [example(1)])
+    with pytest.raises(DataError, match=r"^train: expected examples, got none \(1 of 1 examples whose text is in the test split were left out\)$"):
+        splits([example(1)], [example(2)], [example(1)], train_share=0.1)
 
 
 def test_the_smallest_share_of_train_is_one_example():

@@ -5,6 +5,7 @@ How it looks and behaves in a browser is test_report_page.py's business.
 
 import importlib.util
 import json
+import os
 import random
 import re
 import types
@@ -43,9 +44,18 @@ def test_the_papers_table_has_ours_and_theirs(tmp_path):
     assert data["sources"][0]["paper"] == table["paper"] and {r["system"] for r in data["sources"][0]["results"]} == set(table["systems"])
 
 
-def test_differences_of_a_recipe_from_the_base_and_from_fine_tuning(tmp_path):
+def test_differences_of_a_recipe_from_the_base_and_from_fine_tuning(tmp_path, monkeypatch):
     table = results()
-    data = {"sources": [figures_of.as_data(recipe.source_of_recipe(result_folder(tmp_path / "ghc", table)))]}
+    source = recipe.source_of_recipe(result_folder(tmp_path / "ghc", table))
+    data = {"sources": [figures_of.as_data(source)]}
+    assert not any("/term/" in d["name"] for d in data["sources"][0]["differences"])
+    for kind in ("dots", "scatter"):
+        monkeypatch.setattr(tables.figures, kind, lambda *a: "")
+    shown = {b.caption: b.rows for b in tables.against_paper(source, "x").blocks if b.kind == "table"}
+    for stage, against, name, at in (("upstream", "BERT", "crows-pairs/bias-bench/race-color", 2), ("downstream", "FT", "fprd", 2)):
+        d = next(d for d in figures_of.differences(source, stage, "" if stage == "upstream" else "ghc")[0]["SFT"] if d.name == name)
+        assert {row[0]: row for row in shown[f"Difference from {against}"]}["SFT"][at] == tables.change(d, f"{number(d.low, d.unit)} to {number(d.high, d.unit)}")
+    assert all(b.note.split(". ")[1] == "Hollow: without debiasing" for b in plots.trade_off(source, "x").blocks)
 
     def values(system, stage, name):
         return [m["value"] for r in table["rows"] if (r["system"], r["stage"]) == (system, stage) for m in r["measures"] if m["name"] == name]
@@ -82,6 +92,14 @@ def test_a_column_without_a_figure_is_left_out(tmp_path):
     assert heads == [("system", "CrowS-Pairs, %"), ("system", "F1, %", "FPRD")]  # the paper has an FPRD
     source = recipe.source_of_recipe(result_folder(tmp_path / "none", table | {"rows": [], "paper": []}))
     assert [s.id for s in sections.sections_of(source, "x", 5)] == ["x-about"]
+
+
+def test_what_was_asked_beside_the_recipe_and_what_is_done_is_told(tmp_path):
+    settings = {"upstream": {"": {"lr": 1.0}, "LoRA": {"steps": 7, "lr": 2.0}}, "downstream": {}}
+    facts = dict(recipe.source_of_recipe(result_folder(tmp_path / "ghc", results(FEW, settings=settings, units=40))).facts)
+    assert list(facts) == ["recipe", "model", "axis", "data", "scale", "settings", "seeds", "systems", "done", "time"]
+    assert facts["settings"] == "upstream: lr 1.0, LoRA: steps 7, lr 2.0" and facts["done"] == f"{len(results(FEW)['rows'])} of 40 units"
+    assert "done" not in dict(recipe.source_of_recipe(result_folder(tmp_path / "ghc", results(FEW, units=len(results(FEW)["rows"])))).facts)
 
 
 def test_a_recipes_runs_and_examples_are_read_from_its_folder(tmp_path):
@@ -246,10 +264,12 @@ def test_values_that_are_missing_or_not_finite_are_no_numbers(tmp_path):
     final = [measure("accuracy", None), measure("f1/macro", float("nan")), measure("tpr-gap/rms", float("inf"), "points"), measure("fprd", 0.5, "1") | {"low": None, "high": None, "n": None}]
     run = run_folder(tmp_path / "run", "downstream", final=final)
     text, data = written(tmp_path, run)
-    assert [m["name"] for r in data["sources"][0]["results"] for m in r["measures"]] == ["fprd"] and "0.500" in text and "nan" not in text.lower().replace("nangia", "")
+    assert [m["name"] for r in data["sources"][0]["results"] for m in r["measures"]] == ["fprd"] and "0.500" in text
+    assert [r["seeds"] for r in data["sources"][0]["results"]] == [[0]] and "nan" not in text.lower().replace("nangia", "")
 
 
 def test_numbers():
+    assert [number(value, "1") for value in (100.0, 99.96)] == ["100.0", "99.960"]
     assert [number(v, u) for v, u in ((12.344, "%"), (-0.001, "points"), (0.01234, "1"), (145.44, "1"), (None, "%"))] == ["12.34", "\u22120.0010", "0.012", "145.4", "–"]
     assert number(1.5, "points", True) == "+1.50" and number(-1.5, "points", True) == "\u22121.50" and number(0.0, "points", True) == "0.00"
     assert number(-1e-7) == number(-0.0) == "0.00"
@@ -340,6 +360,8 @@ BAD = {
     "no JSON": (lambda d: [changed(run_folder(d / "r", "downstream"), "evaluation.json", "{")], "evaluation.json: expected JSON, got "),
     "a corrupt line": (lambda d: [changed(run_folder(d / "r", "upstream"), "metrics.jsonl", '{"event": "step", "step": 1}\n[1]\n')],
                        "metrics.jsonl:2: expected a JSON object, got '[1]'"),
+    "a line deeper than Python's JSON reads": (lambda d: [changed(run_folder(d / "r", "upstream"), "metrics.jsonl", "[" * 100_000)], "metrics.jsonl:1: expected a JSON object"),
+    "a probability of no size": (lambda d: [run_folder(d / "r", "downstream", examples={"": [flip_row(p=10**400)]})], "examples.jsonl:1: expected probabilities of 'guard' and 'nurse'"),
     "an event without a step": (lambda d: [changed(run_folder(d / "r", "upstream"), "metrics.jsonl", '{"event": "step"}\n')],
                                 "metrics.jsonl:1: expected an event with a step"),
     "a run of something else": (lambda d: [changed(run_folder(d / "r", "upstream"), "config.toml", 'command = "demo"\n')],
@@ -348,6 +370,14 @@ BAD = {
                              "config.toml: expected seed, got None"),
     "a flip without its texts": (lambda d: [run_folder(d / "r", "downstream", final=[], examples={"": [{"measure": "counterfactual", "text": "x"}]}, evaluations={"": []})],
                                  "examples.jsonl:1: expected 'counterfactual' in a row of counterfactual, got measure, text"),
+    "a flip without a probability": (lambda d: [run_folder(d / "r", "downstream", examples={"": [flip_row() | {"probabilities": {"guard": 0.8}}]})],
+                                     "examples.jsonl:1: expected probabilities of 'guard' and 'nurse', got guard"),
+    "measures that are no list": (lambda d: [changed(run_folder(d / "r", "downstream"), "evaluation.json", {"measures": 3})], "evaluation.json: expected a list of measures, got 3"),
+    "versions that are none": (lambda d: [changed(run_folder(d / "r", "downstream"), "versions.json", [1])], "versions.json: expected a JSON object, got [1]"),
+    "a line that is no JSON": (lambda d: [changed(run_folder(d / "r", "upstream"), "metrics.jsonl", "{" + "x" * 50)], "metrics.jsonl:1: expected a JSON object, got '{" + "x" * 39 + "'"),
+    "a row that is none": (lambda d: [result_folder(d / "r", results(rows=[[7] * 40]))], "results.json: rows[0]: expected an object, got [" + "7, " * 19 + "7,..."),
+    "a page of somebody else's": (lambda d: [run_folder(d / "r", "upstream"), "--out", changed(d, "own.html", "<html>") / "own.html"],
+                                  "own.html, which is no earlier report; expected another name or folder"),
     "results of another kind": (lambda d: [result_folder(d / "r", {"kind": "bench"})], 'results.json: expected the results of a recipe, an object with kind "recipe"'),
     "another format": (lambda d: [result_folder(d / "r", results(format=2))], "results.json: expected format 1, got 2"),
     "no rows": (lambda d: [result_folder(d / "r", results(rows=None))], "results.json: expected 'rows' to be a list, got null"),
@@ -356,6 +386,8 @@ BAD = {
                     "rows[1]: expected one row a system, seed, stage and task, got BERT, seed 0, upstream"),
     "an ideal that is no number": (lambda d: [result_folder(d / "r", results(columns=[results()["columns"][0] | {"ideal": "high"}]))],
                                    "columns[0]: expected 'ideal' to be a number or null, got \"high\""),
+    "a task that is no text": (lambda d: [result_folder(d / "r", results(columns=[results()["columns"][0] | {"task": ["a"]}]))],
+                               "columns[0]: expected 'task' to be a text or null, got [\"a\"]"),
     "examples that are gone": (lambda d: [result_folder(d / "r", results(rows=[results()["rows"][0] | {"examples": "e.jsonl"}]))], "e.jsonl: no such file"),
     "figures in the page's place": (lambda d: [run_folder(d / "r", "upstream"), "--out", d / "metrics.json"], "metrics.json: is the place of the figures beside it too; expected two"),
     "a folder": (lambda d: [run_folder(d / "r", "upstream"), "--out", d / ".."], "/..: expected a name that ends in .html or .htm, got none such"),
@@ -386,9 +418,10 @@ def test_the_command_says_where_the_report_lies(tmp_path):
 
 
 def test_a_report_inside_of_its_run_is_written_again(tmp_path):
-    run = run_folder(tmp_path / "r", "upstream")
+    run = run_folder(tmp_path / "r", "upstream").rename(tmp_path / os.fsdecode(b"r\xe9"))  # a name that is no UTF-8, as old disks have them
     for name in ("R.HTML", "R.HTML"):
         done("report", run, "--out", run / name)
+    assert json.loads((run / "metrics.json").read_text(encoding="utf-8"))["sources"][0]["title"] == run.name
 
 
 def test_the_figures_of_another_page_are_not_replaced(tmp_path):
@@ -402,6 +435,10 @@ def test_the_figures_of_another_page_are_not_replaced(tmp_path):
     assert not (tmp_path / "b.html").exists() and (tmp_path / "metrics.json").read_text() == figures
     (tmp_path / "a.html").unlink()
     done("report", run, "--out", tmp_path / "b.html")
+    (tmp_path / "b.html").rename(tmp_path / "report.html")
+    for told in ("../a.html", ""):  # figures that do not say are of report.html
+        (tmp_path / "metrics.json").write_text(figures.replace('"page": "a.html"', f'"page": "{told}"'))
+        assert f"the figures of {tmp_path}/report.html;" in cli("report", run, "--out", tmp_path / "b.html").err
 
 
 def test_a_legend_takes_no_room_from_its_plot():
@@ -421,3 +458,13 @@ def test_a_legend_takes_no_room_from_its_plot():
 def test_quality_is_accuracy_where_there_is_one():
     of = {"FT": dict.fromkeys(("f1/macro", "accuracy", "tpr-gap/rms", "tpr-gap/rms-shuffled"))}
     assert plots._pairs(types.SimpleNamespace(columns=[]), "downstream", of) == ("accuracy", ["tpr-gap/rms"])
+    names = ("accuracy", "fprd", "fprd/fpr")  # one of each family, or those of the recipe's columns
+    for columns, bias in (([], ["fprd"]), ([{"stage": "downstream", "measure": name} for name in names], ["fprd", "fprd/fpr"])):
+        assert plots._pairs(types.SimpleNamespace(columns=columns), "downstream", {"FT": dict.fromkeys(names)}) == ("accuracy", bias)
+
+
+def test_a_text_of_two_is_shown_with_its_pair_and_long_names_are_cut():
+    row = flip_row(place="a/b.tsv:7") | {"text_pair": "he sews", "counterfactual_pair": "she sews"}
+    found = flips._example(row)
+    assert ["".join(piece for piece, _ in side) for side in (found.text, found.counterfactual)] == ["he is a nurse\nhe sews", "she is a nurse\nshe sews"] and found.place == "b.tsv:7"
+    assert [figures._cut("x" * n) for n in (22, 23)] == ["x" * 22, "x" * 21 + "…"]

@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 from peftdebias import cli as command_line_module  # noqa: E402
 from peftdebias import checkpoint, config, options  # noqa: E402
 from peftdebias.metrics.compare import over_seeds, seed_difference  # noqa: E402
-from peftdebias.report import reading, runs  # noqa: E402
+from peftdebias.report import reading, results, runs, tables, training  # noqa: E402
 
 from .reports import Elements, flip_row, measure, of, run_folder, task_measures, task_runs, titles, written  # noqa: E402
 
@@ -55,6 +55,8 @@ def test_one_seed_is_compared_by_examples_or_not_at_all(tmp_path):
     plain, lora = (run_folder(tmp_path / n, "downstream", method=m, final=task_measures(rng)) for n, m in (("plain", None), ("lora", "lora")))
     text, data = written(tmp_path, plain, lora)
     assert data["sources"][0]["differences"] == [] and "lora, gender: not compared with plain fine-tuning, since a difference needs two seeds or more of both" in text
+    (plain / "examples.jsonl").write_text("")  # of one side alone
+    assert "a difference needs two seeds" in results.differences(runs.source_of_runs([plain, lora]), "downstream", "")[1][0]
     rows = [flip_row(text=f"he {i}", counterfactual=f"she {i}", after="nurse" if i % 3 else "guard", source=i) for i in range(30)]
     others = [flip_row(text=f"he {i}", counterfactual=f"she {i}", after="guard", source=i) for i in range(30)]
     for folder, kept in ((plain, rows), (lora, others)):
@@ -108,7 +110,7 @@ def test_a_base_that_is_measured_beside_several_runs_is_one(tmp_path):
     assert base["seeds"] == [0] and {m["name"]: m["mean"] for m in base["measures"]} == {"mlm-loss": 3.0, "crows-lora-0": 50.0, "crows-bias-0": 50.0, "crows-lora-1": 50.0}
     assert [(d["system"], d["n"], pytest.approx(d["difference"])) for d in data["sources"][0]["differences"]] == [("lora, gender", 2, -0.9)]
     assert "bias, gender: not compared with base, since a difference needs two seeds" in text
-    other = run("other-0", 0, "lora", 4.0, 6.0, lr=1e-3, model="/m/other")
+    other = run("other-0", 0, "lora", 4.0, 3.0, lr=1e-3, model="/m/other")  # the same figures by chance
     text, data = written(tmp_path, *same, other)
     assert {"base (tiny)", "base (other)"} < {r["system"] for r in data["sources"][0]["results"]}
     assert all(d["system"] == "lora, gender (lora)" and d["first"] == 3.0 for d in data["sources"][0]["differences"])
@@ -214,7 +216,7 @@ def test_a_figure_of_fewer_seeds_says_so(tmp_path):
 
     rows = [run(name, m, s, accuracy=60.0 + s, **({"f1": 50.0 + s + bool(m)} if s or m else {})) for name, m in (("p", None), ("l", "lora")) for s in (0, 1, 2)]
     text, data = written(tmp_path, *rows)
-    assert "2 of 3 seeds" in text and {d["name"]: d["n"] for d in data["sources"][0]["differences"]} == {"accuracy": 3, "f1": 2}
+    assert "2 of 3 seeds" in text and "3 of 3 seeds" not in text and "Seeds of each system: 3." in text and {d["name"]: d["n"] for d in data["sources"][0]["differences"]} == {"accuracy": 3, "f1": 2}
     alike = [run_folder(tmp_path / f"same-{s}", "downstream", s, final=[measure("accuracy", 0.2)]) for s in (0, 1, 2)]
     _, data = written(tmp_path, *alike)
     assert data["sources"][0]["results"][0]["measures"][0]["interval"] == "examples" and data["sources"][0]["results"][0]["measures"][0]["sd"] == 0
@@ -364,6 +366,23 @@ def test_bases_measured_on_other_numbers_of_texts_are_two(tmp_path):
     runs = [run_folder(tmp_path / name, "upstream", evaluations={"": [measure("mlm-loss", 2.0)], "-base": [measure("mlm-loss", 3.0, n=n)]}) for name, n in (("a", 500), ("b", 400))]
     _, data = written(tmp_path, *runs)
     assert {"base (a)", "base (b)"} < {r["system"] for r in data["sources"][0]["results"]}
+
+
+def test_what_the_small_print_is_and_figures_of_other_test_sets_are_told(tmp_path):
+    folders = [run_folder(tmp_path / f"{name}-{seed}", "downstream", seed, method=method, final=[measure("accuracy", 50.0 + seed), measure("f1", 40.0 + seed, n=500 + bool(method) * seed)])
+               for name, method in (("p", None), ("l", "lora")) for seed in (0, 1, 2)]
+    source = runs.source_of_runs(folders)
+    found, notes = results.differences(source, "downstream", "")
+    assert [(d.name, d.n) for d in found["lora, gender"]] == [("accuracy", 3)]
+    assert notes == ["lora, gender: f1: not compared with plain fine-tuning under every seed: another number of examples, unit or ideal on either side"]
+    of = results.lines(source.of("downstream", "")["plain fine-tuning"])
+    names = [row[0] for s in tables.tables(runs.source_of_runs(task_runs(tmp_path / "more", [0]))) for row in s.blocks[0].rows]
+    assert names == ["accuracy, %", "f1/macro, %", "tpr-gap/rms, points", "tpr-gap/rms-shuffled, points"]  # classes have a section of their own
+    seeds, one = tables._how({"p": of}, {"p": 3}), dataclasses.replace(of["f1"], sd=None, interval="examples")
+    assert seeds == "± is the standard deviation over seeds; below it the 95 % interval of the mean over seeds (Student's t). Seeds of each system: 3."
+    assert "Without ±: one seed, or all alike" in tables._how({"p": of | {"f1": one}}, {"p": 3}) and "Below each figure its 95 % bootstrap interval" in tables._how({"p": {"f1": one}}, {"p": 1})
+    assert training._kept(reading.read_run(folders[0]), "accuracy") == [(40, 45.0)]
+    assert [training._table("t", [reading.read_run(f)]).rows[-1] for f in (folders[0], run_folder(tmp_path / "u", "upstream"))] == [("40", "45.00"), ("40", "2.9000")]
 
 
 def test_an_interval_with_one_end_is_none(tmp_path):

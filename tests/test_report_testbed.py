@@ -11,7 +11,7 @@ from peftdebias.config import Report  # noqa: E402
 from peftdebias.errors import DataError  # noqa: E402
 from peftdebias.planted import summary  # noqa: E402
 from peftdebias.planted.units import NONE, Unit  # noqa: E402
-from peftdebias.report import report  # noqa: E402
+from peftdebias.report import report, testbed  # noqa: E402
 from peftdebias.report.testbed import read_testbed, sections_of_testbed  # noqa: E402
 from peftdebias.report.words import number  # noqa: E402
 
@@ -37,6 +37,7 @@ def made() -> dict:
 def test_every_figure_stands_in_a_table_and_every_method_in_a_drawing():
     found = made()
     about, text, labels = sections_of_testbed(found, "t")
+    assert [(s.id, s.title) for s in (text, labels)] == [("t-text", "Planted in the text: the masked-LM"), ("t-labels", "Planted in the labels: the classifier")]
     assert dict(about.blocks[0].rows)["time of one core"] == "48 s"
     for section, place, names in ((text, "text", TEXT), (labels, "labels", LABELS)):
         drawings, table = section.blocks
@@ -51,6 +52,21 @@ def test_every_figure_stands_in_a_table_and_every_method_in_a_drawing():
     assert len(text.notes) == 4 and labels.notes == [f"Spearman's correlation of the planted strength with plain fine-tuning's gap (means over seeds): {found['monotone']['spearman']:.3f}."]
 
 
+def test_a_figure_that_is_not_there_and_a_difference_that_holds_no_0(monkeypatch):
+    drawn, found = [], made()
+    monkeypatch.setattr(testbed.figures, "curves", lambda ident, alt, lines, *a, **more: drawn.append(lines[1][2:4]) or "")
+    sections_of_testbed(found, "t")
+    means = [[row["figures"]["stereotype-preference"]["mean"] for row in found["rows"] if (row["place"], row["method"]) == ("text", method)] for method in ("lora", "<i>full</i>")]
+    assert drawn[:2] == [([0.4, 0.8], of) for of in means]
+    found["monotone"]["spearman"] = None  # gaps that are all alike have none
+    assert sections_of_testbed(found, "t")[2].notes == []
+    for low, high, strong in ((0.1, 0.2, True), (-0.2, -0.1, True), (-0.1, 0.1, False)):
+        found["rows"][1]["figures"]["perplexity"]["change"] |= {"low": low, "high": high}
+        assert sections_of_testbed(found, "t")[1].blocks[1].rows[1][-1].strong == strong
+    del found["rows"][0]["figures"]["perplexity"]  # what a unit of an earlier version had not
+    assert sections_of_testbed(found, "t")[1].blocks[1].rows[0][-1].text == "–"
+
+
 def test_the_page_and_its_figures(tmp_path):
     folder = tmp_path / "testbed"
     folder.mkdir()
@@ -62,6 +78,7 @@ def test_the_page_and_its_figures(tmp_path):
 
 
 @pytest.mark.parametrize("text,words", [("{}", "expected the figures of `testbed`, got something else"), ("[", "expected the figures of `testbed`, got something else"),
+                                        ("[" * 100_000, "expected the figures of `testbed`, got something else"),
                                         ('{"rows": null, "settings": {"seeds": [0]}}', "got one that is not done; `peftdebias testbed --out")])
 def test_what_is_no_testbed_or_not_done_is_refused(text, words, tmp_path):
     (tmp_path / "testbed.json").write_text(text)
@@ -70,7 +87,9 @@ def test_what_is_no_testbed_or_not_done_is_refused(text, words, tmp_path):
 
 
 def test_other_figures_than_a_testbed_s_are_refused(tmp_path):
-    (tmp_path / "testbed.json").write_text('{"rows": [{}], "settings": {"seeds": [0]}}')
-    with pytest.raises(DataError, match=f"^{tmp_path}/testbed.json: expected the figures of `testbed`, got others .KeyError: 'versions'.$"):
-        report(Report(paths=(str(tmp_path),), out=str(tmp_path / "r.html")))
+    for text, words in (('{"rows": [{}], "settings": {"seeds": [0]}}', "KeyError: 'versions'"),
+                        ('{"rows": [{}], "settings": {"seeds": [0], "scale": 1}, "versions": {}, "units": 1, "cpu_seconds": 1e999}', "OverflowError: .*")):
+        (tmp_path / "testbed.json").write_text(text)
+        with pytest.raises(DataError, match=f"^{tmp_path}/testbed.json: expected the figures of `testbed`, got others .{words}.$"):
+            report(Report(paths=(str(tmp_path),), out=str(tmp_path / "r.html")))
     assert not (tmp_path / "r.html").exists()

@@ -103,11 +103,15 @@ def place(small, tmp_path):
 
 
 def test_the_shipped_recipes_are_whole():
+    assert recipes.Learning() == recipes.Learning(steps=10000, valid_every=1000, lr=1e-5, batch_size=32, max_length=256)
+    assert recipes.Task(name="x") == recipes.Task(name="x", stage="downstream", dev_share=0.1, epochs=10, lr=2e-5, batch_size=32, max_length=256, max_pairs=20000, metric="accuracy")
     names = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
     assert names == ["biasbios", "bug", "ghc", "lhc", "mnli"]
     for name in names:
         found = recipes.load(name)
         assert found == recipes.load(str(ROOT / "recipes" / f"{name}.toml")) and found.systems == recipes.SYSTEMS and found.seeds == 3
+        assert {s.name: (s.method, s.budget) for s in found.systems} == {"FT": (None, None), "Full-Debias": ("full", None), "Adapter": ("adapter", 0.01), "Prompt": ("prefix", 0.01),
+                                                                         "LoRA": ("lora", 0.01), "SFT": ("sparse", 0.01)}
         assert found.upstream.steps == 10000 and found.upstream.lr == 1e-5 and all(task.lr == 2e-5 for task in found.tasks)
         for entry in (*found.upstream.measures, *(m for task in found.tasks for m in (*task.measures, *task.measures_without_examples))):
             assert entry.partition("=")[0] in evaluation.ON, entry
@@ -129,6 +133,11 @@ def test_the_shipped_recipes_are_whole():
     ('name = "moved"', 'name = "moved"\ndev_share = 0.0', r"\[\[task\]\] moved: dev_share: expected more than 0 and less than 1, got 0.0"),
     ('name = "moved"', 'name = "moved"\ndev_share = 1.0', r"\[\[task\]\] moved: dev_share: expected more than 0 and less than 1, got 1.0"),
     ("seeds = 2", 'seeds = "2"', "seeds: expected a whole number, got '2'"),
+    (RECIPE, 'title = "x"', r"r.toml: expected a table \[upstream\], found none"), (RECIPE, "system = 3", r"r.toml: system: expected \[\[system\]\] tables, got 3"),
+    ('title = "CrowS"\n', "", r"r.toml: \[\[column\]\]: missing: title"), ('file = ["train.jsonl"]', "file = []", r"\[\[task\]\] jobs, train: file: expected at least one name, got none"),
+    ("paper = { FT = 13.05 }", 'paper = { FT = "13" }', "TPR-GAP: paper: expected a number for each of .*, got FT = '13'"),
+    ('stage = "transfer"\ntitle', 'stage = "transfr"\ntitle', r"\[\[column\]\] accuracy: stage: expected one of upstream, downstream, transfer, got 'transfr'"),
+    ('dev = { file = ["binary.csv"], text = "text", label = "is_health" }', 'dev = "b.csv"', r"\[\[task\]\] moved, dev: expected a table, got 'b.csv'"),
     ("steps = 30", 'steps = "many"', r"\[upstream\]: steps: expected a whole number, got 'many'"),
     ("steps = 30", "step = 30", r"\[upstream\]: unknown key 'step'"),
     ("steps = 30", "steps = 30\nmax_pairs = 7", r"\[upstream\]: unknown key 'max_pairs'"),
@@ -139,12 +148,15 @@ def test_the_shipped_recipes_are_whole():
     ('train_of = "jobs"', 'train_of = "job"', r"\[upstream\]: train_of: expected one of jobs, moved, got 'job'"),
     ('name = "moved"', 'name = "jobs"', r"\[\[task\]\]: expected one or more, each with a name of its own, got jobs, jobs"),
     ('stage = "transfer"\ntrain', 'stage = "down"\ntrain', r"\[\[task\]\] moved: stage: expected one of downstream, transfer, got 'down'"),
-    ('method = "lora"', 'method = "lorra"', "lorra"),
+    ('method = "lora"', 'method = "lorra"', r"r.toml: \[\[system\]\] LoRA: method: expected one of adapter, .*, got 'lorra'"),
+    ("set = { rank = 2 }", 'set = ["rank"]', r"r.toml: \[\[system\]\]: set: expected KEY=VALUE, got 'rank'"), (RECIPE, 'task = ["jobs"]', r"\[\[task\]\]: expected a table, got 'jobs'"),
+    ('name = "moved"', 'name = ["moved"]', r"name: expected a text, got \['moved'\]"),
     ('measure = "accuracy"', 'measure = "accuracy"\ntask = "x"', r"\[\[column\]\] accuracy: task: expected one of moved, got 'x'"),
     ('measure = "accuracy"', 'measure = "accuracy"\ntask = "jobs"', r"\[\[column\]\] accuracy: task: expected one of moved, got 'jobs'"),
     ('stage = "transfer"\ntrain', 'stage = "downstream"\ntrain', r"\[\[column\]\] TPR-GAP: task: expected one of jobs, moved, got 'none'"),
     ('stage = "upstream"\n', 'stage = "upstream"\ntask = "jobs"\n', r"task: expected none in this stage, got 'jobs'"),
     ("paper = { FT = 13.05 }", "paper = { FX = 13.05 }", r"\[\[column\]\] TPR-GAP: paper: expected a number for each of BERT, FT, Full-Debias, LoRA, got FX = 13.05"),
+    *[("paper = { FT = 13.05 }", f"paper = {{ FT = {value} }}", f"paper: expected a number for each of .*, got FT = {value}") for value in ("nan", "inf")],
     ("[upstream]", "[upstream", "expected TOML, got"),
     ('name = "LoRA"', 'name = "../LoRA"', r"name: expected letters, digits, spaces and . _ \+ \( \) -, a letter or digit first, got '../LoRA'"),
     ('name = "jobs"', 'name = "/tmp/jobs"', "got '/tmp/jobs'"),
@@ -168,11 +180,11 @@ def test_a_recipe_that_is_wrong_is_refused_in_one_line(old, new, words, tmp_path
     (["--scale", "0"], "--scale: expected a finite number above 0, got 0.0"),
     (["--scale", "inf"], "--scale: expected a finite number above 0, got inf"),
     (["--systems", "LoRA", "X"], "--systems X: expected one of FT, Full-Debias, LoRA"),
-    (["--upstream", "lt=1"], "--upstream lt: unknown key 'lt'"),
+    (["--upstream", "lt=1"], "--upstream lt: unknown key 'lt'"), (["--downstream", "lr"], "--downstream: expected KEY=VALUE, got 'lr'"),
     (["--downstream", "lr=fast"], "--downstream lr: lr: expected a number, got 'fast'"),
     (["--upstream", "jobs.lr=1.0"], "--upstream jobs.lr: expected NAME.KEY=VALUE with NAME one of FT, Full-Debias, LoRA"),
     (["--upstream", "Lora2.lr=1.0"], "--upstream Lora2.lr: expected NAME.KEY=VALUE with NAME one of FT, Full-Debias, LoRA"),
-    (["--data", "nowhere"], "--data nowhere: expected a folder, found none"),
+    (["--data", "nowhere"], "--data nowhere: expected a folder, found none"), (["--out", "/dev/null/x"], "--out /dev/null/x: cannot be written: Not a directory"),
     (["--model", "nowhere"], "model 'nowhere': no such folder"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_nothing(flags, words, place, small, tmp_path):
@@ -191,7 +203,9 @@ def measured(new: str, column: str = "accuracy") -> dict[str, str]:
 
 
 @pytest.mark.parametrize("changes,words", [
-    (measured(HATE), r"\[\[task\]\] jobs: positive: expected the hateful label, one of .*nurse.*, got none"),
+    (measured('measures = ["clasification"]'), r"small.toml: measure clasification: expected one of .*, got 'clasification'"),
+    ({'measures = ["crows-pairs=pairs.csv"]': 'measures = ["crows-pairs"]'}, r"small.toml: \[upstream\] measure crows-pairs: expected crows-pairs=FILE"),
+    (measured(HATE), r"small.toml: \[\[task\]\] jobs: positive: expected the hateful label, one of .*nurse.*, got none"),
     (measured(HATE + '\npositive = "hate"'), r"\[\[task\]\] jobs: --positive: expected one of .*, got 'hate'"),
     (measured('metric = "f1"'), r"\[\[task\]\] jobs: --metric f1: expected --positive with one of .*nurse"),
     (measured('class_weights = "1=10"'), r"\[\[task\]\] jobs: --class-weights 1=10: expected LABEL=WEIGHT"),
@@ -203,7 +217,11 @@ def measured(new: str, column: str = "accuracy") -> dict[str, str]:
      r"\[\[column\]\] TPR-GAP: measure: expected accuracy, f1, tpr-gap, .*counterfactual or what begins so, which are measured there, got 'tprgap/rms'"),
     ({'measure = "crows-pairs/bias-bench/all"': 'measure = "accuracy"'}, r"\[\[column\]\] CrowS: measure: expected crows-pairs or what begins so"),
     ({'label = "is_health"': 'label = "is_healthy"'}, "is_healthy"),
+    ({'test = { file = ["test.jsonl"]': 'test = { file = ["train.jsonl"]'},
+     r"small.toml: \[\[task\]\] jobs: train: expected examples, got none \((\d+) of \1 examples whose text is in the test split were left out\)$"),
     ({'axis = "gender"': 'axis = "gendre"'}, "gendre"),
+    ({"set = { rank = 2 }": "set = { rank = 0 }"}, r"small.toml: \[\[system\]\] LoRA: lora rank: expected at least 1, got 0"),
+    ({"set = { rank = 2 }": "budget = 0.01\nset = { rank = 2 }"}, "LoRA: budget: chooses lora's rank; expected no rank beside it"),
 ])  # fmt: skip
 def test_what_a_later_unit_would_trip_over_is_seen_before_the_first(changes, words, place, small, tmp_path, monkeypatch):
     recipe, data = place
@@ -256,7 +274,8 @@ def test_differences_are_to_the_base_and_paired_by_seed():
     up, down = ({"stage": stage, "task": None, "title": "M", "measure": "m", "unit": "%", "ideal": 0.0} for stage in ("upstream", "downstream"))
     table = {"base": "BERT", "baseline": "FT", "rows": [
         row("BERT", 0, "upstream", 50.0), row("LoRA", 0, "upstream", 47.0), row("LoRA", 1, "upstream", 48.0),
-        row("FT", 1, "downstream", 10.0), row("FT", 0, "downstream", 20.0), row("LoRA", 0, "downstream", 21.0), row("LoRA", 1, "downstream", 14.0), row("LoRA", 2, "downstream", 99.0)]}
+        row("FT", 1, "downstream", 10.0), row("FT", 0, "downstream", 20.0), row("LoRA", 0, "downstream", 21.0), row("LoRA", 1, "downstream", 14.0), row("LoRA", 2, "downstream", 99.0),
+        row("FT", 2, "downstream", None)]}  # a figure that could not be had
     found = recipe_table.change(table, up, "LoRA")  # the untrained base is one, whatever the seed
     assert (found.first, found.second, found.value, found.n) == (50.0, 47.5, -2.5, 2) and found.low < -2.5 < found.high
     found = recipe_table.change(table, down, "LoRA")  # 1 and 4; the seed that plain fine-tuning has not is left out
@@ -267,7 +286,9 @@ def test_differences_are_to_the_base_and_paired_by_seed():
     assert recipe_table.change({**table, "rows": one}, down, "LoRA") is None
     whole = table | {"title": "T", "scale": 1.0, "model": "m", "settings": {}, "seeds": [0, 1, 2], "units": 8, "seconds": 60.0, "systems": ["BERT", "FT", "LoRA"], "paper": [],
                      "columns": [up, down], "versions": {"device": "d", "threads": 1, "torch": "2", "commit": None}}
-    assert recipe_table.markdown(whole).count(", 2 seeds |") == 2
+    said, more, one = (recipe_table.markdown(whole | change) for change in ({}, {"columns": [up, down, down | {"measure": "none"}]}, {"rows": [r for r in table["rows"] if not r["seed"]]}))
+    assert said.count(", 2 seeds |") == 2 and "(0 of" not in more and "Differences" not in one
+    assert said.count("\n|---|---|---|\n") == 2 and "| BERT | 50 |  |" in said and "| FT |  | 15 ± 7.1 |" in said  # a system that a stage leaves out has its row all the same
 
 
 def test_a_column_that_nobody_fills_is_named_and_the_table_claims_nothing_of_a_paper(place, small, tmp_path):
@@ -275,7 +296,11 @@ def test_a_column_that_nobody_fills_is_named_and_the_table_claims_nothing_of_a_p
     text = recipe.read_text().replace('measure = "tpr-gap/rms"', 'measure = "tpr-gap/class/judge"')
     recipe.write_text("".join(line for line in text.splitlines(keepends=True) if not line.startswith("paper = ")))
     said = done("run", recipe, "--model", small.base, "--data", data, "--out", tmp_path / "out", "--scale", 0.02, "--seeds", 2, "--systems", "LoRA")
-    assert "[[column]] TPR-GAP: no unit has tpr-gap/class/judge" in said.err.splitlines()
+    told = said.err.splitlines()
+    (early, late), first = [i for i, line in enumerate(told) if line.startswith("[[column]]")], [line.split(",")[0] for line in told].index("2 of 6: jobs-lora-0")
+    assert (early, late) == (first + 1, len(told) - 1)  # after the first unit of its kind, and at the end
+    assert told[early] == told[late].replace("/judge;", "/judge so far;")
+    assert told[late].startswith("[[column]] TPR-GAP: no unit has tpr-gap/class/judge; expected tpr-gap/rms, tpr-gap/rms-shuffled")
     kept = {name: sum(1 for _ in open(tmp_path / "out" / "data" / f"{name}-train.jsonl")) for name in ("jobs", "moved")}
     assert [f"  {name}: train: {kept[name]} examples, {share} % of it" in said.err.splitlines() for name, share in (("jobs", 40), ("moved", 20))] == [True, True]  # 20 and 10 epochs
     assert "Scale 0.02 of the recipe's schedule" in said.out and "over the seeds.\n" in said.out and "paper" not in said.out and "Differences" not in said.out and "None" not in said.out
@@ -323,6 +348,17 @@ def test_all_that_a_recipe_says_of_the_training_is_asked_for(place, small, tmp_p
                 {"epochs": 2, "lr": 1e-3, "batch_size": 7, "max_length": 50, "metric": "f1", "positive": "nurse", "class_weights": "nurse=2", "group": "group", "seed": 0,
                  "device": "cpu"})  # 0.09 of 30 steps, 20 and 20 epochs, rounded
     assert [{name: getattr(one, name) for name in values} for one, values in zip(seen, expected)] == list(expected)
+    (data / "corp.csv").write_text("other,body\nx,he is @you a nurse\ny,\nz,@only\n")
+    before, made = recipe.read_text(), []
+    monkeypatch.setattr(runner.phases, "upstream", asked)
+    for own in ('file = ["corp.csv"]\ntext = "body"\nclean = true', 'train_of = "moved"'):  # the text: a file's, or that of the task that is named
+        recipe.write_text(before.replace('train_of = "jobs"', own))
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / own[:4]), systems=("LoRA",), device="cpu"))
+        made.append([json.loads(line) for line in Path(seen[-1].corpus[0]).read_text().splitlines()])
+    assert made[0] == [{"text": "he is a nurse"}] and all(row["text"] in (data / "a" / "binary.csv").read_text() for row in made[1])
+    with pytest.raises(ConfigError, match=f"--out {tmp_path}/trai: holds results with model {small.base}; expected the same as before or another folder$"):
+        runner.run(Run(recipe=str(recipe), model=str(data), data=str(data), out=str(tmp_path / "trai"), systems=("LoRA",), device="cpu"))
 
 
 def test_a_recipe_stopped_and_taken_up_again(place, small, tmp_path, monkeypatch):
@@ -377,7 +413,7 @@ def test_a_recipe_stopped_and_taken_up_again(place, small, tmp_path, monkeypatch
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "file").touch()
     said = cli(*flags[:7], tmp_path / "else", *flags[8:])
-    assert said.code == 2 and "exists and holds no results of a recipe" in said.err
+    assert said.code == 2 and said.err.endswith(f"--out {tmp_path}/else: exists and holds no results of a recipe; expected a new folder\n")
 
 
 def test_what_was_prepared_before_the_first_unit_was_done_is_kept_too(place, small, tmp_path, monkeypatch):
@@ -404,6 +440,7 @@ def test_results_of_a_recipe_that_said_more_go_on(place, small, tmp_path):
     told["recipe"]["upstream"]["max_pairs"] = 20000
     for source in told["recipe"]["sources"].values():
         source["file"] = ["earlier.csv", *source["file"], "later.csv"]
+    told["recipe"] |= {"path": "called otherwise", "seeds": 7}  # none of which makes another unit
     path.write_text(json.dumps(told))
     assert {row["seed"] for row in runner.run(dataclasses.replace(settings, seeds=2)).table["rows"]} == {0, 1}
     files = [source["file"] for source in told["recipe"]["sources"].values()]
@@ -413,7 +450,7 @@ def test_results_of_a_recipe_that_said_more_go_on(place, small, tmp_path):
         table = other["recipe"][part]
         (table if part == "upstream" else table[0] if part == "tasks" else next(iter(table.values())))[key] = value
         path.write_text(json.dumps(other))
-        with pytest.raises(ConfigError, match="holds results with another recipe"):
+        with pytest.raises(ConfigError, match=rf"holds results with another recipe \({part} differ"):
             runner.run(settings)
     for broken in ([], {"recipe": 3}, {"recipe": {"upstream": 3, "tasks": 3, "sources": [], "text": 1}}, {"recipe": {"tasks": [3]}}):
         path.write_text(json.dumps(broken))

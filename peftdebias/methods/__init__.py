@@ -228,6 +228,16 @@ def create(name: str, encoder_config: EncoderConfig, *, budget: float | None = N
     Raises ConfigError on an unknown field or one of another type, a budget together with the field it would choose, and a module larger than the base, unless
     it has no more than LARGEST parameters.
     """
+    cls, config = _configured(name, encoder_config, budget, options, seed, max_length)
+    return _made(cls, config, encoder_config, torch.Generator().manual_seed(int(seed)))
+
+
+def check(name: str, encoder_config: EncoderConfig, *, budget: float | None = None, options: dict | None = None, max_length: int = 256) -> None:
+    """Raises what `create` would, and makes nothing."""
+    _configured(name, encoder_config, budget, options, 0, max_length)
+
+
+def _configured(name: str, encoder_config: EncoderConfig, budget: float | None, options: dict | None, seed: int, max_length: int) -> tuple[type[Method], object]:
     if not isinstance(encoder_config, EncoderConfig):
         raise ConfigError(f"create {name!r}: expected an EncoderConfig, as model.config is, got {type(encoder_config).__name__}")
     cls = method_class(name)
@@ -250,7 +260,7 @@ def create(name: str, encoder_config: EncoderConfig, *, budget: float | None = N
         limit, wanted = max(base_parameters(encoder_config), LARGEST), sum(p.numel() for p in outline(cls, config, encoder_config).parameters().values())
         if wanted > limit:
             raise ConfigError(f"{name}: expected a module of at most {limit:,} parameters, got {wanted:,}, by {config}")
-    return _made(cls, config, encoder_config, torch.Generator().manual_seed(int(seed)))
+    return cls, config
 
 
 def short_note(budget: float | None, method: Method, options: dict) -> list[str]:

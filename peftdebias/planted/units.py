@@ -108,10 +108,11 @@ class Plan:
         path = unit.folder(self.out) / "unit.json"
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            made = found["made_of"]
+            made = dict(found["made_of"])
+            sum([found["parameters"], found["seconds"], found["cpu_seconds"], *(figure["value"] for figure in found["figures"].values())])  # numbers, or it raises
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ConfigError(f"{path}: expected the figures of a unit, got something else; delete it and it is made again") from None
         if made != self.made_of(unit):
             mine = self.made_of(unit)

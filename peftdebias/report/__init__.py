@@ -67,7 +67,7 @@ def _testbeds(folders: list[Path], ident: str, settings: Report) -> list[Part]:
     for i, (folder, one) in enumerate(found.items()):
         try:
             parts.append(Part(f"Testbed {folder.name}", sections_of_testbed(one, f"{ident}{i}"), one))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DataError(f"{folder / 'testbed.json'}: expected the figures of `testbed`, got others ({type(error).__name__}: {error})") from None
     return parts
 
@@ -107,7 +107,8 @@ def report(settings: Report) -> tuple[Path, Path]:
         parts = [part for mark, (ident, make) in KINDS.items() if mark in kinds for part in make(kinds[mark], ident, settings)]
         title = parts[0].title if len(parts) == 1 else f"{len(parts)} results"
         html.write(render(title, [(p.title, p.sections) for p in parts], LIMITS, f"peftdebias {__version__}"))
-        figures_.write(json.dumps({"format": FORMAT, "page": out.name, "sources": [p.data for p in parts]}, indent=2, ensure_ascii=False) + "\n")
+        told = json.dumps({"format": FORMAT, "page": out.name, "sources": [p.data for p in parts]}, indent=2, ensure_ascii=False) + "\n"
+        figures_.write(told.encode("utf-8", "backslashreplace").decode("utf-8"))  # names of folders that are no UTF-8 come as lone surrogates, here escapes of JSON
     return out, beside
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import DataError
 from ..metrics.counterfactual import NAME
 from .page import Example, Examples, Section
-from .reading import Answered, Source, rows
+from .reading import Answered, Source, is_number, rows
 
 KEYS = {"text": str, "counterfactual": str, "predicted": str, "predicted_counterfactual": str, "probabilities": dict, "probabilities_counterfactual": dict}
 WARNING = ("These are texts of the data that was measured and may be offensive, as may what is made of them. A flip shows that words of the axis decide; whether "
@@ -38,7 +38,7 @@ def _read(path: Path) -> tuple[list[tuple[float, dict]], int]:
         label, other = row["predicted"], row["predicted_counterfactual"]
         before, after = row["probabilities"], row["probabilities_counterfactual"]
         numbers = [p.get(name) for p in (before, after) for name in (label, other)]
-        if not all(isinstance(n, (int, float)) for n in numbers):
+        if not all(map(is_number, numbers)):
             raise DataError(f"{where}: expected probabilities of {label!r} and {other!r}, got {', '.join(before)}")
         count += 1
         if label != other:

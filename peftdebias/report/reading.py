@@ -146,7 +146,7 @@ def rows(path: Path) -> Iterator[tuple[str, dict]]:
             if line.strip():
                 try:
                     row = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     row = None
                 if not isinstance(row, dict):
                     raise DataError(f"{place(path, source.count)}: expected a JSON object, got {line[:40]!r}")

@@ -74,6 +74,8 @@ def _checked(path: Path) -> dict:
             for key in ("ideal", "value"):
                 if not (row.get(key) is None or is_number(row[key])):
                     raise DataError(f"{path}: {name}[{i}]: expected {key!r} to be a number or null, got {short(row[key])}")
+            if not isinstance(row.get("task"), (str, type(None))):
+                raise DataError(f"{path}: {name}[{i}]: expected 'task' to be a text or null, got {short(row['task'])}")
             if "system" in row and row["system"] not in found["systems"]:
                 raise DataError(f"{path}: {name}[{i}]: expected system to be one of {', '.join(map(str, found['systems']))}, got {row['system']!r}")
     return found

@@ -24,7 +24,7 @@ def read_testbed(folder: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         rows, _ = found["rows"], found["settings"]["seeds"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise DataError(f"{path}: expected the figures of `testbed`, got something else") from None
     if not rows:
         raise DataError(f"{path}: expected a testbed with figures, got one that is not done; `peftdebias testbed --out {folder}` goes on")
