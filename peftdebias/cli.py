@@ -17,6 +17,7 @@ from . import __version__, config, options
 from .errors import ConfigError, PeftDebiasError
 from .outputs import FULL, STANDARD_OUTPUT
 from .signals import Stopped, stoppable
+from .pages import keep_pages
 from .threads import sleep_soon
 
 EXAMPLES = {
@@ -62,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
             arguments = vars(parser().parse_args(argv))
             command, settings, module = COMMANDS[arguments.pop("command")]
             sleep_soon()
+            if module == SCORING:
+                keep_pages()
             closed = sys.stdout is None
             sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))  # None where the caller closed it
             if hasattr(sys.stdout, "reconfigure"):
@@ -326,6 +329,8 @@ COMMANDS = {
     "doctor": (doctor, config.Doctor, "doctor"),
 }
 """verb -> (function, its settings, the module that does the work)."""
+SCORING = "evaluation"
+"""The module of those that score and train nothing."""
 
 
 # ---------------------------------------------------------------- what people see

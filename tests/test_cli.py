@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -614,6 +615,33 @@ def test_another_error_of_torch_keeps_its_traceback(monkeypatch):
 def test_methods_of_a_run_are_those_of_its_base(small, chain):
     tables = [done("methods", "--model", folder).out for folder in (small.base, chain[0]["gender"], chain[0]["plain"])]
     assert tables[0] == tables[1] == tables[2]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+@pytest.mark.parametrize("given, kept", [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
+def test_pages_are_kept(given, kept):
+    """What a layer makes and frees; by malloc itself it is brought in anew every time."""
+    asked = """
+import resource, numpy
+from peftdebias.pages import keep_pages
+keep_pages()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    before, made = faults(), [numpy.ones(12 << 20, numpy.int8) for _ in range(9)]
+    del made
+print(faults() - before)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC", "GLIBC"))} | given
+    found = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True)
+    assert (int(found.stdout) < 20) == kept, found.stdout  # 54 huge pages
+
+
+def test_pages_are_kept_where_nothing_is_trained(small, tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(command_line, "keep_pages", lambda: called.append(True))
+    for argv, times in ((["doctor", "--device", "cpu"], 0), (["predict", tmp_path / "none"], 1), (["evaluate", tmp_path / "none"], 2), (["upstream", *small.learning(out=tmp_path / "run", corpus="none")], 2)):
+        cli(*argv)
+        assert len(called) == times, argv
 
 
 @pytest.mark.parametrize("given, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0"), ({"GOMP_SPINCOUNT": ""}, "1000")])
