@@ -150,7 +150,11 @@ def _expect_apart(folders: list[Path]) -> None:
     seen: dict[tuple[str, str], Path] = {}
     for own in folders if len(folders) > 1 else ():
         if all((own / name).is_file() for name in ("adapter.json", "adapter.safetensors")):
-            other = seen.setdefault((read_header(own)["axis"], digest(own / "adapter.safetensors")), own)
+            try:
+                key = read_header(own)["axis"], digest(own / "adapter.safetensors")
+            except OSError:  # told where it is loaded
+                continue
+            other = seen.setdefault(key, own)
             if other is not own:
                 raise AdapterError(f"{own}: attached twice; expected each module once" + ("" if other.resolve() == own.resolve() else f" ({other} is the same)"))
 

@@ -308,14 +308,18 @@ def _over_files(paths: tuple[str, ...]) -> tuple[dict[str, dict], list[str]]:
                    "n": [table[name]["n"] for table in tables]} for name in common}, notes
 
 
+LARGEST = 1e150  # its square is a float
+
+
 def read_measures(path: str) -> dict[str, dict]:
     """name -> the measure as `evaluate --json` writes it."""
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))["measures"]
         found = {row["name"]: {key: row[key] for key in ("value", "unit", "ideal", "n")} for row in rows}
-        if not all(isinstance(name, str) and isinstance(m["unit"], str) and all(m[key] is None or type(m[key]) in (int, float) and abs(m[key]) < 1e150 for key in ("value", "ideal", "n"))
-                   for name, m in found.items()):
+        if not all(isinstance(name, str) and isinstance(m["unit"], str) and all(m[key] is None or type(m[key]) in (int, float) for key in ("value", "ideal", "n")) for name, m in found.items()):
             raise ValueError
+        if large := next((name for name, m in found.items() for key in ("value", "ideal", "n") if m[key] is not None and not abs(m[key]) < LARGEST), None):
+            raise DataError(f"{path}: {large}: expected figures below {LARGEST:g}, of which there is a spread, got {found[large]['value']}")
         return found
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None

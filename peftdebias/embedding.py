@@ -91,7 +91,7 @@ class Debiased:
     Threads may share it: answers are computed one after another, each by all of torch's threads. A `without` block is its thread's alone; others wait for its end.
 
     precision: as lowered.autocast has it; `export` writes float32 whatever it is. On a CPU the matrices rounded to bf16 are kept, two bytes a number, and made again where somebody
-    wrote to the parameters, not where to their `data` alone.
+    wrote to the parameters, not where to a few numbers of their `data` alone.
     """
 
     def __init__(self, run: checkpoint.Run, name: str = "model", precision: str = "float32"):

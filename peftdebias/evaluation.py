@@ -170,7 +170,7 @@ def predict(settings: Predict) -> list[str]:
     expect(Predict, settings)
     device = pick_device(settings.device)
     precision = pick_precision(settings.precision, device)
-    keep_apart({"--out": settings.out}, [settings.file or "-", *checkpoint.files_of(settings.run)])
+    keep_apart({"--out": settings.out or "-"}, [settings.file or "-", *checkpoint.files_of(settings.run)])
     with writing(settings.out) as file:
         run = checkpoint.load_run(settings.run, device=device)
         if run.model.classifier is None:

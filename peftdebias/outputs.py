@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -218,6 +219,9 @@ def keep_apart(outs: dict[str, str | Path | None], inputs: Iterable[str | Path |
         raise ConfigError(f"{streamed[1]} {outs[streamed[1]]}: standard output is the place of {streamed[0]} too; expected two")
     outs = {flag: Path(out) for flag, out in outs.items() if out not in (None, "-")}
     there = [path for name in inputs if name is not None and os.path.exists(path := Path("/dev/stdin" if str(name) == "-" else name))]
+    for flag in streamed:
+        if (path := next(filter(_is_standard_output, there), None)) is not None:  # it would be read on for as long as it is written
+            raise ConfigError(f"{flag}: standard output is {path}, which is read; expected another place")
     for flag, out in outs.items():
         if out.suffix.lower() == ".gz" and not folders:
             raise ConfigError(f"{flag} {out}: expected a name without .gz: what is written is not compressed")
@@ -229,6 +233,15 @@ def keep_apart(outs: dict[str, str | Path | None], inputs: Iterable[str | Path |
                 raise ConfigError(f"{flag} {out}: is read, as {path}; expected another place, so that nothing is lost")
         if twin := next((other for other, place in outs.items() if other != flag and place.resolve() == out.resolve()), None):
             raise ConfigError(f"{flag} {out}: is the place of {twin} too; expected two")
+
+
+def _is_standard_output(path: Path) -> bool:
+    """Whether it is the file that standard output was sent to."""
+    try:
+        ours = os.fstat(sys.stdout.fileno())
+        return stat.S_ISREG(ours.st_mode) and os.path.samestat(ours, os.stat(path))
+    except (OSError, ValueError, AttributeError):  # no descriptor, closed, none
+        return False
 
 
 def tables(axis: str | None, names: str | None = None) -> list[str]:

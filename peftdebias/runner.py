@@ -108,10 +108,18 @@ def _empty(table: dict, columns: list[dict], when: str = "") -> list[str]:
     for column in columns:
         if not any(figures(table, column, system) for system in table["systems"]):
             there = [m["name"] for row in table["rows"] if row["stage"] == column["stage"] and column["task"] in (None, row["task"]) for m in row["measures"]]
-            alike = list(dict.fromkeys(name for name in there if name.split("/")[0] == column["measure"].split("/")[0]))
+            if column["measure"] in there:
+                lines.append(f"[[column]] {column['title']}: {column['measure']} could be computed for no unit{when}")
+                continue
+            alike = list(dict.fromkeys(name for name in there if _begin(name) == _begin(column["measure"])))
             expected = f"; expected {', '.join(alike[:8])}{', ...' if len(alike) > 8 else ''}" if alike else ""
             lines.append(f"[[column]] {column['title']}: no unit has {column['measure']}{when}{expected}")
     return lines
+
+
+def _begin(measure: str) -> str:
+    """How a measure's name begins, whichever system and file it is of: an entry of evaluation.GIVES."""
+    return re.sub("^(base|only-[^/]+)/", "", measure).split(" (")[0].split("/")[0]
 
 
 def _whole_path(path: str | Path) -> str:
@@ -178,7 +186,7 @@ class _Runner:
         tasks = [task for task in self.recipe.tasks if task.stage == column.stage and column.task in (None, task.name)]
         entries = self.recipe.upstream.measures if column.stage == "upstream" else [entry for task in tasks for entry in task.entries]
         first = [begin for entry in entries for begin in evaluation.GIVES[entry.partition("=")[0]]]
-        if re.sub("^(base|only-[^/]+)/", "", column.measure).split(" (")[0].split("/")[0] not in first:
+        if _begin(column.measure) not in first:
             raise ConfigError(f"{self.recipe.path}: [[column]] {column.title}: measure: expected {', '.join(dict.fromkeys(first)) or 'none'} or what begins so, which are "
                               f"measured there, got {column.measure!r}")
 

@@ -142,6 +142,10 @@ def test_scores_round_trained_matrices_once_too_and_keep_them_for_their_caller(a
     with torch.no_grad():
         weight.add_(1)
     assert torch.equal(answer(), expected()) and torch.equal(answer("float32"), F.linear(x, weight, bias))
+    weight.grad = torch.ones_like(weight)
+    before = weight._version
+    torch.optim.SGD([weight], lr=1e-2, fused=True).step()
+    assert weight._version == before and torch.equal(answer(), expected())  # a step that counts no writes
 
 
 def test_what_a_training_rounds_beforehand():

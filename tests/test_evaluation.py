@@ -276,6 +276,10 @@ def test_a_file_is_labelled_by_stretches(small, runs, tmp_path, monkeypatch):
     said = cli(*asked[0])
     assert said.code == 2 and f"{tmp_path / 't.csv'}:9: expected utf-8" in said.err and [json.loads(line)["text"] for line in said.out.splitlines()] == texts[:6]
     assert cli(*asked[0], "--out", tmp_path / "out.jsonl").code == 2 and not (tmp_path / "out.jsonl").exists()
+    with open(tmp_path / "t.txt", "a") as ours, monkeypatch.context() as sent:
+        sent.setattr(sys, "stdout", ours)
+        with pytest.raises(ConfigError, match="^--out: standard output is .*t.txt, which is read"):  # else it would never end
+            evaluation.predict(Predict(run=str(runs["jobs"]), file=str(tmp_path / "t.txt")))
     (tmp_path / "blank.csv").write_text("hard_text\n" + "  \n" * 4)
     said = cli("predict", runs["jobs"], tmp_path / "blank.csv", "--out", tmp_path / "out.jsonl")
     assert said.code == 2 and "no text in" in said.err and not (tmp_path / "out.jsonl").exists()

@@ -153,7 +153,7 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path):
 
 # ---------------------------------------------------------------- apart from what is read
 
-def test_what_is_read_is_not_written(tmp_path):
+def test_what_is_read_is_not_written(tmp_path, monkeypatch):
     read, other = tmp_path / "read.txt", tmp_path / "other.txt"
     read.write_text("a")
     (tmp_path / "link.txt").symlink_to(read)
@@ -175,6 +175,15 @@ def test_what_is_read_is_not_written(tmp_path):
         keep_apart({"--out": "-", "--json": None, "--stats": "-"}, [])
     with pytest.raises(ConfigError, match="^--examples /dev/stdout: standard output is the place of --json too; expected two$"):
         keep_apart({"--json": "-", "--examples": "/dev/stdout"}, [])
+    with open(read, "a") as ours:
+        monkeypatch.setattr(sys, "stdout", ours)
+        with pytest.raises(ConfigError, match=f"^--out: standard output is {read}, which is read; expected another place$"):
+            keep_apart({"--out": "-"}, [None, tmp_path / "missing", read])
+        with pytest.raises(ConfigError, match="^--out: standard output is .*hard.txt, which is read"):
+            keep_apart({"--out": "/dev/stdout"}, [tmp_path / "hard.txt"])
+        keep_apart({"--out": "-"}, [tmp_path / "missing", __file__])
+        monkeypatch.setattr(sys, "stdout", None)
+        keep_apart({"--out": "-"}, [read])
     keep_apart({"--out": f"{other}.gz"}, [read], folders=True)
     keep_apart({"--out": other, "--stats": None, "--json": "-"}, [read, "-", tmp_path / "missing"])
     other.write_text("an earlier result")

@@ -367,13 +367,18 @@ def test_a_broken_unit_is_named(ran):
     out, _, _ = ran
     path = Unit("text", 0.4, 1).folder(out) / "unit.json"
     kept = path.read_text()
-    for text in (kept[:40], json.dumps(json.loads(kept) | {"made_of": None}), json.dumps(json.loads(kept) | {"figures": {"perplexity": {"value": "3"}}})):
+    found = json.loads(kept)
+    name, figure = next(iter(found["figures"].items()))
+    broken = f"peftdebias: {path}: expected the figures of a unit, got something else; delete it and it is made again"
+    none = rf"peftdebias: .*{re.escape(name)}.*: expected a number for each seed, got .*"  # undefined: it would be made again as it is
+    for text, words in ((kept[:40], re.escape(broken)), (json.dumps(found | {"made_of": None}), re.escape(broken)), (json.dumps(found | {"figures": {name: figure | {"value": "3"}}}), re.escape(broken)),
+                        (json.dumps(found | {"figures": {name: {"value": 3}}}), re.escape(broken)), (json.dumps(found | {"figures": found["figures"] | {name: figure | {"value": None}}}), none)):
         try:
             path.write_text(text)
             said = cli("testbed", *GIVEN, "--out", out)
         finally:
             path.write_text(kept)
-        assert said.code == 2 and said.err.splitlines()[-1] == f"peftdebias: {path}: expected the figures of a unit, got something else; delete it and it is made again"
+        assert said.code == 2 and re.fullmatch(words, said.err.splitlines()[-1]), said.err
 
 
 # ---------------------------------------------------------------- the truth

@@ -430,6 +430,14 @@ def test_what_was_prepared_before_the_first_unit_was_done_is_kept_too(place, sma
     assert len(runner.run(settings).table["rows"]) == 3
 
 
+def test_what_an_empty_column_is_told():
+    rows = [{"stage": "task", "task": "jobs", "system": "FT", "seed": 0, "measures": [{"name": name, "value": value} for name, value in (("tpr-gap/rms", None), ("base/perplexity (a.txt)", 3.0))]}]
+    for measure, words in (("tpr-gap/rms", "tpr-gap/rms could be computed for no unit so far"), ("tpr-gap/worst", "no unit has tpr-gap/worst so far; expected tpr-gap/rms"),
+                           ("perplexity (b.txt)", "no unit has perplexity (b.txt) so far; expected base/perplexity (a.txt)"), ("f1", "no unit has f1 so far"), ("base/perplexity (a.txt)", None)):
+        column = {"title": "G", "stage": "task", "task": None, "measure": measure}
+        assert runner._empty({"systems": ["FT"], "rows": rows}, [column], " so far") == ([] if words is None else [f"[[column]] G: {words}"])
+
+
 def test_results_of_a_recipe_that_said_more_go_on(place, small, tmp_path):
     """Keys that recipes had once, and names under which a file was looked for; a key of today with another value is another recipe."""
     recipe, data = place

@@ -170,7 +170,7 @@ def bf16_products() -> Iterator[None]:
 @contextlib.contextmanager
 def rounding_once(trained: bool = False, kept: dict | None = None) -> Iterator[None]:
     """Inside the `with` block a parameter's matrix is rounded for the first of those products, and again when somebody has written to it or put another in its place; what is
-    written to its `data` alone is not seen. It takes two bytes a number until the block ends. trained: those that want gradients too, where nothing is trained. kept: where
+    written to a few numbers of its `data` alone is not seen. It takes two bytes a number until the block ends. trained: those that want gradients too, where nothing is trained. kept: where
     the rounded ones are kept, for further blocks."""
     token = _KEPT.set(({} if kept is None else kept, trained))
     try:
@@ -184,16 +184,18 @@ def _rounded(weight: Tensor) -> Tensor:
     owner = weight if isinstance(weight, Parameter) else weight._base  # what a slice or a transpose is of
     if kept is None or not isinstance(owner, Parameter) or (owner.requires_grad and not trained) or owner.is_inference() or not owner.is_contiguous():
         return weight.bfloat16()  # of what is made in inference mode nobody counts the writes
-    found = kept.get(id(owner))
-    if found is None or found[0] != _state(owner):
+    found, state = kept.get(id(owner)), _state(owner, trained)
+    if found is None or found[0] != state:
         with torch.inference_mode(False):  # a backward may want what a validation has rounded
-            found = kept[id(owner)] = _state(owner), owner.detach().bfloat16(), owner, owner.detach()  # held, so that neither id nor address becomes another's
+            found = kept[id(owner)] = state, owner.detach().bfloat16(), owner, owner.detach()  # held, so that neither id nor address becomes another's
     return found[1] if weight is owner else found[1].as_strided(weight.shape, weight.stride(), weight.storage_offset() - owner.storage_offset())
 
 
-def _state(parameter: Parameter) -> tuple[int, int]:
-    """What is another one after somebody has written to it or put another tensor in its place."""
-    return parameter._version, parameter.data_ptr()
+def _state(parameter: Parameter, trained: bool) -> tuple:
+    """What is another one after somebody has written to it or put another tensor in its place. trained: also by torch's fused optimizers, which count no writes and change every
+    number."""
+    some = parameter.detach().view(-1)[::max(1, parameter.numel() // 64)].sum().item() if trained else 0.0
+    return parameter._version, parameter.data_ptr(), some
 
 
 def no_bf16() -> str:

@@ -109,7 +109,8 @@ class Plan:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             made = dict(found["made_of"])
-            sum([found["parameters"], found["seconds"], found["cpu_seconds"], *(figure["value"] for figure in found["figures"].values())])  # numbers, or it raises
+            figures = [(figure["unit"], figure["ideal"], figure["value"] or 0) for figure in found["figures"].values()]
+            sum([found["parameters"], found["seconds"], found["cpu_seconds"], *(value for *_, value in figures)])  # numbers, or it raises
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
