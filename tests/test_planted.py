@@ -371,8 +371,9 @@ def test_a_broken_unit_is_named(ran):
     name, figure = next(iter(found["figures"].items()))
     broken = f"peftdebias: {path}: expected the figures of a unit, got something else; delete it and it is made again"
     none = rf"peftdebias: .*{re.escape(name)}.*: expected a number for each seed, got .*"  # undefined: it would be made again as it is
-    for text, words in ((kept[:40], re.escape(broken)), (json.dumps(found | {"made_of": None}), re.escape(broken)), (json.dumps(found | {"figures": {name: figure | {"value": "3"}}}), re.escape(broken)),
-                        (json.dumps(found | {"figures": {name: {"value": 3}}}), re.escape(broken)), (json.dumps(found | {"figures": found["figures"] | {name: figure | {"value": None}}}), none)):
+    damaged = [found | {"made_of": None}, found | {"figures": {name: figure | {"value": "3"}}}, found | {"figures": {name: {"value": 3}}}]
+    undefined = found | {"figures": found["figures"] | {name: figure | {"value": None}}}
+    for text, words in [(kept[:40], re.escape(broken)), *((json.dumps(one), re.escape(broken)) for one in damaged), (json.dumps(undefined), none)]:
         try:
             path.write_text(text)
             said = cli("testbed", *GIVEN, "--out", out)

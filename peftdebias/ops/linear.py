@@ -170,8 +170,8 @@ def bf16_products() -> Iterator[None]:
 @contextlib.contextmanager
 def rounding_once(trained: bool = False, kept: dict | None = None) -> Iterator[None]:
     """Inside the `with` block a parameter's matrix is rounded for the first of those products, and again when somebody has written to it or put another in its place; what is
-    written to a few numbers of its `data` alone is not seen. It takes two bytes a number until the block ends. trained: those that want gradients too, where nothing is trained. kept: where
-    the rounded ones are kept, for further blocks."""
+    written to a few numbers of its `data` alone is not seen. It takes two bytes a number until the block ends. trained: those that want gradients too, where nothing is trained.
+    kept: where the rounded ones are kept, for further blocks."""
     token = _KEPT.set(({} if kept is None else kept, trained))
     try:
         yield
