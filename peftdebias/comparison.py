@@ -318,8 +318,8 @@ def read_measures(path: str) -> dict[str, dict]:
         found = {row["name"]: {key: row[key] for key in ("value", "unit", "ideal", "n")} for row in rows}
         if not all(isinstance(name, str) and isinstance(m["unit"], str) and all(m[key] is None or type(m[key]) in (int, float) for key in ("value", "ideal", "n")) for name, m in found.items()):
             raise ValueError
-        if large := next((name for name, m in found.items() for key in ("value", "ideal", "n") if m[key] is not None and not abs(m[key]) < LARGEST), None):
-            raise DataError(f"{path}: {large}: expected figures below {LARGEST:g}, of which there is a spread, got {found[large]['value']}")
+        if large := next(((name, key) for name, m in found.items() for key in ("value", "ideal", "n") if m[key] is not None and not abs(m[key]) < LARGEST), None):
+            raise DataError(f"{path}: {large[0]}: {large[1]}: expected a number below {LARGEST:g}, as large a one as has a spread, got another")
         return found
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None

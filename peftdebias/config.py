@@ -11,6 +11,7 @@ from .options import SEEDS, at_least, at_most, check_seed, flag, option, setting
 
 THREADS = 1024  # few enough that what each needs fits in memory
 LEAST = 3  # tokens of a text: the special ones and one more
+ANSWERED_IN = ("float32", "bf16")  # precisions of answers, as `load` takes them too
 LEAST_SAMPLES = 40  # of a bootstrap: below, an interval's ends, 2.5 % of the samples, are no sample's
 
 
@@ -231,7 +232,7 @@ class Predict:
     max_length: int | None = option("longest text in tokens; longer ones are cut, counted and reported (default: the run's own, else 256)", None)
     batch_tokens: int = option("tokens in a batch; on a CPU it is cut to what stays in the cache", 8192)
     device: str = option("cpu, cuda, ...; auto takes a GPU where there is one", "auto")
-    precision: str = option("float32, or bf16, faster on a GPU and on a CPU with AVX-512 BF16 or AMX; probabilities then differ in their third digit", "float32", choices=("float32", "bf16"))
+    precision: str = option("float32, or bf16, faster on a GPU and on a CPU with AVX-512 BF16 or AMX; probabilities then differ in their third digit", "float32", choices=ANSWERED_IN)
 
     def __post_init__(self):
         at_least(1, self, "batch_tokens")

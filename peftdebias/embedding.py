@@ -27,6 +27,7 @@ from torch import Tensor
 from . import __version__, answers, checkpoint
 from .answers import LONGEST, cut_note, max_length
 from .batches import Batch, Sample, pack
+from .config import ANSWERED_IN
 from .encoder import Model
 from .errors import ConfigError, ModelError
 from .lowered import answering
@@ -38,7 +39,6 @@ from .training import pick_device, pick_precision
 
 KINDS = ("predict", "fill_mask", "encode")
 POOLINGS = ("first", "mean")
-PRECISIONS = ("float32", "bf16")
 
 
 def load(run: str | Path, adapters: Sequence[str | Path] = (), device: str = "cpu", force: bool = False, precision: str = "float32") -> "Debiased":
@@ -48,7 +48,7 @@ def load(run: str | Path, adapters: Sequence[str | Path] = (), device: str = "cp
     device has no such precision.
     """
     place = pick_device(device)
-    _one_of("load: precision", precision, PRECISIONS)
+    _one_of("load: precision", precision, ANSWERED_IN)
     precision = pick_precision(precision, place)
     return Debiased(checkpoint.load_run(run, adapters, place, force), str(run), precision)
 

@@ -216,8 +216,8 @@ class Lines:
             return line.removesuffix("\n").removesuffix("\r")
 
 
-BEGINNINGS = {b"\xff\xfe": "utf-16 (`iconv -f utf-16 -t utf-8` rewrites it)", b"\xfe\xff": "utf-16 (`iconv -f utf-16 -t utf-8` rewrites it)",
-              b"\x1f\x8b": "gzip (whose names end in .gz)"}  # of files that are no utf-8
+UTF_16 = "utf-16 (`iconv -f utf-16 -t utf-8` rewrites it)"
+BEGINNINGS = {b"\xff\xfe": UTF_16, b"\xfe\xff": UTF_16, b"\x1f\x8b": "gzip (whose names end in .gz)"}  # of files that are no utf-8
 
 
 def not_utf8(path, number: int, line: bytes, error: UnicodeDecodeError) -> str:

@@ -24,7 +24,7 @@ from .config import Downstream, Evaluate, Run, Upstream
 from .errors import ConfigError, DataError, PeftDebiasError
 from .files import read_object
 from .labelled import read_labelled
-from .metrics import nli
+from .metrics import bare_name, nli
 from .options import build, checked, expect, parse_settings, texts_of
 from .outputs import alone, digest, tables, write_text
 from .prepare import Splits
@@ -49,6 +49,7 @@ class Unit:
 
     @property
     def place(self) -> tuple[str, str | None]:
+        """(stage, task), as a [[column]] says whose it is."""
         return self.stage, None if self.task is None else self.task.name
 
     @property
@@ -119,7 +120,7 @@ def _empty(table: dict, columns: list[dict], when: str = "") -> list[str]:
 
 def _begin(measure: str) -> str:
     """How a measure's name begins, whichever system and file it is of: an entry of evaluation.GIVES."""
-    return re.sub("^(base|only-[^/]+)/", "", measure).split(" (")[0].split("/")[0]
+    return re.sub("^(base|only-[^/]+)/", "", bare_name(measure)).split("/")[0]
 
 
 def _whole_path(path: str | Path) -> str:
