@@ -1,5 +1,5 @@
-// The kernels of csrc/ops.cpp, written once for any processor: elementwise ops here, attention in ops_attention.h. Included by ops.cpp (portable) and by
-// ops_avx2.cpp, each with its own OPS_NAMESPACE and OPS_TABLE. What each computes is said by its twin in Python, named at its head.
+// The kernels of csrc/ops.cpp, written once for any processor: elementwise ops here, attention in ops_attention.h. Included by ops.cpp (portable),
+// ops_avx2.cpp and ops_avx512.cpp, each with its own OPS_NAMESPACE and OPS_TABLE. What each computes is said by its twin in Python, named at its head.
 
 namespace ops {
 namespace OPS_NAMESPACE {
@@ -42,7 +42,7 @@ struct Philox {
 #endif
 
     // Of a word of each counter: bit k where its low 16 bits are at most `limit`, bit k + 20 where its next 16 are.
-    static vl small(vl word, vh limit, int k) { return (vl)((vh)word <= limit) & (0x00100001ull << k); }
+    static vl small(vl word, vh limit, int k) { return (vl)((vh)word <= limit) & (uint64_t(0x00100001) << k); }
 
     // Bits 0 .. 7 of out[j]: which elements of the block with counter (c0[j], c1[j], seed's high half, c3) are kept.
     void kept(const uint32_t* c0, const uint32_t* c1, uint32_t c3, uint32_t last, uint32_t* out) const {
