@@ -6,7 +6,6 @@ What it adds over measure.py: names, JSON and Markdown. It leaves out measuring.
 import dataclasses
 import datetime
 import functools
-import importlib.metadata
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from peftdebias import processor
+from peftdebias.checkpoint import installed
 from peftdebias.outputs import write_text
 
 from . import ROOT
@@ -67,13 +67,7 @@ def slug(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
-@functools.cache
-def version(package: str) -> str | None:
-    """None where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+version = functools.cache(installed)
 
 
 @functools.cache

@@ -5,10 +5,9 @@ import torch
 from torch import Tensor
 
 from peftdebias.batches import WINDOW, Sample
+from peftdebias.tokens import MASK_SHARE
 
 from .case import Setting
-
-MASK_SHARE = 0.15
 
 
 def random_lengths(count: int, mean: float, longest: int, generator: numpy.random.Generator) -> numpy.ndarray:

@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy
 
@@ -76,14 +77,14 @@ class Cache:
             with held(partial, lambda: partial.mkdir(parents=True)):
                 written, counts = dict.fromkeys(ARRAYS, 0), {}
                 with contextlib.ExitStack() as stack:
-                    files = {name: stack.enter_context(open(partial / f"{name}.bin", "wb")) for name in ARRAYS}
+                    files = {name: stack.enter_context(self._opened(partial / f"{name}.bin")) for name in ARRAYS}
                     for block in blocks:
                         for name, kind in ARRAYS.items():
                             written[name] += self._write(files[name], getattr(block.families, name).astype(kind))
                         counts = dataclasses.asdict(block.counts)
                         yield block
                 about = {"format": FORMAT, "bytes": written, "counts": {name: counts[name] for name in counts.keys() - {"whole", "notes"}}}
-                with open(partial / "about.json", "wb") as file:
+                with self._opened(partial / "about.json") as file:
                     self._write(file, json.dumps(about, indent=1).encode())
                 with contextlib.suppress(OSError):  # another process was first
                     os.rename(partial, self.folder)
@@ -92,9 +93,28 @@ class Cache:
         finally:
             _remove(partial)
 
-    def _write(self, file, data) -> int:
+    @contextlib.contextmanager
+    def _opened(self, path: Path) -> Iterator[BinaryIO]:
+        """A file to write; its last bytes reach the disk when it is closed."""
+        with self._told():
+            file = open(path, "wb")
         try:
+            yield file
+        except BaseException:
+            with contextlib.suppress(OSError):  # what is in it is removed
+                file.close()
+            raise
+        with self._told():
+            file.close()
+
+    def _write(self, file: BinaryIO, data) -> int:
+        with self._told():
             return file.write(memoryview(data).cast("B"))
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise ConfigError(f"--cache {self.root}: cannot be written: {error.strerror}") from None
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from peftdebias.axes import LONGEST_WORD, SHAPES, Axis, is_word_character, letter_cases, word_class
+from peftdebias.config import KEEP, OCCURRENCES
 from peftdebias.errors import ConfigError
 from peftdebias.pronouns import PRONOUNS, deciding_rule
 
@@ -51,8 +52,6 @@ class Counterfactual:
     swaps: tuple[Swap, ...]
 
 
-KEEP = ("pairs", "originals", "counterfactuals")
-OCCURRENCES = ("all", "one")
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,12 @@ PACKAGES = ("tokenizers", "safetensors", "numpy", "triton")
 
 def describe_base(model: Model) -> dict:
     """What an adapter belongs to: type, layers, hidden, vocab, and the sha256 of the encoder without heads."""
+    return _sizes(model) | {"sha256": patch.base_checksum(model)}
+
+
+def _sizes(model: Model) -> dict:
     c = model.config
-    return {"type": c.kind, "layers": c.layers, "hidden": c.hidden, "vocab": c.vocab, "sha256": patch.base_checksum(model)}
+    return {"type": c.kind, "layers": c.layers, "hidden": c.hidden, "vocab": c.vocab}
 
 
 @dataclasses.dataclass
@@ -125,7 +129,7 @@ def load_adapter(folder: str | Path, model: Model, force: bool = False) -> Adapt
 
 def check_base(folder: Path, base: dict, model: Model, force: bool = False) -> None:
     """Raises AdapterError where `base` is not this model's, or warns with `force`; warns where it carries no checksum."""
-    own = {"type": model.config.kind, "layers": model.config.layers, "hidden": model.config.hidden, "vocab": model.config.vocab}
+    own = _sizes(model)
     theirs, wrong = {key: base.get(key) for key in own}, None
     if theirs != own:
         wrong = f"{folder}: made for {_named(theirs)}; expected {_named(own)}, the model given"
@@ -369,15 +373,19 @@ def base_of(path: str | Path) -> str | Path:
     return config.get("model", path)
 
 
+def installed(package: str) -> str | None:
+    """Its version; None where it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def versions(device: torch.device | None = None) -> dict:
     """What a result depends on besides its configuration: packages, this project's commit where it runs from a checkout, the device (None: that which `auto` is here)."""
     found = {"peftdebias": __version__, "python": platform.python_version(), "platform": platform.platform()}
     found["torch"] = torch.__version__  # says of what build it is, where its package may not
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
+    found |= {package: installed(package) for package in PACKAGES}
     cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
     return found | {"commit": _commit(), "device": torch.cuda.get_device_name(device) if cuda else processor.named(), "threads": torch.get_num_threads()}
 

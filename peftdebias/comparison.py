@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .config import Compare
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, short
 from .lines import Lines, place
 from .metrics import bare_name, nli
 from .metrics.compare import Spread, classification_tally, mcnemar, mean_tally, over_seeds, seed_difference
@@ -59,7 +59,7 @@ class Rows:
             if name not in row:
                 raise DataError(f"{place(self.path, line)}: expected {name!r} in a row of {self.name}, got {', '.join(row)}")
             if not isinstance(row[name], kind):
-                raise DataError(f"{place(self.path, line)}: {name}: expected {what}, got {_short(row[name])}")
+                raise DataError(f"{place(self.path, line)}: {name}: expected {what}, got {short(row[name])}")
         return [row[name] for row in self.rows]
 
     def one(self, name: str):
@@ -158,12 +158,7 @@ def _same_examples(a: Rows, b: Rows) -> None:
         for key in dict.fromkeys([*row, *other]):
             if key not in NOT_THE_EXAMPLE and row.get(key) != other.get(key):
                 raise DataError(f"{place(b.path, there)}: expected the example of {place(a.path, line)}, got another {key}: "
-                                f"{_short(other.get(key))} instead of {_short(row.get(key))}")
-
-
-def _short(value) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:40] + "..."
+                                f"{short(other.get(key))} instead of {short(row.get(key))}")
 
 
 def _classes(*sides: Rows) -> list[str]:

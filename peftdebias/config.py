@@ -11,6 +11,10 @@ from .options import SEEDS, at_least, at_most, check_seed, flag, option, setting
 
 THREADS = 1024  # few enough that what each needs fits in memory
 LEAST = 3  # tokens of a text: the special ones and one more
+UNITS = ("line", "sentence", "document")  # what a text is in a file
+ON_ERROR = ("stop", "skip")  # what a corrupt line does
+OCCURRENCES = ("all", "one")  # which attribute words a counterfactual replaces
+KEEP = ("pairs", "originals", "counterfactuals")
 ANSWERED_IN = ("float32", "bf16")  # precisions of answers, as `load` takes them too
 LEAST_SAMPLES = 40  # of a bootstrap: below, an interval's ends, 2.5 % of the samples, are no sample's
 
@@ -21,9 +25,9 @@ class Swapping:
 
     axis: str = option("axis of bias: a shipped name (gender, race, ...) or a TOML file of yours", metavar="NAME|FILE")
     from_: str | None = option("one-sided: replace words of this column of the axis alone (female, say, or its number)", None, metavar="COLUMN")
-    occurrences: str = option("a counterfactual replaces all attribute words, or one of them, so that a text gets one for each", "all", choices=("all", "one"))
+    occurrences: str = option("a counterfactual replaces all attribute words, or one of them, so that a text gets one for each", "all", choices=OCCURRENCES)
     max_variants: int | None = option("at most that many counterfactuals of a text, chosen by its hash", None)
-    keep: str = option("texts with their counterfactuals, or either alone", "pairs", choices=("pairs", "originals", "counterfactuals"))
+    keep: str = option("texts with their counterfactuals, or either alone", "pairs", choices=KEEP)
     names: str | None = option("swap first names too: without FILE by the shipped table (US, axis gender), else by yours", None, many="maybe", metavar="FILE")
 
     def __post_init__(self):
@@ -83,8 +87,8 @@ class Upstream(Swapping, Training):
     out: str = option("run folder to write", metavar="RUN")
     method: str = option("what is trained, a name that `peftdebias methods` lists; one that trains the base itself makes a base", "lora")
     column: str | None = option("column with the text, in csv, tsv and jsonl, or its number from 0 in a table without a header (default: text)", None, metavar="COL")
-    unit: str = option("what a text is: a line or row, each of its sentences, or (txt) the lines up to a blank one", "line", choices=("line", "sentence", "document"))
-    on_error: str = option("a corrupt line or record (no utf-8, no JSON, another number of fields, no text) stops the run, or is left out and counted", "stop", choices=("stop", "skip"))
+    unit: str = option("what a text is: a line or row, each of its sentences, or (txt) the lines up to a blank one", "line", choices=UNITS)
+    on_error: str = option("a corrupt line or record (no utf-8, no JSON, another number of fields, no text) stops the run, or is left out and counted", "stop", choices=ON_ERROR)
     shuffle_buffer: int = option("texts with their counterfactuals that are shuffled together, in the order of the files; a corpus of no more is shuffled whole", 131072)
     workers: int | None = option("0: batches are made between the steps; N: by a background process with N threads (default: 0 for less than 8 MiB of files, else up to 2)", None)
     cache: str | None = option("folder that keeps the tokenised texts; the next run on the same texts, axis and tokenizer reads them from there", None, metavar="DIR")
@@ -246,8 +250,8 @@ class Augment(Swapping):
     files: tuple[str, ...] = option("txt, csv, tsv or jsonl files, each also .gz, or quoted patterns (default: one text a line on standard input)", (), many="words",
                                     metavar="FILE", positional=True)
     column: str | None = option("column with the text, in csv, tsv and jsonl, or its number from 0 in a table without a header (default: text)", None, metavar="COL")
-    unit: str = option("what a text is: a line or row, each of its sentences, or (txt) the lines up to a blank one", "line", choices=("line", "sentence", "document"))
-    on_error: str = option("a corrupt line or record stops the command, or is left out and counted", "stop", choices=("stop", "skip"))
+    unit: str = option("what a text is: a line or row, each of its sentences, or (txt) the lines up to a blank one", "line", choices=UNITS)
+    on_error: str = option("a corrupt line or record stops the command, or is left out and counted", "stop", choices=ON_ERROR)
     out: str | None = option("file to write (default: standard output)", None, metavar="FILE")
     format: str = option("jsonl: a row a counterfactual, with text, counterfactual, swaps and source; lines: the texts and counterfactuals alone, one a line", "jsonl",
                          choices=("jsonl", "lines"))

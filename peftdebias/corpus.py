@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from peftdebias import lines, records, sentences
+from peftdebias.config import ON_ERROR, UNITS
 from peftdebias.errors import ConfigError, DataError
 from peftdebias.lines import BLOCK, Lines, Place, Report, Skipped, find
 from peftdebias.lines import place as _place
 from peftdebias.records import Record, json_type
 
-UNITS = ("line", "sentence", "document")
 TRUE = ("1", "1.0", "true", "yes")  # in any case
 FALSE = ("0", "0.0", "false", "no")
 
@@ -107,8 +107,8 @@ class Chunk(NamedTuple):
 def chunks(paths: Sequence[str], column: str | None = None, *, on_error: str = "stop", unit: str = "line", skipped: Skipped | None = None,
            start: Place = Place()) -> Iterator[Chunk]:
     """The texts of read_texts from `start` on, as chunks that end where they like; `paths` as `lines.find` gives them."""
-    if unit not in UNITS or on_error not in ("stop", "skip"):
-        raise ConfigError(f"corpus: expected a unit of {', '.join(UNITS)} and on_error stop or skip, got {unit} and {on_error}")
+    if unit not in UNITS or on_error not in ON_ERROR:
+        raise ConfigError(f"corpus: expected a unit of {', '.join(UNITS)} and on_error {' or '.join(ON_ERROR)}, got {unit} and {on_error}")
     files = [(path, lines.kind(path)) for path in paths]
     for path, kind in files:
         if unit == "document" and kind != "txt":

@@ -8,11 +8,11 @@ import dataclasses
 import importlib
 import os
 import platform
-from importlib import metadata
 
 import torch
 
 from . import __version__, kernels, native
+from .checkpoint import installed
 from .kernels import dispatch
 from .kernels.dropout_ref import dropout_ref
 from .ops.attention import has_varlen
@@ -44,7 +44,7 @@ def examine(device_name: str = "auto") -> Findings:
 
 def names() -> list[str]:
     """Every op that has, or could have, more than its plain twin."""
-    return sorted({"attention", *kernels.TRITON, *(op for op, _ in kernels._registry)})
+    return sorted({"attention", *kernels.TRITON, *kernels.registered()})
 
 
 def _answer(op: str, device: torch.device) -> tuple[str, str]:
@@ -55,7 +55,7 @@ def _answer(op: str, device: torch.device) -> tuple[str, str]:
 
 
 def _machine(device: torch.device) -> list[str]:
-    versions = f"peftdebias {__version__}, Python {platform.python_version()}, torch {torch.__version__}, triton {_version('triton')}"
+    versions = f"peftdebias {__version__}, Python {platform.python_version()}, torch {torch.__version__}, triton {installed('triton') or 'none'}"
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         where = f"{device}: {about.name}, compute capability {about.major}.{about.minor}, {about.total_memory / 2 ** 30:.0f} GiB, CUDA {torch.version.cuda}"
@@ -64,19 +64,12 @@ def _machine(device: torch.device) -> list[str]:
     return [f"versions      {versions}", f"device        {where}"]
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
-
-
 def _tried(device: torch.device) -> str:
     """One kernel run on the device against its plain twin, or why none was."""
     if device.type != "cuda" and not kernels.interpreted():
-        return f"{_version('triton')} is installed; it compiles for CUDA devices and does not run on {device.type}"
+        return f"{installed('triton')} is installed; it compiles for CUDA devices and does not run on {device.type}"
     if device.type == "cuda" and (why := kernels.unsuited(device.index)):
-        return f"{_version('triton')} is installed; {why}"
+        return f"{installed('triton')} is installed; {why}"
     from .kernels.dropout import dropout
 
     seed, x = torch.tensor([3], device=device), torch.ones(37, 13, device=device)

@@ -33,12 +33,11 @@ from .errors import ConfigError, ModelError
 from .lowered import answering
 from .outputs import partial_of
 from .padded import Padded, export_padded
-from .tasks import class_probabilities, in_eval, labelled_samples, scored_batches
+from .tasks import VECTORS, class_probabilities, finite, in_eval, labelled_samples, sentence_vectors
 from .tokens import Encoded
 from .training import pick_device, pick_precision
 
 KINDS = ("predict", "fill_mask", "encode")
-POOLINGS = ("first", "mean")
 
 
 def load(run: str | Path, adapters: Sequence[str | Path] = (), device: str = "cpu", force: bool = False, precision: str = "float32") -> "Debiased":
@@ -134,7 +133,8 @@ class Debiased:
     def fill_mask(self, text: str, top: int = 5) -> list[list[dict]]:
         """For each mask token in `text`, from left to right, the `top` likeliest tokens: {"token", "id", "probability"}, best first.
 
-        Several masks are answered apart, each with the others masked. Raises ModelError without a masked-LM head, ConfigError on a text without a mask token.
+        Several masks are answered apart, each with the others masked. Raises ModelError without a masked-LM head or where its scores are NaN or infinite, ConfigError on a text
+        without a mask token.
         """
         self._head("fill_mask")
         if not isinstance(text, str):
@@ -150,17 +150,19 @@ class Debiased:
         with self._answering():
             logits = _mask_logits(self.run.model, pack([Sample(ids, rows)]))
         found = logits.double().softmax(-1)[:, :vocabulary].topk(top)  # rows beyond are padding of the table
+        finite(found.values.numpy(), "probabilities of tokens")
         return [[{"token": tokenizer.backend.decode([i], skip_special_tokens=False), "id": i, "probability": p} for i, p in zip(*row)]
                 for row in zip(found.indices.tolist(), found.values.tolist())]
 
     @_one_at_a_time
     def encode(self, texts: Sequence[str], pooling: str = "first") -> Tensor:
         """[B, D], on the CPU: the last hidden state of each text's first token ("first", what a classifier reads), or the mean over its tokens, special ones
-        too ("mean"). Vectors of prompts are not among them."""
-        _one_of("pooling", pooling, POOLINGS)
+        too ("mean"). Vectors of prompts are not among them. Raises ModelError where a number of them is NaN or infinite."""
+        _one_of("pooling", pooling, VECTORS)
         encoded = self._encoded(self._texts("texts", texts))
         with self._answering():
-            return _pooled(self.run.model, [Sample(e.ids, numpy.arange(1 if pooling == "first" else len(e.ids)), None, e.segments) for e in encoded])
+            found = sentence_vectors(self.run.model, labelled_samples(encoded), pooling)
+        return torch.from_numpy(found).to(self.run.model.encoder.embeddings.word.weight.dtype)
 
     @_one_at_a_time
     def export(self, path: str | Path, what: str = "predict", *, pooling: str = "first", pairs: bool | None = None) -> Path:
@@ -176,7 +178,7 @@ class Debiased:
         path, model, tokenizer = Path(path), self.run.model, self.run.tokenizer
         _one_of("export: what", what, KINDS)
         _one_of("export: pairs", pairs, (None, True, False))
-        _one_of("pooling", pooling, POOLINGS)
+        _one_of("pooling", pooling, VECTORS)
         if path.suffix != ".pt2":
             raise ConfigError(f"export {path}: expected a file name that ends in .pt2")
         if not path.parent.is_dir() or path.is_dir():
@@ -249,13 +251,3 @@ def _one_of(what: str, value, known: Sequence) -> None:
 def _mask_logits(model: Model, batch: Batch) -> Tensor:
     """[M, V] on the CPU."""
     return model.mlm_logits(batch.to(model.device)).cpu()
-
-
-@in_eval
-def _pooled(model: Model, samples: Sequence[Sample]) -> Tensor:
-    """[B, D] on the CPU: the mean over the rows that each sample asks for."""
-    found = torch.zeros(len(samples), model.config.hidden, dtype=model.encoder.embeddings.word.weight.dtype, device="cpu")
-    for items, batch in scored_batches(model, samples):
-        for i, rows in zip(items, model.encoder(batch).cpu().to(found.dtype).split(batch.row_lengths)):
-            found[i] = rows.mean(0)
-    return found

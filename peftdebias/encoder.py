@@ -123,6 +123,7 @@ class Encoder(nn.Module):
         self.seed = torch.randint(2 ** 62, (1,), device=batch.ids.device) if self.training else None
         hidden, batch = self._embed(batch)
         linears = self._linears
+        self.written = {}  # what a pass that failed left; both would need room
         self.written = write(self.hooks, linears, hidden)
         layer = self._recomputed if self.recompute and torch.is_grad_enabled() else self._layer
         with rounded_once(hidden, self._rounded_whole(linears, all_rows) if torch.is_grad_enabled() and not self.recompute else []):
@@ -336,15 +337,18 @@ class Model(nn.Module):
                 else:
                     parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
 
+    def untie(self, table: Tensor) -> None:
+        """Gives the masked-LM a decoder of its own: a frozen copy of `table` [V, D]."""
+        self.mlm.decoder = nn.Linear(*reversed(table.shape), bias=False, device="meta")
+        self.mlm.decoder.weight = nn.Parameter(table.detach().clone(), requires_grad=False)
+
     @contextlib.contextmanager
     def frozen_decoder(self) -> Iterator[None]:
         """Inside the `with` block a tied masked-LM decoder is a frozen copy of the word embedding, which can then be trained apart from it."""
         if self.mlm is None or self.mlm.decoder is not None:
             yield
             return
-        table = self.encoder.embeddings.word.weight
-        self.mlm.decoder = nn.Linear(*reversed(table.shape), bias=False, device="meta")
-        self.mlm.decoder.weight = nn.Parameter(table.detach().clone(), requires_grad=False)
+        self.untie(self.encoder.embeddings.word.weight)
         try:
             yield
         finally:

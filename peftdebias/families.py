@@ -27,7 +27,7 @@ FEW = 20  # held-out families, fewer than which say little
 
 @dataclasses.dataclass
 class FamilyIds:
-    """Tokenised families, and what their texts were: texts read, families kept, members, how many of these were cut and by how much."""
+    """Tokenised families, and what their texts were: how many were read, and how many members of families were cut."""
 
     families: list[list[numpy.ndarray]]
     texts: int = 0

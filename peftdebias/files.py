@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import PeftDebiasError
+from .errors import PeftDebiasError, short
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -87,12 +87,6 @@ def wrong_numbers(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def short(value: object) -> str:
-    """A value of JSON in a message of one line."""
-    said = json.dumps(value)
-    return said if len(said) <= 100 else f"{said[:100]}..."
 
 
 def read_object(path: Path, raised: type[PeftDebiasError]) -> dict:

@@ -28,7 +28,7 @@ from . import checkpoint
 from .encoder import EncoderConfig, Model
 from .errors import AdapterError
 from .methods import METHODS, Method, method_class
-from .sites import TABLES, add_delta, linear_shape
+from .sites import TABLES, add_delta, linear_shape, table_rows
 from .weights import ENCODER_NAMES, from_foreign
 
 class Changed(nn.Module):
@@ -243,9 +243,8 @@ def _filled(site: str, theirs: str, host: nn.Module) -> Tensor:
 def _check_shape(site: str, theirs: str, tensor: Tensor, config: EncoderConfig) -> None:
     """Raises AdapterError where the tensor behind `site` has not the shape that the module's base has there."""
     stem, kind = _parts(site)
-    rows = {"embeddings.word": config.vocab, "embeddings.position": config.max_positions + config.position_offset, "embeddings.segment": config.segments}
-    if stem in rows:
-        shape = [rows[stem], config.hidden]
+    if stem in TABLES:
+        shape = [table_rows(config)[stem], config.hidden]
     else:
         shape = [config.hidden] if stem.endswith("norm") else list(linear_shape(config, stem))[:1 if kind == "bias" else 2]
     if list(tensor.shape) != shape:

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import numbers
 import os
+import sys
 import tomllib
 import types
 import typing
@@ -149,7 +150,7 @@ def checked(cls: type, values: dict, where: str = "") -> dict:
             value = tuple(map(_unwrapped, value)) if isinstance(value, (list, tuple)) else (_unwrapped(value),)
         else:
             value = _unwrapped(value)
-            value = float(value) if kind is float and type(value) is int else value
+            value = float(value) if kind is float and type(value) is int and abs(value) <= sys.float_info.max else value
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)) or (kind is tuple and not all(isinstance(v, str) for v in value)):
             raise ConfigError(f"{where}{name}: expected {KINDS[kind]}, got {_short(value)}")
         if (place := _place(fields[key])) and "" in (value if kind is tuple else (value,)):
@@ -218,7 +219,7 @@ def as_plain(config) -> dict:
 def _literal(text: str):
     try:
         return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # ValueError: no TOML, or an integer of thousands of digits
         return text
 
 
@@ -231,7 +232,7 @@ def _read_toml(cls: type, path: str) -> dict:
         raise ConfigError(f"--config {path}: no such file") from None
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no TOML, or an integer of thousands of digits
         raise ConfigError(f"--config {path}: expected TOML, got {error}") from None
     command = cls.__name__.lower()
     if (of := values.pop("command", command)) != command:  # a run's config.toml names its command

@@ -200,10 +200,10 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 def partial_of(path: Path) -> Path:
     """Where `path` is written until it is whole: hidden, beside it, by another name at every call, since processes of two machines or containers may have one number."""
-    return path.with_name(f".{_short(path.name)}.partial-{uuid.uuid4().hex[:12]}")
+    return path.with_name(f".{_cut(path.name)}.partial-{uuid.uuid4().hex[:12]}")
 
 
-def _short(name: str) -> str:
+def _cut(name: str) -> str:
     """With what partial_of adds it is still a name that file systems take (255 bytes)."""
     return os.fsdecode(os.fsencode(name)[:200])
 

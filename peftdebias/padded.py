@@ -17,7 +17,7 @@ from .batches import Sample, pack
 from .encoder import Model, parameter_at
 from .errors import AdapterError
 from .methods import Method
-from .sites import ACTIVATIONS, EMBED_SITE
+from .sites import ACTIVATIONS, BLOCKS, EMBED_SITE, LINEARS, TABLES
 
 
 def export_padded(padded: "Padded") -> torch.export.ExportedProgram:
@@ -38,18 +38,18 @@ class Padded(nn.Module):
         self.config, self.what, self.pooling, self.separator = model.config, what, pooling, separator
         c, hooks = model.config, model.encoder.hooks
         self.longest = model.encoder.longest
-        for site in ("embeddings.word", "embeddings.position", "embeddings.segment"):
+        for site in TABLES:
             self._put(site, hooks.value(site, parameter_at(model, site)[1]))
         self._put_norm("embeddings.norm", model)
         self.start = c.position_offset + hooks.position_shift
         self.first = self._put_vectors(model)
         self.blocks: dict[str, list] = {}
         for i in range(c.layers):
-            for kind in ("attention.query", "attention.key", "attention.value", "attention.output", "feed_forward.up", "feed_forward.down"):
+            for kind in LINEARS:
                 self._put_linear(f"layers.{i}.{kind}", model)
             if (both := hooks.key_value(i)) is not None:
                 self._put(f"layers.{i}.prefix", torch.stack(both).transpose(1, 2))  # [2, H, Q, W]
-            for block in ("attention", "feed_forward"):
+            for block in BLOCKS:
                 self._put_norm(f"layers.{i}.{block}.norm", model)
                 self.blocks[f"layers.{i}.{block}"] = [self._copy(method, model) for method in hooks.at(f"layers.{i}.{block}")]
         if what == "predict":
@@ -57,10 +57,9 @@ class Padded(nn.Module):
                 self._put(f"classifier.{part}", getattr(model.classifier, part).weight)
                 self._put(f"classifier.{part}.bias", getattr(model.classifier, part).bias)
         if what == "fill_mask":
-            head = model.mlm
-            table = hooks.base(model.encoder.embeddings.word.weight) if head.decoder is None else head.decoder.weight
+            head, (table, bias) = model.mlm, model.mlm_decoder()
             for name, tensor in (("dense", head.dense.weight), ("dense.bias", head.dense.bias), ("norm", head.norm.weight), ("norm.bias", head.norm.bias),
-                                 ("decoder.bias", head.bias)):
+                                 ("decoder.bias", bias)):
                 self._put(f"mlm.{name}", tensor)
             self.decoder = "embeddings.word" if table is hooks.value("embeddings.word", model.encoder.embeddings.word.weight) else "mlm.decoder"
             if self.decoder == "mlm.decoder":  # else one tensor serves twice, in the file too

@@ -189,7 +189,7 @@ def load(name: str) -> Recipe:
     path = find(name)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no TOML, or an integer of thousands of digits
         raise ConfigError(f"{path}: expected TOML, got {error}") from None
     return _Reader(str(path)).recipe(table)
 

@@ -266,7 +266,7 @@ class _Runner:
                  "upstream": self.overrides["upstream"], "downstream": self.overrides["downstream"]}
         asked = json.loads(json.dumps(asked))
         path = self.out / "recipe.json"
-        self.made = not self.out.exists()
+        self.made, self.claimed = not self.out.exists(), not path.exists()
         if path.exists():
             there = read_object(path, ConfigError)
             for key in asked:
@@ -284,8 +284,8 @@ class _Runner:
                 raise ConfigError(f"--out {self.out}: cannot be written: {error.strerror}") from None
 
     def give_back(self) -> None:
-        """Leaves nothing behind where nothing was done."""
-        if not any(any((self.out / folder).iterdir()) for folder in ("rows", "runs")):
+        """Leaves nothing behind where nothing was done; a folder that was claimed before stays."""
+        if self.claimed and not any(any((self.out / folder).iterdir()) for folder in ("rows", "runs")):
             for path in self.out.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             if self.made:

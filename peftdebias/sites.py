@@ -111,11 +111,15 @@ def linear_shape(config: EncoderConfig, site: str) -> tuple[int, int]:
     return config.hidden, config.hidden
 
 
+def table_rows(config: EncoderConfig) -> dict[str, int]:
+    """How many rows each of TABLES has."""
+    return dict(zip(TABLES, (config.vocab, config.max_positions + config.position_offset, config.segments)))
+
+
 def parameter_size(config: EncoderConfig, site: str) -> int:
     """How many values the parameter of a linear, its bias, or an embedding table has."""
-    tables = {"embeddings.word": config.vocab, "embeddings.position": config.max_positions + config.position_offset, "embeddings.segment": config.segments}
-    if site in tables:
-        return tables[site] * config.hidden
+    if site in TABLES:
+        return table_rows(config)[site] * config.hidden
     out_width, in_width = linear_shape(config, site.removesuffix(".bias"))
     return out_width if site.endswith(".bias") else out_width * in_width
 

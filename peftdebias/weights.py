@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import files
-from .encoder import EncoderConfig, Model
-from .errors import ModelError
+from .encoder import QKV, EncoderConfig, Model
+from .errors import ModelError, short
 from .files import read_object, wrong_numbers, write_tensors
+from .sites import table_rows
 from .tokens import Tokenizer, load_tokenizer
 
 FILES = ("config.json", "*.safetensors", "*.bin", "*.index.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
@@ -58,7 +59,6 @@ HEAD_NAMES = {
         "classifier.output": "classifier.out_proj",
     },
 }
-QKV = ("query", "key", "value")
 ARCHITECTURES = {"bert": "Bert", "roberta": "Roberta"}
 
 
@@ -198,8 +198,8 @@ def read_config(folder: Path) -> tuple[EncoderConfig, dict]:
     for key, want in (("position_embedding_type", "absolute"), ("is_decoder", False), ("add_cross_attention", False)):
         if raw.get(key, want) != want:
             raise ModelError(f"{path}: {key}: expected {want!r}, got {raw[key]!r}")
-    for key in ("pad_token_id", "max_position_embeddings"):  # from which other numbers are made
-        if not isinstance(raw.get(key, 0), int | None):
+    for key, kind_of in (("pad_token_id", int | None), ("max_position_embeddings", int)):  # from which other numbers are made
+        if not isinstance(raw.get(key, 0), kind_of):
             raise ModelError(f"{path}: {key}: expected a whole number, got {raw[key]!r}")
     pad = raw.get("pad_token_id")
     pad = (0 if kind == "bert" else 1) if pad is None else pad
@@ -367,8 +367,8 @@ def _same_layers(tensors: dict[str, Tensor], config: EncoderConfig, folder: Path
 
 def _same_sizes(found: dict[str, Tensor], config: EncoderConfig) -> None:
     """Raises ModelError where config.json asks for other widths or tables than the files hold, before anything of that size is made."""
-    for ours, *shape in (("embeddings.word.weight", config.vocab, config.hidden), ("embeddings.position.weight", config.max_positions + config.position_offset, config.hidden),
-                         ("embeddings.segment.weight", config.segments, config.hidden), ("layers.0.feed_forward.up.weight", config.feed_forward, config.hidden)):
+    shapes = {f"{table}.weight": [rows, config.hidden] for table, rows in table_rows(config).items()} | {"layers.0.feed_forward.up.weight": [config.feed_forward, config.hidden]}
+    for ours, shape in shapes.items():
         _fits(ours, found.get(ours), shape, config)
 
 
@@ -382,11 +382,11 @@ def _stored_labels(raw: dict, found: dict[str, Tensor], folder: Path) -> tuple[s
         return ()
     names = raw.get("id2label") or {str(i): f"LABEL_{i}" for i in range(output.shape[0])}
     if not isinstance(names, dict) or set(names) != {str(i) for i in range(output.shape[0])}:
-        said = f"names the labels {', '.join(names)}" if isinstance(names, dict) else f"is {files.short(names)}"
+        said = f"names the labels {', '.join(names)}" if isinstance(names, dict) else f"is {short(names)}"
         raise ModelError(f"{folder}: id2label {said}; expected 0 to {output.shape[0] - 1}, the rows of the classifier")
     labels = tuple(str(names[str(i)]) for i in range(len(names)))
     if len(set(labels)) < len(labels):
-        raise ModelError(f"{folder}: id2label: expected a label of its own for every row of the classifier, got {files.short(names)}")
+        raise ModelError(f"{folder}: id2label: expected a label of its own for every row of the classifier, got {short(names)}")
     return labels
 
 

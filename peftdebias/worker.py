@@ -209,6 +209,10 @@ def _event(head: dict, body: memoryview):
         return Ended(head["epoch"])
     if kind == "error":
         return getattr(errors, head["error"])(head["message"])
+    if kind == "system":
+        return OSError(*head["said"])
+    if kind == "memory":
+        return MemoryError(*head["said"])
     if kind == "bug":
         return RuntimeError(f"in the background process:\n{head['message']}")
     return None  # no batches
@@ -299,6 +303,10 @@ def _answer(stream: Stream, command: dict, newer: Callable[[], bool], send: Call
     except PeftDebiasError as error:
         known = next(cls.__name__ for cls in type(error).__mro__ if getattr(errors, cls.__name__, None) is cls)
         send("error", error=known, message=str(error))
+    except MemoryError as error:
+        send("memory", said=[str(one) for one in error.args])
+    except OSError as error:
+        send("system", said=[error.errno, error.strerror, *([] if error.filename is None else [str(error.filename)])])
     except Exception:
         send("bug", message=traceback.format_exc())
 

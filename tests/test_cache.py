@@ -75,6 +75,15 @@ def test_a_run_that_begins_in_the_middle_writes_no_cache(made):
     assert equal(write(made), whole) and equal(write(made), whole)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("name", ["ids.bin", "about.json"])
+def test_a_disk_that_is_full_when_the_last_bytes_are_written_is_said(made, name, monkeypatch):
+    monkeypatch.setattr(cache, "open", lambda path, mode: open("/dev/full" if Path(path).name == name else path, mode), raising=False)
+    with pytest.raises(ConfigError, match=rf"^--cache {made.cache}: cannot be written: No space left on device$"):
+        write(made)
+    assert not Path(made.cache).exists()
+
+
 def test_the_background_process_writes_and_reads_it_too(made):
     expected = write(dataclasses.replace(made, cache=None))
     for _ in range(2):

@@ -115,7 +115,7 @@ def test_files_of_one_system_on_several_test_sets_are_told(tmp_path):
 
 @pytest.mark.parametrize("change,words", [
     ({"text": "she is"}, r'/b.jsonl:3: expected the example of .*/a.jsonl:2, got another text: "she is" instead of "he is"$'),
-    ({"text": 50 * "x"}, f'got another text: "{39 * "x"}... instead of "he is"$'),
+    ({"text": 70 * "x"}, f'got another text: "{59 * "x"}... instead of "he is"$'),
     ({"label": "y"}, 'got another label: "y" instead of "x"$'), ({"extra": 1}, "got another extra: 1 instead of null$"),
     (None, "/b.jsonl: expected the 2 examples of classification that .*/a.jsonl has, got 1$"),
 ])  # fmt: skip

@@ -176,7 +176,7 @@ REST = 'model="m"\naxis="a"\ncorpus="c"\nout="o"\n'
     ("corpus = [1, 2]", r"corpus: expected a list of texts, got \(1, 2\)"), ("corpus = 5", r"corpus: expected a list of texts, got \(5,\)"), ("model = 5", "model: expected a text, got 5"),
     ('set = "rank"', "set: expected a table of options, got 'rank'"), ("set = 3", "set: expected a table of options, got 3"),
     (f'steps = "{"x" * 98}"', "steps: expected a whole number, got 'x{98}'$"), (f'steps = "{"x" * 99}"', "steps: expected a whole number, got str$"),
-    ('precision = "fp8"', "precision: expected one of auto, float32, bf16, got 'fp8'"),
+    ('precision = "fp8"', "precision: expected one of auto, float32, bf16, got 'fp8'"), (REST + f"lr = 1{'0' * 400}", "lr: expected a number, got int$"),
 ])  # fmt: skip
 def test_what_the_file_gets_wrong_is_named_with_the_file(text, words, toml):
     path = toml(text)
@@ -196,8 +196,14 @@ def test_a_file_that_is_no_toml_or_is_not_there(toml, tmp_path):
     (tmp_path / "marked.toml").write_text("\ufeff" + REST, encoding="utf-8")  # as some editors save it
     assert options.resolve(Upstream, {"config": str(tmp_path / "marked.toml")}).out == "o"
     (tmp_path / "latin.toml").write_bytes("model = 'é'".encode("latin-1"))
-    with pytest.raises(ConfigError, match="expected TOML"):
-        options.resolve(Upstream, {"config": str(tmp_path / "latin.toml")})
+    (tmp_path / "long.toml").write_text(f"steps = {'1' * 5000}")
+    (tmp_path / "deep.toml").write_text(f"steps = {'[' * 5000}")
+    for name in ("latin", "long", "deep"):
+        with pytest.raises(ConfigError, match=f"^--config {tmp_path}/{name}.toml: expected TOML, got "):
+            options.resolve(Upstream, {"config": str(tmp_path / f"{name}.toml")})
+        with pytest.raises(ConfigError, match=f"^{tmp_path}/{name}.toml: expected TOML, got "):
+            recipe.load(str(tmp_path / f"{name}.toml"))
+    assert options.parse_settings([f"a={'1' * 5000}", f"b={'[' * 5000}"]) == {"a": "1" * 5000, "b": "[" * 5000}
 
 
 def test_a_configuration_of_another_command_is_refused(toml):

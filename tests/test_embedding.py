@@ -122,6 +122,14 @@ def test_encode_is_the_first_token_or_the_mean(model):
         model.encode("text")
 
 
+def test_numbers_that_overflow_are_no_answer(model):
+    with torch.no_grad():
+        model.run.model.encoder.layers[0].feed_forward.down.bias[0] = torch.inf
+    for ask in (lambda: model.encode(TEXTS), lambda: model.encode(TEXTS, "mean"), lambda: model.fill_mask("[MASK]"), lambda: model.predict(TEXTS)):
+        with pytest.raises(ModelError, match=r"expected finite numbers, got \d+ of \d+ that are NaN or infinite: the model's own overflow$"):
+            ask()
+
+
 def test_modules_go_off_and_more_come_in(model, folders):
     assert model.methods == ("gender", "race")
     both = model.encode(TEXTS)

@@ -118,6 +118,14 @@ def test_the_card(runs, tmp_path):
     assert "## Figures\n\nNone recorded.\n" in (tmp_path / "d" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("damaged", [b"[]\n", b"\xff\n", b'{"event": "final", "loss": 3}\n', b'{"event": "final", "loss": "x", "step": 3}\n', b'{"event": "final", "measures": [{}]}\n', b"3\n"])
+def test_a_card_of_a_run_whose_record_is_damaged_has_no_figures(damaged, runs, tmp_path):
+    shutil.copytree(runs / "lora", tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(damaged)
+    done("export", tmp_path / "run", "--as", "peft", "--out", tmp_path / "out")
+    assert "## Figures\n\nNone recorded.\n" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_card_names_what_a_module_was_learnt_beside(runs, small, tmp_path):
     done("upstream", *small.learning(method="bias", set=None, adapter=runs / "prefix", steps=2), "--out", tmp_path / "onto")
     done("export", tmp_path / "onto", "--as", "merged", "--out", tmp_path / "a")

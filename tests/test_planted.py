@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -203,6 +204,22 @@ def test_a_stopped_run_keeps_what_was_done(tmp_path, monkeypatch):
     assert [str(unit) for unit in computed] == ["text 0.8, seed 0, none", "text 0.8, seed 0, bias", "labels 0.5, seed 0, none", "labels 0.5, seed 0, bias"]
     row = found_in(tmp_path / "t")["rows"][-1]
     assert all(figure["sd"] is None and "change" not in figure for figure in row["figures"].values())  # one seed has no spread
+
+
+def test_what_another_process_made_while_this_one_waited_is_not_made_again(ran, tmp_path, monkeypatch):
+    shutil.copytree(ran[0], tmp_path / "t")
+    unit = Unit("text", 0.8, 0, "lora")
+    made = unit.folder(tmp_path / "t") / "unit.json"
+    made.rename(tmp_path / "unit.json")
+
+    @contextlib.contextmanager
+    def waited(path, name):
+        (tmp_path / "unit.json").rename(made)
+        yield
+
+    monkeypatch.setattr(planted, "alone", waited)
+    monkeypatch.setattr(Plan, "run", lambda plan, unit: pytest.fail(f"{unit} is made again"))
+    assert "16 of 16 units are there" in done("testbed", *GIVEN, "--out", tmp_path / "t").err
 
 
 def test_no_unit_before_what_it_needs():

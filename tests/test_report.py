@@ -15,10 +15,11 @@ import pytest
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
+from peftdebias import evaluation  # noqa: E402
 from peftdebias.metrics.compare import over_seeds, seed_difference  # noqa: E402
 from peftdebias.metrics.tally import Difference  # noqa: E402
 from peftdebias.report.words import duration, number  # noqa: E402
-from peftdebias.report import figures, flips, page, plots, recipe, results as figures_of, sections, tables  # noqa: E402
+from peftdebias.report import figures, flips, page, plots, recipe, results as figures_of, sections, tables, words  # noqa: E402
 
 from .reports import FEW, HOSTILE, Elements, flip_row, hostile_results, hostile_runs, measure, result_folder, results, run_folder, task_measures, task_runs, titles, written  # noqa: E402
 from .small import cli, done, tree  # noqa: E402
@@ -461,6 +462,25 @@ def test_quality_is_accuracy_where_there_is_one():
     names = ("accuracy", "fprd", "fprd/fpr")  # one of each family, or those of the recipe's columns
     for columns, bias in (([], ["fprd"]), ([{"stage": "downstream", "measure": name} for name in names], ["fprd", "fprd/fpr"])):
         assert plots._pairs(types.SimpleNamespace(columns=columns), "downstream", {"FT": dict.fromkeys(names)}) == ("accuracy", bias)
+
+
+def test_measures_of_several_files_keep_their_ideal_their_meaning_and_their_rate(tmp_path):
+    """As `evaluate` names them: "fprd (a.csv)"; a class may have such a name itself."""
+    of = {"a.csv": 9.0, "b.csv": 20.0}
+    final = [measure(f"{name} ({file})", value + more, unit, None) for file, value in of.items()
+             for name, more, unit in (("perplexity", 1, "1"), ("fprd", 2, "1"), ("fprd/fpr", 0, "%"), ("fprd/term/old", 3, "%"), ("fprd/term/young (1)", 4, "%"))]
+    final += [measure("tpr-gap/class/nurse (male)", 5.0, "points"), measure("tpr-gap/class/nurse (female)", -5.0, "points"), measure("tpr-gap/rms", 5.0, "points")]
+    text, _ = written(tmp_path, run_folder(tmp_path / "run", "downstream", final=final))
+    found = Elements(text)
+    assert text.count(">lower<") == 2 and {"perplexity", "fprd", "tpr-gap"} <= {t for t in found.all("th")}
+    assert {"old", "young (1)", "nurse (male)", "nurse (female)"} <= set(found.all("th")) and not any(t.startswith("old (") for t in found.all("th"))
+    for file, value in of.items():
+        assert f"false positive rate (fprd ({file}))" in text
+    assert text.count("all texts") >= 2
+
+
+def test_every_measure_has_a_meaning():
+    assert set(words.GLOSSARY) == {begin for names in evaluation.GIVES.values() for begin in names}
 
 
 def test_a_text_of_two_is_shown_with_its_pair_and_long_names_are_cut():

@@ -19,7 +19,7 @@ from peftdebias.metrics.compare import over_seeds, seed_difference
 from peftdebias.report import report
 
 from .outside import one_thread  # noqa: F401
-from .small import cli, done
+from .small import cli, done, tree
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = '''
@@ -540,8 +540,26 @@ def test_what_is_damaged_in_its_own_folder_is_named_or_made_again(place, small, 
 def test_a_run_that_was_trained_is_kept_where_nothing_was_measured(tmp_path):
     for folder in ("data", "rows", "runs/upstream-lora-0"):
         (tmp_path / "out" / folder).mkdir(parents=True)
-    runner._Runner.give_back(types.SimpleNamespace(out=tmp_path / "out", made=True))
+    runner._Runner.give_back(types.SimpleNamespace(out=tmp_path / "out", made=True, claimed=True))
     assert (tmp_path / "out/runs/upstream-lora-0").is_dir()
+
+
+def test_what_a_user_put_beside_the_work_of_a_stopped_call_stays_where_the_next_one_fails(place, small, tmp_path, monkeypatch):
+    recipe, data = place
+    settings = Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out"), scale=0.02, systems=("FT",))
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(runner._Runner, "do", stopped)
+        runner.run(settings)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    before = tree(tmp_path / "out")
+    assert "data/jobs-train.jsonl" in before
+    with pytest.raises(PeftDebiasError, match="cuda"):
+        runner.run(dataclasses.replace(settings, device="cuda:97"))
+    assert tree(tmp_path / "out") == before
 
 
 def test_an_empty_folder_of_the_users_stays_where_nothing_was_done(place, small, tmp_path):

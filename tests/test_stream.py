@@ -342,6 +342,25 @@ def test_what_goes_wrong_in_the_process_is_said_here(file, tmp_path):
         epochs.ready()
 
 
+class Raising:
+    """Where it is unpickled, a pass over the corpus raises what `said` makes; it is None there."""
+
+    def __init__(self, said: str):
+        self.said = said
+
+    def __reduce__(self):
+        return exec, (f"import peftdebias.stream as s\ndef run(*args):\n    raise {self.said}\n    yield\ns.Stream.run = run",)
+
+
+@pytest.mark.parametrize("said, error", [("MemoryError('no memory for the sums')", MemoryError("no memory for the sums")), ("MemoryError", MemoryError()),
+                                         ("OSError(28, 'No space left on device', 'a/b')", OSError(28, "No space left on device", "a/b")),
+                                         ("OSError(5, 'Input/output error')", OSError(5, "Input/output error"))])  # fmt: skip
+def test_memory_and_disks_that_end_in_the_process_are_errors_of_the_same_kind_here(said, error, file):
+    with Epochs(dataclasses.replace(recipe(file), cache=Raising(said)), 1) as epochs, pytest.raises(type(error)) as caught:
+        epochs.ready()
+    assert (caught.value.args, getattr(caught.value, "filename", None)) == (error.args, getattr(error, "filename", None))
+
+
 class Loud:
     """Prints where it is unpickled, and is None there."""
 

@@ -325,7 +325,7 @@ def test_a_configuration_that_does_not_fit_says_so(bert, changes, words):
 
 @pytest.mark.parametrize("content, words", [
     (b"{", "expected JSON, got "), (b"", "expected JSON, got "), (b"\xff\xfe", "expected JSON, got "), (b"[]", "expected a JSON object, got list"),
-    (b"[" * 100_000, "expected JSON, got "), (b'{"vocab_size": ' + b"9" * 5000 + b"}", "expected JSON, got ")])
+    (b'{"model_type": "bert", "max_position_embeddings": null}', "max_position_embeddings: expected a whole number, got None"), (b"[" * 100_000, "expected JSON, got "), (b'{"vocab_size": ' + b"9" * 5000 + b"}", "expected JSON, got ")])
 def test_a_broken_configuration_says_so(bert, content, words):
     folder, *_ = bert
     (folder / "config.json").write_bytes(content)

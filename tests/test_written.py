@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peftdebias import kernels, methods, patch
+from peftdebias import encoder, kernels, methods, patch
 from peftdebias.methods.lora import lora_linear_ref
 from peftdebias.ops import compiled
 from peftdebias.written import lora_apart, lora_apart_ref, lora_write_ref, lora_written_ref
@@ -108,6 +108,20 @@ def test_without_and_merged_leave_nothing_to_write(written):
     patch.merge(model)
     model.encoder(batch)
     assert not written
+
+
+def test_what_a_pass_that_failed_left_is_gone_when_the_next_one_writes(written, monkeypatch):
+    """Both would have to find room, and a pass often fails for want of it."""
+    model, batch = tiny_model().requires_grad_(False), ragged_batch()
+    trained_lora(model)
+    kept, there = encoder.write, []
+    monkeypatch.setattr(encoder, "write", lambda *args: there.append(dict(model.encoder.written)) or kept(*args))
+    with monkeypatch.context() as failing, pytest.raises(MemoryError):
+        failing.setattr(encoder.Encoder, "_layer", lambda *args: (_ for _ in ()).throw(MemoryError()))
+        model.encoder(batch)
+    assert model.encoder.written
+    model.encoder(batch)
+    assert there == [{}, {}] and model.encoder.written == {}
 
 
 # ---------------------------------------------------------------- apart, on a CPU

@@ -84,6 +84,11 @@ def use(kind: str):
         _forced.reset(token)
 
 
+def registered() -> set[str]:
+    """The ops of which there is more than a twin here, whatever can run."""
+    return {op for op, _ in _registry}
+
+
 class NoKernel(LookupError):
     """A kind that was asked for by name has no such op here."""
 

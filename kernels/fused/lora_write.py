@@ -137,14 +137,14 @@ def lora_write(weights: list[Tensor], pieces: list[tuple[int, int, Tensor, Tenso
     device = weights[0].device
     for m, weight in enumerate(weights):
         _whole(f"W of matrix {m}", weight, (-1, -1), weights[0].dtype, device)
-    covered = [[False] * w.shape[0] for w in weights]
+    taken: list[list[range]] = [[] for _ in weights]
     for i, (m, first, a, b, _) in enumerate(pieces):
         _whole(f"A of piece {i}", a, (-1, weights[m].shape[1]), pieces[0][2].dtype, device)
         _whole(f"B of piece {i}", b, (-1, a.shape[0]), pieces[0][2].dtype, device)
-        rows = slice(first, first + b.shape[0])
-        if rows.stop > weights[m].shape[0] or any(covered[m][rows]):
+        rows = range(first, first + b.shape[0])
+        if first < 0 or rows.stop > weights[m].shape[0] or any(rows.start < other.stop and other.start < rows.stop for other in taken[m]):
             raise ValueError(f"lora_write, piece {i}: expected rows of matrix {m} ({weights[m].shape[0]}) that no other piece has, got {first} to {rows.stop}")
-        covered[m][rows] = [True] * b.shape[0]
+        taken[m].append(rows)
     with torch.no_grad():
         flat = _write(weights, [p[2] for p in pieces], [p[3] for p in pieces], [float(p[4]) for p in pieces], [n for p in pieces for n in p[:2]], dtype)
     return [part.view(w.shape) for part, w in zip(flat.split([w.numel() for w in weights]), weights)]

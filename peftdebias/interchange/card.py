@@ -39,14 +39,14 @@ def card(run: Path, config: dict, form: str, base: str, longest: int, onto: str 
 
 
 def _figures(run: Path) -> list[str]:
-    """A line for every figure of the last event in metrics.jsonl."""
+    """A line for every figure of the last event in metrics.jsonl; none where it is not there, or damaged."""
     try:
         events = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         last = next(e for e in reversed(events) if e.get("event") == "final")
-    except (FileNotFoundError, json.JSONDecodeError, StopIteration):
+        found = [f"- {m['name']}: {m['value']} {m.get('unit', '')}".rstrip() for m in last.get("measures", [])]
+        if found or "loss" not in last:
+            return found
+        before = next((f"{e['loss']:.4f} before, " for e in events if e.get("event") == "validation" and e.get("step") == 0), "")
+        return [f"- masked-LM loss on held-out texts, nats a masked token: {before}{last['loss']:.4f} at step {last['step']}"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
         return []
-    found = [f"- {m['name']}: {m['value']} {m.get('unit', '')}".rstrip() for m in last.get("measures", [])]
-    if found or "loss" not in last:
-        return found
-    before = next((f"{e['loss']:.4f} before, " for e in events if e.get("event") == "validation" and e.get("step") == 0), "")
-    return [f"- masked-LM loss on held-out texts, nats a masked token: {before}{last['loss']:.4f} at step {last['step']}"]

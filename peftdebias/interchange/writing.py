@@ -3,8 +3,6 @@
 import shutil
 from pathlib import Path
 
-from torch.nn import Linear, Parameter
-
 from .. import checkpoint, methods, patch, weights
 from ..errors import AdapterError, ConfigError, ModelError
 from ..outputs import FULL, files_in, keep_apart, writing_folder
@@ -64,8 +62,7 @@ def write_merged(folder: Path, run: checkpoint.Run) -> None:
     word = model.encoder.embeddings.word.weight
     kept = model.encoder.hooks.base(word)
     if model.mlm is not None and model.mlm.decoder is None and kept is not word:  # the masked-LM decoder stays the base's
-        model.mlm.decoder = Linear(*reversed(word.shape), bias=False, device="meta")
-        model.mlm.decoder.weight = Parameter(kept.detach().clone(), requires_grad=False)
+        model.untie(kept)
     weights.save_model(model, folder, run.tokenizer)
 
 

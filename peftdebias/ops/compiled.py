@@ -16,8 +16,6 @@ from ..kernels.dropout_ref import Drop, threshold_of
 
 _DROP = "plli"  # seed, site, threshold; threads
 CALLS = {
-    "ops_limit": "i",
-    "ops_level": "",
     "dropout": "plpll" + _DROP,
     "norm_forward": "plplppppppllf" + _DROP,
     "norm_backward": "plpppppppll" + _DROP,
@@ -29,6 +27,8 @@ CALLS = {
     "attention_backward": "plplplpplpplplplplppllll" + _DROP,
 }
 """The library's functions without their prefix, an argument a letter: p pointer, l int64, i int, f float, d double; what they are stands in csrc/ops.cpp."""
+LEVEL = {"ops_limit": ("i", None), "ops_level": ("", ctypes.c_int)}
+"""What says which processor's kernels run: arguments and result, which is no code."""
 
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float, "d": ctypes.c_double}
 _PLAIN = (Tensor, Parameter)
@@ -42,14 +42,14 @@ def _functions() -> dict:
             native.say_once(trouble)
         return {}
     functions = {}
-    for name, letters in CALLS.items():
+    for name, (letters, result) in ({name: (letters, ctypes.c_int) for name, letters in CALLS.items()} | LEVEL).items():
         functions[name] = getattr(found, "peftdebias_" + name)
-        functions[name].argtypes, functions[name].restype = [_TYPES[letter] for letter in letters], ctypes.c_int
+        functions[name].argtypes, functions[name].restype = [_TYPES[letter] for letter in letters], result
     return functions
 
 
 FUNCTIONS = _functions()
-"""Name in CALLS -> the function; empty where the library is not."""
+"""Name in CALLS or LEVEL -> the function; empty where the library is not."""
 
 
 def register(op: str):

@@ -54,7 +54,6 @@ def testbed(settings: Testbed, say: Callable[[str], None] = lambda line: None) -
     if os.path.exists(out) and not ((out / MARK).exists() or (out.is_dir() and not any(out.iterdir()))):
         raise ConfigError(f"--out {out}: exists and is no earlier testbed; expected a new folder")
     units = units_of(settings)
-    results = {unit: plan.result(unit) for unit in units}
     numbers = {name: settings.numbers(name) for name in ("text_strengths", "label_strengths", "method_strengths", "seeds")}
     about = {"settings": dataclasses.asdict(settings) | numbers, "versions": checkpoint.versions()}
     try:
@@ -63,15 +62,16 @@ def testbed(settings: Testbed, say: Callable[[str], None] = lambda line: None) -
             write_text(out / MARK, json.dumps(about | {"rows": None}, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
-    todo = [unit for unit in units if results[unit] is None]
-    if len(todo) < len(units):
-        say(f"{out}: {len(units) - len(todo)} of {len(units)} units are there")
-
-    def done(unit: Unit, found: dict) -> None:
-        results[unit] = found
-        say(f"{sum(r is not None for r in results.values())} of {len(units)}: {unit}, {found['seconds']:.1f} s")
-
     with alone(out / MARK, f"--out {out}"):
+        results = {unit: plan.result(unit) for unit in units}
+        todo = [unit for unit in units if results[unit] is None]
+        if len(todo) < len(units):
+            say(f"{out}: {len(units) - len(todo)} of {len(units)} units are there")
+
+        def done(unit: Unit, found: dict) -> None:
+            results[unit] = found
+            say(f"{sum(r is not None for r in results.values())} of {len(units)}: {unit}, {found['seconds']:.1f} s")
+
         run_all(plan, todo, settings.jobs, done)
     rows = summary.rows(units, results)
     found = about | {"rows": rows, "monotone": summary.monotone(rows), "units": len(units)}

@@ -5,7 +5,7 @@ from . import figures
 from .figures import Series
 from .page import Figure, Figures, Section, Table
 from .reading import Source
-from .results import Line, drawn_ends, is_floor, is_quality, lines
+from .results import Line, drawn_ends, is_floor, is_quality, is_whole, lines
 from .words import cell, count, number, stage_title, titled, unit_of
 
 BARS = "Bars are 95 % intervals, cut at what is possible"
@@ -22,7 +22,7 @@ def _pairs(source: Source, stage: str, of: dict[str, dict[str, Line]]) -> tuple[
     best = next((n for n in quality if n != "f1/macro"), quality[0] if quality else None)
     bias, families = [], set()
     for name in names:
-        if not is_quality(name) and not is_floor(name) and "/class/" not in name and "/term/" not in name and (name in listed or of_family(name) not in families):
+        if not is_quality(name) and not is_floor(name) and is_whole(name) and (name in listed or of_family(name) not in families):
             families.add(of_family(name))
             bias.append(name)
     return best, bias[:MOST_PANELS]
@@ -65,15 +65,24 @@ def one_by_one(source: Source, ident: str, key: str, part: str, title: str, mean
     """Every class or term of each system beside the baseline's."""
     blocks = []
     for number_, (stage, task) in enumerate(source.stages()):
-        of = {system: {n: line for n, line in lines(answers).items() if part in n} for system, answers in source.of(stage, task).items()}
+        every = {system: lines(answers) for system, answers in source.of(stage, task).items()}
+        files = {name.removeprefix(bare_name(name)) for found in every.values() for name in found if is_whole(name)}
+        of = {system: {_one_of(name, part, files): line for name, line in found.items() if part in name} for system, found in every.items()}
         of = {system: found for system, found in of.items() if found}
-        for at, family in enumerate(dict.fromkeys(name.split(part)[0] for found in of.values() for name in found)):
-            here = {system: {n.split(part, 1)[1]: line for n, line in found.items() if n.split(part)[0] == family} for system, found in of.items()}
-            overall = {system: lines(source.of(stage, task)[system]).get(f"{family}/fpr") for system in here}
+        for at, (family, file) in enumerate(dict.fromkeys(key[:2] for found in of.values() for key in found)):
+            here = {system: {one: line for (*key, one), line in found.items() if key == [family, file]} for system, found in of.items()}
+            overall = {system: every[system].get(f"{family}/fpr{file}") for system in here}
             baseline = source.baselines.get(stage)
             beside = {system for system in here if baseline in here and {a.same for a in source.of(stage, task)[system]} == {a.same for a in source.of(stage, task)[baseline]}}
-            blocks.append(_dots_of(f"{ident}-{key}-{number_}-{at}", stage_title(stage, task), family, here, overall, baseline, beside, key))
+            blocks.append(_dots_of(f"{ident}-{key}-{number_}-{at}", stage_title(stage, task), family + file, here, overall, baseline, beside, key))
     return Section(key, title, [meaning], blocks) if blocks else None
+
+
+def _one_of(name: str, part: str, files: set[str]) -> tuple[str, str, str]:
+    """("fprd", " (a.csv)", "gay") of "fprd/term/gay (a.csv)". files: what stands behind the names of measures on one file of several; a class may be called "nurse (male)"."""
+    family, one = name.split(part, 1)
+    file = max((file for file in files if one.endswith(file)), key=len, default="")
+    return family, file, one.removesuffix(file)
 
 
 def _dots_of(ident: str, where: str, family: str, of: dict[str, dict[str, Line]], overall: dict[str, Line | None], baseline: str | None, beside: set[str],

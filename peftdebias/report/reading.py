@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..checkpoint import adapter_folders, made_of, read_config, read_header, told_origins
 from ..config import Downstream, Evaluate, Upstream
-from ..errors import DataError
+from ..errors import DataError, short
 from ..lines import Lines, place
 from ..options import flag
 
@@ -131,11 +131,6 @@ def measures_of(rows, where: str) -> dict[str, dict]:
 def is_number(value) -> bool:
     """Whether it is one, finite and of a size that can be computed with."""
     return type(value) in (int, float) and abs(value) < 1e300
-
-
-def short(value) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def rows(path: Path) -> Iterator[tuple[str, dict]]:

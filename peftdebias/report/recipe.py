@@ -12,8 +12,8 @@ The untrained base has one row, whatever the seeds. `run` and `examples` are pat
 from pathlib import Path
 
 from ..checkpoint import is_run
-from ..errors import DataError
-from .reading import Answered, Source, command_line, is_number, measures_of, read_json, read_run, short
+from ..errors import DataError, short
+from .reading import Answered, Source, command_line, is_number, measures_of, read_json, read_run
 from .words import duration
 
 FORMAT = 1

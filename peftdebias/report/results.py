@@ -82,7 +82,7 @@ def differences(source: Source, stage: str, task: str) -> tuple[dict[str, list[D
             notes.append(f"{system}: not compared with {baseline}: no seed in common")
         elif pairs[0][0].examples and pairs[0][1].examples:
             try:
-                every = [d for d in compare_examples(str(pairs[0][0].examples), str(pairs[0][1].examples)).differences if _whole(d.name)]
+                every = [d for d in compare_examples(str(pairs[0][0].examples), str(pairs[0][1].examples)).differences if is_whole(d.name) and not is_floor(d.name)]
                 found[system] = [d for d in every if _is_of(d, *pairs[0])]
                 if others := [d.name for d in every if d not in found[system]]:
                     notes.append(f"{system}: {', '.join(others)}: not compared with {baseline}: the examples are of other data than the figures")
@@ -105,7 +105,7 @@ def by_seed(pairs: list[tuple[Answered, Answered]]) -> list[Difference]:
     found = []
     for name, rows in _both(pairs).items():
         kept = [(a["value"], b["value"]) for a, b in rows if _alike(a, b)]
-        if len(kept) >= 2 and _whole(name):
+        if len(kept) >= 2 and is_whole(name) and not is_floor(name):
             found.append(seed_difference(*zip(*kept), name=name, unit=rows[0][0]["unit"], ideal=rows[0][0]["ideal"]))
     return found
 
@@ -123,7 +123,7 @@ def _alike(one: dict, other: dict) -> bool:
 
 
 def _unlike(pairs: list[tuple[Answered, Answered]]) -> list[str]:
-    return [name for name, rows in _both(pairs).items() if _whole(name) and not all(_alike(a, b) for a, b in rows)]
+    return [name for name, rows in _both(pairs).items() if is_whole(name) and not is_floor(name) and not all(_alike(a, b) for a, b in rows)]
 
 
 def _is_of(found: Difference, first: Answered, second: Answered) -> bool:
@@ -132,8 +132,9 @@ def _is_of(found: Difference, first: Answered, second: Answered) -> bool:
     return all(there is None or math.isclose(there, value, rel_tol=1e-4, abs_tol=1e-6) for there, value in own)
 
 
-def _whole(name: str) -> bool:
-    return not any(part in name for part in ONE_BY_ONE) and not is_floor(name)
+def is_whole(name: str) -> bool:
+    """Whether a measure is of all classes and terms together, not of one of them."""
+    return not any(part in name for part in ONE_BY_ONE)
 
 
 POSSIBLE = {"%": (0.0, 100.0), "points": (0.0, 100.0)}

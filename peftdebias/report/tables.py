@@ -2,11 +2,12 @@
 
 from . import figures
 from ..errors import DataError
+from ..metrics import bare_name
 from ..metrics.tally import Difference
 from .figures import Series
 from .page import Cell, Figure, Figures, Section, Table
 from .reading import Answered, Source
-from .results import Line, by_seed, differences, drawn_ends, lines, paired
+from .results import Line, by_seed, differences, drawn_ends, is_whole, lines, paired
 from .words import GLOSSARY, STAGES, cell, count, ideal_of, interval, number, stage_title, unit_of
 
 ABOUT_COLUMNS = "Mean ± standard deviation over seeds; below it the 95 % interval (of the mean; with one seed, over the examples)"
@@ -89,7 +90,7 @@ def tables(source: Source) -> list[Section]:
     made = []
     for number_, (stage, task) in enumerate(source.stages()):
         of = {system: lines(answers) for system, answers in source.of(stage, task).items()}
-        names = [n for n in dict.fromkeys(name for found in of.values() for name in found) if "/class/" not in n and "/term/" not in n]
+        names = [n for n in dict.fromkeys(name for found in of.values() for name in found) if is_whole(n)]
         of = {system: found for system, found in of.items() if any(name in found for name in names)}
         if not names:
             continue
@@ -101,7 +102,7 @@ def tables(source: Source) -> list[Section]:
         changed, notes = differences(source, stage, task)
         if changed:
             blocks += _differences(changed, source.baselines[stage])
-        families = [f for f in GLOSSARY if any(n.split("/")[0] == f for n in names)]
+        families = [f for f in GLOSSARY if any(bare_name(n).split("/")[0] == f for n in names)]
         blocks.append(Table("What the measures mean", ("measure", "meaning"), [(f, GLOSSARY[f]) for f in families], words=True, folded=True)) if families else None
         made.append(Section(f"measures-{number_}", stage_title(stage, task), [], blocks, notes))
     return made

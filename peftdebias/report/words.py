@@ -2,6 +2,7 @@
 
 import math
 
+from ..metrics import bare_name
 from .page import Cell
 from .reading import Source
 from .results import LOWER_IS_BETTER, Line, is_floor
@@ -12,7 +13,7 @@ GLOSSARY = {
     "stereoset": "lm: share of sensible words preferred over senseless ones, ideal 100 %; ss: share in which the stereotype is preferred, ideal 50 %; icat joins "
                  "the two, ideal 100 %",
     "seat": "effect size of the association of two groups with two sets of attributes; ideal 0",
-    "weat": "effect size of the association of two groups with two sets of attributes; ideal 0",
+    "seat-mean": "effect size of the association of two groups with two sets of attributes, by the mean of a sentence's vectors; ideal 0",
     "mlm-loss": "mean negative log-likelihood of a masked token, in nats; lower is better",
     "perplexity": "exponential of the masked-LM loss; lower is better",
     "accuracy": "share of texts that get their label; ideal 100 %",
@@ -65,7 +66,7 @@ def stage_title(stage: str, task: str) -> str:
 
 
 def ideal_of(line: Line) -> str:
-    return number(line.ideal, line.unit) if line.ideal is not None else "lower" if line.name in LOWER_IS_BETTER else "chance" if is_floor(line.name) else "–"
+    return number(line.ideal, line.unit) if line.ideal is not None else "lower" if bare_name(line.name) in LOWER_IS_BETTER else "chance" if is_floor(line.name) else "–"
 
 
 def titled(source: Source, stage: str, name: str) -> str:

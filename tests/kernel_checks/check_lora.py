@@ -538,12 +538,27 @@ def test_errors(change, words):
 @pytest.mark.parametrize("change,words", [
     (lambda w, a, b: (w.t(), a, b, 0), r"W of matrix 0: expected a contiguous tensor, got strides \[1, 7\] for shape \[7, 13\]"),
     (lambda w, a, b: (w, a[:, ::2], b, 0), r"A of piece 0: expected shape \[-1, 7\], got \[2, 4\]"),
+    (lambda w, a, b: (w, a, b, -1), r"piece 0: expected rows of matrix 0 \(13\) that no other piece has, got -1 to 12"),
     (lambda w, a, b: (w, a, b, 3), r"piece 0: expected rows of matrix 0 \(13\) that no other piece has, got 3 to 16"),
 ])
 def test_errors_of_writing(change, words):
     w, a, b, first = change(torch.zeros(13, 7, device=DEVICE), torch.zeros(2, 7, device=DEVICE), torch.zeros(13, 2, device=DEVICE))
     with pytest.raises(ValueError, match=words):
         lora_write.lora_write([w], [(0, first, a, b, 1.0)], torch.float32)
+
+
+@pytest.mark.parametrize("first, apart", [(0, False), (4, False), (5, True), (9, False), (10, True)])
+def test_pieces_that_overlap_are_refused(first, apart):
+    """Rows 0 .. 4 and 10 .. 12 of 13 have one, whichever comes first."""
+    w, a = torch.zeros(13, 7, device=DEVICE), torch.zeros(2, 7, device=DEVICE)
+    there = [(0, 0, a, torch.zeros(5, 2, device=DEVICE), 1.0)] + [(0, 11, a, torch.zeros(2, 2, device=DEVICE), 1.0)] * (first != 10)
+    one = (0, first, a, torch.zeros(3, 2, device=DEVICE), 1.0)
+    for pieces in ([*there, one], [one, *there]):
+        if apart:
+            lora_write.lora_write([w], pieces, torch.float32)
+        else:
+            with pytest.raises(ValueError, match="that no other piece has"):
+                lora_write.lora_write([w], pieces, torch.float32)
 
 
 def test_a_write_counts_on_alignment_where_all_has_it(monkeypatch):
