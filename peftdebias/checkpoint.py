@@ -274,6 +274,8 @@ def read_config(run: Path) -> dict:
     for key, kind, what in (("model", str, "a text"), ("max_length", int, "a whole number")):
         if key in found and type(found[key]) is not kind:
             raise ModelError(f"{path}: {key}: expected {what}, got {found[key]!r}")
+    if not (isinstance(folders := found.get("adapter", []), list) and all(isinstance(folder, str) for folder in folders)):
+        raise ModelError(f"{path}: adapter: expected a list of texts, got {folders!r}")
     return found
 
 

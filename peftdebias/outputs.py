@@ -231,7 +231,7 @@ def keep_apart(outs: dict[str, str | Path | None], inputs: Iterable[str | Path |
         for path in there if at_stake else ():
             if os.path.samefile(out, path) or path.resolve().is_relative_to(out.resolve()):
                 raise ConfigError(f"{flag} {out}: is read, as {path}; expected another place, so that nothing is lost")
-        if twin := next((other for other, place in outs.items() if other != flag and place.resolve() == out.resolve()), None):
+        if twin := next((other for other, place in outs.items() if other != flag and os.path.realpath(place) == os.path.realpath(out)), None):
             raise ConfigError(f"{flag} {out}: is the place of {twin} too; expected two")
 
 

@@ -362,7 +362,8 @@ def test_a_module_with_numbers_that_are_none_is_refused(tmp_path):
         load_adapter(tmp_path, model)
 
 
-@pytest.mark.parametrize("written, words", [("model = 5", "model: expected a text, got 5"), ('max_length = "x"', "max_length: expected a whole number, got 'x'")])
+@pytest.mark.parametrize("written, words", [("model = 5", "model: expected a text, got 5"), ('max_length = "x"', "max_length: expected a whole number, got 'x'"),
+                                            ("adapter = 3", "adapter: expected a list of texts, got 3"), ("adapter = [3]", r"adapter: expected a list of texts, got \[3\]")])
 def test_a_run_s_configuration_is_of_the_kinds_that_are_read(written, words, tmp_path):
     (tmp_path / "config.toml").write_text(f'command = "upstream"\n{written}\n')
     with pytest.raises(ModelError, match=f"^{tmp_path}/config.toml: {words}$"):

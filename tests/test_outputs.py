@@ -399,6 +399,16 @@ def test_a_pipe_that_has_no_name_of_its_own_is_written_to():
         assert end.read() == "she\n"
 
 
+def test_a_link_onto_itself_is_named_as_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    outs = {"--out": tmp_path / "loop" / "x", "--json": tmp_path / "other"}
+    keep_apart(outs, [])
+    with pytest.raises(ConfigError, match="Too many levels of symbolic links"), writing(str(outs["--out"])) as file:
+        file.write("x")
+    with pytest.raises(ConfigError, match="loop: is the place of --json too"):
+        keep_apart({"--out": tmp_path / "loop", "--json": tmp_path / "loop"}, [])
+
+
 def test_the_standard_output_by_its_name_is_written_behind_what_is_there(tmp_path):
     (tmp_path / "a.txt").write_text("he is a king\n")
     (tmp_path / "log").write_text("kept\n")

@@ -54,6 +54,15 @@ def test_every_method_has_a_learning_rate_in_this_world():
     assert set(METHODS) <= set(units.RATES)
 
 
+def test_a_method_of_ones_own_has_none_and_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(METHODS, "lora2", "LoRA2")
+    monkeypatch.setattr(planted.methods, "method_class", lambda name: METHODS[name])
+    said = cli("testbed", "--methods", "lora2", "--out", tmp_path / "t")
+    assert said.code == 2 and said.err.splitlines()[-1].startswith("peftdebias: --methods lora2: expected a method with a learning rate in this world, some of adapter, prefix,")
+    assert not (tmp_path / "t").exists()
+    assert {unit.method for unit in planted.units_of(planted.Testbed(out="t"))} == {NONE, *METHODS.keys() - {"lora2"}}
+
+
 def found_in(out):
     return json.loads((out / "testbed.json").read_text())
 

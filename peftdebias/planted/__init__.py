@@ -25,14 +25,14 @@ from ..errors import ConfigError, PeftDebiasError
 from ..options import expect
 from ..outputs import alone, partial_of, write_text
 from . import summary
-from .units import NONE, Plan, Sizes, Unit
+from .units import NONE, RATES, Plan, Sizes, Unit
 
 MARK = "testbed.json"
 
 
 def units_of(settings: Testbed) -> list[Unit]:
     """Every unit once, seed after seed, each behind what it needs; where it stops, whole seeds are done. The classifiers' bases are those of the last text strength."""
-    names = list(dict.fromkeys((NONE, *(settings.methods or methods.METHODS))))
+    names = list(dict.fromkeys((NONE, *(settings.methods or (name for name in methods.METHODS if name in RATES)))))
     chosen, text, labels = (settings.numbers(f"{which}_strengths") for which in ("method", "text", "label"))
     units = []
     for seed in settings.numbers("seeds"):
@@ -45,8 +45,8 @@ def testbed(settings: Testbed, say: Callable[[str], None] = lambda line: None) -
     """Compute what is not there yet, write the folder, and return the table. Raises ConfigError where the folder is something else's or of other settings."""
     expect(Testbed, settings)
     for name in settings.methods:
-        if name != NONE:
-            methods.method_class(name)
+        if name != NONE and methods.method_class(name) and name not in RATES:
+            raise ConfigError(f"--methods {name}: expected a method with a learning rate in this world, some of {', '.join(name for name in methods.METHODS if name in RATES)}, got one without")
     out = Path(settings.out)
     sizes = Sizes.scaled(settings.scale)
     plan = Plan(out, settings.numbers("text_strengths")[-1], dataclasses.replace(sizes, upstream=settings.upstream_steps or sizes.upstream),
