@@ -173,14 +173,14 @@ class Padded(nn.Module):
         hidden, residual = hidden.reshape(-1, shape[-1]), residual.reshape(-1, shape[-1])
         for method in self.blocks[site]:
             hidden = method.block(site, hidden, residual, norm)
-        return norm(hidden + residual).view(shape)
+        return norm(hidden, residual).view(shape)
 
     def _linear(self, site: str, x: Tensor) -> Tensor:
         return F.linear(x, self._at(site), self._at(site + ".bias"))
 
     def _norm(self, site: str):
         weight, bias = self._at(site), self._at(site + ".bias")
-        return lambda x: F.layer_norm(x, weight.shape, weight, bias, self.config.norm_eps)
+        return lambda x, residual=None: F.layer_norm(x if residual is None else x + residual, weight.shape, weight, bias, self.config.norm_eps)
 
 
 class _Buffers:

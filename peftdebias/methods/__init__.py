@@ -149,7 +149,8 @@ class Method:
         return None, None
 
     def block(self, site: str, hidden: Tensor, residual: Tensor, norm) -> Tensor:
-        """hidden [T, D], a block's output, and residual [T, D], its input -> [T, D] that takes hidden's place; norm is the block's own LayerNorm.
+        """hidden [T, D], a block's output, and residual [T, D], its input -> [T, D] that takes hidden's place; norm(x, residual=None) is the block's own
+        LayerNorm, of x + residual where there is one.
 
         The encoder goes on with norm(result + residual), so methods stack.
         """

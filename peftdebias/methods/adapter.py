@@ -87,13 +87,13 @@ class Architecture:
     """blocks: where it stands. reads(hidden, residual, norm): what goes down. activation, scale: f and s, unless chosen otherwise."""
 
     blocks: tuple[str, ...]
-    reads: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
+    reads: Callable[[Tensor, Tensor, Callable[..., Tensor]], Tensor]
     activation: str
     scale: float = 1.0
 
 
 ARCHITECTURES = {
-    "pfeiffer": Architecture(("feed_forward",), lambda hidden, residual, norm: norm(hidden + residual), "relu"),
+    "pfeiffer": Architecture(("feed_forward",), lambda hidden, residual, norm: norm(hidden, residual), "relu"),
     "houlsby": Architecture(("attention", "feed_forward"), lambda hidden, residual, norm: hidden, "silu"),
     "parallel": Architecture(("feed_forward",), lambda hidden, residual, norm: residual, "relu", scale=4.0),
 }
@@ -145,7 +145,7 @@ class Adapter(Method):
     def sites(self, encoder_config: EncoderConfig) -> tuple[str, ...]:
         return block_sites(encoder_config, ARCHITECTURES[self.config.architecture].blocks)
 
-    def block(self, site: str, hidden: Tensor, residual: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    def block(self, site: str, hidden: Tensor, residual: Tensor, norm: Callable[..., Tensor]) -> Tensor:
         inputs = ARCHITECTURES[self.config.architecture].reads(hidden, residual, norm)
         tensors = (self.values[f"{site}.{name}"] for name in ("down.weight", "down.bias", "up.weight", "up.bias"))
         plain = hidden.dtype == torch.float64  # no kernel takes it
