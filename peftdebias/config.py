@@ -300,7 +300,7 @@ class Export:
     """Write a run for other libraries, with a card: as a plain Hugging Face model folder, a `peft` adapter folder, or a model with the module in its weights."""
 
     run: str = option("run folder of `upstream`, `downstream` or `import`", metavar="RUN", positional=True)
-    as_: str = option("hf: the run's model; peft: its module; merged: the model with its module in the weights", metavar="FORM", choices=("hf", "peft", "merged"))
+    as_: str = option("hf: the model of a run without a module; peft: a run's module; merged: the model with its module in the weights", metavar="FORM", choices=("hf", "peft", "merged"))
     out: str = option("folder to write", metavar="DIR")
     overwrite: bool = option("replace --out if it is an exported folder", False)
 
