@@ -31,6 +31,7 @@ from .tasks import class_probabilities, labelled_samples
 
 IPTTS_TEXT, IPTTS_LABEL = "Text", "bin_label"
 PAIRS_AT_ONCE = 8192
+BETWEEN = " .\n"  # between the two texts of a pair while their words are looked for or swapped: a sentence ends, so that no term and no pronoun rule reaches across
 
 
 def classification(run: Run, path: str, settings: Evaluate) -> Result:
@@ -134,7 +135,7 @@ def _terms(settings: Evaluate, entry: str) -> str:
 
 
 def _fprd(found: Answers, positive: str, terms: list[str], name: str, path: str, settings: Evaluate) -> Result:
-    texts = [e.text if e.text_pair is None else f"{e.text}\n{e.text_pair}" for e in found.examples]
+    texts = [e.text if e.text_pair is None else e.text + BETWEEN + e.text_pair for e in found.examples]
     mentioned, clusters = mentions(texts, terms), frames(texts, terms) if name == TEMPLATES else None
     try:
         measured = fprd(found.predicted, [e.label for e in found.examples], positive, mentioned, terms, clusters=clusters, name=name, seed=settings.seed, samples=settings.samples)
@@ -175,9 +176,6 @@ def bias_nli(run: Run, path: str, settings: Evaluate) -> Result:
 
 
 # ---------------------------------------------------------------- counterfactuals
-
-BETWEEN = " .\n"  # between the two texts of a pair while their words are swapped: a sentence ends, so that no pronoun rule looks across
-
 
 def counterfactual_flips(run: Run, path: str, settings: Evaluate) -> Result:
     """Answers to the texts with words of the axis, and to their counterfactuals; a txt file has a text a line, of a table the text columns are read alone."""

@@ -59,14 +59,16 @@ def stereo_set(run: Run, path: str, settings: Evaluate) -> Result:
 
 
 def association_tests(run: Run, path: str, settings: Evaluate) -> Result:
-    """Effect size and p of a SEAT or WEAT file, or of all in a folder. Equal texts of several files are read by the model once."""
+    """Effect size and p of a SEAT or WEAT file, or of all in a folder. Equal texts of several files, and texts with the same tokens, are read by the model once."""
     tests = seat.read_tests(path)
     name = "seat" if settings.sentence_vector == "first" else f"seat-{settings.sentence_vector}"
     texts = list(dict.fromkeys(text for test in tests for text in test.texts))
     longest = max_length(run.model, run.model.config.max_positions)
     encoded = run.tokenizer.encode(texts, max_length=longest)
-    vectors = sentence_vectors(run.model, [Sample(e.ids, numpy.array([0]), None, e.segments) for e in encoded], settings.sentence_vector, settings.batch_tokens)
-    place = {text: i for i, text in enumerate(texts)}
+    read = {e.ids.tobytes(): Sample(e.ids, numpy.array([0]), None, e.segments) for e in encoded}  # names that the vocabulary lacks are read alike
+    vectors = sentence_vectors(run.model, list(read.values()), settings.sentence_vector, settings.batch_tokens)
+    number = {ids: i for i, ids in enumerate(read)}
+    place = {text: number[e.ids.tobytes()] for text, e in zip(texts, encoded)}
     measures, examples, notes = [], [], cut_note(encoded, longest, path)
     for test in tests:
         s = seat.associations(vectors[[place[text] for text in test.texts]], test)

@@ -72,6 +72,8 @@ def test_a_label_without_a_stereotype_and_what_the_seed_draws():
         gender_effect(*drawn(3), LABELS, {"baker": "f"})
     first, again, other = ([(m.low, m.high) for m in gender_effect(*drawn(37), LABELS, STEREOTYPES, seed=seed)] for seed in (1, 1, 2))
     assert first == again and all(one != two for one, two in zip(first, other))
+    once = [(m.low, m.high) for m in gender_effect(*drawn(37), LABELS, STEREOTYPES, seed=1, samples=1)]
+    assert all(low == high for low, high in once) and once != first  # as many resamples as asked for
 
 
 def test_ranks_share_the_mean_of_equal_places():

@@ -144,6 +144,7 @@ def test_a_mention_is_a_whole_word_in_any_case():
     assert found[6].tolist() == [False, False, True, True, False]
     assert found[:, 2].sum() == 1 and found[7, 3] and found[8, 3]
     assert mentions(["what about l'gbt and c++ ", "c++x"], ["l'gbt", "c++"]).tolist() == [[True, True], [False, False]]
+    assert not mentions(["panafrican american food", "xc++", "african americans"], ["african american", "c++"]).any()
 
 
 def test_mentions_equal_one_regular_expression_a_term():
@@ -201,7 +202,7 @@ TERMS_OF = ["gay", "white", "african american", "american", "deaf", "old"]
 
 
 def test_texts_of_one_template_have_one_frame():
-    assert frames(["Gay men, GAY!", "african  american men", "Men of Gaytown"], TERMS_OF) == ["_ men, _!", "_ men", "men of gaytown"]
+    assert frames(["Gay men, GAY!", "african  american men", "Men of Gaytown", "Bold men"], TERMS_OF) == ["_ men, _!", "_ men", "men of gaytown", "bold men"]
     assert frames(["African American men", "african men"], ["african", "african american"]) == ["_ men", "_ men"]  # the longest term that is there
     texts, *_ = templates()
     assert len(set(frames(texts, TERMS_OF))) == 40
@@ -300,6 +301,9 @@ def test_terms_of_both_texts_of_a_pair_are_mentioned():
     examples = [Example("a", "old b", "0", None, "f:1"), Example("young a", "b", "0", None, "f:2"), Example("a", "b", "1", None, "f:3")]
     found = extrinsic._fprd(Answers(examples, ("0", "1"), np.full((3, 2), 0.5), ["0", "0", "1"], []), "1", ["old", "young"], "fprd", "f", Evaluate(model="m", samples=40))
     assert [row["terms"] for row in found.examples] == [["old"], ["young"], []]
+    across = [Example("an african", "american food", "0", None, "f:1"), Example("african\namerican food", "b", "0", None, "f:2")]  # a term is of one text
+    found = extrinsic._fprd(Answers(across, ("0", "1"), np.full((2, 2), 0.5), ["0", "0"], []), "1", TERMS, "fprd", "f", Evaluate(model="m", samples=40))
+    assert [row["terms"] for row in found.examples] == [["american"], ["african american", "american"]]
     with pytest.raises(DataError, match="^f: expected texts without the label '1' that mention an identity term, found none with any of 1: tall$"):
         extrinsic._fprd(Answers(examples, ("0", "1"), np.full((3, 2), 0.5), ["0", "0", "1"], []), "1", ["tall"], "fprd", "f", Evaluate(model="m"))
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from peftdebias import extrinsic
 from peftdebias.batches import pack
 from peftdebias.checkpoint import load_run
+from peftdebias.config import Evaluate
 from peftdebias.errors import ConfigError, DataError
 from peftdebias.metrics import nli, tally
 from peftdebias.tasks import labelled_samples
@@ -175,3 +177,14 @@ def test_evaluate_asks_every_pair_and_compare_counts_the_same(small, tmp_path, m
     said = done("evaluate", tmp_path / "a", "--on", f"bias-nli={lists}", "--neutral", "yes", "--seed", 3, "--samples", 47, "--json", tmp_path / "parts.json", "--max-length", 12)
     assert f"{lists}: {longer} pairs are longer than 12 tokens and were cut" in said.err and {m["n"] for m in json.loads((tmp_path / "parts.json").read_text())["measures"]} == {24}
     assert "3 of 24 pairs" in done("evaluate", tmp_path / "a" / "model", "--on", f"bias-nli={lists}", "--neutral", "yes", "--max-pairs", 3).err  # a folder that no run trained
+
+
+def test_neutral_is_the_likeliest_of_three_answers_though_less_than_half(tmp_path, monkeypatch):
+    """Four pairs, with 0.4, 0.6, 0.3 and 0.34 for neutral: it is the likeliest of the first, the second and the last."""
+    lists = own_lists(tmp_path / "lists", occupations="nurse\nguard\n", gendered_words="man\nwoman\n", templates="The {} works .\n")
+    given = np.array([[0.3, 0.4, 0.3], [0.1, 0.6, 0.3], [0.4, 0.3, 0.3], [0.33, 0.34, 0.33]])
+    for name, value in (("needs_classifier", ("0", "1", "2")), ("longest_of", 64), ("labelled_samples", None), ("class_probabilities", given)):
+        monkeypatch.setattr(extrinsic, name, lambda *_, value=value: value)
+    run = SimpleNamespace(config={}, model=None, tokenizer=SimpleNamespace(encode=lambda first, second, longest: [SimpleNamespace(cut=0) for _ in first]))
+    found = extrinsic.bias_nli(run, str(lists), Evaluate(model="m", examples="e.jsonl"))
+    assert [m.value for m in found.measures] == pytest.approx([0.41, 0.75, 0.25, 0.0]) and [row["predicted"] for row in found.examples] == ["1", "1", "0", "1"]

@@ -87,6 +87,8 @@ def test_equal_contexts_are_computed_once_and_equal_questions_get_the_same_bits(
     found = masked_log_probs(model, asked(), 20)
     assert sum(rows) == len({(tuple(q.ids), q.place) for q in asked()}) < 60
     assert max(sizes) <= 20
+    contexts = [(numpy.full(7, 5 + i, numpy.int32).tobytes(), 0) for i in range(5)] + [(numpy.full(21, 5, numpy.int32).tobytes(), 0)]
+    assert [(numbers.tolist(), len(batch.ids)) for numbers, batch in questions._batches(contexts, 20)] == [([0, 1], 14), ([2, 3], 14), ([4], 7), ([5], 21)]  # as many as go into it
     assert found[:5].tolist() == found[-5:].tolist()
 
 

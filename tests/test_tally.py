@@ -157,6 +157,17 @@ def test_what_rests_on_one_cluster_has_neither_interval_nor_difference():
 def test_few_clusters_that_move_alike_are_no_certainty(clusters, p):
     (found,), _ = differences(means(np.zeros(clusters), np.ones(clusters)), means(np.ones(clusters), np.ones(clusters)))
     assert found.value == 1 and found.p == pytest.approx(p)
+    (fallen,), _ = differences(means(np.ones(clusters), np.ones(clusters)), means(np.zeros(clusters), np.ones(clusters)))
+    assert fallen.value == -1 and fallen.p == found.p  # whichever way
+
+
+def test_p_is_of_both_sides():
+    """Of ten examples 7 rise and 3 fall by 1: a resample is at most 0 where 5 or more of its ten fall. P = sum over k from 5 of (10 over k) 0.3^k 0.7^(10 - k) = 0.1503;
+    p is twice that."""
+    change = np.array([1.0] * 7 + [-1] * 3)
+    for sign in (1, -1):
+        (found,), _ = differences(means(np.zeros(10), np.ones(10)), means(sign * change, np.ones(10)), samples=20_000)
+        assert found.value == pytest.approx(sign * 0.4) and found.p == pytest.approx(0.3005, abs=0.015)
 
 
 def test_errors_say_what_was_expected():

@@ -10,7 +10,9 @@ PEFTDebias paper uses it. A text mentions a term where it has it as a whole word
 figures compare on the same terms only.
 
 `fprd/script` is what the paper's released script computes: false positives over all texts (that mention z), hateful ones included, in
-place of the negatives. It is smaller where hate is frequent, and no false positive rate.
+place of the negatives. It is smaller where hate is frequent, and no false positive rate. Two departures, so that both figures are of the same
+mentions and terms: the script takes a term's letters anywhere in a text, in small letters alone, for a mention, and adds the overall share
+for every term that hateful texts alone mention.
 
 FPR(z) of a rare term is noisy and |FPR(z) - FPR| never negative, so the sum is positive for a fair model too. Its floor stands beside it
 (`fprd/shuffled`): the FPRD after the predictions are shuffled among the negatives, so that no term has anything to do with them.

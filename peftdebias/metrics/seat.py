@@ -32,6 +32,7 @@ from peftdebias.metrics.tally import Figure, Tally
 SETS = ("targ1", "targ2", "attr1", "attr2")
 PERMUTATIONS = 100_000  # as bias-bench
 BLOCK = 2**22  # numbers permuted at once
+ROUNDING = 1e-12  # of cosines: targets that lie alike have no effect size, and rounding is no sign of one
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,12 @@ def _read(path: Path) -> AssociationTest:
 # ---------------------------------------------------------------- figures
 
 def associations(vectors: np.ndarray, test: AssociationTest) -> np.ndarray:
-    """s(w) of every target, float64 [targets]. vectors: [texts, D], of test.texts in their order, none of them zero."""
+    """s(w) of every target, float64 [targets]; one number where they differ by no more than ROUNDING. vectors: [texts, D], of test.texts in their order, none zero."""
     unit = np.asarray(vectors, float)
     unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
     first, second = np.split(unit[test.targets:], [len(test.sets[2])])
-    return unit[:test.targets] @ (first.mean(0) - second.mean(0))  # mean of cosines = cosine part of the mean of unit vectors
+    s = unit[:test.targets] @ (first.mean(0) - second.mean(0))  # mean of cosines = cosine part of the mean of unit vectors
+    return s if np.ptp(s) > ROUNDING else np.full_like(s, s.mean())
 
 
 def p_value(s: np.ndarray, first: int, *, seed: int = 0) -> float:
