@@ -147,7 +147,8 @@ def mlm_loss_ref(logits: Tensor, targets: Tensor, weights: Tensor | None = None)
 @compiled.register("mlm_loss")
 def mlm_loss_compiled(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """mlm_loss_ref by csrc/ops.cpp. Saves the logits and two numbers a row; the backward writes over the logits, and autograd is told so."""
-    if logits.dim() != 2 or targets.shape != logits.shape[:1] or not compiled.takes(logits, weights):
+    fits = logits.dim() == 2 and targets.shape == logits.shape[:1] and (weights is None or weights.shape == logits.shape[1:])
+    if not fits or targets.dtype != torch.int64 or not targets.is_cpu or not compiled.takes(logits, weights):
         return mlm_loss_ref(logits, targets, weights)
     return _Loss.apply(logits.contiguous(), targets.contiguous(), weights)
 

@@ -24,7 +24,7 @@ from .test_attention import SPANS
 
 pytestmark = pytest.mark.skipif(not compiled.FUNCTIONS, reason=f"no compiled ops: {native.load()[1]}")
 
-WIDTHS = (1, 7, 13, 37, 64, 72, 768)
+WIDTHS = (1, 7, 13, 37, 64, 65, 72, 768)
 
 
 LEVELS = ("portable", "AVX2", "AVX-512")[:compiled.FUNCTIONS["ops_level"]() + 1 if compiled.FUNCTIONS else 0]
@@ -88,7 +88,7 @@ def check(compiled_op, twin, tensors: dict[str, Tensor | None], wanted: list[str
 
 # ---------------------------------------------------------------- dropout
 
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1), (13, 7), (37, 13), (65, 136), (5, 768), (300, 72), (2100, 8)])
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1), (13, 7), (37, 12), (37, 13), (65, 136), (5, 768), (300, 72), (2100, 8)])
 @pytest.mark.parametrize("seed", [0, 2 ** 31 + 7, 2 ** 62 - 5])
 def test_dropout_draws_the_mask_of_the_specification(shape, seed):
     for rate in (0.0, 0.1, 0.5, 0.999):
@@ -148,6 +148,21 @@ def test_norm_of_rows_far_from_zero(width):
     plain, expected = (gradients(norm_of(norm_ref, 0.0), tensors, [], dtype)["y"] for dtype in (torch.float32, torch.float64))
     for way in ways():
         assert (gradients(norm_of(norm_compiled, 0.0), tensors, [])["y"] - expected).abs().max() <= (plain - expected).abs().max(), way
+
+
+@pytest.mark.parametrize("width", [37, 768])
+def test_the_deviation_of_rows_very_far_from_zero(width):
+    """Between a row's largest and smallest result the mean cancels out: what is left is the deviation, which a mean that is off must not raise."""
+    hidden = drawn(50, width) + 1e5
+
+    def range_of(op, x):
+        one = torch.ones(width, dtype=x.dtype)
+        y = op(x, None, one, one * 0, 1e-5).double()
+        return y.max(1)[0] - y.min(1)[0]
+
+    exact = range_of(norm_ref, hidden.double())
+    for way in ways():
+        assert ((range_of(norm_compiled, hidden) - exact).abs() <= 3e-6 * exact).all(), way
 
 
 # ---------------------------------------------------------------- gelu
@@ -248,6 +263,12 @@ def test_attention_without_keys_gives_zeros():
         assert not found["y"][:2].any() and found["y"][2:].all() and not found["query"][:2].any(), way
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_attention_of_a_text_that_has_the_prefix_alone(rate):
+    spans = Spans.of((2, 3, 0), (0, 4, 0))
+    check(attention_of(attention_compiled, spans, rate), attention_of(attention_ref, spans, rate), attention_tensors(spans, 5, 24), NAMES)
+
+
 def test_attention_drops_the_probabilities_of_the_specification():
     """Uniform probabilities over one-hot values show the mask: that of the text and that of the prefix."""
     spans, p, rate = Spans.of((130, 20), (130, 61)), 11, 0.5
@@ -320,6 +341,29 @@ def test_adamw(count, step):
         close(dict(zip("vgmq", found)), dict(zip("vgmq", expected)), way)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 1e-8])
+def test_adamw_of_gradients_as_small_as_epsilon(scale):
+    """The root of the second moment is then no larger than epsilon, or 0: nothing moves."""
+    settings, rates = {"betas": (0.9, 0.999), "epsilon": 1e-8}, torch.tensor(optimizer.rates_at(3, 1e-2, (0.9, 0.999), 0.1))
+    state = [drawn(37), drawn(37, seed=1) * scale, drawn(37, seed=2) * scale, drawn(37, seed=3) ** 2 * scale ** 2]
+    expected = [t.double() for t in state]
+    optimizer.adamw_ref(*expected, rates.double(), **settings)
+    for way in ways():
+        found = [t.clone() for t in state]
+        optimizer.adamw_compiled(*found, rates, **settings)
+        close({"values": found[0]}, {"values": expected[0]}, way)
+
+
+def test_the_first_moments_of_adamw_are_exact():
+    """1 - beta is taken in float64: in float32 it would be off by 1e-5 of it."""
+    state, rates = [drawn(37), drawn(37, seed=1), torch.zeros(37), torch.zeros(37)], torch.tensor(optimizer.rates_at(1, 1e-2, (0.9, 0.999), 0.1))
+    expected = 0.1 * state[1].double(), 0.001 * state[1].double() ** 2
+    for way in ways():
+        found = [t.clone() for t in state]
+        optimizer.adamw_compiled(*found, rates, betas=(0.9, 0.999), epsilon=1e-8)
+        assert ((found[2] - expected[0]).abs() <= 1.5e-7 * expected[0].abs()).all() and ((found[3] - expected[1]).abs() <= 3e-7 * expected[1]).all(), way
+
+
 def test_adamw_is_seen_by_autograd():
     x, state = torch.ones(3, requires_grad=True), [torch.ones(3) for _ in range(4)]
     y = x * state[0]
@@ -360,8 +404,67 @@ def test_mlm_loss_writes_over_the_logits_and_says_so():
     assert torch.equal(scores.detach(), logits.grad)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    with pytest.raises(IndexError, match="expected targets inside the vocabulary"):
-        tasks.mlm_loss_compiled(logits, torch.tensor([1, 7, 0]))
+    for outside in (7, -1, -2 ** 40):
+        with pytest.raises(IndexError, match="expected targets inside the vocabulary"):
+            tasks.mlm_loss_compiled(logits, torch.tensor([1, outside, 0]))
+
+
+def test_the_shares_of_a_loss_over_the_whole_range_of_the_exponential():
+    """Each to a few units of its last place, down to e^-87, below which nothing is left; in whole vectors and in the rest of a row."""
+    logits = -(torch.linspace(0, 90, 2 ** 12)[:, None] + 0.01 * torch.arange(37))
+    logits[:, 0] = 0
+    exact = logits.double().softmax(-1)
+    counts = logits > -86.99
+    for way in ways():
+        given = logits.clone().requires_grad_()
+        (tasks.mlm_loss_compiled(given * 1, torch.zeros(2 ** 12, dtype=torch.int64)) * 2 ** 12).backward()  # a power of two: no rounding
+        found = given.grad.double()
+        assert ((found - exact).abs()[:, 1:] <= 6e-7 * exact[:, 1:])[counts[:, 1:]].all(), way
+        assert found[logits < -87.01].abs().max() == 0, way
+
+
+def test_the_sum_over_a_whole_vocabulary_keeps_its_digits():
+    """Equal terms round the same way each time: a float32 sum in one go would be off by 4e-5 of it."""
+    logits = torch.log(torch.tensor([[0.7], [0.55], [0.123]])).repeat(1, 30522)
+    logits[:, 0] = 0
+    targets = torch.zeros(3, dtype=torch.int64)
+    expected = tasks.mlm_loss_ref(logits.double(), targets)
+    for way in ways():
+        assert abs(float(tasks.mlm_loss_compiled(logits * 1, targets).double() - expected)) < 6e-6, way
+
+
+@pytest.mark.parametrize("width", [5, 16, 37])
+def test_one_far_above_the_rest_wherever_it_stands(width):
+    """A logit or a score 200 above all others and 100 below 0, in each place in turn: it takes everything, nothing overflows and nothing vanishes."""
+    logits = 200 * torch.eye(width) - 300
+    spans, value = Spans.of((width,), (width,)), drawn(width, 1, width, seed=1)
+    for way in ways():
+        given = logits.clone().requires_grad_()
+        loss = tasks.mlm_loss_compiled(given * 1, torch.arange(width))
+        loss.backward()
+        assert abs(float(loss.detach())) < 1e-6 and float(given.grad.abs().max()) < 1e-6, way
+        found = attention_compiled((200 * torch.eye(width)[:, None] - 300) * width ** 0.5, torch.eye(width)[:, None], value, spans)
+        assert torch.equal(found, value), way
+
+
+def test_what_does_not_fit_is_not_handed_to_c():
+    """Heads and widths that differ, targets of another type, weights of another length, a seed or rates of another size: C would read other memory."""
+    spans, x, seed = Spans.of((5,), (5,)), torch.zeros(5, 2, 4), torch.tensor([5])
+    for key, value, prefix in ((x[:, :1], x[:, :1], None), (x[..., :3], x[..., :3], None), (x, torch.zeros(5, 2, 6), None), (x, x, (x[:, :1], x[:, :1])), (x, x, (x[:3], x[:2]))):
+        with pytest.raises(ValueError, match=r"attention: expected keys, values and a prefix with heads \(2, 4\) like the queries, got \(5, "):
+            attention_compiled(x, key, value, spans, prefix)
+    logits, targets = drawn(4, 7), torch.tensor([1, 2, 3, 6])
+    with pytest.raises(RuntimeError, match="expected target dtype to be Long or Byte, but got Int"):
+        tasks.mlm_loss_compiled(logits, targets.int())
+    torch.testing.assert_close(tasks.mlm_loss_compiled(logits, targets.byte()), tasks.mlm_loss_compiled(logits, targets))
+    for many in (6, 8):
+        with pytest.raises(RuntimeError, match="weight tensor should be defined either for all 7 classes or no classes"):
+            tasks.mlm_loss_compiled(logits, targets, torch.ones(many))
+    for wrong, words in ((seed.int(), r"torch.int32 \[1\]"), (seed.float(), r"torch.float32 \[1\]"), (seed[:0], r"torch.int64 \[0\]")):
+        with pytest.raises(ValueError, match=rf"dropout: expected a seed of int64 \[1\] on the cpu, got {words} on cpu"):
+            dropout_compiled(logits, 0.5, wrong, 1)
+    with pytest.raises(ValueError, match="unpack"):
+        optimizer.adamw_compiled(*(torch.ones(3) for _ in range(4)), torch.ones(1), betas=(0.9, 0.999), epsilon=1e-8)
 
 
 # ---------------------------------------------------------------- who runs, and where

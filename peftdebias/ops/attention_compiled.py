@@ -19,13 +19,16 @@ from .attention import Prefix, attention_padded
 
 @compiled.register("attention")
 def attention_compiled(query: Tensor, key: Tensor, value: Tensor, spans: Spans, prefix: Prefix | None = None, drop: Drop | None = None) -> Tensor:
-    """attention_ref by csrc/ops.cpp. Raises ValueError where the spans do not add up to the rows."""
+    """attention_ref by csrc/ops.cpp. Raises ValueError where the spans do not add up to the rows, or heads differ in number or width."""
     both = prefix or (None, None)
     if not compiled.takes(query, key, value, *both):
         return attention_padded(query, key, value, spans, prefix, drop)
     rows, (queries, keys) = (len(query), len(key), len(value)), (sum(spans.query_lengths), sum(spans.key_lengths))
     if rows != (queries, keys, keys):
         raise ValueError(f"attention: expected {queries} queries, {keys} keys and values, got {rows[0]}, {rows[1]} and {rows[2]}")
+    others = [tuple(x.shape) for x in (key, value, *both) if x is not None]
+    if any(shape[1:] != query.shape[1:] for shape in others) or len(set(others[2:])) > 1:
+        raise ValueError(f"attention: expected keys, values and a prefix with heads {tuple(query.shape[1:])} like the queries, got {', '.join(map(str, others))}")
     if compiled.recorded(query, key, value, *both):
         return _Attention.apply(query, key, value, *both, spans, drop)
     return _forward(query, key, value, *both, spans, drop, None)

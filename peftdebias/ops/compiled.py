@@ -94,7 +94,9 @@ def pointer(x: Tensor | None) -> int | None:
 
 
 def drawing(drop: Drop | None) -> tuple[int | None, int, int, int]:
-    """What calls that drop take at the end: seed, site, threshold, threads."""
+    """What calls that drop take at the end: seed, site, threshold, threads. Raises ValueError on a seed that C cannot read."""
     if drop is None:
         return None, 0, 0, torch.get_num_threads()
+    if drop.seed.dtype != torch.int64 or drop.seed.numel() != 1 or not drop.seed.is_cpu:
+        raise ValueError(f"dropout: expected a seed of int64 [1] on the cpu, got {drop.seed.dtype} {list(drop.seed.shape)} on {drop.seed.device}")
     return drop.seed.data_ptr(), drop.site, threshold_of(drop.rate), torch.get_num_threads()
