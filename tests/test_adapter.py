@@ -98,6 +98,19 @@ def test_by_library_products_with_gradients_written_out(activation, trained, sam
     assert ((37, 5), torch.bool if activation == "relu" and not trained else torch.float32) in own and (((37, 29), torch.float32) in own) == trained
 
 
+@pytest.mark.skipif(not compiled.FUNCTIONS, reason="no compiled ops here")
+@pytest.mark.parametrize("alone", range(6))
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_each_of_its_tensors_may_be_the_only_one_that_is_trained(activation, alone):
+    shapes, found = ((11, 29), (11, 29), (5, 29), (5,), (29, 5), (29,)), []
+    for function, kind in ((adapter_compiled, torch.float32), (adapter_ref, torch.float64)):
+        given = [torch.randn(*s, generator=torch.Generator().manual_seed(i)).to(kind).requires_grad_(i == alone) for i, s in enumerate(shapes)]
+        function(*given, activation, 0.6).square().sum().backward()
+        found.append([t.grad for t in given])
+    assert [i for i, gradient in enumerate(found[0]) if gradient is not None] == [alone]
+    assert (found[0][alone] - found[1][alone]).abs().max() <= 2e-6 * max(1.0, found[1][alone].abs().max())
+
+
 def test_untrained_up_is_zero_and_down_is_not():
     method = create("adapter", drawn_model().config, options={"architecture": "houlsby"})
     assert all(p.any() == name.endswith("down.weight") for name, p in method.parameters().items())

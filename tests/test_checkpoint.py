@@ -63,8 +63,9 @@ def test_another_base_is_taken_by_force_alone(saved):
         other.encoder.layers[0].feed_forward.up.bias[0] += 1
     with pytest.raises(AdapterError, match="made for the base with checksum .*--force"):
         load_adapter(saved, other)
-    with pytest.warns(UserWarning, match="made for the base with checksum .*; going on by force"):
+    with pytest.warns(UserWarning, match="made for the base with checksum .*; going on by force") as warned:
         found = load_adapter(saved, other, force=True)
+    assert [one.filename for one in warned] == [__file__]  # the caller's line, not the package's
     assert found.method.count() == load_adapter(saved, model_of()).method.count()
 
 
@@ -256,6 +257,21 @@ def test_only_runs_are_replaced(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("key, name, asked", [
+    *((key, "a.toml", "a.toml") for key in ("model", "corpus", "valid", "adapter", "train", "dev", "test", "cache", "axis", "names", "folder")),
+    ("corpus", "a.toml", "?.toml"), ("corpus", "a[1].toml", "a[1].toml"),
+])
+def test_a_run_that_holds_what_the_new_one_is_made_from_is_not_replaced(key, name, asked, tmp_path):
+    out = tmp_path / "run"
+    with writing_run(out, "upstream", {}):
+        pass
+    (out / name).write_text("")
+    values = {key: str(out / asked) if key in ("model", "axis", "names", "folder") else [str(out / asked)]}
+    with pytest.raises(ConfigError, match=f"^--out {out}: is read, as "), writing_run(out, "upstream", values, overwrite=True):
+        pass
+    assert (out / name).exists()
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "run", "/proc/nowhere/run"):
@@ -311,6 +327,47 @@ def test_a_downstream_run_without_its_model_does_not_answer_by_the_base(small, t
     shutil.rmtree(tmp_path / "jobs" / "model")
     said = cli("evaluate", tmp_path / "jobs", "--on", f"perplexity={small.heldout}")
     assert said.code == 2 and said.err.splitlines()[-1] == f"peftdebias: model '{tmp_path}/jobs/model': no such folder"
+
+
+def test_an_imported_run_without_its_module_is_named(tmp_path):
+    (tmp_path / "config.toml").write_text('command = "import"\n')
+    with pytest.raises(AdapterError, match=f"^{tmp_path}/adapter: expected a module, since {tmp_path}/config.toml tells of 1, found none$"):
+        checkpoint.adapter_folders(tmp_path)
+
+
+def test_a_model_folder_that_holds_another_is_itself(tmp_path):
+    for folder in (tmp_path, tmp_path / "model"):
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text("{}")
+    assert weights.find_folder(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize("size", ["layers", "hidden", "vocab"])
+def test_a_size_is_a_whole_number_and_no_truth(size):
+    with pytest.raises(ModelError, match=f"^{size}: expected a whole number of at least 1, got True$"):
+        dataclasses.replace(TINY, **{size: True})
+
+
+@pytest.mark.parametrize("found", [
+    5, {"model": 5}, {"adapter": {}}, {"adapter": [5]}, {"model": {"adapter": 5}}, {"model": {"made_of": 5}}, {"adapter": [{"made_of": {"model": 5}}]}])
+def test_origins_that_are_none_are_not_told(found):
+    assert checkpoint.told_origins({"made_of": found}) == {} == checkpoint.told_origins({})
+    sound = {"model": {"command": "upstream", "made_of": {"model": {}}}, "adapter": [{"adapter": ["a"]}]}
+    assert checkpoint.told_origins({"made_of": sound}) == sound
+
+
+def test_the_base_of_a_run_is_its_own_model_or_the_one_it_found(tmp_path):
+    (tmp_path / "config.toml").write_text('command = "downstream"\nmodel = "elsewhere"\n')
+    assert checkpoint.base_of(tmp_path) == "elsewhere"
+    (tmp_path / "model").mkdir()
+    assert checkpoint.base_of(tmp_path) == tmp_path
+
+
+def test_the_files_of_a_run_are_those_of_all_its_modules_and_no_others(tmp_path):
+    for name in ("config.toml", "adapter/adapter.json", "adapter-2/adapter.json", "model/config.json", "thesis.tex", "notes/a.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert {str(path.relative_to(tmp_path)) for path in checkpoint.files_of(tmp_path)} == {"config.toml", "adapter/adapter.json", "adapter-2/adapter.json", "model/config.json"}
 
 
 def test_a_run_whose_configuration_is_broken_is_named(tmp_path):
@@ -449,6 +506,18 @@ def test_a_module_by_another_spelling_is_the_same(tmp_path):
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(AdapterError, match="b: attached twice; expected each module once$"):
         checkpoint.attach_adapters(model, (str(tmp_path / "a"), str(tmp_path / "b")))
+
+
+def test_a_module_that_cannot_be_read_to_be_compared_is_told_of_where_it_is_loaded(tmp_path, monkeypatch):
+    def unreadable(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    model = model_of()
+    for seed, name in enumerate("ab"):
+        save_adapter(tmp_path / name, lora(model, seed), "gender", checkpoint.describe_base(model))
+    monkeypatch.setattr(checkpoint, "digest", unreadable)
+    checkpoint.attach_adapters(model, (str(tmp_path / "a"), str(tmp_path / "b")))
+    assert list(model.methods) == ["gender", "gender-2"]
 
 
 def test_a_copy_of_a_module_is_the_same_whatever_base_it_names(tmp_path):

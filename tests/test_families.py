@@ -38,9 +38,18 @@ def test_the_share_held_out_is_by_hash_and_few_are_told(small, tmp_path):
     held_out = [f for f in families(texts, load_axis("gender")) if HeldOut(0.2)(f)]
     said = learn(small, tmp_path, "\n".join(texts), valid_share=0.2)
     assert note(said)[2] == len(texts) - len(held_out) and note(said)[4] == len(held_out) and 20 <= len(held_out) < 45
-    assert "held out: only" not in said.err
+    assert "held out: only" not in said.err and "among these left out" not in said.err
     said = learn(small, tmp_path, "\n".join(texts), valid_share=0.01, overwrite=True)
     assert f"held out: only {note(said)[4]} families to choose the best step by; more come with --valid-share or a --valid file" in said.err.splitlines()
+
+
+def test_no_more_texts_validate_than_are_asked_for(small, tmp_path):
+    """Of the corpus's own and of a file's; the corpus's others stay held out all the same."""
+    texts = small.corpus.read_text()
+    said = learn(small, tmp_path, texts, valid_share=0.2, valid_texts=3)
+    assert "held out: only 3 families to choose the best step by" in said.err and note(said)[4] >= 20
+    said = learn(small, tmp_path, texts, valid=small.heldout, valid_texts=3, overwrite=True)
+    assert "held out: only 3 families to choose the best step by" in said.err and note(said)[4] == 3
 
 
 def test_both_sides_of_a_pair_are_on_one_side(small, tmp_path):
@@ -72,7 +81,7 @@ def test_what_is_learnt_from_is_what_augment_writes(flags, small, tmp_path):
 
 def test_validation_texts_of_their_own(small, tmp_path):
     said = learn(small, tmp_path, "he is a nurse\nshe is a baker\n", valid=small.heldout)
-    assert said.code == 0 and note(said) == (2, 2, 2, 4, 20)
+    assert said.code == 0 and note(said) == (2, 2, 2, 4, 20) and "held out: only" not in said.err
     (tmp_path / "bad.txt").write_text("bergen is in osaka\n")
     said = learn(small, tmp_path, "he is a nurse\n", valid=tmp_path / "bad.txt", overwrite=True)
     assert said.code == 2 and f"{tmp_path}/bad.txt: expected words of the axis gender, found none in 1 texts" in said.err

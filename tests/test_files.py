@@ -12,10 +12,10 @@ import torch
 from peftdebias import files
 from peftdebias.errors import ModelError
 from peftdebias.files import write_tensors, wrong_numbers
-from peftdebias.weights import load_model, read_tensors
+from peftdebias.weights import load_model, read_tensors, save_model
 
 from .outside import one_thread
-from .stored import assert_same, bert, message, saved, store, stored_decoder, tensors_of
+from .stored import assert_same, bert, edit_config, message, model_of, saved, store, stored_decoder, tensors_of
 
 
 def in_shards(folder, tensors, write, stem, suffix, count=3):
@@ -36,7 +36,7 @@ def test_sharded_files_with_an_index(saved):
     gone.unlink()
     assert message(lambda: load_model(folder)) == f"{folder}: expected model-00002-of-00003.safetensors, found none"
     for broken, words in (("{", "expected JSON, got "), ("[]", "expected a JSON object, got list"), *((broken, "expected a weight_map of tensors to names of files beside it, got ") for broken in (
-            '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', "{}", '{"weight_map": {"a": "../model.safetensors"}}'))):
+            '{"weight_map": [1]}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "{}", '{"weight_map": {"a": "../model.safetensors"}}'))):
         (folder / "model.safetensors.index.json").write_text(broken)
         assert message(lambda: load_model(folder)).startswith(f"{folder}/model.safetensors.index.json: {words}")
 
@@ -98,11 +98,48 @@ def test_a_bare_pickle_is_refused(bert):
     assert not (folder / "trap").exists()
 
 
+def test_loading_draws_nothing_from_the_generator_of_others(bert):
+    before = torch.get_rng_state()
+    load_model(bert[0], labels=("a", "b"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_is_made_on_the_cpu_whatever_torch_s_default_device_is(bert):
+    folder, model, _ = bert
+    with torch.device("meta"):
+        found = load_model(folder)[0]
+    assert_same(tensors_of(found), tensors_of(model))
+
+
+def test_a_configuration_that_does_not_say_that_words_are_tied_ties_them(bert):
+    folder, *_ = bert
+    for tied, new in ((None, 0), (True, 0), (False, 1)):
+        edit_config(folder, tie_word_embeddings=tied)
+        model, report = load_model(folder)
+        assert model.mlm.decoder is None and model.config.tied and len(report.new) == new
+
+
+def test_a_model_without_a_masked_lm_head_is_saved_as_one_that_ties_its_words(tmp_path):
+    """A decoder that somebody gives it later is the table, in transformers too."""
+    save_model(model_of(mlm=False, labels=("a", "b")), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is True
+    for names in ({}, None):  # labels without names
+        edit_config(tmp_path, id2label=names)
+        assert load_model(tmp_path)[0].classifier.labels == ("LABEL_0", "LABEL_1")
+
+
+def test_a_part_of_a_layer_that_nobody_knows_is_told_by_the_name_it_has(bert):
+    folder, _, tensors = bert
+    store(folder, tensors | {"bert.encoder.layer.0.output.dense.weight_scale": torch.ones(1)})
+    assert load_model(folder)[1].unused == ("bert.encoder.layer.0.output.dense.weight_scale",)
+
+
 def test_safetensors_are_preferred(saved):
     folder, model, tensors = saved
     torch.save({name: t * 0 for name, t in tensors.items()}, folder / "pytorch_model.bin")
     assert_same(tensors_of(load_model(folder)[0]), tensors_of(model))
     in_shards(folder, tensors, safetensors.torch.save_file, "model", "safetensors")
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "pytorch_model.bin")}))
     assert_same(tensors_of(load_model(folder)[0]), tensors_of(model))
     doubled = {name: t * 2 for name, t in tensors.items()}
     store(folder, doubled)  # as in transformers, one whole file comes before shards
@@ -136,20 +173,29 @@ def test_numbers_are_judged_as_what_they_become():
     assert wrong_numbers(large / 0, torch.float64) == "expected finite numbers, got 2 of 2 that are NaN or infinite"
 
 
-@pytest.mark.parametrize("tensor", [torch.empty(2**40, 0), torch.zeros(1).expand(2**20, 2**20)], ids=["empty", "strides of 0"])
+@pytest.mark.parametrize("tensor", [torch.empty(2**40, 0), torch.zeros(1).expand(2**20, 2**20), torch.zeros(1, dtype=torch.float64).expand(800)],
+                         ids=["empty", "strides of 0", "of few values, more bytes than the file"])
 def test_a_small_file_holds_no_shape_that_no_memory_does(tensor, tmp_path):
     torch.save({"a": tensor}, tmp_path / "a.bin")
     with pytest.raises(ModelError, match=rf"a.bin: a: expected no more than the file's .* bytes, got shape \{list(tensor.shape)} of "):
         files.read_tensors(tmp_path / "a.bin", ModelError)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning", "ignore:TypedStorage is deprecated:UserWarning")
 def test_what_is_neither_a_plain_tensor_nor_shallow_json_is_refused(tmp_path):
-    torch.save({"a": torch.eye(3).to_sparse()}, tmp_path / "a.bin")
-    with pytest.raises(ModelError, match="a.bin: expected tensors by name, got something else$"):
-        files.read_tensors(tmp_path / "a.bin", ModelError)
+    for found in ({"a": torch.eye(3).to_sparse()}, {"a": torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)},
+                  {"a": torch.eye(3, device="meta")}, {1: torch.eye(3)}, [torch.eye(3)]):
+        torch.save(found, tmp_path / "a.bin")
+        with pytest.raises(ModelError, match="a.bin: expected tensors by name, got something else$"):
+            files.read_tensors(tmp_path / "a.bin", ModelError)
     (tmp_path / "a.json").write_text("[" * 100_000)
     with pytest.raises(ModelError, match="a.json: expected JSON, got "):
         files.read_object(tmp_path / "a.json", ModelError)
+
+
+def test_an_object_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert files.read_object(tmp_path / "a.json", ModelError) == {"a": 1}
 
 
 def test_a_folder_in_the_place_of_weights_is_named(bert):

@@ -126,6 +126,9 @@ def test_what_is_not_trained_comes_back_bit_for_bit():
     patch.train_only(model, [p for n, p in ours.items() if ".norm." not in n])
     folded = patch.fold(model)
     assert not torch.equal(ours["encoder.layers.0.attention.norm.bias"], before["encoder.layers.0.attention.norm.bias"])
+    written = {n: p.detach().clone() for n, p in ours.items()}
+    folded.after_step({})  # the decay of none
+    assert all(torch.equal(p, written[n]) for n, p in ours.items())
     folded.after_step({id(p): 0.1 for p in ours.values()})
     folded.unfold()
     assert {n for n, p in ours.items() if not torch.equal(p, before[n])} == {

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from peftdebias import attach_to, checkpoint, methods, patch
+from peftdebias import attach_to, checkpoint, foreign, methods, patch
 from peftdebias.encoder import Model
 from peftdebias.errors import AdapterError
 from peftdebias.weights import ENCODER_NAMES, to_foreign
@@ -201,6 +201,25 @@ def test_a_table_asked_for_by_keyword_has_its_delta():
     assert own.words(input=ids).equal(own.words.weight[ids])
 
 
+def test_what_was_taken_off_has_nothing_to_say_of_a_host_that_is_sharded_later(monkeypatch):
+    model = drawn_model()
+    own = own_twin(model)
+    first, second = (attach_to(own, methods.create(name, model.config), NAMES) for name in ("bias", "lora"))
+    first.remove()
+    monkeypatch.setattr(foreign, "_sharded", lambda hosts: True)
+    first.remove()
+    with pytest.raises(AdapterError, match="^remove: FSDP has sharded the host"):
+        second.remove()
+
+
+def test_a_module_that_stands_at_some_of_the_places_already_is_attached_twice():
+    model = drawn_model()
+    own, method = own_twin(model), methods.create("lora", model.config)
+    attach_to(own, method, NAMES)
+    refused("^lora: attached twice; expected each module once$", own, method, NAMES | {"layers.0.attention.query": "blocks.0.o"})
+    assert not parametrize.is_parametrized(own.blocks[0].o)
+
+
 def test_training_moves_the_module_alone():
     model = drawn_model()
     own, (ids, mask) = own_twin(model), in_rectangle(ragged(rows="all"))
@@ -369,6 +388,7 @@ def test_missing_modules_biases_and_shapes(tmp_path):
     own.blocks[1].o.bias = None
     refused(r"layers.1.attention.output.bias \(blocks.1.o.bias\): expected a tensor, found none", own, methods.create("bias", model.config), NAMES)
     attach_to(own, methods.create("ia3", model.config, options=dict(outputs=("output",))), NAMES)  # scales a weight without bias all the same
+    assert not parametrize.is_parametrized(own.blocks[0].down, "bias")  # whose input alone is scaled
 
 
 def test_transformers_is_not_imported():

@@ -149,6 +149,9 @@ def test_state_survives_save_and_load_bit_for_bit():
     assert all(torch.equal(state[name], tensor) for name, tensor in other.state().items())
     other.load({name: tensor.t().contiguous().t() for name, tensor in state.items()})  # of whatever strides they come
     assert all(torch.equal(state[name], tensor) and tensor.is_contiguous() for name, tensor in other.state().items())
+    for p in other.parameters().values():
+        p.data = p.data.t().contiguous().t()
+    assert all(torch.equal(state[name], tensor) and tensor.is_contiguous() for name, tensor in other.state().items())
 
 
 def test_same_seed_same_module():
@@ -173,6 +176,7 @@ def test_budget_is_the_nearest_rank(budget):
     ({"rank": 0}, None, "lora rank: expected at least 1, got 0"),
     ({"targets": ("quary",)}, None, "lora targets: expected some of query, key, value, output, up, down, got 'quary'"),
     ({"targets": ()}, None, "lora targets: expected at least one linear, got none"),
+    ({"alpha": 0.0}, None, "lora alpha: expected a finite number of more than 0, got 0.0"),
     ({"dropout": 1.0}, None, "lora dropout: expected a share from 0 up to but not 1, got 1.0"),
     ({"ranks": 3}, None, "lora options: unknown key 'ranks'; expected one of rank, alpha, targets, rank_stabilized, dropout"),
     ({"rank": 3}, 0.01, "budget: chooses lora's rank; expected no rank beside it"),
@@ -197,6 +201,16 @@ def test_load_names_the_shape_that_differs():
         method.load(state)
     with pytest.raises(AdapterError, match="expected tensors 12 by name, got 11; first that differs: layers.1.attention.value.b"):
         method.load({k: v for k, v in state.items() if k != "layers.1.attention.value.b"})
+    with pytest.raises(AdapterError, match="expected tensors 12 by name, got 13; first that differs: layers.1.attention.key.b"):
+        method.load(method.state() | {"layers.1.attention.key.b": torch.zeros(21, 8)})
+    assert method.file_bytes() == sum(t.numel() * t.element_size() for t in method.state().values())
+
+
+def test_the_table_of_methods_counts_four_bytes_a_parameter():
+    rows = {row[0]: row for row in methods.overview(TINY, 0.1)}
+    base, method = methods.base_parameters(TINY), methods.create("lora", TINY, budget=0.1)
+    assert rows["full"][2:5] == (f"{base:,}", "100.00 %", f"{base * 4 / 1024:,.0f}")
+    assert rows["lora"][1:5] == (f"rank {method.config.rank}", f"{method.count():,}", f"{100 * method.count() / base:.2f} %", f"{method.count() * 4 / 1024:,.0f}")
 
 
 def test_single_target_and_scale():
@@ -230,7 +244,9 @@ def test_dropout_acts_on_the_update_alone_and_only_in_training():
     a, b = method.values[site + ".a"], method.values[site + ".b"]
     assert torch.equal(model.encoder.hooks.linear(site, x, weight, bias), lora_linear_ref(x, weight, bias, a, b, 2.0))
     assert torch.equal(model.mlm_logits(ragged_batch()), plain.mlm_logits(ragged_batch()))
+    assert not method.drops and method.low_rank(site) == (a, b, 2.0)
     model.train()
+    assert method.drops and method.low_rank(site) is None  # the delta does not say what it does now
     seed = torch.tensor([2 ** 61 + 3])
     assert torch.equal(model.encoder.hooks.linear(site, x, weight, bias), lora_linear_ref(x, weight, bias, a, b, 2.0))
     found = model.encoder.hooks.linear(site, x, weight, bias, seed)
@@ -349,7 +365,7 @@ def test_dropout_stands_where_peft_has_it():
 
 
 def test_a_is_drawn_within_one_by_the_root_of_its_inputs():
-    method = methods.create("lora", TINY, options={"rank": 30})
+    method = methods.create("lora", TINY, options={"rank": 30, "targets": ("query", "up", "down")})
     for site in method.sites(TINY):
         a = method.values[site + ".a"]
         assert 0.8 * a.shape[1] ** -0.5 < a.abs().max() <= a.shape[1] ** -0.5

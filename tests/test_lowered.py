@@ -27,6 +27,11 @@ def test_what_a_merge_replaced_is_not_made_bf16():
     assert replaced and lowerable and not replaced & lowerable
 
 
+def test_what_is_no_float32_is_left_alone():
+    model = made("adapter").model
+    assert may_be_lowered(model) and not may_be_lowered(model.double())
+
+
 @pytest.mark.parametrize("name,stays", [("lora", {"qkv.weight"}), ("adapter", set()), ("bias", {"bias"})])
 def test_frozen_matrices_are_bf16_while_they_may_be(name, stays):
     step = made(name)

@@ -8,7 +8,8 @@ import torch
 
 from peftdebias.batches import with_inserted
 from peftdebias.errors import ConfigError, ModelError
-from peftdebias.methods import base_parameters, create, short_note
+from peftdebias.methods import LARGEST, base_parameters, check, create, short_note
+from peftdebias.ops import Drop
 
 from .outside import (HIDDEN, LENGTHS, POSITIONS, assert_close, assert_equals_peft, assert_spelled_out, attached, batch_for, drawn_model, one_thread, ragged,
                       spelled_out, with_peft)
@@ -71,6 +72,30 @@ def test_vectors_are_gathered_before_each_text():
     assert after.rows.tolist() == [2, 6] and after.cu_seqlens.tolist() == [0, 4, 9] and after.row_lengths == batch.row_lengths
 
 
+def test_a_batch_made_by_hand_is_read_where_the_prompt_says():
+    model = drawn_model()
+    attached(model, "gender", "prompt", length=5, first_row="prompt")
+    batch = batch_for(model, "class")
+    assert torch.equal(model.class_logits(dataclasses.replace(batch, firsts=False)), model.class_logits(batch))
+
+
+def test_texts_keep_their_dtype_beside_wider_vectors():
+    method, batch = create("prompt", drawn_model().config, options={"length": 5}), ragged()
+    assert method.embed(torch.zeros(sum(LENGTHS), HIDDEN, dtype=torch.bfloat16), batch, None)[0].dtype == torch.bfloat16
+
+
+def test_vectors_and_text_are_dropped_as_words_are(monkeypatch):
+    model, batch = drawn_model(dropout=0.5), batch_for(drawn_model(), "mlm")
+    attached(model, "gender", "prompt", length=5)
+    plain, encoder, hidden = model.encoder(batch), model.encoder, []
+    monkeypatch.setattr(encoder, "drop", lambda place, rate: Drop(rate, encoder.seed, place) if place == 0 else None)
+    monkeypatch.setattr(encoder, "_layer", lambda i, given, *rest: hidden.append(given[0]) or given)
+    model.train()
+    encoder(batch)
+    share = (hidden[0] == 0).double().mean()
+    assert 0.4 < share < 0.6 and len(hidden[0]) == sum(LENGTHS) + 5 * len(LENGTHS) and plain.isfinite().all()
+
+
 def test_names_and_shapes():
     assert {name: tuple(p.shape) for name, p in create("prompt", drawn_model().config, options={"length": 5}).parameters().items()} == {"vectors": (5, HIDDEN)}
 
@@ -85,7 +110,7 @@ def test_positions_are_taken_only_when_asked_for():
         model.class_logits(longest)
 
 
-@pytest.mark.parametrize("max_length,length", [(10, 26), (33, 20), (POSITIONS - 1, 1), (POSITIONS, 1), (256, 1)])
+@pytest.mark.parametrize("max_length,length", [(10, 26), (28, 25), (33, 20), (POSITIONS - 1, 1), (POSITIONS, 1), (256, 1)])
 def test_budget_leaves_room_for_the_texts(max_length, length):
     """Half of the base asked for as vectors: 26 of them where texts are short, else what max_positions leaves, and one at least."""
     config = dataclasses.replace(drawn_model().config, max_positions=POSITIONS)
@@ -95,6 +120,13 @@ def test_budget_leaves_room_for_the_texts(max_length, length):
     said = short_note(budget, method, {})
     assert said == ([] if length == 26 else [f"--budget: {budget:g} of the base comes to prompt length 26, {length} taken: {method.cap}"])
     assert short_note(None, method, {}) == []
+
+
+def test_a_module_may_be_as_large_as_the_largest_and_no_larger():
+    config = dataclasses.replace(drawn_model().config, hidden=16, heads=2)
+    check("prompt", config, options={"length": LARGEST // 16})
+    with pytest.raises(ConfigError, match="prompt: expected a module of at most 16,777,216 parameters, got 16,777,232, by "):
+        check("prompt", config, options={"length": LARGEST // 16 + 1})
 
 
 @pytest.mark.parametrize("options,words", [

@@ -13,6 +13,7 @@ from peftdebias.encoder import EncoderConfig, Model
 from peftdebias.errors import AdapterError, ConfigError
 from peftdebias.methods import sparse
 from peftdebias.methods.sparse import Sparse, SparseConfig, largest
+from peftdebias.sites import add_delta
 from peftdebias.training import Schedule, train
 
 TINY = EncoderConfig(kind="bert", layers=2, hidden=14, heads=2, feed_forward=37, vocab=61, max_positions=19, dropout=0.0, attention_dropout=0.0)
@@ -73,6 +74,10 @@ def test_largest_is_the_sorted_head_with_exact_k(k):
     flat = numpy.sort(numpy.concatenate([m[c] for m, c in zip(moved, chosen)]))
     assert flat.tolist() == numpy.sort(numpy.concatenate(moved))[-k:].tolist()
     assert all((numpy.diff(c) > 0).all() for c in chosen)
+
+
+def test_of_equal_ones_at_the_edge_the_first_count():
+    assert [part.tolist() for part in largest([numpy.array([1.0, 0, 1, 2]), numpy.array([1.0, 1])], 3)] == [[0, 2, 3], []]
 
 
 @pytest.mark.parametrize("k", [0, 13])
@@ -160,6 +165,30 @@ def test_a_rate_that_is_no_share_is_refused(rate):
         SparseConfig(first_rate=rate)
 
 
+def test_numbers_and_pulls_that_there_are_not_are_refused():
+    most = Sparse.most(TINY)
+    assert most == methods.base_parameters(TINY) - 2 * TINY.hidden * (1 + 2 * TINY.layers)  # all but the norms
+    assert methods.create("sparse", TINY, options={"k": most}).config.k == methods.create("sparse", TINY, budget=0.999).config.k == most
+    for options, words in (({"k": 0}, "sparse k: expected at least 1, got 0"), ({"k": most + 1}, f"sparse k: expected at most {most}, the weights there are, got {most + 1}"),
+                           ({"l1": -0.5}, "sparse l1: expected a finite number of at least 0, got -0.5")):
+        with pytest.raises(ConfigError, match=words):
+            methods.create("sparse", TINY, options=options)
+    assert SparseConfig(l1=0.0, first_rate=1.0).l1 == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_values_are_added_in_the_dtype_of_the_weight(dtype):
+    found = add_delta(torch.ones(2, 3, dtype=dtype), (torch.tensor([1, 5]), torch.tensor([0.5, -2.0])))
+    assert found.dtype == dtype and found.tolist() == [[1, 1.5, 1], [1, 1, -1]]
+
+
+def test_the_encoder_s_norms_alone_rest_downstream():
+    method = methods.create("sparse", TINY)
+    names = [name for name, _ in tiny_model().named_parameters()]
+    assert {name for name in names if method.keeps(name)} == {name for name in names if name.startswith("encoder.") and ".norm." in name} != set()
+    assert not method.keeps("mlm.norm.weight")
+
+
 def test_attached_equals_the_changed_weights_and_merges_folds_and_comes_off():
     model, method, _ = learnt()
     batch, attached = next(Task().epoch(3)), None
@@ -195,21 +224,30 @@ def test_state_is_indices_and_values_and_survives():
     other.load(state)
     again = other.state()
     assert set(again) == set(state) and all(torch.equal(again[n], t) for n, t in state.items())
+    assert not {t.data_ptr() for t in again.values()} & {t.data_ptr() for t in state.values()}  # to be trained, whatever becomes of the tensors it was given
 
 
 def test_budget_is_k():
     assert methods.create("sparse", TINY, budget=0.01).config.k == round(0.01 * methods.base_parameters(TINY)) == methods.create("sparse", TINY).config.k
+    for vocab in range(61, 66):
+        config = dataclasses.replace(TINY, vocab=vocab)
+        assert methods.create("sparse", config).config.k == round(0.01 * methods.base_parameters(config))
     with pytest.raises(ConfigError, match="budget: chooses sparse's k; expected no k beside it"):
         methods.create("sparse", TINY, budget=0.01, options={"k": 5})
 
 
-UP = "layers.1.feed_forward.up.indices"
+WORD, UP = "embeddings.word.indices", "layers.1.feed_forward.up.indices"
 
 
 @pytest.mark.parametrize("change,words", [
     (lambda s: s | {"embeddings.norm.values": torch.zeros(1), "embeddings.norm.indices": torch.zeros(1, dtype=torch.int32)}, "embeddings.norm: expected values and indices"),
     (lambda s: {n: t for n, t in s.items() if n != "embeddings.word.indices"}, "embeddings.word: expected values and indices of one length"),
     (lambda s: s | {"embeddings.word.indices": s["embeddings.word.indices"] + 61 * 14}, "embeddings.word: expected indices from 0 to 853"),
+    (lambda s: s | {WORD: torch.cat([s[WORD][:-1], torch.tensor([61 * 14], dtype=torch.int32)])}, "embeddings.word: expected indices from 0 to 853"),
+    (lambda s: s | {WORD: torch.cat([torch.tensor([-1], dtype=torch.int32), s[WORD][1:]])}, "embeddings.word: expected indices from 0 to 853, got -1"),
+    (lambda s: s | {"embeddings.word.indices": s["embeddings.word.indices"].to(torch.int16)}, "embeddings.word: expected indices in int32 or int64, got int16"),
+    (lambda s: {n: t[None] if n.startswith("embeddings.word.") else t for n, t in s.items()}, "embeddings.word: expected values and indices of one length"),
+    (lambda s: s | {"embeddings.word": torch.zeros(1)}, "expected 100 values, got 100 in"),
     (lambda s: {n: t for n, t in s.items() if not n.startswith("embeddings.word.")}, "expected 100 values, got"),
     (lambda s: s | {"embeddings.word.values": s["embeddings.word.values"] * float("nan")}, "embeddings.word: expected finite numbers, got"),
     (lambda s: s | {"embeddings.word.values": s["embeddings.word.values"].int()}, "embeddings.word: expected floating-point numbers, got int32"),
@@ -224,5 +262,6 @@ def test_files_that_do_not_fit_are_named(change, words):
 
 def test_a_file_has_an_index_beside_every_value():
     module = methods.create("sparse", TINY, options={"k": 9})
-    module.load({"embeddings.word.values": torch.ones(9), "embeddings.word.indices": torch.arange(9, dtype=torch.int32)})
+    module.load({"embeddings.word.values": torch.ones(9), "embeddings.word.indices": torch.arange(9, dtype=torch.int32),
+                 "embeddings.segment.values": torch.ones(0), "embeddings.segment.indices": torch.arange(0, dtype=torch.int32)})
     assert module.file_bytes() == sum(t.numel() * t.element_size() for t in module.state().values())

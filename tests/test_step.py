@@ -20,7 +20,7 @@ from peftdebias.shapes import FINE, fill, rounded, shape_of
 from peftdebias.step import Compiled, Step
 from peftdebias.training import pick_step
 
-from .outside import LAYERS, assert_close, one_thread, ragged  # noqa: F401
+from .outside import HIDDEN, LAYERS, assert_close, one_thread, ragged  # noqa: F401
 from .steps import FULL, MODULES, RAGGED, Squares, batch_for, made
 
 
@@ -88,6 +88,31 @@ def test_texts_of_like_sizes_share_a_shape():
 
 RECOMPUTED = {**{name: (name, {}) for name in MODULES}, "base": (None, {}), "sparse": ("sparse", {"k": 40}), "lora without dropout": ("lora", {"dropout": 0.0}),
               "adapter behind both blocks": ("adapter", {"architecture": "houlsby"}), "re-parametrised prefix": ("prefix", {"reparametrised": True, "inner": 5})}
+
+
+def test_each_block_ends_with_what_was_asked_for_around_it():
+    model = made("lora").model
+    with model.recomputing():
+        with pytest.raises(KeyError), model.recomputing(False):
+            assert not model.encoder.recompute
+            raise KeyError
+        assert model.encoder.recompute
+    assert not model.encoder.recompute
+
+
+def test_a_backward_that_computes_layers_again_leaves_the_encoder_as_it_was():
+    """Also one that comes when another pass has begun: its masks are that pass's own."""
+    step = made("lora", options={"dropout": 0.0})
+    encoder = step.model.encoder
+    weight, found = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(0)), []
+    for again in (False, True):
+        torch.manual_seed(5)
+        with step.model.recomputing(again):
+            first, _ = (encoder(batch_for("lora", seed), all_rows=True) for seed in (3, 4))
+            seed = encoder.seed
+            found.append(torch.autograd.grad((first * weight).sum(), step.parameters))
+        assert encoder.seed is seed and encoder.written == {}
+    assert all(torch.equal(one, other) for one, other in zip(*found))
 
 
 def losses_and_gradients(step: Step, name: str | None, save: bool, seeds=(3, 4)) -> list[dict]:
