@@ -199,8 +199,9 @@ def grads(form: str, pieces: int = 1) -> Callable[[Setting], Work]:
             a.append(drawn(setting, True, d ** -0.5, 7, shape=(RANK, d))), b.append(drawn(setting, True, 0.1, 8, shape=(d, RANK)))
 
         def plain(x, dy, a, b):
-            """(dA, dB) of each piece."""
-            return [lora_grads_ref(x, dy[:, 2 * i * d:(2 * i + 1) * d], *pair, 2.0) for i, pair in enumerate(zip(a, b))]
+            """(dA, dB) of each piece, in float32 as A and B are, by products of x's dtype."""
+            found = [lora_grads_ref(x, dy[:, 2 * i * d:(2 * i + 1) * d], low_a.to(x.dtype), low_b.to(x.dtype), 2.0) for i, (low_a, low_b) in enumerate(zip(a, b))]
+            return [tuple(gradient.to(a[0].dtype) for gradient in both) for both in found]
 
         if form in ("twice", "once") and fused("lora_grads", lora_grads_ref, setting) is not lora_grads_ref:
             from peftdebias.kernels.lora_grads import lora_grads_op
@@ -208,10 +209,10 @@ def grads(form: str, pieces: int = 1) -> Callable[[Setting], Work]:
             def run():
                 return [lora_grads_op(given["x"], dy, a, b, 2.0, 2 * d if pieces > 1 else 0, 0.0, None, 0, form)]
         else:
-            op, low = torch.compile(plain) if form == "compiled" else plain, [[p.to(given["x"].dtype) for p in side] for side in (a, b)]
+            op = torch.compile(plain) if form == "compiled" else plain
 
             def run():
-                return op(given["x"], dy, *low)
+                return op(given["x"], dy, a, b)
 
         def results():
             return dict(zip(("gradient of A", "gradient of B"), map(torch.cat, zip(*run()))))
@@ -241,10 +242,10 @@ def adapter(form: str, frozen: bool = False) -> Callable[[Setting], Work]:
             return op(*(tensors[name] for name in NAMES), "relu", 1.0, **settings)
 
         product = 4.0 * t * k * d
-        roof = (product, 3.0 * e * t * d), (product, 2.0 * e * t * d), (product, 2.0 * e * t * d)
+        roof = (product, 3.0 * e * t * d), (product, 2.0 * e * t * d) if frozen else (2 * product, 3.0 * e * t * d)  # dy in, dx out; x too for the parameters' gradients
         words = f"x, h [T, {d}], K={k}, ReLU; forward, and backward to x, h" + ("" if frozen else " and the parameters")
         return full(setting, torch.compile(forward) if form == "compiled" else forward, given, NAMES[:2] if frozen else NAMES, words, tokens=t,
-                    roof=roof[:2] if frozen else roof, limit="every program streams down and up from L2")
+                    roof=roof, limit="every program streams down and up from L2")
 
     return build
 

@@ -160,6 +160,7 @@ def ours(name: str, kind: str = "eager", folded: bool = False, precision: str | 
                 step(dataclasses.replace(batch), plan.lr)
                 if compensation is not None:
                     compensation.after_step({key: plan.lr * decay for key, decay in decays.items()})
+            expect_replayed(step, setting.device)
 
         work = Work(run, results, steps=len(packed), tokens=sum(len(b.ids) for b in packed), flops=needed_flops(setting, name), extra=facts(setting, batches, name),
                     state=sum(t.numel() * t.element_size() for t in state), save=None if full else (lambda folder: save_adapter(folder, model, method)))
@@ -169,6 +170,12 @@ def ours(name: str, kind: str = "eager", folded: bool = False, precision: str | 
         return work
 
     return build
+
+
+def expect_replayed(step: training.Step, device: torch.device) -> None:
+    """Raises RuntimeError where a step that was to be replayed as a CUDA graph runs eagerly on a GPU: its time would stand under the graph's name."""
+    if device.type == "cuda" and getattr(step, "off", None):
+        raise RuntimeError(f"CUDA graphs are off: {step.off}")
 
 
 def save_adapter(folder: Path, model: Model, method: methods.Method) -> None:

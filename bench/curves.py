@@ -33,6 +33,7 @@ from bench.texts import texts  # noqa: E402
 from peftdebias import kernels, methods, patch, training  # noqa: E402
 from peftdebias.batches import Batch, Sample, pack  # noqa: E402
 from peftdebias.encoder import Model  # noqa: E402
+from peftdebias.graphs import OFF  # noqa: E402
 from peftdebias.lowered import rounded_beforehand  # noqa: E402
 from peftdebias.tasks import MaskedLM, class_probabilities, mlm_loss  # noqa: E402
 from peftdebias.weights import load_model  # noqa: E402
@@ -59,10 +60,11 @@ def begun(setting: Setting, phase: str) -> tuple[Model, dict[str, Parameter], li
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """losses: one a step. gradients: of the first step's loss, by name, on the CPU."""
+    """losses: one a step. gradients: of the first step's loss, by name, on the CPU. off: why steps that were to be replayed ran eagerly, "" where none did."""
 
     losses: list[float]
     gradients: dict[str, Tensor]
+    off: str = ""
 
 
 def curve(setting: Setting, phase: str, steps: int, implementation: str = "auto", kind: str = "eager", say=print) -> Curve:
@@ -70,12 +72,17 @@ def curve(setting: Setting, phase: str, steps: int, implementation: str = "auto"
     model, parameters, samples, loss = begun(setting, phase)
     batches = [pack(batch) for batch in samples]
     with kernels.use(implementation), rounded_beforehand(model, setting.precision):
-        optimizer = training.make_optimizer(parameters, training.Schedule(steps=steps, lr=LR))
-        step = training.STEPS[kind](model, types.SimpleNamespace(loss=loss), optimizer, parameters, clip=1e9, precision=setting.precision, say=say)
-        step.gradients(batches[0].to(setting.device))
+        def begin():
+            optimizer = training.make_optimizer(parameters, training.Schedule(steps=steps, lr=LR))
+            return training.STEPS[kind](model, types.SimpleNamespace(loss=loss), optimizer, parameters, clip=1e9, precision=setting.precision, say=say)
+
+        step = begin()
+        for _ in range(2):  # of a graph, the second is captured and replayed: these are its gradients
+            step(batches[0], 0.0)  # at this rate nothing moves but the moments, with which the next step does not begin
         gradients = {name: p.grad.double().cpu() for name, p in parameters.items() if p.grad is not None and not name.endswith(".key.bias")}
+        step = begin()
         losses = [step(batches[i % len(batches)], LR) for i in range(steps)]
-        return Curve(torch.stack(losses).tolist(), gradients)
+        return Curve(torch.stack(losses).tolist(), gradients, getattr(step, "off", None) or "")
 
 
 class Trained:
@@ -104,12 +111,14 @@ def whole(setting: Setting, phase: str, steps: int, kind: str, implementation: s
         model, parameters, samples, loss = begun(setting, phase)
         with kernels.use(implementation):
             plan = training.Schedule(steps=steps, lr=1e-3, validate_every=max(1, steps // 2), precision=setting.precision, step=kind)
-            found = training.train(model, Trained(samples, loss, phase == "full"), parameters, plan)
+            notes: list[str] = []
+            found = training.train(model, Trained(samples, loss, phase == "full"), parameters, plan, log=lambda **event: notes.append(event.get("line", "")))
     except Exception as error:  # whatever it is, it is what a user would meet
         return [f"{words}: {type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"]
     say(f"{words}: validation {found.before['loss']:.4f} to {found.best['loss']:.4f} in {steps} steps")
     risen = found.best["loss"] > found.before["loss"] * (1 + BF16)
-    return [f"{words}: validation {found.before['loss']:.4f} before, {found.best['loss']:.4f} at best in {steps} steps"] if risen else []
+    red = [f"{words}: validation {found.before['loss']:.4f} before, {found.best['loss']:.4f} at best in {steps} steps"] * risen
+    return red + [f"{words}: {line}" for line in notes if line.startswith(OFF)]
 
 
 def trouble(found: Curve, wanted: Curve, precision: str) -> tuple[list[str], str]:
@@ -148,7 +157,7 @@ def check(device: torch.device, folder: Path, steps: int = 200, size: str = "tin
                 found = curve(Setting(size, 40, folder, device, precision, **common), phase, steps, implementation, kind, say)
                 bad, words = trouble(found, wanted, precision)
                 say(f"{phase}, {precision}, {kind}, {steps} steps on {device.type} against the twins on the CPU: {words}")
-                red += [f"{phase}, {precision}, {kind}: {line}" for line in bad]
+                red += [f"{phase}, {precision}, {kind}: {line}" for line in bad + [f"no CUDA graph: {found.off}"] * bool(found.off)]
         setting = Setting(size, 40, folder, device, "bf16" if cuda else "float32", **common)
         red += whole(setting, phase, max(2, steps // 5), "graph" if cuda else "eager", implementation, say)
     return red
@@ -159,25 +168,27 @@ def waits(device: torch.device, folder: Path, phases: tuple[str, ...] = PHASES) 
     found = []
     for phase in phases:
         setting = Setting("tiny", 40, folder, device, "bf16", batches=4)
-        torch.cuda.synchronize()
-        try:
-            torch.cuda.set_sync_debug_mode("default")
-            inner = _warm(setting, phase)
-            torch.cuda.set_sync_debug_mode("error")
-            inner()
-        except RuntimeError as error:
-            found.append(f"{phase}: {str(error).strip().splitlines()[0]}")
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        for kind in ("eager", "graph"):
+            torch.cuda.synchronize()
+            try:
+                torch.cuda.set_sync_debug_mode("default")
+                inner = _warm(setting, phase, kind)
+                torch.cuda.set_sync_debug_mode("error")
+                inner()
+            except RuntimeError as error:
+                found.append(f"{phase}, {kind}: {str(error).strip().splitlines()[0]}")
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
     return found
 
 
-def _warm(setting: Setting, phase: str):
-    """A step of `phase` that has run before (compiled, autotuned, loaded), ready to be run again."""
+def _warm(setting: Setting, phase: str, kind: str):
+    """Steps of `phase` that have run before (compiled, autotuned, loaded, captured), ready to be run again."""
     from bench.cases_steps import ours
 
-    work = ours(phase)(setting)
-    work.run()
+    work = ours(phase, kind)(setting)
+    for _ in range(3 if kind == "graph" else 1):  # a shape runs eagerly, is captured, is replayed
+        work.run()
     torch.cuda.synchronize()
     return work.run
 

@@ -1,8 +1,9 @@
-"""python bench/dispatch_table.py bench/results/DEVICE.json ...: what bench/gpu.py measured of the forms of LoRA, of its gradients and of attention, as the table that picks one
-(kernels/fused/dispatch.json).
+"""python bench/dispatch_table.py bench/results/DEVICE.json ...: what bench/gpu.py measured of the forms of LoRA, of its gradients, of attention and of the feed-forward block, as the
+table that picks one (kernels/fused/dispatch.json).
 
 A line of the table is one device, dtype, size and dropout or none, with the median milliseconds of forward and backward (of LoRA's gradients: their own), by the device's clock, by every form that was timed
-there; of a form that is in several of the files, or was in the table, the last one's. What the given files did not measure stays; rows of a dry run, of a CPU, and providers that are no form of ours are passed over.
+there; of a form that is in several of the files, or was in the table, the last one's. What the given files did not measure stays; rows of a dry run, of a CPU, those that
+hold the host's work (no CUDA graph), and providers that are no form of ours are passed over.
 Exit code 0; 2 where a file cannot be read or holds nothing of the kind, and then nothing is written.
 """
 
@@ -37,6 +38,8 @@ def lines(found: list[rows.Row]) -> dict[str, dict[tuple, dict]]:
     for row in found:
         op, form, sizes = _measured(row)
         if row.metric_name != "time" or form not in dispatch.FORMS.get(op, ()) or row.extra_config.get("dry_run") or row.device_name.startswith("CPU"):
+            continue
+        if row.extra_config.get("timed") == "eager":
             continue
         dropout = CASES[row.kernel_name][2] if row.kernel_name in CASES else row.extra_config["dropout"] > 0
         line = {"device": row.device_name, "dtype": DTYPES[row.extra_config["precision"]], "dropout": dropout} | sizes

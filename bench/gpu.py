@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     partial = out and out.with_suffix(".partial.json")
 
     def heard(line: str) -> None:
-        lacking.extend([line] if "not measured: " in line else [])
+        lacking.extend([line] if "not measured: " in line or measure.NO_GRAPH in line else [])
         say(line)
 
     def written(found: list[rows.Row], path: Path | None, more: Sequence[str] = ()) -> str:

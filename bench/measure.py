@@ -28,6 +28,9 @@ WARM_UP = 2  # passes of one op: the first loads or compiles something, the seco
 WARM_UP_STEPS = 3  # passes of whole steps on a GPU: a shape trains eagerly in the first, is captured in the second (peftdebias/graphs.py), and replayed from the third on
 LOAD_AT_START = round(os.getloadavg()[0], 2)  # later the load average holds this run's own threads too
 
+NO_GRAPH = "no CUDA graph"
+"""In a line that tells why a time is that of an eager launch."""
+
 
 def seconds(work: Work, passes: int, device: torch.device) -> float:
     """Wall-clock seconds of one pass; the device has finished at both ends."""
@@ -104,7 +107,7 @@ def launched(case: Case, name: str, work: Work, device: torch.device, say: Calla
         graph = graphed(work.capture or work.run, device)
     except Exception as error:
         why = error.__context__ or error  # what broke the capture off, not that it could not be ended then
-        say(f"{case.name}: {name}: no CUDA graph, so its time is that of an eager launch, the host's work among it: {type(why).__name__}: {(str(why).splitlines() or [''])[0]}")
+        say(f"{case.name}: {name}: {NO_GRAPH}, so its time is that of an eager launch, the host's work among it: {type(why).__name__}: {(str(why).splitlines() or [''])[0]}")
         work.extra["timed"] = "eager"
         return work.run
     work.extra["timed"] = "graph"

@@ -63,8 +63,9 @@ def targets(found: Sequence[Row]) -> list[str]:
 
 
 def _ops(found: Sequence[Row], metric: str, how: str) -> list[str]:
-    """Of single ops, by one of their two times. how: in words, before the provider."""
-    times, lines, tops = {_key(row): row for row in found if row.metric_name == metric}, [], ceilings(found)
+    """Of single ops, by one of their two times. how: in words, before the provider. A time that holds the host's work, where there was no CUDA graph, is none of the device's."""
+    times = {_key(row): row for row in found if row.metric_name == metric and (metric != "time" or row.extra_config.get("timed") != "eager")}
+    lines, tops = [], ceilings(found)
 
     def line(row: Row, reached: float, asked: float, of: str) -> None:
         lines.append(f"{_where(row)}: {how}{row.provider} takes {reached:.2f} of {of}, asked for at most {asked:.2f}: {'met' if reached <= asked else 'not met'}")

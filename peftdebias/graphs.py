@@ -9,6 +9,7 @@ Where that cannot be, the step runs as step.Step does it, and one line says why.
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Iterator
 
 import torch
@@ -19,7 +20,10 @@ from .shapes import Shape, fill
 from .step import Step
 
 MOST = 96
-"""Shapes that are captured; each keeps its gradients and workspaces, the activations share one pool."""
+"""Shapes that are captured; each keeps its batch, its loss and what the optimizer reads. Activations and gradients share one pool: a gradient stands until the next capture or replay."""
+
+OFF = "CUDA graphs: off, every step runs eagerly"
+"""How the line begins that says why."""
 
 
 @dataclasses.dataclass
@@ -66,6 +70,7 @@ class Graphed(Step):
             self.stream = torch.cuda.Stream(self.model.device)  # of the model's device, which need not be the current one
 
     def __call__(self, batch: Batch, rate: float) -> Tensor:
+        self.preparing = 0.0
         if self.off is not None:
             return super().__call__(batch, rate)
         shape = self.shape_of(batch)
@@ -76,10 +81,12 @@ class Graphed(Step):
         self.optimizer.set_rate(rate)
         host = fill(batch, shape).staged(pinned=True)
         if known is None:
+            torch.cuda.synchronize(self.model.device)  # what is under way is no part of the capture's time
+            began = time.perf_counter()
             known = self._capture(host)
             if known is None:
                 return super().__call__(batch, rate)
-            self.captured[shape] = known
+            self.captured[shape], self.preparing = known, time.perf_counter() - began
         known.inputs.copy_(host.flat, non_blocking=True)
         self.optimizer.advance()
         known.graph.replay()
@@ -111,7 +118,7 @@ class Graphed(Step):
             return self._fall_back("a trained parameter has no gradient")
         inputs = host.flat.to(self.model.device)
         batch, graph = host.on(inputs), torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(self.model.device)
+        torch.cuda.synchronize(self.model.device)  # the copy as well
         try:
             with recorded(graph, self.model.device, pool=self.pool, stream=self.stream):
                 loss = self.gradients(batch)
@@ -133,4 +140,4 @@ class Graphed(Step):
         if self.stream is not None:
             with contextlib.suppress(RuntimeError):  # where a capture was broken off, torch may hold that it goes on
                 torch.cuda.empty_cache()
-        self.say(f"CUDA graphs: off, every step runs eagerly: {why}")
+        self.say(f"{OFF}: {why}")

@@ -1,8 +1,9 @@
 """Frozen matrices in bf16 while a bf16 training runs: half their memory, and no cast of every weight in every step, as autocast does with what is float32.
 
-What it adds over autocast: it says which tensors may. Linears and embeddings that are frozen may, for their products are in bf16 anyway; a norm's gain may not, nor a
-trained parameter, nor one that a method adds to (W' = W + D starts from the float32 W). The masked-LM's decoder gets the rows of zeros that a GPU's product wants behind it
-(ops/scores.py), once instead of in every step.
+What it adds over autocast: it says which tensors may. Linears that are frozen may, for their products are in bf16 anyway, and embeddings, whose rows, and the sum of position
+and segment, are then rounded before the first LayerNorm (half as much error again as of float32 tables with a bf16 result); a norm's gain may not, nor a trained parameter,
+nor one that a method adds to (W' = W + D starts from the float32 W). The masked-LM's decoder gets the rows of zeros that a GPU's product wants behind it (ops/scores.py), once
+instead of in every step.
 """
 
 import contextlib

@@ -27,7 +27,8 @@ from .shapes import Shape, fill, shape_of
 
 class Step:
     """One update of `parameters`. task: see tasks.MaskedLM. precision: as lowered.autocast has it. pull: called after the backward, adds a gradient of its own to
-    the parameters'. say: hears lines that a user should read, each once. preparing: seconds of the last step, where it made code first, else 0."""
+    the parameters'. say: hears lines that a user should read, each once. preparing: seconds of the last step, where it was compiled or captured first, else 0
+    (what Triton compiles at a kernel's first launch is not among them)."""
 
     preparing = 0.0
 

@@ -191,7 +191,7 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
             tqdm.write(line, file=sys.stderr)
 
         one_step = STEPS[schedule.step](model, task, optimizer, parameters, clip=schedule.clip, precision=schedule.precision, pull=pull, say=note)
-        best, progress = _Best(task, parameters, log), _Progress(schedule.steps, log, bar, label)
+        best, progress = _Best(task, parameters, log), _Progress(schedule.steps, log, bar, label, device)
         step = epoch = 0
         while step < schedule.steps:
             for batch in progress.waiting_for(task.epoch(epoch)):
@@ -219,10 +219,10 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
 
 class _Progress:
     """What a training tells while it runs: mean loss, valid tokens a second and the share of the time in which it waited for a batch, validation and steps that were compiled
-    aside."""
+    or captured aside."""
 
-    def __init__(self, steps: int, log: Callable[..., None], bar: tqdm, label: str):
-        self.steps, self.log, self.bar, self.label = steps, log, bar, label
+    def __init__(self, steps: int, log: Callable[..., None], bar: tqdm, label: str, device: torch.device = torch.device("cpu")):
+        self.steps, self.log, self.bar, self.label, self.device = steps, log, bar, label, device
         self.losses: list[Tensor] = []
         self.tokens = self.counted = 0  # of steps that were not compiled
         self.compiled_tokens = self.compiled_steps = 0
@@ -246,7 +246,9 @@ class _Progress:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Time that is no step's."""
+        """Time that is no step's; steps that a GPU still works at end before it begins."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         began = time.perf_counter()
         yield
         self.validated += time.perf_counter() - began

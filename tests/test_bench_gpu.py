@@ -311,7 +311,7 @@ def test_curves_that_part_are_red(bench):
 
 def test_a_validation_that_rises_in_the_loop_is_red(bench, monkeypatch, tmp_path):
     curves, found = bench.gpu.curves, types.SimpleNamespace(before={"loss": 1.0}, best={"loss": 1.02})
-    monkeypatch.setattr(curves, "begun", lambda setting, phase: (None, {}, [[]], None)), monkeypatch.setattr(curves.training, "train", lambda *_: found)
+    monkeypatch.setattr(curves, "begun", lambda setting, phase: (None, {}, [[]], None)), monkeypatch.setattr(curves.training, "train", lambda *_, **__: found)
     setting = bench.case.Setting("micro", 40, tmp_path)
     assert curves.whole(setting, "lora", 2, "eager", say=lambda line: None) == [
         "lora, float32, eager, the loop of training.py: validation 1.0000 before, 1.0200 at best in 2 steps"]
@@ -453,7 +453,25 @@ def test_a_curve_goes_through_the_batches_by_the_ops_that_it_is_asked_for(bench,
     setting = bench.case.Setting("micro", 20, tmp_path, dropout=0.0, sequences=4, longest=48, batches=3)
     found = curves.curve(setting, "lora", 4, "torch", say=lambda line: None)
     sums = [sum(int(s.ids.sum()) for s in batch) for batch in curves.texts(setting)]
-    assert seen == [("torch", sums[i]) for i in (0, 0, 1, 2, 0)] and len(found.losses) == 4 and len(set(sums)) == 3
+    assert seen == [("torch", sums[i]) for i in (0, 0, 0, 1, 2, 0)] and len(found.losses) == 4 and len(set(sums)) == 3
+
+
+def test_steps_that_were_to_be_replayed_and_ran_eagerly_are_red(bench, monkeypatch, tmp_path):
+    """Their losses and times are no graph's. On a CPU there is none, which is the plainest way to have none."""
+    curves, why = bench.gpu.curves, "expected a CUDA device, the model is on cpu"
+    setting = bench.case.Setting("micro", 20, tmp_path, dropout=0.0, sequences=4, longest=48, batches=3)
+    found, eager = (curves.curve(setting, "lora", 2, "torch", kind, lambda line: None) for kind in ("graph", "eager"))
+    assert (found.off, eager.off) == (why, "") and found.losses == eager.losses and found.gradients.keys() == eager.gradients.keys() and found.gradients
+    assert curves.whole(setting, "lora", 2, "graph", "torch", say=lambda line: None) == [
+        f"lora, float32, graph, the loop of training.py: CUDA graphs: off, every step runs eagerly: {why}"]
+    monkeypatch.setattr(curves, "curve", lambda setting, *rest, **more: curves.Curve([1.0], {}, "no room" if setting.precision == "bf16" and "graph" in rest else ""))
+    monkeypatch.setattr(curves, "whole", lambda *_: [])
+    assert curves.check(torch.device("cuda"), tmp_path, 1, phases=("lora",), say=lambda line: None) == ["lora, bf16, graph: no CUDA graph: no room"]
+    step = types.SimpleNamespace(off="no room")
+    bench.cases_steps.expect_replayed(step, torch.device("cpu"))
+    bench.cases_steps.expect_replayed(object(), torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="^CUDA graphs are off: no room$"):
+        bench.cases_steps.expect_replayed(step, torch.device("cuda"))
 
 
 def test_curves_without_a_device_end_in_one_line(bench, monkeypatch, capsys):

@@ -68,6 +68,16 @@ def test_targets_are_held_against_what_was_measured(bench):
     assert len(lines) == 6 and lines[5] == "adapter, rows 8: launched eagerly, peftdebias takes 0.60 of plain torch's time, asked for at most 0.50: not met"
 
 
+def test_a_time_that_holds_the_hosts_work_is_held_against_none(bench):
+    """Of an op that has no CUDA graph: on either side it would make the other's time mean nothing."""
+    roof = [(0.0, 2e6)]
+    for slow in ("peft", "peftdebias, written"):
+        found = [op_row(bench, "lora_linear", name, 4096, ms, roof, timed="eager" if name == slow else "graph") for name, ms in (("peft", 1.0), ("peftdebias, written", 0.5))]
+        assert bench.roofline.targets(found) == []
+    (line,) = bench.roofline.targets([op_row(bench, "lora_linear", name, 4096, ms, roof, timed="graph") for name, ms in (("peft", 1.0), ("peftdebias, written", 0.5))])
+    assert "takes 0.50 of the time of peft's layer" in line
+
+
 def test_the_rate_is_asked_for_at_one_shape(bench):
     def row(name, metric, y):
         return bench.rows.Row(name, "peftdebias", "step", metric, bench.rows.UNITS[metric], "mean_length", 256, y, y, y, {"baseline": "old", "longest": 256}, "d", "t", None, "c", "2026")

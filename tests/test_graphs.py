@@ -134,6 +134,14 @@ def test_replayed_steps_are_the_steps(most, replays, recorder, monkeypatch):
     assert sorted(one.graph.replays for one in step.captured.values()) == replays
 
 
+def test_a_capture_is_told_as_time_that_is_no_steps(recorder):
+    step, found = recorder([]), []
+    for shape in "aaaba":
+        trained(step, shape)
+        found.append(step.preparing > 0)
+    assert found == [False, True, False, False, False]
+
+
 def test_a_step_that_cannot_be_captured_is_trained_eagerly(recorder):
     """Once, and from then on; the line tells what broke the capture off."""
     said = []

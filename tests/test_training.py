@@ -292,6 +292,29 @@ def test_the_time_left_holds_the_validations_to_come(monkeypatch):
     assert err.getvalue().endswith(" 0.7 minutes left\n")
 
 
+def test_steps_that_a_gpu_still_works_at_are_no_validation(monkeypatch):
+    """Fourteen steps of a second, of which the host has handed over the last four when the validation of two seconds begins: the device is pretended."""
+    now, behind = [0.0], [0]
+
+    def synchronize(device):
+        now[0] += behind[0]
+        behind[0] = 0
+
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with training._bar(14, "") as bar:
+        progress = training._Progress(30, lambda **event: None, bar, "", torch.device("cuda"))
+        for step in range(1, 15):
+            behind[0] += 1
+            if step == 10:
+                synchronize(None)  # the loss is asked for
+            progress.after(step, torch.tensor(1.0), 0.1, 50)
+        with progress.aside():
+            synchronize(None)
+            now[0] += 2
+        assert progress.figures() == (16.0, 50.0, 0.0)
+
+
 def test_the_progress_bar_is_closed_before_an_error_is_told():
     class Task(Plain):
         def loss(self, model, batch):

@@ -11,8 +11,8 @@ peftdebias/ops/attention.py:
     inside. Rows of q, k and v may lie apart, as slices of one [T, 3 D] product do; any other layout is copied.
     The host's lists of lengths give the grid alone, by their number and their largest; which rows belong together is read on the device from cu_queries and cu_keys.
 
-Saved for the backward: q, k, v and the prefix as they came, y, l, and with dropout m as one bit a probability, uint8 [H, Mq, line]: a few per cent of q, k, v and y. l is one
-float32 of [H, Mq] in units of log 2, infinite where there is no key. In float32 it is two, the largest q_i . k_j and the inverse of the sum relative to it, 0 where there is no
+Saved for the backward: q, k, v and the prefix as they came, y, l, and with dropout m as one bit a probability, uint8 [H, Mq, line]: keys / (64 W) of q, k, v
+and y in 16 bits, 3 % at 128 keys and W 64, 12 % at 512. l is one float32 of [H, Mq] in units of log 2, infinite where there is no key. In float32 it is two, the largest q_i . k_j and the inverse of the sum relative to it, 0 where there is no
 key: in one number a large score would take the sum's last bits; and there the difference is scaled, not the product, so that the largest shares have the least error. No saved
 tensor is overwritten, no matrix [Mq, T] of numbers is ever stored, and the prefix is never copied for a sequence.
 
