@@ -116,9 +116,12 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
         raise AdapterError(f"{method.name}: expected a module that changes at least one weight, got one that changes none (it has not learnt yet)")
     if any(source in _attached.get(host, ()) for host in changes.values()):
         raise AdapterError(f"{source if isinstance(source, str) else method.name}: attached twice; expected each module once")
+    device = next(iter(changes.values())).weight.device
+    if device.type == "meta":
+        raise AdapterError(f"{method.name}: expected a model with values, got one on the device meta; give it its values (to_empty, load_state_dict) first")
     with torch.inference_mode(False):
         for parameter in method.parameters().values():
-            parameter.data = parameter.data.to(next(iter(changes.values())).weight.device)
+            parameter.data = parameter.data.to(device)
     attached = Attached(method, places)
     attached._hosts = list({id(host): host for host in changes.values()}.values())
     for (site, kind), host in changes.items():

@@ -300,6 +300,14 @@ def refused(words: str, *args) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_a_host_without_values_is_named_and_left_alone():
+    model = drawn_model()
+    host, method = own_twin(model).to("meta"), methods.create("lora", model.config)
+    with pytest.raises(AdapterError, match="^lora: expected a model with values, got one on the device meta; give it its values .* first$"):
+        attach_to(host, method, NAMES)
+    assert all(p.device.type == "cpu" for p in method.parameters().values()) and not any(parametrize.is_parametrized(m) for m in host.modules())
+
+
 def test_inside_of_inference_mode(tmp_path):
     """A host and a folder attached there, and a host from outside, whose module can be trained behind it."""
     model, (ids, mask) = drawn_model().float(), in_rectangle(ragged(rows="all"))
