@@ -434,6 +434,7 @@ def test_pieces_that_are_frozen_cost_nothing(trained, monkeypatch):
         torch.testing.assert_close(have, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize("grads,pieces", [("twice", 3), ("once", 2)])
 def test_pieces_of_one_product_go_together(grads, pieces):
     """Each piece's gradients are those it has alone, to the bit by "once" whatever the other's dY is."""
