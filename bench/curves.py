@@ -6,8 +6,8 @@ drawn weights; upstream LoRA, adapter and prefix on masked texts, downstream the
     python bench/curves.py --device cpu --steps 20           the CPU's own kernels against the twins
 
 Bounds: losses within 1e-5 over the first 50 steps and 1e-4 over 200 in float32, within 1 % in bf16; gradients as bench/run.py bounds them, in bf16 by the angle (cosine at
-least 0.99). bench/gpu.py --steps runs this before it times anything. Exit code 0; 1 where a bound is passed, the loop fails or its validation rises by more than 1 %, or a
-step makes the host wait.
+least 0.99). bench/gpu.py --steps runs this before it times anything. Exit code 0; 1 where a bound is passed, the loop fails or its validation rises by more than 1 %, or steps
+that were to be replayed ran eagerly.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from torch.nn import Parameter  # noqa: E402
 
 import bench  # noqa: E402, F401
 from bench.arguments import Parser, complain, positive  # noqa: E402
-from bench.case import Setting, output_bound  # noqa: E402
+from bench.case import Setting, Work, output_bound  # noqa: E402
 from bench.cases_steps import OPTIONS, labelled, model_folder, module_values  # noqa: E402
 from bench.texts import texts  # noqa: E402
 from peftdebias import kernels, methods, patch, training  # noqa: E402
@@ -164,7 +164,7 @@ def check(device: torch.device, folder: Path, steps: int = 200, size: str = "tin
 
 
 def waits(device: torch.device, folder: Path, phases: tuple[str, ...] = PHASES) -> list[str]:
-    """Steps of every phase under torch's sync-debug mode: what in them made the host wait for the device."""
+    """Steps of every phase under torch's sync-debug mode: what in them made the host wait for the device, or kept them from being replayed."""
     found = []
     for phase in phases:
         setting = Setting("tiny", 40, folder, device, "bf16", batches=4)
@@ -172,9 +172,9 @@ def waits(device: torch.device, folder: Path, phases: tuple[str, ...] = PHASES) 
             torch.cuda.synchronize()
             try:
                 torch.cuda.set_sync_debug_mode("default")
-                inner = _warm(setting, phase, kind)
+                work = _warm(setting, phase, kind)
                 torch.cuda.set_sync_debug_mode("error")
-                inner()
+                work.run()
             except RuntimeError as error:
                 found.append(f"{phase}, {kind}: {str(error).strip().splitlines()[0]}")
             finally:
@@ -182,15 +182,15 @@ def waits(device: torch.device, folder: Path, phases: tuple[str, ...] = PHASES) 
     return found
 
 
-def _warm(setting: Setting, phase: str, kind: str):
-    """Steps of `phase` that have run before (compiled, autotuned, loaded, captured), ready to be run again."""
+def _warm(setting: Setting, phase: str, kind: str) -> Work:
+    """Steps of `phase` that have run before (compiled, autotuned, loaded, captured), ready to be run again; they hold what they read, so they are kept while they run."""
     from bench.cases_steps import ours
 
     work = ours(phase, kind)(setting)
     for _ in range(3 if kind == "graph" else 1):  # a shape runs eagerly, is captured, is replayed
         work.run()
     torch.cuda.synchronize()
-    return work.run
+    return work
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -327,13 +327,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         say("no CUDA device here: not measured")
         return 2
-    clock, lacking, red = Clock(arguments.minutes, arguments.steps), [], {}
+    clock, lacking, by_host, red = Clock(arguments.minutes, arguments.steps), [], [], {}
     heading = "Dry run of bench/gpu.py: the figures mean nothing" if arguments.dry_run else f"Measured by bench/gpu.py on {rows.device_name(torch.device(arguments.device))}"
     out = arguments.out or (None if arguments.dry_run else ROOT / "bench" / "results" / file_name(rows.slug(torch.device(arguments.device)), arguments))
     partial = out and out.with_suffix(".partial.json")
 
     def heard(line: str) -> None:
-        lacking.extend([line] if "not measured: " in line or measure.NO_GRAPH in line else [])
+        lacking.extend([line] if "not measured: " in line else [])
+        by_host.extend([line] if measure.NO_GRAPH in line else [])
         say(line)
 
     def written(found: list[rows.Row], path: Path | None, more: Sequence[str] = ()) -> str:
@@ -342,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dry_run:
             found = [dataclasses.replace(row, extra_config={**row.extra_config, "dry_run": True}) for row in found]
         notes = {"Targets": roofline.targets(found), f"Below {roofline.GOOD:.0f} % of the roofline": roofline.limits(found), "Red: not equal, or failed": [*red.values()],
-                 "Not measured": [*lacking, *more]}
+                 "Not measured": [*lacking, *more]} | ({"Timed with the host's work": by_host} if by_host else {})
         if path:
             rows.write(path, found, heading, notes)
         return f"# {heading}\n\n{rows.table(found, notes)}"

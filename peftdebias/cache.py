@@ -65,7 +65,7 @@ class Cache:
                 if found != about["bytes"][name]:
                     raise ValueError(f"{name}.bin: expected {about['bytes'][name]} bytes, got {found}")
             return Cached(self.folder, about["counts"]), f"cache: {self.folder} is read"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             shutil.rmtree(self.folder, ignore_errors=True)
             return None, f"cache: {self.folder} was damaged and is made again ({' '.join(str(error).split())})"
 

@@ -52,8 +52,6 @@ class Counterfactual:
     swaps: tuple[Swap, ...]
 
 
-
-
 @dataclass(frozen=True)
 class Intervention:
     """What is done with the attribute words that are found, and what is kept. The default is the paper's: every word, both ways, pairs.

@@ -12,7 +12,6 @@ safetensors, JSON or TOML.
 import contextlib
 import dataclasses
 import glob
-import importlib.metadata
 import json
 import os
 import platform
@@ -375,19 +374,11 @@ def base_of(path: str | Path) -> str | Path:
     return config.get("model", path)
 
 
-def installed(package: str) -> str | None:
-    """Its version; None where it is not there."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def versions(device: torch.device | None = None) -> dict:
     """What a result depends on besides its configuration: packages, this project's commit where it runs from a checkout, the device (None: that which `auto` is here)."""
     found = {"peftdebias": __version__, "python": platform.python_version(), "platform": platform.platform()}
     found["torch"] = torch.__version__  # says of what build it is, where its package may not
-    found |= {package: installed(package) for package in PACKAGES}
+    found |= {package: processor.installed(package) for package in PACKAGES}
     cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
     return found | {"commit": _commit(), "device": torch.cuda.get_device_name(device) if cuda else processor.named(), "threads": torch.get_num_threads()}
 

@@ -12,13 +12,13 @@ import platform
 import torch
 
 from . import __version__, kernels, native
-from .checkpoint import installed
 from .kernels import dispatch
 from .kernels.dropout_ref import dropout_ref
 from .ops.attention import has_varlen
 from .ops.linear import form as linear_form
 from .ops.linear import no_bf16
 from .ops.scores import form as scores_form
+from .processor import installed
 from .training import find_device
 
 CALLERS = ("encoder", "training", "tasks", "methods.lora", "methods.adapter", "methods.sparse")
@@ -67,9 +67,9 @@ def _machine(device: torch.device) -> list[str]:
 def _tried(device: torch.device) -> str:
     """One kernel run on the device against its plain twin, or why none was."""
     if device.type != "cuda" and not kernels.interpreted():
-        return f"{installed('triton')} is installed; it compiles for CUDA devices and does not run on {device.type}"
+        return f"triton {installed('triton') or 'of an unknown version'} is installed; it compiles for CUDA devices and does not run on {device.type}"
     if device.type == "cuda" and (why := kernels.unsuited(device.index)):
-        return f"{installed('triton')} is installed; {why}"
+        return f"triton {installed('triton') or 'of an unknown version'} is installed; {why}"
     from .kernels.dropout import dropout
 
     seed, x = torch.tensor([3], device=device), torch.ones(37, 13, device=device)

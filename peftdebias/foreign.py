@@ -86,7 +86,8 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
     "blocks.{i}.q"). A name may leave out what comes before it: `encoder.layer.0.output.dense` is found inside `bert` or deeper. A folder is checked against
     the base that it was made for, in the dtype of its files, which needs every tensor of the encoder; force: a warning where that is another. A Method needs only
     its own sites. Its parameters move to the device of `module`. Raises AdapterError on a method that does more than change weights, a name for a site that there
-    is not, a module or bias that is missing or stands there twice, a shape that does not match, a module that FSDP has sharded, and what is attached there already.
+    is not, a module or bias that is missing or stands there twice, a shape that does not match, a module on the device meta or that FSDP has sharded,
+    and what is attached there already.
     """
     if not isinstance(module, nn.Module):
         raise AdapterError(f"attach_to: expected a torch.nn.Module, got {type(module).__name__}")
@@ -116,9 +117,9 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
         raise AdapterError(f"{method.name}: expected a module that changes at least one weight, got one that changes none (it has not learnt yet)")
     if any(source in _attached.get(host, ()) for host in changes.values()):
         raise AdapterError(f"{source if isinstance(source, str) else method.name}: attached twice; expected each module once")
+    if any(host.weight.is_meta for host in changes.values()):
+        raise AdapterError(f"{method.name}: expected a model with values, got one of which a part is on the device meta; give it its values (to_empty, load_state_dict) first")
     device = next(iter(changes.values())).weight.device
-    if device.type == "meta":
-        raise AdapterError(f"{method.name}: expected a model with values, got one on the device meta; give it its values (to_empty, load_state_dict) first")
     with torch.inference_mode(False):
         for parameter in method.parameters().values():
             parameter.data = parameter.data.to(device)

@@ -39,7 +39,7 @@ def adamw_compiled(values: Tensor, gradient: Tensor, first: Tensor, second: Tens
                    betas: tuple[float, float], epsilon: float) -> None:
     """adamw_ref without a factor by csrc/ops.cpp, in one pass."""
     tensors = (values, gradient, first, second)
-    if factor is not None or not compiled.takes(*tensors, rates) or rates.shape != (3,) or any(t.shape != values.shape or not t.is_contiguous() for t in tensors):
+    if factor is not None or not compiled.takes(*tensors, rates) or rates.shape != (3,) or not rates.is_contiguous() or any(t.shape != values.shape or not t.is_contiguous() for t in tensors):
         return adamw_ref(*tensors, rates, factor, betas=betas, epsilon=epsilon)
     compiled.call("adamw", *(t.data_ptr() for t in (*tensors, rates)), values.numel(), *betas, epsilon, torch.get_num_threads())
     for tensor in (values, first, second):

@@ -1,6 +1,8 @@
-"""The processor as Linux describes it: its maker, family and name. What is fast on one is not on another, and products round otherwise, so results keep the name beside them."""
+"""The processor as Linux describes it, its maker, family and name, and the version of a package: what results keep beside them. What is fast on one processor is not on another,
+and products round otherwise."""
 
 import functools
+import importlib.metadata
 import platform
 
 FILE = "/proc/cpuinfo"
@@ -40,3 +42,11 @@ def named() -> str:
         return platform.processor() or platform.machine()
     numbers = [f"{word} {found[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in found]
     return ", ".join([found["model name"], " ".join(numbers)] if numbers else [found["model name"]])
+
+
+def installed(package: str) -> str | None:
+    """Its version; None where it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -99,7 +99,7 @@ def sentence_vectors(model: Model, samples: Sequence[Sample], pooling: str = "fi
     found = numpy.zeros((len(samples), model.config.hidden))
     for items, batch in scored_batches(model, samples, batch_tokens):
         hidden = model.encoder(batch).double()  # [M, D]
-        found[items] = numpy.stack([part.mean(0).cpu().numpy() for part in hidden.split(batch.row_lengths)])
+        found[items] = torch.stack([part.mean(0) for part in hidden.split(batch.row_lengths)]).cpu().numpy()
     return finite(found, "vectors of texts")
 
 

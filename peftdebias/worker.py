@@ -27,6 +27,7 @@ import numpy
 from . import cache, errors
 from .buckets import Packed
 from .errors import ConfigError, PeftDebiasError
+from .outputs import FULL
 from .stream import Counts, Ended, Filled, Given, Recipe, Stream, check_position
 
 PIPE = 1 << 20  # bytes of frames that wait in the pipe, where the system lets that be said: 100 batches of 32 short texts
@@ -304,10 +305,11 @@ def _answer(stream: Stream, command: dict, newer: Callable[[], bool], send: Call
         known = next(cls.__name__ for cls in type(error).__mro__ if getattr(errors, cls.__name__, None) is cls)
         send("error", error=known, message=str(error))
     except MemoryError as error:
-        send("memory", said=[str(one) for one in error.args])
-    except OSError as error:
-        send("system", said=[error.errno, error.strerror, *([] if error.filename is None else [str(error.filename)])])
-    except Exception:
+        send("memory", said=[str(error)] if str(error) else [])
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None and (error.filename is not None or error.errno in FULL):
+            send("system", said=[error.errno, error.strerror, *([] if error.filename is None else [str(error.filename)])])
+            return
         send("bug", message=traceback.format_exc())
 
 

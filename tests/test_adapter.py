@@ -39,6 +39,15 @@ def test_each_architecture_is_its_formula(architecture, kind, head):
     assert_spelled_out(model, batch_for(model, head), head, block=spelled(method, READS[architecture]))
 
 
+def test_the_norm_adds_the_residual_itself():
+    """Else a pass over both of them would be torch's."""
+    model, handed = drawn_model(), []
+    method, site = attached(model, "gender", "adapter", architecture="pfeiffer", bottleneck=5), "layers.0.feed_forward"
+    hidden, residual = torch.ones(3, model.config.hidden, dtype=torch.float64), torch.zeros(3, model.config.hidden, dtype=torch.float64)
+    method.block(site, hidden, residual, lambda x, residual=None: handed.append((x, residual)) or x)
+    assert [(x is hidden, r is residual) for x, r in handed] == [(True, True)]
+
+
 def test_activation_and_scale_can_be_chosen():
     model = drawn_model()
     method = attached(model, "gender", "adapter", architecture="houlsby", bottleneck=3, activation="gelu", scale=0.7)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import subprocess
 import sys
 import types
 import xml.etree.ElementTree as ElementTree
@@ -323,3 +324,19 @@ def test_plots_draws_files_and_refuses_others_in_one_line(bench, tmp_path, capsy
         assert code == 2
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1 and shown in err
+
+
+def test_the_other_environment_needs_few_packages():
+    """cases_hub.py's: torch, numpy, tokenizers, safetensors, tqdm; AdapterHub's brings the rest of its own."""
+    code = """if True:
+        import sys
+
+        class Absent:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] in ("tomli_w", "jinja2", "matplotlib", "pyarrow", "transformers", "peft", "triton"):
+                    raise ModuleNotFoundError(name, name=name)
+
+        sys.meta_path.insert(0, Absent())
+        import bench.lanes
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent, timeout=120)

@@ -171,7 +171,9 @@ def test_on_a_gpu_an_op_has_two_times_and_without_a_graph_that_is_said(bench, qu
         assert row.y_50 == 500 and row.extra_config["timed"] == timed and row.extra_config["late_launches"] == 2 and row.extra_config["clock_ms"] == 0.002
         assert row.extra_config["host_ms"] >= 0 and rows[name, "eager time"].y_50 < 500 and rows[name, "peak memory"].y_50 == 3
     assert rows["ceiling", "time"].y_50 < 500 and ("ceiling", "eager time") not in rows and "timed" not in rows["ceiling", "time"].extra_config
-    heads = next(line for line in bench.rows.table(list(rows.values())).splitlines() if line.startswith("| size"))
+    lines = bench.rows.table(list(rows.values())).splitlines()
+    assert [line.split("|")[5].strip() for line in lines if line.startswith("| micro | 1 | ") and "ceiling" not in line] == ["1.00", "1.00", "by the host"]
+    heads = next(line for line in lines if line.startswith("| size"))
     assert heads.startswith("| size | rows | provider | time, ms | of baseline | eager time, ms |")
 
 
@@ -467,11 +469,38 @@ def test_steps_that_were_to_be_replayed_and_ran_eagerly_are_red(bench, monkeypat
     monkeypatch.setattr(curves, "curve", lambda setting, *rest, **more: curves.Curve([1.0], {}, "no room" if setting.precision == "bf16" and "graph" in rest else ""))
     monkeypatch.setattr(curves, "whole", lambda *_: [])
     assert curves.check(torch.device("cuda"), tmp_path, 1, phases=("lora",), say=lambda line: None) == ["lora, bf16, graph: no CUDA graph: no room"]
-    step = types.SimpleNamespace(off="no room")
+    asked, step = [], types.SimpleNamespace(off="no room")
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.cases_steps, "expect_replayed", lambda step, device: asked.append((step.off, device.type)))
+        bench.cases_steps.ours("lora", "graph")(setting).run()
+    assert asked == [(why, "cpu")]
     bench.cases_steps.expect_replayed(step, torch.device("cpu"))
     bench.cases_steps.expect_replayed(object(), torch.device("cuda"))
     with pytest.raises(RuntimeError, match="^CUDA graphs are off: no room$"):
         bench.cases_steps.expect_replayed(step, torch.device("cuda"))
+
+
+def test_both_kinds_of_step_are_watched_for_waits(bench, monkeypatch, tmp_path):
+    """The device is pretended; what a step's work holds is held while it runs."""
+    curves, modes, ran = bench.gpu.curves, [], []
+
+    class Step:
+        def __init__(self, kind):
+            self.kind, self.held = kind, [1]
+
+        def run(self):
+            ran.append((self.kind, modes[-1], bool(self.held)))
+            if self.kind == "graph" and modes[-1] == "error":
+                raise RuntimeError("called a synchronizing CUDA operation\nat x")
+
+        def __del__(self):
+            self.held.clear()
+
+    monkeypatch.setattr(bench.cases_steps, "ours", lambda phase, kind: lambda setting: Step(kind))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    assert curves.waits(torch.device("cpu"), tmp_path, ("lora",)) == ["lora, graph: called a synchronizing CUDA operation"]
+    assert ran == [("eager", "default", True), ("eager", "error", True), *(("graph", "default", True),) * 3, ("graph", "error", True)] and modes[-1] == "default"
 
 
 def test_curves_without_a_device_end_in_one_line(bench, monkeypatch, capsys):

@@ -74,6 +74,8 @@ def test_a_time_that_holds_the_hosts_work_is_held_against_none(bench):
     for slow in ("peft", "peftdebias, written"):
         found = [op_row(bench, "lora_linear", name, 4096, ms, roof, timed="eager" if name == slow else "graph") for name, ms in (("peft", 1.0), ("peftdebias, written", 0.5))]
         assert bench.roofline.targets(found) == []
+        late = [eager(bench, row, 1.0) for row in found]
+        assert [line.split(", asked")[0] for line in bench.roofline.targets([*found, *late])] == ["lora_linear, rows 4096: launched eagerly, peftdebias, written takes 1.00 of the time of peft's layer"]
     (line,) = bench.roofline.targets([op_row(bench, "lora_linear", name, 4096, ms, roof, timed="graph") for name, ms in (("peft", 1.0), ("peftdebias, written", 0.5))])
     assert "takes 0.50 of the time of peft's layer" in line
 

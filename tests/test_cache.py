@@ -84,6 +84,15 @@ def test_a_disk_that_is_full_when_the_last_bytes_are_written_is_said(made, name,
     assert not Path(made.cache).exists()
 
 
+def test_a_file_that_cannot_be_made_is_said(made, monkeypatch):
+    def refused(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(cache, "open", refused, raising=False)
+    with pytest.raises(ConfigError, match=rf"^--cache {made.cache}: cannot be written: Permission denied$"):
+        write(made)
+
+
 def test_the_background_process_writes_and_reads_it_too(made):
     expected = write(dataclasses.replace(made, cache=None))
     for _ in range(2):

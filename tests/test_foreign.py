@@ -302,8 +302,9 @@ def refused(words: str, *args) -> None:
 
 def test_a_host_without_values_is_named_and_left_alone():
     model = drawn_model()
-    host, method = own_twin(model).to("meta"), methods.create("lora", model.config)
-    with pytest.raises(AdapterError, match="^lora: expected a model with values, got one on the device meta; give it its values .* first$"):
+    host, method = own_twin(model), methods.create("lora", model.config)
+    host.blocks[1].to("meta")  # as accelerate leaves layers that it keeps elsewhere
+    with pytest.raises(AdapterError, match="^lora: expected a model with values, got one of which a part is on the device meta; give it its values .* first$"):
         attach_to(host, method, NAMES)
     assert all(p.device.type == "cpu" for p in method.parameters().values()) and not any(parametrize.is_parametrized(m) for m in host.modules())
 

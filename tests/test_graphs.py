@@ -134,12 +134,15 @@ def test_replayed_steps_are_the_steps(most, replays, recorder, monkeypatch):
     assert sorted(one.graph.replays for one in step.captured.values()) == replays
 
 
-def test_a_capture_is_told_as_time_that_is_no_steps(recorder):
-    step, found = recorder([]), []
+def test_a_capture_is_told_as_time_that_is_no_steps(recorder, monkeypatch):
+    """Steps under way are waited for before it begins."""
+    step, found, clock = recorder([]), [], [0.0]
+    monkeypatch.setattr(graphs.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: clock.__setitem__(0, clock[0] + 7))
     for shape in "aaaba":
         trained(step, shape)
-        found.append(step.preparing > 0)
-    assert found == [False, True, False, False, False]
+        found.append(step.preparing)
+    assert found == [0, 7, 0, 0, 0]  # the second of the capture's waits
 
 
 def test_a_step_that_cannot_be_captured_is_trained_eagerly(recorder):

@@ -454,7 +454,7 @@ def test_what_does_not_fit_is_not_handed_to_c():
         with pytest.raises(ValueError, match=r"attention: expected keys, values and a prefix with heads \(2, 4\) like the queries, got \(5, "):
             attention_compiled(x, key, value, spans, prefix)
     logits, targets = drawn(4, 7), torch.tensor([1, 2, 3, 6])
-    with pytest.raises(RuntimeError, match="expected target dtype to be Long or Byte, but got Int"):
+    with pytest.raises(RuntimeError, match="Long"):
         tasks.mlm_loss_compiled(logits, targets.int())
     torch.testing.assert_close(tasks.mlm_loss_compiled(logits, targets.byte()), tasks.mlm_loss_compiled(logits, targets))
     for many in (6, 8):

@@ -354,11 +354,16 @@ class Raising:
 
 @pytest.mark.parametrize("said, error", [("MemoryError('no memory for the sums')", MemoryError("no memory for the sums")), ("MemoryError", MemoryError()),
                                          ("OSError(28, 'No space left on device', 'a/b')", OSError(28, "No space left on device", "a/b")),
-                                         ("OSError(5, 'Input/output error')", OSError(5, "Input/output error"))])  # fmt: skip
+                                         ("OSError(28, 'No space left on device')", OSError(28, "No space left on device")),
+                                         ("__import__('numpy')._core._exceptions._ArrayMemoryError((10 ** 15,), __import__('numpy').dtype('f8'))",
+                                          MemoryError("Unable to allocate 7.11 PiB for an array with shape (1000000000000000,) and data type float64"))])  # fmt: skip
 def test_memory_and_disks_that_end_in_the_process_are_errors_of_the_same_kind_here(said, error, file):
     with Epochs(dataclasses.replace(recipe(file), cache=Raising(said)), 1) as epochs, pytest.raises(type(error)) as caught:
         epochs.ready()
     assert (caught.value.args, getattr(caught.value, "filename", None)) == (error.args, getattr(error, "filename", None))
+    for said in ("OSError('obtaining file position failed')", "OSError(5, 'Input/output error')"):  # a bug, here as there: its traceback is the process's
+        with Epochs(dataclasses.replace(recipe(file), cache=Raising(said)), 1) as epochs, pytest.raises(RuntimeError, match=r"in the background process:\nTraceback(.|\n)*OSError: .*failed|Input"):
+            epochs.ready()
 
 
 class Loud:

@@ -315,6 +315,13 @@ def test_steps_that_a_gpu_still_works_at_are_no_validation(monkeypatch):
         assert progress.figures() == (16.0, 50.0, 0.0)
 
 
+def test_a_training_tells_its_progress_where_it_runs(monkeypatch):
+    handed, kept = [], training._Progress
+    monkeypatch.setattr(training, "_Progress", lambda *given: handed.append(given[-1]) or kept(*given))
+    run(Plain([1.0] * 9))
+    assert handed == [torch.device("cpu")]
+
+
 def test_the_progress_bar_is_closed_before_an_error_is_told():
     class Task(Plain):
         def loss(self, model, batch):

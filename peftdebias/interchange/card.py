@@ -48,5 +48,5 @@ def _figures(run: Path) -> list[str]:
             return found
         before = next((f"{e['loss']:.4f} before, " for e in events if e.get("event") == "validation" and e.get("step") == 0), "")
         return [f"- masked-LM loss on held-out texts, nats a masked token: {before}{last['loss']:.4f} at step {last['step']}"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError):
         return []

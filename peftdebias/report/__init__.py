@@ -114,7 +114,7 @@ def report(settings: Report) -> tuple[Path, Path]:
 
 def _page_of(figures_: Path) -> str:
     """The name of the page that these figures are of; "report.html" where they do not say."""
-    with contextlib.suppress(ValueError, AttributeError):
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):
         page = json.loads(figures_.read_text(encoding="utf-8")).get("page")
         if isinstance(page, str) and page == Path(page).name and page:
             return page

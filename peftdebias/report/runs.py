@@ -178,7 +178,7 @@ def _unlike(evaluations: list[tuple[RunFiles, str, Path, dict, dict]]) -> list[s
 
 def _own(run: RunFiles, settings: dict) -> dict:
     """What options that were not given stand for in an evaluation that lies with a run: the run's own settings, where it was the run that was loaded."""
-    loaded = Path(str(settings.get("model"))).resolve().name == run.folder.resolve().name
+    loaded = os.path.basename(os.path.realpath(str(settings.get("model")))) == run.folder.resolve().name
     config = {"max_length": LONGEST} | (run.config if loaded else {}) | {"axis": axes[0] if len(axes := _axes(run)) == 1 else None}
     return {field.name: config.get(field.name) for field in dataclasses.fields(Evaluate) if field.default is None}
 

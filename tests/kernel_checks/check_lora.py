@@ -550,7 +550,7 @@ def test_errors_of_writing(change, words):
 
 @pytest.mark.parametrize("first, apart", [(0, False), (4, False), (5, True), (9, False), (10, True)])
 def test_pieces_that_overlap_are_refused(first, apart):
-    """Rows 0 .. 4 and 10 .. 12 of 13 have one, whichever comes first."""
+    """Rows 0 .. 4, and 11 and 12 where rows 10 .. 12 are not asked for, have one of 13, whichever comes first."""
     w, a = torch.zeros(13, 7, device=DEVICE), torch.zeros(2, 7, device=DEVICE)
     there = [(0, 0, a, torch.zeros(5, 2, device=DEVICE), 1.0)] + [(0, 11, a, torch.zeros(2, 2, device=DEVICE), 1.0)] * (first != 10)
     one = (0, first, a, torch.zeros(3, 2, device=DEVICE), 1.0)
