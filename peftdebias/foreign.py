@@ -29,7 +29,7 @@ from .encoder import EncoderConfig, Model
 from .errors import AdapterError
 from .methods import METHODS, Method, method_class
 from .sites import TABLES, add_delta, linear_shape, table_rows
-from .weights import ENCODER_NAMES, from_foreign
+from .weights import ENCODER_NAMES, NoInit, from_foreign
 
 class Changed(nn.Module):
     """The parametrization of one weight or bias: (method, site) pairs in `parts`; deltas of all first, then scales of all, as sites.Hooks does.
@@ -318,7 +318,9 @@ def _load(folder: Path, find: _Finder, force: bool) -> Method:
                 of = host.parametrizations[kind] if parametrize.is_parametrized(host, kind) else None
                 plain = of.original if hasattr(of, "original") else getattr(host, kind)  # what is made of several tensors, a weight norm's, has no original
                 theirs[f"{name.format(i=i)}.{kind}"] = plain.detach()
-    model, tensors = Model(config), from_foreign(theirs, config)[0]
+    tensors = from_foreign(theirs, config)[0]
+    with torch.device("cpu"), NoInit():  # whatever torch's default device is
+        model = Model(config)
     for name, parameter in model.encoder.named_parameters():
         parameter.data = tensors[name]
     return checkpoint.load_adapter(own, model, force).method

@@ -61,12 +61,12 @@ def choose(read: Read, axis: Axis, intervention: Intervention, share: float, wan
     that has takes the last place.
 
     Raises DataError where no text has such words, or one family alone; `files` names the corpus. Where no held-out family has any (a corpus of a few
-    lines), the first that has is held out too.
+    lines), the first that has is held out too; where none but held-out ones have, the first of them alone is.
     """
     swap, whole = engine(axis, intervention), _whole(axis, intervention)
     rule = HeldOut(share, axis=whole)
     held: list[str] = []
-    texts, held_touched, first, second = 0, False, None, None  # the places of the first two families to train on that have words
+    texts, held_touched, aside_first, aside_second, first, second = 0, False, None, None, None, None  # places of the first two families that have words, held out and to train on
     for chunk in read():
         texts += len(chunk)
         for family in swap.families(chunk):
@@ -74,7 +74,11 @@ def choose(read: Read, axis: Axis, intervention: Intervention, share: float, wan
             if aside:
                 _take(held, family, wanted, held_touched)
             if family.variants and aside:
-                held_touched = True
+                held_touched, place = True, place_of(family, whole)
+                if aside_first is None:
+                    aside_first = place
+                elif aside_second is None and place != aside_first:
+                    aside_second = place
             elif family.variants and first is None:
                 first = place_of(family, whole)
             elif family.variants and second is None and place_of(family, whole) != first:
@@ -83,11 +87,12 @@ def choose(read: Read, axis: Axis, intervention: Intervention, share: float, wan
             break
     if first is None and not held_touched:
         raise DataError(f"{files}: expected {intervention.words_of(axis)}, found none in {texts} texts")
-    if first is None or (second is None and not held_touched):
+    if aside_second is None if first is None else second is None and not held_touched:
         raise DataError(f"{files}: expected two texts with {intervention.words_of(axis)} that differ in more than these, one to validate on; found one (or give --valid FILE)")
-    if held_touched:
+    if held_touched and first is not None:
         return rule, held
-    rule, held = HeldOut(share, frozenset([first]), whole), []
+    rule = HeldOut(share, frozenset([first]), whole) if first is not None else HeldOut(also=frozenset([aside_first]), axis=whole)
+    held, held_touched = [], False
     for chunk in read():
         for family in filter(rule, swap.families(chunk)):
             _take(held, family, wanted, held_touched)
@@ -125,14 +130,14 @@ def beside(read: Read, valid: Sequence[str], axis: Axis, intervention: Intervent
 
 
 def first_families(read: Read, axis: Axis, intervention: Intervention, wanted: int, files: str) -> list[str]:
-    """The texts of the first `wanted` families. Raises DataError where no text has words of the axis."""
+    """The texts of the first `wanted` families, the first that has words of the axis in the last place where none of these has. Raises DataError where no text has such words."""
     swap, found = engine(axis, intervention), []
     texts, any_touched = 0, False
     for chunk in read():
         texts += len(chunk)
-        families = swap.families(chunk)
-        found += [family.text for family in families][: wanted - len(found)]
-        any_touched = any_touched or any(family.variants for family in families)
+        for family in swap.families(chunk):
+            _take(found, family, wanted, any_touched)
+            any_touched = any_touched or bool(family.variants)
         if any_touched and len(found) >= wanted:
             return found
     if not any_touched:

@@ -209,7 +209,7 @@ def as_plain(config) -> dict:
         if isinstance(value, (tuple, list)):
             return [plain(v) for v in value]
         if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
+            return {k: plain(v) for k, v in value.items() if v is not None}
         return value
 
     values = {f.name.rstrip("_"): plain(getattr(config, f.name)) for f in dataclasses.fields(config)}

@@ -105,8 +105,8 @@ def checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def base_checksum(model: Model) -> str:
-    """checksum of the encoder without heads: what an adapter belongs to."""
-    return checksum(encoder_parameters(model))
+    """checksum of the encoder without heads, and without what is merged into it: what an adapter belongs to."""
+    return checksum({name: model.encoder.hooks.base(parameter) for name, parameter in encoder_parameters(model).items()})
 
 
 # ---------------------------------------------------------------- merge
@@ -142,7 +142,7 @@ def merge(model: Model, *names: str) -> None:
         key, parameter, rows = parameter_at(model, site)
         return written.setdefault(key, (parameter, parameter.data, parameter.data.clone()))[2][rows]
 
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # what is written can be trained beside later
         for name in names:
             for site, delta in _deltas(hooks.methods[name], hooks.methods[name].sites(model.config)):
                 value(site).copy_(add_delta(value(site), delta))

@@ -91,16 +91,19 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
         task = MaskedLM(texts.epochs.epoch, texts.held_out.families, tokenizer, seed=settings.seed)
         schedule = _schedule(settings, settings.steps, settings.valid_every, precision, step)
         _tell(say, notes)
+        spent = []  # seconds of every training
         if settings.fresh_head:
-            _train_head(model, task, dataclasses.replace(schedule, steps=settings.fresh_head), run.event, say)
+            spent.append(_train_head(model, task, dataclasses.replace(schedule, steps=settings.fresh_head), run.event, say).seconds)
 
         def loop(parameters: dict, pull=None, rate: float = 1.0) -> Outcome:
             train_only(model, parameters.values())
             notes.append(size_note(cls.name, parameters, model))
             say(notes[-1])
-            return train(model, task, parameters, dataclasses.replace(schedule, lr=rate * schedule.lr), run.event, label=f"upstream {axis.name}", pull=pull)
+            found = train(model, task, parameters, dataclasses.replace(schedule, lr=rate * schedule.lr), run.event, label=f"upstream {axis.name}", pull=pull)
+            spent.append(found.seconds)
+            return found
 
-        outcome = method.learn(model, loop)
+        outcome = dataclasses.replace(method.learn(model, loop), seconds=sum(spent))
         model.to("cpu")
         if cls.trains_base or settings.fresh_head:
             weights.save_model(model, run.path / "model", tokenizer)
@@ -114,20 +117,21 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
     return PhaseResult(Path(settings.out), outcome, [], notes)
 
 
-def _train_head(model: Model, task: MaskedLM, schedule: Schedule, log: Callable[..., None], say: Callable[[str], None]) -> None:
+def _train_head(model: Model, task: MaskedLM, schedule: Schedule, log: Callable[..., None], say: Callable[[str], None]) -> Outcome:
     """Train the masked-LM head alone, as one of the base, whatever module is trained then."""
     head = {f"mlm.{name}": p for name, p in model.mlm.named_parameters()}
     train_only(model, head.values())
     _tell(say, [size_note("a new masked-LM head", head, model)])
     with model.without(*model.methods):
-        train(model, task, head, schedule, log, label="masked-LM head")
+        return train(model, task, head, schedule, log, label="masked-LM head")
 
 
 def _fresh_head(model: Model, settings: Upstream) -> None:
     """Give `model` a new masked-LM head, tied to its word embedding. Raises ConfigError where it has one."""
     if model.mlm is not None:
         raise ConfigError(f"--fresh-head: {settings.model} has a masked-LM head; expected a model without one")
-    model.mlm = MaskedLMHead(model.config)
+    with torch.device("cpu"), weights.NoInit():  # whatever torch's default device is
+        model.mlm = MaskedLMHead(model.config).to(model.encoder.embeddings.word.weight.dtype)
     model.initialize(model.mlm, torch.Generator().manual_seed(settings.seed))
     model.eval()
 
@@ -211,7 +215,8 @@ def _load_base(settings: Upstream | Downstream, **options) -> weights.Loaded:
     if checkpoint.is_run(run):
         if not (run / "model").is_dir():
             raise ConfigError(f"--model {run}: a run with a module alone; expected the base it was learnt on as --model, and the run as --adapter")
-        if checkpoint.adapter_folders(run) and run.resolve() not in {Path(a).resolve() for a in settings.adapter}:
+        given = {folder.resolve() for adapter in map(Path, settings.adapter) for folder in (adapter, *checkpoint.adapter_folders(adapter))}
+        if not {folder.resolve() for folder in checkpoint.adapter_folders(run)} <= given:
             raise ConfigError(f"--model {run}: its base works with the module beside it; expected --adapter {run} too, or --model {run / 'model'} to do without")
     return weights.load(settings.model, seed=settings.seed, **options)
 

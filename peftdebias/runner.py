@@ -118,6 +118,18 @@ def _empty(table: dict, columns: list[dict], when: str = "") -> list[str]:
     return lines
 
 
+DECIDED = {"upstream": ("seed", "out", "model", "adapter", "corpus", "column", "method", "fresh_head"),
+           "downstream": ("seed", "out", "model", "adapter", "train", "dev", "test", "text", "text_pair", "label", "group")}
+"""Settings of a phase that follow from the recipe, the system and the seed: what is measured, and under which name, goes by them."""
+
+
+def _free(phase: str, settings: dict, where: str) -> dict:
+    """The settings themselves. Raises ConfigError on one of DECIDED."""
+    if decided := next((name for name in settings if name in DECIDED[phase]), None):
+        raise ConfigError(f"{where}: expected a setting that a recipe leaves free, got {decided}, which follows from its data, systems and seeds")
+    return settings
+
+
 def _begin(measure: str) -> str:
     """How a measure's name begins, whichever system and file it is of: an entry of evaluation.GIVES."""
     return re.sub("^(base|only-[^/]+)/", "", bare_name(measure)).split("/")[0]
@@ -160,7 +172,7 @@ class _Runner:
             owner, _, field = key.rpartition(".")
             if owner and owner.lower() not in known:
                 raise ConfigError(f"--{phase} {key}: expected NAME.KEY=VALUE with NAME one of {', '.join(names)}")
-            found.setdefault(known.get(owner.lower(), ""), {}).update(checked(cls, {field: value}, f"--{phase} {key}: "))
+            found.setdefault(known.get(owner.lower(), ""), {}).update(_free(phase, checked(cls, {field: value}, f"--{phase} {key}: "), f"--{phase} {key}"))
         return found
 
     def _check_measures(self) -> None:
@@ -219,16 +231,21 @@ class _Runner:
         """Notes the sha256 of the files that are read, the model's, of the data folder what is named, and the user's axes and first names, or sees that they are what they were,
         from whatever folder the command is given."""
         model = sorted(path for path in weights.find_folder(self.settings.model).iterdir() if path.suffix in (".json", ".txt", ".safetensors", ".bin"))
-        tables = self._tables()
+        tables = [*self._tables(), *self._terms_beside()]
         called = {_whole_path(path): path for path in [*self._named(), *model, *tables]}
         now = {whole: digest(path) for whole, path in called.items()}
         path = self.out / "read.json"  # not recipe.json, which is locked as the file that it is
         noted = {_whole_path(name): value for name, value in read_object(path, ConfigError).items()} if path.exists() else {}
-        before = {whole: now[whole] for whole in map(_whole_path, tables)} | noted if path.exists() else now  # an earlier version noted no tables
+        before = {whole: now[whole] for whole in map(_whole_path, tables)} | noted if path.exists() else now  # an earlier version noted none of these
         if changed := next((name for name in (*now, *before) if now.get(name) != before.get(name)), None):
             raise ConfigError(f"--out {self.out}: holds results with another {called.get(changed, changed)} than there is now; expected the same as before or another folder")
         if before.keys() != noted.keys():
             write_text(path, json.dumps(now, indent=2) + "\n")
+
+    def _terms_beside(self) -> list[Path]:
+        """The identity terms that templates come with, where the recipe names no others."""
+        templates = [self._on(entry, None).partition("=")[2] for task in self.recipe.tasks if not task.terms for entry in task.entries if entry.startswith("iptts=")]
+        return [terms for path in templates if (terms := extrinsic.terms_beside(path))]
 
     def _tables(self) -> list[Path]:
         """Axes and tables of first names that are files of the user's."""
@@ -340,7 +357,8 @@ class _Runner:
 
     def _own(self, cls: type, system: System, phase: str) -> dict:
         """What the recipe says of a system in a phase. Raises ConfigError on what is no setting."""
-        return checked(cls, getattr(system, phase) or {}, f"{self.recipe.path}: [[system]] {system.name}: {phase}: ")
+        where = f"{self.recipe.path}: [[system]] {system.name}: {phase}"
+        return _free(phase, checked(cls, getattr(system, phase) or {}, f"{where}: "), where)
 
     def _settings(self, cls: type, unit: Unit, phase: str, values: dict):
         values = values | self._own(cls, unit.system, phase)

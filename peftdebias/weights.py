@@ -221,8 +221,11 @@ def read_config(folder: Path) -> tuple[EncoderConfig, dict]:
 
 
 def foreign_config(model: Model, tokenizer: Tokenizer | None = None) -> dict:
-    """config.json for `model`, as transformers reads it; with the ids that the tokenizer gives a text's ends, which only generation asks for."""
+    """config.json for `model`, as transformers reads it; with the ids that the tokenizer gives a text's ends, which only generation asks for. Raises ModelError where positions
+    begin elsewhere than the reader of such a file will have them begin."""
     c = model.config
+    if c.position_offset != (there := c.pad_id + 1 if c.kind == "roberta" else 0):
+        raise ModelError(f"position_offset: expected {there}, {'pad_id + 1' if c.kind == 'roberta' else 'as in every BERT'}, got {c.position_offset}")
     head = "ForSequenceClassification" if model.classifier else "ForMaskedLM" if model.mlm else "Model"
     raw = {
         **{key: getattr(c, ours) for ours, key in KEYS.items()}, "architectures": [ARCHITECTURES[c.kind] + head], "model_type": c.kind,
@@ -289,7 +292,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return files.read_tensors(bins, ModelError)
 
 
-class _NoInit(TorchFunctionMode):
+class NoInit(TorchFunctionMode):
     """Inside the `with` block torch.nn.init leaves tensors as they are: the files fill them. (The meta device would import torch._dynamo: 2 s.)"""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -332,7 +335,7 @@ def load_model(folder: str | Path, *, mlm: bool | None = None, labels: tuple[str
     config = dataclasses.replace(config, tied=decoder is None or (same and config.tied))
     if decoder is not None and mlm and not config.tied:
         found["mlm.decoder.weight"] = decoder
-    with torch.device("cpu"), _NoInit():  # whatever torch's default device is
+    with torch.device("cpu"), NoInit():  # whatever torch's default device is
         model = Model(config, mlm=mlm, labels=labels)
     model = model.to(dtype).eval()
     generator, new = torch.Generator().manual_seed(seed), []
@@ -417,15 +420,18 @@ def load(folder: str | Path, **options) -> Loaded:
 
 
 def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
-    """Write a folder that transformers loads to the same outputs; attached methods are not part of it (export writes them in), nor is a RoBERTa's pooler, which
-    none of its heads reads. Returns the folder. Raises OSError where it cannot be written."""
+    """Write a folder that transformers loads to the same outputs; attached methods are not part of it unless they are merged (export merges them), nor is a RoBERTa's pooler,
+    which none of its heads reads. Returns the folder. Raises OSError where it cannot be written, ModelError on positions that no config.json can tell."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    config, word = foreign_config(model, tokenizer), model.encoder.embeddings.word.weight
     ours = {name.removeprefix("encoder."): p.detach().cpu() for name, p in model.named_parameters()}
+    if config["tie_word_embeddings"] and model.mlm is not None and (kept := model.encoder.hooks.base(word)) is not word:  # a module is merged into it: the decoder stays the base's
+        ours["mlm.decoder.weight"], config["tie_word_embeddings"] = kept.detach().cpu(), False
     if model.classifier is None:
         ours |= model.carried
     write_tensors(to_foreign(ours, model.config), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(foreign_config(model, tokenizer), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save(folder, model.config.max_positions)
     return folder

@@ -163,6 +163,10 @@ def test_checked_takes_any_dataclass():
             options.checked(LoRAConfig, values, "--set: ")
 
 
+def test_what_is_none_in_a_table_is_left_out():
+    assert options.as_plain(Upstream(model="m", axis="a", corpus=("c",), out="o", set={"k": None, "l1": 2.0}))["set"] == {"l1": 2.0}
+
+
 # ---------------------------------------------------------------- what is wrong
 
 REST = 'model="m"\naxis="a"\ncorpus="c"\nout="o"\n'

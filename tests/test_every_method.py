@@ -1,5 +1,6 @@
 """Each method through both phases as a user runs them: it learns, its files come back, and what is printed is what the files give."""
 
+import dataclasses
 import json
 
 import pytest
@@ -116,6 +117,21 @@ def test_a_fresh_head_trains_alone_and_then_rests(small, tmp_path, asked):
     bare = save_bert(tmp_path / "bare", load(small.base).tokenizer, mlm=False)
     done("upstream", *small.learning(model=bare, out=tmp_path / "up", fresh_head=2, steps=2))
     assert asked == [HEAD, *TRAINED["lora"]]
+
+
+def test_the_time_of_a_run_is_that_of_all_its_trainings_and_before_is_before_the_last(small, tmp_path, monkeypatch):
+    bare, spent, kept = save_bert(tmp_path / "bare", load(small.base).tokenizer, mlm=False), [], phases.train
+
+    def train(*given, **more):
+        found = kept(*given, **more)
+        spent.append(dataclasses.replace(found, seconds=10.0 ** len(spent)))
+        return spent[-1]
+
+    monkeypatch.setattr(phases, "train", train)
+    said = done("upstream", *small.learning(model=bare, out=tmp_path / "up", method="sparse", set="k=50", fresh_head=2, steps=2))
+    assert "; 111 s, " in said.out and lines(tmp_path / "up" / "metrics.jsonl")[-1]["seconds"] == 111.0
+    done("export", tmp_path / "up", "--as", "merged", "--out", tmp_path / "card")
+    assert f"nats a masked token: {spent[-1].before['loss']:.4f} before, " in (tmp_path / "card" / "README.md").read_text() and spent[0].before != spent[-1].before
 
 
 # ---------------------------------------------------------------- what is special

@@ -121,12 +121,26 @@ def test_without_a_held_out_text_that_has_words_the_first_such_family_is_taken()
     assert choose(reading(texts)[0], GENDER, PAPER, 1e-9, 1, "f")[1] == ["he is"]
 
 
+def test_where_all_that_have_words_are_held_out_the_first_alone_is():
+    texts = ["he is", "she is", "it is", "she was", "he will"]
+    rule, held = choose(reading(texts)[0], GENDER, PAPER, 1 - 1e-9, 9, "f")
+    assert held == ["he is", "she is"] and [rule(family_of(t)) for t in texts] == [True, True, False, False, False]
+    for count in range(1000):  # whichever way four texts fall
+        rule, held = choose(reading([f"he was {i} in {count}" for i in range(4)])[0], GENDER, PAPER, 0.5, 9, "f")
+        assert 1 <= len(held) <= 3 and sum(rule(family_of(f"he was {i} in {count}")) for i in range(4)) == len(held)
+
+
+def test_a_validation_file_has_a_counterfactual_wherever_it_stands():
+    texts = [f"it is {i}" for i in range(9)] + ["the black doctor", "the asian nurse"]
+    assert first_families(reading(texts)[0], load_axis("race"), PAPER, 4, "v") == ["it is 0", "it is 1", "it is 2", "the black doctor"]
+
+
 ONE = "f: expected two texts with words of the axis gender that differ in more than these, one to validate on; found one (or give --valid FILE)"
 
 
 @pytest.mark.parametrize("texts,share,words", [
     (["it is", "it was"], 0.5, "f: expected words of the axis gender, found none in 2 texts"),
-    (["it is", "he is", "he is"], 1e-9, ONE), (["he is a nurse", "she is a nurse"], 1e-9, ONE), (["he is", " he is"], 1e-9, ONE), (["he is", "she was"], 1 - 1e-9, ONE),
+    (["it is", "he is", "he is"], 1e-9, ONE), (["he is a nurse", "she is a nurse"], 1e-9, ONE), (["he is", " he is"], 1e-9, ONE), (["he is", "she is"], 1 - 1e-9, ONE),
 ])  # fmt: skip
 def test_corpora_without_words_on_both_sides(texts, share, words):
     with pytest.raises(DataError) as caught:

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from peftdebias.checkpoint import describe_base
 from peftdebias.errors import AdapterError
 from peftdebias.patch import attach, detach, fold, merge, unmerge
+from peftdebias.weights import load_model, save_model
 
 from .outside import assert_close, one_thread  # noqa: F401
 from .plain import plain
@@ -85,6 +87,42 @@ def test_a_tied_decoder_keeps_the_base_table(model, batch):  # noqa: F811
     merge(model)
     assert not torch.equal(model.encoder.embeddings.word.weight, base)
     assert_close(model.mlm_logits(batch), plain)
+
+
+def test_a_merged_model_is_saved_as_it_answers(model, batch, tmp_path):  # noqa: F811
+    """Its decoder is the base's table still; of one that is not merged the module is no part."""
+    attach(model, "toy", dense(("embeddings.word",)))
+    with model.without("toy"):
+        bare = model.mlm_logits(batch)
+    save_model(model, tmp_path / "bare")
+    merge(model)
+    save_model(model, tmp_path / "merged")
+    for name, expected in (("bare", bare), ("merged", model.mlm_logits(batch))):
+        again = load_model(tmp_path / name, dtype=torch.float64)[0]
+        assert_close(again.mlm_logits(batch), expected)
+        assert (again.mlm.decoder is None) == (name == "bare")
+    assert model.mlm.decoder is None
+
+
+def test_a_merged_base_is_the_base_that_modules_are_bound_to(model, mergeable):  # noqa: F811
+    before = describe_base(model)
+    attach(model, "toy", mergeable)
+    merge(model)
+    assert describe_base(model) == before
+    with torch.no_grad():
+        next(p for p, *_ in model.encoder.hooks.merged.tensors).mul_(2)  # what is written is no part of it
+    assert describe_base(model) == before
+    unmerge(model)
+    assert describe_base(model) == before
+
+
+def test_what_is_merged_inside_of_inference_mode_can_be_trained_beside(model, batch, mergeable):  # noqa: F811
+    attach(model, "toy", mergeable)
+    with torch.inference_mode():
+        merge(model)
+    model.mlm.bias.requires_grad_()
+    model.mlm_logits(batch).sum().backward()
+    assert model.mlm.bias.grad is not None
 
 
 @pytest.fixture

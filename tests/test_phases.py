@@ -245,6 +245,7 @@ def test_a_base_without_the_module_it_was_trained_with_is_not_taken_unsaid(small
         assert said.code == 2 and words in said.err, said.err
 
     refused(f"--model {runs['gender']}: a run with a module alone; expected the base it was learnt on as --model, and the run as --adapter", model=runs["gender"])
+    done("downstream", *small.task(model=runs["debiased"], adapter=runs["debiased"] / "adapter", epochs=1), "--out", tmp_path / "by-its-module")
     refused(f"--model {runs['debiased']}: its base works with the module beside it; expected --adapter {runs['debiased']} too, or --model {runs['debiased']}/model",
             model=runs["debiased"])
     refused("made for the base with checksum", model=runs["debiased"] / "model", adapter=runs["gender"])  # the base has moved on since
@@ -400,8 +401,8 @@ def test_a_module_worse_than_none_is_told(small, tmp_path):
 
 
 DEFAULTS = """
-import sys, torch
-from peftdebias import cli, load
+import sys, torch, transformers
+from peftdebias import attach_to, cli, load
 set_to, out, number, world = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:]
 if set_to == "meta":
     torch.set_default_device("meta")
@@ -410,27 +411,32 @@ elif set_to == "inference":
     torch.autocast("cpu", torch.bfloat16).__enter__()
 elif set_to:
     torch.set_default_dtype(getattr(torch, set_to))
-learning, task = world[:world.index("--")], world[world.index("--") + 1:]
+learning, task = world[:world.index("--")], world[world.index("--") + 1:world.index("bare")]
 for method, options in (("lora", ["rank=2", "dropout=0.1"]), ("prefix", ["length=3"]), ("sparse", ["k=50"]), ("adapter", ["bottleneck=2"]))[:number]:
     assert cli.main(["upstream", *learning, "--method", method, *(w for o in options for w in ("--set", o)), "--out", f"{out}/{method}"]) == 0
 assert cli.main(["downstream", *task, "--adapter", f"{out}/lora", "--out", f"{out}/task"]) == 0
 model, plain = load(f"{out}/task"), load(world[world.index("--model") + 1], [f"{out}/lora"])
 print("answers", model.predict(["she is a nurse"]), plain.fill_mask("[MASK] is a nurse"), plain.encode(["she is a nurse"], pooling="mean").sum().item())
 model.export(f"{out}/task.pt2")
+bare = world[-1]
+assert cli.main(["upstream", *(bare if word == learning[learning.index("--model") + 1] else word for word in learning), "--fresh-head", "2", "--set", "rank=2", "--out", f"{out}/fresh"]) == 0
+with torch.device("cpu"):
+    host = transformers.BertModel.from_pretrained(bare)
+attach_to(host, f"{out}/fresh/adapter")
 """
 
 
 @pytest.mark.parametrize("modes,number", [(("meta",), 1), pytest.param(("meta", "bfloat16", "inference"), 4, marks=pytest.mark.slow)])
 def test_torchs_defaults_change_nothing(modes, number, small, tmp_path):
     """Its default device, as notebooks set it, dtype, and the mode of whoever only wants answers: the same files and answers, bit for bit; of so many methods."""
-    said = {}
+    said, bare = {}, save_bert(tmp_path / "bare", tokenizer_of(World()), mlm=False)
     for set_to in ("", *modes):
-        words = [sys.executable, "-c", DEFAULTS, set_to, tmp_path / f"run-{set_to}", number, *small.learning(set=None, steps=4), "--", *small.task(epochs=1)]
+        words = [sys.executable, "-c", DEFAULTS, set_to, tmp_path / f"run-{set_to}", number, *small.learning(set=None, steps=4), "--", *small.task(epochs=1), "bare", bare]
         done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
         answers = next(line for line in done.stdout.splitlines() if line.startswith("answers"))
         said[set_to] = answers, {name: sha for name, sha in tree(tmp_path / f"run-{set_to}").items() if name.endswith(".safetensors")}
-    assert len(said[""][1]) == 2 + number  # the task's module and model, and what was learnt
+    assert len(said[""][1]) == 4 + number  # the task's module and model, what was learnt, and with a new head the model too
     for mode in modes:
         assert said[mode][1] == said[""][1] and (said[mode][0] == said[""][0] or mode == "inference")  # whose answers follow the caller's autocast
 

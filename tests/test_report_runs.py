@@ -360,6 +360,7 @@ def test_trainings_that_follow_each_other_are_told_apart(tmp_path):
     text, _ = written(tmp_path, folder)
     rows = Elements(text).all("th")
     assert [r for r in rows if r in ("0", "20", "40", "60", "80")] == ["0", "20", "40", "60", "80"]  # end to end in the table of validations
+    assert dict(training._table("t", [run]).rows)["40"] == "2.9000"  # where the first ends, not where the second begins
 
 
 def test_bases_measured_on_other_numbers_of_texts_are_two(tmp_path):

@@ -631,3 +631,36 @@ def test_a_system_s_own_axis_that_is_no_text_is_one_line(setting, words, place, 
 
 def test_a_column_by_its_number_is_a_text():
     assert options.checked(Upstream, options.parse_settings(["from=2"], options.texts_of(Upstream))) == {"from_": "2"}
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--upstream", "seed=5"], "--upstream seed: expected a setting that a recipe leaves free, got seed, which follows from its data, systems and seeds"),
+    (["--upstream", "LoRA.adapter=x"], "--upstream LoRA.adapter: expected a setting that a recipe leaves free, got adapter,"),
+    (["--upstream", "fresh-head=3"], "--upstream fresh_head: expected a setting that a recipe leaves free, got fresh_head,"),
+    (["--downstream", "jobs.label=x"], "--downstream jobs.label: expected a setting that a recipe leaves free, got label,"),
+    (["--downstream", "out=x"], "--downstream out: expected a setting that a recipe leaves free, got out,"),
+])  # fmt: skip
+def test_what_follows_from_the_recipe_is_no_override(flags, words, place, small, tmp_path):
+    recipe, data = place
+    said = cli("run", recipe, "--model", small.base, "--data", data, "--out", tmp_path / "out", *flags)
+    assert said.code == 2 and said.err.splitlines()[-1].startswith(f"peftdebias: {words}") and not (tmp_path / "out").exists()
+    recipe.write_text(recipe.read_text().replace("upstream = { lr = 1e-4 }", "upstream = { lr = 1e-4, seed = 3 }"))
+    said = cli("run", recipe, "--model", small.base, "--data", data, "--out", tmp_path / "out")
+    assert said.code == 2 and said.err.splitlines()[-1].startswith(f"peftdebias: {recipe}: [[system]] Full-Debias: upstream: expected a setting that a recipe leaves free, got seed,")
+
+
+def test_identity_terms_that_lie_beside_the_templates_are_among_the_files(place, small, tmp_path, monkeypatch):
+    recipe, data = place
+    (data / "terms.csv").write_text("Text,bin_label\n"), (data / "identity.csv").write_text("Text\nold\n")
+    recipe.write_text(recipe.read_text().replace('measures = ["classification", "counterfactual"]', 'measures = ["iptts=terms.csv"]\npositive = "nurse"', 1).replace("tpr-gap/rms", "fprd-iptts"))
+    made = runner._Runner(recipes.load(str(recipe)), Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out")), lambda line: None)
+    made._same_files()
+    noted = json.loads((tmp_path / "out" / "read.json").read_text())
+    assert str(data / "identity.csv") in noted
+    without = {name: value for name, value in noted.items() if not name.endswith("identity.csv")}
+    (tmp_path / "out" / "read.json").write_text(json.dumps(without))  # as an earlier version left it
+    made._same_files()
+    assert json.loads((tmp_path / "out" / "read.json").read_text()) == noted
+    (data / "identity.csv").write_text("Text\nyoung\n")
+    with pytest.raises(PeftDebiasError, match="holds results with another .*identity.csv than there is now"):
+        made._same_files()

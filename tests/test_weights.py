@@ -332,6 +332,13 @@ def test_a_broken_configuration_says_so(bert, content, words):
     assert f"{folder}/config.json: {words}" in message(lambda: load_model(folder))
 
 
+@pytest.mark.parametrize("kind, offset, words", [("bert", 1, "expected 0, as in every BERT, got 1"), ("roberta", 2, r"expected 1, pad_id \+ 1, got 2")])
+def test_positions_that_no_file_can_tell_are_not_saved(kind, offset, words, tmp_path):
+    config = dataclasses.replace(model_of("bert").config, kind=kind, position_offset=offset, pad_id=0)
+    with pytest.raises(ModelError, match=f"^position_offset: {words}$"):
+        save_model(Model(config), tmp_path)
+
+
 def test_a_classifiers_dropout_of_null_is_that_of_hidden_states(tmp_path):
     save_model(model_of("bert"), tmp_path)
     edit_config(tmp_path, classifier_dropout=None, hidden_dropout_prob=0.3)

@@ -4,7 +4,6 @@ import os
 import warnings
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from .. import checkpoint, weights
@@ -78,7 +77,7 @@ def _with_heads(folder: str | Path, heads: dict[str, Tensor], module: str | Path
     model, report = weights.load_model(folder, labels=labels)
     own = dict(model.named_parameters())
     if "mlm.decoder.weight" in heads and "mlm.decoder.weight" not in own and model.mlm is not None:  # a copy of the word embedding, trained apart
-        model.mlm.decoder = torch.nn.Linear(model.config.hidden, model.config.vocab, bias=False)
+        model.untie(model.encoder.embeddings.word.weight)
         own["mlm.decoder.weight"] = model.mlm.decoder.weight
     for name, tensor in heads.items():
         if name not in own or own[name].shape != tensor.shape:

@@ -57,13 +57,8 @@ def export_adapter(run: str | Path, form: str, out: str | Path, overwrite: bool 
 
 def write_merged(folder: Path, run: checkpoint.Run) -> None:
     """One plain model folder with all modules of `run` in its weights. Raises AdapterError, by name, on what cannot be written there with the same outputs."""
-    model = run.model
-    patch.merge(model)
-    word = model.encoder.embeddings.word.weight
-    kept = model.encoder.hooks.base(word)
-    if model.mlm is not None and model.mlm.decoder is None and kept is not word:  # the masked-LM decoder stays the base's
-        model.untie(kept)
-    weights.save_model(model, folder, run.tokenizer)
+    patch.merge(run.model)
+    weights.save_model(run.model, folder, run.tokenizer)
 
 
 def _other_forms(modules: list[str]) -> str:

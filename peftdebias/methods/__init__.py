@@ -269,7 +269,7 @@ def short_note(budget: float | None, method: Method, options: dict) -> list[str]
     if budget is None:
         return []
     size, encoder = method.size, method.encoder_config
-    wanted, found = (getattr(config, size) for config in (method.size_for(encoder, round(budget * base_parameters(encoder)), **options), method.config))
+    wanted, found = (getattr(config, size) for config in (method.size_for(encoder, round(budget * base_parameters(encoder)), **{key: value for key, value in options.items() if value is not None}), method.config))
     return [f"--budget: {budget:g} of the base comes to {method.name} {size} {wanted}, {found} taken: {method.cap}"] if found != wanted else []
 
 

@@ -73,14 +73,14 @@ def testbed(settings: Testbed, say: Callable[[str], None] = lambda line: None) -
             say(f"{sum(r is not None for r in results.values())} of {len(units)}: {unit}, {found['seconds']:.1f} s")
 
         run_all(plan, todo, settings.jobs, done)
-    rows = summary.rows(units, results)
-    found = about | {"rows": rows, "monotone": summary.monotone(rows), "units": len(units)}
-    found |= {key: round(sum(r[key] for r in results.values()), 1) for key in ("seconds", "cpu_seconds")}
-    table = summary.markdown(found)
-    write_text(out / MARK, json.dumps(found, indent=1) + "\n")
-    write_text(out / "table.md", table)
-    for note in _draw(found, out):
-        say(note)
+        rows = summary.rows(units, results)
+        found = about | {"rows": rows, "monotone": summary.monotone(rows), "units": len(units)}
+        found |= {key: round(sum(r[key] for r in results.values()), 1) for key in ("seconds", "cpu_seconds")}
+        table = summary.markdown(found)
+        write_text(out / MARK, json.dumps(found, indent=1) + "\n")
+        write_text(out / "table.md", table)
+        for note in _draw(found, out):
+            say(note)
     return table
 
 

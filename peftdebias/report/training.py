@@ -79,7 +79,7 @@ def _thinned(points: list[tuple[float, float]]) -> tuple[list[float], list[float
 
 def _table(title: str, runs: list[RunFiles]) -> Table:
     key = _validated(runs)
-    of = [dict(_points(run, "validations", key)) for run in runs]
+    of = [dict(reversed(_points(run, "validations", key))) for run in runs]  # where one training ends and the next begins, the end
     steps = sorted({step for found in of for step in found})
     digits = 4 if key == "loss" else 2
     rows = [(f"{step:g}", *(f"{found[step]:.{digits}f}" if step in found else "–" for found in of)) for step in steps]
