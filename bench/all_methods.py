@@ -29,7 +29,7 @@ def carve_dev(source: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def losses(run: Path) -> tuple[float, float, float]:
-    """(validation loss before, best, seconds of the last stage) of an upstream run; sparse fine-tuning has a stage before it."""
+    """(validation loss before, best, seconds) of an upstream run; sparse fine-tuning has two stages, both counted."""
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return events[0]["loss"], events[-1]["loss"], events[-1]["seconds"]
 

@@ -77,7 +77,8 @@ def _part(own: Row, other: Row, bar: Bar | None) -> str:
 def _floor(own: Row, bar: Bar | None) -> str:
     floor = own.extra_config["floor_ms"]
     blas = f" (torch.mm: {own.extra_config['blas_gflops']:.0f})" if "blas_gflops" in own.extra_config else ""
-    return f"{own.y_50 / floor:.3g} of the floor, {floor:.3g} ms at {own.extra_config['gemm_gflops']:.0f} GFLOP/s{blas}{verdict(own.y_50 / floor, bar and bar.at_most)}"
+    of = "the floor" if own.extra_config.get("precision") != "bf16" else "the floor in float32"
+    return f"{own.y_50 / floor:.3g} of {of}, {floor:.3g} ms at {own.extra_config['gemm_gflops']:.0f} GFLOP/s{blas}{verdict(own.y_50 / floor, bar and bar.at_most)}"
 
 
 def verdict(reached: float, at_most: float | None, unit: str = "") -> str:

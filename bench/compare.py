@@ -84,7 +84,7 @@ def compare(case: Case, setting: Setting, providers: dict[str, Provider], repeat
         if not compiled:  # a fresh process would count the compiler's memory
             metrics |= {"peak memory": [lanes.peak_mib(case, provider, setting)] * 3, "saved for backward": [saved] * 3}
         metrics |= {"adapter file": [file] * 3}
-        extra = {"size": setting.size_name, "baseline": case.baseline, "precision": setting.precision, "repeats": repeats, "load_average": round(load, 2),
+        extra = {"size": setting.size_name, "baseline": case.baseline, "precision": "bf16" if providers[provider].bf16 else setting.precision, "repeats": repeats, "load_average": round(load, 2),
                  "load_at_start": measure.LOAD_AT_START, "device": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
                  "floor_ms": 1000 * floor / about["steps"], "gemm_gflops": max(rates.values()) / 1e9, "blas_gflops": rates["blas"] / 1e9, "versions": about["versions"],
                  "largest_difference_as_share_of_allowed": share.get(provider), **about["extra"]}

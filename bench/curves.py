@@ -6,8 +6,8 @@ drawn weights; upstream LoRA, adapter and prefix on masked texts, downstream the
     python bench/curves.py --device cpu --steps 20           the CPU's own kernels against the twins
 
 Bounds: losses within 1e-5 over the first 50 steps and 1e-4 over 200 in float32, within 1 % in bf16; gradients as bench/run.py bounds them, in bf16 by the angle (cosine at
-least 0.99). bench/gpu.py --steps runs this before it times anything. Exit code 0; 1 where a bound is passed, the loop fails or its validation rises by more than 1 %, or steps
-that were to be replayed ran eagerly.
+least 0.99). bench/gpu.py --steps runs this before it times anything. Exit code 0; 1 where a bound is passed, the loop fails or its validation rises by more than 1 %, a step
+makes the host wait, or steps that were to be replayed ran eagerly.
 """
 
 import argparse

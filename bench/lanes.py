@@ -24,6 +24,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from bench import equality, measure, rows  # noqa: E402
+from bench.arguments import say  # noqa: E402
 from bench.case import Case, Provider, Setting, Work  # noqa: E402
 from bench.cases_hub import through_library  # noqa: E402
 from bench.cases_sparse import SPARSE_CASES  # noqa: E402
@@ -54,8 +55,11 @@ def lane(case: Case, provider: str, setting: Setting) -> Process:
 
 
 def peak_mib(case: Case, provider: str, setting: Setting) -> float | None:
-    """None where Linux does not say it."""
-    done = subprocess.run(command(case, provider, setting, "peak"), capture_output=True, text=True, check=True)
+    """None where Linux does not say it, and, with a line, where the process ended (out of memory?)."""
+    done = subprocess.run(command(case, provider, setting, "peak"), capture_output=True, text=True)
+    if done.returncode:
+        say(f"{case.name}: {provider}: peak memory is not measured: its process ended with {done.returncode}")
+        return None
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -258,7 +258,7 @@ def _rows(case: Case, setting: Setting, provider: str, work: Work, samples: list
         device = "CUDA {}, compute capability {}.{}".format(torch.version.cuda, *torch.cuda.get_device_capability(setting.device))
     else:
         device = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    extra = {"size": setting.size_name if case.sized else "any", "baseline": case.baseline, "precision": setting.precision,
+    extra = {"size": setting.size_name if case.sized else "any", "baseline": case.baseline, "precision": "bf16" if case.providers[provider].bf16 else setting.precision,
              "repeats": len(samples), "passes_a_sample": passes, "steps_a_pass": work.steps, "load_average": round(load, 2),
              "load_at_start": LOAD_AT_START, "device": device,
              "versions": {name: rows.version(name) for name in ("transformers", "peft")}, **({"roof": work.roof, "limit": work.limit} if work.roof else {}), **work.extra}

@@ -28,7 +28,7 @@ from bench.arguments import Parser, complain, positive, results_file, say  # noq
 from bench.case import SIZES, output_bound  # noqa: E402
 from bench.cases_predict import IN_BF16, ONE_CALL, OURS, PREDICTORS, SORTED, THEIRS, WHOLE_FILE, Predictor, Task, forward_flops  # noqa: E402
 from bench.compare import gemm_rates  # noqa: E402
-from bench.process import Process, serve  # noqa: E402
+from bench.process import Ended, Process, serve  # noqa: E402
 from peftdebias.errors import PeftDebiasError  # noqa: E402
 from peftdebias.ops.linear import no_bf16  # noqa: E402
 from peftdebias.tokens import load_tokenizer  # noqa: E402
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
         except equality.Unequal as red:
             print(red)
             return 1
-        except PeftDebiasError as error:
+        except (PeftDebiasError, Ended) as error:
             return complain(str(error))
     heading, notes = f"Measured by bench/predict.py on {rows.device_name(torch.device('cpu'))}", {"The whole file": lines} if lines else {}
     print(f"# {heading}\n\n{rows.table(found, notes)}")

@@ -174,6 +174,7 @@ def _facts(rows: Sequence[Row]) -> str:
         return ", ".join(dict.fromkeys(str(value) for row in rows if (value := key(row)) is not None)) or "none"
 
     libraries = dict.fromkeys(f", {name} {v}" for row in rows for name, v in row.extra_config.get("versions", {}).items())
+    checked = any("largest_difference_as_share_of_allowed" in row.extra_config for row in rows)
     loads = [row.extra_config["load_average"] for row in rows if "load_average" in row.extra_config] or [float("nan")]
     return "\n".join((
         f"- {all_of(lambda r: r.device_name)}; {all_of(lambda r: r.extra_config.get('device', '?'))}",
@@ -181,5 +182,5 @@ def _facts(rows: Sequence[Row]) -> str:
         f"- commit {all_of(lambda r: r.commit)}; {min(r.timestamp for r in rows)} to {max(r.timestamp for r in rows)}",
         f"- load average {all_of(lambda r: r.extra_config.get('load_at_start', '?'))} at the start, {min(loads):.1f} to {max(loads):.1f} later, this run's own threads "
         "among them",
-        "- median (20 % and 80 % quantile) over the repeats; every provider that is meant to compute the same did so before it was timed",
+        "- median (20 % and 80 % quantile) over the repeats" + "; every provider that is meant to compute the same did so before it was timed" * checked,
     ))

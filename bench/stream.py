@@ -118,7 +118,7 @@ def memory(arguments) -> None:
                     sys.exit(complain(f"{what}: expected the process that is watched to last, got it ended by signal {-process.returncode} (out of memory?)"))
                 if process.returncode:
                     sys.exit(process.returncode)  # it has said why
-                show(measure="memory", what=what, gigabytes=gigabytes, peak_mb=round(peak["own"] / 1e6, 1), processes=peak["processes"], peak_pss_mb=round(peak["pss"] / 1e6, 1),
+                show(measure="memory", what=what, gigabytes=round(file.stat().st_size / 1e9, 4), peak_mb=round(peak["own"] / 1e6, 1), processes=peak["processes"], peak_pss_mb=round(peak["pss"] / 1e6, 1),
                      **json.loads(said))
 
 

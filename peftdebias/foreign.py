@@ -117,7 +117,7 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
         raise AdapterError(f"{method.name}: expected a module that changes at least one weight, got one that changes none (it has not learnt yet)")
     if any(source in _attached.get(host, ()) for host in changes.values()):
         raise AdapterError(f"{source if isinstance(source, str) else method.name}: attached twice; expected each module once")
-    if any(host.weight.is_meta for host in changes.values()):
+    if any(host.weight.is_meta or getattr(host, kind).is_meta for (_, kind), host in changes.items()):
         raise AdapterError(f"{method.name}: expected a model with values, got one of which a part is on the device meta; give it its values (to_empty, load_state_dict) first")
     device = next(iter(changes.values())).weight.device
     with torch.inference_mode(False):

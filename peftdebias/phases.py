@@ -110,6 +110,9 @@ def upstream(settings: Upstream, say: Callable[[str], None] = lambda line: None)
         if not cls.trains_base:
             _assert_frozen("base", base["sha256"], base_checksum(model))
             checkpoint.save_adapter(checkpoint.adapter_folder(run.path), method, axis.name, base, about)
+        if len(spent) > 1:
+            notes.append(f"seconds: of {len(spent)} trainings; tokens a second and the share of waiting are the last one's")
+            say(notes[-1])
         more = [note for note in texts.notes() if note not in notes]  # of a pass over the corpus that has gone on meanwhile
         _tell(say, more)
         notes += more

@@ -118,7 +118,7 @@ def _empty(table: dict, columns: list[dict], when: str = "") -> list[str]:
     return lines
 
 
-DECIDED = {"upstream": ("seed", "out", "model", "adapter", "corpus", "column", "method", "fresh_head"),
+DECIDED = {"upstream": ("seed", "out", "model", "adapter", "corpus", "column", "method"),
            "downstream": ("seed", "out", "model", "adapter", "train", "dev", "test", "text", "text_pair", "label", "group")}
 """Settings of a phase that follow from the recipe, the system and the seed: what is measured, and under which name, goes by them."""
 

@@ -422,9 +422,8 @@ def load(folder: str | Path, **options) -> Loaded:
 def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
     """Write a folder that transformers loads to the same outputs; attached methods are not part of it unless they are merged (export merges them), nor is a RoBERTa's pooler,
     which none of its heads reads. Returns the folder. Raises OSError where it cannot be written, ModelError on positions that no config.json can tell."""
-    folder = Path(folder)
+    folder, config, word = Path(folder), foreign_config(model, tokenizer), model.encoder.embeddings.word.weight
     folder.mkdir(parents=True, exist_ok=True)
-    config, word = foreign_config(model, tokenizer), model.encoder.embeddings.word.weight
     ours = {name.removeprefix("encoder."): p.detach().cpu() for name, p in model.named_parameters()}
     if config["tie_word_embeddings"] and model.mlm is not None and (kept := model.encoder.hooks.base(word)) is not word:  # a module is merged into it: the decoder stays the base's
         ours["mlm.decoder.weight"], config["tie_word_embeddings"] = kept.detach().cpu(), False

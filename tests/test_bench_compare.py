@@ -268,6 +268,8 @@ def test_bars_are_met_or_missed_in_words(bench):
     assert time == ("lora_step, base: peftdebias: 126 ms a step; 0.252 of transformers+peft (bar 0.25: missed); 0.504 of transformers+peft, length-bucketed (bar 0.6: met); "
                     "1.26 of the floor, 100 ms at 200 GFLOP/s (torch.mm: 100) (bar 1.3: met)")
     assert memory == "lora_step, base: peftdebias: peak memory 300 MiB; 0.3 of transformers+peft (bar 0.3: met)"
+    found[2].extra_config["precision"] = "bf16"
+    assert "; 1.26 of the floor in float32, 100 ms at 200 GFLOP/s" in bench.bars.lines(found)[0]
     small = bench.bars.lines([dataclasses.replace(r, extra_config=r.extra_config | {"size": "small"}) for r in found])
     assert "0.252 of transformers+peft (bar 0.1: missed)" in small[0] and small[0].endswith("(torch.mm: 100)")  # BERT-base alone is held against the floor
     assert not any("bar" in line for line in bench.bars.lines([dataclasses.replace(r, extra_config=r.extra_config | {"size": "micro"}) for r in found]))
@@ -340,3 +342,10 @@ def test_the_other_environment_needs_few_packages():
         import bench.lanes
     """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent, timeout=120)
+
+
+def test_a_process_that_ends_while_its_peak_is_taken_costs_that_figure_alone(bench, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench.lanes, "command", lambda *_: [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+    setting = bench.case.Setting("micro", 40, tmp_path)
+    assert bench.lanes.peak_mib(bench.lanes.COMPARED["lora_step"], "peftdebias", setting) is None
+    assert "lora_step: peftdebias: peak memory is not measured: its process ended with -9" in capsys.readouterr().err

@@ -129,7 +129,7 @@ def test_the_time_of_a_run_is_that_of_all_its_trainings_and_before_is_before_the
 
     monkeypatch.setattr(phases, "train", train)
     said = done("upstream", *small.learning(model=bare, out=tmp_path / "up", method="sparse", set="k=50", fresh_head=2, steps=2))
-    assert "; 111 s, " in said.out and lines(tmp_path / "up" / "metrics.jsonl")[-1]["seconds"] == 111.0
+    assert "; 111 s, " in said.out and "seconds: of 3 trainings; tokens a second and the share of waiting are the last one's" in said.err and lines(tmp_path / "up" / "metrics.jsonl")[-1]["seconds"] == 111.0
     done("export", tmp_path / "up", "--as", "merged", "--out", tmp_path / "card")
     assert f"nats a masked token: {spent[-1].before['loss']:.4f} before, " in (tmp_path / "card" / "README.md").read_text() and spent[0].before != spent[-1].before
 

@@ -465,6 +465,12 @@ def test_what_does_not_fit_is_not_handed_to_c():
             dropout_compiled(logits, 0.5, wrong, 1)
     with pytest.raises(ValueError, match="unpack"):
         optimizer.adamw_compiled(*(torch.ones(3) for _ in range(4)), torch.ones(1), betas=(0.9, 0.999), epsilon=1e-8)
+    rates = torch.tensor([[1.0, 9.0], [0.01, 9.0], [0.5, 9.0]])[:, 0]  # which lie apart
+    found, expected = ([torch.ones(9) * (i + 1) for i in range(4)] for _ in range(2))
+    for update, tensors in ((optimizer.adamw_compiled, found), (optimizer.adamw_ref, expected)):
+        update(*tensors, rates, None, betas=(0.9, 0.999), epsilon=1e-8)
+    for have, want in zip(found, expected):
+        torch.testing.assert_close(have, want)
 
 
 # ---------------------------------------------------------------- who runs, and where

@@ -231,6 +231,19 @@ def test_what_another_process_made_while_this_one_waited_is_not_made_again(ran, 
     assert "16 of 16 units are there" in done("testbed", *GIVEN, "--out", tmp_path / "t").err
 
 
+def test_strengths_that_six_digits_do_not_tell_apart_have_two_folders():
+    folders = [Unit("text", strength, 0).folder(Path("t")).parts[2] for strength in (0.1234567, 0.1234568, 0.8, 1, 0.3)]
+    assert folders == ["text-0.1234567", "text-0.1234568", "text-0.8", "text-1", "text-0.3"]
+
+
+def test_a_call_that_computes_nothing_keeps_what_it_was_computed_by(ran, tmp_path, monkeypatch):
+    shutil.copytree(ran[0], tmp_path / "t")
+    before = found_in(tmp_path / "t")["versions"]
+    monkeypatch.setattr(planted.checkpoint, "versions", lambda: {"torch": "another"})
+    done("testbed", *GIVEN, "--out", tmp_path / "t")
+    assert found_in(tmp_path / "t")["versions"] == before
+
+
 def test_no_unit_before_what_it_needs():
     from peftdebias.config import Testbed
 

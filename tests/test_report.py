@@ -479,6 +479,39 @@ def test_measures_of_several_files_keep_their_ideal_their_meaning_and_their_rate
     assert text.count("all texts") >= 2
 
 
+def test_a_folder_called_class_is_no_class_and_a_label_in_brackets_no_file(tmp_path):
+    """Two files of one name give their whole path to a measure's name."""
+    paths = ("/home/u/class/a/test.csv", "/home/u/term/b/test.csv")
+    final = [measure(f"{name} ({path})", value, unit) for path in paths for name, value, unit in (("accuracy", 80.0, "%"), ("tpr-gap/rms", 5.0, "points"), ("tpr-gap/class/nurse", 4.0, "points"))]
+    final += [measure("f1/hate (strong)", 60.0), measure("tpr-gap/rms", 6.0, "points"), measure("tpr-gap/class/hate (strong)", 6.0, "points")]
+    text, _ = written(tmp_path, run_folder(tmp_path / "run", "downstream", final=final))
+    found = Elements(text)
+    assert {f"accuracy ({path}), %" for path in paths} <= set(found.all("th")) and {"nurse", "hate (strong)"} <= set(found.all("th")) and "hate" not in found.all("th")
+    assert not any(t.startswith("a/test") for t in found.all("th"))
+    assert [figures_of.is_floor(name) for name in ("f1/second floor", "tpr-gap/rms-shuffled", "fprd/shuffled (a.csv)", "perplexity")] == [False, True, True, False]
+
+
+def test_examples_of_systems_that_differ_are_all_told(tmp_path):
+    runs = [run_folder(tmp_path / name, "downstream", method=method, final=[measure("accuracy", 80.0, n=n), measure("f1/macro", 70.0, n=7)])
+            for name, method, n in (("a", None, 1000), ("b", "lora", 50))]
+    cells = Elements(written(tmp_path, *runs)[0]).all("td")
+    assert "1,000 / 50" in cells and "7" in cells and "1,000" not in cells
+
+
+def test_the_dashed_line_is_in_the_picture(monkeypatch, tmp_path):
+    drawn, kept = [], figures.dots
+    monkeypatch.setattr(figures, "dots", lambda *given, **more: drawn.append((given[5], given[-1])) or kept(*given, **more))
+    final = [measure("tpr-gap/rms", 30.0, "points"), *(measure(f"tpr-gap/class/{c}", v, "points") for c, v in (("nurse", 25.0), ("guard", 40.0)))]
+    written(tmp_path, run_folder(tmp_path / "run", "downstream", final=final))
+    assert drawn == [(0.0, (0.0, 42.0))]
+
+
+def test_flips_of_several_files_are_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(flip_row() | {"measure": name}) + "\n" for name in ("counterfactual (a.csv)", "counterfactual (b.csv)", "base/counterfactual (a.csv)", "fprd")))
+    assert len(flips._read(path)[0]) == flips._read(path)[1] == 2
+
+
 def test_every_measure_has_a_meaning():
     assert set(words.GLOSSARY) == {begin for names in evaluation.GIVES.values() for begin in names}
 

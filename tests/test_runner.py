@@ -636,7 +636,6 @@ def test_a_column_by_its_number_is_a_text():
 @pytest.mark.parametrize("flags, words", [
     (["--upstream", "seed=5"], "--upstream seed: expected a setting that a recipe leaves free, got seed, which follows from its data, systems and seeds"),
     (["--upstream", "LoRA.adapter=x"], "--upstream LoRA.adapter: expected a setting that a recipe leaves free, got adapter,"),
-    (["--upstream", "fresh-head=3"], "--upstream fresh_head: expected a setting that a recipe leaves free, got fresh_head,"),
     (["--downstream", "jobs.label=x"], "--downstream jobs.label: expected a setting that a recipe leaves free, got label,"),
     (["--downstream", "out=x"], "--downstream out: expected a setting that a recipe leaves free, got out,"),
 ])  # fmt: skip

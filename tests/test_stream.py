@@ -362,7 +362,7 @@ def test_memory_and_disks_that_end_in_the_process_are_errors_of_the_same_kind_he
         epochs.ready()
     assert (caught.value.args, getattr(caught.value, "filename", None)) == (error.args, getattr(error, "filename", None))
     for said in ("OSError('obtaining file position failed')", "OSError(5, 'Input/output error')"):  # a bug, here as there: its traceback is the process's
-        with Epochs(dataclasses.replace(recipe(file), cache=Raising(said)), 1) as epochs, pytest.raises(RuntimeError, match=r"in the background process:\nTraceback(.|\n)*OSError: .*failed|Input"):
+        with Epochs(dataclasses.replace(recipe(file), cache=Raising(said)), 1) as epochs, pytest.raises(RuntimeError, match=r"in the background process:\nTraceback(.|\n)*OSError: .*(failed|Input)"):
             epochs.ready()
 
 

@@ -336,7 +336,8 @@ def test_a_broken_configuration_says_so(bert, content, words):
 def test_positions_that_no_file_can_tell_are_not_saved(kind, offset, words, tmp_path):
     config = dataclasses.replace(model_of("bert").config, kind=kind, position_offset=offset, pad_id=0)
     with pytest.raises(ModelError, match=f"^position_offset: {words}$"):
-        save_model(Model(config), tmp_path)
+        save_model(Model(config), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_classifiers_dropout_of_null_is_that_of_hidden_states(tmp_path):

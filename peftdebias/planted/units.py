@@ -72,7 +72,8 @@ class Unit:
         return f"{self.place} {self.strength:g}, seed {self.seed}, {self.method}"
 
     def folder(self, out: Path) -> Path:
-        return out / "units" / f"{self.place}-{self.strength:g}" / f"seed-{self.seed}" / self.method
+        short = f"{self.strength:g}"  # of up to six digits; two strengths have two folders
+        return out / "units" / f"{self.place}-{short if float(short) == self.strength else repr(self.strength)}" / f"seed-{self.seed}" / self.method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +164,7 @@ def text_unit(plan: Plan, unit: Unit, folder: Path) -> tuple[list[Measure], int]
         trained = methods.base_parameters(run.model.config)
     else:
         whole, fixed = trains_base(unit.method), methods.method_class(unit.method).size is None
-        phases.upstream(Upstream(model=str(base), axis="gender", method=unit.method, corpus=(str(corpus),), out=str(folder / "run"), budget=None if fixed else BUDGET,
+        phases.upstream(Upstream(model=str(base), axis="gender", method=unit.method, corpus=(str(corpus),), workers=0, out=str(folder / "run"), budget=None if fixed else BUDGET,
                                  steps=sizes.upstream, valid_every=sizes.upstream, lr=RATES[unit.method], batch_size=sizes.batch, max_length=LONGEST,
                                  attribute_weight=plan.attribute_weight, set=OPTIONS.get(unit.method), seed=unit.seed, cache=str(plan.out / "cache")))
         run = load_run(folder / "run") if whole else load_run(base, (str(folder / "run"),))

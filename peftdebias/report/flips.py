@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from ..errors import DataError
+from ..metrics import bare_name
 from ..metrics.counterfactual import NAME
 from .page import Example, Examples, Section
 from .reading import Answered, Source, is_number, rows
@@ -30,7 +31,7 @@ def _read(path: Path) -> tuple[list[tuple[float, dict]], int]:
     """((change of the label's probability, row) of those that flip, how many counterfactuals there are)."""
     found, count = [], 0
     for where, row in rows(path):
-        if row.get("measure") != NAME:
+        if bare_name(str(row.get("measure"))) != NAME:  # of one file, or of each of several
             continue
         for key, kind in KEYS.items():
             if not isinstance(row.get(key), kind):

@@ -6,7 +6,7 @@ from .figures import Series
 from .page import Figure, Figures, Section, Table
 from .reading import Source
 from .results import Line, drawn_ends, is_floor, is_quality, is_whole, lines
-from .words import cell, count, number, stage_title, titled, unit_of
+from .words import cell, examples, number, stage_title, titled, unit_of
 
 BARS = "Bars are 95 % intervals, cut at what is possible"
 MOST_PANELS = 6  # scatter plots of a stage
@@ -61,13 +61,17 @@ def trade_off(source: Source, ident: str) -> Section | None:
 
 # ---------------------------------------------------------------- one by one
 
+OF_ALL = {"/class/": "tpr-gap/rms", "/term/": ("fprd/fpr", "fprd-iptts/fpr")}
+"""What stands beside the figures of each class or term: its name holds no label, so what is behind it is a file."""
+
+
 def one_by_one(source: Source, ident: str, key: str, part: str, title: str, meaning: str) -> Section | None:
     """Every class or term of each system beside the baseline's."""
     blocks = []
     for number_, (stage, task) in enumerate(source.stages()):
         every = {system: lines(answers) for system, answers in source.of(stage, task).items()}
-        files = {name.removeprefix(bare_name(name)) for found in every.values() for name in found if is_whole(name)}
-        of = {system: {_one_of(name, part, files): line for name, line in found.items() if part in name} for system, found in every.items()}
+        files = {name.removeprefix(bare_name(name)) for found in every.values() for name in found if bare_name(name).endswith(OF_ALL[part])}
+        of = {system: {_one_of(name, part, files): line for name, line in found.items() if part in bare_name(name)} for system, found in every.items()}
         of = {system: found for system, found in of.items() if found}
         for at, (family, file) in enumerate(dict.fromkeys(key[:2] for found in of.values() for key in found)):
             here = {system: {one: line for (*key, one), line in found.items() if key == [family, file]} for system, found in of.items()}
@@ -95,6 +99,7 @@ def _dots_of(ident: str, where: str, family: str, of: dict[str, dict[str, Line]]
     drawn = sorted(sorted(some, key=lambda n: (-(some[n].n or 0), n))[:MOST_ROWS], key=names.index) if many else names
     others = [s for s in of if s != baseline] or list(of)
     ends = [v for found in of.values() for name in drawn if (line := found.get(name)) for v in (line.mean, *drawn_ends(line)) if v is not None]
+    ends += [rate.mean if rate else 0.0 for system in others for rate in [overall.get(system)]]  # the dashed line is in the picture
     made = []
     for i, system in enumerate(others):
         series = [_series(baseline, of[baseline], drawn, 0, True)] if system in beside and system != baseline else []
@@ -108,9 +113,8 @@ def _dots_of(ident: str, where: str, family: str, of: dict[str, dict[str, Line]]
         alt = (f"Dot plot of {label} by {'class' if key == 'classes' else 'term'}, {' beside '.join(s.name for s in series)}, {len(drawn)} rows, from "
                f"{number(max(v for s in series for v in s.values if v is not None), unit)} to {number(min(v for s in series for v in s.values if v is not None), unit)}")
         made.append(Figure(figures.dots(f"{ident}-{i}", alt, drawn, series, label + unit_of(unit), ideal, ideal_name, (min(ends), max(ends))), system))
-    n = {name: next(found[name].n for found in of.values() if name in found) for name in names}
     table = Table("The numbers behind the plots", ("class" if key == "classes" else "term", *of, "examples"),
-                  [(name, *(cell(found.get(name)) for found in of.values()), count(n[name])) for name in names], folded=True)
+                  [(name, *(cell(found.get(name)) for found in of.values()), examples(name, of)) for name in names], folded=True)
     note = f"{where}. " + ("Hollow: without debiasing. " if beside - {baseline} else "") + BARS + "."
     return Figures(made, note + (f" Drawn: the {MOST_ROWS} of {len(names)} with the most examples." if many else ""), [table])
 

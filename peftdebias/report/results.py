@@ -134,7 +134,7 @@ def _is_of(found: Difference, first: Answered, second: Answered) -> bool:
 
 def is_whole(name: str) -> bool:
     """Whether a measure is of all classes and terms together, not of one of them."""
-    return not any(part in name for part in ONE_BY_ONE)
+    return not any(part in bare_name(name) for part in ONE_BY_ONE)
 
 
 POSSIBLE = {"%": (0.0, 100.0), "points": (0.0, 100.0)}
@@ -151,7 +151,8 @@ def drawn_ends(line: Line) -> tuple[float | None, float | None]:
 
 def is_floor(name: str) -> bool:
     """Whether a measure says what chance alone would give."""
-    return bare_name(name).rsplit("/", 1)[-1].endswith(FLOORS)
+    first, *_, last = bare_name(name).split("/") if "/" in bare_name(name) else (name, "")
+    return first != "f1" and last.endswith(FLOORS)  # f1/LABEL may be called anything
 
 
 def is_quality(name: str) -> bool:

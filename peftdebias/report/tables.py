@@ -8,7 +8,7 @@ from .figures import Series
 from .page import Cell, Figure, Figures, Section, Table
 from .reading import Answered, Source
 from .results import Line, by_seed, differences, drawn_ends, is_whole, lines, paired
-from .words import GLOSSARY, STAGES, cell, count, ideal_of, interval, number, stage_title, unit_of
+from .words import GLOSSARY, STAGES, cell, examples, ideal_of, interval, number, stage_title, unit_of
 
 ABOUT_COLUMNS = "Mean ± standard deviation over seeds; below it the 95 % interval (of the mean; with one seed, over the examples)"
 ABOUT_PAPER = " and the paper's own figure. The paper trains BERT-base on all of the data; what was run here stands above."
@@ -97,7 +97,7 @@ def tables(source: Source) -> list[Section]:
         any_of = {name: next(found[name] for found in of.values() if name in found) for name in names}
         head = ("measure", *of, "ideal", "examples")
         seeds = {system: max(len(line.values) for line in found.values()) for system, found in of.items()}
-        rows = [(name + unit_of(any_of[name].unit), *(cell(found.get(name), *_of_seeds(found.get(name), seeds[system])) for system, found in of.items()), ideal_of(any_of[name]), count(any_of[name].n)) for name in names]
+        rows = [(name + unit_of(any_of[name].unit), *(cell(found.get(name), *_of_seeds(found.get(name), seeds[system])) for system, found in of.items()), ideal_of(any_of[name]), examples(name, of)) for name in names]
         blocks = [Table("Measures", head, rows, _how(of, seeds))]
         changed, notes = differences(source, stage, task)
         if changed:

@@ -55,8 +55,9 @@ def _section(place: str, rows: list[dict], found: dict, ident: str) -> Section:
                  for name, style, of in ((f"without ({BASE[place]})", 1, plain), (f"with {method}", 0, own)) if of]
         ends = ", ".join(f"{row['strength']:g}: {number(row['figures'][measure]['mean'], '1')}" for row in own)
         drawn.append(Figure(figures.curves(f"{ident}-{i}", f"{measure} by {planted}, with {method}: {ends}", lines, measure, along=planted, frame=(1.0, most)), method))
-    several = any("change" in (figure or {}) for row in rows for figure in row["figures"].values())
-    table = Table("Means over seeds; below, the 95 % interval of the difference from the unchanged system" if several else "Figures of one seed", ("strength, method", *names),
+    compared = any("change" in (figure or {}) for row in rows for figure in row["figures"].values())
+    several = any((figure or {}).get("sd") is not None for row in rows for figure in row["figures"].values())
+    table = Table("Means over seeds" + "; below, the 95 % interval of the difference from the unchanged system" * compared if several else "Figures of one seed", ("strength, method", *names),
                   [(f"{row['strength']:g} {BASE[place] if row['method'] == NONE else row['method']}", *(_cell(row["figures"].get(name)) for name in names)) for row in rows])
     notes = []
     if place == "text":

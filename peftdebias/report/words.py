@@ -44,6 +44,12 @@ def count(n: int | None) -> str:
     return "–" if n is None else f"{n:,}"
 
 
+def examples(name: str, of: dict[str, dict[str, Line]]) -> str:
+    """Of how many examples a measure is; the number of each system, in their order, where they differ."""
+    counts = [found[name].n for found in of.values() if name in found]
+    return count(counts[0]) if len(set(counts)) == 1 else " / ".join(map(count, counts))
+
+
 def interval(low: float | None, high: float | None, unit: str) -> str:
     return "" if low is None or high is None else f"{number(low, unit)} to {number(high, unit)}"
 
