@@ -67,9 +67,9 @@ def _machine(device: torch.device) -> list[str]:
 def _tried(device: torch.device) -> str:
     """One kernel run on the device against its plain twin, or why none was."""
     if device.type != "cuda" and not kernels.interpreted():
-        return f"triton {installed('triton') or 'of an unknown version'} is installed; it compiles for CUDA devices and does not run on {device.type}"
+        return f"{installed('triton') or 'of an unknown version'} is installed; it compiles for CUDA devices and does not run on {device.type}"
     if device.type == "cuda" and (why := kernels.unsuited(device.index)):
-        return f"triton {installed('triton') or 'of an unknown version'} is installed; {why}"
+        return f"{installed('triton') or 'of an unknown version'} is installed; {why}"
     from .kernels.dropout import dropout
 
     seed, x = torch.tensor([3], device=device), torch.ones(37, 13, device=device)
