@@ -66,32 +66,24 @@ def choose(read: Read, axis: Axis, intervention: Intervention, share: float, wan
     swap, whole = engine(axis, intervention), _whole(axis, intervention)
     rule = HeldOut(share, axis=whole)
     held: list[str] = []
-    texts, held_touched, aside_first, aside_second, first, second = 0, False, None, None, None, None  # places of the first two families that have words, held out and to train on
+    texts, own, aside = 0, [], []  # the first two different places of families that have words, to train on and held out
     for chunk in read():
         texts += len(chunk)
         for family in swap.families(chunk):
-            aside = rule(family)
-            if aside:
-                _take(held, family, wanted, held_touched)
-            if family.variants and aside:
-                held_touched, place = True, place_of(family, whole)
-                if aside_first is None:
-                    aside_first = place
-                elif aside_second is None and place != aside_first:
-                    aside_second = place
-            elif family.variants and first is None:
-                first = place_of(family, whole)
-            elif family.variants and second is None and place_of(family, whole) != first:
-                second = place_of(family, whole)
-        if len(held) >= wanted and held_touched and first is not None:
+            if out := rule(family):
+                _take(held, family, wanted, bool(aside))
+            seen = aside if out else own
+            if family.variants and len(seen) < 2 and (place := place_of(family, whole)) not in seen:
+                seen.append(place)
+        if len(held) >= wanted and aside and own:
             break
-    if first is None and not held_touched:
+    if not own and not aside:
         raise DataError(f"{files}: expected {intervention.words_of(axis)}, found none in {texts} texts")
-    if aside_second is None if first is None else second is None and not held_touched:
+    if len(own) + len(aside) < 2:
         raise DataError(f"{files}: expected two texts with {intervention.words_of(axis)} that differ in more than these, one to validate on; found one (or give --valid FILE)")
-    if held_touched and first is not None:
+    if own and aside:
         return rule, held
-    rule = HeldOut(share, frozenset([first]), whole) if first is not None else HeldOut(also=frozenset([aside_first]), axis=whole)
+    rule = HeldOut(share, frozenset(own[:1]), whole) if own else HeldOut(also=frozenset(aside[:1]), axis=whole)
     held, held_touched = [], False
     for chunk in read():
         for family in filter(rule, swap.families(chunk)):

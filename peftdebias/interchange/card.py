@@ -46,7 +46,8 @@ def _figures(run: Path) -> list[str]:
         found = [f"- {m['name']}: {m['value']} {m.get('unit', '')}".rstrip() for m in last.get("measures", [])]
         if found or "loss" not in last:
             return found
-        before = next((f"{e['loss']:.4f} before, " for e in reversed(events) if e.get("event") == "validation" and e.get("step") == 0), "")  # of the last training: a new head has one before
+        # Of the last training: that of a new head comes before it.
+        before = next((f"{e['loss']:.4f} before, " for e in reversed(events) if e.get("event") == "validation" and e.get("step") == 0), "")
         return [f"- masked-LM loss on held-out texts, nats a masked token: {before}{last['loss']:.4f} at step {last['step']}"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError):
         return []

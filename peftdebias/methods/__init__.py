@@ -268,8 +268,8 @@ def short_note(budget: float | None, method: Method, options: dict) -> list[str]
     """One line where `method`, made by `create` with that budget and these options, was capped, else none."""
     if budget is None:
         return []
-    size, encoder = method.size, method.encoder_config
-    wanted, found = (getattr(config, size) for config in (method.size_for(encoder, round(budget * base_parameters(encoder)), **{key: value for key, value in options.items() if value is not None}), method.config))
+    size, encoder, chosen = method.size, method.encoder_config, {key: value for key, value in options.items() if value is not None}
+    wanted, found = (getattr(config, size) for config in (method.size_for(encoder, round(budget * base_parameters(encoder)), **chosen), method.config))
     return [f"--budget: {budget:g} of the base comes to {method.name} {size} {wanted}, {found} taken: {method.cap}"] if found != wanted else []
 
 

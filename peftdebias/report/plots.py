@@ -99,7 +99,8 @@ def _dots_of(ident: str, where: str, family: str, of: dict[str, dict[str, Line]]
     drawn = sorted(sorted(some, key=lambda n: (-(some[n].n or 0), n))[:MOST_ROWS], key=names.index) if many else names
     others = [s for s in of if s != baseline] or list(of)
     ends = [v for found in of.values() for name in drawn if (line := found.get(name)) for v in (line.mean, *drawn_ends(line)) if v is not None]
-    ends += [rate.mean if rate else 0.0 for system in others for rate in [overall.get(system)]]  # the dashed line is in the picture
+    dashed = {system: (rate.mean, "all texts") if (rate := overall.get(system)) else (0.0, "ideal") for system in others}
+    ends += [at for at, _ in dashed.values()]  # it is in the picture
     made = []
     for i, system in enumerate(others):
         series = [_series(baseline, of[baseline], drawn, 0, True)] if system in beside and system != baseline else []
@@ -107,12 +108,10 @@ def _dots_of(ident: str, where: str, family: str, of: dict[str, dict[str, Line]]
         if all(v is None for v in series[-1].values):
             continue  # it has others than those drawn
         unit = next(iter(of[system].values())).unit
-        rate = overall.get(system)
-        ideal, ideal_name = (rate.mean, "all texts") if rate else (0.0, "ideal")
         label = f"false positive rate ({family})" if key == "terms" else family
         alt = (f"Dot plot of {label} by {'class' if key == 'classes' else 'term'}, {' beside '.join(s.name for s in series)}, {len(drawn)} rows, from "
                f"{number(max(v for s in series for v in s.values if v is not None), unit)} to {number(min(v for s in series for v in s.values if v is not None), unit)}")
-        made.append(Figure(figures.dots(f"{ident}-{i}", alt, drawn, series, label + unit_of(unit), ideal, ideal_name, (min(ends), max(ends))), system))
+        made.append(Figure(figures.dots(f"{ident}-{i}", alt, drawn, series, label + unit_of(unit), *dashed[system], (min(ends), max(ends))), system))
     table = Table("The numbers behind the plots", ("class" if key == "classes" else "term", *of, "examples"),
                   [(name, *(cell(found.get(name)) for found in of.values()), examples(name, of)) for name in names], folded=True)
     note = f"{where}. " + ("Hollow: without debiasing. " if beside - {baseline} else "") + BARS + "."

@@ -82,7 +82,7 @@ def differences(source: Source, stage: str, task: str) -> tuple[dict[str, list[D
             notes.append(f"{system}: not compared with {baseline}: no seed in common")
         elif pairs[0][0].examples and pairs[0][1].examples:
             try:
-                every = [d for d in compare_examples(str(pairs[0][0].examples), str(pairs[0][1].examples)).differences if is_whole(d.name) and not is_floor(d.name)]
+                every = [d for d in compare_examples(str(pairs[0][0].examples), str(pairs[0][1].examples)).differences if _compared(d.name)]
                 found[system] = [d for d in every if _is_of(d, *pairs[0])]
                 if others := [d.name for d in every if d not in found[system]]:
                     notes.append(f"{system}: {', '.join(others)}: not compared with {baseline}: the examples are of other data than the figures")
@@ -105,7 +105,7 @@ def by_seed(pairs: list[tuple[Answered, Answered]]) -> list[Difference]:
     found = []
     for name, rows in _both(pairs).items():
         kept = [(a["value"], b["value"]) for a, b in rows if _alike(a, b)]
-        if len(kept) >= 2 and is_whole(name) and not is_floor(name):
+        if len(kept) >= 2 and _compared(name):
             found.append(seed_difference(*zip(*kept), name=name, unit=rows[0][0]["unit"], ideal=rows[0][0]["ideal"]))
     return found
 
@@ -123,13 +123,18 @@ def _alike(one: dict, other: dict) -> bool:
 
 
 def _unlike(pairs: list[tuple[Answered, Answered]]) -> list[str]:
-    return [name for name, rows in _both(pairs).items() if is_whole(name) and not is_floor(name) and not all(_alike(a, b) for a, b in rows)]
+    return [name for name, rows in _both(pairs).items() if _compared(name) and not all(_alike(a, b) for a, b in rows)]
 
 
 def _is_of(found: Difference, first: Answered, second: Answered) -> bool:
     """Whether a difference is one of the figures that both have, where they have them."""
     own = [(answer.measures.get(found.name, {}).get("value"), value) for answer, value in ((first, found.first), (second, found.second))]
     return all(there is None or math.isclose(there, value, rel_tol=1e-4, abs_tol=1e-6) for there, value in own)
+
+
+def _compared(name: str) -> bool:
+    """Whether differences are given of a measure."""
+    return is_whole(name) and not is_floor(name)
 
 
 def is_whole(name: str) -> bool:
@@ -151,8 +156,8 @@ def drawn_ends(line: Line) -> tuple[float | None, float | None]:
 
 def is_floor(name: str) -> bool:
     """Whether a measure says what chance alone would give."""
-    first, *_, last = bare_name(name).split("/") if "/" in bare_name(name) else (name, "")
-    return first != "f1" and last.endswith(FLOORS)  # f1/LABEL may be called anything
+    parts = bare_name(name).split("/")
+    return parts[0] != "f1" and parts[-1].endswith(FLOORS)  # f1/LABEL may be called anything
 
 
 def is_quality(name: str) -> bool:
