@@ -7,6 +7,7 @@ counterfactuals) is done here.
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from .encoder import EncoderConfig, Model
 from .errors import ConfigError
 from .evaluation import evaluate
 from .metrics import Measure
+from .outputs import alone
 from .patch import all_parameters, train_only
 from .tasks import MaskedLM
 from .testbed import World, write
@@ -71,25 +73,37 @@ def stereotype_preference(measures: list[Measure]) -> float:
     return abs(share.value / 100 - 0.5)
 
 
-def demo(settings: Demo, say=lambda line: None) -> str:
-    """Run it all in settings.out and return the table; `say` hears of each step. An earlier demo there is replaced, whatever else is there is not: ConfigError."""
+def demo(settings: Demo, say: Callable[[str], None] = lambda line: None) -> str:
+    """Run it all in settings.out and return the table; `say` hears of each step. An earlier demo there is replaced, whatever else is there is not: ConfigError, as where
+    another process is at work."""
     out = Path(settings.out)
     world = World(text_link=settings.strength, label_link=settings.label_strength, seed=settings.seed)
     about = {"strength": settings.strength, "label_strength": settings.label_strength, "seed": settings.seed}
-    if (out / MARK).exists():
-        say(f"{out}: an earlier demo, replaced")
-        for path in (out / name for name in MADE):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    earlier = (out / MARK).exists()
+    if not earlier and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out {out}: exists and is no earlier demo; expected a new folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if not earlier:
+            _write_mark(out, about, None)
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
-    _write_mark(out, about, None)
+    with alone(out / MARK, f"--out {out}"):
+        if earlier:
+            _write_mark(out, about, None)
+            say(f"{out}: an earlier demo, replaced")
+            for path in (out / name for name in MADE):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        rows = _run(settings, world, out, say)
+        _write_mark(out, about, rows)
+    return render(rows, out)
+
+
+def _run(settings: Demo, world: World, out: Path, say: Callable[[str], None]) -> list[dict]:
+    """The four steps in a folder that is ours; the rows of the table."""
     files = write(world, out / "world")
     tokenizer = world_tokenizer(world)
     base = out / "base"
@@ -117,13 +131,12 @@ def demo(settings: Demo, say=lambda line: None) -> str:
         found = {m.name: m for m in result.measures}
         rows.append({"system": name, "accuracy": found["accuracy"].value, "tpr_gap": found["tpr-gap/rms"].value, "floor": found["tpr-gap/rms-shuffled"].value,
                      "intervals": {key: [found[key].low, found[key].high] for key in ("accuracy", "tpr-gap/rms")}})
-    _write_mark(out, about, rows)
-    return render(rows, out)
+    return rows
 
 
 def _write_mark(out: Path, about: dict, rows: list[dict] | None) -> None:
     """demo.json: what the folder is, and the table once there is one."""
-    (out / MARK).write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
+    (out / MARK).write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n", encoding="utf-8")  # in its place: it is locked as the file that it is
 
 
 def render(rows: list[dict], out: Path) -> str:

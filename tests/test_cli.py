@@ -16,7 +16,7 @@ import torch
 
 from peftdebias import cli as command_line
 from peftdebias import demo as demonstration
-from peftdebias import kernels
+from peftdebias import kernels, outputs
 from peftdebias.metrics import Measure
 from peftdebias.report import available
 from peftdebias.testbed import write
@@ -466,6 +466,10 @@ def test_the_demo_s_world_and_folder(tmp_path, monkeypatch):
         (out / "base").is_symlink() or (out / "base").symlink_to(kept)
     assert worlds == [(0.7, 0.2, 5)] * 2
     assert cli("demo", "--out", out).code == 130 and not os.path.lexists(out / "base") and (kept / "notes.txt").exists()  # a link goes, not what it leads to
+    with outputs.alone(out / "demo.json", "it"):
+        found = cli("demo", "--out", out)
+    assert found.code == 2 and found.err.splitlines()[-1] == f"peftdebias: --out {out}: another process is at work there; expected it to end first, or another folder"
+    assert (out / "demo.json").read_text() == json.dumps({"strength": 0.8, "label_strength": 0.5, "seed": 0, "rows": None}, indent=2) + "\n"
     said = cli("demo", "--out", kept / "notes.txt" / "demo")
     assert said.code == 2 and re.fullmatch(r"peftdebias: --out .*/notes.txt/demo: cannot be written: Not a directory", said.err.splitlines()[-1])
 

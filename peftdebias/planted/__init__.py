@@ -80,10 +80,10 @@ def testbed(settings: Testbed, say: Callable[[str], None] = lambda line: None) -
         found = about | {"rows": rows, "monotone": summary.monotone(rows), "units": len(units)}
         found |= {key: round(sum(r[key] for r in results.values()), 1) for key in ("seconds", "cpu_seconds")}
         table = summary.markdown(found)
-        write_text(out / MARK, json.dumps(found, indent=1) + "\n")
         write_text(out / "table.md", table)
         for note in _draw(found, out):
             say(note)
+        write_text(out / MARK, json.dumps(found, indent=1) + "\n")  # last: what takes the place of a file that is locked is not
     return table
 
 
