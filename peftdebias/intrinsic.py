@@ -74,6 +74,9 @@ def association_tests(run: Run, path: str, settings: Evaluate) -> Result:
         s = seat.associations(vectors[[place[text] for text in test.texts]], test)
         found = seat.measures(test, s, name=name, seed=settings.seed, samples=settings.samples)
         measures += found
+        different = set(test.texts)
+        if alike := len(different) - len({place[text] for text in different}):
+            notes.append(f"{test.name}: {alike} of {len(different)} texts have the tokens of another: the vocabulary lacks their words, or does not know case")
         if math.isnan(found[0].value):
             notes.append(f"{test.name}: no effect size, all targets lie alike to the attributes")
         sides = [0] * len(test.sets[0]) + [1] * len(test.sets[1])

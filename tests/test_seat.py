@@ -264,10 +264,12 @@ def test_names_that_the_vocabulary_lacks_are_read_alike(base, tmp_path):
                     "--examples", tmp_path / "e.jsonl")
         found = {m["name"]: m["value"] for m in json.loads((tmp_path / "m.json").read_text())["measures"]}
         assert found == {"seat/names/effect-size": None, "seat/names/p": 1} and "names: no effect size, all targets lie alike to the attributes" in said.err
+        assert "names: 37 of 45 texts have the tokens of another: the vocabulary lacks their words, or does not know case" in said.err
         assert len({row["association"] for row in lines(tmp_path / "e.jsonl")}) == 1 and len(lines(tmp_path / "e.jsonl")) == 38
     found = []
     for first in (SETS["targ1"], ["This is Ilia.", "This is Nana.", *SETS["targ1"]]):  # beside names that it has
-        done("evaluate", base, "--on", f"seat={written(tmp_path, targ1={'examples': first})}", "--samples", 40, "--examples", tmp_path / "e.jsonl")
+        said = done("evaluate", base, "--on", f"seat={written(tmp_path, targ1={'examples': first})}", "--samples", 40, "--examples", tmp_path / "e.jsonl")
+        assert ("1 of 21 texts have the tokens of another" in said.err) == (len(first) == 8)
         found.append({row["text"]: row["association"] for row in lines(tmp_path / "e.jsonl")})
         assert [row["set"] for row in lines(tmp_path / "e.jsonl")] == ["targ1"] * len(first) + ["targ2"] * 6
     alike = {text: found[1].pop(text) for text in ("This is Ilia.", "This is Nana.")}
