@@ -4,6 +4,9 @@ What it adds over step.py: buffers. Batches come in a few fixed shapes (shapes.p
 and from then on replayed. All that changes between replays lies in device memory: the batch, in one buffer that one copy from pinned memory fills; the rates of AdamW;
 dropout's seed, which torch's generator draws anew at each replay. What is captured is exactly Step.gradients and the optimizer's `apply`.
 
+Memory: the captured steps share one pool, which the largest of them must have begun, or it grows in pieces that fit nothing else; so before a larger one is captured the
+others are let go, and captured again when they come next. A step that runs eagerly needs its own beside that.
+
 Where that cannot be, the step runs as step.Step does it, and one line says why. CUDA Graphs: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
@@ -75,15 +78,18 @@ class Graphed(Step):
             return super().__call__(batch, rate)
         shape = self.shape_of(batch)
         known = self.captured.get(shape)
-        if known is None and (shape not in self.seen or len(self.captured) >= MOST):
+        if known is None and shape not in self.seen:
             self.seen.add(shape)
+            torch.cuda.empty_cache()  # what eager steps of other shapes left fits few of this one's tensors
+            return self._eagerly(batch, rate)
+        if known is None and len(self.captured) >= MOST:
             return self._eagerly(batch, rate)
         self.optimizer.set_rate(rate)
         host = fill(batch, shape).staged(pinned=True)
         if known is None:
             torch.cuda.synchronize(self.model.device)  # what is under way is no part of the capture's time
             began = time.perf_counter()
-            known = self._capture(host)
+            known = self._capture(host, shape)
             if known is None:
                 return super().__call__(batch, rate)
             self.captured[shape], self.preparing = known, time.perf_counter() - began
@@ -112,10 +118,12 @@ class Graphed(Step):
         main.wait_stream(self.stream)
         return loss
 
-    def _capture(self, host) -> Captured | None:
+    def _capture(self, host, shape: Shape) -> Captured | None:
         """The step of this shape. Nothing is trained: a capture records. None, and a line, where the step cannot be captured."""
         if not self.optimizer.together:
             return self._fall_back("a trained parameter has no gradient")
+        if self.captured and shape > max(self.captured):
+            self._let_go()
         inputs = host.flat.to(self.model.device)
         batch, graph = host.on(inputs), torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.model.device)  # the copy as well
@@ -132,6 +140,11 @@ class Graphed(Step):
 
     def _fall_back(self, why: str) -> None:
         self.off = why
+        self._let_go()
+        self.say(f"{OFF}: {why}")
+
+    def _let_go(self) -> None:
+        """Of the captured steps; their memory goes back to the device."""
         if self.stream is not None:
             torch.cuda.synchronize(self.model.device)  # replays may still run
         self.captured.clear()
@@ -140,4 +153,3 @@ class Graphed(Step):
         if self.stream is not None:
             with contextlib.suppress(RuntimeError):  # where a capture was broken off, torch may hold that it goes on
                 torch.cuda.empty_cache()
-        self.say(f"{OFF}: {why}")

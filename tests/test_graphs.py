@@ -49,7 +49,7 @@ def test_a_capture_hands_over_what_the_optimizer_s_launches_read(fails, monkeypa
                           ("current_stream", lambda: None), ("set_stream", lambda stream: None)):
         monkeypatch.setattr(torch.cuda, name, instead)
     monkeypatch.setattr(step.optimizer, "captured", lambda: calls.append("handed over") or [table], raising=False)
-    found = step._capture(step.shaped(batch).staged(pinned=False))
+    found = step._capture(step.shaped(batch).staged(pinned=False), step.shape_of(batch))
     if fails:
         assert found is None and calls == ["begins", "handed over"] and step.off == "operation not permitted"
     else:
@@ -123,15 +123,31 @@ def trained(step: Step, shapes: str, shaped: bool = False) -> list[Tensor]:
     return [*losses, *step.parameters]
 
 
-@pytest.mark.parametrize("most,replays", [(96, [2, 3]), (1, [3])])
-def test_replayed_steps_are_the_steps(most, replays, recorder, monkeypatch):
-    """Each shape eagerly first, then from its graph, with the batch and the rate of the moment; those beyond the most go on eagerly."""
+@pytest.mark.parametrize("order,most,replays", [("bbabaAcab", 96, [3, 3]), ("aAbabcAb", 1, [3]), ("aAbabcAb", 96, [1, 2])])
+def test_replayed_steps_are_the_steps(order, most, replays, recorder, monkeypatch):
+    """Each shape eagerly first, then from its graph, with the batch and the rate of the moment; those beyond the most go on eagerly. Where b is captured, which is larger than
+    a, a is captured again."""
     monkeypatch.setattr(graphs, "MOST", most)
     said = []
     step = recorder(said)
-    found, expected = trained(step, "aAbabcAb"), trained(made("lora"), "aAbabcAb", shaped=True)
+    found, expected = trained(step, order), trained(made("lora"), order, shaped=True)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and said == []
     assert sorted(one.graph.replays for one in step.captured.values()) == replays
+
+
+def test_the_largest_shape_begins_the_pool_and_a_new_one_finds_no_leavings(recorder, monkeypatch):
+    """Every shape is larger than those before it; what is let go has no gradients left in its memory."""
+    step, calls = recorder([]), []
+
+    def emptied():
+        calls.append(("emptied", len(step.captured), step.pool, sum(p.grad is not None for p in step.parameters)))
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", emptied)
+    trained(step, "aa")
+    of_a, count = next(iter(step.captured.values())), len(step.parameters)
+    trained(step, "bbaab")
+    assert calls == [("emptied", 0, None, 0), ("emptied", 1, "pool", count), ("emptied", 0, None, 0)]  # a and b are new; b is captured
+    assert len(step.captured) == 2 and of_a not in step.captured.values() and step.off is None
 
 
 def test_a_capture_is_told_as_time_that_is_no_steps(recorder, monkeypatch):
@@ -178,7 +194,7 @@ def test_a_new_shape_without_memory_beside_the_captured_ones_gives_these_up(capt
 
     def first_without_memory(batch):
         calls.append(len(step.captured))
-        if len(calls) == 1:
+        if len(calls) == 2:
             torch.manual_seed(5)
             gradients(batch)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -194,7 +210,7 @@ def test_a_new_shape_without_memory_beside_the_captured_ones_gives_these_up(capt
     found = float(step(batch_for("lora"), 1e-2))
     torch.manual_seed(3)
     expected = float(plain(plain.shaped(batch_for("lora")), 1e-2))
-    assert found == expected and calls == [1, "emptied", 0] and step.captured == {} and step.pool is None
+    assert found == expected and calls == ["emptied", 1, "emptied", 0] and step.captured == {} and step.pool is None
     assert all(torch.equal(a, b) for a, b in zip(step.parameters, plain.parameters))
     assert said == ["CUDA graphs: off, every step runs eagerly: the device has no memory for a new shape of batch beside those captured"]
 
