@@ -39,7 +39,7 @@ def _alone(call: tuple[str, tuple], compilers: int, seconds: float):
         done = subprocess.run([sys.executable, __file__], input=pickle.dumps(call), stdout=subprocess.PIPE, env=environment, timeout=seconds)
         return pickle.loads(done.stdout) if done.returncode == 0 else RuntimeError(f"its process ended with code {done.returncode}")
     except subprocess.TimeoutExpired:
-        return RuntimeError("its process did not end in time")
+        return RuntimeError(f"its process did not end in the {seconds:.0f} s that it had")
     except (OSError, EOFError, pickle.UnpicklingError) as error:
         return RuntimeError(f"its process gave no answer: {error}")
 

@@ -88,7 +88,7 @@ class Work:
     roof: (flops, bytes) of each stretch of work that cannot overlap another, at the least: its time is no less than the sum of the larger of the two at the
     measured ceilings. limit: what else bounds it, in words, from how it is built. held: what must live as long as the work. save: writes into a folder what is kept of a
     trained module. capture: of a pass, what a CUDA graph can hold, where that is not all of `run`. state: bytes of optimizer state that the builder made already, where
-    others make theirs in the first step.
+    others make theirs in the first step. most: a step that no pass holds and that takes more memory than all of them, as training meets it now and then.
     """
 
     run: Callable[[], object]
@@ -104,13 +104,14 @@ class Work:
     save: Callable[[Path], object] | None = None
     capture: Callable[[], object] | None = None
     state: int = 0
+    most: Callable[[], object] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Provider:
     """needs: libraries it imports, kernels: Triton ops it calls, native: ops of csrc; without them it is not measured. compiled: only with --compile. bf16: only with --bf16, on a CPU.
     compared: whether it computes what the others do (a library's dropout draws another mask). python: the interpreter of its process, where that is not this one (compare.py). precisions: where it is
-    measured and compared; nothing is any. refuses: device -> why it cannot be measured there, or nothing."""
+    measured and compared; nothing is any. only_on: the one kind of device where it takes part. refuses: device -> why it cannot be measured there, or nothing."""
 
     build: Callable[[Setting], Work]
     needs: tuple[str, ...] = ()
@@ -121,6 +122,7 @@ class Provider:
     compared: bool = True
     python: str | None = None
     precisions: tuple[str, ...] = ()
+    only_on: str = ""
     refuses: Callable[[str], str] = lambda device: ""
 
     def takes(self, precision: str) -> bool:

@@ -35,6 +35,8 @@ WORDS = {"lora": f"LoRA r={RANK} on query and value, lora_dropout 0", "adapter":
          "prefix": f"prefix of {PREFIX}, flat, positions moved on as peft moves them",
          "sparse": "sparse fine-tuning, 1 % of the base evenly spread over all sites, l1 0.1", "full": "the whole base and a classifier of two labels"}
 BY_HAND = "transformers, adapters by hand"
+ROUNDED_BASE = "base in bf16"
+"""Behind the name of the other side whose frozen weights, norms and residuals are bf16 too; autocast keeps these in float32."""
 
 
 def model_folder(setting: Setting, labelled: bool = False) -> Path:
@@ -148,7 +150,7 @@ def ours(name: str, kind: str = "eager", folded: bool = False, precision: str | 
 
         def rounded_loss(batch) -> Tensor:
             with autocast(setting):
-                return loss(model, batch.to(setting.device))
+                return (step.loss if kind == "compiled" else loss)(model, (step.shaped(batch) if kind == "compiled" else batch).to(setting.device))
 
         def results() -> dict[str, Tensor]:
             losses = [lambda b=b: rounded_loss(b) for b in packed]
@@ -164,6 +166,8 @@ def ours(name: str, kind: str = "eager", folded: bool = False, precision: str | 
 
         work = Work(run, results, steps=len(packed), tokens=sum(len(b.ids) for b in packed), flops=needed_flops(setting, name), extra=facts(setting, batches, name),
                     state=sum(t.numel() * t.element_size() for t in state), save=None if full else (lambda folder: save_adapter(folder, model, method)))
+        if kind == "graph" and setting.device.type == "cuda":
+            work.most = lambda: step.eagerly(max(packed, key=lambda batch: len(batch.ids)), plan.lr)
         work.held = contextlib.ExitStack()
         work.held.enter_context(rounded_beforehand(model, setting.precision))
         model.train()
@@ -275,9 +279,10 @@ SAVE = {name: lambda model, folder: model.save_pretrained(folder) for name in ("
 
 
 def theirs(name: str, bucketed: bool = False, compiled: bool = False, module: Callable | None = None, save: Callable | None = None,
-           precision: str | None = None) -> Callable[[Setting], Work]:
+           precision: str | None = None, base: torch.dtype | None = None) -> Callable[[Setting], Work]:
     """transformers, and peft where it has the method, as a user writes it: batches padded to their longest text, labels -100 where nothing is asked, logits of every
-    token. module, save: in place of those of WITH and SAVE; precision: of the setting's."""
+    token. module, save: in place of those of WITH and SAVE; precision: of the setting's. base: the dtype in which the frozen base is loaded, without autocast then, in place of
+    float32 under autocast."""
     module, save = module or WITH[name], save or SAVE.get(name)
 
     def build(setting: Setting) -> Work:
@@ -288,7 +293,7 @@ def theirs(name: str, bucketed: bool = False, compiled: bool = False, module: Ca
         full = name == "full"
         head = transformers.BertForSequenceClassification if full else transformers.BertForMaskedLM
         folder = model_folder(setting, full)
-        model, parameters, named = module(loaded((folder, "theirs"), lambda: head.from_pretrained(folder), setting), setting)
+        model, parameters, named = module(loaded((folder, "theirs", base), lambda: head.from_pretrained(folder, **({"dtype": base} if base else {})), setting), setting)
         if {id(p) for p in model.parameters() if p.requires_grad} != {id(p) for p in parameters.values()}:
             raise RuntimeError(f"{name}: other parameters are trained than those that are compared")
         model.to(setting.device)
@@ -303,16 +308,15 @@ def theirs(name: str, bucketed: bool = False, compiled: bool = False, module: Ca
 
         def loss(batch: dict[str, Tensor]) -> Tensor:
             moved = {key: tensor.to(setting.device, non_blocking=True) for key, tensor in batch.items()}
-            with autocast(setting):
+            with contextlib.nullcontext() if base else autocast(setting):
                 return forward(**moved).loss
 
         def run() -> None:
             for batch in padded:
-                value = loss(batch)
-                optimizer.zero_grad(set_to_none=True)
-                value.backward()
+                loss(batch).backward()
                 nn.utils.clip_grad_norm_(parameters.values(), 1.0)
                 optimizer.step()
+                optimizer.zero_grad(set_to_none=True)  # here, as transformers' Trainer has it: beside the next forward they need not be
 
         def results() -> dict[str, Tensor]:
             return named(mean_loss_and_gradients(model, parameters, [lambda b=b: loss(b) for b in padded], [n / sum(counts) for n in counts]))
@@ -336,11 +340,14 @@ def dresses(them: str, name: str, needs: tuple[str, ...] = (), python: str | Non
 
 
 def _case(name: str, what: str, them: str, needs: tuple[str, ...]) -> Case:
-    own = {"peftdebias, compiled": Provider(ours(name, "compiled"), compiled=True), "peftdebias, CUDA graph": Provider(ours(name, "graph"), kernels=("attention", "norm")),
+    own = {"peftdebias, compiled": Provider(ours(name, "compiled"), compiled=True), "peftdebias, CUDA graph": Provider(ours(name, "graph"), kernels=("attention", "norm"), compared=False),  # curves.py compares its replays
            "peftdebias, bf16": Provider(ours(name, precision=BF16_PRODUCTS), bf16=True, compared=False)}
+    dress = dresses(them, name, needs)
+    if name == "lora":
+        dress |= {f"{them}, {ROUNDED_BASE}": Provider(theirs(name, base=torch.bfloat16), needs, compared=False, precisions=("bf16",), only_on="cuda")}
     if name == "full":
         own |= {"peftdebias, frozen module folded": Provider(ours(name, folded=True), compared=False)}
-    return Case(f"{name}_step", "step", what, {**dresses(them, name, needs), "peftdebias": Provider(ours(name)), **own}, "mean_length", (54,), output_bound)
+    return Case(f"{name}_step", "step", what, {**dress, "peftdebias": Provider(ours(name)), **own}, "mean_length", (54,), output_bound)
 
 
 PEFT = ("transformers", "peft")

@@ -24,7 +24,7 @@ def taking_part(case: Case, compiled: bool, say: Callable[[str], None], device: 
     """The providers of this run; says which are left out for want of a library, or because a kernel does not run on the device. stand_in: those stay."""
     found = {}
     for name, provider in case.providers.items():
-        if provider.bf16 and not bf16:
+        if provider.bf16 and not bf16 or provider.only_on not in ("", device):
             continue
         missing = [library for library in provider.needs if importlib.util.find_spec(library) is None]
         trouble = [why for op in provider.kernels if (why := kernels.missing(op, "triton", device))]

@@ -194,8 +194,10 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
             late[name] += behind
             eager[name].append(seconds(works[name], passes[name], device))
     for name, work in works.items():
+        if name in launches or cuda and case.mode == "step":
+            work.extra["host_ms"] = round(1000 * host_seconds(work, passes[name], device) / work.steps, 5)
         if name in launches:
-            work.extra |= {"host_ms": round(1000 * host_seconds(work, passes[name], device), 5), "clock_ms": clock_ms(device), "late_launches": late[name]}
+            work.extra |= {"clock_ms": clock_ms(device), "late_launches": late[name]}
         if memory or name not in peaks:
             peaks[name] = memory(name) if memory else cuda_peak(work, device) if cuda else None
     found = []
@@ -214,8 +216,15 @@ def _made(case: Case, setting: Setting, name: str, provider: Provider,
     work = provider.build(setting)
     built = _settled(device) if cuda and step else 0
     taken = torch.cuda.memory_reserved(device) if cuda and step else 0
+    if provider.compiled and cuda and step:
+        seconds(work, 1, device)
+        _settled(device)  # what torch.compile tries out while it works is no part of a step's memory
     once = warmed_up(case, work, device)
     if cuda and step:  # before the next provider is built
+        if work.most:
+            work.extra["reserved_by_passes_mib"] = round((torch.cuda.max_memory_reserved(device) - taken + work.state) / 2 ** 20, 2)
+            work.most()
+            _finish(device)
         peak = ((torch.cuda.max_memory_allocated(device) - built + work.state) / 2 ** 20, (torch.cuda.max_memory_reserved(device) - taken + work.state) / 2 ** 20)
         work.extra["built_mib"] = round((built - empty) / 2 ** 20, 2)
     if cuda and work.roof:

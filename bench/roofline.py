@@ -17,7 +17,7 @@ OURS = "peftdebias"
 
 def ceilings(found: Sequence[Row]) -> tuple[float, float] | None:
     """(flops/s of the best matrix product, bytes/s of the best copy) of these rows; None where one is missing."""
-    products = [row.y_50 for row in found if row.kernel_name == "gemm" and row.metric_name == "arithmetic"]
+    products = [row.y_50 for row in found if row.kernel_name.split()[0] == "gemm" and row.metric_name == "arithmetic"]
     copies = [row.y_50 for row in found if row.kernel_name == "copy" and row.metric_name == "bandwidth"]
     return (1e12 * max(products), 1e9 * max(copies)) if products and copies else None
 
@@ -107,7 +107,7 @@ def _steps(found: Sequence[Row]) -> list[str]:
         for provider, asked in zip((base, f"{base}, compiled"), STEP_TARGETS[x >= ours.extra_config["longest"]]):
             if theirs := here.get((provider, "time")):
                 lines.append(f"{_where(ours)}: {ours.provider} takes {ours.y_50 / theirs.y_50:.2f} of {provider}'s time, asked for at most {asked:.2f}: "
-                             f"{'met' if ours.y_50 / theirs.y_50 <= asked else 'not met'}")
+                             f"{'met' if ours.y_50 / theirs.y_50 <= asked else 'not met'}{_by_host(ours)}{_by_host(theirs)}")
         for metric in ("peak memory", "reserved memory"):
             mine, theirs = here.get((ours.provider, metric)), here.get((base, metric))
             if mine and theirs:
@@ -119,6 +119,12 @@ def _steps(found: Sequence[Row]) -> list[str]:
             lines.append(f"{_where(ours)}: {ours.provider} reaches {share:.0f} % of the best matrix product's rate" +
                          (f", asked for at least {asked:.0f} %: {'met' if share >= asked else 'not met'}" if asked else ""))
     return lines
+
+
+def _by_host(row: Row) -> str:
+    """That a step's time is its host's, where it is: on another machine it is another, whatever the device."""
+    host = row.extra_config.get("host_ms")
+    return f" ({row.provider} waits for its host: {host:.3g} of {row.y_50:.3g} ms)" if host and host >= 0.8 * row.y_50 else ""
 
 
 def _key(row: Row) -> tuple[str, str, float]:

@@ -81,9 +81,9 @@ class Graphed(Step):
         if known is None and shape not in self.seen:
             self.seen.add(shape)
             torch.cuda.empty_cache()  # what eager steps of other shapes left fits few of this one's tensors
-            return self._eagerly(batch, rate)
+            return self.eagerly(batch, rate)
         if known is None and len(self.captured) >= MOST:
-            return self._eagerly(batch, rate)
+            return self.eagerly(batch, rate)
         self.optimizer.set_rate(rate)
         host = fill(batch, shape).staged(pinned=True)
         if known is None:
@@ -98,7 +98,7 @@ class Graphed(Step):
         known.graph.replay()
         return known.loss.clone()  # the next replay writes over it
 
-    def _eagerly(self, batch: Batch, rate: float) -> Tensor:
+    def eagerly(self, batch: Batch, rate: float) -> Tensor:
         """In the fixed shape, on the stream that captures, as a capture needs its kernels warmed up. The memory of the captured steps is theirs alone, so this step needs
         room beside them; where there is none, they are given up."""
         self.optimizer.set_rate(rate)

@@ -428,13 +428,14 @@ def test_a_peak_is_asked_of_a_process_of_its_own_about_the_same_work(bench, monk
 
 
 def test_the_batches_of_a_pass_are_spread_over_all_lengths(bench, tmp_path):
-    """The shortest and the longest among them; one is the middle one. Another seed has other texts."""
+    """The shortest and the longest among them, which comes first, the others in random order; one is the middle one. Another seed has other texts."""
     def lengths(number, seed=0):
         return [[len(s.ids) for s in batch] for batch in bench.texts.texts(bench.case.Setting("micro", 20, tmp_path, batches=number, seed=seed))]
 
     every = lengths(bench.texts.WINDOW)
-    assert len(every) == bench.texts.WINDOW and sum(every, []) == sorted(sum(every, []))
-    assert lengths(2) == [every[0], every[-1]] and lengths(1) == [every[len(every) // 2]] and lengths(1, seed=1) != lengths(1)
+    ascending = sorted(every)
+    assert len(every) == bench.texts.WINDOW and sum(ascending, []) == sorted(sum(every, [])) and every[0] == ascending[-1] and every[1:] != ascending[:-1]
+    assert lengths(2) == [ascending[-1], ascending[0]] and lengths(1) == [ascending[len(every) // 2]] and lengths(1, seed=1) != lengths(1)
     sample = lambda n: types.SimpleNamespace(ids=range(n))  # noqa: E731
     assert bench.texts.padding([[sample(2), sample(4)], [sample(3), sample(3)]]) == pytest.approx(1 / 7)  # of 2 x 4 and 2 x 3
 

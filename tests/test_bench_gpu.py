@@ -14,6 +14,7 @@ from .benched import HAVE_BOTH, ROOT, modules, planted, quick  # noqa: F401  (qu
 from .outside import one_thread  # noqa: F401  (a fixture: small models on one thread)
 
 bench = modules("case", "cases", "cases_steps", "equality", "gpu", "lineup", "measure", "rows")
+CEILINGS = {"gemm", "copy", "gemm at the end"}
 
 
 def test_a_provider_that_fails_takes_nothing_from_the_others(bench, quick, monkeypatch, capsys, tmp_path):  # noqa: F811
@@ -45,7 +46,7 @@ def test_gpu_path_runs_on_a_cpu(bench, quick, capsys, tmp_path):  # noqa: F811
     assert bench.gpu.main(["--device", "cpu", "--dry-run", "--repeats", "1", "--out", str(out)]) == 0
     printed, said = capsys.readouterr()
     rows = json.loads(out.read_text())
-    assert {row["kernel_name"] for row in rows} == {"gemm", "copy", "lora_step", *bench.gpu.DRY}
+    assert {row["kernel_name"] for row in rows} == {*CEILINGS, "lora_step", *bench.gpu.DRY}
     assert {(row["kernel_name"], row["metric_unit"]) for row in rows if row["kernel_name"] in ("gemm", "copy", "lora_step")} == {
         *((k, "ms") for k in ("gemm", "copy", "lora_step")), ("gemm", "TFLOP/s"), ("copy", "GB/s"), ("lora_step", "valid tokens/s"), ("lora_step", "TFLOP/s")}
     assert {row["provider"] for row in rows if row["kernel_name"] == "lora_step"} == {"transformers+peft", "transformers+peft, length-bucketed", "peftdebias", "peftdebias, CUDA graph"}
@@ -100,7 +101,7 @@ def test_a_run_that_is_stopped_leaves_what_it_had_measured(bench, quick, monkeyp
     assert {row.kernel_name for row in bench.rows.read(partial)} == {"gemm", "copy"} and out.read_text() == "an earlier run"
     assert "the rest: the run did not come to its end" in partial.with_suffix(".md").read_text()
     assert bench.gpu.main(words) == 0
-    assert {row.kernel_name for row in bench.rows.read(out)} == {"gemm", "copy", "sparse_add"} and not list(tmp_path.glob("*.partial.*"))
+    assert {row.kernel_name for row in bench.rows.read(out)} == {*CEILINGS, "sparse_add"} and not list(tmp_path.glob("*.partial.*"))
 
 
 def test_out_of_time_leaves_out_and_says_so(bench, quick, capsys):  # noqa: F811
@@ -221,6 +222,59 @@ def test_on_a_gpu_the_peak_of_a_step_is_that_of_its_first_passes(bench, quick, p
     assert set(rows) == {"time", "peak memory", "reserved memory"} and rows["peak memory"].y_50 == 12 and rows["reserved memory"].y_50 == 20 and rows["time"].extra_config["built_mib"] == 0 and not pretend
 
 
+def test_what_takes_most_memory_in_training_is_in_the_peak_of_a_step(bench, quick, pretend, monkeypatch, tmp_path):  # noqa: F811
+    """A step of a new shape beside those captured, behind the passes; what a compiled provider's first pass takes beyond the others is not."""
+    runs, settled = [], []
+    providers = {"ours": bench.case.Provider(lambda setting: bench.case.Work(lambda: runs.append("run"), dict, most=lambda: runs.append("most"))),
+                 "theirs": bench.case.Provider(lambda setting: bench.case.Work(lambda: runs.append("compiled"), dict), compiled=True)}
+    case = dataclasses.replace(one_case(bench, "step"), providers=providers)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device=None: (30 if runs[-1] == "most" else 22) * 2 ** 20)
+    monkeypatch.setattr(bench.measure, "_settled", lambda device: settled.append(list(runs)) or 0)
+    rows = {(row.provider, row.metric_name): row for row in bench.measure.time_case(case, bench.case.Setting("micro", 1, tmp_path, torch.device("cuda")), dict(providers), 1)}
+    assert runs[:4] == ["run"] * 3 + ["most"] and rows["ours", "reserved memory"].y_50 == 26 and rows["ours", "time"].extra_config["reserved_by_passes_mib"] == 18
+    assert settled[2:] == [runs[:4], runs[:4], [*runs[:4], "compiled"]] and rows["theirs", "reserved memory"].y_50 == 18 and rows["theirs", "time"].extra_config["host_ms"] >= 0
+
+
+def test_a_graph_s_most_is_its_longest_batch_run_eagerly(bench, monkeypatch, tmp_path):
+    setting, asked = bench.case.Setting("micro", 20, tmp_path, batches=3, longest=48, sequences=4), []
+    assert bench.cases_steps.ours("lora", "graph")(setting).most is None  # nothing is captured on a CPU
+    step = types.SimpleNamespace(loss=None, eagerly=lambda batch, rate: asked.append(len(batch.ids)))
+    monkeypatch.setitem(bench.cases_steps.training.STEPS, "graph", lambda *given, **how: step)
+    model = bench.cases_steps.load_model(bench.cases_steps.model_folder(setting))[0]
+    monkeypatch.setattr(bench.cases_steps, "loaded", lambda key, load, setting: model)
+    monkeypatch.setattr(model, "to", lambda device: model)
+    for module in ("training.make_optimizer", "rounded_beforehand"):
+        monkeypatch.setattr(f"bench.cases_steps.{module}", lambda *given, **how: contextlib.nullcontext())
+    optimizer = types.SimpleNamespace(flat=(), state={}, param_groups=[])
+    monkeypatch.setattr(bench.cases_steps.training, "make_optimizer", lambda *given: optimizer)
+    bench.cases_steps.ours("lora", "graph")(dataclasses.replace(setting, device=torch.device("cuda"))).most()
+    assert asked == [max(sum(len(s.ids) for s in batch) for batch in bench.cases_steps.texts(setting))]
+
+
+def test_what_is_compiled_answers_for_itself(bench, monkeypatch, tmp_path):
+    """The tensors that are compared are those of the compiled function, not of the plain one beside it."""
+    setting = bench.case.Setting("micro", 20, tmp_path, batches=2, longest=48, sequences=4, dropout=0.0)
+    monkeypatch.setattr(torch, "compile", lambda function, **how: lambda *given: 3 * function(*given))
+    found = {kind: bench.cases_steps.ours("lora", kind)(setting).results() for kind in ("eager", "compiled")}
+    for name, expected in found["eager"].items():
+        torch.testing.assert_close(found["compiled"][name], 3 * expected, rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.skipif(not HAVE_BOTH, reason="transformers and peft are not installed")
+def test_a_base_in_bf16_trains_without_autocast(bench, monkeypatch, tmp_path):
+    """On a GPU alone, and at the foremost shape; A and B stay in float32."""
+    case, setting = bench.cases.CASES["lora_step"], bench.case.Setting("micro", 20, tmp_path, precision="bf16", batches=2, longest=48, sequences=4, dropout=0.0)
+    name = "transformers+peft, base in bf16"
+    assert name in bench.lineup.taking_part(case, False, print, "cuda", True) and name not in bench.lineup.taking_part(case, False, print, "cpu")
+    monkeypatch.setattr(bench.cases_steps, "autocast", lambda setting: pytest.fail("under autocast"))
+    work = case.providers[name].build(setting)
+    work.run()
+    found = work.results()
+    monkeypatch.undo()
+    expected = case.providers["transformers+peft"].build(setting).results()
+    assert 0 < abs(float(found["loss"] - expected["loss"])) < 0.02 and {t.dtype for key, t in found.items() if key != "loss"} == {torch.float32}
+
+
 def test_a_loaded_base_is_copied_for_a_gpu(bench, tmp_path):
     steps = bench.cases_steps
     made, on = [], {device: bench.case.Setting("micro", 20, tmp_path, torch.device(device)) for device in ("cuda", "cpu")}
@@ -243,7 +297,8 @@ def test_steps_begin_with_what_matters_most(bench, tmp_path):
 
     to_check, timed = bench.gpu.step_plan(torch.device("cpu"), "base", False, tmp_path)
     assert [case.name for case, _ in timed[:3]] == ["gemm", "gemm", "copy"]
-    steps = timed[3:]
+    assert names(timed[-1:]) == [("gemm at the end", 8192)]
+    steps = timed[3:-1]
     assert names(steps[:8]) == [("lora_step 128x128", 51), ("lora_step 128x128", 128), ("lora_step 128x256", 102), ("lora_step 128x256", 256), ("lora_step 32x128", 51),
                                 ("lora_step 32x128", 128), ("adapter_step 128x128", 51), ("adapter_step 128x128", 128)]
     assert len(steps) == len(set(names(steps))) == 4 * 3 * 2
@@ -251,14 +306,16 @@ def test_steps_begin_with_what_matters_most(bench, tmp_path):
         method, shape = case.name.split()
         known, first = bench.cases.CASES[method].providers, shape == "128x128"
         left = {f"{case.baseline}, length-bucketed"} if setting.x == setting.longest else set()
-        left |= {"peftdebias, compiled"} if method != "lora_step" or not first else set()
+        left |= {"peftdebias, compiled", f"{case.baseline}, base in bf16"} if method != "lora_step" or not first else set()
         assert list(case.providers) == [name for name in known if name not in left] and f"{setting.sequences}x{setting.longest}" == shape
     assert names(to_check) == [(f"{method}_step 32x128", 51) for method in ("lora", "adapter", "prefix", "full")]  # the smallest
     assert [any(p.compiled for p in case.providers.values()) for case, _ in to_check] == [True, False, False, False]
+    to_check, _ = bench.gpu.step_plan(torch.device("cpu"), "base", False, tmp_path, compiled=False)
+    assert not any(p.compiled for case, _ in to_check for p in case.providers.values())
     to_check, timed = bench.gpu.step_plan(torch.device("cpu"), "base", False, tmp_path, ("32x128", "128x256"))
     assert [name for name, _ in names(timed[3:])][:6:2] == ["lora_step 128x256", "lora_step 32x128", "adapter_step 128x256"]
     only = bench.gpu.chosen(timed, "full_step")
-    assert names(only[3:]) == [("full_step 128x256", 102), ("full_step 128x256", 256), ("full_step 32x128", 51), ("full_step 32x128", 128)]
+    assert names(only[3:-1]) == [("full_step 128x256", 102), ("full_step 128x256", 256), ("full_step 32x128", 51), ("full_step 32x128", 128)]
     providers = {case.name: case.providers for case, _ in timed}
     assert bench.gpu.compiled_at(timed, {name: case.providers for name, case in bench.cases.CASES.items()})[:5] == [
         ("lora_step 128x256", 102, "transformers+peft, compiled"), ("lora_step 128x256", 102, "peftdebias, compiled"), ("lora_step 128x256", 256, "transformers+peft, compiled"),
@@ -276,7 +333,7 @@ def test_a_method_that_is_not_equal_is_timed_at_no_shape(bench, quick, monkeypat
     assert bench.gpu.main(["--device", "cpu", "--dry-run", "--steps", "--repeats", "1", "--only", "lora_step,adapter_step", "--out", str(out)]) == 1
     assert "adapter_step 4x48, micro, mean_length 19: peftdebias differs from transformers, adapters by hand" in capsys.readouterr().out
     rows = json.loads(out.read_text())
-    assert {row["kernel_name"] for row in rows} == {"gemm", "copy", "lora_step 4x48"}
+    assert {row["kernel_name"] for row in rows} == {*CEILINGS, "lora_step 4x48"}
     providers = {x: {row["provider"] for row in rows if row["kernel_name"] == "lora_step 4x48" and row["x_value"] == x} for x in (19, 48)}
     assert providers[19] - providers[48] == {"transformers+peft, length-bucketed"} and "peftdebias, CUDA graph" in providers[48]
 
@@ -341,7 +398,7 @@ def test_a_method_whose_losses_leave_those_of_the_cpu_is_not_timed(bench, quick,
     out = tmp_path / "rows.json"
     assert bench.gpu.main(["--device", "cpu", "--dry-run", "--steps", "--repeats", "1", "--only", "lora_step,prefix_step", "--out", str(out)]) == 1
     assert "- lora, float32, eager: loss over all steps: off by 1" in capsys.readouterr().out
-    assert {row["kernel_name"] for row in json.loads(out.read_text())} == {"gemm", "copy", "prefix_step 4x48"}
+    assert {row["kernel_name"] for row in json.loads(out.read_text())} == {*CEILINGS, "prefix_step 4x48"}
 
 
 def test_a_red_check_ends_red_whatever_is_timed(bench, quick, monkeypatch, capsys):  # noqa: F811
@@ -440,8 +497,12 @@ def test_on_a_gpu_curves_are_of_both_precisions_and_both_kinds_of_step(bench, mo
 
     monkeypatch.setattr(curves, "curve", curve)
     monkeypatch.setattr(curves, "whole", lambda setting, phase, steps, kind, *rest: loops.append((setting.precision, kind, steps)) or ["it fails"])
+    curves.check(torch.device("cuda"), tmp_path, 200, phases=("adapter",), say=lambda line: None)
+    assert "compiled" not in [kind for _, _, kind, _ in asked]
+    asked.clear(), loops.clear()
     red = curves.check(torch.device("cuda"), tmp_path, 200, phases=("lora",), say=lambda line: None)
-    assert asked == [("cpu", "float32", "eager", "torch"), *(("cuda", precision, kind, "auto") for precision in ("float32", "bf16") for kind in ("eager", "graph"))]
+    assert asked == [("cpu", "float32", "eager", "torch"), *(("cuda", precision, kind, "auto") for precision, kind in
+                                                             (("float32", "eager"), ("float32", "graph"), ("float32", "compiled"), ("bf16", "eager"), ("bf16", "graph")))]
     assert loops == [("bf16", "graph", 40)]
     assert red == [*(f"lora, bf16, graph: loss over {what} steps: off by 0.5, allowed 0.01" for what in ("the first 50", "all")), "it fails"]
 
@@ -526,7 +587,7 @@ def test_jobs_side_by_side_answer_in_their_order(bench, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path))
         first, second, third, fourth = together([("jobs:double", ([1],), 600), ("jobs:end", (3,), 600), ("jobs:double", (1.5,), 600), ("jobs:end", (0,), 600)], 2, 600)
-        assert str(together([("time:sleep", (60,), 60)], 1, 3)) == "[RuntimeError('its process did not end in time')]"
+        assert str(together([("time:sleep", (60,), 60)], 1, 3)) == "[RuntimeError('its process did not end in the 3 s that it had')]"
     assert first == [1, 1] and third == 3.0 and isinstance(second, RuntimeError) and str(second) == "its process ended with code 3"
     assert isinstance(fourth, RuntimeError) and str(fourth) == "its process gave no answer: Ran out of input"
     assert together([("jobs:double", (1,), 0), ("jobs:double", (1,), 60)], 1, 0) == [None, None]
@@ -552,7 +613,7 @@ def test_checks_beside_each_other_from_the_command_line():
 
 def test_nobody_waits_for_a_job_that_does_not_end(bench, tmp_path, monkeypatch):
     """Where several are at work: past its minutes for that, the timings have theirs."""
-    run = bench.gpu.Run(bench.gpu.parser().parse_args(["--device", "cpu", "--dry-run", "--only", "sparse_add"]), tmp_path)
+    run = bench.gpu.Run(bench.gpu.parser().parse_args(["--device", "cpu", "--dry-run", "--only", "sparse_add"]), tmp_path)  # one job, which has the machine
     given = []
     monkeypatch.setattr(bench.gpu, "together", lambda calls, workers, most: given.append((calls[0][2], workers, most)) or [None] * len(calls))
     monkeypatch.setattr(bench.gpu.os, "cpu_count", lambda: 16)
@@ -560,7 +621,7 @@ def test_nobody_waits_for_a_job_that_does_not_end(bench, tmp_path, monkeypatch):
     for device in ("cuda", "cpu"):  # one at a time is waited for
         run.device = torch.device(device)
         bench.gpu.beforehand(run, bench.gpu.Clock(10, False))
-    assert given == [(pytest.approx(240, abs=30), 8, pytest.approx(330, abs=30)), (pytest.approx(540, abs=30), 1, pytest.approx(540, abs=30))]
+    assert given == [(pytest.approx(240, abs=30), 1, pytest.approx(330, abs=30)), (pytest.approx(540, abs=30), 1, pytest.approx(540, abs=30))]
 
 
 @pytest.mark.slow

@@ -113,6 +113,15 @@ def test_the_lowest_share_is_that_of_the_slowest_time(bench):
     assert (share.y_20, share.y_50, share.y_80) == pytest.approx((25, 50, 80))
 
 
+def test_a_step_that_waits_for_its_host_is_told(bench):
+    def row(provider, ms, host):
+        return bench.rows.Row("lora_step 32x128", provider, "step", "time", "ms", "mean_length", 51, ms, ms, ms, {"baseline": "old", "longest": 128, "host_ms": host}, "d", "t", None, "c", "2026")
+
+    words = "lora_step 32x128, mean_length 51: peftdebias takes 0.40 of old's time, asked for at most 0.30: not met"
+    for ours, theirs, said in ((0.5, 7.9, ""), (0.5, 8.0, " (old waits for its host: 8 of 10 ms)"), (4.0, 1.0, " (peftdebias waits for its host: 4 of 4 ms)")):
+        assert bench.roofline.targets([row("old", 10.0, theirs), row("peftdebias", 4.0, ours)]) == [words + said]
+
+
 @pytest.mark.parametrize("x,eager,compiled", [(51, "0.30: not met", "0.50: met"), (128, "0.60: met", "0.90: met")], ids=["padded", "even"])
 def test_the_fastest_of_ours_is_held_against_both_dresses(bench, x, eager, compiled):
     def row(provider, ms):
