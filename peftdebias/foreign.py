@@ -86,8 +86,8 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
     "blocks.{i}.q"). A name may leave out what comes before it: `encoder.layer.0.output.dense` is found inside `bert` or deeper. A folder is checked against
     the base that it was made for, in the dtype of its files, which needs every tensor of the encoder; force: a warning where that is another. A Method needs only
     its own sites. Its parameters move to the device of `module`. Raises AdapterError on a method that does more than change weights, a name for a site that there
-    is not, a module or bias that is missing or stands there twice, a shape that does not match, a module on the device meta or that FSDP has sharded,
-    and what is attached there already.
+    is not, a module or bias that is missing or stands there twice, or for two sites, a shape that does not match, values that are no floating point, modules on several devices
+    or on the device meta, one that FSDP has sharded, and what is attached there already. Where it raises, the host is as it was.
     """
     if not isinstance(module, nn.Module):
         raise AdapterError(f"attach_to: expected a torch.nn.Module, got {type(module).__name__}")
@@ -109,9 +109,12 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
         if method.delta(full) is None and not scaled:
             continue
         places[full], host = find(site)
+        if other := next((s for (s, _), there in changes.items() if there is host and s != site), None):
+            raise AdapterError(f"{site}: expected a module of its own, found {places[full]}, which is {other} too ({{i}} in `names` is the layer's number)")
         _check(full, places[full], host, method.encoder_config)
         changes[site, "weight" if bare else "bias"] = host
         if scaled and method.scale(site)[1] is not None and getattr(host, "bias", None) is not None:
+            _check(f"{site}.bias", places[full], host, method.encoder_config)
             changes[site, "bias"] = host
     if not changes:
         raise AdapterError(f"{method.name}: expected a module that changes at least one weight, got one that changes none (it has not learnt yet)")
@@ -119,14 +122,18 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
         raise AdapterError(f"{source if isinstance(source, str) else method.name}: attached twice; expected each module once")
     if any(host.weight.is_meta or getattr(host, kind).is_meta for (_, kind), host in changes.items()):
         raise AdapterError(f"{method.name}: expected a model with values, got one of which a part is on the device meta; give it its values (to_empty, load_state_dict) first")
-    device = next(iter(changes.values())).weight.device
+    device = _one_device(method.name, {name: find.modules[name].weight for name in places.values()})
     with torch.inference_mode(False):
         for parameter in method.parameters().values():
             parameter.data = parameter.data.to(device)
     attached = Attached(method, places)
     attached._hosts = list({id(host): host for host in changes.values()}.values())
-    for (site, kind), host in changes.items():
-        attached._undo.append(_hook_rows(host, method, site) if site in TABLES else _change(host, kind, method, site))
+    try:
+        for (site, kind), host in changes.items():
+            attached._undo.append(_hook_rows(host, method, site) if site in TABLES else _change(host, kind, method, site))
+    except BaseException:
+        attached.remove()
+        raise
     for host in attached._hosts:
         for one in {method, source}:
             sources = _attached.setdefault(host, [])
@@ -137,6 +144,15 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
 
 _attached: "weakref.WeakKeyDictionary[nn.Module, list[Method | str]]" = weakref.WeakKeyDictionary()
 """What changes a module: methods, and the folders that they came from."""
+
+
+def _one_device(whose: str, tensors: Mapping[str, Tensor]) -> torch.device:
+    """Where these lie, by their names in the host. Raises AdapterError where not all are on one device."""
+    (name, one), *others = ((name, tensor.device) for name, tensor in tensors.items())
+    for other, device in others:
+        if device != one:
+            raise AdapterError(f"{whose}: expected a model on one device, got {name} on {one} and {other} on {device}")
+    return one
 
 
 def _hook_rows(host: nn.Module, method: Method, site: str):
@@ -220,6 +236,8 @@ def _check(site: str, theirs: str, host: nn.Module, config: EncoderConfig) -> No
     if stem not in TABLES and kind not in host._parameters and not parametrize.is_parametrized(host, kind):
         raise AdapterError(f"{site} ({theirs}.{kind}): expected a parameter, got what {type(host).__name__} computes or hands on (a layer of peft's? attach before peft wraps it)")
     _check_shape(site, theirs, tensor, config)
+    if not tensor.is_floating_point():
+        raise AdapterError(f"{site} ({theirs}.{kind}): expected floating point values, got {str(tensor.dtype).removeprefix('torch.')}, in which a change of less than 1 is lost (a quantised layer?)")
 
 
 def _parts(site: str) -> tuple[str, str]:
@@ -298,8 +316,9 @@ def _load(folder: Path, find: _Finder, force: bool) -> Method:
     header = checkpoint.read_header(own)
     _only_weights(method_class(header["method"]))
     find("layers.0.attention.query")  # what is missing is named by its site
-    layers = 0
-    while find.all(f"layers.{layers}.attention.query"):
+    layers, queries = 0, set()
+    while (found := find.all(f"layers.{layers}.attention.query")) and queries.isdisjoint(found):
+        queries.update(found)
         layers += 1
     sizing = {site: find(site) for site in (*TABLES, "layers.0.feed_forward.up")}
     word, position, segment, up = (_filled(site, *found) for site, found in sizing.items())
@@ -318,6 +337,7 @@ def _load(folder: Path, find: _Finder, force: bool) -> Method:
                 of = host.parametrizations[kind] if parametrize.is_parametrized(host, kind) else None
                 plain = of.original if hasattr(of, "original") else getattr(host, kind)  # what is made of several tensors, a weight norm's, has no original
                 theirs[f"{name.format(i=i)}.{kind}"] = plain.detach()
+    _one_device(str(folder), theirs)
     tensors = from_foreign(theirs, config)[0]
     with torch.device("cpu"), NoInit():  # whatever torch's default device is
         model = Model(config)

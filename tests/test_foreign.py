@@ -390,6 +390,7 @@ def test_missing_modules_biases_and_shapes(tmp_path):
     refused("^names: expected some of embeddings.word, .*, with a number for {i} where one layer is meant, got 'layers.{i}.attention.querry'$", own, lora,
             {"layers.{i}.attention.querry": "blocks.{i}.q"})
     refused("^names: expected some of .*, got 3$", own, lora, {3: "blocks.{i}.q"})
+    refused("^layers.1.attention.query: expected a module of its own, found blocks.0.q, which is layers.0.attention.query too", own, lora, NAMES | {"layers.{i}.attention.query": "blocks.0.q"})
     refused("^names: layers.{i}.attention.query: expected their module's name, got 3$", own, lora, {"layers.{i}.attention.query": 3})
     refused("sparse: expected a module that changes at least one weight", own, methods.create("sparse", model.config), NAMES)
     refused("no such folder", own, tmp_path / "none", NAMES)
@@ -398,6 +399,32 @@ def test_missing_modules_biases_and_shapes(tmp_path):
     refused(r"layers.1.attention.output.bias \(blocks.1.o.bias\): expected a tensor, found none", own, methods.create("bias", model.config), NAMES)
     attach_to(own, methods.create("ia3", model.config, options=dict(outputs=("output",))), NAMES)  # scales a weight without bias all the same
     assert not parametrize.is_parametrized(own.blocks[0].down, "bias")  # whose input alone is scaled
+
+
+class Elsewhere(nn.Parameter):
+    """A parameter that says to lie on another device."""
+
+    device = torch.device("cuda:1")
+
+
+def test_what_a_host_cannot_be_leaves_it_as_it_was(tmp_path):
+    """A bias that is no parameter, values that a small change is lost in, two devices; a layer's number that is missing, of a folder too."""
+    model = drawn_model()
+    own, ia3, lora = own_twin(model), methods.create("ia3", model.config, options=dict(outputs=("value",))), methods.create("lora", model.config)
+    value = own.blocks[1].v
+    bias = value._parameters.pop("bias")
+    value.bias = bias.detach()
+    before = bits(own)
+    refused(r"layers.1.attention.value.bias \(blocks.1.v.bias\): expected a parameter, got what Linear computes or hands on", own, ia3, NAMES)
+    assert same(own, before) and not any(parametrize.is_parametrized(m) for m in own.modules())
+    whole, value.weight = value.weight, nn.Parameter(value.weight.to(torch.int8), requires_grad=False)
+    refused(r"layers.1.attention.value \(blocks.1.v.weight\): expected floating point values, got int8, in which a change of less than 1 is lost", own, lora, NAMES)
+    value.weight = Elsewhere(whole)
+    refused("^lora: expected a model on one device, got blocks.0.q on cpu and blocks.1.v on cuda:1$", own, lora, NAMES)
+    whole = own_twin(model)
+    checkpoint.save_adapter(tmp_path / "lora", methods.create("lora", model.config), "gender", checkpoint.describe_base(model))
+    refused("lora: made for bert of 3 layers, .*; expected bert of 1 layers", whole, tmp_path / "lora", NAMES | {"layers.{i}.attention.query": "blocks.0.q"})
+    assert not any(parametrize.is_parametrized(m) for m in whole.modules())
 
 
 def test_transformers_is_not_imported():
