@@ -51,8 +51,13 @@ class Cache:
     """The folder of one recipe (stream.Recipe)."""
 
     def __init__(self, recipe):
-        self.root = Path(recipe.cache)
+        self.root, self._files = Path(recipe.cache), recipe.files
+        self._begun = self._state()  # before their contents are hashed
         self.folder = self.root / key(recipe)
+
+    def _state(self) -> list[tuple[int, int]]:
+        """What tells that a file was written to."""
+        return [(found.st_size, found.st_mtime_ns) for found in map(os.stat, self._files)]
 
     def open(self) -> tuple["Cached | None", str]:
         """(the families, a line that names the folder), or (None, why they have to be made). A damaged folder is removed."""
@@ -70,7 +75,8 @@ class Cache:
             return None, f"cache: {self.folder} was damaged and is made again ({' '.join(str(error).split())})"
 
     def writing(self, blocks: Iterable) -> Iterator:
-        """The blocks (stream.Block) as they come, written besides; the folder is there once the last one was taken. Raises ConfigError where it cannot be."""
+        """The blocks (stream.Block) as they come, written besides; the folder is there once the last one was taken, where the corpus is still what it is named by. Raises ConfigError
+        where it cannot be written."""
         partial = partial_of(self.folder)
         _unfinished[partial] = [folder for folder in (self.root, *self.root.parents) if not os.path.exists(folder)]
         try:
@@ -86,8 +92,9 @@ class Cache:
                 about = {"format": FORMAT, "bytes": written, "counts": {name: counts[name] for name in counts.keys() - {"whole", "notes"}}}
                 with self._opened(partial / "about.json") as file:
                     self._write(file, json.dumps(about, indent=1).encode())
-                with contextlib.suppress(OSError):  # another process was first
-                    os.rename(partial, self.folder)
+                with contextlib.suppress(OSError):  # a file is gone; another process was first
+                    if self._state() == self._begun:
+                        os.rename(partial, self.folder)
         except NotMade as error:
             raise ConfigError(f"--cache {self.root}: cannot be written: {error}") from None
         finally:

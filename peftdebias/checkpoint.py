@@ -31,7 +31,7 @@ from .errors import AdapterError, ConfigError, ModelError
 from .files import read_object, read_tensors, write_tensors
 from .methods import Method
 from .options import checked
-from .outputs import digest, files_in, keep_apart, tables, writing_folder
+from .outputs import digest, files_in, keep_apart, partial_of, tables, write_text, writing_folder
 from .tokens import Tokenizer
 
 FORMAT = 1
@@ -67,12 +67,20 @@ class Adapter:
 
 
 def save_adapter(folder: str | Path, method: Method, axis: str, base: dict, about: dict | None = None) -> None:
-    """Write adapter.json and adapter.safetensors. base: describe_base of the model it belongs to."""
+    """Write adapter.json and adapter.safetensors, in the place of those that are there, of which none is ever beside one of the others. base: describe_base of the model it
+    belongs to."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(method.state(), folder / "adapter.safetensors")
-    header = {"format": FORMAT, "method": method.name, "axis": axis, "config": dataclasses.asdict(method.saved_config()), "base": base} | (about or {})
-    (folder / "adapter.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+    header, tensors = folder / "adapter.json", folder / "adapter.safetensors"
+    partial = partial_of(tensors)
+    content = {"format": FORMAT, "method": method.name, "axis": axis, "config": dataclasses.asdict(method.saved_config()), "base": base} | (about or {})
+    try:
+        write_tensors(method.state(), partial)
+        header.unlink(missing_ok=True)
+        partial.replace(tensors)
+        write_text(header, json.dumps(content, indent=2) + "\n")
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_header(folder: Path) -> dict:
@@ -381,6 +389,16 @@ def versions(device: torch.device | None = None) -> dict:
     found |= {package: processor.installed(package) for package in PACKAGES}
     cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
     return found | {"commit": _commit(), "device": torch.cuda.get_device_name(device) if cuda else processor.named(), "threads": torch.get_num_threads()}
+
+
+def all_versions(of_parts: Iterable[dict]) -> dict:
+    """What parts that one table holds were made by: each entry of their `versions`, or where they differ all of them as a text, in the parts' order."""
+    found: dict[str, list] = {}
+    for versions in of_parts:
+        for name, value in versions.items():
+            if value not in found.setdefault(name, []):
+                found[name].append(value)
+    return {name: values[0] if len(values) == 1 else ", ".join(map(str, values)) for name, values in found.items()}
 
 
 def _commit() -> str | None:

@@ -53,7 +53,8 @@ class Tiny:
 
 
 def pretrain(corpus: Path, tokenizer: Tokenizer, folder: Path, seed: int, tiny: Tiny) -> None:
-    """A tiny BERT trained by plain masked-LM on corpus.txt, saved as a Hugging Face folder."""
+    """A tiny BERT trained by plain masked-LM on corpus.txt, saved as a Hugging Face folder. Its first 200 texts choose the best epoch and are in no figure; short as a world's
+    texts are, about a quarter of them stand among those that are trained on too."""
     config = EncoderConfig(kind="bert", layers=LAYERS, hidden=tiny.hidden, heads=HEADS, feed_forward=4 * tiny.hidden, vocab=tokenizer.vocab_size, max_positions=128,
                            dropout=0.0, attention_dropout=0.0, classifier_dropout=0.0, initializer_range=tiny.initializer_range)
     model = Model(config, mlm=True)

@@ -1,7 +1,7 @@
 """Which families of a corpus are for validation.
 
 A family is held out by a hash of its text without the attribute words, which its counterfactuals share: so equal texts, and a text and its counterfactual where a
-corpus has both, are never on two sides, and every process decides alike without talking. Of the held-out families the first are taken in the order of the corpus:
+corpus has both, are never on two sides (docs/streaming.md names the few that are), and every process decides alike without talking. Of the held-out families the first are taken in the order of the corpus:
 the search ends as soon as there are enough. It leaves out tokens.
 """
 

@@ -8,14 +8,13 @@ Text is utf-8, strictly; a BOM is dropped, a line ends at \\n or \\r\\n and nowh
 import glob
 import gzip
 import os
-import shutil
 import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from peftdebias.errors import DataError, PeftDebiasError
 
@@ -137,11 +136,21 @@ class Copies:
             if path == "-" or not Path(path).is_file():
                 copy = Path(self._folder.name) / f"{len(self._names)}-{'stdin.txt' if path == '-' else Path(path).name}"
                 self._names[str(copy)] = "<stdin>" if path == "-" else path
-                with _told(path, 1), open(sys.stdin.fileno() if path == "-" else path, "rb", closefd=path != "-") as source, open(copy, "wb") as target:
-                    shutil.copyfileobj(source, target)
+                with _told(path, 1), open(_stdin() if path == "-" else path, "rb", closefd=path != "-") as source:
+                    self._copy(source, copy)
                 path = str(copy)
             found.append(path)
         return found
+
+    def _copy(self, source: BinaryIO, copy: Path) -> None:
+        """An error of reading is its caller's to tell; one of writing is the temporary folder's."""
+        with open(copy, "wb", buffering=0) as target:
+            while got := memoryview(source.read(BLOCK)):
+                while got:
+                    try:
+                        got = got[target.write(got):]
+                    except OSError as error:
+                        raise DataError(f"temporary folder {os.path.dirname(self._folder.name)}: cannot be written: {error.strerror}; TMPDIR names another") from None
 
     def named(self, line: str) -> str:
         """With the copies' own names in it."""
@@ -255,8 +264,15 @@ def blocks(path, offset: int = 0, count: int = 0, size: int = BLOCK) -> Iterator
 
 def _open(path):
     if str(path) == "-":
-        return open(sys.stdin.fileno(), "rb", closefd=False)
+        return open(_stdin(), "rb", closefd=False)
     return gzip.open(path, "rb") if is_packed(path) else open(path, "rb")
+
+
+def _stdin() -> int:
+    """Standard input's descriptor. Raises DataError where it is closed."""
+    if sys.stdin is None:
+        raise DataError("<stdin>: expected texts, got none: it is closed")
+    return sys.stdin.fileno()
 
 
 def _unreadable(path, number: int, error: Exception) -> DataError:

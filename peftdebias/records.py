@@ -68,9 +68,14 @@ def _row(path, record: Record, width: int, positions: list[int], report: Report,
     if _is_blank(record) and (len(record.values) != width or not blank):  # what spreadsheets put behind the last row
         return
     if len(record.values) != width:
-        report(f"{_place(path, record.first)}: expected {width} fields, got {len(record.values)}")
+        report(f"{_place(path, record.first)}: expected {width} fields, got {len(record.values)}{_until(record.first, record.end[1])}")
     else:
         yield record._replace(values=[record.values[position] for position in positions])
+
+
+def _until(first: int, last: int) -> str:
+    """How far a record of several lines goes: a quote that nothing closes takes in all up to the next one, or the end of the file."""
+    return f" (lines {first} to {last}: a quote opens there)" if last > first else ""
 
 
 def _is_blank(record: Record) -> bool:
@@ -114,7 +119,7 @@ def _csv_rows(source: Lines) -> Iterator[Record]:
             return
         except csv.Error as error:
             if not source.torn:
-                source.report(f"{_place(source.path, source.first)}: not csv: {error}")
+                source.report(f"{_place(source.path, source.first)}: not csv: {error}{_until(source.first, source.count)}")
             continue
         if not source.torn and row and (len(row) > 1 or not row[0] or row[0].strip()):  # a line of "" is a row, as csv writers put an empty text; a blank one is none
             yield Record(row, source.first, begin, (source.offset, source.count))

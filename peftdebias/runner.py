@@ -349,7 +349,7 @@ class _Runner:
         measures, examples = self._measure(unit)
         row = {"system": self._label(unit), "seed": unit.seed, "stage": unit.stage, "task": None if unit.task is None else unit.task.name,
                "run": trained and str(trained.relative_to(self.out)), "measures": measures, "examples": examples and str(examples.relative_to(self.out)),
-               "seconds": round(time.perf_counter() - began, 1)}
+               "seconds": round(time.perf_counter() - began, 1), "versions": checkpoint.versions(pick_device(self.settings.device))}
         write_text(self.row(unit), json.dumps(row, indent=2) + "\n")
 
     def _label(self, unit: Unit) -> str:
@@ -477,7 +477,7 @@ class _Runner:
         columns = [dataclasses.asdict(c) | {"unit": of.get(c.measure, {}).get("unit"), "ideal": of.get(c.measure, {}).get("ideal")} for c in self.recipe.columns]
         table = {"format": 1, "kind": "recipe", "recipe": self.recipe.name, "title": self.recipe.title, "axis": self.recipe.axis, "model": self.settings.model,
                  "data": self.settings.data, "scale": self.settings.scale, "settings": self.overrides, "seeds": sorted({unit.seed for unit in units}),
-                 "units": len(units), "seconds": round(sum(row["seconds"] for row in rows), 1), "versions": checkpoint.versions(pick_device(self.settings.device)),
+                 "units": len(units), "seconds": round(sum(row["seconds"] for row in rows), 1), "versions": checkpoint.all_versions([row.get("versions") or checkpoint.versions(pick_device(self.settings.device)) for row in rows or [{}]]),
                  "systems": names, "base": self.recipe.base, "baseline": next((system.name for system in self.systems if system.method is None), None), "columns": columns,
                  "paper": [{"system": name, "stage": c.stage, "task": c.task, "title": c.title, "value": value} for c in self.recipe.columns for name, value in (c.paper or {}).items() if name in names],
                  "rows": rows}

@@ -175,12 +175,12 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
     Repeats bit for bit on the same machine, where no other thread draws from torch's generators meanwhile. Raises PeftDebiasError when the loss is not finite,
     ConfigError on a precision that is none, or none of this device and step.
     """
-    device = model.device
+    device, began = model.device, time.perf_counter()
     _expect_precision(schedule, device)
     optimizer = make_optimizer(parameters, schedule)
     decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), rounded_beforehand(model, schedule.precision), model.recomputing(schedule.save_memory), \
-            _bar(schedule.steps, label) as bar:
+    with _left_as_found(model, optimizer), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), rounded_beforehand(model, schedule.precision), \
+            model.recomputing(schedule.save_memory), _bar(schedule.steps, label) as bar:
         _seed(device, schedule.seed)
         before = _scores(model, task, schedule)
         log(event="validation", step=0, **before)
@@ -210,11 +210,19 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
                 with progress.aside():
                     best.offer(step, _scores(model, task, schedule))
             epoch += 1
-        seconds, tokens_per_second, waiting = progress.figures()
-    optimizer.zero_grad(set_to_none=True)  # or a training after this one would have them beside its own
+        _, tokens_per_second, waiting = progress.figures()
     best.restore()
-    model.eval()
-    return Outcome(before, best.scores, best.step, seconds, tokens_per_second, waiting)
+    return Outcome(before, best.scores, best.step, time.perf_counter() - began, tokens_per_second, waiting)
+
+
+@contextlib.contextmanager
+def _left_as_found(model: Model, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Behind it, however it ends, the model answers (without dropout), and no gradient stands that a training after this one would have beside its own."""
+    try:
+        yield
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        model.eval()
 
 
 class _Progress:

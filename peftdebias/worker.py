@@ -69,7 +69,7 @@ class Epochs:
         return self.counts
 
     def epoch(self, number: int) -> Iterator[Packed]:
-        """The batches of an epoch. They go on without a break where the epoch before was taken to its end, else they begin anew."""
+        """The batches of an epoch. They go on without a break where the epoch before was taken to its end, else they begin anew, and a pass under way raises ConfigError."""
         if self._begins != number:
             self._restart(number)
         yield from self._batches()
@@ -80,11 +80,13 @@ class Epochs:
         yield from self._batches()
 
     def _batches(self) -> Iterator[Packed]:
-        event, self._first, self._begins = self._first, None, None
-        while (event := event or next(self._events, None)) is not None:
+        event, self._first, self._begins, events = self._first, None, None, self._events
+        while (event := event or next(events, None)) is not None:
             if isinstance(event, Given):
                 self.position = event.position
                 yield event.packed
+                if self._events is not events:
+                    raise ConfigError("epochs: a pass was begun while this one was under way; expected one at a time")
             elif isinstance(event, Filled):
                 if not self.counts.whole:
                     self.counts = max(self.counts, event.counts, key=lambda counts: (counts.whole, counts.texts))
@@ -129,6 +131,8 @@ class Background:
         self._start()
 
     def _start(self) -> None:
+        if not sys.executable:
+            raise ConfigError("--workers: the background process cannot be started: sys.executable names no Python here; --workers 0 needs none")
         code = f"import sys; sys.path[:] = {sys.path!r}; from peftdebias.worker import main; main()"
         try:
             self.process = subprocess.Popen([sys.executable, "-P", "-c", code], bufsize=BUFFER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self._environment,

@@ -42,6 +42,22 @@ def note(made) -> str:
         return epochs.ready().notes[0]
 
 
+def test_a_corpus_that_is_written_to_meanwhile_is_not_kept(made):
+    """Nor what comes of it under the name of its contents before, should these come back."""
+    (file,) = map(Path, made.files[:1])
+    before, seen = file.read_bytes(), []
+    with Epochs(made) as epochs:
+        epochs.ready()
+        for batch in epochs.epoch(0):
+            seen.append(batch)
+            if len(seen) == 1:
+                file.write_bytes(before + b"he is late\n")
+    file.write_bytes(before)
+    assert len(seen) > 1 and not Path(made.cache).exists()
+    write(made)
+    assert folders(made) == [Cache(made).folder.name]
+
+
 def test_a_hit_reads_no_text_and_gives_the_same_batches(made, monkeypatch):
     plain = dataclasses.replace(made, cache=None)
     expected = given(plain, 60)

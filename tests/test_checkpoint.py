@@ -57,6 +57,33 @@ def test_an_adapter_comes_back_as_it_was(saved):
     assert load_adapter(saved.parent, model_of()).folder == saved  # RUN stands for RUN/adapter
 
 
+@pytest.mark.parametrize("stops", ["write_tensors", "write_text"])
+def test_a_module_that_takes_anothers_place_is_never_mixed_with_it(stops, saved, monkeypatch):
+    """Stopped in the tensors the one before is whole; behind them there is none."""
+    before, other = saved.joinpath("adapter.safetensors").read_bytes(), lora(model_of(), rank=2)
+
+    def stopped(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, stops, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(saved, other, "race", checkpoint.describe_base(model_of()))
+    if stops == "write_tensors":
+        assert load_adapter(saved, model_of()).axis == "gender" and saved.joinpath("adapter.safetensors").read_bytes() == before
+    else:
+        with pytest.raises(AdapterError):
+            load_adapter(saved, model_of())
+    assert not [path for path in saved.iterdir() if "partial" in path.name]
+    monkeypatch.undo()
+    save_adapter(saved, other, "race", checkpoint.describe_base(model_of()))
+    assert load_adapter(saved, model_of()).method.config.rank == 2
+
+
+def test_versions_that_differ_are_all_told():
+    assert checkpoint.all_versions([{"torch": "2", "threads": 1, "commit": None}, {"torch": "3", "threads": 1, "commit": None}, {"torch": "2", "device": "d"}]) == {
+        "torch": "2, 3", "threads": 1, "commit": None, "device": "d"}
+
+
 def test_another_base_is_taken_by_force_alone(saved):
     other = model_of()
     with torch.no_grad():

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import subprocess
 import sys
 import threading
 from collections import Counter
@@ -105,6 +106,25 @@ def test_what_can_be_read_once_is_copied_and_no_copy_stays(file, monkeypatch):
             assert kept == plain and Path(copy).read_text() == "two\n"
             raise DataError(f"{copy}:1: bad")
     assert not Path(copy).parent.exists()
+
+
+def test_standard_input_that_is_closed_and_a_temporary_folder_that_is_full_are_told(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    for read in (lambda: list(read_texts(["-"])), lambda: Copies().__enter__().seekable(["-"])):
+        with pytest.raises(DataError, match="^<stdin>: expected texts, got none: it is closed$"):
+            read()
+    os.mkfifo(tmp_path / "pipe.txt")
+    code = """
+import resource, signal, sys, threading
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+from peftdebias.lines import Copies
+threading.Thread(target=lambda: open(sys.argv[1], "wb", buffering=0).write(2000 * b"x")).start()
+with Copies() as copies:
+    copies.seekable(sys.argv[1:])
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "pipe.txt"], env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == f"peftdebias.errors.DataError: temporary folder {tmp_path}: cannot be written: File too large; TMPDIR names another", done.stderr
 
 
 def test_texts_stream_over_several_files_and_name_their_places(file):
@@ -264,7 +284,9 @@ def test_errors_of_rows(file, name, tab):
 
 def test_errors_of_csv_name_the_line_where_the_record_starts(file):
     path = file("a.csv", 'a,b\nx,y\nx,"open\nand\non\n')
-    assert message(lambda: read_examples(path, text="a")) == f"{path}:3: not csv: unexpected end of data"
+    assert message(lambda: read_examples(path, text="a")) == f"{path}:3: not csv: unexpected end of data (lines 3 to 5: a quote opens there)"
+    path = file("b.csv", 'a,b\nx,"open\nand\non",y,z\n')
+    assert message(lambda: read_examples(path, text="a")) == f"{path}:2: expected 2 fields, got 4 (lines 2 to 4: a quote opens there)"
 
 
 def test_errors_of_json(file):

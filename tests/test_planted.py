@@ -244,6 +244,20 @@ def test_a_call_that_computes_nothing_keeps_what_it_was_computed_by(ran, tmp_pat
     assert found_in(tmp_path / "t")["versions"] == before
 
 
+def test_units_of_several_programs_are_told(ran, tmp_path, monkeypatch):
+    """One of an earlier version does not say what made it: then the table of before does."""
+    shutil.copytree(ran[0], tmp_path / "t")
+    for method, change in (("none", {"versions": {"device": "d", "torch": "another", "commit": None}}), ("lora", {})):
+        path = Unit("text", 0.8, 0, method).folder(tmp_path / "t") / "unit.json"
+        unit = json.loads(path.read_text())
+        del unit["versions"]
+        path.write_text(json.dumps(unit | change))
+    before = found_in(tmp_path / "t")["versions"]
+    said = done("testbed", *GIVEN, "--out", tmp_path / "t")
+    found = found_in(tmp_path / "t")["versions"]
+    assert sorted(found["torch"].split(", ")) == sorted([before["torch"], "another"]) and found["python"] == before["python"] and f"torch {found['torch']}, commit" in said.out
+
+
 def test_no_unit_before_what_it_needs():
     from peftdebias.config import Testbed
 

@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from peftdebias import evaluation, options, recipe as recipes, recipe_table, runner
 from peftdebias.config import Report, Run, Upstream
@@ -393,7 +394,7 @@ def test_a_recipe_stopped_and_taken_up_again(place, small, tmp_path, monkeypatch
     assert settings["runs/jobs-lora-0"]["batch_size"] == 8 and settings["runs/jobs-ft-0"]["batch_size"] == 32
     full, lora = settings["runs/jobs-full-debias-1"], settings["runs/moved-lora-1"]
     assert full["model"].endswith("upstream-full-debias-1") and full["adapter"] == [] and lora["adapter"][0].endswith("upstream-lora-1") and lora["seed"] == 1
-    assert all((out / row["examples"]).is_file() for row in table["rows"])
+    assert all((out / row["examples"]).is_file() and row["versions"]["torch"] == torch.__version__ for row in table["rows"])
 
     flips = {row["system"] for row in table["rows"] for m in row["measures"] if m["name"] == "counterfactual/flips"}
     assert flips == {"FT", "Full-Debias", "LoRA"}  # the axis is the recipe's, whether or not a run has a module

@@ -138,6 +138,21 @@ def test_the_pull_is_the_gradient_of_the_mean_distance_over_the_encoder():
     assert seen[1] == 7
 
 
+def test_a_first_stage_that_is_stopped_leaves_the_base_as_it_was():
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def loop(parameters, pull, rate=None):
+        with torch.no_grad():
+            for p in parameters.values():
+                p += 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Sparse(SparseConfig(k=7), TINY).learn(model, loop)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_a_large_parameter_is_pulled_piece_by_piece(monkeypatch):
     monkeypatch.setattr(sparse, "PIECE", 5)
     p, start = torch.nn.Parameter(torch.tensor([[1.0, -2, 0, 4], [5, 6, -7, 0], [0, 1, 1, -1]])), torch.zeros(3, 4)

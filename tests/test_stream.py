@@ -77,6 +77,20 @@ def given(made: Recipe, count: int, position: dict | None = None) -> list[Given]
     return found
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_pass_at_a_time(file, workers):
+    """The batches of one are never another's: the one that was under way is told; the new one is whole."""
+    with Epochs(recipe(file), workers) as epochs:
+        expected = [packed.family.tolist() for packed in epochs.epoch(1)]
+        first = epochs.epoch(0)
+        next(first)
+        second = epochs.epoch(1)
+        found = [next(second).family.tolist()]
+        with pytest.raises(ConfigError, match="^epochs: a pass was begun while this one was under way; expected one at a time$"):
+            next(first)
+        assert found + [packed.family.tolist() for packed in second] == expected
+
+
 # ---------------------------------------------------------------- the same as in memory
 
 @pytest.mark.parametrize("batch,gathered", [({"batch_size": 16}, 64), ({"batch_tokens": 90}, 3)])
@@ -590,4 +604,7 @@ def test_a_process_that_cannot_be_started_is_one_line(file, monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", refused)
     with pytest.raises(ConfigError, match="^--workers: the background process cannot be started: Resource temporarily unavailable; --workers 0 needs none$"):
+        Epochs(recipe(file), 1)
+    monkeypatch.setattr(sys, "executable", None)  # as in a program that embeds Python
+    with pytest.raises(ConfigError, match="^--workers: the background process cannot be started: sys.executable names no Python here; --workers 0 needs none$"):
         Epochs(recipe(file), 1)

@@ -101,6 +101,30 @@ def test_events_are_what_the_run_folder_keeps():
             assert e["score"] in (0, 1, 5, 2) and e["other"] == 1.0
 
 
+@pytest.mark.parametrize("where", ["validate", "loss"])
+def test_whatever_ends_a_training_leaves_a_model_that_answers(where):
+    """No dropout, no gradients; torch's generators are as they were."""
+    model, parts, state = model_of(), [], torch.get_rng_state()
+
+    class Task(Plain):
+        def stop(self, what):
+            parts.append(what)
+            if len(parts) > 2:
+                raise KeyboardInterrupt
+
+        def validate(self, model):
+            self.stop("validate") if where == "validate" else None
+            return super().validate(model)
+
+        def loss(self, model, batch):
+            self.stop("loss") if where == "loss" else None
+            return super().loss(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Task(), model)
+    assert len(parts) == 3 and not model.training and all(p.grad is None for p in model.parameters()) and torch.equal(torch.get_rng_state(), state)
+
+
 def test_waiting_is_the_share_of_the_steps_in_which_no_batch_was_there(monkeypatch):
     """By a clock of our own: each batch takes 3 s to come, a step 1 s, a validation 100 s."""
     now = [0.0]
@@ -123,7 +147,7 @@ def test_waiting_is_the_share_of_the_steps_in_which_no_batch_was_there(monkeypat
     for every in (5, None):
         _, outcome, events = run(Task(), steps=20, validate_every=every)
         assert outcome.waiting == 0.75 and {e["waiting"] for e in events if e["event"] == "step"} == {0.75}
-        assert outcome.tokens_per_second == 20 * sum(LENGTHS) / 80 and outcome.seconds > 180  # 4 seconds a step, without the validations
+        assert outcome.tokens_per_second == 20 * sum(LENGTHS) / 80 and outcome.seconds == 80 + 100 * (5 if every == 5 else 5)  # 4 seconds a step, without the validations, of which one comes before
 
 
 def test_the_logged_loss_is_the_mean_since_the_last_line():

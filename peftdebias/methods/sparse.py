@@ -132,8 +132,14 @@ class Sparse(Method):
         whole = {name: parameter for name, parameter, _ in places.values()}
         start = {name: p.detach().clone() for name, p in whole.items()}
         strength = self.config.l1 / base_parameters(model.config)
-        with model.frozen_decoder():
-            loop(whole, lambda: pull(strength, whole.values(), start.values()), rate=self.config.first_rate)
+        try:
+            with model.frozen_decoder():
+                loop(whole, lambda: pull(strength, whole.values(), start.values()), rate=self.config.first_rate)
+        except BaseException:
+            with torch.no_grad():
+                for name, parameter in whole.items():
+                    parameter.copy_(start[name])
+            raise
         with torch.no_grad():
             moved = [(parameter[rows] - start[name][rows]).abs().flatten().float().cpu().numpy() for name, parameter, rows in places.values()]
             for site, chosen in zip(places, largest(moved, self.config.k)):

@@ -66,8 +66,7 @@ def testbed(settings: Testbed, say: Callable[[str], None] = lambda line: None) -
     with alone(out / MARK, f"--out {out}"):
         results = {unit: plan.result(unit) for unit in units}
         todo = [unit for unit in units if results[unit] is None]
-        if not todo:  # it was computed by what the table says already
-            about["versions"] = read_object(out / MARK, ConfigError).get("versions", about["versions"])
+        before = read_object(out / MARK, ConfigError).get("versions", about["versions"])  # of units that do not say themselves what they were made by
         if len(todo) < len(units):
             say(f"{out}: {len(units) - len(todo)} of {len(units)} units are there")
 
@@ -77,6 +76,7 @@ def testbed(settings: Testbed, say: Callable[[str], None] = lambda line: None) -
 
         run_all(plan, todo, settings.jobs, done)
         rows = summary.rows(units, results)
+        about["versions"] = checkpoint.all_versions(r.get("versions", before) for r in results.values())
         found = about | {"rows": rows, "monotone": summary.monotone(rows), "units": len(units)}
         found |= {key: round(sum(r[key] for r in results.values()), 1) for key in ("seconds", "cpu_seconds")}
         table = summary.markdown(found)
@@ -96,7 +96,7 @@ def run_all(plan: Plan, todo: list[Unit], jobs: int, done: Callable[[Unit, dict]
         for unit in todo:
             done(unit, plan.run(unit))
         return
-    waiting, running = list(todo), {}
+    waiting, running, others = list(todo), {}, set(multiprocessing.active_children())
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_alone) as pool:
         try:
             while waiting or running:
@@ -111,7 +111,7 @@ def run_all(plan: Plan, todo: list[Unit], jobs: int, done: Callable[[Unit, dict]
                     except concurrent.futures.process.BrokenProcessPool:
                         raise PeftDebiasError(f"--jobs {jobs}: a process was killed (out of memory?) while {unit} ran; the same command goes on from there") from None
         except KeyboardInterrupt:  # stopped: what is under way is made again the next time
-            for process in multiprocessing.active_children():
+            for process in {*multiprocessing.active_children()} - others:
                 process.terminate()
             raise
 

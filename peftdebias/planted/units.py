@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .. import methods, phases
-from ..checkpoint import Run, load_run
+from ..checkpoint import Run, load_run, versions
 from ..config import Downstream, Evaluate, Upstream
 from ..demo import Tiny, pretrain, stereotype_preference, world_tokenizer
 from ..errors import ConfigError
@@ -124,7 +124,7 @@ class Plan:
         return found
 
     def run(self, unit: Unit) -> dict:
-        """Compute the unit and keep it: {unit, made_of, figures: {name: Measure as JSON}, parameters, seconds, cpu_seconds}.
+        """Compute the unit and keep it: {unit, made_of, figures: {name: Measure as JSON}, parameters, seconds, cpu_seconds, versions}.
 
         On one thread, so that it repeats bit for bit. A unit that was stopped half-way is made from the start.
         """
@@ -138,7 +138,7 @@ class Plan:
         finally:
             torch.set_num_threads(threads)
         found = {"unit": dataclasses.asdict(unit), "made_of": self.made_of(unit), "figures": {m.name: m.as_json() for m in measures}, "parameters": parameters,
-                 "seconds": round(time.perf_counter() - wall, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
+                 "seconds": round(time.perf_counter() - wall, 2), "cpu_seconds": round(time.process_time() - cpu, 2), "versions": versions()}
         write_text(folder / "unit.json", json.dumps(found, indent=1) + "\n")
         return found
 

@@ -4,7 +4,7 @@
      "base", "baseline": the systems that others are compared with, upstream and on the tasks,
      "columns": [{"stage", "task", "title", "measure", "unit", "ideal"}],     the paper's table; task null: whichever the stage has
      "paper":   [{"system", "stage", "task", "title", "value"}],              its figures, by column title
-     "rows":    [{"system", "seed", "stage", "task", "run", "measures", "examples", "seconds"}]}
+     "rows":    [{"system", "seed", "stage", "task", "run", "measures", "examples", "seconds", "versions"}]}
 
 The untrained base has one row, whatever the seeds. `run` and `examples` are paths from the folder, or null; a run's training is drawn where it is there.
 """
