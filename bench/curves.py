@@ -2,7 +2,7 @@
 first step; then the loop that the commands run, with its validations, as the device has it by default (bf16 and a CUDA graph on a GPU). A model of bert-tiny's size with
 drawn weights; upstream LoRA, adapter and prefix on masked texts, downstream the whole base; lr 2e-5, in the loop 1e-3.
 
-    python bench/curves.py --device cuda                     200 steps, float32 and bf16, eager and as a CUDA graph; LoRA's in float32 compiled too
+    python bench/curves.py --device cuda                     200 steps, float32 and bf16, eager and as a CUDA graph; LoRA's compiled too, on one batch
     python bench/curves.py --device cpu --steps 20           the CPU's own kernels against the twins
 
 Bounds: losses within 1e-5 over the first 50 steps and 1e-4 over 200 in float32, within 1 % in bf16; gradients as bench/run.py bounds them, in bf16 by the angle (cosine at
@@ -152,12 +152,16 @@ def check(device: torch.device, folder: Path, steps: int = 200, size: str = "tin
     for phase in phases:
         common = dict(dropout=0.0, sequences=16, longest=64 if size == "micro" else 128, batches=8)
         wanted = curve(Setting(size, 40, folder, torch.device("cpu"), "float32", **common), phase, steps, "torch", say=say)
-        for precision in ("float32", "bf16") if cuda else ("float32",):
-            for kind in ("eager", "graph", *(("compiled",) if phase == PHASES[0] and precision == "float32" else ())) if cuda else ("eager",):
-                found = curve(Setting(size, 40, folder, device, precision, **common), phase, steps, implementation, kind, say)
-                bad, words = trouble(found, wanted, precision)
-                say(f"{phase}, {precision}, {kind}, {steps} steps on {device.type} against the twins on the CPU: {words}")
-                red += [f"{phase}, {precision}, {kind}: {line}" for line in bad + [f"no CUDA graph: {found.off}"] * bool(found.off)]
+        kinds = [(precision, kind, common) for precision in ("float32", "bf16") for kind in ("eager", "graph")] if cuda else [("float32", "eager", common)]
+        if cuda and phase == PHASES[0]:
+            kinds.append(("float32", "compiled", common | {"batches": 1}))  # of one shape, which is compiled once
+        for precision, kind, given in kinds:
+            if given is not common:
+                wanted = curve(Setting(size, 40, folder, torch.device("cpu"), "float32", **given), phase, steps, "torch", say=say)
+            found = curve(Setting(size, 40, folder, device, precision, **given), phase, steps, implementation, kind, say)
+            bad, words = trouble(found, wanted, precision)
+            say(f"{phase}, {precision}, {kind}, {steps} steps on {device.type} against the twins on the CPU: {words}")
+            red += [f"{phase}, {precision}, {kind}: {line}" for line in bad + [f"no CUDA graph: {found.off}"] * bool(found.off)]
         setting = Setting(size, 40, folder, device, "bf16" if cuda else "float32", **common)
         red += whole(setting, phase, max(2, steps // 5), "graph" if cuda else "eager", implementation, say)
     return red

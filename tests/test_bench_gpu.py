@@ -492,17 +492,17 @@ def test_on_a_gpu_curves_are_of_both_precisions_and_both_kinds_of_step(bench, mo
     curves, asked, loops = bench.gpu.curves, [], []
 
     def curve(setting, phase, steps, implementation, kind="eager", say=None):
-        asked.append((setting.device.type, setting.precision, kind, implementation))
+        asked.append((setting.device.type, setting.precision, kind, implementation, setting.batches))
         return curves.Curve([1.5 if (setting.precision, kind) == ("bf16", "graph") else 1.0], {})
 
     monkeypatch.setattr(curves, "curve", curve)
     monkeypatch.setattr(curves, "whole", lambda setting, phase, steps, kind, *rest: loops.append((setting.precision, kind, steps)) or ["it fails"])
     curves.check(torch.device("cuda"), tmp_path, 200, phases=("adapter",), say=lambda line: None)
-    assert "compiled" not in [kind for _, _, kind, _ in asked]
+    assert "compiled" not in [kind for _, _, kind, *_ in asked]
     asked.clear(), loops.clear()
     red = curves.check(torch.device("cuda"), tmp_path, 200, phases=("lora",), say=lambda line: None)
-    assert asked == [("cpu", "float32", "eager", "torch"), *(("cuda", precision, kind, "auto") for precision, kind in
-                                                             (("float32", "eager"), ("float32", "graph"), ("float32", "compiled"), ("bf16", "eager"), ("bf16", "graph")))]
+    assert asked == [("cpu", "float32", "eager", "torch", 8), *(("cuda", precision, kind, "auto", 8) for precision in ("float32", "bf16") for kind in ("eager", "graph")),
+                     ("cpu", "float32", "eager", "torch", 1), ("cuda", "float32", "compiled", "auto", 1)]
     assert loops == [("bf16", "graph", 40)]
     assert red == [*(f"lora, bf16, graph: loss over {what} steps: off by 0.5, allowed 0.01" for what in ("the first 50", "all")), "it fails"]
 
