@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from peftdebias import augment, cda
+from peftdebias import augment, cda, native
 from peftdebias.axes import load_axis
 from peftdebias.cda import Intervention
 
@@ -228,6 +228,7 @@ def test_corrupt_lines_stop_or_are_counted_and_named(tmp_path):
 def test_the_twin_writes_the_same(files, monkeypatch):
     flags = ("augment", "--axis", "gender", "--names", "--on-error", "skip", *sorted(files.iterdir()))
     compiled = done(*flags)
+    assert "(native engine)" in compiled.err or native.library() is None
     monkeypatch.setenv("PEFTDEBIAS_KERNELS", "torch")
     plain = done(*flags)
     assert plain.out == compiled.out and "(python engine)" in plain.err

@@ -139,7 +139,8 @@ def test_who_is_called_merged_is_and_batches_are_as_they_say(bench, task, monkey
         lengths.clear(), merged.clear()
         build(task)(texts, 2)
         assert len(merged) == ("merged" in name)
-        assert not lengths or (lengths == sorted(lengths)) == ("sorted" in name) and len(lengths) == 6
+        assert len(lengths) == (6 if "transformers" in name else 0)
+        assert not lengths or (lengths == sorted(lengths)) == ("sorted" in name)
 
 
 def test_every_pass_begins_with_another_one(bench):

@@ -437,7 +437,7 @@ def test_a_kernel_that_is_not_there_is_one_line(small, monkeypatch, tmp_path):
 
 # ---------------------------------------------------------------- help
 
-@pytest.mark.parametrize("command", ["", "demo", "augment", "upstream", "downstream", "evaluate", "predict", "report"])
+@pytest.mark.parametrize("command", ["", *command_line.COMMANDS])
 def test_help_goes_to_standard_output(command):
     said = cli(*command.split(), "--help")
     assert said.code == 0 and said.err == "" and said.out.startswith(f"usage: peftdebias {command}".rstrip())

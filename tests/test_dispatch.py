@@ -133,6 +133,7 @@ def test_a_form_that_is_measured_again_leaves_the_others(tmp_path):
 
 
 def test_the_committed_table_can_be_read(fresh):
+    assert {"lora_linear", "lora_grads", "attention"} <= {op for op, lines in dispatch.table().items() if lines}
     linear = {"rows", "inside", "outside", "rank"}
     sizes = {"lora_linear": linear, "lora_grads": linear, "attention": {"rows", "sequences", "longest", "prefix", "width"}, "feed_forward": linear - {"rank"}}
     for op, lines in dispatch.table().items():

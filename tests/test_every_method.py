@@ -8,7 +8,7 @@ import safetensors.torch
 
 from peftdebias import checkpoint, patch, phases
 from peftdebias.axes import load_axis
-from peftdebias.methods import METHODS, create
+from peftdebias.methods import METHODS, create, overview
 from peftdebias.weights import load, load_model
 
 from .small import cli, done, lines, save_bert, sha256
@@ -184,6 +184,21 @@ def test_force_goes_on_where_shapes_allow_it(small, tmp_path):
     assert "going on by force" in done("evaluate", other, *on, "--force").err
     said = cli("evaluate", wide, *on, "--force")
     assert said.code == 2 and "expected shape" in said.err.splitlines()[-1]
+    for words in (["upstream", *small.learning(steps=1)], ["downstream", *small.task(epochs=1)]):
+        words += ["--model", other, "--adapter", tmp_path / "up", "--out", tmp_path / words[0]]
+        refused = cli(*words)
+        assert refused.code == 2 and "made for the base with checksum" in refused.err and not (tmp_path / words[0]).exists()
+        assert "going on by force" in done(*words, "--force").err
+
+
+def test_the_seed_is_that_of_what_is_drawn_anew(small, tmp_path, monkeypatch):
+    """A module's first values and a classifier's."""
+    seeds = []
+    for where, name in ((phases.weights, "load"), (phases.methods, "create")):
+        monkeypatch.setattr(where, name, lambda *given, of=getattr(where, name), name=name, **more: seeds.append((name, more.get("seed"))) or of(*given, **more))
+    done("upstream", *small.learning(out=tmp_path / "up", steps=1, seed=9))
+    done("downstream", *small.task(out=tmp_path / "down", epochs=1, seed=9))
+    assert seeds[:3] == [("load", 9), ("create", 9), ("load", 9)]
 
 
 def test_a_fresh_head_is_trained_with_the_encoder_frozen_and_saved(small, tmp_path):
@@ -199,6 +214,9 @@ def test_a_fresh_head_is_trained_with_the_encoder_frozen_and_saved(small, tmp_pa
 
 
 def test_the_table_of_methods(small):
-    said = done("methods", "--model", small.base, "--budget", "0.02")
+    said = done("methods", "--model", small.base, "--budget", "0.02", "--max-length", 40)
     rows = {line.split()[0]: line for line in said.out.splitlines()}
     assert set(METHODS) <= set(rows) and "rank" in rows["lora"] and "fixed" in rows["bias"] and "%" in rows["sparse"]
+    config = load_model(small.base)[0].config
+    asked, other_length, other_budget = (overview(config, *given) for given in ((0.02, 40), (0.02, 256), (0.01, 40)))
+    assert [" ".join(rows[row[0]].split()) for row in asked] == [" ".join(row) for row in asked] and asked not in (other_length, other_budget)

@@ -1,5 +1,7 @@
 """The texts of an upstream run, from files to notes: what is held out, what is read, left out and cut, the same batches wherever they are made."""
 
+import dataclasses
+import importlib
 import json
 import re
 import subprocess
@@ -10,8 +12,9 @@ import pytest
 
 from peftdebias import weights
 from peftdebias.axes import load_axis
-from peftdebias.cda import families
+from peftdebias.cda import Intervention, families
 from peftdebias.holdout import HeldOut
+from peftdebias.stream import Recipe
 
 from .small import cli, done, flags_of, learn, lines, sha256, without_times
 
@@ -112,6 +115,20 @@ def test_what_was_read_is_said_at_the_end_of_a_run_within_the_first_pass(small, 
     assert re.search(r" tokens/s, \d+\.\d % of the steps' time waiting for batches\n", said.out)
 
 
+def test_every_setting_of_the_texts_is_handed_on(small, tmp_path, monkeypatch):
+    made, path, axis = [], tmp_path / "c.csv", load_axis("gender").with_names()
+    path.write_text("body\n" + small.corpus.read_text())
+    monkeypatch.setattr(importlib.import_module("peftdebias.families"), "Recipe", lambda *given, **more: made.append(Recipe(*given, **more)) or made[-1])
+    flags = {"batch_size": None, "batch_tokens": 90, "max_length": 12, "from": "female", "occurrences": "one", "max_variants": 3, "keep": "originals", "names": True,
+             "column": "body", "unit": "sentence", "on_error": "skip", "shuffle_buffer": 50, "cache": tmp_path / "cache", "valid_share": 0.3, "attribute_weight": 7, "seed": 9,
+             "steps": 1}
+    done("upstream", *small.learning(corpus=path, out=tmp_path / "run", **flags))
+    expected = Recipe((str(path),), axis, made[0].tokenizer, 12, 9, {"batch_tokens": 90}, "body", "sentence", "skip", Intervention(1, "one", 3, "originals"),
+                      HeldOut(0.3, axis=axis), buffer=50, cache=str(tmp_path / "cache"), attribute_weight=7.0)
+    assert made == [expected]
+    assert {f.name for f in dataclasses.fields(Recipe) if getattr(expected, f.name) == f.default} == {"shard", "threads"}  # which no run sets: nothing else can be missed
+
+
 def test_corrupt_lines_stop_the_run_or_are_left_out(small, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"he is a nurse\nshe is a baker\n\xff\n")
     (tmp_path / "b.jsonl").write_text('{"text": "he is a baker"}\n' + "{\n" * 6)
@@ -131,21 +148,20 @@ def test_corrupt_lines_stop_the_run_or_are_left_out(small, tmp_path):
     assert said.code == 2 and said.err.splitlines()[-1] == f"peftdebias: {tmp_path}/*.tsv: expected files that fit this pattern, found none"
 
 
-def test_units_and_standard_input(small, tmp_path):
-    text = "He is a nurse. She is a baker.\nHe is in osaka.\n\nShe is in bergen.\n"
-    (tmp_path / "c.txt").write_text(text)
+def test_units_and_standard_input(small, tmp_path, monkeypatch):
+    (tmp_path / "c.txt").write_text("He is a nurse. She is a baker.\nHe is in osaka.\n\nShe is in bergen.\n")
     for unit, expected in (("line", 3), ("sentence", 4), ("document", 2)):
         said = done("upstream", *small.learning(out=tmp_path / unit, corpus=tmp_path / "c.txt", valid=small.heldout, unit=unit, steps=1))
         assert note(said)[0] == expected
-    words = [sys.executable, "-m", "peftdebias", "upstream", *small.learning(out=tmp_path / "stdin", corpus="-", valid=small.heldout, steps=1)]
-    process = subprocess.run(words, input=text, text=True, capture_output=True)
-    assert process.returncode == 0 and "corpus: 3 texts" in process.stderr, process.stderr
-    raw = b"he is\nshe \xff\n" + 20 * b"she is a nurse\n"
-    process = subprocess.run([*words[:-2], "--out", tmp_path / "no"], input=raw, capture_output=True)
-    assert process.returncode == 2 and b"peftdebias: <stdin>:2: expected utf-8, got 0xff" in process.stderr and not (tmp_path / "no").exists(), process.stderr
-    process = subprocess.run([*words, "--out", tmp_path / "yes", "--on-error", "skip"], input=raw, capture_output=True)
-    assert process.returncode == 0 and b"<stdin>:2" in process.stderr and b"/peftdebias-" not in process.stderr, process.stderr
-    assert json.loads((tmp_path / "yes" / "metrics.jsonl").read_text().splitlines()[-1])["corpus"]["first_skipped"][0].startswith("<stdin>:2: ")
+    (tmp_path / "raw.txt").write_bytes(b"he is\n\nshe \xff\n" + 20 * b"she is a nurse\n")
+    words = ["upstream", *small.learning(out=tmp_path / "stdin", corpus="-", valid=small.heldout, steps=1)]
+    with open(tmp_path / "raw.txt") as raw, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdin", raw)
+        said = cli(*words)
+    assert said.code == 2 and "peftdebias: <stdin>:3: expected utf-8, got 0xff" in said.err and not (tmp_path / "stdin").exists(), said.err
+    process = subprocess.run([sys.executable, "-m", "peftdebias", *words, "--on-error", "skip"], input=(tmp_path / "raw.txt").read_bytes(), capture_output=True)
+    assert process.returncode == 0 and b"corpus: 21 texts" in process.stderr and b"<stdin>:3" in process.stderr and b"/peftdebias-" not in process.stderr, process.stderr
+    assert lines(tmp_path / "stdin" / "metrics.jsonl")[-1]["corpus"]["first_skipped"][0].startswith("<stdin>:3: ")
 
 
 def test_what_is_cut_is_counted_and_reported(small, tmp_path):

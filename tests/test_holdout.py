@@ -1,6 +1,7 @@
 """Which texts are held out: by hash, both sides with words of the axis, no further read than needed."""
 
 import dataclasses
+import functools
 import hashlib
 import re
 
@@ -38,8 +39,13 @@ def is_held_out(text: str, share: float) -> bool:
     return int.from_bytes(hashlib.blake2b(cut.encode(), digest_size=4).digest(), "big") / 2 ** 32 < share
 
 
+@functools.cache
+def keeping(axis):
+    return dataclasses.replace(axis, keep_untouched=True)
+
+
 def family_of(text: str, axis=GENDER):
-    (family,) = families([text], dataclasses.replace(axis, keep_untouched=True))
+    (family,) = families([text], keeping(axis))
     return family
 
 

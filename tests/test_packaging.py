@@ -75,8 +75,8 @@ def clean(wheel, tmp_path_factory) -> Path:
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {"peftdebias/py.typed"}
-    for folder, place in ((ROOT / "peftdebias", "peftdebias"), (ROOT / "kernels/fused", "peftdebias/kernels")):
-        wanted |= {f"{place}/{path.relative_to(folder).as_posix()}" for suffix in ("py", "toml", "jinja") for path in folder.rglob(f"*.{suffix}")}
+    for folder, place in ((ROOT / "peftdebias", "peftdebias"), (ROOT / "kernels/fused", "peftdebias/kernels"), (ROOT / "recipes", "peftdebias/recipes")):
+        wanted |= {f"{place}/{path.relative_to(folder).as_posix()}" for suffix in ("py", "toml", "jinja", "json") for path in folder.rglob(f"*.{suffix}")}
     missing = sorted(wanted - names)
     assert not missing, f"not in the wheel (is their package listed in pyproject.toml?): {missing}"
     assert any(re.fullmatch(r"peftdebias/axes/\w+\.toml", name) for name in names)
@@ -113,7 +113,7 @@ print(json.dumps({
     "file": peftdebias.__file__,
     "kernels": peftdebias.kernels.__file__,
     "version": [peftdebias.__version__, importlib.metadata.version("peftdebias")],
-    "heavy": sorted({"triton", "transformers", "peft"} & loaded),
+    "heavy": sorted({"torch", "numpy", "triton", "transformers", "peft"} & loaded),
     "not needed, after touching every public name": sorted({"transformers", "peft", "triton", "torch._dynamo"} & set(sys.modules)),
     "top-level kernels": importlib.util.find_spec("kernels") is not None,
     "axes": sorted(entry.name for entry in importlib.resources.files("peftdebias.axes").iterdir() if entry.name.endswith(".toml")),

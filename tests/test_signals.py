@@ -30,7 +30,9 @@ def name(request):
         signal.signal(getattr(signal, each), handler)
 
 
+@pytest.mark.parametrize("name", ["SIGTERM"], indirect=True)
 def test_a_signal_leaves_nothing_half_written(name, small, tmp_path):
+    """Of the other two handler, code and word are held below, and SIGINT's end at a process's."""
     out = tmp_path / "run"
     command = subprocess.Popen([sys.executable, "-m", "peftdebias", "upstream", *small.learning(steps=3000, valid_every=3000, out=out)], stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True)

@@ -8,7 +8,7 @@ from peftdebias.kernels import dispatch, feed_forward, gelu, product
 from peftdebias.ops.gelu import feed_forward_ref, gelu_ref
 from peftdebias.ops.gelu import feed_forward as chosen
 
-from .harness import DEVICE, DTYPES, compare, drawn, poisoned, strided
+from .harness import DEVICE, DTYPES, Watcher, compare, drawn, poisoned, strided
 
 NAMES = ("x", "up", "up_bias", "down", "down_bias")
 RAGGED = [(13, 37, 7), (37, 7, 13), (1, 64, 131), (131, 66, 48), (37, 16, 29), (29, 48, 37)]  # T, D, inner; sums of 16 more than a multiple of 32 too
@@ -62,9 +62,17 @@ def test_without_biases_and_not_contiguous():
     compare(fused, plain, given, dtype=torch.float32, gradients=tuple(given), layout=strided)
 
 
-def test_rows_of_any_stride():
+def test_rows_of_any_stride(monkeypatch):
     """x and dy are columns of a wider tensor, beside NaN: the kernels read them where they lie."""
-    compare(fused, plain, tensors(37, 64, 48), dtype=torch.bfloat16, gradients=NAMES, layout=lambda t: torch.cat([torch.full_like(t, torch.nan), t], -1)[..., t.shape[-1]:])
+    def beside(t):
+        return torch.cat([torch.full_like(t, torch.nan), t], -1)[..., t.shape[-1]:]
+
+    compare(fused, plain, tensors(37, 64, 48), dtype=torch.bfloat16, gradients=NAMES, layout=beside)
+    seen, given = [], {name: beside(t.bfloat16()).requires_grad_() for name, t in tensors(37, 64, 48).items()}
+    monkeypatch.setattr(feed_forward, "rows_together", lambda t, same=feed_forward.rows_together: seen.append(same(t) is t) or same(t))
+    y = fused(**given)
+    y.backward(beside(torch.ones_like(y)))
+    assert seen == [True, True]
 
 
 def test_more_row_tiles_than_go_through_the_columns_together(monkeypatch):
@@ -211,4 +219,6 @@ def test_who_takes_it(form, trained, monkeypatch):
     run({name: t.double() for name, t in given.items()})
     with dispatch.use("feed_forward", form), kernels.use("triton"):
         torch.compile(lambda *given: chosen(*given), backend="eager", fullgraph=True)(*(given[name].detach() for name in NAMES))
+    with Watcher():
+        run(given)
     assert not called

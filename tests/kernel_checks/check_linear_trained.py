@@ -16,7 +16,7 @@ from peftdebias.kernels import linear_trained as fused
 from peftdebias.ops import feed_forward_ref
 from peftdebias.ops.linear import linear_ref
 
-from .harness import DEVICE, DTYPES, compare, drawn, strided
+from .harness import DEVICE, DTYPES, Watcher, compare, drawn, strided
 
 PARAMETERS = {"linear": ("weight", "bias"), "block": ("up", "up_bias", "down", "down_bias")}
 OPS = {"linear": (fused.linear_trained, linear_ref, ("x", *PARAMETERS["linear"])), "block": (block_file.feed_forward, feed_forward_ref, ("x", *PARAMETERS["block"]))}
@@ -271,7 +271,8 @@ def test_a_gradient_of_the_gradient_is_refused(op):
 @BOTH
 @pytest.mark.parametrize("autocast", [True, False])
 def test_who_takes_it(op, autocast, monkeypatch):
-    """Trained parameters beside products of 16 bits: under autocast any, else of x's own dtype. Not what is frozen, not float32, not functions that torch.func transforms."""
+    """Trained parameters beside products of 16 bits: under autocast any, else of x's own dtype. Not what is frozen, not float32, not what torch.func
+    transforms or a watcher sees."""
     taken = []
     for file, name in ((fused, "_Linear"), (block_file, "_FeedForward")):
         kind = getattr(file, name)
@@ -284,8 +285,9 @@ def test_who_takes_it(op, autocast, monkeypatch):
         assert taken == [{"linear": "_Linear", "block": "_FeedForward"}[op]] and y.dtype == torch.bfloat16
         call(x, weight.detach(), bias.detach())
         torch.func.grad(lambda w: call(x, w, bias.detach()).float().sum())(weight.detach())
-        with torch.no_grad():
-            call(x, weight, bias)
+        for context in (torch.no_grad(), Watcher()):
+            with context:
+                call(x, weight, bias)
         assert len(taken) == 1
     with kernels.use("triton"):
         call(x.float(), weight.float(), bias.float())

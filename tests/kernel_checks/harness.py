@@ -49,6 +49,13 @@ def product_in_order(left: numpy.ndarray, right: numpy.ndarray) -> numpy.ndarray
     return total
 
 
+class Watcher(TorchDispatchMode):
+    """Sees every op that torch runs, and changes nothing."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
 class ProductsInOrder(TorchDispatchMode):
     """Inside the `with` block torch's float32 products on a CPU are product_in_order. By itself a CPU sums small products in lanes, of which each errs less: the
     measure of a kernel whose products are made as a GPU makes them is plain torch whose products are made so too."""

@@ -1,0 +1,45 @@
+"""The documents' tables say what the package has: no name too many, none too few."""
+
+import dataclasses
+import re
+from itertools import dropwhile, takewhile
+from pathlib import Path
+
+import peftdebias
+from peftdebias import kernels
+from peftdebias.kernels import dispatch
+from peftdebias.methods import METHODS, method_class
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def table(path: str, head: str) -> list[list[str]]:
+    """The cells of the first table from the line on that begins with `head`, row by row."""
+    after = dropwhile(lambda line: not line.startswith(head), (ROOT / path).read_text("utf-8").splitlines())
+    rows = takewhile(lambda line: line.startswith("|"), dropwhile(lambda line: not line.startswith("|"), after))
+    return [[cell.strip() for cell in line.strip("|").split(" |")] for line in rows][2:]
+
+
+def code(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def test_methods():
+    rows = {code(name)[0]: rest for name, _, *rest in table("README.md", "| method |")}
+    assert set(rows) == set(METHODS)
+    for name, (options, *flags) in rows.items():
+        cls = method_class(name)
+        assert set(filter(None, re.sub(r" *\(.*?\)", "", options).split(", "))) == {field.name for field in dataclasses.fields(cls.Config)}, name
+        assert flags == (["", ""] if cls.trains_base else ["yes" if flag else "no" for flag in (cls.mergeable, cls.foldable)]), name
+
+
+def test_ops_their_files_and_their_forms():
+    rows = [(code(files), code(ops)) for files, ops, _ in table("docs/kernels.md", "| file |")]
+    assert {op: files[0].removesuffix(".py") for files, ops in rows for op in ops} == kernels.TRITON
+    assert {file for files, _ in rows for file in files} == {path.name for path in (ROOT / "kernels" / "fused").glob("*.py")} - {"__init__.py"}
+    forms = {code(name)[0]: set(values.split(", ")[1:]) for name, values, _ in table("docs/kernels.md", "| variable |")}
+    assert forms == {"PEFTDEBIAS_KERNELS": set(kernels.KINDS[1:])} | {f"PEFTDEBIAS_{op.upper()}": set(known) for op, known in dispatch.FORMS.items()}
+
+
+def test_public_names():
+    assert sorted(name for names, _ in table("docs/embedding.md", "## The public names") for name in code(names)) == sorted({*peftdebias.__all__} - {"__version__"})
