@@ -3,7 +3,7 @@
 upstream    base frozen, a module (or, for a method that trains the base, the base) learns masked-LM on counterfactual families
 downstream  modules frozen, base and head learn a labelled task; foldable modules are folded, what is saved is the base apart from them
 
-What it adds over training.py, and over families.py and labelled.py, which read the data: building model and task, proving what stayed frozen, saving, and
+What it adds over training.py, and over unlabelled.py and labelled.py, which read the data: building model and task, proving what stayed frozen, saving, and
 reporting from the reloaded files. It names no method and no axis.
 """
 
@@ -25,7 +25,7 @@ from .config import Downstream, Upstream
 from .encoder import MaskedLMHead, Model
 from .errors import ConfigError, PeftDebiasError
 from .extrinsic import classification_measures
-from .families import TrainingCorpus
+from .unlabelled import TrainingCorpus
 from .labelled import read_labelled
 from .metrics import Measure
 from .metrics.classification import accuracy, f1, macro_f1

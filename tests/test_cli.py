@@ -367,16 +367,16 @@ def test_a_warning_is_one_line_too(small, chain, tmp_path):
 
 
 def test_a_bug_keeps_its_traceback(small, monkeypatch, tmp_path):
-    from peftdebias import families
+    from peftdebias import unlabelled
 
     def broken(*args):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(families, "encode_families", broken)
+    monkeypatch.setattr(unlabelled, "encode_families", broken)
     with pytest.raises(KeyError, match="a bug"):
         cli("upstream", *small.learning(out=tmp_path / "deep" / "run"))
     assert tree(tmp_path) == {}
-    monkeypatch.setattr(families, "encode_families", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(unlabelled, "encode_families", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     said = cli("upstream", *small.learning(out=tmp_path / "deep" / "run"))
     assert said.code == 130 and said.err.splitlines()[-1] == "peftdebias: stopped" and tree(tmp_path) == {}
 

@@ -42,4 +42,5 @@ def test_ops_their_files_and_their_forms():
 
 
 def test_public_names():
+    assert not [name for name in peftdebias.__all__ if importlib.util.find_spec(f"peftdebias.{name}")]  # importing that would take the name's place
     assert sorted(name for names, _ in table("docs/embedding.md", "## The public names") for name in code(names)) == sorted({*peftdebias.__all__} - {"__version__"})

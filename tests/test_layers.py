@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = """
-    errors outputs files native processor threads pages signals options config axes sentences lines records corpus pronouns cda cda_engine augment holdout tokens buckets splice cache stream worker batches kernels ops sites written encoder weights methods patch tasks questions metrics checkpoint foreign interchange lowered optimizer shapes step graphs training answers extrinsic intrinsic evaluation comparison padded embedding families labelled phases testbed demo doctor prepare recipe recipe_table runner report planted cli
+    errors outputs files native processor threads pages signals options config axes sentences lines records corpus pronouns cda cda_engine augment holdout tokens buckets splice cache stream worker batches kernels ops sites written encoder weights methods patch tasks questions metrics checkpoint foreign interchange lowered optimizer shapes step graphs training answers extrinsic intrinsic evaluation comparison padded embedding unlabelled labelled phases testbed demo doctor prepare recipe recipe_table runner report planted cli
 """.split()
 FRONT_DOOR = {"__init__", "__main__"}  # peftdebias/__init__.py and __main__.py may import any module
 

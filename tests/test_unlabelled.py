@@ -118,7 +118,7 @@ def test_what_was_read_is_said_at_the_end_of_a_run_within_the_first_pass(small, 
 def test_every_setting_of_the_texts_is_handed_on(small, tmp_path, monkeypatch):
     made, path, axis = [], tmp_path / "c.csv", load_axis("gender").with_names()
     path.write_text("body\n" + small.corpus.read_text())
-    monkeypatch.setattr(importlib.import_module("peftdebias.families"), "Recipe", lambda *given, **more: made.append(Recipe(*given, **more)) or made[-1])
+    monkeypatch.setattr(importlib.import_module("peftdebias.unlabelled"), "Recipe", lambda *given, **more: made.append(Recipe(*given, **more)) or made[-1])
     flags = {"batch_size": None, "batch_tokens": 90, "max_length": 12, "from": "female", "occurrences": "one", "max_variants": 3, "keep": "originals", "names": True,
              "column": "body", "unit": "sentence", "on_error": "skip", "shuffle_buffer": 50, "cache": tmp_path / "cache", "valid_share": 0.3, "attribute_weight": 7, "seed": 9,
              "steps": 1}
