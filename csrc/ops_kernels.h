@@ -130,7 +130,7 @@ static void norm_forward(const NormForward& op, int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
         const float *hidden = op.hidden.at(t), *residual = op.residual.at(t);
         float *out = op.out + t * width, *sums = op.sum ? op.sum + t * width : out;
-        vf totals[2] = {};
+        vf even = {}, odd = {};  // named and taken in turn: an array indexed by a running number would lie in memory
         uint32_t bits[8];
         for (int64_t d = 0; d < width; d += LANES) {
             if (op.drop.on && d % 64 == 0) random.kept(uint64_t(t) * uint64_t(blocks) + uint64_t(d / 8), op.drop.last, bits);
@@ -138,21 +138,26 @@ static void norm_forward(const NormForward& op, int64_t first, int64_t last) {
             vf v = full ? load(hidden + d) : load(hidden + d, rest);
             if (op.drop.on) v = both(v * op.drop.scale, mask_at(bits, d % 64));
             if (residual) v += full ? load(residual + d) : load(residual + d, rest);
-            totals[d / LANES % 2] += v;
+            const vf next = odd + v;
+            odd = even, even = next;
             if (full) store(sums + d, v);
             else store(sums + d, v, rest);
         }
-        const float rough = sum(totals[0] + totals[1]) / float(width);
+        const float rough = sum(even + odd) / float(width);
         vf shifts[2] = {}, squares[2] = {};  // of the sums about `rough`, which rows far from zero leave a few roundings off the mean
-        for (int64_t d = 0; d < whole; d += LANES) {
+        int64_t d = 0;
+        for (; d + 2 * LANES <= whole; d += 2 * LANES) {
+            const vf v = load(sums + d) - rough, w = load(sums + d + LANES) - rough;
+            shifts[0] += v, squares[0] += v * v;
+            shifts[1] += w, squares[1] += w * w;
+        }
+        if (d < whole) {
             const vf v = load(sums + d) - rough;
-            shifts[d / LANES % 2] += v;
-            squares[d / LANES % 2] += v * v;
+            shifts[0] += v, squares[0] += v * v;
         }
         if (rest) {
             const vf v = both(load(sums + whole, rest) - rough, first_lanes(rest));
-            shifts[0] += v;
-            squares[0] += v * v;
+            shifts[0] += v, squares[0] += v * v;
         }
         const float shift = sum(shifts[0] + shifts[1]) / float(width), mean = rough + shift;
         const float rstd = 1.0f / __builtin_sqrtf(sum(squares[0] + squares[1]) / float(width) - shift * shift + op.epsilon);
