@@ -162,7 +162,7 @@ static void fill_bits(const Philox& random, int64_t row, int64_t rows, int64_t f
             places[i] = uint32_t(b), lines[i] = uint32_t(row + r), at[i] = r * ld + first + b;
             if (++b == count) b = 0, ++r;
         }
-        random.kept(places, lines, fourth, last, out);
+        random.kept<8>(places, lines, fourth, last, out);
         for (int i = 0; i < (left < 8 ? int(left) : 8); ++i) bits[at[i]] = uint8_t(out[i]);
     }
 }

@@ -12,10 +12,9 @@ typedef uint64_t vl __attribute__((vector_size(4 * OPS_LANES)));
 typedef uint16_t vh __attribute__((vector_size(4 * OPS_LANES)));
 
 #if defined(OPS_AVX2)
-// Philox4x32-10 of eight counters at once. A vector holds LANES / 2 of them, a 32-bit word in each 64-bit lane, since that is what the multiplier takes; what the
+// Philox4x32-10 of several counters at once. A vector holds LANES / 2 of them, a 32-bit word in each 64-bit lane, since that is what the multiplier takes; what the
 // upper halves hold does not matter.
 struct Philox {
-    static constexpr int PARTS = 16 / OPS_LANES;
     vl keys[20];
     vl high;  // third word of the counter: the seed's high half
 
@@ -44,10 +43,13 @@ struct Philox {
     // Of a word of each counter: bit k where its low 16 bits are at most `limit`, bit k + 20 where its next 16 are.
     static vl small(vl word, vh limit, int k) { return (vl)((vh)word <= limit) & (uint64_t(0x00100001) << k); }
 
-    // Bits 0 .. 7 of out[j]: which elements of the block with counter (c0[j], c1[j], seed's high half, c3) are kept.
+    // Bits 0 .. 7 of out[j], for COUNT counters: which elements of the block with counter (c0[j], c1[j], seed's high half, c3) are kept. A round waits for the one before
+    // it: with eight counters the multipliers have little to do meanwhile.
+    template <int COUNT>
     void kept(const uint32_t* c0, const uint32_t* c1, uint32_t c3, uint32_t last, uint32_t* out) const {
+        constexpr int EACH = OPS_LANES / 2, PARTS = COUNT / EACH;
         vl w0[PARTS], w1[PARTS], w2[PARTS], w3[PARTS];
-        for (int n = 0; n < PARTS; ++n) w0[n] = widened(c0 + 4 * n), w1[n] = widened(c1 + 4 * n), w2[n] = high, w3[n] = vl{} + uint64_t(c3);
+        for (int n = 0; n < PARTS; ++n) w0[n] = widened(c0 + EACH * n), w1[n] = widened(c1 + EACH * n), w2[n] = high, w3[n] = vl{} + uint64_t(c3);
         for (int i = 0; i < 10; ++i) {
             for (int n = 0; n < PARTS; ++n) {
                 const vl p = product(w0[n], 0xD2511F53u), q = product(w2[n], 0xCD9E8D57u);
@@ -57,19 +59,20 @@ struct Philox {
         const vh limit = vh{} + uint16_t(last);
         for (int n = 0; n < PARTS; ++n) {
             const vl bits = small(w0[n], limit, 0) | small(w1[n], limit, 1) | small(w2[n], limit, 2) | small(w3[n], limit, 3);
-            narrowed((bits | bits >> 16) & 0xFFull, out + 4 * n);
+            narrowed((bits | bits >> 16) & 0xFFull, out + EACH * n);
         }
     }
 #else
-// Philox4x32-10, eight counters one after the other.
+// Philox4x32-10, counters one after the other.
 struct Philox {
     uint32_t k0, k1, high;
 
     explicit Philox(const Drop& drop) : k0(uint32_t(drop.seed)), k1(drop.site), high(uint32_t(drop.seed >> 32)) {}
 
-    // Bits 0 .. 7 of out[j]: which elements of the block with counter (c0[j], c1[j], seed's high half, c3) are kept.
+    // Bits 0 .. 7 of out[j], for COUNT counters: which elements of the block with counter (c0[j], c1[j], seed's high half, c3) are kept.
+    template <int COUNT>
     void kept(const uint32_t* c0, const uint32_t* c1, uint32_t c3, uint32_t last, uint32_t* out) const {
-        for (int j = 0; j < 8; ++j) {
+        for (int j = 0; j < COUNT; ++j) {
             uint32_t word[4] = {c0[j], c1[j], high, c3}, a = k0, b = k1;
             for (int i = 0; i < 10; ++i, a += 0x9E3779B9u, b += 0xBB67AE85u) {
                 const uint64_t p = word[0] * uint64_t(0xD2511F53u), q = word[2] * uint64_t(0xCD9E8D57u);
@@ -82,13 +85,16 @@ struct Philox {
     }
 #endif
 
-    // The same of the blocks n .. n + 7 of a tensor's elements.
-    void kept(uint64_t n, uint32_t last, uint32_t* out) const {
-        uint32_t low[8], above[8];
-        for (uint64_t j = 0; j < 8; ++j) low[j] = uint32_t(n + j), above[j] = uint32_t((n + j) >> 32);
-        kept(low, above, 0, last, out);
+    // The same of the blocks n .. n + COUNT - 1 of a tensor's elements. A call of its own: inside, it would take its caller's sums their registers.
+    template <int COUNT>
+    __attribute__((noinline)) void kept(uint64_t n, uint32_t last, uint32_t* out) const {
+        uint32_t low[COUNT], above[COUNT];
+        for (uint64_t j = 0; j < COUNT; ++j) low[j] = uint32_t(n + j), above[j] = uint32_t((n + j) >> 32);
+        kept<COUNT>(low, above, 0, last, out);
     }
 };
+
+constexpr int DRAWN = 16;  // blocks of eight elements whose bits are drawn together
 
 // Of elements' bits, eight to a word or byte: the mask of LANES of them, the first a multiple of LANES.
 template <class Eight>
@@ -100,16 +106,17 @@ INLINE vf mask_at(const Eight* bits, int64_t first) {
 // ---------------------------------------------------------------- dropout (ops/dropout.py)
 
 static void dropout_row(const Philox& random, const float* x, float* y, int64_t width, uint64_t block, const Drop& drop) {
-    uint32_t bits[8];
-    for (int64_t d = 0; d < width; d += 64, block += 8) {
-        random.kept(block, drop.last, bits);
-        for (int64_t j = 0; j < 64 && d + j < width; j += LANES) {
-            const vf mask = mask_at(bits, j);
-            if (const int64_t left = width - d - j; left >= LANES)
-                store(y + d + j, both(load(x + d + j) * drop.scale, mask));
-            else
-                store(y + d + j, both(load(x + d + j, left) * drop.scale, mask), left);
-        }
+    uint32_t bits[DRAWN];
+    for (; width >= 8 * DRAWN; width -= 8 * DRAWN, x += 8 * DRAWN, y += 8 * DRAWN, block += DRAWN) {
+        random.kept<DRAWN>(block, drop.last, bits);
+        for (int64_t d = 0; d < 8 * DRAWN; d += LANES) store(y + d, both(load(x + d) * drop.scale, mask_at(bits, d)));
+    }
+    if (width > 0) random.kept<DRAWN>(block, drop.last, bits);
+    for (int64_t d = 0; d < width; d += LANES) {
+        if (const int64_t left = width - d; left >= LANES)
+            store(y + d, both(load(x + d) * drop.scale, mask_at(bits, d)));
+        else
+            store(y + d, both(load(x + d, left) * drop.scale, mask_at(bits, d)), left);
     }
 }
 
@@ -131,12 +138,12 @@ static void norm_forward(const NormForward& op, int64_t first, int64_t last) {
         const float *hidden = op.hidden.at(t), *residual = op.residual.at(t);
         float *out = op.out + t * width, *sums = op.sum ? op.sum + t * width : out;
         vf even = {}, odd = {};  // named and taken in turn: an array indexed by a running number would lie in memory
-        uint32_t bits[8];
+        uint32_t bits[DRAWN];
         for (int64_t d = 0; d < width; d += LANES) {
-            if (op.drop.on && d % 64 == 0) random.kept(uint64_t(t) * uint64_t(blocks) + uint64_t(d / 8), op.drop.last, bits);
+            if (op.drop.on && d % (8 * DRAWN) == 0) random.kept<DRAWN>(uint64_t(t) * uint64_t(blocks) + uint64_t(d / 8), op.drop.last, bits);
             const bool full = d < whole;
             vf v = full ? load(hidden + d) : load(hidden + d, rest);
-            if (op.drop.on) v = both(v * op.drop.scale, mask_at(bits, d % 64));
+            if (op.drop.on) v = both(v * op.drop.scale, mask_at(bits, d % (8 * DRAWN)));
             if (residual) v += full ? load(residual + d) : load(residual + d, rest);
             const vf next = odd + v;
             odd = even, even = next;
@@ -191,10 +198,10 @@ static void norm_backward(const NormBackward& op, int64_t first, int64_t last, f
         if (!inputs) continue;
         const float c1 = total / float(width), c2 = product / float(width);
         float *dhidden = op.dhidden ? op.dhidden + t * width : nullptr, *dresidual = op.dresidual ? op.dresidual + t * width : nullptr;
-        uint32_t bits[8];
+        uint32_t bits[DRAWN];
         const bool drops = op.drop.on && dhidden;
         for (int64_t d = 0; d < width; d += LANES) {
-            if (drops && d % 64 == 0) random.kept(uint64_t(t) * uint64_t(blocks) + uint64_t(d / 8), op.drop.last, bits);
+            if (drops && d % (8 * DRAWN) == 0) random.kept<DRAWN>(uint64_t(t) * uint64_t(blocks) + uint64_t(d / 8), op.drop.last, bits);
             const bool full = d < whole;
             const vf v = full ? load(dy + d) : load(dy + d, rest), s = full ? load(sums + d) : load(sums + d, rest);
             const vf gain = full ? load(op.gain + d) : load(op.gain + d, rest);
@@ -204,7 +211,7 @@ static void norm_backward(const NormBackward& op, int64_t first, int64_t last, f
                 else store(dresidual + d, ds, rest);
             }
             if (dhidden) {
-                const vf dh = drops ? both(ds * op.drop.scale, mask_at(bits, d % 64)) : ds;
+                const vf dh = drops ? both(ds * op.drop.scale, mask_at(bits, d % (8 * DRAWN))) : ds;
                 if (full) store(dhidden + d, dh);
                 else store(dhidden + d, dh, rest);
             }
