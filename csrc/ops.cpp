@@ -177,6 +177,13 @@ void by_rows(int64_t rows, int64_t width, int threads, const Fn& fn) {
     spread([&](int64_t i, int) { fn(i * each, (i + 1) * each < rows ? (i + 1) * each : rows, i); }, stretches_of(rows, each), worth(threads, stretches_of(rows, each)));
 }
 
+// sum [width] = the sum of `count` rows that follow each other. Each column is added up for itself, wherever they are cut.
+void sum_of(const Kernels& k, float* sum, const float* rows, int64_t count, int64_t width, int threads) {
+    const int64_t each = (rows_at_once(count) + 127) / 128 * 128, stretches = stretches_of(width, each);
+    std::memset(sum, 0, size_t(width) * sizeof(float));
+    spread([&](int64_t i, int) { k.add_rows(sum + i * each, rows + i * each, count, width, i + 1 < stretches ? each : width - i * each); }, stretches, worth(threads, stretches));
+}
+
 Drop drop_of(const int64_t* seed, int64_t site, int64_t threshold) {
     if (!seed) return Drop{0, 0, 0, 1.0f, false};
     return Drop{uint64_t(*seed), uint32_t(site), uint32_t(threshold - 1), float(65536.0 / double(threshold)), true};
@@ -243,10 +250,7 @@ EXPORT int peftdebias_norm_backward(const float* dy, int64_t dy_stride, const fl
     const NormBackward op{{dy, dy_stride}, sum, mean, rstd, gain, dhidden, dresidual, partial.get(), width, drop_of(seed, site, threshold)};
     const Kernels& k = kernels();
     by_rows(rows, width, threads, [&](int64_t first, int64_t last, int64_t i) { k.norm_backward(op, first, last, partial ? partial.get() + i * 2 * width : nullptr); });
-    if (dgain_dbias) {
-        std::memset(dgain_dbias, 0, size_t(2 * width) * sizeof(float));
-        k.add_rows(dgain_dbias, partial.get(), stretches, 2 * width, 2 * width);
-    }
+    if (dgain_dbias) sum_of(k, dgain_dbias, partial.get(), stretches, 2 * width, threads);
     return OK;
 }
 
@@ -259,10 +263,7 @@ EXPORT int peftdebias_gelu(const float* x, int64_t x_stride, const float* dy, in
     const Gelu op{{x, x_stride}, {dy, dy_stride}, bias, out, partial.get(), width};
     const Kernels& k = kernels();
     by_rows(rows, width, threads, [&](int64_t first, int64_t last, int64_t i) { k.gelu(op, first, last, partial ? partial.get() + i * width : nullptr); });
-    if (dbias) {
-        std::memset(dbias, 0, size_t(width) * sizeof(float));
-        k.add_rows(dbias, partial.get(), stretches, width, width);
-    }
+    if (dbias) sum_of(k, dbias, partial.get(), stretches, width, threads);
     return OK;
 }
 

@@ -288,18 +288,35 @@ static void adamw(const AdamW& op, int64_t first, int64_t last) {
     }
 }
 
-// Of n <= LANES neighbours in `count` rows; by halves, so that the error grows with the logarithm of the count.
-static vf sum_of_rows(const float* rows, int64_t count, int64_t stride, int64_t n) {
-    if (count > 8) return sum_of_rows(rows, count / 2, stride, n) + sum_of_rows(rows + count / 2 * stride, count - count / 2, stride, n);
-    vf total = {};
-    for (int64_t i = 0; i < count; ++i) total += n == LANES ? load(rows + i * stride) : load(rows + i * stride, n);
+template <int N>
+struct Several {
+    vf v[N];
+};
+
+// Of N vectors of neighbours in `count` rows, or, N = 1, of n <= LANES neighbours; by halves, so that the error grows with the logarithm of the count.
+template <int N>
+static Several<N> sum_of_rows(const float* rows, int64_t count, int64_t stride, int64_t n = LANES) {
+    Several<N> total{};
+    if (count > 8) {
+        total = sum_of_rows<N>(rows, count / 2, stride, n);
+        const Several<N> more = sum_of_rows<N>(rows + count / 2 * stride, count - count / 2, stride, n);
+        for (int j = 0; j < N; ++j) total.v[j] += more.v[j];
+        return total;
+    }
+    for (int64_t i = 0; i < count; ++i, rows += stride)
+        for (int j = 0; j < N; ++j) total.v[j] += N > 1 || n == LANES ? load(rows + j * LANES) : load(rows, n);
     return total;
 }
 
 static void add_rows(float* sum, const float* rows, int64_t count, int64_t stride, int64_t width) {
+    constexpr int N = 8;  // lines of cache that follow each other, sums that do not wait for each other, one recursion for all
     int64_t d = 0;
-    for (; d + LANES <= width; d += LANES) store(sum + d, load(sum + d) + sum_of_rows(rows + d, count, stride, LANES));
-    if (const int64_t rest = width - d; rest > 0) store(sum + d, load(sum + d, rest) + sum_of_rows(rows + d, count, stride, rest), rest);
+    for (; d + N * LANES <= width; d += N * LANES) {
+        const Several<N> total = sum_of_rows<N>(rows + d, count, stride);
+        for (int64_t j = 0; j < N; ++j) store(sum + d + j * LANES, load(sum + d + j * LANES) + total.v[j]);
+    }
+    for (; d + LANES <= width; d += LANES) store(sum + d, load(sum + d) + sum_of_rows<1>(rows + d, count, stride).v[0]);
+    if (const int64_t rest = width - d; rest > 0) store(sum + d, load(sum + d, rest) + sum_of_rows<1>(rows + d, count, stride, rest).v[0], rest);
 }
 
 // ---------------------------------------------------------------- mlm_loss (tasks.py)
