@@ -95,7 +95,9 @@ public:
             next_.store(0, std::memory_order_relaxed);
             ++number_;
         }
-        wake_.notify_all();
+        // As many as are wanted, not all there are. One that wakes in vain (another took the place, or it did this job already) leaves a place empty, no more: the caller
+        // takes every stretch that nobody else does, and waits only for those that have begun.
+        for (int i = 1; i < threads; ++i) wake_.notify_one();
         work(0, job, step, stretches);
         std::unique_lock<std::mutex> lock(mutex_);
         open_ = false;  // who has not begun by now finds nothing to do
