@@ -1,7 +1,8 @@
 // The encoder's ops on a CPU, float32: threads and the C ABI. What is computed is in ops_kernels.h and ops_attention.h, which are compiled three times: here for any
 // processor, in ops_avx2.cpp for AVX2 + FMA, in ops_avx512.cpp for AVX-512. The twins in peftdebias/ops are the specification.
 //
-// Work is cut into stretches that depend on the sizes alone, and sums over stretches are taken in their order: results are the same for any number of threads.
+// Work is cut into stretches that depend on the sizes alone, and sums over stretches are taken in their order: results are the same for any number of threads. Those
+// compute as the caller does: its rounding, and whether it flushes what is too small for a normal number (torch.set_flush_denormal), come with each job on x86 and AArch64.
 // Pointers and sizes in, return codes out; nothing is thrown. Shapes and strides are the caller's to check.
 
 #include <atomic>
@@ -62,6 +63,25 @@ const Kernels& kernels() {
 
 // ---------------------------------------------------------------- threads
 
+// How this thread computes: its rounding, and what becomes of denormal numbers.
+#if defined(__SSE2__)
+using Control = unsigned;
+Control control() { return _mm_getcsr(); }
+void set_control(Control wanted) { _mm_setcsr(wanted); }
+#elif defined(__aarch64__)
+using Control = uint64_t;
+Control control() {
+    Control found;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(found));
+    return found;
+}
+void set_control(Control wanted) { __asm__ volatile("msr fpcr, %0" : : "r"(wanted)); }
+#else
+using Control = int;
+Control control() { return 0; }
+void set_control(Control) {}
+#endif
+
 using Step = void (*)(void* job, int64_t stretch, int thread);
 
 // Threads that sleep until there is a job. The caller works too and takes stretches like the others; a thread that wakes when all are taken goes back to sleep,
@@ -91,7 +111,7 @@ public:
         {
             std::lock_guard<std::mutex> lock(mutex_);
             while (started_ < threads - 1 && start()) {}
-            job_ = job, step_ = step, stretches_ = stretches, places_ = threads - 1, open_ = true;
+            job_ = job, step_ = step, stretches_ = stretches, places_ = threads - 1, control_ = control(), open_ = true;
             next_.store(0, std::memory_order_relaxed);
             ++number_;
         }
@@ -130,6 +150,7 @@ private:
             void* job = job_;
             const Step step = step_;
             const int64_t stretches = stretches_;
+            set_control(control_);
             lock.unlock();
             work(thread, job, step, stretches);
             lock.lock();
@@ -149,6 +170,7 @@ private:
     void* job_ = nullptr;
     Step step_ = nullptr;
     int64_t stretches_ = 0;
+    Control control_ = 0;
     uint64_t number_ = 0;
     int started_ = 0, places_ = 0, working_ = 0;
     bool open_ = false;

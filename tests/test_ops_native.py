@@ -496,6 +496,27 @@ def test_any_number_of_threads_gives_the_same_bits(level):
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
+def test_threads_flush_what_their_caller_flushes():
+    """In a process of its own: nothing of it is left to other tests. The pool's thread is there before the setting changes, either way."""
+    code = """
+import torch
+from peftdebias.ops.dropout import dropout_compiled
+small, seed = torch.full((4096, 768), 1e-39), torch.tensor([3])
+def kept(threads):
+    torch.set_num_threads(threads)
+    y = dropout_compiled(small, 0.1, seed, 1).view(torch.int32)  # as whole numbers: a comparison would flush too
+    return int((y != 0).sum())
+before = kept(2)
+assert before == kept(1) > 0.8 * small.numel()
+if torch.set_flush_denormal(True):
+    assert [kept(2) for _ in range(4)] == [0] * 4 and kept(1) == 0
+    torch.set_flush_denormal(False)
+    assert [kept(2) for _ in range(4)] == [before] * 4
+"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_other_tensors_are_left_to_the_twins(monkeypatch):
     """float64, and anything that no plain pointer says: no call into the library."""
     monkeypatch.setattr(compiled, "call", lambda name, *rest: pytest.fail(f"{name} was called"))
