@@ -17,11 +17,9 @@
 #include <emmintrin.h>
 #endif
 #if defined(_WIN32)
-#include <process.h>
-#define getpid _getpid
 #define EXPORT extern "C" __declspec(dllexport)
 #else
-#include <unistd.h>
+#include <pthread.h>
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
@@ -88,16 +86,13 @@ using Step = void (*)(void* job, int64_t stretch, int thread);
 // so nobody waits for one that the machine has no room for. One job at a time: a second caller does its own alone.
 class Pool {
 public:
-    // The pool of this process, or null without memory: a forked child has none of its parent's threads and begins anew.
+    // The pool of this process, or null without memory.
     static Pool* here() {
-        static std::atomic<Pool*> pool{nullptr};
-        Pool* found = pool.load(std::memory_order_acquire);
-        while (!found || found->process_ != getpid()) {
-            Pool* made = new (std::nothrow) Pool;
-            if (!made) return nullptr;
-            if (pool.compare_exchange_strong(found, made, std::memory_order_acq_rel)) return made;  // what a parent left is not touched: its locks may be held
-            delete made;
-        }
+        Pool* found = pool_.load(std::memory_order_acquire);
+        if (found || !forks_told_) return found;
+        Pool* made = new (std::nothrow) Pool;
+        if (!made || pool_.compare_exchange_strong(found, made, std::memory_order_acq_rel)) return made;
+        delete made;
         return found;
     }
 
@@ -162,7 +157,15 @@ private:
         for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < stretches;) step(job, i, thread);
     }
 
-    const int process_ = int(getpid());
+    inline static std::atomic<Pool*> pool_{nullptr};
+    // A forked child has none of its parent's threads and begins anew; what the parent left is not touched, since its locks may be held. Asked for when the library is
+    // loaded, before there is a pool.
+#if defined(_WIN32)
+    static constexpr bool forks_told_ = true;
+#else
+    inline static const bool forks_told_ = pthread_atfork(nullptr, nullptr, [] { pool_.store(nullptr, std::memory_order_relaxed); }) == 0;
+#endif
+
     std::atomic<bool> busy_{false};
     std::mutex mutex_;
     std::condition_variable wake_, idle_;
