@@ -329,7 +329,7 @@ namespace {
 
 constexpr int64_t GROUPS = 16;  // of sequences; each sums the prefix's gradients for itself
 
-// lengths: [2, sequences] queries and keys of each. prefix_sums: [2, H, P, W] written, or null: sequences are then tasks of their own, else groups of them.
+// lengths: [2, sequences] queries and keys of each. prefix_sums: [2, P, H, W] written, or null: sequences are then tasks of their own, else groups of them.
 int attention(const Attention& op, const int64_t* lengths, int64_t sequences, bool backward, float* prefix_sums, int threads) {
     const Kernels& k = kernels();
     const std::unique_ptr<Stretch[]> where(new (std::nothrow) Stretch[size_t(sequences + 1)]);
