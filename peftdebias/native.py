@@ -1,6 +1,6 @@
 """The compiled part, peftdebias._native (csrc/): found, checked and loaded with ctypes. Without it the Python and torch twins do the work.
 
-`PEFTDEBIAS_KERNELS=torch` leaves it alone, `native` demands it; `auto` (the default) takes it where it is there and says once where it is not.
+With `PEFTDEBIAS_KERNELS=torch` it is loaded all the same and not used; `native` demands it; `auto` (the default) takes it where it is there and says once where it is not.
 """
 
 import ctypes
