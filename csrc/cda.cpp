@@ -2,7 +2,8 @@
 //
 // What it adds: speed. A block of texts is classified 64 bytes at a time into bit maps (word character, line end, beyond ASCII, to be escaped); words are
 // runs of bits; a filter of hash bits turns nearly all of them away before a look-up decides. Nothing is allocated per word or per text:
-// buffers grow and stay. Left out: what is an attribute word, a word character, a space, a rule; all of that comes as tables from cda_engine.py.
+// buffers grow and stay. Left out: what is an attribute word, a word character, a space, a rule; all of that comes as tables from cda_engine.py. Written here a second time,
+// and held to the specification by tests alone: cda.JOINTS, the class of a word by its spelling, the rule for possessives, and the numbers WINDOW, GAP and LONGEST.
 //
 // Texts are UTF-8. `texts` are given by offsets, or `lines` are found here as corpus.py reads a .txt: \n ends a line, one \r before it is dropped, blank
 // lines are no texts. A line that is not UTF-8 is reported and no text either.
