@@ -82,12 +82,14 @@ private:
     int64_t add(int64_t start, int64_t stop) {
         bool ascii = true;
         for (int64_t i = high_.next(start, stop); i < stop; i = high_.next(i, stop)) {
-            uint32_t code;
-            const int n = decode(base_ + i, base_ + stop, code);
-            if (!n) return i;
-            if (!(axis->characters[code] & WORD)) word_.clear(i, n);
             ascii = false;
-            i += n;
+            do {  // they come in runs
+                uint32_t code;
+                const int n = decode(base_ + i, base_ + stop, code);
+                if (!n) return i;
+                if (!(axis->characters[code] & WORD)) word_.clear(i, n);
+                i += n;
+            } while (i < stop && base_[i] >= 0x80);
         }
         texts_.push_back(Text{start, stop, ascii, escaped_.next(start, stop) == stop});
         return -1;
