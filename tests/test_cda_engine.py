@@ -135,18 +135,51 @@ def test_lines_are_those_that_corpus_reads(tmp_path):
     assert [row["text"] for row in rows] == [text.text for text in read_texts(file)] == ["he", "she\rhe", "A\x85his \"book\"\x00", "ends"]
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+SHARE = 1 << 16  # bytes that a thread has at least (cda.cpp, divide): what is smaller goes to one
+
+
+def same_as_alone(threads, texts=None, data=None, **bounds):
+    """Asserts that so many threads make of texts, or lines, what one makes, which the tests around compare with the twin."""
+    (fast, _), (alone, _) = engines(GENDER, threads=threads), engines(GENDER)
+    same_written(*(engine.write(texts, **bounds) if data is None else engine.write_lines(data, **bounds) for engine in (fast, alone)))
+    if data is None:
+        assert fast.families(texts) == alone.families(texts)
+
+
+def many_lines(seed, size):
+    data = b"\n".join(text.replace("\n", " ").encode() for text in fuzzed(seed, GENDER, 200))
+    return data * (size // len(data) + 1)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
 def test_threads_change_nothing(threads):
     """Nor do more of them than there are texts, or one text as long as the shares of several."""
-    for texts in (list(fuzzed(4, GENDER, 60)), ["he"], ["", "she" * 50, "his"]):
-        same(GENDER, texts, threads=threads)
-        same_lines(GENDER, "\n".join(text.replace("\n", " ") for text in texts).encode(), threads=threads)
+    rng, size = random.Random(threads), threads * SHARE
+    data = many_lines(4, size)
+    long = "she is long " * (size // 12 + 1)
+    for texts in (data.decode().split("\n"), [long], ["", long, "his"], ["he"] * 9 + [long] + ["she"] * 9):
+        same_as_alone(threads, texts)
+        same_as_alone(threads, data="\n".join(texts).encode())
+    for _ in range(3):
+        data = broken(rng, data)
+        same_as_alone(threads, data=data)
+    same(GENDER, ["he"], threads=threads)
 
 
-@pytest.mark.parametrize("bounds", [{"first": 100}, {"first": 5, "start": 8, "stop": 20}, {"stop": 3}, {"start": 1000}])
+@pytest.mark.parametrize("between", [b"\n", b"\r\n", b"\n\n\n", b"\xff\n", "é\n".encode(), b"\n \r\n"])
+def test_wherever_the_end_of_a_line_lies_between_two_shares(between):
+    for off in range(-4, 3):
+        data = (b"a long line about her and her friends\n" * SHARE)[: SHARE + off] + between
+        data += (b"another that has his name\n" * SHARE)[: 2 * SHARE - len(data)]
+        same_as_alone(2, data=data)
+        same_as_alone(2, data.decode("latin-1").split("\n"))
+
+
+@pytest.mark.parametrize("bounds", [{"first": 100}, {"first": 5, "start": 8, "stop": 20}, {"stop": 3}, {"start": 1000}, {"first": 5, "start": 300, "stop": 900}])
 def test_part_of_a_block(bounds):
     data = "\n".join(text.replace("\n", " ") for text in fuzzed(5, GENDER, 40)).encode()
     same_lines(GENDER, data, threads=3, **bounds)
+    same_as_alone(3, data=many_lines(5, 4 * SHARE), **bounds)
 
 
 def test_a_corpus_has_any_number_of_texts():
