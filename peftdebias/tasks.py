@@ -137,8 +137,8 @@ def label_indices(labels: Sequence[str], known: Sequence[str], places: Sequence[
 
 def mlm_loss_ref(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """logits [M, V], targets int64 [M] in [0, V) or batches.IGNORED, weights [V] or None -> [], nats: cross-entropy, the mean over the rows weighted by their
-    targets' weights; the specification. Ignored rows count for nothing; 0 where there are no others. It serves a vocabulary and a classifier's labels alike; the
-    kernel: kernels/fused/mlm_loss.py."""
+    targets' weights; the specification. Ignored rows count for nothing; where there are no others it is 0, with `weights` NaN (0 / 0). It serves a vocabulary and a
+    classifier's labels alike; the kernel: kernels/fused/mlm_loss.py."""
     if weights is None:
         return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED) / (targets != IGNORED).sum().clamp(min=1)
     return F.cross_entropy(logits, targets, weight=weights.to(logits.dtype), ignore_index=IGNORED)
@@ -166,6 +166,7 @@ class _Loss(torch.autograd.Function):
             factors = weights.index_select(0, targets) * counted
             factors = factors / factors.sum()
         ctx.save_for_backward(logits, targets, sums, factors)
+        nll = torch.where(counted, nll, 0)  # an ignored row's may be infinite, and 0 times that no number
         return (nll.double() @ factors.double()).float()
 
     @staticmethod

@@ -386,6 +386,28 @@ def test_mlm_loss_of_ignored_rows(weighted):
     assert not found.grad[[0, 5, 12]].any()
 
 
+@pytest.mark.parametrize("value", [float("-inf"), float("inf"), float("nan")])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_mlm_loss_of_an_ignored_row_that_is_no_number(weighted, value):
+    """A token that may never be said has -inf everywhere; what else an ignored row holds does not reach the loss either."""
+    targets, weights = torch.tensor([3, IGNORED, 4]), drawn(7, seed=2).abs() if weighted else None
+    logits = drawn(3, 7, seed=1)
+    logits[slice(None) if value < 0 else 1, 0] = value
+    found, expected = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    values = tasks.mlm_loss_compiled(found * 1, targets, weights), tasks.mlm_loss_ref(expected * 1, targets, weights)
+    for loss in values:
+        loss.backward()
+    assert values[1].isfinite()
+    torch.testing.assert_close(values[0], values[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-6, equal_nan=True)
+
+
+def test_mlm_loss_where_all_rows_are_ignored():
+    logits, targets = drawn(3, 7), torch.full((3,), IGNORED)
+    for loss in (tasks.mlm_loss_ref, tasks.mlm_loss_compiled):
+        assert loss(logits, targets).item() == 0 and loss(logits, targets, torch.ones(7)).isnan()
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (13, 7), (7, 37), (5, 30522)])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_mlm_loss(shape, weighted):
