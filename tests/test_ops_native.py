@@ -550,6 +550,29 @@ def test_other_tensors_are_left_to_the_twins(monkeypatch):
     assert torch.equal(norm_compiled(half, drawn(5, 8), torch.ones(8), torch.zeros(8), 1e-5), norm_ref(half, drawn(5, 8), torch.ones(8), torch.zeros(8), 1e-5))
 
 
+def test_a_negated_view_is_what_it_says_and_not_what_its_memory_holds():
+    """As x.conj().imag is one; given to an op, and as the gradient of what it gave."""
+    x, spans = drawn(5, 8, seed=1), Spans.of((3, 2), (3, 2))
+
+    def attend(x):
+        return attention_compiled(*heads_of(x, 1, 2) * 3, spans).flatten(1)
+
+    def loss(x):
+        return tasks.mlm_loss_compiled(x * 1 if x.requires_grad else x, torch.tensor([1, 2, 3, 4, IGNORED]))
+
+    for op in (gelu_compiled, attend, loss, lambda x: dropout_compiled(x, *dropping(0.5)), lambda x: norm_compiled(x, x, torch.ones(8), torch.zeros(8), 1e-5)):
+        assert torch._neg_view(x).is_neg()
+        torch.testing.assert_close(op(torch._neg_view(x)), op(-x))
+        found = []
+        for turned in (torch._neg_view, torch.neg):
+            given = x.clone().requires_grad_()
+            y = op(given)
+            y.register_hook(turned)
+            y.backward(torch.ones_like(y))
+            found.append(given.grad)
+        torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"], ids=str)
 def test_what_c_writes_to_is_float32_on_the_cpu_whatever_the_defaults_are(default):
     """In a process of its own: it would be memory of others."""

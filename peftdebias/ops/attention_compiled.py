@@ -50,7 +50,7 @@ class _Attention(torch.autograd.Function):
         needs, (_, heads, width) = ctx.needs_input_grad[:5], query.shape
         dquery, dkey, dvalue = _gradients(query, key, value, needs)
         dprefix = compiled.empty(2, *prefix_key.shape) if needs[3] or needs[4] else None
-        q, k, v, do = (_headed(x) for x in (query, key, value, dout))
+        q, k, v, do = (_headed(x) for x in (query, key, value, dout.resolve_neg()))
         pk, pv = _whole(prefix_key), _whole(prefix_value)
         lengths = ctx.spans.host_lengths
         compiled.call("attention_backward", *_place(q), *_place(k), *_place(v), compiled.pointer(pk), compiled.pointer(pv), 0 if pk is None else len(pk), statistics.data_ptr(),

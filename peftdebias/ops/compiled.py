@@ -71,7 +71,7 @@ def empty(*shape: int) -> Tensor:
 
 def takes(*tensors: Tensor | None) -> bool:
     """Whether compiled ops take these tensors, here and now; None is taken."""
-    return plain(*tensors) and all(t is None or (t.dtype == torch.float32 and t.is_cpu) for t in tensors)
+    return plain(*tensors) and all(t is None or (t.dtype == torch.float32 and t.is_cpu and not t.is_neg()) for t in tensors)  # negated: their memory is not
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -85,7 +85,8 @@ def recorded(*tensors: Tensor | None) -> bool:
 
 
 def lined(x: Tensor) -> Tensor:
-    """x itself where neighbours in a row lie next to each other, else a copy."""
+    """x itself where neighbours in a row lie next to each other and their memory says what they are (no negated view, which a gradient may be), else a copy."""
+    x = x.resolve_neg()
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
