@@ -191,16 +191,18 @@ class NativeEngine:
     def _families(self, parts: list["_Part"]) -> list[Family]:
         found = []
         for part in parts:
-            members, swaps, afters = _texts(part), part.swaps[: 3 * sum(part.swap_counts[: part.n_members])], 0
-            member = at = 0
+            members, counts = _texts(part), part.swap_counts[: part.n_members]
+            swaps = part.swaps[: 3 * sum(counts)]
+            afters = ctypes.string_at(part.afters, swaps[-1]) if swaps else b""
+            member = at = begin = 0
             for size, source in zip(part.sizes[: part.n_families], part.sources[: part.n_families]):
                 text, variants = members[member], []
                 for i in range(member + 1, member + size):
                     done = []
-                    for _ in range(part.swap_counts[i]):
+                    for _ in range(counts[i]):
                         start, end, stop = swaps[at : at + 3]
-                        done.append(Swap(start, end, text[start:end], ctypes.string_at(part.afters + afters, stop - afters).decode()))
-                        at, afters = at + 3, stop
+                        done.append(Swap(start, end, text[start:end], afters[begin:stop].decode()))
+                        at, begin = at + 3, stop
                     variants.append(Counterfactual(members[i], tuple(done)))
                 found.append(Family(text, tuple(variants), source))
                 member += size
