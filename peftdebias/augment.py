@@ -134,22 +134,33 @@ def _output(settings: Augment, files: list[str], made, skipped: Skipped, kind: s
 
 def _blocks(path: str, made, report, kind: str, number: int, start: int, stop: int) -> Iterator[tuple[Written, int]]:
     for block, offset, count in lines.blocks(path, size=BLOCK):
-        written = made.write_lines(block.removeprefix(lines.BOM) if offset == 0 else block, kind, number, start, stop)
+        data = block.removeprefix(lines.BOM) if offset == 0 else block
+        written = made.write_lines(data, kind, number, start, stop)
         for line, raw in written.bad:
             try:
                 raw.decode()
             except UnicodeDecodeError as error:
                 report(lines.not_utf8(path, count + line + 1, raw, error))
+        if kind == "lines" and (b"\r\r\n" in data or data.endswith(b"\r\r")):  # of two the first stays in the text
+            none = {line for line, _ in written.bad}
+            for line, raw in enumerate(data.split(b"\n")):
+                if raw.endswith(b"\r\r") and line not in none and not raw.decode().isspace():
+                    raise _with_breaks(lines.place(path, count + line + 1))
         number += written.counts.texts
         yield written, len(block)
+
+
+def _with_breaks(place: str) -> DataError:
+    """Of a text that a reader of lines would part, or whose end it would take for its line's."""
+    return DataError(f"{place}: expected a text without line breaks for --format lines, got one with; use --format jsonl")
 
 
 def _texts(path: str, settings: Augment, made, skipped: Skipped, kind: str, number: int, start: int, stop: int) -> Iterator[tuple[Written, int]]:
     for chunk in corpus.chunks([path], settings.column, on_error=settings.on_error, unit=settings.unit, skipped=skipped):
         if kind == "lines":
             for text, place in zip(chunk.texts, chunk.places()):
-                if "\n" in text or text.endswith("\r"):  # a reader would part it, or take the end for its line's
-                    raise DataError(f"{place}: expected a text without line breaks for --format lines, got one with; use --format jsonl")
+                if "\n" in text or text.endswith("\r"):
+                    raise _with_breaks(place)
         written = made.write(chunk.texts, kind, number, start, stop)
         number += len(chunk.texts)
         yield written, sum(len(text.encode()) for text in chunk.texts)

@@ -125,6 +125,12 @@ def test_lines_are_texts_for_other_tools(files):
         (files / "two.jsonl").write_text(json.dumps({"text": text}) + "\n")
         said = cli("augment", "--axis", "gender", "--format", "lines", files / "two.jsonl", "--out", files / "o.txt")
         assert said.code == 2 and "two.jsonl:1: expected a text without line breaks for --format lines" in said.err and not (files / "o.txt").exists()
+    for data, line in ((b"he\r\nhe is\r\r\n", 2), (b"\xef\xbb\xbfhe\r\r", 1), (b"\r\r\n \r\r\n\xff\r\r\nshe\r\r\r\n", 4)):
+        (files / "two.txt").write_bytes(data)
+        said = cli("augment", "--axis", "gender", "--format", "lines", "--on-error", "skip", files / "two.txt", "--out", files / "o.txt")
+        assert said.code == 2 and f"two.txt:{line}: expected a text without line breaks for --format lines" in said.err and not (files / "o.txt").exists()
+    (files / "two.txt").write_bytes(b"\xef\xbb\xbf \r\r\nhe\rshe\r\n\xffhe\r\r\n\r\r")  # of these only one is a text
+    assert done("augment", "--axis", "gender", "--format", "lines", "--on-error", "skip", files / "two.txt").out == "he\rshe\nshe\rhe\n"
     (files / "two.jsonl").write_text(json.dumps({"text": "he\rshe"}) + "\n")  # which no reader parts
     assert done("augment", "--axis", "gender", "--format", "lines", files / "two.jsonl").out == "he\rshe\nshe\rhe\n"
 
