@@ -85,8 +85,8 @@ def _answers(model: Model, batch: Batch, rows: numpy.ndarray, targets: numpy.nda
         here, asked, wanted = (torch.from_numpy(part).to(hidden.device, non_blocking=True) for part in (here, rows[here], targets[here] - start))
         found[here] = logits[asked, wanted].double()
     tops = torch.stack(tops).double()  # [slices, M]
-    top = tops.amax(0)
-    total = top + ((tops - top).exp() * torch.stack(sums)).sum(0).log()  # [M]
+    top, sums = tops.amax(0), torch.stack(sums).masked_fill_(tops == -torch.inf, 0)  # a slice of nothing but -inf has no softmax, and adds nothing
+    total = top + ((tops - top).exp() * sums).sum(0).log()  # [M]
     return (found - total[torch.from_numpy(rows).to(hidden.device, non_blocking=True)]).cpu().numpy()
 
 

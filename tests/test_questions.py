@@ -131,6 +131,23 @@ def test_probabilities_below_the_smallest_number_have_a_logarithm(dtype):
     assert -2100 < found < -1900 and found == pytest.approx(masked_log_probs_ref(model, [MaskedToken([5, 6, 8], 1, 7)])[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("width", [2, 10, 1024])
+def test_tokens_that_may_never_be_said(width, monkeypatch):
+    """A score of -inf, alone and of all tokens of a slice; the others' probabilities are a sum without them. Where it is asked for, the answer is no number, and that is told."""
+    monkeypatch.setattr(questions, "CPU_SLICE", width)
+    model = model_of()
+    with torch.no_grad():
+        model.mlm.bias[torch.tensor([0, 7, *range(10, 22)])] = -torch.inf
+    some = [q for q in asked() if q.target not in (0, 7) and not 10 <= q.target < 22]
+    assert len(some) > 20 and masked_log_probs(model, some) == pytest.approx(masked_log_probs_ref(model, some), abs=1e-10)
+    with pytest.raises(ModelError, match="log-probabilities: expected finite numbers, got 1 of 1 that are NaN or infinite"):
+        masked_log_probs(model, [MaskedToken([5, 6], 0, 15)])
+    with torch.no_grad():
+        model.mlm.bias.fill_(-torch.inf)
+    with pytest.raises(ModelError, match="log-probabilities: expected finite numbers"):
+        masked_log_probs(model, some)
+
+
 def test_no_questions_no_head_and_texts_that_are_too_long():
     assert masked_log_probs(model_of(), []).shape == (0,)
     with pytest.raises(ModelError, match="expected a model with a masked-LM head"):
