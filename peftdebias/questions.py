@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .batches import Batch, Sample, cumulative, pack
 from .encoder import Model
+from .errors import ModelError
 from .ops import linear
 from .tasks import VALIDATION_TOKENS, finite, in_eval
 
@@ -54,11 +55,14 @@ def masked_log_probs_ref(model: Model, questions: Sequence[MaskedToken]) -> nump
 def masked_log_probs(model: Model, questions: Sequence[MaskedToken], batch_tokens: int = VALIDATION_TOKENS) -> numpy.ndarray:
     """float64 [Q]: log-probability (nats) of each target at its place. batch_tokens: at most so many tokens (or one text) at a time.
 
-    Questions with one context and one target get the same bits. Raises ModelError without a masked-LM head, and on a text longer than the model reads.
+    Questions with one context and one target get the same bits. Raises ModelError without a masked-LM head, on a text longer than the model reads and on a target that its
+    vocabulary lacks.
     """
     contexts: dict[tuple[bytes, int], int] = {}
     context = numpy.array([contexts.setdefault((numpy.asarray(q.ids, numpy.int32).tobytes(), int(q.place)), len(contexts)) for q in questions], numpy.int64)
     targets = numpy.array([q.target for q in questions], numpy.int64)
+    if outside := targets[(targets < 0) | (targets >= model.config.vocab)].tolist():
+        raise ModelError(f"questions: expected targets from 0 to {model.config.vocab - 1}, the model's vocabulary, got {outside[0]}")
     order = numpy.argsort(context, kind="stable")  # questions by context
     starts = numpy.searchsorted(context[order], numpy.arange(len(contexts) + 1))
     found = numpy.zeros(len(questions))

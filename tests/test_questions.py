@@ -148,6 +148,12 @@ def test_tokens_that_may_never_be_said(width, monkeypatch):
         masked_log_probs(model, some)
 
 
+@pytest.mark.parametrize("target", [-1, VOCAB, 2 ** 40])
+def test_a_target_outside_the_vocabulary_is_told(target):
+    with pytest.raises(ModelError, match=f"^questions: expected targets from 0 to {VOCAB - 1}, the model's vocabulary, got {target}$"):
+        masked_log_probs(model_of(), [MaskedToken([5, 6], 0, 5), MaskedToken([5, 6], 0, target)])
+
+
 def test_no_questions_no_head_and_texts_that_are_too_long():
     assert masked_log_probs(model_of(), []).shape == (0,)
     with pytest.raises(ModelError, match="expected a model with a masked-LM head"):
