@@ -87,7 +87,8 @@ def read_header(folder: Path) -> dict:
     """adapter.json, checked. Raises AdapterError that names the file."""
     path = folder / "adapter.json"
     if not path.exists():
-        raise AdapterError(f"{folder}: expected an adapter or run folder with adapter.json, found none")
+        theirs = " (that is peft's or AdapterHub's: `peftdebias import` reads it)" if (folder / "adapter_config.json").exists() else ""
+        raise AdapterError(f"{folder}: expected an adapter or run folder with adapter.json, found none{theirs}")
     header = read_object(path, AdapterError)
     if header.get("format") != FORMAT:
         raise AdapterError(f"{path}: expected format {FORMAT}, got {header.get('format')!r}")
@@ -113,7 +114,7 @@ def load_adapter(folder: str | Path, model: Model, force: bool = False) -> Adapt
         raise AdapterError(f"adapter {str(folder)!r}: no such folder")
     given, folder = folder, module_folder(folder)
     if folder == given and (folder / "config.toml").exists() and not (folder / "adapter.json").exists():
-        raise AdapterError(f"{folder}: a run without a module (its base was trained); expected it as --model {folder}")
+        raise AdapterError(f"{folder}: a run without a module (its base was trained); expected it in the place of the base model")
     header = read_header(folder)
     try:
         cls = methods.method_class(header["method"])

@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _ended(f"{'the results cannot be written' if error.filename is None else error.filename}: {error.strerror}")
     except KeyboardInterrupt as stop:
-        _ended("stopped")
+        _ended("stopped" + ("; nothing of the training is kept" if settings in (config.Upstream, config.Downstream) else ""))
         return 128 + stop.number if isinstance(stop, Stopped) else 130
     except (MemoryError, RuntimeError) as error:
         why = _no_memory(error)

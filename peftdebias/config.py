@@ -28,7 +28,7 @@ class Swapping:
     occurrences: str = option("a counterfactual replaces all attribute words, or one of them, so that a text gets one for each", "all", choices=OCCURRENCES)
     max_variants: int | None = option("at most that many counterfactuals of a text, chosen by its hash", None)
     keep: str = option("texts with their counterfactuals, or either alone", "pairs", choices=KEEP)
-    names: str | None = option("swap first names too: without FILE by the shipped table (US, axis gender), else by yours", None, many="maybe", metavar="FILE")
+    names: str | None = option("swap first names too: without FILE (or by the word shipped, where another word follows) by the shipped table (US, axis gender), else by yours", None, many="maybe", metavar="FILE")
 
     def __post_init__(self):
         at_least(1, self, "max_variants")

@@ -176,7 +176,8 @@ def predict(settings: Predict) -> list[str]:
         if run.model.classifier is None:
             raise ModelError(f"{settings.run}: expected a downstream run with a classifier, got a model without")
         _merge(run)
-        longest, labels, cuts, examples = longest_of(run, settings), run.model.classifier.labels, Cuts(), _to_label(run, settings)
+        longest, labels, cuts, (plain, examples) = longest_of(run, settings), run.model.classifier.labels, Cuts(), _to_label(run, settings)
+        rows = lines = 0
         hidden = True if file is sys.stdout and sys.stdout.isatty() else None  # among the lines themselves; None: where standard error is no terminal
         with answering(device, precision), tqdm(desc="predict", unit=" texts", disable=hidden, dynamic_ncols=True) as bar:
             while stretch := list(itertools.islice(examples, STRETCH)):
@@ -186,7 +187,9 @@ def predict(settings: Predict) -> list[str]:
                     line = {"text": example.text, "label": labels[int(row.argmax())], "probabilities": {label: round(float(p), 6) for label, p in zip(labels, row)}}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 bar.update(len(stretch))
-    return cuts.note(longest, called(settings.file or "-"))
+                rows, lines = rows + len(stretch), int(stretch[-1].place.rpartition(":")[2])
+    source = called(settings.file or "-")
+    return cuts.note(longest, source) + [f"{source}: {lines - rows} blank lines have no row"] * (plain and lines > rows)
 
 
 def _merge(run: Run) -> None:
@@ -196,11 +199,11 @@ def _merge(run: Run) -> None:
             patch.merge(run.model, *names)
 
 
-def _to_label(run: Run, settings: Predict) -> Iterator[Example]:
-    """What is to be labelled, streaming. Columns default to the run's own; a txt file and standard input have none, unless --text names one."""
+def _to_label(run: Run, settings: Predict) -> tuple[bool, Iterator[Example]]:
+    """(whether every line is a text, what is to be labelled, streaming). Columns default to the run's own; a txt file and standard input have none, unless --text names one."""
     source, text, pair = settings.file or "-", settings.text or run.config.get("text"), settings.text_pair or run.config.get("text_pair")
     plain = is_plain(source, settings.text, (text, pair))
     check_pairs(settings.run, run, bool(pair))
     if plain:
-        return (Example(t.text, None, None, None, t.place) for t in corpus.read_texts([source]))
-    return corpus.examples(source, text=text or "text", text_pair=pair)
+        return plain, (Example(t.text, None, None, None, t.place) for t in corpus.read_texts([source]))
+    return plain, corpus.examples(source, text=text or "text", text_pair=pair)

@@ -31,6 +31,7 @@ from .tasks import class_probabilities, labelled_samples
 
 IPTTS_TEXT, IPTTS_LABEL = "Text", "bin_label"
 PAIRS_AT_ONCE = 8192
+MOST_TOLD = 8  # classes in a note
 BETWEEN = " .\n"  # between the two texts of a pair while their words are looked for or swapped: a sentence ends, so that no term and no pronoun rule reaches across
 
 
@@ -59,11 +60,16 @@ def classification_measures(predicted: list[str], examples, labels: tuple[str, .
             notes.append(f"{where}: no F1 of {positive!r}, which no example has")
         groups = [e.group for e in examples]
         if any(group is not None for group in groups):
+            if len({*predicted}) == 1:
+                notes.append(f"{where}: every prediction is {predicted[0]}: gaps and differences between groups are 0 whatever the texts are")
             if len(number := set(groups)) > 2:
                 notes.append(f"{where}: no TPR-GAP, which is of 2 groups; {len(number)} groups here")
             else:
                 gap = tpr_gap(predicted, truth, groups, seed=seed, samples=samples)
                 found += gap.as_measures()
+                hits = {label for label, guess in zip(truth, predicted) if label == guess}
+                if (never := [name for name in gap.per_class if name not in hits]) and len({*predicted}) > 1:
+                    notes.append(f"TPR-GAP: 0 since no example of them was found: {', '.join(never[:MOST_TOLD])}{' and others' if len(never) > MOST_TOLD else ''}")
                 if gap.left_out:
                     notes.append(f"TPR-GAP: left out, without positives of both groups: {', '.join(gap.left_out)}")
                 if single := [m.name.removeprefix("tpr-gap/class/") for m in gap.classes if math.isnan(m.low)]:
@@ -182,6 +188,7 @@ def counterfactual_flips(run: Run, path: str, settings: Evaluate) -> Result:
     entry = f"counterfactual={path}"
     known = needs_classifier(run, settings, entry)
     axis = _axis(run, settings, entry)
+    others = [str(folder) for folder in run.sources.values() if (header := read_header(folder))["axis"] == axis.name and header.get("axis_sha256", axis.digest()) != axis.digest()]
     examples = _texts(run, path, settings)
     families = [(i, found) for i, e in enumerate(examples) if (found := _variants(e, axis))]
     if not families:
@@ -207,7 +214,8 @@ def counterfactual_flips(run: Run, path: str, settings: Evaluate) -> Result:
             rows.append({"measure": counterfactual.NAME, "place": e.place, "source": families[row][0], "axis": axis.name, **texts,
                          "predicted": known[first[n]], "predicted_counterfactual": known[second[n]],
                          "probabilities": dict(zip(known, before[n].tolist())), "probabilities_counterfactual": dict(zip(known, after[n].tolist()))})
-    return Result(measures, rows, cut_note(encoded, longest, f"{path} and counterfactuals") + notes)
+    return Result(measures, rows, cut_note(encoded, longest, f"{path} and counterfactuals") + notes
+                  + [f"--axis {settings.axis}: other words of the same name than those that {folder} was learnt on" for folder in others])
 
 
 def _axis(run: Run, settings: Evaluate, entry: str) -> Axis:

@@ -32,12 +32,16 @@ class Labelled:
     last: str
 
     def lines(self) -> list[str]:
-        """How many examples there are, of each label."""
+        """How many examples there are, of each label, and how many are not apart from those that are learnt from."""
         found = []
         for name, path in self.paths.items():
             counts = collections.Counter(e.label for e in self.splits[name])
             of_each = [f"{counts[label]:,} with the label {label}" for label in self.labels] if len(self.labels) <= MOST_LABELS_TOLD else [f"{len(self.labels)} labels"]
             found.append(f"{name}: {path}, {len(self.splits[name]):,} examples, {', '.join(of_each)}")
+        learnt = {(e.text, e.text_pair) for e in self.splits["train"]}
+        for name, path in self.paths.items():
+            if name != "train" and (known := sum((e.text, e.text_pair) in learnt for e in self.splits[name])):
+                found.append(f"{name}: {known:,} of the {len(self.splits[name]):,} texts of {path} stand in {self.paths['train']} too: figures on them say less of others")
         return found
 
 

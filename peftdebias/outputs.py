@@ -141,6 +141,23 @@ def _tidy(found: Iterable[Path]) -> None:
                 os.close(descriptor)
 
 
+def _is_written(target: Path) -> bool:
+    """Whether a living process holds a partial of it, where the system knows such locks."""
+    partials: list[Path] = []
+    with contextlib.suppress(OSError):  # of a folder that may not be read
+        partials += target.parent.glob(glob.escape(f".{_cut(target.name)}.partial-") + "*") if fcntl is not None else ()
+    for partial in partials:
+        with contextlib.suppress(OSError):  # it has just become the folder, or was given up; a file system without locks
+            descriptor = os.open(partial, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            finally:
+                os.close(descriptor)
+    return False
+
+
 def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -156,7 +173,7 @@ def writing_folder(out: Path, overwrite: bool, what: str, replaceable: Callable[
     """A folder that becomes `out` when the block ends well and vanishes when it does not, as do the folders made for it.
 
     what: the kind of folder that is replaced, in words; replaceable: whether one that is there is of that kind. Raises ConfigError where `out` exists and is
-    not to be replaced, or cannot be written.
+    not to be replaced, where another process is writing it, or where it cannot be written.
     """
     def check() -> None:
         if os.path.exists(out) and not overwrite:  # not Path.exists: in a folder that may not be read it raises
@@ -167,6 +184,8 @@ def writing_folder(out: Path, overwrite: bool, what: str, replaceable: Callable[
     check()
     target = Path(os.path.realpath(out))  # a link stays one
     partial = partial_of(target)
+    if _is_written(target):
+        raise ConfigError(f"--out {out}: another process is at work there; expected it to end first, or another folder")
     old = partial.with_name(partial.name.replace(".partial-", ".old-"))
     made = [folder for folder in partial.parents if not os.path.exists(folder)]  # by us, the innermost first
     try:

@@ -134,7 +134,8 @@ def merge(model: Model, *names: str) -> None:
     if not names:
         return
     for name in names:
-        if not hooks.methods[name].mergeable:
+        method = hooks.methods[name]
+        if not method.mergeable or (type(method).delta is Method.delta and type(method).scale is Method.scale):
             raise AdapterError(f"merge {name!r}: {hooks.methods[name].name} cannot be written into the weights with the same outputs")
     written: dict[str, tuple[Parameter, Tensor, Tensor]] = {}
 

@@ -1,6 +1,7 @@
 """The documents' tables say what the package has: no name too many, none too few."""
 
 import dataclasses
+import importlib.util
 import re
 from itertools import dropwhile, takewhile
 from pathlib import Path

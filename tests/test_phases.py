@@ -234,7 +234,7 @@ def test_a_full_debias_run_is_a_base(small, runs, tmp_path):
     from_base, from_full = (weights.load(folder / "model").model for folder in (runs["plain"], tmp_path / "run"))
     assert patch.base_checksum(from_base) != patch.base_checksum(from_full)
     said = cli("downstream", *small.task(out=tmp_path / "x", adapter=runs["full"]))
-    assert said.code == 2 and f"{runs['full']}: a run without a module (its base was trained); expected it as --model {runs['full']}" in said.err
+    assert said.code == 2 and f"{runs['full']}: a run without a module (its base was trained); expected it in the place of the base model" in said.err
     done("upstream", *small.learning(out=tmp_path / "on top", model=runs["full"]))  # a module on a debiased base
     assert load_run(tmp_path / "on top").model.methods.keys() == {"gender"}
 

@@ -40,7 +40,7 @@ def test_a_signal_leaves_nothing_half_written(name, small, tmp_path):
     assert any(line.startswith("trained: ") for line in heard) and list(tmp_path.iterdir())  # the folder that is not whole yet
     command.send_signal(getattr(signal, name))
     said = command.stderr.read()
-    assert command.wait(60) == CODES[name] and said.splitlines()[-1] == "peftdebias: stopped" and tree(tmp_path) == {}
+    assert command.wait(60) == CODES[name] and said.splitlines()[-1] == "peftdebias: stopped; nothing of the training is kept" and tree(tmp_path) == {}
 
 
 def test_a_signal_while_the_arguments_are_read_stops_too(name, monkeypatch):
@@ -83,7 +83,7 @@ def test_a_signal_while_torch_imports_more_of_itself_waits_for_it(small, tmp_pat
     out = tmp_path / "runs" / "run"
     ran = subprocess.run([sys.executable, "-c", IN_AN_IMPORT, "upstream", *small.learning(steps=3000, valid_every=3000, out=out)], capture_output=True, text=True,
                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    assert ran.returncode == 130 and ran.stderr.splitlines()[-3:] == ["struck", "peftdebias: stopped", "True"] and tree(tmp_path) == {}
+    assert ran.returncode == 130 and ran.stderr.splitlines()[-3:] == ["struck", "peftdebias: stopped; nothing of the training is kept", "True"] and tree(tmp_path) == {}
 
 
 def module(folder, monkeypatch, body: str) -> str:

@@ -38,12 +38,17 @@ def card(run: Path, config: dict, form: str, base: str, longest: int, onto: str 
     return "\n".join(lines)
 
 
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"
+
+
 def _figures(run: Path) -> list[str]:
     """A line for every figure of the last event in metrics.jsonl; none where it is not there, or damaged."""
     try:
         events = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         last = next(e for e in reversed(events) if e.get("event") == "final")
-        found = [f"- {m['name']}: {m['value']} {m.get('unit', '')}".rstrip() for m in last.get("measures", [])]
+        found = [f"- {m['name']}: {_number(m['value'])} {m.get('unit', '')}".rstrip() + (f" (95 % interval {_number(m['low'])} to {_number(m['high'])})" if m.get("low") is not None else "")
+                 for m in last.get("measures", [])]
         if found or "loss" not in last:
             return found
         # Of the last training: that of a new head comes before it.
