@@ -27,7 +27,7 @@ from peftdebias.tasks import MaskedLM, mlm_loss
 from peftdebias.weights import load_model, save_model, to_foreign
 
 from .case import RANK, Case, Provider, Setting, Work, autocast, output_bound, quiet
-from .texts import pad, padding, shuffled, texts
+from .texts import multiple_for, pad, padding, shuffled, texts
 
 PREFIX, BOTTLENECK, LABELS = 30, 48, ("a", "b")
 OPTIONS = {"lora": {"rank": RANK}, "adapter": {"architecture": "houlsby", "bottleneck": BOTTLENECK}, "prefix": {"length": PREFIX, "positioned": True}}
@@ -80,7 +80,7 @@ def facts(setting: Setting, batches: list[list[Sample]], name: str) -> dict:
     flat = [s for batch in (labelled(batches) if name == "full" else batches) for s in batch]
     mean, longest = sum(len(s.ids) for s in flat) / len(flat), max(len(s.ids) for s in flat)
     size = setting.size
-    random, bucketed = padding(shuffled(batches, setting.seed)), padding(batches)
+    random, bucketed = (padding(found, multiple_for(setting.device)) for found in (shuffled(batches, setting.seed), batches))
     words = (f"{size.layers} layers x {size.hidden}, vocabulary {size.vocab}; {WORDS[name]}; dropout {setting.dropout:g} (hidden and attention); AdamW, gradient "
              f"clipping; {setting.precision}; {len(batches)} batches of {setting.sequences} texts, mean {mean:.1f} and at most {longest} tokens, "
              f"padding {random:.0%} in random order and {bucketed:.0%} length-bucketed")
@@ -167,7 +167,11 @@ def ours(name: str, kind: str = "eager", folded: bool = False, precision: str | 
         work = Work(run, results, steps=len(packed), tokens=sum(len(b.ids) for b in packed), flops=needed_flops(setting, name), extra=facts(setting, batches, name),
                     state=sum(t.numel() * t.element_size() for t in state), save=None if full else (lambda folder: save_adapter(folder, model, method)))
         if kind == "graph" and setting.device.type == "cuda":
-            work.most = lambda: step.eagerly(max(packed, key=lambda batch: len(batch.ids)), plan.lr)
+            def most() -> None:
+                step.eagerly(max(packed, key=lambda batch: len(batch.ids)), plan.lr)
+                expect_replayed(step, setting.device)  # without memory for both it has given the graphs up
+
+            work.most = most
         work.held = contextlib.ExitStack()
         work.held.enter_context(rounded_beforehand(model, setting.precision))
         model.train()

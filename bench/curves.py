@@ -152,19 +152,27 @@ def check(device: torch.device, folder: Path, steps: int = 200, size: str = "tin
     for phase in phases:
         common = dict(dropout=0.0, sequences=16, longest=64 if size == "micro" else 128, batches=8)
         wanted = curve(Setting(size, 40, folder, torch.device("cpu"), "float32", **common), phase, steps, "torch", say=say)
-        kinds = [(precision, kind, common) for precision in ("float32", "bf16") for kind in ("eager", "graph")] if cuda else [("float32", "eager", common)]
-        if cuda and phase == PHASES[0]:
-            kinds.append(("float32", "compiled", common | {"batches": 1}))  # of one shape, which is compiled once
-        for precision, kind, given in kinds:
-            if given is not common:
-                wanted = curve(Setting(size, 40, folder, torch.device("cpu"), "float32", **given), phase, steps, "torch", say=say)
-            found = curve(Setting(size, 40, folder, device, precision, **given), phase, steps, implementation, kind, say)
+        for precision, kind in [(precision, kind) for precision in ("float32", "bf16") for kind in ("eager", "graph")] if cuda else [("float32", "eager")]:
+            found = curve(Setting(size, 40, folder, device, precision, **common), phase, steps, implementation, kind, say)
             bad, words = trouble(found, wanted, precision)
             say(f"{phase}, {precision}, {kind}, {steps} steps on {device.type} against the twins on the CPU: {words}")
             red += [f"{phase}, {precision}, {kind}: {line}" for line in bad + [f"no CUDA graph: {found.off}"] * bool(found.off)]
         setting = Setting(size, 40, folder, device, "bf16" if cuda else "float32", **common)
         red += whole(setting, phase, max(2, steps // 5), "graph" if cuda else "eager", implementation, say)
     return red
+
+
+def compiled(device: torch.device, folder: Path, steps: int = 200, size: str = "tiny", implementation: str = "auto", say=print) -> list[str]:
+    """`check` of LoRA's step under torch.compile, in float32 and on one batch, whose shape is compiled once; that it fails is found too."""
+    phase, common = PHASES[0], dict(dropout=0.0, sequences=16, longest=64 if size == "micro" else 128, batches=1)
+    wanted = curve(Setting(size, 40, folder, torch.device("cpu"), "float32", **common), phase, steps, "torch", say=say)
+    try:
+        found = curve(Setting(size, 40, folder, device, "float32", **common), phase, steps, implementation, "compiled", say)
+    except Exception as error:  # a compiler that is missing, or does not know an op
+        return [f"{phase}, float32, compiled: {type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"]
+    bad, words = trouble(found, wanted, "float32")
+    say(f"{phase}, float32, compiled, {steps} steps on {device.type} against the twins on the CPU: {words}")
+    return [f"{phase}, float32, compiled: {line}" for line in bad]
 
 
 def waits(device: torch.device, folder: Path, phases: tuple[str, ...] = PHASES) -> list[str]:
@@ -210,6 +218,8 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(arguments.device)
     with tempfile.TemporaryDirectory(prefix="peftdebias-curves-") as folder:
         red = check(device, Path(folder), arguments.steps, arguments.size, arguments.kernels, tuple(arguments.phases))
+        if device.type == "cuda" and PHASES[0] in arguments.phases:
+            red += compiled(device, Path(folder), arguments.steps, arguments.size, arguments.kernels)
         red += [f"waits for the device: {line}" for line in waits(device, Path(folder), tuple(arguments.phases))] if device.type == "cuda" else []
     for line in red:
         print(f"RED {line}")

@@ -151,6 +151,8 @@ def stem(case: Case) -> str:
 
 
 CEILINGS = {"gemm", "copy"}
+COMPILED_STEP = "peftdebias, compiled"
+"""The provider of LoRA's case, and the name under which it is red by itself."""
 
 
 def chosen(entries: Plan, only: str | None) -> Plan:
@@ -233,7 +235,7 @@ def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict
             say(f"{title(case, setting)}: not measured: the run has used {clock.late:.0%} of its time")
             continue
         say(f"{title(case, setting)}: timing")
-        taking = affordable(case, of_case(case, providers), lambda name: trouble((case.name, setting.x, name)), say)
+        taking = affordable(case, of_case(case, providers), lambda name: case.mode == "step" and red.get(name) or trouble((case.name, setting.x, name)), say)
         share = shares.get((stem(case), setting.x)) or next((s for (name, _), s in shares.items() if name == stem(case)), None)
         failures = []
         with _noting(case, setting, red, case.name):
@@ -268,6 +270,9 @@ class Run:
         """(stem -> what is wrong with it, shares as `checked` gives them) of these stems, or all."""
         stems = dict.fromkeys(stem(case) for case, _ in self.to_check) if stems is None else stems
         red = unlike_the_cpu(self.device, self.arguments.dry_run, self.folder, stems) if self.arguments.steps else {}
+        if self.arguments.steps and self.compiled and self.device.type == "cuda" and f"{curves.PHASES[0]}_step" in stems:
+            if lines := curves.compiled(self.device, self.folder, say=say):
+                red[COMPILED_STEP] = "\n".join(lines)
         return red, checked([entry for entry in self.to_check if stem(entry[0]) in stems], self.providers, clock, red)
 
 

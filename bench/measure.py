@@ -135,6 +135,18 @@ def host_seconds(work: Work, passes: int, device: torch.device) -> float:
     return spent
 
 
+def busy_seconds(work: Work, device: torch.device) -> float:
+    """Seconds for which the device works on one pass, by torch's profiler, what runs beside each other counted twice; 0 where it sees nothing. What is missing to the time of a
+    step is the host's: how long the host needs by itself cannot be told where it waits for the device in between, as transformers does to look at a mask."""
+    found = 0.0
+    with contextlib.suppress(Exception):  # a machine may keep its counters to itself
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            work.run()
+            _finish(device)
+        found = sum(event.self_device_time_total for event in seen.key_averages()) / 1e6
+    return found
+
+
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -159,7 +171,7 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
 
     shares: what `check` gave. memory: name of a provider -> its peak in MiB above the loaded weights; None measures it here on a GPU, not on a CPU. There the peak of a
     single op is what one eager pass takes at most above what was allocated before. That of a whole step is what was allocated at most in the first passes, with all that
-    these make once (a library's workspaces, what torch.compile needs while it works), above what was allocated when the provider was built; optimizer state counts
+    these make once (a library's workspaces; what torch.compile needs while it works is not among it), above what was allocated when the provider was built; optimizer state counts
     wherever it is made (Work.state). Between replays a CUDA graph's memory is not allocated by torch's count, and nobody else's either: of a step there is also what
     torch took from the device at most (reserved memory), counted from the same point.
     """
@@ -194,10 +206,10 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
             late[name] += behind
             eager[name].append(seconds(works[name], passes[name], device))
     for name, work in works.items():
-        if name in launches or cuda and case.mode == "step":
-            work.extra["host_ms"] = round(1000 * host_seconds(work, passes[name], device) / work.steps, 5)
         if name in launches:
-            work.extra |= {"clock_ms": clock_ms(device), "late_launches": late[name]}
+            work.extra |= {"host_ms": round(1000 * host_seconds(work, passes[name], device), 5), "clock_ms": clock_ms(device), "late_launches": late[name]}
+        elif cuda and case.mode == "step" and (busy := busy_seconds(work, device)):
+            work.extra["busy_ms"] = round(1000 * busy / work.steps, 5)
         if memory or name not in peaks:
             peaks[name] = memory(name) if memory else cuda_peak(work, device) if cuda else None
     found = []

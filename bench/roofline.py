@@ -123,8 +123,8 @@ def _steps(found: Sequence[Row]) -> list[str]:
 
 def _by_host(row: Row) -> str:
     """That a step's time is its host's, where it is: on another machine it is another, whatever the device."""
-    host = row.extra_config.get("host_ms")
-    return f" ({row.provider} waits for its host: {host:.3g} of {row.y_50:.3g} ms)" if host and host >= 0.8 * row.y_50 else ""
+    busy = row.extra_config.get("busy_ms")
+    return f" ({row.provider} waits for its host: the device works for {busy:.3g} of {row.y_50:.3g} ms)" if busy and busy < 0.8 * row.y_50 else ""
 
 
 def _key(row: Row) -> tuple[str, str, float]:

@@ -182,5 +182,5 @@ def _facts(rows: Sequence[Row]) -> str:
         f"- commit {all_of(lambda r: r.commit)}; {min(r.timestamp for r in rows)} to {max(r.timestamp for r in rows)}",
         f"- load average {all_of(lambda r: r.extra_config.get('load_at_start', '?'))} at the start, {min(loads):.1f} to {max(loads):.1f} later, this run's own threads "
         "among them",
-        "- median (20 % and 80 % quantile) over the repeats" + "; every provider that is meant to compute the same did so before it was timed" * checked,
+        "- median (20 % and 80 % quantile) over the repeats" + "; what has a largest_difference_as_share_of_allowed computed the same before it was timed" * checked,
     ))

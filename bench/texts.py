@@ -53,16 +53,24 @@ def shuffled(batches: list[list[Sample]], seed: int) -> list[list[Sample]]:
     return [flat[i:i + len(batches[0])] for i in range(0, len(flat), len(batches[0]))]
 
 
-def padding(batches: list[list[Sample]]) -> float:
-    """Share of padding when every batch is padded to its longest text."""
-    filled = sum(len(batch) * max(len(s.ids) for s in batch) for batch in batches)
+def multiple_for(device: torch.device) -> int:
+    """Of what the other side pads to multiples: of 8 on a GPU, as transformers' guides have it."""
+    return 8 if device.type == "cuda" else 1
+
+
+def _padded(batch: list[Sample], multiple: int) -> int:
+    return -(-max(len(s.ids) for s in batch) // multiple) * multiple
+
+
+def padding(batches: list[list[Sample]], multiple: int = 1) -> float:
+    """Share of padding when every batch is padded to its longest text, or the next multiple."""
+    filled = sum(len(batch) * _padded(batch, multiple) for batch in batches)
     return 1 - sum(len(s.ids) for batch in batches for s in batch) / filled
 
 
 def pad(batch: list[Sample], device: torch.device) -> dict[str, Tensor]:
-    """[B, S] ids, mask and labels as transformers' collator makes them; for a GPU with its pad_to_multiple_of=8, as its guides have it, in pinned memory."""
-    longest = max(len(s.ids) for s in batch)
-    shape = len(batch), -(-longest // 8) * 8 if device.type == "cuda" else longest
+    """[B, S] ids, mask and labels as transformers' collator makes them; for a GPU in pinned memory."""
+    shape = len(batch), _padded(batch, multiple_for(device))
     made = {"input_ids": torch.zeros(shape, dtype=torch.int64), "attention_mask": torch.zeros(shape, dtype=torch.int64),
             "labels": torch.full(shape, -100, dtype=torch.int64)}
     for b, sample in enumerate(batch):

@@ -52,8 +52,16 @@ class Cache:
 
     def __init__(self, recipe):
         self.root, self._files = Path(recipe.cache), recipe.files
+        for path in self._files:
+            lines.kind(path)  # that it is there
         self._begun = self._state()  # before their contents are hashed
         self.folder = self.root / key(recipe)
+
+    def stands(self) -> bool:
+        """Whether the corpus is still what the folder is named by, as far as sizes and times tell."""
+        with contextlib.suppress(OSError):  # a file is gone
+            return self._state() == self._begun
+        return False
 
     def _state(self) -> list[tuple[int, int]]:
         """What tells that a file was written to."""
@@ -92,8 +100,8 @@ class Cache:
                 about = {"format": FORMAT, "bytes": written, "counts": {name: counts[name] for name in counts.keys() - {"whole", "notes"}}}
                 with self._opened(partial / "about.json") as file:
                     self._write(file, json.dumps(about, indent=1).encode())
-                with contextlib.suppress(OSError):  # a file is gone; another process was first
-                    if self._state() == self._begun:
+                if self.stands():
+                    with contextlib.suppress(OSError):  # another process was first
                         os.rename(partial, self.folder)
         except NotMade as error:
             raise ConfigError(f"--cache {self.root}: cannot be written: {error}") from None

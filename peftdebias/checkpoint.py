@@ -11,6 +11,7 @@ safetensors, JSON or TOML.
 
 import contextlib
 import dataclasses
+import errno
 import glob
 import json
 import os
@@ -31,7 +32,7 @@ from .errors import AdapterError, ConfigError, ModelError
 from .files import read_object, read_tensors, write_tensors
 from .methods import Method
 from .options import checked
-from .outputs import digest, files_in, keep_apart, partial_of, tables, write_text, writing_folder
+from .outputs import NotMade, digest, files_in, held, keep_apart, partial_of, tables, write_text, writing_folder
 from .tokens import Tokenizer
 
 FORMAT = 1
@@ -75,12 +76,18 @@ def save_adapter(folder: str | Path, method: Method, axis: str, base: dict, abou
     partial = partial_of(tensors)
     content = {"format": FORMAT, "method": method.name, "axis": axis, "config": dataclasses.asdict(method.saved_config()), "base": base} | (about or {})
     try:
-        write_tensors(method.state(), partial)
-        header.unlink(missing_ok=True)
-        partial.replace(tensors)
-        write_text(header, json.dumps(content, indent=2) + "\n")
-    finally:
-        partial.unlink(missing_ok=True)
+        partial.touch()
+        with held(partial, partial.touch):
+            write_tensors(method.state(), partial)
+            header.unlink(missing_ok=True)
+            partial.replace(tensors)
+            write_text(header, json.dumps(content, indent=2) + "\n")
+    except NotMade as error:
+        raise OSError(errno.EIO, error.args[0], str(tensors)) from None
+    except OSError as error:
+        if str(error.filename) == str(partial):
+            error.filename = str(tensors)
+        raise
 
 
 def read_header(folder: Path) -> dict:
@@ -393,12 +400,12 @@ def versions(device: torch.device | None = None) -> dict:
 
 
 def all_versions(of_parts: Iterable[dict]) -> dict:
-    """What parts that one table holds were made by: each entry of their `versions`, or where they differ all of them as a text, in the parts' order."""
+    """What parts that one table holds were made by: each entry of their `versions`, or where they differ all of them as a text, in the parts' order. A part may be such a
+    table itself."""
     found: dict[str, list] = {}
     for versions in of_parts:
         for name, value in versions.items():
-            if value not in found.setdefault(name, []):
-                found[name].append(value)
+            found.setdefault(name, []).extend(one for one in (value.split(", ") if isinstance(value, str) else [value]) if one not in found[name])
     return {name: values[0] if len(values) == 1 else ", ".join(map(str, values)) for name, values in found.items()}
 
 

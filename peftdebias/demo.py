@@ -4,6 +4,7 @@ Every step is the public command on files in the demo's folder, so each can be r
 counterfactuals) is done here.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -86,12 +87,13 @@ def demo(settings: Demo, say: Callable[[str], None] = lambda line: None) -> str:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not earlier:
-            _write_mark(out, about, None)
+            with contextlib.suppress(FileExistsError):  # another one has begun there meanwhile, and says so below
+                open(out / MARK, "x").close()
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
     with alone(out / MARK, f"--out {out}"):
+        _write_mark(out, about, None)
         if earlier:
-            _write_mark(out, about, None)
             say(f"{out}: an earlier demo, replaced")
             for path in (out / name for name in MADE):
                 if path.is_dir() and not path.is_symlink():

@@ -337,7 +337,6 @@ def _load(folder: Path, find: _Finder, force: bool) -> Method:
                 of = host.parametrizations[kind] if parametrize.is_parametrized(host, kind) else None
                 plain = of.original if hasattr(of, "original") else getattr(host, kind)  # what is made of several tensors, a weight norm's, has no original
                 theirs[f"{name.format(i=i)}.{kind}"] = plain.detach()
-    _one_device(str(folder), theirs)
     tensors = from_foreign(theirs, config)[0]
     with torch.device("cpu"), NoInit():  # whatever torch's default device is
         model = Model(config)

@@ -144,13 +144,16 @@ class Copies:
 
     def _copy(self, source: BinaryIO, copy: Path) -> None:
         """An error of reading is its caller's to tell; one of writing is the temporary folder's."""
-        with open(copy, "wb", buffering=0) as target:
+        def done(write: Callable):
+            try:
+                return write()
+            except OSError as error:
+                raise DataError(f"temporary folder {os.path.dirname(self._folder.name)}: cannot be written: {error.strerror}; TMPDIR names another") from None
+
+        with done(lambda: open(copy, "wb", buffering=0)) as target:
             while got := memoryview(source.read(BLOCK)):
                 while got:
-                    try:
-                        got = got[target.write(got):]
-                    except OSError as error:
-                        raise DataError(f"temporary folder {os.path.dirname(self._folder.name)}: cannot be written: {error.strerror}; TMPDIR names another") from None
+                    got = got[done(lambda: target.write(got)):]
 
     def named(self, line: str) -> str:
         """With the copies' own names in it."""

@@ -218,7 +218,7 @@ class Stream:
         if recipe.cache is None:
             yield from tokenised(recipe, start)
             return
-        if self._cache is None:
+        if self._cache is None or not self._cache.stands():
             self._cache = Cache(recipe)
         found, note = self._cache.open()
         if found is None:

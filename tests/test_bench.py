@@ -10,6 +10,7 @@ import types
 import weakref
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -437,6 +438,8 @@ def test_the_batches_of_a_pass_are_spread_over_all_lengths(bench, tmp_path):
     assert lengths(2) == [ascending[-1], ascending[0]] and lengths(1) == [ascending[len(every) // 2]] and lengths(1, seed=1) != lengths(1)
     sample = lambda n: types.SimpleNamespace(ids=range(n))  # noqa: E731
     assert bench.texts.padding([[sample(2), sample(4)], [sample(3), sample(3)]]) == pytest.approx(1 / 7)  # of 2 x 4 and 2 x 3
+    assert bench.texts.padding([[sample(2), sample(4)], [sample(3), sample(3)]], 8) == pytest.approx(1 - 12 / 32)
+    assert [bench.texts.pad([bench.texts.Sample(*3 * [numpy.arange(11)])], torch.device("cpu"))["input_ids"].shape, bench.texts.multiple_for(torch.device("cuda"))] == [(1, 11), 8]
 
 
 # ---------------------------------------------------------------- the cases of a CPU

@@ -230,9 +230,11 @@ def test_what_takes_most_memory_in_training_is_in_the_peak_of_a_step(bench, quic
     case = dataclasses.replace(one_case(bench, "step"), providers=providers)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device=None: (30 if runs[-1] == "most" else 22) * 2 ** 20)
     monkeypatch.setattr(bench.measure, "_settled", lambda device: settled.append(list(runs)) or 0)
+    monkeypatch.setattr(bench.measure, "busy_seconds", lambda work, device: 7.0)
     rows = {(row.provider, row.metric_name): row for row in bench.measure.time_case(case, bench.case.Setting("micro", 1, tmp_path, torch.device("cuda")), dict(providers), 1)}
     assert runs[:4] == ["run"] * 3 + ["most"] and rows["ours", "reserved memory"].y_50 == 26 and rows["ours", "time"].extra_config["reserved_by_passes_mib"] == 18
-    assert settled[2:] == [runs[:4], runs[:4], [*runs[:4], "compiled"]] and rows["theirs", "reserved memory"].y_50 == 18 and rows["theirs", "time"].extra_config["host_ms"] >= 0
+    assert settled[2:] == [runs[:4], runs[:4], [*runs[:4], "compiled"]] and rows["theirs", "reserved memory"].y_50 == 18
+    assert [rows[name, "time"].extra_config["busy_ms"] for name in ("ours", "theirs")] == [7000, 7000]
 
 
 def test_a_graph_s_most_is_its_longest_batch_run_eagerly(bench, monkeypatch, tmp_path):
@@ -497,12 +499,8 @@ def test_on_a_gpu_curves_are_of_both_precisions_and_both_kinds_of_step(bench, mo
 
     monkeypatch.setattr(curves, "curve", curve)
     monkeypatch.setattr(curves, "whole", lambda setting, phase, steps, kind, *rest: loops.append((setting.precision, kind, steps)) or ["it fails"])
-    curves.check(torch.device("cuda"), tmp_path, 200, phases=("adapter",), say=lambda line: None)
-    assert "compiled" not in [kind for _, _, kind, *_ in asked]
-    asked.clear(), loops.clear()
     red = curves.check(torch.device("cuda"), tmp_path, 200, phases=("lora",), say=lambda line: None)
-    assert asked == [("cpu", "float32", "eager", "torch", 8), *(("cuda", precision, kind, "auto", 8) for precision in ("float32", "bf16") for kind in ("eager", "graph")),
-                     ("cpu", "float32", "eager", "torch", 1), ("cuda", "float32", "compiled", "auto", 1)]
+    assert asked == [("cpu", "float32", "eager", "torch", 8), *(("cuda", precision, kind, "auto", 8) for precision in ("float32", "bf16") for kind in ("eager", "graph"))]
     assert loops == [("bf16", "graph", 40)]
     assert red == [*(f"lora, bf16, graph: loss over {what} steps: off by 0.5, allowed 0.01" for what in ("the first 50", "all")), "it fails"]
 
@@ -591,6 +589,37 @@ def test_jobs_side_by_side_answer_in_their_order(bench, tmp_path):
     assert first == [1, 1] and third == 3.0 and isinstance(second, RuntimeError) and str(second) == "its process ended with code 3"
     assert isinstance(fourth, RuntimeError) and str(fourth) == "its process gave no answer: Ran out of input"
     assert together([("jobs:double", (1,), 0), ("jobs:double", (1,), 60)], 1, 0) == [None, None]
+
+
+def test_a_compiled_step_that_parts_or_fails_is_left_out_alone(bench, monkeypatch, tmp_path, capsys):
+    """It is LoRA's, compared on one batch; the other providers of its case are timed."""
+    curves, asked = bench.gpu.curves, []
+
+    def curve(setting, phase, steps, implementation, kind="eager", say=None):
+        asked.append((setting.device.type, setting.precision, phase, kind, implementation, setting.batches))
+        if fails and kind == "compiled":
+            raise RuntimeError("no compiler\nhere")
+        return curves.Curve([1.5 if kind == "compiled" else 1.0], {})
+
+    monkeypatch.setattr(curves, "curve", curve)
+    fails = False
+    red = curves.compiled(torch.device("cuda"), tmp_path, say=lambda line: None)
+    assert asked == [("cpu", "float32", "lora", "eager", "torch", 1), ("cuda", "float32", "lora", "compiled", "auto", 1)] and len(red) == 2 and "off by 0.5" in red[0]
+    fails = True
+    assert curves.compiled(torch.device("cuda"), tmp_path, say=lambda line: None) == ["lora, float32, compiled: RuntimeError: no compiler"]
+    run = bench.gpu.Run(bench.gpu.parser().parse_args(["--device", "cpu", "--dry-run", "--steps", "--only", "lora_step,full_step", "--compile"]), tmp_path)
+    monkeypatch.setattr(bench.gpu, "unlike_the_cpu", lambda *given: {}), monkeypatch.setattr(bench.gpu, "checked", lambda entries, providers, clock, red: {})
+    run.device = torch.device("cuda")
+    name = bench.gpu.COMPILED_STEP
+    assert run.equality(bench.gpu.Clock(8, True))[0] == {name: "lora, float32, compiled: RuntimeError: no compiler"}
+    assert run.equality(bench.gpu.Clock(8, True), ["full_step"])[0] == {} and name in bench.cases.CASES["lora_step"].providers
+    timed = []
+    monkeypatch.setattr(bench.measure, "time_case", lambda case, setting, taking, *rest, **more: timed.append((case.name, name in taking, len(taking) > 3)) or [])
+    entries = [entry for entry in run.to_time if entry[0].name == "lora_step 4x48"][:1]
+    for red, there in (({}, True), ({name: "no compiler"}, False)):
+        bench.gpu.timed(entries, run.providers, {}, 1, bench.gpu.Clock(8, True), red, lambda key: "")
+        assert timed.pop() == ("lora_step 4x48", there, True)
+    assert f"{name} is not measured: no compiler" in capsys.readouterr().err
 
 
 def test_checks_beside_each_other_find_what_one_process_finds(bench, tmp_path, capsys):

@@ -114,11 +114,12 @@ def test_the_lowest_share_is_that_of_the_slowest_time(bench):
 
 
 def test_a_step_that_waits_for_its_host_is_told(bench):
-    def row(provider, ms, host):
-        return bench.rows.Row("lora_step 32x128", provider, "step", "time", "ms", "mean_length", 51, ms, ms, ms, {"baseline": "old", "longest": 128, "host_ms": host}, "d", "t", None, "c", "2026")
+    def row(provider, ms, busy):
+        return bench.rows.Row("lora_step 32x128", provider, "step", "time", "ms", "mean_length", 51, ms, ms, ms, {"baseline": "old", "longest": 128, "busy_ms": busy}, "d", "t", None, "c", "2026")
 
     words = "lora_step 32x128, mean_length 51: peftdebias takes 0.40 of old's time, asked for at most 0.30: not met"
-    for ours, theirs, said in ((0.5, 7.9, ""), (0.5, 8.0, " (old waits for its host: 8 of 10 ms)"), (4.0, 1.0, " (peftdebias waits for its host: 4 of 4 ms)")):
+    for ours, theirs, said in ((3.9, 8.0, ""), (None, 7.9, " (old waits for its host: the device works for 7.9 of 10 ms)"),
+                               (1.0, None, " (peftdebias waits for its host: the device works for 1 of 4 ms)")):
         assert bench.roofline.targets([row("old", 10.0, theirs), row("peftdebias", 4.0, ours)]) == [words + said]
 
 

@@ -147,7 +147,7 @@ def test_waiting_is_the_share_of_the_steps_in_which_no_batch_was_there(monkeypat
     for every in (5, None):
         _, outcome, events = run(Task(), steps=20, validate_every=every)
         assert outcome.waiting == 0.75 and {e["waiting"] for e in events if e["event"] == "step"} == {0.75}
-        assert outcome.tokens_per_second == 20 * sum(LENGTHS) / 80 and outcome.seconds == 80 + 100 * (5 if every == 5 else 5)  # 4 seconds a step, without the validations, of which one comes before
+        assert outcome.tokens_per_second == 20 * sum(LENGTHS) / 80 and outcome.seconds == 80 + 100 * 5  # 4 seconds a step, without the validations, of which one comes before
 
 
 def test_the_logged_loss_is_the_mean_since_the_last_line():

@@ -135,19 +135,17 @@ class Sparse(Method):
         try:
             with model.frozen_decoder():
                 loop(whole, lambda: pull(strength, whole.values(), start.values()), rate=self.config.first_rate)
-        except BaseException:
+            with torch.no_grad():
+                moved = [(parameter[rows] - start[name][rows]).abs().flatten().float().cpu().numpy() for name, parameter, rows in places.values()]
+            found = list(largest(moved, self.config.k))
+        finally:
             with torch.no_grad():
                 for name, parameter in whole.items():
                     parameter.copy_(start[name])
-            raise
-        with torch.no_grad():
-            moved = [(parameter[rows] - start[name][rows]).abs().flatten().float().cpu().numpy() for name, parameter, rows in places.values()]
-            for site, chosen in zip(places, largest(moved, self.config.k)):
-                if len(chosen):
-                    self.indices[site] = torch.from_numpy(chosen)
-                    self.values[site] = Parameter(torch.zeros(len(chosen), dtype=places[site][1].dtype, device=places[site][1].device))
-            for name, parameter in whole.items():
-                parameter.copy_(start[name])
+        for site, chosen in zip(places, found):
+            if len(chosen):
+                self.indices[site] = torch.from_numpy(chosen)
+                self.values[site] = Parameter(torch.zeros(len(chosen), dtype=places[site][1].dtype, device=places[site][1].device))
         zeros = [torch.zeros_like(v) for v in self.values.values()]
         return loop(self.parameters(), lambda: pull(strength, self.values.values(), zeros))
 
