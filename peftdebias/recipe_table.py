@@ -38,9 +38,9 @@ def markdown(table: dict) -> str:
                       for phase, own in table["settings"].items() if own)
     versions = table["versions"]
     lines = [f"# {table['title']}", "",
-             f"Scale {table['scale']:g} of the {'paper' if paper else 'recipe'}'s schedule{'; ' + asked if asked else ''}; base {Path(table['model']).name}; {seeds} seeds; {len(table['rows'])} of {table['units']} units done in "
+             f"Scale {table['scale']:g} of the {'paper' if paper else 'recipe'}'s schedule{'; ' + asked if asked else ''}; base {Path(table['model']).name}; {seeds} seed{'s' * (seeds != 1)}; {len(table['rows'])} of {table['units']} units done in "
              f"{table['seconds'] / 60:.0f} minutes of work ({versions['device']}, {versions['threads']} threads, torch {versions['torch']}, commit {versions['commit']}).", "",
-             f"Mean ± standard deviation over the seeds{in_brackets}.", ""]
+             f"{'Mean ± standard deviation over the seeds' if seeds > 1 else 'Figures of one seed, without a spread; intervals over the examples are in the rows'}{in_brackets}.", ""]
 
     def rows_of(cell) -> list[str]:
         found = ["| system | " + " | ".join(c["title"] + (f" (ideal {c['ideal']:g})" if c["ideal"] is not None else "") for c in columns) + " |", "|" + "---|" * (len(columns) + 1)]

@@ -157,6 +157,8 @@ def test_words_of_ones_own_under_a_shipped_name_are_not_taken_for_the_shipped_on
     done("upstream", *small.learning(axis=axis, steps=2), "--out", tmp_path / "own")
     done("downstream", *small.task(epochs=1, adapter=tmp_path / "own"), "--out", tmp_path / "run")
     asked = ["evaluate", tmp_path / "run", "--on", f"counterfactual={texts}"]
+    words = "other words of the same name than those that"
+    assert f"--axis gender: {words} {tmp_path}/run/adapter was learnt on" in done(*asked, "--axis", "gender").err and words not in done(*asked, "--axis", axis).err
     said = cli(*asked)
     assert said.code == 2 and f"expected --axis NAME|FILE, since {tmp_path / 'run'} has a module learnt on other words than those of the shipped axis gender" in said.err
     assert "counterfactual/flips" in done(*asked, "--axis", axis).out

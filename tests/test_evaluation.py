@@ -26,6 +26,7 @@ from peftdebias.corpus import Example, read_examples
 from peftdebias.errors import AdapterError, ConfigError, DataError
 from peftdebias.evaluation import parse_on
 from peftdebias.extrinsic import classification_measures
+from peftdebias.labelled import Labelled
 from peftdebias.metrics import Measure, bootstrap
 from peftdebias.metrics.classification import accuracy, f1, macro_f1
 from peftdebias.metrics.fairness import fairness
@@ -162,6 +163,26 @@ def test_how_long_texts_may_be_and_which_files_have_one_a_line():
         assert is_plain(source, named, (None, None)) == plain
 
 
+def test_gaps_of_0_that_say_nothing_are_told():
+    examples = [example(label, group) for label in "abc" for group in "fmfm"]
+    truth = [e.label for e in examples]
+
+    def notes(predicted):
+        return classification_measures(predicted, examples, ("a", "b", "c"), where="f.csv", samples=5)[1]
+
+    assert notes(["b"] * 12) == ["f.csv: every prediction is b: gaps and differences between groups are 0 whatever the texts are"]
+    assert notes(["a" if label == "c" else label for label in truth]) == ["TPR-GAP: 0 since no example of them was found: c"] and notes(truth) == []
+
+
+def test_texts_that_are_learnt_from_are_told():
+    def split(*texts):
+        return [Example(*text, "yes", None, "f:1") for text in texts]
+
+    splits = {"train": split(("a", None), ("b", "c"), ("b", "c")), "dev": split(("a", "c"), ("b", None), ("c", None)), "test": split(("a", None), ("x", None), ("b", "c"))}
+    read = Labelled({name: f"{name}.csv" for name in splits}, splits, ("yes",), {}, None, None, "test")
+    assert read.lines()[3:] == ["test: 2 of the 3 texts of test.csv stand in train.csv too: figures on them say less of others"]
+
+
 def test_what_cannot_be_measured_is_left_out_or_named_with_its_file():
     found, notes = classification_measures(["0", "0"], [example("0"), example("0")], ("0", "1"), where="f.csv", samples=5)
     assert [m.name for m in found] == ["accuracy", "f1/macro"] and notes == ["f.csv: no F1 of '1', which no example has"]
@@ -256,6 +277,7 @@ def test_predictions_are_the_models_answers_whatever_the_format(small, runs, tmp
     for row, again in zip(rows, done("predict", runs["jobs"], tmp_path / "t.csv", "--text", "body", "--batch-tokens", 30).rows, strict=True):
         assert again["text"] == row["text"] and again["probabilities"] == pytest.approx(row["probabilities"], abs=2e-6)
     said = done("predict", runs["jobs"], tmp_path / "t.txt", "--out", tmp_path / "out.jsonl")
+    assert f"{tmp_path / 't.txt'}: 1 blank lines have no row" in said.err and "blank" not in done("predict", runs["jobs"], tmp_path / "t.jsonl").err
     assert said.out == "" and lines(tmp_path / "out.jsonl") == rows and said.err.splitlines()[-1] == f"result: {tmp_path / 'out.jsonl'}"
 
 

@@ -101,6 +101,7 @@ def test_the_card(runs, tmp_path):
     for words in ("a run of `downstream`, its modules merged into the weights.\n", "# Debiasing: gender", "module: lora (rank 2", "learnt on the axis gender", "- base: ", "train.jsonl",
                   "- accuracy: ", "## Limits", "never its absence", "Gender is treated as binary", "word lists are narrow"):
         assert words in text, words
+    assert re.search(r"\n- accuracy: \d+(\.\d+)? % \(95 % interval \d+(\.\d+)? to \d+(\.\d+)?\)\n", text) and not re.search(r"\d\.\d{6}", text)
     described = r"bert, \d layers, hidden \d+, sha256 [0-9a-f]{12}"
     base = checkpoint.read_config(runs / "lora")["model"]
     assert f"\n- base: {base}\n" in text and "\n- texts: the run cuts them at " in text and "beside" not in text  # what the module's header describes is the run's model

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from peftdebias.checkpoint import describe_base
 from peftdebias.errors import AdapterError
+from peftdebias.methods import Method
 from peftdebias.patch import attach, detach, fold, merge, unmerge
 from peftdebias.weights import load_model, save_model
 
@@ -256,6 +257,22 @@ def test_errors_of_attaching_and_merging_say_what_was_expected(model):  # noqa: 
         merge(model)
     with pytest.raises(AdapterError, match=r"merge: expected an attached method \(gender, race\), got 'x'"):
         merge(model, "x")
+    detach(model, "race")
+
+    class Product(Method):
+        """It says that it merges and has neither delta nor scale: what would be written is the plain base."""
+
+        name, mergeable = "product", True
+
+        def sites(self, encoder_config):
+            return ("layers.0.attention.query",)
+
+        def linear(self, site, x, weight, bias, seed=None):
+            return 2 * F.linear(x, weight, bias)
+
+    attach(model, "product", Product(None, None))
+    with pytest.raises(AdapterError, match="merge 'product': product cannot be written into the weights with the same outputs"):
+        merge(model, "product")
     merge(model, "gender")
     for call in (lambda: merge(model, "gender"), lambda: attach(model, "x", adapter())):
         with pytest.raises(AdapterError, match="expected an unmerged model; unmerge it first"):

@@ -288,6 +288,8 @@ def test_differences_are_to_the_base_and_paired_by_seed():
     whole = table | {"title": "T", "scale": 1.0, "model": "m", "settings": {}, "seeds": [0, 1, 2], "units": 8, "seconds": 60.0, "systems": ["BERT", "FT", "LoRA"], "paper": [],
                      "columns": [up, down], "versions": {"device": "d", "threads": 1, "torch": "2", "commit": None}}
     said, more, one = (recipe_table.markdown(whole | change) for change in ({}, {"columns": [up, down, down | {"measure": "none"}]}, {"rows": [r for r in table["rows"] if not r["seed"]]}))
+    of_one = recipe_table.markdown(whole | {"seeds": [0]})
+    assert "; 1 seed; " in of_one and "\nFigures of one seed, without a spread; intervals over the examples are in the rows.\n" in of_one and "Mean ±" in said and "; 3 seeds; " in said
     assert said.count(", 2 seeds |") == 2 and "(0 of" not in more and "Differences" not in one
     assert said.count("\n|---|---|---|\n") == 2 and "| BERT | 50 |  |" in said and "| FT |  | 15 ± 7.1 |" in said  # a system that a stage leaves out has its row all the same
 
