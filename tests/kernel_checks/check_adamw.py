@@ -115,8 +115,8 @@ def many_steps(of_many, factor: float | None):
     return run
 
 
-@pytest.mark.parametrize("factor", [None, 1.0, 0.3])
-@pytest.mark.parametrize("layout", [lambda t: t, strided], ids=["plain", "strided gradients"])
+@pytest.mark.parametrize("factor,layout", [pytest.param(factor, layout, id=f"{words}-{factor}", marks=pytest.mark.slow if (layout is strided) == (factor != 1.0) else ())
+                                           for words, layout in (("plain", lambda t: t), ("strided gradients", strided)) for factor in (None, 1.0, 0.3)])
 def test_many_err_no_more_than_twice_what_torch_does(factor, layout):
     """Sizes around a program's, one and none; gradients wherever they lie, here after an odd number of elements."""
     given = {f"w{i}": drawn(*shape, seed=i) for i, shape in enumerate(SHAPES)}

@@ -43,7 +43,7 @@ def step(options: dict, kind: str, dtype: torch.dtype, draw: int, monkeypatch) -
     return {"logits": logits.detach()} | {name: p.grad for name, p in method.parameters().items()}, called
 
 
-@pytest.mark.parametrize("options", [{"rank": 3}, {"rank": 1, "targets": ("query", "key", "value", "output", "up", "down")}, {"rank": 3, "dropout": 0.4, "targets": ("value", "down")}],
+@pytest.mark.parametrize("options", [{"rank": 3}, pytest.param({"rank": 1, "targets": ("query", "key", "value", "output", "up", "down")}, marks=pytest.mark.slow), {"rank": 3, "dropout": 0.4, "targets": ("value", "down")}],
                          ids=str)
 def test_an_upstream_step(options, monkeypatch):
     """With dropout too: twin and kernel draw the same masks from the same seed of torch's."""
