@@ -662,7 +662,7 @@ def test_what_is_compiled_ahead_is_found_again(bench, tmp_path, monkeypatch):
             "run = gpu.Run(gpu.parser().parse_args({given}), pathlib.Path({folder!r})); key, = gpu.compiled_at(run.to_time, run.providers)\n"
             "{do}\nfrom torch._dynamo.utils import counters; print('misses', counters['inductor']['fxgraph_cache_miss'], 'hits', counters['inductor']['fxgraph_cache_hit'])")
     said = []
-    for do in ("print(gpu.beforehand(run, gpu.Clock(80, False))[2])", "case, setting = run.to_time[-1]; print(gpu.measure.warmed_up(case, run.providers['gelu'][key[2]].build(setting), setting.device) > 0)"):
+    for do in ("print(gpu.beforehand(run, gpu.Clock(80, False))[2])", "case, setting = next(entry for entry in run.to_time if entry[0].name == key[0]); print(gpu.measure.warmed_up(case, run.providers['gelu'][key[2]].build(setting), setting.device) > 0)"):
         done = subprocess.run([sys.executable, "-c", code.format(root=str(ROOT), given=given, folder=str(tmp_path), do=do)], text=True, capture_output=True)
         said.append(done.stdout)
         assert done.returncode == 0, done.stderr
