@@ -55,6 +55,11 @@ def above_zero(word: str) -> float:
     return number
 
 
+def told(error: Exception) -> str:
+    """What it is and its first line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"
+
+
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 

@@ -123,6 +123,7 @@ def _linear(outside: str, trained: bool) -> Callable:
 def _scores(setting: Setting):
     m, d, v = int(setting.x), setting.size.hidden, setting.size.vocab
     given = {"x": drawn(setting, seed=1, shape=(m, d)), "weight": drawn(setting, scale=d ** -0.5, seed=2, shape=(v, d)), "bias": drawn(setting, seed=3, shape=(v,))}
+    # torch 2.11's `apply` takes no keywords
     return {"library": F.linear, "turned": lambda x, weight, bias: _Turned.apply(x, weight, bias)}, given, ("x",), f"x [M, {d}] W^T + bias, W [{v}, {d}] frozen, by torch's BLAS; forward and backward"
 
 

@@ -26,7 +26,7 @@ from torch import Tensor  # noqa: E402
 from torch.nn import Parameter  # noqa: E402
 
 import bench  # noqa: E402, F401
-from bench.arguments import Parser, complain, positive  # noqa: E402
+from bench.arguments import Parser, complain, positive, told  # noqa: E402
 from bench.case import Setting, Work, output_bound  # noqa: E402
 from bench.cases_steps import OPTIONS, labelled, model_folder, module_values  # noqa: E402
 from bench.texts import texts  # noqa: E402
@@ -114,7 +114,7 @@ def whole(setting: Setting, phase: str, steps: int, kind: str, implementation: s
             notes: list[str] = []
             found = training.train(model, Trained(samples, loss, phase == "full"), parameters, plan, log=lambda **event: notes.append(event.get("line", "")))
     except Exception as error:  # whatever it is, it is what a user would meet
-        return [f"{words}: {type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"]
+        return [f"{words}: {told(error)}"]
     say(f"{words}: validation {found.before['loss']:.4f} to {found.best['loss']:.4f} in {steps} steps")
     risen = found.best["loss"] > found.before["loss"] * (1 + BF16)
     red = [f"{words}: validation {found.before['loss']:.4f} before, {found.best['loss']:.4f} at best in {steps} steps"] * risen
@@ -145,6 +145,13 @@ def trouble(found: Curve, wanted: Curve, precision: str) -> tuple[list[str], str
     return red, f"losses {wanted.losses[0]:.4f} to {wanted.losses[-1]:.4f}, {off}; gradients {worst:.2g} of the allowed"
 
 
+def held_against(found: Curve, wanted: Curve, precision: str, what: str, where: str, say) -> list[str]:
+    """`trouble` as lines that begin with `what`; says what was found, and `where`."""
+    bad, words = trouble(found, wanted, precision)
+    say(f"{what}, {where} against the twins on the CPU: {words}")
+    return [f"{what}: {line}" for line in bad + [f"no CUDA graph: {found.off}"] * bool(found.off)]
+
+
 def check(device: torch.device, folder: Path, steps: int = 200, size: str = "tiny", implementation: str = "auto", phases: tuple[str, ...] = PHASES, say=print) -> list[str]:
     """Every phase, precision and kind of step that the device has. Returns what passes a bound; says what was found."""
     cuda = device.type == "cuda"
@@ -154,9 +161,7 @@ def check(device: torch.device, folder: Path, steps: int = 200, size: str = "tin
         wanted = curve(Setting(size, 40, folder, torch.device("cpu"), "float32", **common), phase, steps, "torch", say=say)
         for precision, kind in [(precision, kind) for precision in ("float32", "bf16") for kind in ("eager", "graph")] if cuda else [("float32", "eager")]:
             found = curve(Setting(size, 40, folder, device, precision, **common), phase, steps, implementation, kind, say)
-            bad, words = trouble(found, wanted, precision)
-            say(f"{phase}, {precision}, {kind}, {steps} steps on {device.type} against the twins on the CPU: {words}")
-            red += [f"{phase}, {precision}, {kind}: {line}" for line in bad + [f"no CUDA graph: {found.off}"] * bool(found.off)]
+            red += held_against(found, wanted, precision, f"{phase}, {precision}, {kind}", f"{steps} steps on {device.type}", say)
         setting = Setting(size, 40, folder, device, "bf16" if cuda else "float32", **common)
         red += whole(setting, phase, max(2, steps // 5), "graph" if cuda else "eager", implementation, say)
     return red
@@ -169,10 +174,8 @@ def compiled(device: torch.device, folder: Path, steps: int = 200, size: str = "
     try:
         found = curve(Setting(size, 40, folder, device, "float32", **common), phase, steps, implementation, "compiled", say)
     except Exception as error:  # a compiler that is missing, or does not know an op
-        return [f"{phase}, float32, compiled: {type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"]
-    bad, words = trouble(found, wanted, "float32")
-    say(f"{phase}, float32, compiled, {steps} steps on {device.type} against the twins on the CPU: {words}")
-    return [f"{phase}, float32, compiled: {line}" for line in bad]
+        return [f"{phase}, float32, compiled: {told(error)}"]
+    return held_against(found, wanted, "float32", f"{phase}, float32, compiled", f"{steps} steps on {device.type}", say)
 
 
 def waits(device: torch.device, folder: Path, phases: tuple[str, ...] = PHASES) -> list[str]:

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from bench import ROOT, curves, equality, lineup, measure, roofline, rows  # noqa: E402
-from bench.arguments import Parser, above_zero, complain, positive, results_file, say  # noqa: E402
+from bench.arguments import Parser, above_zero, complain, positive, results_file, say, told  # noqa: E402
 from bench.aside import together  # noqa: E402
 from bench.case import SIZES, Case, Provider, Setting  # noqa: E402
 from bench.cases import CASES  # noqa: E402
@@ -199,7 +199,7 @@ def _noting(case: Case, setting: Setting, red: dict[str, str], name: str):
         red[name] = str(unequal)
     except Exception as error:  # a launch that the device refuses, memory that is not there, a library that fails
         traceback.print_exc()
-        red[name] = f"{title(case, setting)}: {type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"
+        red[name] = f"{title(case, setting)}: {told(error)}"
     if name in red:
         say(red[name])
 
@@ -293,7 +293,7 @@ def compile_job(arguments: argparse.Namespace, folder: Path, key: tuple[str, flo
     try:
         measure.warmed_up(case, run.providers[stem(case)][provider].build(setting), setting.device)
     except Exception as error:
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"
+        return told(error)
     return ""
 
 

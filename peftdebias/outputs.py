@@ -100,7 +100,7 @@ def held(partial: Path, make: Callable[[], object]) -> Iterator[None]:
     descriptor = None
     try:
         try:
-            _tidy(partial.parent.glob(glob.escape(partial.name.rpartition("-")[0]) + "-*"))
+            _tidy(_partials(partial))
             while True:
                 make()
                 if fcntl is None:
@@ -122,11 +122,17 @@ def held(partial: Path, make: Callable[[], object]) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _tidy(found: Iterable[Path]) -> None:
-    """Remove those of these partials that nobody writes any more: whom the lock was of is gone, on whatever machine."""
+def _partials(partial: Path) -> Iterator[Path]:
+    """All of the same result."""
+    return partial.parent.glob(glob.escape(partial.name.rpartition("-")[0]) + "-*")
+
+
+def _tidy(found: Iterable[Path]) -> bool:
+    """Remove those of these partials that nobody writes any more: whom the lock was of is gone, on whatever machine. Whether somebody writes another, where the system knows
+    such locks."""
     if fcntl is None:
-        return
-    partials: list[Path] = []
+        return False
+    written, partials = False, []
     with contextlib.suppress(OSError):  # of a folder that goes meanwhile
         partials += found
     for left in partials:
@@ -137,25 +143,11 @@ def _tidy(found: Iterable[Path]) -> None:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _remove(left)
-            finally:
-                os.close(descriptor)
-
-
-def _is_written(target: Path) -> bool:
-    """Whether a living process holds a partial of it, where the system knows such locks."""
-    partials: list[Path] = []
-    with contextlib.suppress(OSError):  # of a folder that may not be read
-        partials += target.parent.glob(glob.escape(f".{_cut(target.name)}.partial-") + "*") if fcntl is not None else ()
-    for partial in partials:
-        with contextlib.suppress(OSError):  # it has just become the folder, or was given up; a file system without locks
-            descriptor = os.open(partial, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                return True
+                written = True
             finally:
                 os.close(descriptor)
-    return False
+    return written
 
 
 def _remove(path: Path) -> None:
@@ -184,7 +176,7 @@ def writing_folder(out: Path, overwrite: bool, what: str, replaceable: Callable[
     check()
     target = Path(os.path.realpath(out))  # a link stays one
     partial = partial_of(target)
-    if _is_written(target):
+    if _tidy(_partials(partial)):
         raise ConfigError(f"--out {out}: another process is at work there; expected it to end first, or another folder")
     old = partial.with_name(partial.name.replace(".partial-", ".old-"))
     made = [folder for folder in partial.parents if not os.path.exists(folder)]  # by us, the innermost first

@@ -179,7 +179,7 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
     _expect_precision(schedule, device)
     optimizer = make_optimizer(parameters, schedule)
     decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    with _left_as_found(model, optimizer), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), rounded_beforehand(model, schedule.precision), \
+    with _at_rest(model, optimizer), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), rounded_beforehand(model, schedule.precision), \
             model.recomputing(schedule.save_memory), _bar(schedule.steps, label) as bar:
         _seed(device, schedule.seed)
         before = _scores(model, task, schedule)
@@ -216,7 +216,7 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
 
 
 @contextlib.contextmanager
-def _left_as_found(model: Model, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def _at_rest(model: Model, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Behind it, however it ends, the model answers (without dropout), and no gradient stands that a training after this one would have beside its own."""
     try:
         yield
