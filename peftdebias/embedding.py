@@ -200,7 +200,8 @@ class Debiased:
         except OSError as error:
             raise ConfigError(f"export {path}: cannot be written: {error.strerror}") from None
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a file system that is read-only says so of what is not there, too
+                partial.unlink()
         return path
 
     # ---- inside

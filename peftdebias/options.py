@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import numbers
 import os
+import re
 import sys
 import tomllib
 import types
@@ -100,14 +101,22 @@ def _shown(field: dataclasses.Field) -> str:
 
 
 def resolve(cls: type, given: dict):
-    """An instance of `cls` from typed flags and, under "config", a TOML file. Raises ConfigError on unknown keys, wrong types and what is missing."""
+    """An instance of `cls` from typed flags and, under "config", a TOML file. Raises ConfigError on unknown keys, wrong types and values, and what is missing."""
     given = {key: value for key, value in given.items() if value is not None and value != []}
-    values = _read_toml(cls, given.pop("config")) if "config" in given else {}
+    path = given.pop("config", None)
+    values = {} if path is None else _read_toml(cls, path)
     for field in dataclasses.fields(cls):
         pair = {field.name, field.metadata["instead"]} if field.metadata["instead"] else set()
         if len(pair & set(given)) == 1:
             values = {key: value for key, value in values.items() if key not in pair}
-    return build(cls, values | checked(cls, given))
+    typed = checked(cls, given)
+    try:
+        return build(cls, values | typed)
+    except ConfigError as error:
+        key = next((key for key in values.keys() - typed.keys() if re.match(rf"{flag(key)}(?![\w-])", str(error))), None)
+        if key is None:
+            raise
+        raise ConfigError(f"{path}: {key.rstrip('_')}{str(error).removeprefix(flag(key))}") from None  # nobody typed that flag
 
 
 def build(cls: type, values: dict):

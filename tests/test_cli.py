@@ -257,6 +257,8 @@ SWEEP = {
     "out is a folder": (lambda b: ["predict", b.runs["plain"], b.small.heldout, "--out", b.folder], "expected a file to write, got a folder"),
     "unknown config key": (lambda b: b.up("--config", b.file("c.toml", "stepz = 3\n")), "c.toml: unknown key 'stepz'; expected one of "),
     "wrong type in TOML": (lambda b: b.up("--config", b.file("c.toml", 'steps = "3"\n')), "c.toml: steps: expected a whole number, got '3'"),
+    "wrong value in TOML": (lambda b: b.up("--config", b.file("c.toml", "attribute-weight = 0\n")), "c.toml: attribute_weight: expected a number from 1 to 1000, got 0"),
+    "wrong value over TOML": (lambda b: b.up("--config", b.file("c.toml", "attribute-weight = 2\n"), **{"attribute-weight": 0}), "peftdebias: --attribute-weight: expected a number"),
     "TOML that is none": (lambda b: b.up("--config", b.file("c.toml", "steps\n")), r"--config .*c.toml: expected TOML, got .*line 1"),
     "missing TOML": (lambda b: b.up("--config", b.folder / "none.toml"), "none.toml: no such file"),
     "nothing given": (lambda b: ["upstream"], "missing: --axis, --model, --corpus, --out "),

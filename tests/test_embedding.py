@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -404,6 +405,19 @@ def test_a_file_that_cannot_be_written_leaves_nothing(model, tmp_path, monkeypat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [p.name for p in tmp_path.iterdir()] == ["folder.pt2"]
+
+
+def test_a_file_system_that_is_read_only_is_said_in_a_line(model, tmp_path, monkeypatch):
+    """It refuses to remove what is not there, too."""
+    def refused(self, *args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(embedding, "export_padded", lambda padded: None)
+    monkeypatch.setattr(torch.export, "save", lambda program, file, extra_files: file.write(b"x"))
+    monkeypatch.setattr(Path, "write_bytes", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(ConfigError, match=f"^export {tmp_path}/x.pt2: cannot be written: Read-only file system$"):
+        model.export(tmp_path / "x.pt2")
 
 
 def test_modules_made_for_another_base_come_in_by_force(folders, tmp_path):
