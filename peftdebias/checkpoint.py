@@ -39,6 +39,8 @@ FORMAT = 1
 WRITERS = ("upstream", "downstream", "import")
 """The commands that write runs."""
 RUN_FILES = ("config.toml", "versions.json", "metrics.jsonl", "adapter.json")
+SIZES = {"type": "kind", "layers": "layers", "hidden": "hidden", "vocab": "vocab"}
+"""What a header says of the base's sizes -> the field of its EncoderConfig."""
 SOURCES = ("model", "corpus", "valid", "adapter", "train", "dev", "test", "cache")
 """The keys of a run's configuration that name files, folders and patterns."""
 PACKAGES = ("tokenizers", "safetensors", "numpy", "triton")
@@ -52,8 +54,7 @@ def describe_base(model: Model) -> dict:
 
 
 def _sizes(model: Model) -> dict:
-    c = model.config
-    return {"type": c.kind, "layers": c.layers, "hidden": c.hidden, "vocab": c.vocab}
+    return {name: getattr(model.config, own) for name, own in SIZES.items()}
 
 
 @dataclasses.dataclass
@@ -68,20 +69,34 @@ class Adapter:
 
 
 def save_adapter(folder: str | Path, method: Method, axis: str, base: dict, about: dict | None = None) -> None:
-    """Write adapter.json and adapter.safetensors, in the place of those that are there, of which none is ever beside one of the others. base: describe_base of the model it
-    belongs to."""
+    """Write adapter.json and adapter.safetensors, in the place of those that are there, of which none is ever beside one of the others; numbers are float32. axis: what it was
+    learnt on, its name when attached. base: describe_base of the model it belongs to. about: what else adapter.json says.
+
+    Raises AdapterError on what no folder could give back, OSError where it cannot be written; nothing is written then.
+    """
+    if not isinstance(method, Method) or method.trains_base:
+        raise AdapterError(f"save_adapter: expected a method with tensors of its own, got {method.name if isinstance(method, Method) else type(method).__name__}")
+    if not isinstance(axis, str) or not axis or "/" in axis:
+        raise AdapterError(f"save_adapter: axis: expected a name without '/', got {axis!r}")
+    if not isinstance(base, dict) or not set(SIZES) <= set(base):
+        raise AdapterError(f"save_adapter: base: expected what describe_base says of the model, got {base!r}")
+    content = {"format": FORMAT, "method": method.name, "axis": axis, "config": dataclasses.asdict(method.saved_config()), "base": base} | (about or {})
+    try:
+        text = json.dumps(content, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"save_adapter: expected what JSON can hold, got {error}") from None
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in method.state().items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     header, tensors = folder / "adapter.json", folder / "adapter.safetensors"
     partial = partial_of(tensors)
-    content = {"format": FORMAT, "method": method.name, "axis": axis, "config": dataclasses.asdict(method.saved_config()), "base": base} | (about or {})
     try:
         partial.touch()  # what forbids it says so itself, with its number
         with held(partial, partial.touch):
-            write_tensors(method.state(), partial)
+            write_tensors(state, partial)
             header.unlink(missing_ok=True)
             partial.replace(tensors)
-            write_text(header, json.dumps(content, indent=2) + "\n")
+            write_text(header, text)
     except NotMade as error:
         raise OSError(errno.EIO, error.args[0], str(tensors)) from None
     except OSError as error:
@@ -318,7 +333,8 @@ def load_run(path: str | Path, adapters: tuple[str, ...] | None = (), device: st
              dtype: torch.dtype = torch.float32, **options) -> Run:
     """A run folder (its base, head and modules) or a plain model folder, plus further `adapters`; in eval mode.
 
-    force: as in load_adapter. dtype: of all parameters at the end. options: of weights.load_model. An upstream run of a module keeps no base: it is loaded from where the run found it.
+    force: as in load_adapter. dtype: of all parameters at the end. options: of weights.load_model. An upstream run of a module keeps no base: it is loaded from where the run found it;
+    modules that it was learnt beside are not part of it either, and a warning names those that `adapters` leaves out.
     Raises ModelError on a folder that holds no such model, AdapterError on a module that does not belong to it, ConfigError on what are no folders or no kind of number.
     """
     if not isinstance(path, (str, os.PathLike)):
@@ -343,10 +359,13 @@ def load_run(path: str | Path, adapters: tuple[str, ...] | None = (), device: st
             except ModelError as error:
                 raise ModelError(f"{path}: a module, whose base was {config['model']}: {error}") from None
     attached = attach_adapters(loaded.model, (*map(str, own), *map(str, adapters or ())), force)
-    for line in loaded.report.missed():
+    beside = config.get("adapter", []) if config.get("command") == "upstream" and len(attached) - len(own) < len(config.get("adapter", [])) else []
+    for line in (*loaded.report.missed(), *([f"{path}: its module was learnt beside {', '.join(beside)}; attached is {', '.join(loaded.model.methods)} alone"] if beside else [])):
         warnings.warn(line, stacklevel=2)
     sources = dict(zip(loaded.model.methods, (adapter.folder for adapter in attached)))
-    return Run(loaded.model.to(device, dtype).eval(), loaded.tokenizer, config, loaded.report, sources)
+    with torch.inference_mode(False):  # as load_model reads it
+        model = loaded.model.to(device, dtype).eval()
+    return Run(model, loaded.tokenizer, config, loaded.report, sources)
 
 
 def made_of(values: dict) -> dict:

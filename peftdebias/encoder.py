@@ -367,20 +367,14 @@ class Model(nn.Module):
     def without(self, *names: str) -> Iterator["Model"]:
         """Inside the `with` block the named methods are off, for every thread; merged ones too, by the base tensors that merge kept. Raises AdapterError on another name."""
         hooks = self.encoder.hooks
-        block = {hooks.known("without", name) for name in names}
-        hooks.turned_off.append(block)
-        hooks.settle()
-        try:
+        with hooks.without({hooks.known("without", name) for name in names}):
             yield self
-        finally:
-            hooks.turned_off = [other for other in hooks.turned_off if other is not block]
-            hooks.settle()
 
     def train(self, mode: bool = True) -> "Model":
         """As nn.Module.train; methods that are frozen stay in eval mode, so that their dropout is off."""
         super().train(mode)
         for method in self.methods.values():
-            method.training = mode and any(p.requires_grad for p in method.parameters().values())
+            method.train(mode)
         return self
 
     def load_state_dict(self, *args, **kwargs):

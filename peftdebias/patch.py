@@ -61,10 +61,11 @@ def attach(model: Model, name: str, method: Method) -> None:
         if site not in places:
             parameter_at(model, site)
     device, dtype = model.device, model.encoder.embeddings.word.weight.dtype
-    for parameter in method.parameters().values():
-        parameter.data = parameter.data.to(device, dtype)
+    with torch.inference_mode(False):  # what is attached inside of it can be trained later
+        for parameter in method.parameters().values():
+            parameter.data = parameter.data.to(device, dtype)
     model.encoder.hooks.add(name, method, sites)
-    model.train(model.training)
+    method.train(model.training)
 
 
 def detach(model: Model, name: str) -> Method:
@@ -83,7 +84,8 @@ def train_only(model: Model, parameters: Iterable[Parameter]) -> None:
     wanted = {id(p) for p in parameters}
     for parameter in all_parameters(model).values():
         parameter.requires_grad_(id(parameter) in wanted)
-    model.train(model.training)
+    for method in model.methods.values():
+        method.train(model.training)
 
 
 def all_parameters(model: Model) -> dict[str, Parameter]:

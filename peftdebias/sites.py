@@ -5,8 +5,12 @@ What it adds over encoder.py: everything about methods that the encoder needs to
 Letters: T tokens in the batch, D hidden, F feed-forward, H heads, W head width, P prefix length.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +146,22 @@ class Merged:
             parameter.data = written if merged else kept
 
 
+_all: "weakref.WeakSet[Hooks]" = weakref.WeakSet()
+
+
+def _forked() -> None:
+    """In a child of os.fork the blocks of the parent's other threads end: nobody is there to end them."""
+    for hooks in list(_all):
+        own = [block for block in hooks.turned_off if block[0] == threading.get_ident()]
+        if len(own) < len(hooks.turned_off):
+            hooks.turned_off = own
+            hooks.settle()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 class Hooks:
     """The methods attached to one encoder, by name, in the order they were attached; those in `off` are passed over.
 
@@ -152,7 +172,8 @@ class Hooks:
         self.methods: dict[str, object] = {}
         self.off: set[str] = set()
         self.merged: Merged | None = None
-        self.turned_off: list[set[str]] = []  # by each open `without`
+        self.turned_off: list[tuple[int, set[str]]] = []  # (thread, names) of each open `without`
+        _all.add(self)
         self.folded: set[str] = set()
         self._at: dict[str, list] = {}
         self._hosts: dict[str, set[str]] = {}
@@ -160,6 +181,7 @@ class Hooks:
     def __setstate__(self, state: dict) -> None:
         """A copy's methods are on: the `without` blocks that are open are the original's, and only those end there."""
         self.__dict__.update(state, turned_off=[])
+        _all.add(self)
         self.settle()
 
     def add(self, name: str, method, sites: tuple[str, ...]) -> None:
@@ -174,11 +196,23 @@ class Hooks:
 
     def settle(self) -> None:
         """Must follow any change of `turned_off`, `merged` and `folded`: what is merged is in the weights unless one of it is turned off, and then only the others act by their hooks."""
-        out = set().union(*self.turned_off)
+        out = set().union(*(names for _, names in self.turned_off))
         if self.merged is not None:
             self.merged.place(not self.merged.names & out)
         self.off = out | self.folded | (self.merged.names if self.merged is not None and self.merged.placed else set())
         self.refresh()
+
+    @contextlib.contextmanager
+    def without(self, names: set[str]) -> Iterator[None]:
+        """Inside the `with` block these are off, for every thread."""
+        block = threading.get_ident(), names
+        self.turned_off.append(block)
+        self.settle()
+        try:
+            yield
+        finally:
+            self.turned_off = [other for other in self.turned_off if other is not block]
+            self.settle()
 
     def known(self, what: str, name: object) -> str:
         """`name`, which is attached. Raises AdapterError about `what` on another."""

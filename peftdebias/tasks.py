@@ -31,15 +31,17 @@ to hand the same pages out again."""
 # ---------------------------------------------------------------- scores without gradients
 
 def in_eval(function):
-    """Runs a function whose first argument is a Model in eval mode and without gradients, then puts the mode back."""
+    """Runs a function whose first argument is a Model in eval mode and without gradients, then puts back the mode of every part."""
     def run(model: Model, *args, **kwargs):
-        mode = model.training
-        model.eval()
+        training = [part for part in (*model.modules(), *model.methods.values()) if part.training]
+        for part in training:
+            part.training = False
         try:
             with torch.no_grad():
                 return function(model, *args, **kwargs)
         finally:
-            model.train(mode)
+            for part in training:
+                part.training = True
     run.__doc__, run.__name__ = function.__doc__, function.__name__
     return run
 

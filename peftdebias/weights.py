@@ -301,6 +301,7 @@ class NoInit(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+@torch.inference_mode(False)  # what is read inside of it can be trained later
 def load_model(folder: str | Path, *, mlm: bool | None = None, labels: tuple[str, ...] | None = None, dtype: torch.dtype = torch.float32,
                seed: int = 0) -> tuple[Model, LoadReport]:
     """A model from a folder or cached name.

@@ -1,8 +1,10 @@
 """Adapter files and run folders: what is written comes back, only for the base it belongs to, and a run is there whole or not at all."""
 
+import copy
 import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
 import tomllib
@@ -78,6 +80,31 @@ def test_a_module_that_takes_anothers_place_is_never_mixed_with_it(stops, saved,
     monkeypatch.undo()
     save_adapter(saved, other, "race", checkpoint.describe_base(model_of()))
     assert load_adapter(saved, model_of()).method.config.rank == 2
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"axis": Path("gender")}, "axis: expected a name without '/', got PosixPath('gender')"), ({"axis": None}, "axis: expected a name without '/', got None"),
+    ({"axis": "a/b"}, "axis: expected a name without '/', got 'a/b'"), ({"axis": ""}, "axis: expected a name without '/', got ''"),
+    ({"base": None}, "base: expected what describe_base says of the model, got None"), ({"base": {}}, "base: expected what describe_base says of the model, got {}"),
+    ({"method": "lora"}, "expected a method with tensors of its own, got str"), ({"method": methods.create("full", TINY)}, "expected a method with tensors of its own, got full"),
+    ({"about": {"when": Path("x")}}, "expected what JSON can hold, got Object of type PosixPath is not JSON serializable")])
+def test_what_no_folder_could_give_back_is_refused_before_anything_is_written(changed, words, saved):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    given = {"method": lora(model_of(), rank=2), "axis": "race", "base": checkpoint.describe_base(model_of())} | changed
+    with pytest.raises(AdapterError, match=f"^save_adapter: {re.escape(words)}$"):
+        save_adapter(saved, **given)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_a_module_in_sixteen_bits_is_written_in_float32(tmp_path):
+    model = model_of()
+    method = lora(model, rank=2)
+    peftdebias.attach(model, "race", method)
+    save_adapter(tmp_path, method, "race", checkpoint.describe_base(model_of()))
+    whole = load_adapter(tmp_path, model_of()).method.state()
+    save_adapter(tmp_path, copy.deepcopy(model).half().methods["race"], "race", checkpoint.describe_base(model_of()))
+    found = safetensors.torch.load_file(tmp_path / "adapter.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32} and all(found[name].equal(tensor.half().float()) for name, tensor in whole.items())
 
 
 def test_versions_that_differ_are_all_told():

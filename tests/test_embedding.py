@@ -200,6 +200,61 @@ def test_a_child_process_waits_for_nobody(model):
     other.join()
 
 
+def test_in_a_child_process_the_blocks_of_other_threads_have_ended(model):
+    """It would leave a module off for good; a block of the thread that forks goes on and ends there."""
+    on, taken, done = model.encode(TEXTS), threading.Event(), threading.Event()
+    with model.without("race"):
+        own = model.encode(TEXTS)
+
+    def hold():
+        with model.run.model.without("gender"):
+            taken.set()
+            done.wait(20)
+
+    def answers():
+        with model.run.model.without("race"):
+            if (child := os.fork()) == 0:
+                within = model.encode(TEXTS).equal(own)
+                os._exit(0 if within and not (model.run.model.encoder.hooks.off - {"race"}) else 1)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    other = threading.Thread(target=hold)
+    other.start()
+    try:
+        assert taken.wait(20) and not model.encode(TEXTS).equal(on)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads
+            assert answers() == 0
+    finally:
+        done.set()
+        other.join()
+    assert model.encode(TEXTS).equal(on)
+
+
+def test_an_answer_leaves_every_part_in_the_mode_it_had(model):
+    inside, method = model.run.model, model.run.model.methods["gender"]
+    inside.train()
+    inside.encoder.eval()
+    method.training = True
+    before = [part.training for part in inside.modules()]
+    try:
+        seen = model.encode(TEXTS)
+        assert [part.training for part in inside.modules()] == before and True in before and False in before and method.training
+    finally:
+        inside.eval()
+    assert not method.training and model.encode(TEXTS).equal(seen)  # answered without dropout all the same
+
+
+def test_what_is_loaded_under_inference_mode_can_be_trained_and_rounded(folders):
+    with torch.inference_mode():
+        model = peftdebias.load(folders / "plain", [folders / "third"])
+        made = methods.create("lora", model.run.model.config)
+    parameters = [*model.run.model.parameters(), *model.run.model.methods["religion"].parameters().values(), *made.parameters().values()]
+    assert not any(parameter.is_inference() for parameter in parameters)
+    model.run.model.half()
+    assert model.encode(TEXTS).isfinite().all()
+
+
 def test_threads_share_a_model(model):
     """Each thread's answers are those of its own block, whatever the others do meanwhile, and afterwards all modules are on."""
     on = model.encode(TEXTS)

@@ -104,10 +104,15 @@ class Method:
         """Its own parameters by name: what is trained, counted and saved."""
         return self.values
 
+    def train(self, mode: bool = True) -> None:
+        """In training mode where `mode` says so and something of it is trained."""
+        self.training = mode and any(p.requires_grad for p in self.parameters().values())
+
     def state(self) -> dict[str, Tensor]:
         """The tensors to save, detached, on the CPU."""
         return {name: p.detach().cpu().contiguous() for name, p in self.parameters().items()}
 
+    @torch.inference_mode(False)
     def load(self, state: dict[str, Tensor]) -> None:
         """Take saved tensors. Raises AdapterError on a name or shape that does not match, and on numbers that are none."""
         own = self.parameters()
@@ -221,6 +226,7 @@ def linear_kinds(chosen: tuple[str, ...], what: str) -> tuple[str, ...]:
     return tuple(kind for kind in LINEARS if kind in {known[name] for name in chosen})
 
 
+@torch.inference_mode(False)  # what is made inside of it can be trained later
 def create(name: str, encoder_config: EncoderConfig, *, budget: float | None = None, options: dict | None = None, seed: int = 0,
            max_length: int = 256) -> Method:
     """A new method. options: fields of its Config. budget: share of base_parameters that its size should come nearest to, with room left for texts of
@@ -298,6 +304,7 @@ def outline(cls: type[Method], config, encoder_config: EncoderConfig) -> Method:
         raise ConfigError(f"{cls.name}: expected sizes that a tensor can have, got {config}") from None
 
 
+@torch.inference_mode(False)
 def restored(cls: type[Method], config, encoder_config: EncoderConfig, state: dict[str, Tensor]) -> Method:
     """A method of `config` with the saved tensors `state` in it. Raises ConfigError or AdapterError, before anything of its size is made, where they do not fit:
     a configuration from elsewhere may ask for more than memory holds."""

@@ -157,6 +157,7 @@ class Sparse(Method):
         saved = {f"{site}.values": v for site, v in super().state().items()}
         return saved | {f"{site}.indices": self.indices[site].cpu().to(torch.int32) for site in self.values}
 
+    @torch.inference_mode(False)
     def load(self, state: dict[str, Tensor]) -> None:
         known = set(self.sites(self.encoder_config))
         found = {name.removesuffix(".values"): tensor for name, tensor in state.items() if name.endswith(".values")}
