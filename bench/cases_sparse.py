@@ -23,7 +23,7 @@ from peftdebias.tasks import MaskedLM
 from peftdebias.weights import load_model
 
 from .case import Case, Provider, Setting, Work, output_bound
-from .cases_steps import facts, mean_loss_and_gradients, model_folder, needed_flops, save_adapter, schedule, without_key_bias
+from .cases_steps import facts, mean_loss_and_gradients, model_folder, needed_flops, save_adapter, schedule, state_bytes, without_key_bias
 from .texts import texts
 
 
@@ -66,7 +66,8 @@ def stage(number: int) -> Callable[[Setting], Work]:
         patch.train_only(model, parameters.values())
         plan, batches = schedule(setting), texts(setting)
         task = types.SimpleNamespace(loss=lambda model, batch: MaskedLM.loss(None, model, batch))
-        step = training.STEPS["eager"](model, task, training.make_optimizer(parameters, plan), parameters, clip=plan.clip, precision=plan.precision, pull=pull)
+        optimizer = training.make_optimizer(parameters, plan)
+        step = training.STEPS["eager"](model, task, optimizer, parameters, clip=plan.clip, precision=plan.precision, pull=pull)
         packed = [pack(batch) for batch in batches]
         count = sum(len(batch.targets) for batch in packed)
 
@@ -87,7 +88,7 @@ def stage(number: int) -> Callable[[Setting], Work]:
 
         model.train()
         return Work(run, results, steps=len(packed), tokens=sum(len(b.ids) for b in packed), flops=needed_flops(setting, "sparse"), extra=facts(setting, batches, "sparse"),
-                    held=held, save=(lambda folder: save_adapter(folder, model, method)) if number == 2 else None)
+                    held=held, state=state_bytes(optimizer), save=(lambda folder: save_adapter(folder, model, method)) if number == 2 else None)
 
     return build
 

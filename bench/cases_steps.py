@@ -119,6 +119,15 @@ def needed_flops(setting: Setting, name: str) -> float:
 
 # ---------------------------------------------------------------- ours
 
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of what an optimizer of ours has made already, torch's classes make it in their first step; FlatAdamW's gradients lie in one tensor too, whose pages are there from now on."""
+    flat = getattr(optimizer, "flat", ())
+    if flat:
+        optimizer.gradient.zero_()
+    made = [t for of_group in flat for t in of_group[1:]] or [t for of_one in optimizer.state.values() for t in of_one.values() if torch.is_tensor(t)]
+    return sum(t.numel() * t.element_size() for t in made)
+
+
 def ours(name: str, kind: str = "eager", folded: bool = False, precision: str | None = None) -> Callable[[Setting], Work]:
     """Packed, length-bucketed batches, the head and the last layer on the rows asked for; the step of our own training loop. kind: one of training.STEPS. precision: in place of
     the setting's."""
@@ -142,8 +151,6 @@ def ours(name: str, kind: str = "eager", folded: bool = False, precision: str | 
         packed = [pack(batch) for batch in (labelled(batches) if full else batches)]
         loss = (lambda model, batch: mlm_loss(model.class_logits(batch), batch.targets)) if full else (lambda model, batch: MaskedLM.loss(None, model, batch))
         task, optimizer = types.SimpleNamespace(loss=loss), training.make_optimizer(parameters, plan)
-        # Ours has it from the start, torch's classes from the first step on; FlatAdamW's gradients lie in one tensor too.
-        state = [t for flat in getattr(optimizer, "flat", ()) for t in flat[1:]] or [t for of_one in optimizer.state.values() for t in of_one.values() if torch.is_tensor(t)]
         decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         step = training.STEPS[kind](model, task, optimizer, parameters, clip=plan.clip, precision=plan.precision)
         count = sum(len(batch.targets) for batch in packed)
@@ -167,7 +174,7 @@ def ours(name: str, kind: str = "eager", folded: bool = False, precision: str | 
             expect_replayed(step, setting.device)
 
         work = Work(run, results, steps=len(packed), tokens=sum(len(b.ids) for b in packed), flops=needed_flops(setting, name), extra=facts(setting, batches, name),
-                    state=sum(t.numel() * t.element_size() for t in state), save=None if full else (lambda folder: save_adapter(folder, model, method)))
+                    state=state_bytes(optimizer), save=None if full else (lambda folder: save_adapter(folder, model, method)))
         if kind == "graph" and setting.device.type == "cuda":
             def most() -> None:
                 step.eagerly(max(packed, key=lambda batch: len(batch.ids)), plan.lr)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import numpy
 import pytest
 import torch
 
+from peftdebias.optimizer import FlatAdamW
+
 from .benched import FIELDS, HAVE_BOTH, ROOT, modules, planted, quick  # noqa: F401  (quick is a fixture)
 from .outside import one_thread  # noqa: F401  (a fixture: small models on one thread)
 
-bench = modules("case", "cases", "cases_adamw", "cases_native", "cases_steps", "equality", "gpu", "lineup", "measure", "rows", "run", "texts")
+bench = modules("case", "cases", "cases_adamw", "cases_native", "cases_sparse", "cases_steps", "equality", "gpu", "lineup", "measure", "rows", "run", "texts")
 
 
 # ---------------------------------------------------------------- registry
@@ -368,6 +371,24 @@ def test_every_roof_is_what_has_to_be_moved_and_multiplied(bench, tmp_path):
         assert roof(name, 2, longest=5) == ((2 * pairs, 4 * tensor), (5 * pairs, 8 * tensor))
     norm, update = roof("whole_adamw", 1)
     assert norm[1] * 7 == update[1]
+
+
+def test_what_an_optimizer_holds_already_is_counted_and_there(bench):
+    """Pages that nobody wrote to would be counted a second time, in the pass."""
+    parameters = [torch.nn.Parameter(torch.ones(5, 3)), torch.nn.Parameter(torch.ones(7))]
+    flat = FlatAdamW([{"params": parameters}], 1e-3)
+    flat.gradient.fill_(math.nan)
+    assert bench.cases_steps.state_bytes(flat) == 3 * 4 * 22 and not flat.gradient.any() and flat.flat[0][3].data_ptr() == flat.gradient.data_ptr()
+    theirs = torch.optim.AdamW(parameters)
+    assert bench.cases_steps.state_bytes(theirs) == 0  # it makes its own in the first step
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_stage_of_sparse_counts_its_optimizer(bench, number, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench.cases_sparse, "state_bytes", lambda optimizer: seen.append(optimizer) or 77)
+    work = bench.cases_sparse.stage(number)(bench.case.Setting("micro", 20, tmp_path, sequences=4, longest=48))
+    assert work.state == 77 and sum(p.numel() for group in seen[0].param_groups for p in group["params"]) > 0
 
 
 @pytest.mark.skipif(not HAVE_BOTH, reason="compares with transformers and peft, which are not installed")

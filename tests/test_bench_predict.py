@@ -74,7 +74,7 @@ def test_a_difference_is_red_and_nothing_is_timed(bench, task, monkeypatch, caps
 def test_rows_bars_and_ceiling(bench, task, left_out, capsys, tmp_path, monkeypatch):
     """Providers of both sides, each in its own process."""
     library("transformers"), library("peft")
-    one_call, whole_file = ([name for name in names if name not in left_out] for names in (bench.cases_predict.ONE_CALL, bench.cases_predict.WHOLE_FILE))
+    one_call, whole_file = ([name for name in names if name not in (*left_out, *bench.cases_predict.IN_BF16)] for names in (bench.cases_predict.ONE_CALL, bench.cases_predict.WHOLE_FILE))
     monkeypatch.setattr(bench.predict, "ONE_CALL", one_call), monkeypatch.setattr(bench.predict, "WHOLE_FILE", whole_file)
     monkeypatch.setattr(bench.compare, "GEMM", (64, 96, 128))
     out = tmp_path / "rows.json"
