@@ -29,6 +29,10 @@ def main() -> None:
     model, data = a.shared / "models" / "bert-tiny-mlm", a.shared / "data"
     on = f"--bias-type gender --on crows-pairs={data}/crows_pairs/crows_pairs_anonymized.csv --on perplexity={data}/corpus/wikitext2_valid.txt"
     splits = " ".join(f"--{s} {data}/bug_professions/{s}.jsonl" for s in ("train", "dev", "test"))
+    needed = [model, *(data / name for name in ("crows_pairs/crows_pairs_anonymized.csv", "corpus/wikitext2_valid.txt", "corpus/bug_upstream.txt")),
+              *(data / "bug_professions" / f"{s}.jsonl" for s in ("train", "dev", "test"))]
+    if missing := next((path for path in needed if not path.exists()), None):
+        parser.error(f"shared: {missing}: no such file")
     a.out.mkdir(parents=True, exist_ok=True)
     if not (a.out / "base.json").exists():
         peftdebias(f"evaluate {model} {on} --json {a.out}/base.json")

@@ -296,6 +296,10 @@ def test_the_tables_of_gender_are_of_every_seed_beside_the_base(scripted, monkey
         return {name: 10.0 * (at + 1) + of + (given.get("seed", 0) / 10) for at, name in enumerate(names)}
 
     asked, out = commands(monkeypatch, script, figures), tmp_path / "out"
+    for name in ("models/bert-tiny-mlm", "data/crows_pairs/crows_pairs_anonymized.csv", "data/corpus/wikitext2_valid.txt", "data/corpus/bug_upstream.txt",
+                 *(f"data/bug_professions/{split}.jsonl" for split in ("train", "dev", "test"))):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     monkeypatch.setattr(sys, "argv", ["bug_gender.py", str(tmp_path), str(out), "--seeds", "1", "4"])
     script.main()
     said = capsys.readouterr().out.splitlines()
@@ -342,6 +346,7 @@ def test_every_method_is_learnt_measured_and_used_as_what_it_is(scripted, monkey
     (("all_methods.py", "/nowhere", "out"), "shared: /nowhere: no such folder"),
     (("bug_gender.py", "/nowhere", "out"), "shared: /nowhere: no such folder"),
     (("all_methods.py", "/proc", "out"), "shared: /proc/data/ghc/ghc_train.tsv: no such file"),
+    (("bug_gender.py", "/proc", "out"), "shared: /proc/models/bert-tiny-mlm: no such file"),
     (("stream.py", "waiting", "--model", "/proc/self", "--steps", "1"), "/proc/self: expected a Hugging Face model folder with config.json, found none"),
     pytest.param(("cda.py", "/nowhere"), "file: /nowhere: no such file", marks=pytest.mark.slow),
     pytest.param(("crows.py", "/nowhere", "/nowhere"), "file: /nowhere: no such file", marks=pytest.mark.slow),

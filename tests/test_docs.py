@@ -1,10 +1,12 @@
-"""The documents' tables say what the package has: no name too many, none too few."""
+"""The documents: their tables say what the package has, no name too many, none too few; their links lead somewhere."""
 
 import dataclasses
 import importlib.util
 import re
 from itertools import dropwhile, takewhile
 from pathlib import Path
+
+import pytest
 
 import peftdebias
 from peftdebias import kernels
@@ -45,3 +47,23 @@ def test_ops_their_files_and_their_forms():
 def test_public_names():
     assert not [name for name in peftdebias.__all__ if importlib.util.find_spec(f"peftdebias.{name}")]  # importing that would take the name's place
     assert sorted(name for names, _ in table("docs/embedding.md", "## The public names") for name in code(names)) == sorted({*peftdebias.__all__} - {"__version__"})
+
+
+def slugs(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ +(.*?) *$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+PAGES = [path.relative_to(ROOT) for folder in (ROOT, ROOT / "docs", ROOT / "bench", ROOT / "bench" / "results") for path in sorted(folder.glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_to_files_and_headings_that_are_there(page):
+    wrong = []
+    for link in re.findall(r"\]\(([^()\s]+)\)", (ROOT / page).read_text()):
+        path, _, anchor = link.partition("#")
+        there = (ROOT / page).parent / path if path else ROOT / page
+        if "://" not in link and not (there.exists() and (not anchor or anchor in slugs(there))):
+            wrong.append(link)
+    assert not wrong
