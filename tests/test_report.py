@@ -83,6 +83,24 @@ def test_a_column_of_a_stage_with_several_tasks_names_its_own(tmp_path):
     assert said.code == 2 and "column 'F1' of stage downstream: expected one task with f1/1, got ghc, other" in said.err
 
 
+def test_plots_of_several_tasks_are_of_their_own_columns(tmp_path, monkeypatch):
+    """Each pair once, under its own task's titles; the columns of one task say nothing of which measures of another are drawn."""
+    table, tasks = results(FEW), ("ghc", "other", "third")
+    down = [r for r in table["rows"] if r["stage"] == "downstream"]
+    table["rows"] += [r | {"task": task, "measures": [m | {"value": m["value"] + at} for m in r["measures"]]} for at, task in enumerate(tasks) if at for r in down]
+    columns = [c for c in table["columns"] if c["stage"] == "downstream"]
+    table["columns"] = [c | {"task": task, "title": f"{task} {c['title']}"} for task in tasks[:2] for c in columns] + [columns[1] | {"task": "other", "title": "rate", "measure": "fprd/fpr"}] * 2
+    source, given = recipe.source_of_recipe(result_folder(tmp_path / "ghc", table)), []
+    monkeypatch.setattr(plots.figures, "scatter", lambda ident, alt, points, across, up, *a: given.append((alt, points, across, up)) or "")
+    drawn = [[figure.caption for figure in block.figures] for block in plots.trade_off(source, "x").blocks]
+    ours = ["ghc FPRD against ghc F1"], ["other FPRD against other F1", "rate against other F1"], ["fprd against f1/1"]
+    assert drawn == [["crows-pairs/bias-bench/race-color against stereoset/lm/overall"], *ours]
+    for (alt, points, across, up), caption in zip(given, sum(drawn, [])):
+        assert caption == f"{up.removesuffix(', %')} against {across.removesuffix(', %')}"
+        unit = "%" if up.endswith("%") else "1"
+        assert alt == f"Scatter plot of {caption}: " + "; ".join(f"{system} {number(y, unit)} and {number(x)}" for system, (x, *_), (y, *_) in points)
+
+
 def test_a_column_without_a_figure_is_left_out(tmp_path):
     table = results(FEW)
     for row in table["rows"]:
@@ -458,10 +476,10 @@ def test_a_legend_takes_no_room_from_its_plot():
 
 def test_quality_is_accuracy_where_there_is_one():
     of = {"FT": dict.fromkeys(("f1/macro", "accuracy", "tpr-gap/rms", "tpr-gap/rms-shuffled"))}
-    assert plots._pairs(types.SimpleNamespace(columns=[]), "downstream", of) == ("accuracy", ["tpr-gap/rms"])
+    assert plots._pairs(types.SimpleNamespace(columns=[]), "downstream", "", of) == ("accuracy", ["tpr-gap/rms"])
     names = ("accuracy", "fprd", "fprd/fpr")  # one of each family, or those of the recipe's columns
-    for columns, bias in (([], ["fprd"]), ([{"stage": "downstream", "measure": name} for name in names], ["fprd", "fprd/fpr"])):
-        assert plots._pairs(types.SimpleNamespace(columns=columns), "downstream", {"FT": dict.fromkeys(names)}) == ("accuracy", bias)
+    for columns, bias in (([], ["fprd"]), ([{"stage": "downstream", "task": None, "measure": name} for name in names], ["fprd", "fprd/fpr"])):
+        assert plots._pairs(types.SimpleNamespace(columns=columns), "downstream", "", {"FT": dict.fromkeys(names)}) == ("accuracy", bias)
 
 
 def test_measures_of_several_files_keep_their_ideal_their_meaning_and_their_rate(tmp_path):

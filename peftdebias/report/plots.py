@@ -6,17 +6,17 @@ from .figures import Series
 from .page import Figure, Figures, Section, Table
 from .reading import Source
 from .results import Line, drawn_ends, is_floor, is_quality, is_whole, lines
-from .words import cell, examples, number, stage_title, titled, unit_of
+from .words import cell, examples, is_of, number, stage_title, titled, unit_of
 
 BARS = "Bars are 95 % intervals, cut at what is possible"
 MOST_PANELS = 6  # scatter plots of a stage
 MOST_ROWS = 40  # of a dot plot; the table has all
 
 
-def _pairs(source: Source, stage: str, of: dict[str, dict[str, Line]]) -> tuple[str | None, list[str]]:
-    """(measure of quality, measures of bias) of a stage: those of the paper's columns, else one of each family."""
+def _pairs(source: Source, stage: str, task: str, of: dict[str, dict[str, Line]]) -> tuple[str | None, list[str]]:
+    """(measure of quality, measures of bias) of a task at a stage, each once: those of the paper's columns, else one of each family."""
     names = list(dict.fromkeys(name for found in of.values() for name in found))
-    listed = [c["measure"] for c in source.columns if c["stage"] == stage and c["measure"] in names]
+    listed = list(dict.fromkeys(c["measure"] for c in source.columns if is_of(c, stage, task) and c["measure"] in names))
     names = listed if any(map(is_quality, listed)) and not all(map(is_quality, listed)) else names
     quality = [n for n in names if is_quality(n)]
     best = next((n for n in quality if n != "f1/macro"), quality[0] if quality else None)
@@ -38,18 +38,19 @@ def trade_off(source: Source, ident: str) -> Section | None:
     blocks = []
     for number_, (stage, task) in enumerate(source.stages()):
         of = {system: lines(answers) for system, answers in source.of(stage, task).items()}
-        quality, bias = _pairs(source, stage, of)
+        quality, bias = _pairs(source, stage, task, of)
         made, rows = [], []
         for i, name in enumerate(bias):
             points = [(system, found[quality], found[name]) for system, found in of.items() if quality in found and name in found]
             if len(points) < 2:
                 continue
             x, y = points[0][1:]
-            across, up = titled(source, stage, quality), titled(source, stage, name)
-            alt = f"Scatter plot of {across} against {up}: " + "; ".join(f"{s} {number(a.mean, a.unit)} and {number(b.mean, b.unit)}" for s, a, b in points)
+            across, up = titled(source, stage, task, quality), titled(source, stage, task, name)
+            caption = f"{up} against {across}"
+            alt = f"Scatter plot of {caption}: " + "; ".join(f"{s} {number(b.mean, b.unit)} and {number(a.mean, a.unit)}" for s, a, b in points)
             svg = figures.scatter(f"{ident}-trade-{number_}-{i}", alt, [(s, (a.mean, *drawn_ends(a)), (b.mean, *drawn_ends(b))) for s, a, b in points],
                                   across + unit_of(x.unit), up + unit_of(y.unit), x.ideal, y.ideal, source.baselines.get(stage))
-            made.append(Figure(svg, f"{up} against {across}"))
+            made.append(Figure(svg, caption))
             rows += [(system, quality, cell(a), name, cell(b)) for system, a, b in points]
         if made:
             tables = [Table("The numbers behind the plots", ("system", "quality", "", "bias", ""), rows, folded=True)]

@@ -8,7 +8,7 @@ from .figures import Series
 from .page import Cell, Figure, Figures, Section, Table
 from .reading import Answered, Source
 from .results import Line, by_seed, differences, drawn_ends, is_whole, lines, paired
-from .words import GLOSSARY, STAGES, cell, examples, ideal_of, interval, number, stage_title, unit_of
+from .words import GLOSSARY, STAGES, cell, examples, ideal_of, interval, is_of, number, stage_title, unit_of
 
 ABOUT_COLUMNS = "Mean ± standard deviation over seeds; below it the 95 % interval (of the mean; with one seed, over the examples)"
 ABOUT_PAPER = " and the paper's own figure. The paper trains BERT-base on all of the data; what was run here stands above."
@@ -18,8 +18,7 @@ def column_answers(source: Source, column: dict) -> dict[str, list[Answered]]:
     """system -> the answers that a column of the paper's table is about. Raises DataError where a seed has two."""
     found: dict[str, list[Answered]] = {}
     for system in source.systems:
-        wanted = [a for a in source.answered if (a.system, a.stage) == (system, column["stage"]) and column["measure"] in a.measures
-                  and column["task"] in (None, a.task)]
+        wanted = [a for a in source.answered if a.system == system and is_of(column, a.stage, a.task) and column["measure"] in a.measures]
         if len({a.seed for a in wanted}) < len(wanted):
             raise DataError(f"{source.title}: column {column['title']!r} of stage {column['stage']}: expected one task with {column['measure']}, got "
                             f"{', '.join(sorted({a.task for a in wanted}))}; name one by \"task\" in the column")

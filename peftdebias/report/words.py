@@ -75,9 +75,14 @@ def ideal_of(line: Line) -> str:
     return number(line.ideal, line.unit) if line.ideal is not None else "lower" if bare_name(line.name) in LOWER_IS_BETTER else "chance" if is_floor(line.name) else "–"
 
 
-def titled(source: Source, stage: str, name: str) -> str:
-    """What the paper's table calls a measure, else its name."""
-    return next((c["title"] for c in source.columns if (c["stage"], c["measure"]) == (stage, name)), name)
+def is_of(column: dict, stage: str, task: str) -> bool:
+    """Whether a column of the paper's table is about a task at a stage."""
+    return column["stage"] == stage and column["task"] in (None, task)
+
+
+def titled(source: Source, stage: str, task: str, name: str) -> str:
+    """What the paper's table calls a measure of a task at a stage, else its name."""
+    return next((c["title"] for c in source.columns if is_of(c, stage, task) and c["measure"] == name), name)
 
 
 def duration(seconds: float) -> str:
