@@ -6,6 +6,12 @@ from .metrics.compare import over_seeds, seed_difference
 from .metrics.tally import Difference
 
 
+def column_title(column: dict, columns: list[dict]) -> str:
+    """What stands above a column of results.json: its title, with its task where another of `columns`, those of one table, is called alike."""
+    alike = sum(c["title"] == column["title"] for c in columns) > 1
+    return f"{column['title']} ({column['task']})" if alike and column["task"] else column["title"]
+
+
 def figures(table: dict, column: dict, system: str) -> dict[int, float]:
     """seed -> the figure of a system in a column of results.json."""
     found = {}
@@ -43,7 +49,8 @@ def markdown(table: dict) -> str:
              f"{'Mean ± standard deviation over the seeds' if seeds > 1 else 'Figures of one seed, without a spread; intervals over the examples are in the rows'}{in_brackets}.", ""]
 
     def rows_of(cell) -> list[str]:
-        found = ["| system | " + " | ".join(c["title"] + (f" (ideal {c['ideal']:g})" if c["ideal"] is not None else "") for c in columns) + " |", "|" + "---|" * (len(columns) + 1)]
+        head = ["system", *(column_title(c, columns) + (f" (ideal {c['ideal']:g})" if c["ideal"] is not None else "") for c in columns)]
+        found = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for system in table["systems"]:
             cells = [cell(column, system) for column in columns]
             if any(c != "" for c in cells):

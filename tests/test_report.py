@@ -3,6 +3,7 @@
 How it looks and behaves in a browser is test_report_page.py's business.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -76,6 +77,8 @@ def test_a_column_of_a_stage_with_several_tasks_names_its_own(tmp_path):
     assert "20.00" in text and "Downstream: the classifier (other)" in text
     source = recipe.source_of_recipe(tmp_path / "named")
     (paper,) = (s for s in sections.sections_of(source, "x", 5) if s.id == "x-paper")
+    both = tables.against_paper(dataclasses.replace(source, columns=source.columns + [source.columns[2] | {"task": "other"}]), "x")
+    assert [b.head for b in both.blocks if b.kind == "table"][-2:] == [("system", "F1 (ghc), %", "FPRD", "F1 (other), %"), ("system", "F1 (ghc)", "FPRD", "F1 (other)")]
     assert not any("20.00" in str(row) for b in paper.blocks if b.kind == "table" for row in b.rows)
     for c in table["columns"]:
         c["task"] = None

@@ -39,10 +39,10 @@ def test_every_figure_stands_in_a_table_and_every_method_in_a_drawing():
     about, text, labels = sections_of_testbed(found, "t")
     assert [(s.id, s.title) for s in (text, labels)] == [("t-text", "Planted in the text: the masked-LM"), ("t-labels", "Planted in the labels: the classifier")]
     assert dict(about.blocks[0].rows)["time of one core"] == "48 s"
-    for section, place, names in ((text, "text", TEXT), (labels, "labels", LABELS)):
+    for section, place, names, units in ((text, "text", TEXT, ("", ", nats", "")), (labels, "labels", LABELS, (", %", ", points", ", points", ", %", ", points"))):
         drawings, table = section.blocks
         rows = [row for row in found["rows"] if row["place"] == place]
-        assert [f.caption for f in drawings.figures] == ["lora", "<i>full</i>"] and table.head == ("strength, method", *names) and len(table.rows) == len(rows) == 6
+        assert [f.caption for f in drawings.figures] == ["lora", "<i>full</i>"] and table.head == ("strength, method", *(name + unit for name, unit in zip(names, units))) and len(table.rows) == len(rows) == 6
         for row, (name, *cells) in zip(rows, table.rows):
             assert name.startswith(f"{row['strength']:g} ")
             for measure, cell in zip(names, cells):
@@ -53,11 +53,14 @@ def test_every_figure_stands_in_a_table_and_every_method_in_a_drawing():
 
 
 def test_a_figure_that_is_not_there_and_a_difference_that_holds_no_0(monkeypatch):
-    drawn, found = [], made()
-    monkeypatch.setattr(testbed.figures, "curves", lambda ident, alt, lines, *a, **more: drawn.append(lines[1][2:4]) or "")
+    drawn, told, found = [], [], made()
+    monkeypatch.setattr(testbed.figures, "curves", lambda ident, alt, lines, *a, **more: drawn.append(lines[1][2:4]) or told.append((alt, a[0])) or "")
     sections_of_testbed(found, "t")
     means = [[row["figures"]["stereotype-preference"]["mean"] for row in found["rows"] if (row["place"], row["method"]) == ("text", method)] for method in ("lora", "<i>full</i>")]
     assert drawn[:2] == [([0.4, 0.8], of) for of in means]
+    assert [label for _, label in told] == ["stereotype-preference"] * 2 + ["tpr-gap/rms, points"] * 2
+    gaps = [number(row["figures"]["tpr-gap/rms"]["mean"], "points") for row in found["rows"] if (row["place"], row["method"]) == ("labels", "lora")]
+    assert told[2][0] == f"tpr-gap/rms by link planted in the labels, with lora: 0.4: {gaps[0]}, 0.8: {gaps[1]}"
     found["monotone"]["spearman"] = None  # gaps that are all alike have none
     assert sections_of_testbed(found, "t")[2].notes == []
     for low, high, strong in ((0.1, 0.2, True), (-0.2, -0.1, True), (-0.1, 0.1, False)):

@@ -292,6 +292,8 @@ def test_differences_are_to_the_base_and_paired_by_seed():
     assert "; 1 seed; " in of_one and "\nFigures of one seed, without a spread; intervals over the examples are in the rows.\n" in of_one and "Mean ±" in said and "; 3 seeds; " in said
     assert said.count(", 2 seeds |") == 2 and "(0 of" not in more and "Differences" not in one
     assert said.count("\n|---|---|---|\n") == 2 and "| BERT | 50 |  |" in said and "| FT |  | 15 ± 7.1 |" in said  # a system that a stage leaves out has its row all the same
+    of_two = recipe_table.markdown(whole | {"columns": [up, down | {"task": "jobs"}, down | {"task": "moved"}, down | {"task": "moved", "title": "N"}]})
+    assert of_two.count("\n| system | M (ideal 0) | M (jobs) (ideal 0) | M (moved) (ideal 0) | N (ideal 0) |\n") == 2
 
 
 def test_a_column_that_nobody_fills_is_named_and_the_table_claims_nothing_of_a_paper(place, small, tmp_path):

@@ -4,6 +4,7 @@ from . import figures
 from ..errors import DataError
 from ..metrics import bare_name
 from ..metrics.tally import Difference
+from ..recipe_table import column_title
 from .figures import Series
 from .page import Cell, Figure, Figures, Section, Table
 from .reading import Answered, Source
@@ -37,7 +38,7 @@ def against_paper(source: Source, ident: str) -> Section | None:
             continue
         found = [{system: lines(answers).get(c["measure"]) for system, answers in each.items()} for c, each in known]
         shown = [s for s in source.systems if any(f[s] for f in found) or any((s, c["task"], c["title"]) in paper for c in columns)]
-        titles = [_title(c, columns) for c in columns]
+        titles = [column_title(c, columns) for c in columns]
         rows = [(system, *(cell(f[system], *([f"paper {number(theirs, c['unit'])}"] if (theirs := paper.get((system, c["task"], c["title"]))) is not None else []))
                            for c, f in zip(columns, found))) for system in shown]
         rows.append(("ideal", *(number(c["ideal"], c["unit"]) for c in columns)))
@@ -52,12 +53,6 @@ def against_paper(source: Source, ident: str) -> Section | None:
     if not blocks:
         return None
     return Section("paper", "The paper's table" if source.paper else "The recipe's table", [ABOUT_COLUMNS + (ABOUT_PAPER if source.paper else ".")], blocks)
-
-
-def _title(column: dict, columns: list[dict]) -> str:
-    """Of a column, with its task where another of the stage is called alike."""
-    alike = sum(c["title"] == column["title"] for c in columns) > 1
-    return f"{column['title']} ({column['task']})" if alike and column["task"] else column["title"]
 
 
 def _changes(source: Source, stage: str, columns: list[dict], titles: list[str], of: list[dict[str, list[Answered]]]) -> Table:

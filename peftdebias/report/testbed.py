@@ -6,7 +6,7 @@ from pathlib import Path
 from . import figures
 from ..errors import DataError
 from .page import Cell, Figure, Figures, Section, Table
-from .words import duration, interval, number
+from .words import duration, interval, number, unit_of
 
 PLACES = {
     "text": ("Planted in the text: the masked-LM", "stereotype-preference", "link planted in the text", 0.5,
@@ -46,19 +46,21 @@ def sections_of_testbed(found: dict, ident: str) -> list[Section]:
 
 def _section(place: str, rows: list[dict], found: dict, ident: str) -> Section:
     title, measure, planted, most, meaning = PLACES[place]
-    names = list(dict.fromkeys(measure for row in rows for measure in row["figures"]))
+    units = {name: next((figure["unit"] for row in rows if (figure := row["figures"].get(name))), "") for name in dict.fromkeys(name for row in rows for name in row["figures"])}
     plain = sorted((row for row in rows if row["method"] == NONE), key=lambda row: row["strength"])
     drawn = []
     for i, method in enumerate(dict.fromkeys(row["method"] for row in rows if row["method"] != NONE)):
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["strength"])
         lines = [(name, style, [row["strength"] for row in of], [row["figures"][measure]["mean"] for row in of], True)
                  for name, style, of in ((f"without ({BASE[place]})", 1, plain), (f"with {method}", 0, own)) if of]
-        ends = ", ".join(f"{row['strength']:g}: {number(row['figures'][measure]['mean'], '1')}" for row in own)
-        drawn.append(Figure(figures.curves(f"{ident}-{i}", f"{measure} by {planted}, with {method}: {ends}", lines, measure, along=planted, frame=(1.0, most)), method))
+        ends = ", ".join(f"{row['strength']:g}: {number(row['figures'][measure]['mean'], units[measure])}" for row in own)
+        svg = figures.curves(f"{ident}-{i}", f"{measure} by {planted}, with {method}: {ends}", lines, measure + unit_of(units[measure]), along=planted, frame=(1.0, most))
+        drawn.append(Figure(svg, method))
     compared = any("change" in (figure or {}) for row in rows for figure in row["figures"].values())
     several = any((figure or {}).get("sd") is not None for row in rows for figure in row["figures"].values())
-    table = Table("Means over seeds" + "; below, the 95 % interval of the difference from the unchanged system" * compared if several else "Figures of one seed", ("strength, method", *names),
-                  [(f"{row['strength']:g} {BASE[place] if row['method'] == NONE else row['method']}", *(_cell(row["figures"].get(name)) for name in names)) for row in rows])
+    head = ("strength, method", *(name + unit_of(unit) for name, unit in units.items()))
+    table = Table("Means over seeds" + "; below, the 95 % interval of the difference from the unchanged system" * compared if several else "Figures of one seed", head,
+                  [(f"{row['strength']:g} {BASE[place] if row['method'] == NONE else row['method']}", *(_cell(row["figures"].get(name)) for name in units)) for row in rows])
     notes = []
     if place == "text":
         for row in rows:
