@@ -65,6 +65,13 @@ def test_one_seed_is_compared_by_examples_or_not_at_all(tmp_path):
     found = {d["name"]: d for d in data["sources"][0]["differences"]}
     flips_ = found["counterfactual/flips"]
     assert flips_["difference"] == pytest.approx(-100 * 20 / 30) and flips_["low"] < flips_["difference"] < flips_["high"] < 0 and flips_["test"] == "paired bootstrap"
+    told = "lora, gender: differences are of seed 0 alone, the only one both have"  # where either side's means are over more
+    more = [run_folder(tmp_path / f"{n}-{s}", "downstream", s, method=m, final=task_measures(rng)) for n, m, s in (("plain", None, 1), ("lora", "lora", 2))]
+    for beside, notes in (([], []), (more[:1], [told]), (more[1:], [told]), (more, [told])):
+        compared = results.differences(runs.source_of_runs([plain, lora, *beside]), "downstream", "")
+        assert [d.name for d in compared[0]["lora, gender"]] == list(found) and compared[1] == notes
+    for final in ([], [measure("accuracy", None)]):  # a seed without figures is in no mean
+        assert results.differences(runs.source_of_runs([plain, lora, run_folder(tmp_path / f"none-{len(final)}", "downstream", 3, final=final)]), "downstream", "")[1] == []
     (lora / "examples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in others[:-1]))
     text, data = written(tmp_path, plain, lora)  # other examples: a note, no difference
     assert data["sources"][0]["differences"] == [] and "expected the 30 examples of counterfactual" in text

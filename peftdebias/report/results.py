@@ -86,6 +86,8 @@ def differences(source: Source, stage: str, task: str) -> tuple[dict[str, list[D
                 found[system] = [d for d in every if _is_of(d, *pairs[0])]
                 if others := [d.name for d in every if d not in found[system]]:
                     notes.append(f"{system}: {', '.join(others)}: not compared with {baseline}: the examples are of other data than the figures")
+                if found[system] and max(len(_seeds(side)) for side in (of[baseline], answers)) > 1:
+                    notes.append(f"{system}: differences are of seed {pairs[0][1].seed} alone, the only one both have")
             except DataError as error:
                 notes.append(f"{system}: not compared with {baseline}: {error}")
         else:
@@ -98,6 +100,11 @@ def paired(baseline: list[Answered], answers: list[Answered], stage: str) -> lis
     if stage == "upstream" and len(baseline) == 1:
         return [(baseline[0], b) for b in answers]
     return [(a, b) for a in baseline for b in answers if a.seed == b.seed]
+
+
+def _seeds(answers: list[Answered]) -> list[int]:
+    """Those under which anything has a value."""
+    return [a.seed for a in answers if any(row["value"] is not None for row in a.measures.values())]
 
 
 def by_seed(pairs: list[tuple[Answered, Answered]]) -> list[Difference]:
@@ -170,7 +177,7 @@ def as_data(source: Source) -> dict:
     results, changes = [], []
     for stage, task in source.stages():
         for system, answers in source.of(stage, task).items():
-            results.append({"stage": stage, "task": task, "system": system, "seeds": [a.seed for a in answers if any(row["value"] is not None for row in a.measures.values())],
+            results.append({"stage": stage, "task": task, "system": system, "seeds": _seeds(answers),
                             "measures": [line.as_json() for line in lines(answers).values()]})
         found, _ = differences(source, stage, task)
         changes += [{"stage": stage, "task": task, "system": system, "against": source.baselines[stage], **d.as_json()} for system, rows in found.items() for d in rows]
