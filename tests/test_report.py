@@ -254,9 +254,17 @@ def test_drawings_take_the_pages_colours_and_keep_text():
 
 
 def test_bars_end_where_the_figure_does():
-    def line(unit, low, high, name="m"):
-        return figures_of.Line(name, unit, 0.0, {0: 1.0}, 1.0, None, low, high, "seeds", 5)
+    def line(unit, low, high, name="m", value=1.0, interval="seeds"):
+        return figures_of.Line(name, unit, 0.0, {0: value}, value, None, low, high, interval, 5)
 
+    families = {"bias-nli/net-neutral": (0, 1), "fprd": (0, 9), "fprd/shuffled (a.csv)": (0, 9), "fprd-iptts/script": (0, 9), "mlm-loss": (0, 9), "perplexity (a.txt)": (1, 9),
+                "seat/sent-weat6/effect-size": (-2, 2), "seat-mean/weat6/effect-size": (-2, 2), "seat/weat6/p": (0, 1)}
+    assert {name.split("/")[0].split(" ")[0] for name in families} == set(figures_of.POSSIBLE_OF) <= set(words.GLOSSARY)
+    for name, ends in families.items():
+        assert figures_of.drawn_ends(line("1", -9.0, 9.0, name)) == ends and figures_of.drawn_ends(line("1", 1.1, 1.2, name, 1.15)) == (1.1, min(1.2, max(ends[1], 1.15)))
+    assert figures_of.drawn_ends(line("1", -9.0, 9.0, "seat/unlike/effect-size", 2.07)) == (-2.0, 2.07)  # what a seed has is possible
+    assert figures_of.drawn_ends(line("1", 1.9, 2.1, "seat/unlike/effect-size", 2.0, "examples")) == (1.9, 2.1)
+    assert figures_of.drawn_ends(line("%", -9.0, 50.0, "fprd/fpr")) == (0.0, 50.0) and figures_of.drawn_ends(line("points", -9.0, 5.0, "tpr-gap/rms (/class/a.csv)")) == (0.0, 5.0)
     assert figures_of.drawn_ends(line("%", -40.0, 300.0)) == (0.0, 100.0) and figures_of.drawn_ends(line("%", 3.0, 4.0)) == (3.0, 4.0)
     assert figures_of.drawn_ends(line("points", -140.0, 30.0, "tpr-gap/class/nurse")) == (-100.0, 30.0)
     assert figures_of.drawn_ends(line("points", -140.0, 130.0, "tpr-gap/rms")) == (0.0, 100.0) and figures_of.drawn_ends(line("1", -4.0, 300.0)) == (-4.0, 300.0)

@@ -6,9 +6,8 @@ from .figures import Series
 from .page import Figure, Figures, Section, Table
 from .reading import Source
 from .results import Line, drawn_ends, is_floor, is_quality, is_whole, lines
-from .words import cell, examples, is_of, number, stage_title, titled, unit_of
+from .words import BARS, cell, examples, is_of, number, stage_title, titled, unit_of
 
-BARS = "Bars are 95 % intervals, cut at what is possible"
 MOST_PANELS = 6  # scatter plots of a stage
 MOST_ROWS = 40  # of a dot plot; the table has all
 

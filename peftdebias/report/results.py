@@ -149,16 +149,25 @@ def is_whole(name: str) -> bool:
     return not any(part in bare_name(name) for part in ONE_BY_ONE)
 
 
-POSSIBLE = {"%": (0.0, 100.0), "points": (0.0, 100.0)}
+POSSIBLE = {"%": (0.0, 100.0), "points": (0.0, 100.0)}  # by unit; of others by how their names begin (docs/measures.md)
+POSSIBLE_OF = {"bias-nli": (0.0, 1.0), "fprd": (0.0, math.inf), "fprd-iptts": (0.0, math.inf), "mlm-loss": (0.0, math.inf), "perplexity": (1.0, math.inf),
+               "seat": (-2.0, 2.0), "seat-mean": (-2.0, 2.0)}
 SIGNED = "/class/", "/shift"  # in the names of figures in points that may lie below 0: a gap of one class, where answers shift
 
 
 def drawn_ends(line: Line) -> tuple[float | None, float | None]:
-    """The interval as a plot shows it: cut at what the figure can be, which the interval of a mean over few seeds may leave."""
-    least, most = POSSIBLE.get(line.unit, (-math.inf, math.inf))
-    if line.unit == "points" and any(part in line.name for part in SIGNED):
+    """The interval as a plot shows it: cut at what the figure can be, which the interval of a mean over few seeds may leave. What a seed has is possible: effect
+    sizes of sets of unlike sizes may lie a little beyond 2."""
+    if line.low is None or line.high is None:
+        return None, None
+    name = bare_name(line.name)
+    least, most = POSSIBLE.get(line.unit) or POSSIBLE_OF.get(name.split("/")[0], (-math.inf, math.inf))
+    if line.unit == "points" and any(part in name for part in SIGNED):
         least = -most
-    return (None, None) if line.low is None or line.high is None else (min(max(line.low, least), most), max(min(line.high, most), least))
+    elif name.startswith("seat") and name.endswith("/p"):
+        least, most = 0.0, 1.0
+    seen = (*line.values.values(), *((line.low, line.high) if line.interval == "examples" else ()))
+    return max(line.low, min(least, *seen)), min(line.high, max(most, *seen))
 
 
 def is_floor(name: str) -> bool:

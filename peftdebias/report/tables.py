@@ -9,7 +9,7 @@ from .figures import Series
 from .page import Cell, Figure, Figures, Section, Table
 from .reading import Answered, Source
 from .results import Line, by_seed, differences, drawn_ends, is_whole, lines, paired
-from .words import GLOSSARY, STAGES, cell, examples, ideal_of, interval, is_of, number, stage_title, unit_of
+from .words import BARS, GLOSSARY, STAGES, cell, examples, ideal_of, interval, is_of, number, stage_title, unit_of
 
 ABOUT_COLUMNS = "Mean ± standard deviation over seeds; below it the 95 % interval (of the mean; with one seed, over the examples)"
 ABOUT_PAPER = " and the paper's own figure. The paper trains BERT-base on all of the data; what was run here stands above."
@@ -49,7 +49,7 @@ def against_paper(source: Source, ident: str) -> Section | None:
         blocks += [table, *([changed] if changed.rows else [])]
         if panels:
             whose = "Filled: here; hollow: the paper's. " if paper else ""
-            blocks.append(Figures(panels, f"{whose}Bars are 95 % intervals, dashed is the ideal. The numbers stand in the table above."))
+            blocks.append(Figures(panels, f"{whose}{BARS}; dashed: the ideal. The numbers stand in the table above."))
     if not blocks:
         return None
     return Section("paper", "The paper's table" if source.paper else "The recipe's table", [ABOUT_COLUMNS + (ABOUT_PAPER if source.paper else ".")], blocks)

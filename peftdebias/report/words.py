@@ -8,6 +8,7 @@ from .reading import Source
 from .results import LOWER_IS_BETTER, Line, is_floor
 
 STAGES = {"upstream": "Upstream: the masked-LM", "downstream": "Downstream: the classifier", "transfer": "Transfer: the module on another task"}
+BARS = "Bars are 95 % intervals, cut at what is possible"  # results.drawn_ends
 GLOSSARY = {
     "crows-pairs": "share of sentence pairs in which the model prefers the more stereotyping one, in two scorings that must not be mixed; ideal 50 %",
     "stereoset": "lm: share of sensible words preferred over senseless ones, ideal 100 %; ss: share in which the stereotype is preferred, ideal 50 %; icat joins "
