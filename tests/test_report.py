@@ -26,13 +26,17 @@ from .reports import FEW, HOSTILE, Elements, flip_row, hostile_results, hostile_
 from .small import cli, done, tree  # noqa: E402
 
 
+def sections_of(source) -> list:
+    return sections.sections_of(source, "x", 5, figures_of.compared(source))
+
+
 # ---------------------------------------------------------------- recipes
 
 def test_the_papers_table_has_ours_and_theirs(tmp_path):
     table = results()
     text, data = written(tmp_path, result_folder(tmp_path / "ghc", table))
     source = recipe.source_of_recipe(tmp_path / "ghc")
-    (paper,) = (s for s in sections.sections_of(source, "x", 5) if s.id == "x-paper")
+    (paper,) = (s for s in sections_of(source) if s.id == "x-paper")
     upstream, downstream = (b for b in paper.blocks if b.kind == "table" and not b.caption.startswith("Difference"))
     assert upstream.head == ("system", "StereoSet LM, %", "CrowS-Pairs, %") and downstream.head == ("system", "F1, %", "FPRD")
     assert [row[0] for row in upstream.rows] == ["BERT", "Full-Debias", "Adapter", "Prompt", "LoRA", "SFT", "ideal"]
@@ -49,7 +53,7 @@ def test_the_papers_table_has_ours_and_theirs(tmp_path):
 def test_differences_of_a_recipe_from_the_base_and_from_fine_tuning(tmp_path, monkeypatch):
     table = results()
     source = recipe.source_of_recipe(result_folder(tmp_path / "ghc", table))
-    data = {"sources": [figures_of.as_data(source)]}
+    data = {"sources": [figures_of.as_data(source, figures_of.compared(source))]}
     assert not any("/term/" in d["name"] for d in data["sources"][0]["differences"])
     for kind in ("dots", "scatter"):
         monkeypatch.setattr(tables.figures, kind, lambda *a: "")
@@ -76,7 +80,7 @@ def test_a_column_of_a_stage_with_several_tasks_names_its_own(tmp_path):
     text, _ = written(tmp_path, result_folder(tmp_path / "named", table))
     assert "20.00" in text and "Downstream: the classifier (other)" in text
     source = recipe.source_of_recipe(tmp_path / "named")
-    (paper,) = (s for s in sections.sections_of(source, "x", 5) if s.id == "x-paper")
+    (paper,) = (s for s in sections_of(source) if s.id == "x-paper")
     both = tables.against_paper(dataclasses.replace(source, columns=source.columns + [source.columns[2] | {"task": "other"}]), "x")
     assert [b.head for b in both.blocks if b.kind == "table"][-2:] == [("system", "F1 (ghc), %", "FPRD", "F1 (other), %"), ("system", "F1 (ghc)", "FPRD", "F1 (other)")]
     assert not any("20.00" in str(row) for b in paper.blocks if b.kind == "table" for row in b.rows)
@@ -109,11 +113,11 @@ def test_a_column_without_a_figure_is_left_out(tmp_path):
     for row in table["rows"]:
         row["measures"] = [m for m in row["measures"] if not m["name"].startswith(("stereoset", "fprd"))]
     source = recipe.source_of_recipe(result_folder(tmp_path / "ghc", table))
-    (paper,) = (s for s in sections.sections_of(source, "x", 5) if s.id == "x-paper")
+    (paper,) = (s for s in sections_of(source) if s.id == "x-paper")
     heads = [b.head for b in paper.blocks if b.kind == "table" and not b.caption.startswith("Difference")]
     assert heads == [("system", "CrowS-Pairs, %"), ("system", "F1, %", "FPRD")]  # the paper has an FPRD
     source = recipe.source_of_recipe(result_folder(tmp_path / "none", table | {"rows": [], "paper": []}))
-    assert [s.id for s in sections.sections_of(source, "x", 5)] == ["x-about"]
+    assert [s.id for s in sections_of(source)] == ["x-about"]
 
 
 def test_what_was_asked_beside_the_recipe_and_what_is_done_is_told(tmp_path):

@@ -14,7 +14,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
 from peftdebias import cli as command_line_module  # noqa: E402
-from peftdebias import checkpoint, config, options  # noqa: E402
+from peftdebias import checkpoint, comparison, config, options  # noqa: E402
 from peftdebias.metrics.compare import over_seeds, seed_difference  # noqa: E402
 from peftdebias.report import reading, results, runs, tables, training  # noqa: E402
 
@@ -75,6 +75,25 @@ def test_one_seed_is_compared_by_examples_or_not_at_all(tmp_path):
     (lora / "examples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in others[:-1]))
     text, data = written(tmp_path, plain, lora)  # other examples: a note, no difference
     assert data["sources"][0]["differences"] == [] and "expected the 30 examples of counterfactual" in text
+
+
+def test_every_examples_file_is_compared_and_read_once(tmp_path, monkeypatch):
+    """The baseline's for all systems of its seed; another seed's in its place, for no more than two files are held."""
+    rows = [flip_row(text=f"he {i}", counterfactual=f"she {i}", after="nurse" if i % 3 else "guard", source=i) for i in range(9)]
+
+    def run(name, method, seed=0):
+        return run_folder(tmp_path / name, "downstream", seed, method=method, final=task_measures(random.Random(seed)), examples={"": rows})
+
+    folders, opened = [run("plain-0", None), run("a", "lora"), run("b", "bias"), run("plain-1", None, 1), run("c", "sparse", 1)], []
+    lines, compare = comparison.Lines, results.compare_examples
+    monkeypatch.setattr(comparison, "Lines", lambda path: opened.append(Path(path).parent.name) or lines(path))
+    monkeypatch.setattr(results, "compare_examples", lambda *a, **more: opened.append("compared") or compare(*a, **more))
+    text, data = written(tmp_path, *folders)
+    assert opened == ["plain-0", "compared", "a", "compared", "b", "plain-1", "compared", "c"]
+    told = [d for d in data["sources"][0]["differences"] if d["name"] == "counterfactual/flips"]
+    systems = [f"{method}, gender" for method in ("lora", "bias", "sparse")]
+    assert [(d["system"], d["difference"]) for d in told] == [(system, 0.0) for system in systems]
+    assert [c for c in Elements(text).all("caption") if "difference" in c] == [f"{system}: difference from plain fine-tuning" for system in systems]
 
 
 def test_other_settings_are_other_systems_and_are_not_compared(tmp_path):
@@ -384,7 +403,8 @@ def test_what_the_small_print_is_and_figures_of_other_test_sets_are_told(tmp_pat
     assert [(d.name, d.n) for d in found["lora, gender"]] == [("accuracy", 3)]
     assert notes == ["lora, gender: f1: not compared with plain fine-tuning under every seed: another number of examples, unit or ideal on either side"]
     of = results.lines(source.of("downstream", "")["plain fine-tuning"])
-    names = [row[0] for s in tables.tables(runs.source_of_runs(task_runs(tmp_path / "more", [0]))) for row in s.blocks[0].rows]
+    one_seed = runs.source_of_runs(task_runs(tmp_path / "more", [0]))
+    names = [row[0] for s in tables.tables(one_seed, results.compared(one_seed)) for row in s.blocks[0].rows]
     assert names == ["accuracy, %", "f1/macro, %", "tpr-gap/rms, points", "tpr-gap/rms-shuffled, points"]  # classes have a section of their own
     seeds, one = tables._how({"p": of}, {"p": 3}), dataclasses.replace(of["f1"], sd=None, interval="examples")
     assert seeds == "± is the standard deviation over seeds; below it the 95 % interval of the mean over seeds (Student's t). Seeds of each system: 3."

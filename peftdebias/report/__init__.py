@@ -26,8 +26,9 @@ from ..errors import ConfigError, DataError
 from ..options import expect
 from ..outputs import files_in, keep_apart, writing
 from .page import Section, render
+from .reading import Source
 from .recipe import source_of_recipe
-from .results import as_data
+from .results import as_data, compared
 from .runs import source_of_runs
 from .sections import sections_of
 from .testbed import read_testbed, sections_of_testbed
@@ -52,13 +53,17 @@ class Part:
 
 
 def _runs(folders: list[Path], ident: str, settings: Report) -> list[Part]:
-    source = source_of_runs(folders)
-    return [Part(source.title, sections_of(source, ident, settings.examples), as_data(source))]
+    return [_part(source_of_runs(folders), ident, settings)]
 
 
 def _recipes(folders: list[Path], ident: str, settings: Report) -> list[Part]:
     sources = list(map(source_of_recipe, folders))
-    return [Part(s.title, sections_of(s, f"{ident}{i}", settings.examples), as_data(s)) for i, s in enumerate(sources)]
+    return [_part(source, f"{ident}{i}", settings) for i, source in enumerate(sources)]
+
+
+def _part(source: Source, ident: str, settings: Report) -> Part:
+    every = compared(source)
+    return Part(source.title, sections_of(source, ident, settings.examples, every), as_data(source, every))
 
 
 def _testbeds(folders: list[Path], ident: str, settings: Report) -> list[Part]:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
-from ..comparison import compare_examples
+from ..comparison import Rows, compare_examples, read_rows
 from ..errors import DataError
 from ..metrics import bare_name
 from ..metrics.compare import over_seeds, seed_difference
@@ -59,6 +60,14 @@ def _line(name: str, rows: dict[int, dict]) -> Line:
     return Line(name, first["unit"], first["ideal"], values, spread.mean, spread.sd, *ends, first["n"])
 
 
+Compared = dict[tuple[str, str], tuple[dict[str, list[Difference]], list[str]]]  # (stage, task) -> what `differences` gives
+
+
+def compared(source: Source) -> Compared:
+    """All differences, computed once for all who tell of them: a comparison by example reads whole files and draws from them."""
+    return {(stage, task): differences(source, stage, task) for stage, task in source.stages()}
+
+
 def differences(source: Source, stage: str, task: str) -> tuple[dict[str, list[Difference]], list[str]]:
     """(system -> its differences from the baseline of the stage, notes on what was not compared).
 
@@ -66,6 +75,7 @@ def differences(source: Source, stage: str, task: str) -> tuple[dict[str, list[D
     significant by chance.
     """
     of, baseline, found, notes = source.of(stage, task), source.baselines.get(stage), {}, []
+    read: tuple[Path | None, dict[str, Rows]] = None, {}  # of the baseline, for the next system: two files at most are held at a time
     if baseline not in of:
         return {}, []
     for system, answers in of.items():
@@ -81,8 +91,10 @@ def differences(source: Source, stage: str, task: str) -> tuple[dict[str, list[D
         elif not pairs:
             notes.append(f"{system}: not compared with {baseline}: no seed in common")
         elif pairs[0][0].examples and pairs[0][1].examples:
+            first, second = (answer.examples for answer in pairs[0])
             try:
-                every = [d for d in compare_examples(str(pairs[0][0].examples), str(pairs[0][1].examples)).differences if _compared(d.name)]
+                read = read if read[0] == first else (first, read_rows(str(first)))
+                every = [d for d in compare_examples(str(first), str(second), rows=read[1]).differences if _compared(d.name)]
                 found[system] = [d for d in every if _is_of(d, *pairs[0])]
                 if others := [d.name for d in every if d not in found[system]]:
                     notes.append(f"{system}: {', '.join(others)}: not compared with {baseline}: the examples are of other data than the figures")
@@ -181,13 +193,12 @@ def is_quality(name: str) -> bool:
     return parts[0] in QUALITY or bool(LM_SCORES & set(parts[1:]))
 
 
-def as_data(source: Source) -> dict:
-    """All of it as plain data, for metrics.json."""
+def as_data(source: Source, every: Compared) -> dict:
+    """All of it as plain data, for metrics.json. every: what `compared` gives."""
     results, changes = [], []
     for stage, task in source.stages():
         for system, answers in source.of(stage, task).items():
             results.append({"stage": stage, "task": task, "system": system, "seeds": _seeds(answers),
                             "measures": [line.as_json() for line in lines(answers).values()]})
-        found, _ = differences(source, stage, task)
-        changes += [{"stage": stage, "task": task, "system": system, "against": source.baselines[stage], **d.as_json()} for system, rows in found.items() for d in rows]
+        changes += [{"stage": stage, "task": task, "system": system, "against": source.baselines[stage], **d.as_json()} for system, rows in every[stage, task][0].items() for d in rows]
     return {"kind": source.kind, "title": source.title, "about": dict(source.facts), "results": results, "differences": changes, "paper": source.paper}

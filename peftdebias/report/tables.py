@@ -8,7 +8,7 @@ from ..recipe_table import column_title
 from .figures import Series
 from .page import Cell, Figure, Figures, Section, Table
 from .reading import Answered, Source
-from .results import Line, by_seed, differences, drawn_ends, is_whole, lines, paired
+from .results import Compared, Line, by_seed, drawn_ends, is_whole, lines, paired
 from .words import BARS, GLOSSARY, STAGES, cell, examples, ideal_of, interval, is_of, number, stage_title, unit_of
 
 ABOUT_COLUMNS = "Mean ± standard deviation over seeds; below it the 95 % interval (of the mean; with one seed, over the examples)"
@@ -80,7 +80,8 @@ def _panel(ident: str, column: dict, title: str, systems: list[str], found: dict
 
 # ---------------------------------------------------------------- tables
 
-def tables(source: Source) -> list[Section]:
+def tables(source: Source, every: Compared) -> list[Section]:
+    """A section of each task at a stage. every: what `results.compared` gives."""
     made = []
     for number_, (stage, task) in enumerate(source.stages()):
         of = {system: lines(answers) for system, answers in source.of(stage, task).items()}
@@ -93,7 +94,7 @@ def tables(source: Source) -> list[Section]:
         seeds = {system: max(len(line.values) for line in found.values()) for system, found in of.items()}
         rows = [(name + unit_of(any_of[name].unit), *(cell(found.get(name), *_of_seeds(found.get(name), seeds[system])) for system, found in of.items()), ideal_of(any_of[name]), examples(name, of)) for name in names]
         blocks = [Table("Measures", head, rows, _how(of, seeds))]
-        changed, notes = differences(source, stage, task)
+        changed, notes = every[stage, task]
         if changed:
             blocks += _differences(changed, source.baselines[stage])
         families = [f for f in GLOSSARY if any(bare_name(n).split("/")[0] == f for n in names)]
