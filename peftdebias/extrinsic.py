@@ -8,6 +8,7 @@
 What it adds over metrics/: reading the files, the run's columns and labels, and what a user is told when they do not fit.
 """
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -36,11 +37,15 @@ BETWEEN = " .\n"  # between the two texts of a pair while their words are looked
 
 
 def classification(run: Run, path: str, settings: Evaluate) -> Result:
-    """Accuracy, F1 and, with a group column, the gaps between groups of a downstream run; columns default to the ones it was trained with."""
+    """Accuracy, F1 and, with a group column, the gaps between groups of a downstream run; columns default to the ones it was trained with, and
+    where nobody asked for groups a file of one is measured without."""
     found = answer(run, settings, f"classification={path}", path, grouped=True)
-    wanted = column(run, settings, "positive")
-    measures, notes = classification_measures(found.predicted, found.examples, found.known, wanted, where=path, seed=settings.seed, samples=settings.samples)
-    return Result(measures, found.rows("classification", positive=positive_label(found.known, wanted)), found.notes + notes)
+    wanted, examples, notes = column(run, settings, "positive"), found.examples, []
+    if not settings.group and len(groups := {e.group for e in examples}) == 1 and (group := groups.pop()) is not None:
+        notes.append(f"{path}: no gaps between groups: all examples are of the group {group!r}")
+        examples = [dataclasses.replace(e, group=None) for e in examples]
+    measures, more = classification_measures(found.predicted, examples, found.known, wanted, where=path, seed=settings.seed, samples=settings.samples)
+    return Result(measures, found.rows("classification", positive=positive_label(found.known, wanted)), found.notes + notes + more)
 
 
 def classification_measures(predicted: list[str], examples, labels: tuple[str, ...], positive: str | None = None, *, where: str, seed: int = 0,
@@ -204,6 +209,9 @@ def counterfactual_flips(run: Run, path: str, settings: Evaluate) -> Result:
     each = numpy.arange(len(of))
     measures = counterfactual.measures(first != second, after[each, first] - before[each, first], of, seed=settings.seed, samples=settings.samples)
     notes = [f"{path}: {len(families)} of {len(examples)} texts have words of the axis {axis.name}; {len(of)} counterfactuals"]
+    ids = [(e.ids.tobytes(), None if e.segments is None else e.segments.tobytes()) for e in encoded]
+    if alike := sum(ids[row] == ids[len(originals) + n] for n, row in enumerate(of)):
+        notes.append(f"{path}: {alike} of {len(of)} counterfactuals have the tokens of their text, which counts as no flip: the words lie behind the cut, or the vocabulary lacks them")
     rows = []
     if settings.examples:
         for n, (row, variant) in enumerate(zip(of, changed)):

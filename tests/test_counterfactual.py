@@ -202,3 +202,10 @@ def test_two_systems_are_compared_on_the_same_texts(small, runs, tmp_path):
     for name, d in found.items():
         assert (d["first"], d["second"]) == (pytest.approx(first[name]["value"]), pytest.approx(second[name]["value"])) and d["unit"] == "points"
         assert d["low"] <= d["difference"] <= d["high"] and d["n"] == first[name]["n"]
+
+
+def test_counterfactuals_whose_words_lie_behind_the_cut_are_counted(runs, tmp_path):
+    (tmp_path / "texts.txt").write_text("dough dough dough dough dough dough . she kneads .\nShe is a nurse .\n")
+    said = done("evaluate", runs["plain"], "--axis", "gender", "--on", f"counterfactual={tmp_path}/texts.txt", "--max-length", 6)
+    assert f"{tmp_path}/texts.txt: 1 of 2 counterfactuals have the tokens of their text, which counts as no flip: the words lie behind the cut, or the vocabulary lacks them" in said.err
+    assert "the tokens of their text" not in done("evaluate", runs["plain"], "--axis", "gender", "--on", f"counterfactual={tmp_path}/texts.txt").err

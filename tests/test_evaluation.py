@@ -199,6 +199,16 @@ def test_what_cannot_be_measured_is_left_out_or_named_with_its_file():
         classification_measures(["0"], [example("0", "f")], ("0", "1"), where="f.csv", samples=5)
 
 
+def test_a_file_of_one_group_has_no_gaps_unless_somebody_asks_for_them(runs, small, tmp_path):
+    rows = [row for row in map(json.loads, small.test.read_text().splitlines()) if row["gender"] == "f"]
+    (tmp_path / "f.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = done("evaluate", runs["jobs"], "--on", f"classification={tmp_path}/f.jsonl", "--json", tmp_path / "m.json")
+    assert f"{tmp_path}/f.jsonl: no gaps between groups: all examples are of the group 'f'" in said.err
+    assert [*by_name(tmp_path / "m.json")] == ["accuracy", "f1/macro"] and by_name(tmp_path / "m.json")["accuracy"]["n"] == len(rows) > 1
+    asked = cli("evaluate", runs["jobs"], "--on", f"classification={tmp_path}/f.jsonl", "--group", "gender")
+    assert asked.code == 2 and "f.jsonl: expected 2 groups, got 1: f" in asked.err
+
+
 @pytest.mark.parametrize("labels,wanted,found", [(("0", "1"), None, "1"), (("no", "Yes"), None, "Yes"), (("0.0", "1.0"), None, "1.0"), (("a", "b"), None, None), (("a", "b"), "a", "a"), (("0", "1", "2"), None, None),
                                                  (("0", "1", "2"), "2", "2")])  # fmt: skip
 def test_which_label_f1_is_of(labels, wanted, found):

@@ -112,7 +112,8 @@ def differences(first: Tally, second: Tally, *, seed: int = 0, samples: int = 10
     """(second - first of every figure that both have, names of those without an interval), by the paired bootstrap.
 
     p = twice the smaller share of resamples on either side of 0, each counted with one more, at most 1 (Davison & Hinkley 1997, chapter 4), and at least 2^(1 - k) where
-    a figure rests on k examples or clusters: less, no test of signs can say of so few, while all of their resamples may lie on one side. The same shift as in `measures`
+    a figure rests on k examples or clusters: less, no test of signs can say of so few, while all of their resamples may lie on one side; where that is more than 0.05 the
+    interval holds 0. The same shift as in `measures`
     takes the difference of both lifts out. It moves resamples without a difference off 0, so what is told from 0 must be so before it too: p is the larger of both, and an
     interval that held 0 goes on holding it.
     """
@@ -139,9 +140,11 @@ def differences(first: Tally, second: Tally, *, seed: int = 0, samples: int = 10
             low, high = bootstrap.percentile(moved)
             low, high = max(min(low, *around, high), -figure.most), min(max(low, *around, high), figure.most)
             p = max(p, _two_sided(moved))
+        if (least := 2.0 ** (1 - units)) > 0.05:
+            low, high = min(low, 0.0), max(high, 0.0)
         unit = "points" if figure.unit == "%" else figure.unit
         found.append(Difference(figure.name, float(value_a[i]), float(value_b[j]), unit, figure.ideal, low, high,
-                                max(2.0 ** (1 - units), p), "paired bootstrap", figure.n))
+                                max(least, p), "paired bootstrap", figure.n))
     return found, without
 
 
