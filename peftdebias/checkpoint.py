@@ -27,11 +27,11 @@ import tomli_w
 import torch
 
 from . import __version__, methods, patch, processor, weights
-from .encoder import Model
+from .encoder import Model, expect_model
 from .errors import AdapterError, ConfigError, ModelError
 from .files import read_object, read_tensors, write_tensors
 from .methods import Method
-from .options import checked
+from .options import checked, expect_path
 from .outputs import NotMade, digest, files_in, held, keep_apart, partial_of, tables, write_text, writing_folder
 from .tokens import Tokenizer
 
@@ -49,7 +49,8 @@ PACKAGES = ("tokenizers", "safetensors", "numpy", "triton")
 # ---------------------------------------------------------------- adapters
 
 def describe_base(model: Model) -> dict:
-    """What an adapter belongs to: type, layers, hidden, vocab, and the sha256 of the encoder without heads."""
+    """What an adapter belongs to: type, layers, hidden, vocab, and the sha256 of the encoder without heads. Raises ModelError on what is no Model."""
+    expect_model(model, "describe_base")
     return _sizes(model) | {"sha256": patch.base_checksum(model)}
 
 
@@ -195,7 +196,8 @@ def _expect_apart(folders: list[Path]) -> None:
 
 def attach_adapters(model: Model, folders: tuple[str, ...], force: bool = False) -> list[Adapter]:
     """Load and attach each folder's module, all of a run's, under its axis (the second of an axis as `axis-2`), in order."""
-    places = [one for folder in map(Path, folders) for one in adapter_folders(folder) or [folder]]
+    given = [expect_path("adapter", folder, AdapterError) for folder in folders]
+    places = [one for folder in given for one in adapter_folders(folder) or [folder]]
     _expect_apart(places)
     adapters = [load_adapter(one, model, force) for one in places]
     for adapter in adapters:
@@ -335,17 +337,14 @@ def load_run(path: str | Path, adapters: tuple[str, ...] | None = (), device: st
 
     force: as in load_adapter. dtype: of all parameters at the end. options: of weights.load_model. An upstream run of a module keeps no base: it is loaded from where the run found it;
     modules that it was learnt beside are not part of it either, and a warning names those that `adapters` leaves out.
-    Raises ModelError on a folder that holds no such model, AdapterError on a module that does not belong to it, ConfigError on what are no folders or no kind of number.
+    Raises ModelError on a folder that holds no such model, AdapterError on a module that does not belong to it, ConfigError on what are no folders, no device or no kind of number.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise ModelError(f"expected the folder of a run or a model, got {type(path).__name__}")
+    path, device, config = expect_path("model", path, ModelError), weights.known_device(device), {}
+    weights.expect_floats(dtype)
     if isinstance(adapters, (str, os.PathLike)):
         raise ConfigError(f"adapters: expected a list of folders, got one path: [{str(adapters)!r}]")
     if not isinstance(adapters, (Iterable, type(None))):
         raise ConfigError(f"adapters: expected a list of folders, got {type(adapters).__name__}")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConfigError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
-    path, config = Path(path), {}
     own: list[Path] = []
     if not is_run(path):
         loaded = weights.load(path, **options)
@@ -358,7 +357,7 @@ def load_run(path: str | Path, adapters: tuple[str, ...] | None = (), device: st
                 loaded = weights.load(config["model"], **options)
             except ModelError as error:
                 raise ModelError(f"{path}: a module, whose base was {config['model']}: {error}") from None
-    attached = attach_adapters(loaded.model, (*map(str, own), *map(str, adapters or ())), force)
+    attached = attach_adapters(loaded.model, (*own, *(adapters or ())), force)
     beside = config.get("adapter", []) if config.get("command") == "upstream" and len(attached) - len(own) < len(config.get("adapter", [])) else []
     for line in (*loaded.report.missed(), *([f"{path}: its module was learnt beside {', '.join(beside)}; attached is {', '.join(loaded.model.methods)} alone"] if beside else [])):
         warnings.warn(line, stacklevel=2)

@@ -18,7 +18,7 @@ Papers: Devlin et al. 2019 (BERT), Liu et al. 2019 (RoBERTa).
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .batches import Batch, Spans
-from .errors import AdapterError, ModelError
+from .errors import AdapterError, ModelError, PeftDebiasError
 from .ops import Drop, Forked, Normal, attention, dropout, embed, feed_forward, gelu, heads_of, linear, norm, rounded_once, scores
 from .sites import ACTIVATIONS, EMBED_SITE, EncoderConfig, Hooks
 from .written import Written, write
@@ -89,7 +89,7 @@ class ClassifierHead(nn.Module):
 
     def __init__(self, config: EncoderConfig, labels: tuple[str, ...]):
         super().__init__()
-        if isinstance(labels, str) or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
+        if isinstance(labels, str) or not isinstance(labels, Collection) or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
             raise ModelError(f"labels: expected names, each another one, got {labels!r}")
         self.labels = tuple(labels)
         self.dense = nn.Linear(config.hidden, config.hidden)
@@ -272,6 +272,8 @@ class Model(nn.Module):
 
     def __init__(self, config: EncoderConfig, mlm: bool = False, labels: tuple[str, ...] = ()):
         super().__init__()
+        if not isinstance(config, EncoderConfig):
+            raise ModelError(f"Model: expected an EncoderConfig, got {type(config).__name__}")
         self.encoder = Encoder(config)
         self.mlm = MaskedLMHead(config) if mlm else None
         self.classifier = ClassifierHead(config, labels) if labels else None
@@ -415,3 +417,9 @@ def parameter_at(model: Model, site: str) -> tuple[str, nn.Parameter, slice]:
     if found is None:
         raise AdapterError(f"site {site!r}: no such linear, embedding or norm in this model")
     return name, found, rows
+
+
+def expect_model(model: Model, what: str, besides: str = "", raised: type[PeftDebiasError] = ModelError) -> None:
+    """Raises about `what` on anything else than a Model. besides: said behind that."""
+    if not isinstance(getattr(model, "_orig_mod", model), Model):  # torch.compile wraps one
+        raise raised(f"{what}: expected a model of this package, as load(...).run.model is, got {type(model).__name__}{besides}")

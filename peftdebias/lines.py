@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from peftdebias.errors import DataError, PeftDebiasError
+from peftdebias.options import expect_path
 
 FORMATS = ("txt", "csv", "tsv", "jsonl")
 BLOCK = 1 << 18  # bytes read together: much more than a line, and a block's tokens are made in about a second
@@ -66,16 +67,17 @@ def stop(message: str) -> None:
 def find(paths: Sequence[str | Path]) -> list[str]:
     """The files of all names and patterns (`*`, `?`, `[...]`, `**`), those of a pattern in alphabetical order.
 
-    A name that exists is itself, whatever characters it has. Raises DataError on a pattern that fits nothing, a missing file, a name no reader fits.
+    A name that exists is itself, whatever characters it has. Raises DataError on a pattern that fits nothing, a missing file, a name no reader fits, and what is no name.
     """
     found = []
-    for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        if is_pattern(path):
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) or not isinstance(paths, Iterable) else paths:
+        if isinstance(path, (str, os.PathLike)) and is_pattern(path):
             matches = sorted(glob.glob(str(path), recursive=True))
             if not matches:
                 raise DataError(f"{path}: expected files that fit this pattern, found none")
             found += matches
         else:
+            expect_path("files", path, DataError)
             found.append(str(path))
     for path in found:
         kind(path)

@@ -5,6 +5,7 @@ What it adds over config.py, which says what can be set: how that is written and
 
 import argparse
 import dataclasses
+import errno
 import numbers
 import os
 import re
@@ -15,7 +16,7 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import ConfigError
+from .errors import ConfigError, PeftDebiasError
 from .outputs import SHIPPED
 
 
@@ -37,19 +38,43 @@ def settings(cls: type) -> type:
     check = getattr(cls, "__post_init__", lambda self: None)
 
     def __post_init__(self):
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name, value in checked(type(self), given, f"{type(self).__name__}: ").items():
-            object.__setattr__(self, name, value)
+        settle(self)
         check(self)
 
     cls.__post_init__ = __post_init__
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
+def settle(self, *but: str) -> None:
+    """Makes the values of a frozen dataclass what its fields say (`checked`), those of the fields `but` aside."""
+    given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in but}
+    for name, value in checked(type(self), given, f"{type(self).__name__}: ").items():
+        object.__setattr__(self, name, value)
+
+
 def expect(cls: type, given) -> None:
     """Raises ConfigError where a command is called from Python with anything else than its settings."""
     if not isinstance(given, cls):
         raise ConfigError(f"{cls.__name__.lower()}: expected its settings, {cls.__module__}.{cls.__name__}(...), got {type(given).__name__}")
+
+
+def expect_path(what: str, given, raised: type[PeftDebiasError] = ConfigError) -> Path:
+    """`given` as a Path. Raises about `what` on anything but the name of a file or folder: an empty text, which as a Path is the working folder, and what no system takes for one, too."""
+    name = os.fspath(given) if isinstance(given, (str, os.PathLike)) else given
+    if not isinstance(name, str) or not name:
+        raise raised(f"{what}: expected a path, got {'an empty text' if name == '' else type(given).__name__}")
+    try:
+        os.lstat(name)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte, half a surrogate pair
+        if getattr(error, "errno", errno.ENAMETOOLONG) == errno.ENAMETOOLONG:
+            raise raised(f"{what}: expected a path, got {name[:60]!r}: {getattr(error, 'strerror', None) or error}") from None
+    return Path(name)
+
+
+def expect_whole(what: str, value, least: int, more: str = "") -> None:
+    """Raises ConfigError about `what` on anything but a whole number of at least `least`. more: said behind that."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{what}: expected a whole number of at least {least}{more}, got {value!r}")
 
 
 def flag(name: str) -> str:
@@ -161,7 +186,7 @@ def checked(cls: type, values: dict, where: str = "") -> dict:
             value = _unwrapped(value)
             value = float(value) if kind is float and type(value) is int and abs(value) <= sys.float_info.max else value
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)) or (kind is tuple and not all(isinstance(v, str) for v in value)):
-            raise ConfigError(f"{where}{name}: expected {KINDS[kind]}, got {_short(value)}")
+            raise ConfigError(f"{where}{name}: expected {KINDS.get(kind) or f'an instance of {kind.__name__}'}, got {_short(value)}")
         if (place := _place(fields[key])) and "" in (value if kind is tuple else (value,)):
             raise ConfigError(f"{where}{name}: expected {place}, got an empty text")
         if (choices := fields[key].metadata.get("choices")) and value not in choices:
@@ -265,10 +290,10 @@ def at_most(most: int, of, *names: str) -> None:
             raise ConfigError(f"{flag(name)}: expected at most {most}, got {value}")
 
 
-def check_seed(seed: int) -> None:
-    """Raises ConfigError on what no generator takes."""
-    if not 0 <= seed <= SEEDS:
-        raise ConfigError(f"--seed: expected a whole number from 0 to {SEEDS}, got {seed!r}")
+def check_seed(seed: int, called: str = "--seed") -> None:
+    """Raises ConfigError on what no generator takes. called: what the message calls it."""
+    if not isinstance(seed, numbers.Integral) or not 0 <= seed <= SEEDS:
+        raise ConfigError(f"{called}: expected a whole number from 0 to {SEEDS}, got {seed!r}")
 
 
 def _plain(hint) -> type:

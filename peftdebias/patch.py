@@ -6,6 +6,7 @@ weight decay acts on W' - D; afterwards `unfold` leaves W' - D in the base and t
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator
 
@@ -13,20 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .encoder import Model, parameter_at
+from .encoder import Model, expect_model, parameter_at
 from .errors import AdapterError
 from .methods import Method
 from .sites import EMBED_SITE, TABLES, Merged, add_delta, block_sites, key_value_sites
 
+_expect_model = functools.partial(expect_model, raised=AdapterError)
+
+
 def encoder_parameters(model: Model) -> dict[str, Parameter]:
     """The encoder's own parameters by our names; no heads, no methods."""
     return dict(model.encoder.named_parameters())
-
-
-def _expect_model(model: Model, what: str, besides: str = "") -> None:
-    """Raises AdapterError on anything else than a Model."""
-    if not isinstance(getattr(model, "_orig_mod", model), Model):  # torch.compile wraps one
-        raise AdapterError(f"{what}: expected a model of this package, as load(...).run.model is, got {type(model).__name__}{besides}")
 
 
 def attach(model: Model, name: str, method: Method) -> None:

@@ -57,10 +57,12 @@ class EncoderConfig:
     def __post_init__(self):
         if self.kind not in ("bert", "roberta"):
             raise ModelError(f"model type: expected bert or roberta, got {self.kind!r}")
-        for name in ("layers", "hidden", "heads", "feed_forward", "vocab", "max_positions", "segments"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ModelError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        for name in ("layers", "hidden", "heads", "feed_forward", "vocab", "max_positions", "segments", "position_offset", "pad_id"):
+            value, least = getattr(self, name), {"position_offset": 0, "pad_id": -1}.get(name, 1)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ModelError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+        if not isinstance(self.tied, bool):
+            raise ModelError(f"tied: expected true or false, got {self.tied!r}")
         for name, most in (("dropout", 1), ("attention_dropout", 1), ("classifier_dropout", 1), ("norm_eps", 1e30), ("initializer_range", 1e30)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < most:

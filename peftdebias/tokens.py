@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from .errors import ConfigError, ModelError
+from .options import expect_path
 
 STYLES = {
     "bert": {"cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]", "pad": "[PAD]", "unk": "[UNK]"},
@@ -157,7 +158,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     What tokenizer_config.json says (`do_lower_case`, `strip_accents`, `tokenize_chinese_chars`, RoBERTa's `add_prefix_space`) holds, as in transformers, whatever
     tokenizer.json has; a vocab.txt is lower-cased where it says nothing. Raises ModelError that names what is missing.
     """
-    folder = Path(folder)
+    folder = expect_path("tokenizer", folder, ModelError)
     try:
         settings = _settings(folder)
         if (folder / "tokenizer.json").exists():

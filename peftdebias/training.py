@@ -26,6 +26,7 @@ from .ops.linear import no_bf16
 from .optimizer import AdamWOfManyRef, FlatAdamW, LargeAdamW, WholeAdamW, adamw_ref
 from .patch import Folded
 from .step import Compiled, Step, expect_compiler
+from .weights import known_device
 
 LOG_EVERY = 10
 TOLD_EVERY = 60.0  # seconds, where there is no terminal for a bar
@@ -80,7 +81,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def find_device(name: str) -> torch.device:
-    """auto is a GPU where there is one. Raises ConfigError on a name torch does not know or a GPU that is not there, and on PEFTDEBIAS_KERNELS or PEFTDEBIAS_LINEAR
+    """As weights.known_device. Raises ConfigError, too, on PEFTDEBIAS_KERNELS or PEFTDEBIAS_LINEAR
     (ATTENTION, FEED_FORWARD, LORA_LINEAR, LORA_GRADS) that say nothing: they pick what runs on the device."""
     try:
         kernels.setting()
@@ -88,17 +89,7 @@ def find_device(name: str) -> torch.device:
             dispatch.asked(op)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device: expected cpu, cuda, cuda:1, ... or auto, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {name}: expected a CUDA device that is here, found {torch.cuda.device_count() or 'none'}")
-    return device
+    return known_device(name)
 
 
 def pick_precision(name: str, device: torch.device) -> str:

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import files
-from .encoder import QKV, EncoderConfig, Model
-from .errors import ModelError, short
+from .encoder import QKV, EncoderConfig, Model, expect_model
+from .errors import ConfigError, ModelError, short
 from .files import read_object, wrong_numbers, write_tensors
+from .options import check_seed, expect_path
 from .sites import table_rows
 from .tokens import Tokenizer, load_tokenizer
 
@@ -244,12 +245,12 @@ def foreign_config(model: Model, tokenizer: Tokenizer | None = None) -> dict:
 
 def find_folder(name: str | Path) -> Path:
     """A model folder: the path itself, RUN/model of a run folder, or a name in the local Hugging Face cache. Raises ModelError that says how to fetch it."""
-    path = Path(name)
+    path = expect_path("model", name, ModelError)
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.stat(path / "config.json")
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        raise ModelError(f"model {str(name)[:100]!r}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise ModelError(f"model {str(name)[:100]!r}: cannot be read: {error.strerror}") from None
     if (path / "model" / "config.json").exists() and not (path / "config.json").exists():
         if not (path / "config.toml").exists():  # it tells of modules, without which the base answers otherwise
             raise ModelError(f"{path}: expected a run folder with config.toml, found none beside model (which as it stands is {path / 'model'})")
@@ -301,6 +302,27 @@ class NoInit(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def known_device(name: str | torch.device) -> torch.device:
+    """auto is a GPU where there is one. Raises ConfigError on a name torch does not know or a GPU that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device: expected cpu, cuda, cuda:1, ... or auto, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: expected a CUDA device that is here, found {torch.cuda.device_count() or 'none'}")
+    return device
+
+
+def expect_floats(dtype: torch.dtype) -> None:
+    """Raises ConfigError on what is no kind of number for parameters."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
+
+
 @torch.inference_mode(False)  # what is read inside of it can be trained later
 def load_model(folder: str | Path, *, mlm: bool | None = None, labels: tuple[str, ...] | None = None, dtype: torch.dtype = torch.float32,
                seed: int = 0) -> tuple[Model, LoadReport]:
@@ -309,9 +331,11 @@ def load_model(folder: str | Path, *, mlm: bool | None = None, labels: tuple[str
     mlm: True needs the masked-LM head (ModelError where the files have none), False leaves it out, None takes it where it is.
     labels: the classifier wanted; None takes the stored one, which then must be whole, () none. A stored output layer is used where its labels are the same, else
     drawn anew from `seed`; a stored pooler always serves. dtype: of all parameters. Raises ModelError on missing tensors, on shapes that do not match, and on
-    numbers that are none in `dtype`, by name.
+    numbers that are none in `dtype`, by name, ConfigError on what is no seed or no kind of number.
     """
     folder = find_folder(folder)
+    expect_floats(dtype)
+    check_seed(seed, "seed")
     config, raw = read_config(folder)
     tensors = read_tensors(folder)
     _same_layers(tensors, config, folder)
@@ -323,7 +347,7 @@ def load_model(folder: str | Path, *, mlm: bool | None = None, labels: tuple[str
         unknown += [name for name in tensors if name.startswith(HEAD_NAMES[config.kind]["classifier.output"] + ".")]
     if labels is None and stored_labels:
         _answers(raw, found, config, folder)
-    labels = stored_labels if labels is None else labels
+    labels = stored_labels if labels is None else tuple(labels) if isinstance(labels, list) else labels
     if labels != stored_labels or not labels:
         found = {name: t for name, t in found.items() if not name.startswith("classifier.output.")}
     has_mlm = "mlm.dense.weight" in found
@@ -339,7 +363,7 @@ def load_model(folder: str | Path, *, mlm: bool | None = None, labels: tuple[str
     with torch.device("cpu"), NoInit():  # whatever torch's default device is
         model = Model(config, mlm=mlm, labels=labels)
     model = model.to(dtype).eval()
-    generator, new = torch.Generator().manual_seed(seed), []
+    generator, new = torch.Generator().manual_seed(int(seed)), []
     if mlm and decoder is None and not raw.get("tie_word_embeddings", True):
         new.append("mlm.decoder (tied to the words instead, though config.json does not tie it)")
     for part, module in (("mlm", model.mlm), ("classifier", model.classifier)):
@@ -422,8 +446,13 @@ def load(folder: str | Path, **options) -> Loaded:
 
 def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
     """Write a folder that transformers loads to the same outputs; attached methods are not part of it unless they are merged (export merges them), nor is a RoBERTa's pooler,
-    which none of its heads reads. Returns the folder. Raises OSError where it cannot be written, ModelError on positions that no config.json can tell."""
-    folder, config, word = Path(folder), foreign_config(model, tokenizer), model.encoder.embeddings.word.weight
+    which none of its heads reads. Returns the folder. Raises OSError where it cannot be written, ModelError on positions that no config.json can tell, and on what is no model,
+    folder or tokenizer."""
+    expect_model(model, "save_model")
+    folder = expect_path("save_model", folder, ModelError)
+    if not isinstance(tokenizer, (Tokenizer, type(None))):
+        raise ModelError(f"save_model: expected a tokenizer, as load_tokenizer gives one, got {type(tokenizer).__name__}")
+    config, word = foreign_config(model, tokenizer), model.encoder.embeddings.word.weight
     folder.mkdir(parents=True, exist_ok=True)
     ours = {name.removeprefix("encoder."): p.detach().cpu() for name, p in model.named_parameters()}
     if config["tie_word_embeddings"] and model.mlm is not None and (kept := model.encoder.hooks.base(word)) is not word:  # a module is merged into it: the decoder stays the base's

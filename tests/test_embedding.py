@@ -19,11 +19,11 @@ import pytest
 import torch
 
 import peftdebias
-from peftdebias import checkpoint, embedding, methods, patch, weights
+from peftdebias import checkpoint, embedding, lines, methods, patch, weights
 from peftdebias.batches import Sample, pack
 from peftdebias.config import Predict
 from peftdebias.encoder import EncoderConfig, Model
-from peftdebias.errors import AdapterError, ConfigError, ModelError
+from peftdebias.errors import AdapterError, ConfigError, DataError, ModelError
 from peftdebias.evaluation import predict
 from peftdebias.testbed import World
 
@@ -144,9 +144,6 @@ def test_modules_go_off_and_more_come_in(model, folders):
     for name in ("age", ["gender"]):
         with pytest.raises(AdapterError, match="expected an attached method \\(gender, race\\)"), model.without(name):
             pass
-    for folder in (None, 3):
-        with pytest.raises(ModelError, match=f"expected the folder of a run or a model, got {type(folder).__name__}"):
-            peftdebias.load(folder)
     for reading in (peftdebias.load, checkpoint.load_run):
         with pytest.raises(ConfigError, match="adapters: expected a list of folders, got one path: "):
             reading(folders / "run", folders / "third")
@@ -507,6 +504,64 @@ def test_arguments_of_other_kinds_are_named(model, tmp_path):
         with pytest.raises(peftdebias.PeftDebiasError) as caught:
             call()
         assert words in str(caught.value)
+
+
+NO_PATHS = {"None": (None, "NoneType"), "3": (3, "int"), "bytes": (b"x", "bytes"), "[]": ([], "list"), "empty": ("", "an empty text"), "zero byte": ("a\0", "'a\\x00': embedded null"),
+            "long": ("x" * 5000, f"'{'x' * 60}': File name too long")}
+PATHS = {
+    "load": ("model", ModelError, lambda folders, given: peftdebias.load(given)), "load_run": ("model", ModelError, lambda folders, given: peftdebias.load_run(given)),
+    "load, adapters": ("adapter", AdapterError, lambda folders, given: peftdebias.load(folders / "run", [given])),
+    "load_model": ("model", ModelError, lambda folders, given: peftdebias.load_model(given)), "load_tokenizer": ("tokenizer", ModelError, lambda folders, given: peftdebias.load_tokenizer(given)),
+    "save_model": ("save_model", ModelError, lambda folders, given: peftdebias.save_model(peftdebias.load_model(folders / "bare")[0], given)),
+    "export_adapter, run": ("run", ModelError, lambda folders, given: peftdebias.export_adapter(given, "hf", "out")),
+    "export_adapter, out": ("--out", ConfigError, lambda folders, given: peftdebias.export_adapter(folders / "run", "hf", given)),
+    "import_adapter, folder": ("adapter", AdapterError, lambda folders, given: peftdebias.import_adapter(given, folders / "bare", "gender", "out")),
+    "import_adapter, model": ("model", ModelError, lambda folders, given: peftdebias.import_adapter("theirs", given, "gender", "out")),
+    "import_adapter, out": ("--out", ConfigError, lambda folders, given: peftdebias.import_adapter("theirs", folders / "bare", "gender", given)),
+    "find": ("files", DataError, lambda folders, given: lines.find([given])),
+}
+"""What takes a path -> what its message calls it, the error, the call."""
+
+
+@pytest.mark.parametrize("given,got", NO_PATHS.values(), ids=NO_PATHS)
+@pytest.mark.parametrize("what,error,call", PATHS.values(), ids=PATHS)
+def test_what_is_no_path_is_one_line(what, error, call, given, got, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error) as caught:
+        call(folders, given)
+    assert str(caught.value).startswith(f"{what}: expected a path, got {got}") and "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+SEED, FLOATS, DEVICE = "seed: expected a whole number from 0 to 9223372036854775807, got ", "dtype: expected a floating-point torch.dtype, got ", "--device: expected cpu, cuda, cuda:1, ... or auto, got "
+OTHERS = {
+    **{f"device={given!r}": (lambda folders, given=given: peftdebias.load_run(folders / "plain", device=given), ConfigError, f"{DEVICE}{given!r}") for given in ("gpu", "", 1, None)},
+    **{f"dtype={given!r}": (lambda folders, given=given: peftdebias.load_model(folders / "plain", dtype=given), ConfigError, f"{FLOATS}{given!r}")
+       for given in (torch.int8, torch.complex64, "", [], 1.5)},
+    **{f"seed={given!r}": (lambda folders, given=given: peftdebias.load_model(folders / "plain", seed=given), ConfigError, f"{SEED}{given!r}") for given in (None, "", 2**70, 1.5)},
+    "load_model, labels": (lambda folders: peftdebias.load_model(folders / "plain", labels=1), ModelError, "labels: expected names, each another one, got 1"),
+    "save_model": (lambda folders: peftdebias.save_model(3, "out"), ModelError, "save_model: expected a model of this package, as load(...).run.model is, got int"),
+    "save_model, tokenizer": (lambda folders: peftdebias.save_model(peftdebias.load_model(folders / "bare")[0], "out", tokenizer="x"), ModelError,
+                              "save_model: expected a tokenizer, as load_tokenizer gives one, got str"),
+    "describe_base": (lambda folders: checkpoint.describe_base(None), ModelError, "describe_base: expected a model of this package, as load(...).run.model is, got NoneType"),
+    "import_adapter, axis": (lambda folders: peftdebias.import_adapter("theirs", folders / "bare", None, "out"), ConfigError, "--axis: expected a name without /, got None"),
+    "find, None": (lambda folders: lines.find(None), DataError, "files: expected a path, got NoneType"), "find, 3": (lambda folders: lines.find(3), DataError, "files: expected a path, got int"),
+}
+"""A call with an argument of another kind -> the error, and its words."""
+
+
+@pytest.mark.parametrize("call,error,words", OTHERS.values(), ids=OTHERS)
+def test_an_argument_of_another_kind_is_one_line(call, error, words, folders, tmp_path, monkeypatch):
+    """And nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error) as caught:
+        call(folders)
+    assert str(caught.value) == words and not list(tmp_path.iterdir())
+
+
+def test_labels_in_a_list_are_the_stored_ones(folders):
+    for labels in (LABELS, list(LABELS)):
+        model, report = peftdebias.load_model(folders / "plain", labels=labels)
+        assert model.classifier.labels == tuple(LABELS) and not report.new
 
 
 def test_texts_that_are_cut_are_told_where_they_were_given(model):

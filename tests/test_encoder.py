@@ -223,6 +223,10 @@ def test_heads_that_are_not_there_are_named():
     (dict(hidden="21"), "hidden: expected a whole number of at least 1, got '21'"),
     (dict(layers=None), "layers: expected a whole number of at least 1, got None"),
     (dict(max_positions=-1), "max_positions: expected a whole number of at least 1, got -1"),
+    (dict(position_offset=-5), "position_offset: expected a whole number of at least 0, got -5"),
+    (dict(position_offset=math.nan), "position_offset: expected a whole number of at least 0, got nan"),
+    (dict(pad_id="x"), "pad_id: expected a whole number of at least -1, got 'x'"),
+    (dict(tied=None), "tied: expected true or false, got None"),
 ])
 def test_a_configuration_that_makes_no_sense_is_an_error(changes, words):
     with pytest.raises(ModelError, match=words):
@@ -326,7 +330,13 @@ def test_a_batch_elsewhere_is_named():
         model.mlm_logits(pack([Sample(numpy.arange(5), numpy.arange(5))]).to("meta"))
 
 
-@pytest.mark.parametrize("labels", ["ab", ("a", "a"), ("a", 3)])
+def test_a_model_is_made_of_a_configuration():
+    for given in (None, 3, Model(config())):
+        with pytest.raises(ModelError, match=f"^Model: expected an EncoderConfig, got {type(given).__name__}$"):
+            Model(given)
+
+
+@pytest.mark.parametrize("labels", ["ab", ("a", "a"), ("a", 3), 1])
 def test_labels_are_names(labels):
     with pytest.raises(ModelError, match="labels: expected names, each another one, got "):
         Model(outside.drawn_model().config, labels=labels)

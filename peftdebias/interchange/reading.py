@@ -10,6 +10,7 @@ from .. import checkpoint, weights
 from ..encoder import Model
 from ..errors import AdapterError, ConfigError, ModelError
 from ..files import read_object, wrong_numbers
+from ..options import expect_path
 from ..patch import base_checksum
 from ..sites import EncoderConfig
 from ..tokens import load_tokenizer
@@ -19,7 +20,7 @@ from .folders import CONFIG, Fields, Foreign
 
 def read(folder: str | Path, config: EncoderConfig) -> Foreign:
     """The module of a peft or AdapterHub folder for a model of this shape. Raises AdapterError that names file, key, expected and got."""
-    folder = Path(folder)
+    folder = expect_path("adapter", folder, AdapterError)
     path = folder / CONFIG
     if not path.exists():
         raise AdapterError(f"{folder}: expected a peft or AdapterHub folder with {CONFIG}, found none")
@@ -36,8 +37,9 @@ def import_adapter(folder: str | Path, model: str | Path, axis: str, out: str | 
 
     axis: what the module was learnt on, and its name when attached. Raises AdapterError or ModelError where folder and model do not fit.
     """
-    if not axis.strip() or "/" in axis:
+    if not isinstance(axis, str) or not axis.strip() or "/" in axis:
         raise ConfigError(f"--axis: expected a name without /, got {axis!r}")
+    out = expect_path("--out", out)
     loaded, _ = weights.load_model(model, labels=())
     found = read(folder, loaded.config)
     _compare_bases(folder, found.origin.get("base"), model, loaded)
@@ -47,7 +49,7 @@ def import_adapter(folder: str | Path, model: str | Path, axis: str, out: str | 
             loaded, tokenizer = _with_heads(model, found.heads, folder)
             weights.save_model(loaded, run.path / "model", tokenizer)
         checkpoint.save_adapter(checkpoint.adapter_folder(run.path), found.method, axis, checkpoint.describe_base(loaded), {"origin": found.origin})
-    return Path(out)
+    return out
 
 
 def _compare_bases(folder: str | Path, named: str | None, model: str | Path, loaded: Model) -> None:

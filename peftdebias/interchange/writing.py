@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .. import checkpoint, methods, patch, weights
 from ..errors import AdapterError, ConfigError, ModelError
+from ..options import expect_path
 from ..outputs import FULL, files_in, keep_apart, writing_folder
 from . import peft
 from .card import card
@@ -18,7 +19,7 @@ def export_adapter(run: str | Path, form: str, out: str | Path, overwrite: bool 
 
     Raises AdapterError, by name, where the form cannot hold what the run is.
     """
-    run = Path(run)
+    run, out = expect_path("run", run, ModelError), expect_path("--out", out)
     if form not in FORMS:
         raise ConfigError(f"--as: expected one of {', '.join(FORMS)}, got {form!r}")
     if not checkpoint.is_run(run):
@@ -26,7 +27,7 @@ def export_adapter(run: str | Path, form: str, out: str | Path, overwrite: bool 
     modules = [checkpoint.read_header(f)["method"] for f in checkpoint.adapter_folders(run)]
     config = checkpoint.read_config(run)
     keep_apart({"--out": out}, [run, *checkpoint.files_of(run)], folders=True)
-    with writing_folder(Path(out), overwrite, "exported folder", _is_export) as folder:
+    with writing_folder(out, overwrite, "exported folder", _is_export) as folder:
         onto, base = None, config.get("model", "")
         if form == "hf":
             if modules:
@@ -38,7 +39,7 @@ def export_adapter(run: str | Path, form: str, out: str | Path, overwrite: bool 
                     (folder / place).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(file, folder / place)
                 except OSError as error:
-                    raise OSError(error.errno, error.strerror, str(Path(out) / place) if error.errno in FULL else str(file)) from None
+                    raise OSError(error.errno, error.strerror, str(out / place) if error.errno in FULL else str(file)) from None
         elif not modules:
             raise AdapterError(f"{run}: expected a run with a module, found none; --as hf writes its model")
         else:
@@ -52,7 +53,7 @@ def export_adapter(run: str | Path, form: str, out: str | Path, overwrite: bool 
                 onto = peft.write(folder, *loaded.model.methods.values(), loaded.model, base)
         positions = loaded.model.encoder.longest
         (folder / "README.md").write_text(card(run, config, form, base, min(positions, config.get("max_length", positions)), onto), encoding="utf-8")
-    return Path(out)
+    return out
 
 
 def write_merged(folder: Path, run: checkpoint.Run) -> None:
