@@ -14,7 +14,6 @@ What is a word character, a space (Python's ``\s``) and a capital is Python's Un
 """
 
 import functools
-import numbers
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -24,6 +23,7 @@ from typing import NamedTuple
 from peftdebias.axes import LONGEST_WORD, SHAPES, Axis, is_word_character, letter_cases, word_class
 from peftdebias.config import KEEP, OCCURRENCES
 from peftdebias.errors import ConfigError
+from peftdebias.options import expect_whole
 from peftdebias.pronouns import PRONOUNS, deciding_rule
 
 APOSTROPHES = "'\u2019"
@@ -74,10 +74,8 @@ class Intervention:
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name, least in (("only_from", 0), ("max_variants", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least):
-                more = " (axis.column(name) gives a column's)" if name == "only_from" else ""
-                raise ConfigError(f"{name}: expected a whole number of at least {least}{more}, got {value!r}")
+            if (value := getattr(self, name)) is not None:
+                expect_whole(name, value, least, " (axis.column(name) gives a column's)" if name == "only_from" else "")
 
     def words_of(self, axis: Axis) -> str:
         """What is replaced, for a message: "words of the axis gender", or those "in the column female" alone."""
@@ -107,16 +105,23 @@ class Family:
         return self.members if keep == "pairs" else self.members[1:]
 
 
+def expect_axis(what: str, axis: Axis, intervention: Intervention) -> None:
+    """Raises ConfigError about `what` on what is no Axis or no Intervention."""
+    if not isinstance(axis, Axis) or not isinstance(intervention, Intervention):
+        raise ConfigError(f"{what}: expected an Axis, as load_axis makes one, and an Intervention, got {type(axis).__name__} and {type(intervention).__name__}")
+
+
 def counterfactuals(text: str, axis: Axis, intervention: Intervention = PAPER) -> list[Counterfactual]:
     """All variants of a text: none without an attribute word, one on an axis of pairs, up to k - 1 where a row has k words.
 
     Variant r = 1 .. k - 1 (k: the longest row touched) puts column (c + r) mod k' for a word in column c of its row of k' words. A word whose row
     returns to itself (r mod k' = 0) stays; a variant equal to the text or to an earlier variant is left out. With occurrences = "one" the candidates
-    are those of the first word, r = 1 .. k' - 1, then those of the second, and so on. Raises ConfigError on what is no Axis, or a column that it has not,
+    are those of the first word, r = 1 .. k' - 1, then those of the second, and so on. Raises ConfigError on what is no Axis or no Intervention, or a column that it has not,
     and on what is no text.
     """
     if not isinstance(text, str):
         raise ConfigError(f"counterfactuals: expected a text, got {type(text).__name__}")
+    expect_axis("counterfactuals", axis, intervention)
     known = lexicon(axis, intervention.only_from)
     hits = [(*found.span(), known.forms[found[0]]) for found in known.find(text)]
     if not hits:
@@ -149,9 +154,9 @@ def counterfactuals(text: str, axis: Axis, intervention: Intervention = PAPER) -
 
 def families(texts: Iterable[str], axis: Axis, intervention: Intervention = PAPER) -> Iterator[Family]:
     """One family a text, in order; texts without an attribute word are dropped or kept alone, as axis.keep_untouched says. Raises ConfigError on one text in
-    place of several."""
-    if isinstance(texts, (str, bytes)):
-        raise ConfigError(f"families: expected a list of texts, got one: [{texts[:20]!r}]")
+    place of several, and as counterfactuals."""
+    if (one := isinstance(texts, (str, bytes))) or not isinstance(texts, Iterable):
+        raise ConfigError(f"families: expected a list of texts, got {f'one: [{texts[:20]!r}]' if one else type(texts).__name__}")
     for source, text in enumerate(texts):
         variants = counterfactuals(text, axis, intervention)
         if variants or axis.keep_untouched:
@@ -211,8 +216,6 @@ class Lexicon(NamedTuple):
 @functools.lru_cache(maxsize=32)
 def lexicon(axis: Axis, only_from: int | None = None) -> Lexicon:
     """With `only_from`, the forms of other columns are found too, so that no piece of one is, and replaced by nothing: ()."""
-    if isinstance(axis, str):
-        raise ConfigError(f"axis: expected an Axis, as load_axis({axis!r}) gives one, got a text")
     if only_from is not None and only_from >= (width := max(map(len, axis.groups))):
         raise ConfigError(f"only_from: expected a column of the axis {axis.name!r}, 0 to {width - 1}, got {only_from}")
     others = {}  # word -> what stands in its place, variant by variant

@@ -19,6 +19,7 @@ from peftdebias import cda, native
 from peftdebias.axes import MOST_BARRED, Axis, word_class
 from peftdebias.cda import KEEP, PAPER, Counterfactual, Family, Intervention, Swap, counterfactuals
 from peftdebias.errors import ConfigError
+from peftdebias.options import expect_whole
 from peftdebias.pronouns import PRONOUNS, fits, pronoun_table
 
 BLOCK = 8 << 20  # bytes of text that go to the engine together
@@ -66,12 +67,10 @@ class Written:
 def engine(axis: Axis, intervention: Intervention = PAPER, threads: int = 1) -> "NativeEngine | PythonEngine":
     """The engine for an axis: compiled where that is there, else its twin (see native.library). The compiled one frees the GIL. Raises ConfigError on what is no Axis, no Intervention, or no
     number of threads."""
-    if not isinstance(axis, Axis) or not isinstance(intervention, Intervention):
-        raise ConfigError(f"engine: expected an Axis, as load_axis makes one, and an Intervention, got {type(axis).__name__} and {type(intervention).__name__}")
-    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
-        raise ConfigError(f"engine: threads: expected a whole number of at least 1, got {threads!r}")
+    cda.expect_axis("engine", axis, intervention)
+    expect_whole("engine: threads", threads, 1)
     library = native.library()
-    return PythonEngine(axis, intervention) if library is None else NativeEngine(axis, intervention, threads, library)
+    return PythonEngine(axis, intervention) if library is None else NativeEngine(axis, intervention, int(threads), library)
 
 
 def expand(texts: Sequence[str], axis: Axis, intervention: Intervention = PAPER, threads: int = 1) -> Expanded:

@@ -338,11 +338,22 @@ def test_the_line_that_is_named_is_that_of_the_mistake(line, words, tmp_path):
     (dict(groups=(("rich", "poor"), ("old", "rich"))), "'rich' stands in groups 1 and 2"), (dict(like=(("x", "y"),)), "like: 'x' is to be treated like 'y'"),
     (dict(columns=("a",)), "key 'columns': expected 2 names"), (dict(groups=(("rich", 3),)), "group 1: expected a word in quotes, got 3"),
     (dict(only=(("x", ("lower",)),)), "only: 'x' is in no group"), (dict(unless_after=(("x", ("oil",)),)), "unless_after: 'x' is in no group"),
+    (dict(only=3), "key 'only': expected pairs of a word and what is said of it, got 3"), (dict(like=(("q",),)), "key 'like': expected pairs of a word and what is said of it, got (('q',),)"),
+    (dict(only=(("rich", 3),)), "only: 'rich': expected a list out of lower, Capital, UPPER, got 3"), (dict(unless_after=(("rich", 3),)), "unless_after: 'rich': expected a list of words, got 3"),
+    (dict(columns=3), "key 'columns': expected a list of names, one for each identity, got 3"), (dict(keep_untouched=None), "key 'keep_untouched': expected true or false, got None"),
+    (dict(source=3), "key 'source': expected a text, got 3"),
 ])  # fmt: skip
 def test_an_axis_made_by_hand_is_looked_at_too(changes, words):
     with pytest.raises(DataError, match=re.escape(f"axis 'wealth': {words}")):
         Axis(**dict(name="wealth", groups=(("rich", "poor"),), keep_untouched=True) | changes)
     assert counterfactuals("rich", Axis("wealth", (("rich", "poor"),), True))[0].text == "poor"
+    with pytest.raises(DataError, match="^axis None: key 'name': expected a text, got None$"):
+        Axis(None, (("rich", "poor"),), True)
+    for given, got in ((3, "int"), ("", "an empty text"), ("a\0", r"'a\\x00': ")):
+        with pytest.raises(DataError, match=f"^names file: expected a path, got {got}"):
+            load_axis("gender").with_names(given)
+    with pytest.raises(DataError, match="^axis file a\0.toml: expected readable UTF-8 text, got embedded null "):
+        load_axis("a\0.toml")
 
 
 def test_a_digest_is_of_the_words_and_of_what_is_done_with_them():

@@ -432,8 +432,12 @@ def test_where_a_possessive_ends(text, end):
 
 
 def test_an_axis_is_not_its_name():
-    with pytest.raises(ConfigError, match=r"^axis: expected an Axis, as load_axis\('gender'\) gives one, got a text$"):
-        counterfactuals("she is", "gender")
+    gender, words = load_axis("gender"), "^counterfactuals: expected an Axis, as load_axis makes one, and an Intervention, got "
+    for axis, intervention, got in (("gender", Intervention(), "str and Intervention"), (None, Intervention(), "NoneType and Intervention"), ([], Intervention(), "list and Intervention"),
+                                    (Path("gender"), Intervention(), "PosixPath and Intervention"), (gender, None, "Axis and NoneType"), (gender, "x", "Axis and str")):
+        for ask in (lambda: counterfactuals("she is", axis, intervention), lambda: list(families(["she is"], axis, intervention))):
+            with pytest.raises(ConfigError, match=f"{words}{got}$"):
+                ask()
 
 
 @pytest.mark.parametrize("text", ["the black doctor", "An Asian man and his son", "three white nurses", "African"])
@@ -464,6 +468,8 @@ def test_a_column_that_is_not_there_and_one_text_for_several_are_refused():
     for text in ("he met her", b"he met her"):
         with pytest.raises(ConfigError, match=re.escape(f"families: expected a list of texts, got one: [{text!r}]")):
             list(families(text, axis))
+    with pytest.raises(ConfigError, match="^families: expected a list of texts, got NoneType$"):
+        list(families(None, axis))
     for text, kind in ((None, "NoneType"), (["he"], "list"), (b"he", "bytes")):
         for ask in (lambda: counterfactuals(text, axis), lambda: list(families([text], axis))):
             with pytest.raises(ConfigError, match=f"^counterfactuals: expected a text, got {kind}$"):

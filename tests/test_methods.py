@@ -194,6 +194,9 @@ def test_a_file_that_does_not_fit_is_refused_by_name(method, options):
         module.load({name: tensor for name, tensor in state.items() if name != last})
     with pytest.raises(AdapterError, match=rf"{method} adapter, {last}: expected shape \[.*\], got \[13\]"):
         module.load(state | {last: torch.zeros(13)})
+    for given, got in ((None, "NoneType"), (list(state), "list"), (state | {last: None}, f"NoneType for '{last}'"), (state | {3: state[last]}, "Tensor for 3")):
+        with pytest.raises(AdapterError, match=f"^{method} adapter: expected tensors by name, got {got}$"):
+            module.load(given)
     assert all(torch.equal(tensor, state[name]) for name, tensor in module.state().items())
 
 

@@ -11,10 +11,12 @@ import hashlib
 import re
 import tomllib
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peftdebias.errors import ConfigError, DataError
+from peftdebias.options import expect_path
 
 _HERE = Path(__file__).parent
 _NOT_AXES = {"names", "pronouns"}  # tables that lie in the same folder
@@ -61,16 +63,21 @@ class Axis:
 
     def __post_init__(self):
         """Raises DataError on rows, words or names that a file of an axis may not have either; forms that are written alike are found there alone."""
-        check = _Check(Path(self.source or self.name), "", "axis")
+        check, tables = _Check(Path(), "", "axis"), {}
         check.where = f"axis {self.name!r}"
-        listed = [list(row) if isinstance(row, tuple) else row for row in self.groups] if isinstance(self.groups, tuple) else self.groups
-        words = {word for row in check.groups(listed) for word in row}
-        check.like(dict(self.like), words)
-        words |= set(dict(self.like))
-        check.only({word: list(shapes) for word, shapes in self.only}, words)
-        check.unless_after({word: list(before) for word, before in self.unless_after}, words)
+        for key in ("like", "only", "unless_after"):
+            try:
+                tables[key] = {word: _listed(said) for word, said in getattr(self, key)}
+            except (TypeError, ValueError):
+                check.fail(f"key {key!r}: expected pairs of a word and what is said of it, got {getattr(self, key)!r}")
+        check.kinds(vars(self) | tables)
+        words = {word for row in check.groups(_listed(self.groups, _listed)) for word in row}
+        check.like(tables["like"], words)
+        words |= set(tables["like"])
+        check.only(tables["only"], words)
+        check.unless_after(tables["unless_after"], words)
         if self.columns:
-            check.columns(list(self.columns), self.groups)
+            check.columns(_listed(self.columns), self.groups)
 
     def __hash__(self):  # by name and file: an axis is a cache key for every text, and its rows are long
         return hash((self.name, self.source))
@@ -103,7 +110,7 @@ class Axis:
         Names count as Capital and UPPER alone. The table names its columns; they are to be those of this axis, so that names go where words of their
         identity go. Raises ConfigError for an axis with other columns or none, DataError for a mistake in the file or a name that is a word of the axis.
         """
-        path = _HERE / "names.toml" if path is None else Path(path)
+        path = _HERE / "names.toml" if path is None else expect_path("names file", path, DataError)
         text, table = _read(path, "names file")
         rows = _Check(path, text, "names file").names(table, self)
         only = tuple((row[0], ("Capital", "UPPER")) for row in rows)
@@ -149,6 +156,11 @@ def is_word_character(character: str) -> bool:
     return character.isalnum() or character == "_" or unicodedata.category(character)[0] == "M"
 
 
+def _listed(value, of: Callable = lambda one: one):
+    """A tuple as the list that a file has in its place, of what `of` makes of each; anything else as it is."""
+    return [of(one) for one in value] if isinstance(value, tuple) else value
+
+
 def _load(path: Path) -> Axis:
     text, table = _read(path, "axis file")
     return _Check(path, text, "axis file").axis(table)
@@ -162,7 +174,7 @@ def _read(path: Path, kind: str) -> tuple[str, dict]:
         raise DataError(f"{kind} {path}: no such file") from None
     except IsADirectoryError:
         raise DataError(f"{kind} {path}: expected a file, got a folder") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a name with a zero byte
         raise DataError(f"{kind} {path}: expected readable UTF-8 text, got {error}") from None
     try:
         return text, tomllib.loads(text)
@@ -201,11 +213,15 @@ class _Check:
         if unknown:
             raise ConfigError(f"{self.where}: unknown key {unknown[0]!r}: expected one of {', '.join(sorted(known))}")
 
+    def kinds(self, table: dict):
+        for kind, keys in ((str, ("name", "description", "source")), (bool, ("keep_untouched", "pronouns")), (dict, ("like", "only", "unless_after"))):
+            for key in keys:
+                if key in table and not isinstance(table[key], kind):
+                    self.fail(f"key {key!r}: expected {_KINDS[kind]}, got {table[key]!r}")
+
     def axis(self, table: dict) -> Axis:
         self.keys(table, _KEYS)
-        for key, kind in (("name", str), ("description", str), ("keep_untouched", bool), ("pronouns", bool), ("like", dict), ("only", dict), ("unless_after", dict)):
-            if key in table and not isinstance(table[key], kind):
-                self.fail(f"key {key!r}: expected {_KINDS[kind]}, got {table[key]!r}")
+        self.kinds(table)
         if not (name := table.get("name", self.path.stem)).strip():
             self.fail(f"key 'name': expected a text to call the axis by, got {name!r}")
         if "/" in name:  # parts the names of measures

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import AdapterError, ConfigError
 from ..files import wrong_numbers
-from ..options import SEEDS, checked
+from ..options import check_seed, checked, expect_whole
 from ..sites import LINEARS, EncoderConfig
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ class Method:
     @torch.inference_mode(False)
     def load(self, state: dict[str, Tensor]) -> None:
         """Take saved tensors. Raises AdapterError on a name or shape that does not match, and on numbers that are none."""
+        expect_tensors(f"{self.name} adapter", state)
         own = self.parameters()
         if set(own) != set(state):
             odd = sorted(set(own) ^ set(state))
@@ -217,6 +218,14 @@ def finite(what: str, value: float, least: float = -math.inf) -> None:
         raise ConfigError(f"{what}: expected a finite number{f' of at least {least:g}' if math.isfinite(least) else ''}, got {value}")
 
 
+def expect_tensors(what: str, state: dict[str, Tensor]) -> None:
+    """Raises AdapterError about `what` on anything but tensors by name."""
+    odd = None if isinstance(state, Mapping) else type(state).__name__
+    odd = odd or next((f"{type(tensor).__name__} for {name!r}" for name, tensor in state.items() if not (isinstance(name, str) and isinstance(tensor, Tensor))), None)
+    if odd:
+        raise AdapterError(f"{what}: expected tensors by name, got {odd}")
+
+
 def linear_kinds(chosen: tuple[str, ...], what: str) -> tuple[str, ...]:
     """Linears of a layer by full name, in the order of sites.LINEARS: "query" or "attention.query" -> "attention.query". Raises ConfigError about `what`."""
     known = {kind.split(".")[1]: kind for kind in LINEARS} | {kind: kind for kind in LINEARS}
@@ -248,10 +257,8 @@ def _configured(name: str, encoder_config: EncoderConfig, budget: float | None, 
     if not isinstance(encoder_config, EncoderConfig):
         raise ConfigError(f"create {name!r}: expected an EncoderConfig, as model.config is, got {type(encoder_config).__name__}")
     cls = method_class(name)
-    if not isinstance(seed, numbers.Integral) or not 0 <= seed <= SEEDS:
-        raise ConfigError(f"create {name!r}: seed: expected a whole number from 0 to {SEEDS}, got {seed!r}")
-    if not isinstance(max_length, numbers.Integral) or isinstance(max_length, bool) or max_length < 1:
-        raise ConfigError(f"create {name!r}: max_length: expected a whole number of at least 1, got {max_length!r}")
+    check_seed(seed, f"create {name!r}: seed")
+    expect_whole(f"create {name!r}: max_length", max_length, 1)
     if not isinstance(options, (Mapping, type(None))) or not all(isinstance(key, str) for key in options or ()):
         raise ConfigError(f"create {name!r}: options: expected a dict of {cls.Config.__name__}'s fields, got {type(options).__name__}")
     options = {key: value.item() if isinstance(value, numpy.generic) else value for key, value in (options or {}).items()}

@@ -24,7 +24,7 @@ from ..encoder import Model, parameter_at
 from ..errors import AdapterError, ConfigError
 from ..files import wrong_numbers
 from ..sites import TABLES, EncoderConfig, linear_sites, parameter_size
-from . import Method, base_parameters, finite
+from . import Method, base_parameters, expect_tensors, finite
 
 SHARE = 0.01
 PIECE = 2 ** 17  # values that a CPU takes at once: between the passes over them they stay in its cache
@@ -159,6 +159,7 @@ class Sparse(Method):
 
     @torch.inference_mode(False)
     def load(self, state: dict[str, Tensor]) -> None:
+        expect_tensors("sparse adapter", state)
         known = set(self.sites(self.encoder_config))
         found = {name.removesuffix(".values"): tensor for name, tensor in state.items() if name.endswith(".values")}
         for site, values in found.items():
