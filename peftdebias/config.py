@@ -115,7 +115,7 @@ class Upstream(Swapping, Training):
         _read_once("--corpus and --valid", *self.corpus, *self.valid)
         if not 0 < self.valid_share < 1:
             raise ConfigError(f"--valid-share: expected a share between 0 and 1, got {self.valid_share}")
-        _weight(self)
+        check_weight(self)
 
 
 @settings
@@ -364,7 +364,7 @@ class Testbed:
 
     def __post_init__(self):
         at_least(1, self, "jobs", "upstream_steps")
-        _weight(self)
+        check_weight(self)
         if not 0 < self.scale <= 100:
             raise ConfigError(f"--scale: expected more than 0, up to 100, got {self.scale}")
         for name, kind in (("text_strengths", float), ("label_strengths", float), ("method_strengths", float), ("seeds", int)):
@@ -400,7 +400,8 @@ def _read_once(what: str, *files: str) -> None:
         raise ConfigError(f"{what}: expected standard input, -, once, since it is read once; got it {times} times")
 
 
-def _weight(settings) -> None:
+def check_weight(settings) -> None:
+    """Raises ConfigError on an `attribute_weight` that no word can have."""
     if not 1 <= settings.attribute_weight <= 1000:
         raise ConfigError(f"--attribute-weight: expected a number from 1 to 1000, got {settings.attribute_weight}")
 

@@ -27,9 +27,11 @@ from .buckets import Families, Packed, masked_batches
 from .cache import Cache
 from .cda import PAPER, Intervention
 from .cda_engine import engine
+from .config import LEAST, check_weight
 from .errors import ConfigError
 from .holdout import HeldOut, touched
 from .lines import Place, Skipped
+from .options import at_least, check_seed, settle
 from .tokens import Tokenizer, mask_weights
 
 WINDOW_TOKENS = 1 << 25  # 128 MiB of ids: what a window holds at most, however long the texts
@@ -39,7 +41,7 @@ WINDOW_TOKENS = 1 << 25  # 128 MiB of ids: what a window holds at most, however 
 class Recipe:
     """All that decides which batches come.
 
-    files: as lines.find gives them. shard (i, n): of the corpus's texts those whose number leaves i when divided by n; the n shards are the whole, and
+    files: as lines.find gives them, or one. shard (i, n): of the corpus's texts those whose number leaves i when divided by n; the n shards are the whole, and
     numbers stay those of the whole (rank * workers + worker for who has both). batch: batch_size or batch_tokens. cache: folder for tokenised families.
     attribute_weight: how many times likelier than another a word of the axis is chosen for masking (tokens.mask_weights).
     """
@@ -62,14 +64,16 @@ class Recipe:
     attribute_weight: float = 1.0
 
     def __post_init__(self):
-        part, parts = self.shard
-        if not 0 <= part < parts:
-            raise ConfigError(f"shard: expected (i, n) with i from 0 to n - 1, got {self.shard}")
-        if list(self.batch) not in (["batch_size"], ["batch_tokens"]) or next(iter(self.batch.values())) < 1:
+        settle(self, "shard")
+        whole = isinstance(self.shard, (tuple, list)) and len(self.shard) == 2 and all(isinstance(one, (int, numpy.integer)) for one in self.shard)
+        if not whole or not 0 <= self.shard[0] < self.shard[1]:
+            raise ConfigError(f"shard: expected (i, n) with i from 0 to n - 1, got {self.shard!r}")
+        if list(self.batch) not in (["batch_size"], ["batch_tokens"]) or type(count := next(iter(self.batch.values()))) is not int or count < 1:
             raise ConfigError(f"batch: expected batch_size or batch_tokens of at least 1, got {self.batch}")
-        for name in ("max_length", "buffer", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        at_least(LEAST, self, "max_length", called=str)
+        at_least(1, self, "buffer", "threads", called=str)
+        check_seed(self.seed, "seed")
+        check_weight(self)
 
 
 @dataclasses.dataclass

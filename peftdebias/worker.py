@@ -27,6 +27,7 @@ import numpy
 from . import cache, errors
 from .buckets import Packed
 from .errors import ConfigError, PeftDebiasError
+from .options import expect_whole
 from .outputs import FULL
 from .stream import Counts, Ended, Filled, Given, Recipe, Stream, check_position
 
@@ -51,13 +52,15 @@ class Epochs:
     """
 
     def __init__(self, recipe: Recipe, workers: int = 0):
-        if workers < 0:
-            raise ConfigError(f"workers: expected at least 0, got {workers}")
+        if not isinstance(recipe, Recipe):
+            raise ConfigError(f"epochs: expected a Recipe, got {type(recipe).__name__}")
+        expect_whole("workers", workers, 0)
         self._files = recipe.files
         self._source = Background(recipe, workers) if workers else Stream(recipe)
         self._events: Iterator | None = None
         self._begins: int | None = None  # the epoch whose beginning comes next
         self._first: Filled | None = None  # read by `ready`
+        self._closed = False
         self.counts, self.position = Counts(), None
 
     def ready(self) -> Counts:
@@ -70,6 +73,7 @@ class Epochs:
 
     def epoch(self, number: int) -> Iterator[Packed]:
         """The batches of an epoch. They go on without a break where the epoch before was taken to its end, else they begin anew, and a pass under way raises ConfigError."""
+        expect_whole("epoch", number, 0)
         if self._begins != number:
             self._restart(number)
         yield from self._batches()
@@ -96,11 +100,14 @@ class Epochs:
             event = None
 
     def _restart(self, epoch: int, position: dict | None = None) -> None:
+        if self._closed:
+            raise ConfigError("epochs: closed; expected new ones, which begin anew")
         if self._events is not None:
             self._events.close()
         self._events, self._begins, self._first = self._source.run(epoch, position), epoch, None
 
     def close(self) -> None:
+        self._closed, self._begins = True, None
         if self._events is not None:
             self._events.close()
         if isinstance(self._source, Background):

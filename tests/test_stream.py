@@ -117,11 +117,47 @@ def test_a_corpus_of_one_window_gives_what_everything_in_memory_would(file, batc
     ({"batch": {"batch_size": 3, "batch_tokens": 3}}, "batch: expected"),
     ({"batch": {}}, "batch: expected"),
     ({"buffer": 0}, "buffer: expected at least 1, got 0"),
-    ({"max_length": 0}, "max_length: expected at least 1, got 0"),
+    ({"max_length": 2}, "max_length: expected at least 3, got 2"),
+    ({"max_length": "a"}, "Recipe: max_length: expected a whole number, got 'a'"),
+    ({"seed": -1}, "seed: expected a whole number from 0 to 9223372036854775807, got -1"),
+    ({"seed": "a"}, "Recipe: seed: expected a whole number, got 'a'"),
+    ({"attribute_weight": float("nan")}, "--attribute-weight: expected a number from 1 to 1000, got nan"),
+    ({"attribute_weight": 0}, "--attribute-weight: expected a number from 1 to 1000, got 0.0"),
+    ({"attribute_weight": "a"}, "Recipe: attribute_weight: expected a number, got 'a'"),
+    ({"threads": 1.5}, "Recipe: threads: expected a whole number, got 1.5"),
+    ({"files": (3,)}, r"Recipe: files: expected a list of texts, got \(3,\)"),
+    ({"tokenizer": None}, "Recipe: tokenizer: expected an instance of Tokenizer, got None"),
+    ({"axis": "gender"}, "Recipe: axis: expected an instance of Axis, got 'gender'"),
+    ({"held_out": None}, "Recipe: held_out: expected an instance of HeldOut, got None"),
+    ({"batch": None}, "Recipe: batch: expected a table of options, got None"),
+    ({"batch": {"batch_size": "x"}}, "batch: expected batch_size or batch_tokens of at least 1, got {'batch_size': 'x'}"),
+    ({"shard": 3}, r"shard: expected \(i, n\) with i from 0 to n - 1, got 3"),
+    ({"shard": ("a", 2)}, "shard: expected"),
 ])  # fmt: skip
 def test_a_recipe_that_makes_no_sense_is_refused(change, words, file):
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=f"^{words}"):
         dataclasses.replace(recipe(file), **change)
+
+
+def test_a_recipe_of_one_file_is_of_a_list_of_one(file):
+    assert dataclasses.replace(recipe(file), files=str(file)) == dataclasses.replace(recipe(file), files=file) == recipe(file)
+
+
+def test_epochs_are_of_a_recipe_by_number_until_they_are_closed(file):
+    with pytest.raises(ConfigError, match="^epochs: expected a Recipe, got NoneType$"):
+        Epochs(None)
+    for workers in (None, 1.5, -1, "a"):
+        with pytest.raises(ConfigError, match=f"^workers: expected a whole number of at least 0, got {workers!r}$"):
+            Epochs(recipe(file), workers)
+    for workers in (0, 1):
+        with Epochs(recipe(file), workers) as epochs:
+            for number in (-1, "a", None):
+                with pytest.raises(ConfigError, match=f"^epoch: expected a whole number of at least 0, got {number!r}$"):
+                    next(epochs.epoch(number))
+            assert list(epochs.epoch(0))
+        for ask in (epochs.ready, lambda: next(epochs.epoch(0)), lambda: next(epochs.epoch(1)), lambda: next(epochs.resume(epochs.position))):
+            with pytest.raises(ConfigError, match="^epochs: closed; expected new ones, which begin anew$"):
+                ask()
 
 
 @pytest.mark.parametrize("name", ["c.txt.gz", "C.TXT.GZ"])
@@ -136,7 +172,7 @@ def test_a_position_in_a_packed_file_lies_behind_its_size(name, tmp_path):
 
 
 def test_only_positions_are_resumed(file):
-    with pytest.raises(ConfigError, match="workers: expected at least 0, got -1"):
+    with pytest.raises(ConfigError, match="workers: expected a whole number of at least 0, got -1"):
         Epochs(recipe(file), -1)
     with Epochs(recipe(file)) as epochs:
         next(epochs.epoch(0))
@@ -342,7 +378,7 @@ def test_the_background_process_gives_the_same_bits(workers, file):
     assert gone(pid)
 
 
-def test_what_goes_wrong_in_the_process_is_said_here(file, tmp_path):
+def test_what_goes_wrong_in_the_process_is_said_here(tmp_path):
     (tmp_path / "bad.txt").write_bytes("\n".join(texts(200)).encode() + b"\n\xff\n")
     said = []
     for workers in (0, 1):
@@ -352,18 +388,13 @@ def test_what_goes_wrong_in_the_process_is_said_here(file, tmp_path):
                     pass
             said.append((type(caught.value), str(caught.value), count))
     assert said[0] == said[1] and said[0][1] == f"{tmp_path}/bad.txt:201: expected utf-8, got 0xff at byte 1 of the line" and count > 10
-    with Epochs(dataclasses.replace(recipe(file), files=(None,)), 1) as epochs, pytest.raises(RuntimeError, match="in the background process:\nTraceback"):
-        epochs.ready()
 
 
-class Raising:
-    """Where it is unpickled, a pass over the corpus raises what `said` makes; it is None there."""
-
-    def __init__(self, said: str):
-        self.said = said
+class Raising(str):
+    """Where it is unpickled, a pass over the corpus raises what its text makes; it is None there."""
 
     def __reduce__(self):
-        return exec, (f"import peftdebias.stream as s\ndef run(*args):\n    raise {self.said}\n    yield\ns.Stream.run = run",)
+        return exec, (f"import peftdebias.stream as s\ndef run(*args):\n    raise {self}\n    yield\ns.Stream.run = run",)
 
 
 @pytest.mark.parametrize("said, error", [("MemoryError('no memory for the sums')", MemoryError("no memory for the sums")), ("MemoryError", MemoryError()),
@@ -380,7 +411,7 @@ def test_memory_and_disks_that_end_in_the_process_are_errors_of_the_same_kind_he
             epochs.ready()
 
 
-class Loud:
+class Loud(str):
     """Prints where it is unpickled, and is None there."""
 
     def __reduce__(self):
@@ -403,7 +434,7 @@ def test_a_process_that_is_killed_is_one_clear_line(file):
                 batches = epochs.epoch(epochs.position["epoch"] + 1)
 
 
-class Leaves:
+class Leaves(str):
     """Ends the process where it is unpickled."""
 
     def __reduce__(self):
