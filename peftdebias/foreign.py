@@ -28,6 +28,7 @@ from . import checkpoint
 from .encoder import EncoderConfig, Model
 from .errors import AdapterError
 from .methods import METHODS, Method, method_class
+from .options import expect_path
 from .sites import TABLES, add_delta, linear_shape, table_rows
 from .weights import ENCODER_NAMES, NoInit, from_foreign
 
@@ -97,9 +98,10 @@ def attach_to(module: nn.Module, method: Method | str | Path, names: dict[str, s
         raise AdapterError(f"attach_to: names: expected a dict, our site to their module's name, got {type(names).__name__}")
     find, source = _Finder(module, names or {}), method
     if not isinstance(method, Method):
-        source = os.path.realpath(checkpoint.module_folder(Path(method)))
+        folder = expect_path("adapter", method, AdapterError)
+        source = os.path.realpath(checkpoint.module_folder(folder))
         with torch.inference_mode(False):  # what is attached inside of it can be trained later
-            method = _load(Path(method), find, force)
+            method = _load(folder, find, force)
     _only_weights(type(method))
     places: dict[str, str] = {}
     changes: dict[tuple[str, str], nn.Module] = {}  # (site, "weight" or "bias") -> their module
@@ -282,7 +284,7 @@ class _Finder:
                 raise AdapterError(f"names: expected some of {', '.join(ENCODER_NAMES)}, with a number for {{i}} where one layer is meant, got {site!r}")
             if not isinstance(names[site], str):
                 raise AdapterError(f"names: {site}: expected their module's name, got {names[site]!r}")
-        self.module, self.modules, self.names = module, dict(module.named_modules()), ENCODER_NAMES | names
+        self.module, self.modules, self.names = module, dict(module.named_modules(remove_duplicate=False)), ENCODER_NAMES | names
 
     def wanted(self, site: str) -> str | None:
         layer = re.match(r"layers\.(\d+)\.", site)
@@ -294,10 +296,13 @@ class _Finder:
         wanted = self.wanted(site)
         if wanted in self.modules:
             return [wanted]
-        return [] if wanted is None else [name for name in self.modules if name.endswith("." + wanted)]
+        found = [] if wanted is None else [name for name in self.modules if name.endswith("." + wanted)]
+        return list({id(self.modules[name]): name for name in reversed(found)}.values())[::-1]  # each module by its first name
 
     def __call__(self, site: str) -> tuple[str, nn.Module]:
         found = self.all(site)
+        if any(isinstance(self.modules[name], torch.jit.ScriptModule) for name in found):
+            raise AdapterError(f"{site}: expected a module whose weights torch can parametrise, got {found[0]}, which is TorchScript; attach before torch.jit")
         if _sharded([self.modules[name] for name in found], self.module) or (not found and any("_fsdp_wrapped_module" in name for name in self.modules)):
             raise AdapterError(f"{site}: expected a module whose tensors are whole, got one that FSDP has sharded; attach before it is wrapped")
         if len(found) != 1:

@@ -394,11 +394,46 @@ def test_missing_modules_biases_and_shapes(tmp_path):
     refused("^names: layers.{i}.attention.query: expected their module's name, got 3$", own, lora, {"layers.{i}.attention.query": 3})
     refused("sparse: expected a module that changes at least one weight", own, methods.create("sparse", model.config), NAMES)
     refused("no such folder", own, tmp_path / "none", NAMES)
+    for given, got in (("", "an empty text$"), ("a\0", r"'a\\x00': "), ("x" * 5000, "'xxx.*': File name too long$")):
+        refused(f"^adapter: expected a path, got {got}", own, given, NAMES)
     assert same(own, before)
     own.blocks[1].o.bias = None
     refused(r"layers.1.attention.output.bias \(blocks.1.o.bias\): expected a tensor, found none", own, methods.create("bias", model.config), NAMES)
     attach_to(own, methods.create("ia3", model.config, options=dict(outputs=("output",))), NAMES)  # scales a weight without bias all the same
     assert not parametrize.is_parametrized(own.blocks[0].down, "bias")  # whose input alone is scaled
+
+
+def test_a_module_of_two_names():
+    """Two sites that are one module are told; a host in which the whole lies twice is one all the same, by its first name."""
+    model = drawn_model()
+    own, lora = own_twin(model), methods.create("lora", model.config)
+    handle = attach_to(nn.ModuleDict({"a": own, "b": own}), lora, NAMES)
+    assert set(handle.places.values()) == {f"a.blocks.{i}.{kind}" for i in range(len(own.blocks)) for kind in "qv"}
+    handle.remove()
+    own.blocks[0].v = own.blocks[0].q
+    for host, prefix in ((own, ""), (nn.ModuleDict({"a": own}), "a.")):
+        refused(f"^layers.0.attention.value: expected a module of its own, found {prefix}blocks.0.v, which is layers.0.attention.query too", host, lora, NAMES)
+
+
+class Scripted(nn.Module):
+    """A linear for each of LoRA's sites, as TorchScript knows them: by names without a dot."""
+
+    def __init__(self, layers: int, width: int):
+        super().__init__()
+        for i in range(layers):
+            for kind in "qv":
+                setattr(self, f"{kind}{i}", nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q0(x)
+
+
+def test_torchscript_is_refused_in_one_line():
+    config, names = drawn_model().config, {"layers.{i}.attention.query": "q{i}", "layers.{i}.attention.value": "v{i}"}
+    lora, own = methods.create("lora", config), Scripted(config.layers, config.hidden)
+    for host, prefix in ((torch.jit.script(own), ""), (nn.ModuleDict({"a": torch.jit.script(own)}), "a.")):
+        refused(f"^layers.0.attention.query: expected a module whose weights torch can parametrise, got {prefix}q0, which is TorchScript; attach before torch.jit$", host, lora, names)
+    attach_to(nn.ModuleDict({"a": own, "beside": torch.jit.script(nn.Linear(2, 2))}), lora, names).remove()
 
 
 class Elsewhere(nn.Parameter):
