@@ -87,7 +87,7 @@ def save_adapter(folder: str | Path, method: Method, axis: str, base: dict, abou
     except (TypeError, ValueError) as error:
         raise AdapterError(f"save_adapter: expected what JSON can hold, got {error}") from None
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in method.state().items()}
-    folder = Path(folder)
+    folder = expect_path("save_adapter", folder, AdapterError)
     folder.mkdir(parents=True, exist_ok=True)
     header, tensors = folder / "adapter.json", folder / "adapter.safetensors"
     partial = partial_of(tensors)
@@ -132,7 +132,8 @@ def load_adapter(folder: str | Path, model: Model, force: bool = False) -> Adapt
 
     force: a warning in place of that error; tensors whose shapes do not fit are still refused.
     """
-    folder = Path(folder)
+    folder = expect_path("load_adapter", folder, AdapterError)
+    expect_model(model, "load_adapter", raised=AdapterError)
     if not folder.exists():
         raise AdapterError(f"adapter {str(folder)!r}: no such folder")
     given, folder = folder, module_folder(folder)

@@ -87,13 +87,20 @@ def test_a_module_that_takes_anothers_place_is_never_mixed_with_it(stops, saved,
     ({"axis": "a/b"}, "axis: expected a name without '/', got 'a/b'"), ({"axis": ""}, "axis: expected a name without '/', got ''"),
     ({"base": None}, "base: expected what describe_base says of the model, got None"), ({"base": {}}, "base: expected what describe_base says of the model, got {}"),
     ({"method": "lora"}, "expected a method with tensors of its own, got str"), ({"method": methods.create("full", TINY)}, "expected a method with tensors of its own, got full"),
+    ({"folder": None}, "expected a path, got NoneType"), ({"folder": ""}, "expected a path, got an empty text"),
     ({"about": {"when": Path("x")}}, "expected what JSON can hold, got Object of type PosixPath is not JSON serializable")])
 def test_what_no_folder_could_give_back_is_refused_before_anything_is_written(changed, words, saved):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    given = {"method": lora(model_of(), rank=2), "axis": "race", "base": checkpoint.describe_base(model_of())} | changed
+    given = {"folder": saved, "method": lora(model_of(), rank=2), "axis": "race", "base": checkpoint.describe_base(model_of())} | changed
     with pytest.raises(AdapterError, match=f"^save_adapter: {re.escape(words)}$"):
-        save_adapter(saved, **given)
+        save_adapter(**given)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize("folder, model, words", [(None, None, "expected a path, got NoneType"), ("saved", None, "expected a model of this package, .*, got NoneType")])
+def test_what_is_no_adapter_folder_or_no_model_is_a_line(folder, model, words, saved):
+    with pytest.raises(AdapterError, match=f"^load_adapter: {words}$"):
+        load_adapter(saved if folder else folder, model)
 
 
 def test_a_module_in_sixteen_bits_is_written_in_float32(tmp_path):
