@@ -93,7 +93,7 @@ def _round(down, c, up, e, rounded, size, inner, width, BLOCK: tl.constexpr):
 
 # ---------------------------------------------------------------- forward
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _forward(x, h, down, c, up, e, y, kept, tokens, width, inner, scale, NAME: tl.constexpr, KEEP: tl.constexpr, PRODUCT: tl.constexpr, ROWS: tl.constexpr,
              COLUMNS: tl.constexpr, INNER: tl.constexpr):
     """x, h [T, D], down [K, D], c [K], up [D, K], e [D] -> y [T, D] and kept: z [T, K], or uint8 [T, INNER / 8] with bit k % 8 of byte k / 8 set where z > 0,
@@ -120,7 +120,7 @@ def _forward(x, h, down, c, up, e, y, kept, tokens, width, inner, scale, NAME: t
 
 # ---------------------------------------------------------------- backward
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _backward(dy, x, kept, down, c, up, dx, z_out, dz_out, tokens, width, inner, scale, NAME: tl.constexpr, KEEP: tl.constexpr, TRAINED: tl.constexpr,
               WANTED: tl.constexpr, SAME: tl.constexpr, PRODUCT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr):
     """dy [T, D], kept as _forward left it (KEEP "inputs": x [T, D], and z is computed again), down [K, D], c [K], up [D, K] -> dx [T, D] where WANTED (with SAME:
@@ -159,7 +159,7 @@ def _backward(dy, x, kept, down, c, up, dx, z_out, dz_out, tokens, width, inner,
             tl.store(dx + t[:, None] * width + d[None, :], fall, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "stretch"])
 def _backward_parameters(dy, x, z, dz, partial, tokens, width, inner, scale, stretch, NAME: tl.constexpr, PRODUCT: tl.constexpr, BY_PRODUCT: tl.constexpr,
                          ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr):
     """dy, x [T, D], z, dz [T, K] -> partial [stretches, N] fp32, N = K D + K + D K + D: ddown, dc, dup, de of the rows [i stretch, (i + 1) stretch) of T.

@@ -136,7 +136,7 @@ def _pull(left, right, pull_left, pull_right, inside, top, share, d, words, firs
 
 # ---------------------------------------------------------------- forward
 
-@triton.jit
+@triton.jit(do_not_specialize=["Mq", "tiles", "line"])
 def forward_kernel(q, k, v, prefix_k, prefix_v, cu_queries, cu_keys, bits, y, sums, Mq, P, H, tiles, q_row, k_row, v_row, line, own, scale, inverse, EXACT: tl.constexpr,
                    DROPS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr):
     """y [Mq, H, W] and sums fp32 [1 or 2, H, Mq] = l of q [Mq, H, W], k and v [T, H, W], prefix_k and prefix_v [P, H, W] or None, cu_queries and cu_keys int32 [B + 1], bits
@@ -194,7 +194,7 @@ def _over_keys(query, pull, top, share, d, found, begin, left, k, v, k0, k1, k_r
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Mq", "tiles", "line"])
 def backward_queries_kernel(q, k, v, prefix_k, prefix_v, g, y, sums, cu_queries, cu_keys, bits, delta, dq, Mq, P, H, tiles, q_row, k_row, v_row, dq_row, line, own,
                             scale, inverse, WANTED: tl.constexpr, EXACT: tl.constexpr, DROPS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr,
                             BN: tl.constexpr, BP: tl.constexpr):
@@ -234,7 +234,7 @@ def backward_queries_kernel(q, k, v, prefix_k, prefix_v, g, y, sums, cu_queries,
         _store(dq + head * W, found * (W ** -0.5 if EXACT else W ** -0.5 * inverse), begin, left, dq_row, W, BW)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Mq", "tiles", "line"])
 def backward_keys_kernel(q, k, v, g, y, sums, cu_queries, cu_keys, bits, delta, dq, dk, dv, Mq, H, tiles, q_row, k_row, v_row, dq_row, d_row, line, own, scale,
                          inverse, WHOLE: tl.constexpr, EXACT: tl.constexpr, DROPS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """dk, dv [T, H, W]. Programs (sequence, head, tile of its keys). WHOLE, not EXACT: no sequence has more keys than a tile, and dq is written too; else delta is read,
@@ -273,7 +273,7 @@ def backward_keys_kernel(q, k, v, g, y, sums, cu_queries, cu_keys, bits, delta, 
     _store(dv + head * W, sum_v * inverse, k0 + first, there, d_row, W, BW)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Mq", "stretch", "line"])
 def backward_prefix_kernel(q, prefix_k, prefix_v, g, sums, delta, bits, partial, Mq, P, H, q_row, stretch, line, scale, inverse, EXACT: tl.constexpr, DROPS: tl.constexpr,
                            W: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr):
     """partial [stretches, 2, P, H, W] fp32: dk and dv of the prefix, from the query rows [i stretch, (i + 1) stretch) whatever sequence they are of. Program (tile of
@@ -367,6 +367,7 @@ def _specs_of(arch: int, dtype: torch.dtype, kind: str, width: int, drops: bool,
     pointers = dict.fromkeys(("q", "k", "v", "g", "y", "dq", "dk", "dv"), f"*{kind}") | dict.fromkeys(("prefix_k", "prefix_v", "sums", "partial"), "*fp32")
     pointers |= {"delta": "*fp32" if exact(dtype) else "*i64"} | dict.fromkeys(("bits", "cu_queries", "cu_keys"), "*i32")
     numbers = dict.fromkeys(("Mq", "P", "H", "tiles", "q_row", "k_row", "v_row", "dq_row", "d_row", "stretch", "line", "own"), "i32") | {"scale": "fp32", "inverse": "fp32"}
+    aligned = ["q_row", "k_row", "v_row", "dq_row", "d_row", *(n for n, value in (("own", _words(keys, shared)[1]), ("P", shared)) if value % 16 == 0)]
     words = f"{kind}, W {width}{', dropout' if drops else ''}{', prefix' if shared else ''}, {queries} by {keys}"
     kernels = {"forward": (forward_kernel, {}), "queries": (backward_queries_kernel, {"WANTED": True}),
                "keys": (backward_keys_kernel, {"WHOLE": False}), "whole": (backward_keys_kernel, {"WHOLE": True}), "prefix": (backward_prefix_kernel, {})}
@@ -381,7 +382,7 @@ def _specs_of(arch: int, dtype: torch.dtype, kind: str, width: int, drops: bool,
         constants = chosen | {"EXACT": exact(dtype), "DROPS": drops} | sizes | {key: None for key in absent if key in kernel.arg_names}
         signature = {key: value for key, value in (pointers | numbers).items() if key in kernel.arg_names and key not in constants}
         title = f"{'' if name == 'forward' else 'backward, '}{name}{' and all else' if name == 'whole' else ''}, {words}"
-        found.append(Spec(title, kernel, signature, constants, aligned=tuple(n for n in ("q_row", "k_row", "v_row", "dq_row", "d_row") if n in kernel.arg_names), **options))
+        found.append(Spec(title, kernel, signature, constants, aligned=tuple(n for n in aligned if n in kernel.arg_names), **options))
     return found
 
 

@@ -40,7 +40,7 @@ def _draw(bits, rows, inside, line, first, keys, fourth, seed, site, threshold, 
         tl.store(bits + rows.to(tl.int64)[:, None] * line + (first + place)[None, :], eight.to(tl.uint8), mask=inside[:, None] & (place * 8 < keys)[None, :])
 
 
-@triton.jit(do_not_specialize=["site", "threshold"])  # a 1 would arrive as a Python number, which has no type to change
+@triton.jit(do_not_specialize=["Mq", "tiles", "line", "site", "threshold"])
 def mask_kernel(cu_queries, cu_keys, seed, bits, Mq, P, H, tiles, line, own, site, threshold, BM: tl.constexpr, BLOCKS: tl.constexpr):
     """bits as the file's first lines say; cu_queries and cu_keys int32 [B + 1], seed int64 [1], line and own in bytes. Programs (sequence, head, tile of its queries)."""
     sequence, head, tile = place_of(H, tiles)

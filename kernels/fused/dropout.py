@@ -49,7 +49,8 @@ def philox(c0, c1, c2, c3, k0, k1):
 def keep(rows, first_block, blocks, seed, site, threshold, BLOCKS: tl.constexpr):
     """bool [rows, 8 * BLOCKS]: keep_mask of these rows and of the columns from 8 * first_block on.
 
-    rows int64 [BT]; blocks: ceil(D / 8) of the whole tensor; seed int64 and site int32 scalars (kernels take site unspecialised); threshold a whole number.
+    rows int64 [BT]; blocks: ceil(D / 8) of the whole tensor; seed int64, site and threshold int32 scalars (kernels take the latter two unspecialised: a 1 would arrive as a
+    Python number, which has no type to change).
     The lanes come in the order (half, word // 2, word % 2), each `join` a new fastest axis.
     """
     n = rows[:, None] * blocks + (first_block + tl.arange(0, BLOCKS))[None, :]  # [BT, BLOCKS]
@@ -81,7 +82,7 @@ def _halves(word, threshold):
 
 # ---------------------------------------------------------------- kernel, forward and backward
 
-@triton.jit(do_not_specialize=["site"])  # a site of 1 would arrive as a Python number, which has no type to change
+@triton.jit(do_not_specialize=["T", "site", "threshold"])
 def dropout_kernel(x, y, seed, T, D, row_stride, site, threshold, scale, BT: tl.constexpr, BD: tl.constexpr):
     """y [T, D] = x [T, D] dropped; a program does BT rows and BD columns. seed int64 [1]. For the backward x is dy and y is dx."""
     rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)

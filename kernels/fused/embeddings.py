@@ -42,7 +42,7 @@ from .tiles import DTYPES, Spec, arch_of, ceil_div, expect, on, product_dtype, r
 
 # ---------------------------------------------------------------- kernel, specs
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=["T", "V", "N", "site", "threshold"])
 def embed_kernel(ids, places, word, placed, gain, bias, seed, y, normal, inverse, checked, T, D, V, N, word_stride, placed_stride, epsilon, site, threshold, scale,
                  DROPS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr, WHOLE: tl.constexpr):
     """ids, places int64 [T], word [V, D], placed [N, D], gain, bias [D], seed int64 [1] or None -> y [T, D]; normal [T, D] and inverse fp32 [T] (n and i) unless None;

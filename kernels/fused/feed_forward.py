@@ -54,7 +54,7 @@ def _plus(z, bias, columns, there):
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def up_kernel(x, weight, bias, inner, y, T, K, N, x_stride, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
     """x [T, K], weight [N, K], bias [N] or None -> inner [T, N] = x weight^T unless None, y [T, N] = gelu(x weight^T + bias). A program a tile of y; EVEN: K is a multiple of BK."""
     row_tile, column_tile = place(T, N, BM, BN, GROUP)
@@ -70,7 +70,7 @@ def up_kernel(x, weight, bias, inner, y, T, K, N, x_stride, EVEN: tl.constexpr, 
         tl.store(y + places, found.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def down_kernel(dy, weight, inner, bias, dinner, y, partial, T, K, N, dy_stride, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
     """dy [T, K], weight [K, N], inner [T, N], bias [N] or None -> dinner [T, N] = (dy weight) gelu'(inner + bias); y [T, N] = gelu(inner + bias) and partial fp32 [row tiles, N], sums
     of dinner, each unless None. Programs as in up_kernel."""

@@ -80,7 +80,7 @@ def _shift(bias, columns, F, BF: tl.constexpr):
     return shift[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def forward_kernel(x, bias, y, T, F, x_stride, BT: tl.constexpr, BF: tl.constexpr):
     """x [T, F], bias [F] or None -> y [T, F]. Programs (row tile, column tile)."""
     rows, columns = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64), tl.program_id(1) * BF + tl.arange(0, BF)
@@ -89,14 +89,15 @@ def forward_kernel(x, bias, y, T, F, x_stride, BT: tl.constexpr, BF: tl.constexp
     tl.store(y + rows[:, None] * F + columns[None, :], gelu_of(z, x.dtype.element_ty == tl.float32), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "tiles"])
 def backward_kernel(dy, x, bias, dx, y, partial, T, F, dy_stride, x_stride, tiles, BT: tl.constexpr, BF: tl.constexpr):
     """dy, x [T, F], bias [F] or None -> dx [T, F], which may be dy, y [T, F] once more, which may be x, and partial fp32 [stretches, F], the sums of dx: each unless None. Programs
-    (stretch of `tiles` tiles of BT rows, column tile)."""
+    (stretch of `tiles` tiles of BT rows, column tile); a stretch is one tile where nothing is summed, and the code is for one."""
+    count = 1 if partial is None else tiles
     columns = tl.program_id(1) * BF + tl.arange(0, BF)
-    first = tl.program_id(0).to(tl.int64) * tiles * BT
+    first = tl.program_id(0).to(tl.int64) * count * BT
     shift, sums = _shift(bias, columns, F, BF), tl.zeros((BT, BF), tl.float32)
-    for tile in range(0, tiles):
+    for tile in range(0, count):
         rows = first + tile * BT + tl.arange(0, BT)
         inside = (rows < T)[:, None] & (columns < F)[None, :]
         pull = tl.load(dy + rows[:, None] * dy_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -139,7 +140,7 @@ def specs(arch: int) -> list[Spec]:
         for words, also, kernel, absent in variants:
             sizes = tiles_for(3072, also)
             warps = sizes.pop("num_warps")
-            fixed = dict.fromkeys(absent) | ({"tiles": 1} if "partial" in absent else {}) | sizes  # a launch with 1 is compiled for it
+            fixed = dict.fromkeys(absent) | sizes
             signature = {n: t for n, t in (given | whole).items() if n in kernel.arg_names and n not in fixed}
             found.append(Spec(f"{words}, {kind}", kernel, signature, fixed, warps, aligned=tuple(n for n in ("F", *strides) if n in signature)))
     return [*found, sum_spec()]

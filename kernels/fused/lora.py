@@ -38,7 +38,7 @@ from .tiles import DTYPES, Spec, arch_of, ceil_div, dot, expect, on, power, prod
 
 # ---------------------------------------------------------------- the kernel, of both directions
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=["T", "site", "threshold"])
 def product_kernel(left, weight, bias, low, factor, seed, result, T, K, N, left_stride, site, threshold, scale, FORWARD: tl.constexpr, DROPS: tl.constexpr, EVEN: tl.constexpr,
                    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr):
     """FORWARD: result [T, N] = left [T, K] weight^T + bias + scale low factor^T, with weight [N, K], bias [N] or None, low = u [T, R], factor = B [N, R]. Else

@@ -53,7 +53,7 @@ def _sum_rows(w, right, right_stride, N, first, partial, partial_stride, T, lowe
     tl.store(partial + ranks[:, None] * partial_stride + columns[None, :], total, mask=((ranks >= 0) & (ranks < rank))[:, None] & (columns < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=["T", "pieces", "groups_a", "groups_b", "tiles", "site", "threshold"])
 def partial_kernel(x, dy, u, v, seed, partial_a, partial_b, T, I, O, x_stride, dy_stride, apart, pieces, rank, groups_a, groups_b, tiles, site, threshold,
                    DROPS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr):
     """partial_a fp32 [chunks, G rank, I], partial_b fp32 [chunks, rank, G O], not scaled. u, v [T, R]; the others as in thin_kernel of lora_thin.py.
@@ -110,7 +110,7 @@ def _everywhere(low, W: tl.constexpr):
     return tl.broadcast_to(tl.trans(low)[None, :, :], (W, low.shape[1], low.shape[0]))
 
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=["T", "tiles", "site", "threshold"])
 def once_kernel(x, dy, packed, seed, partial_a, partial_b, T, I, O, x_stride, dy_stride, apart, rank, tiles, site, threshold, DROPS: tl.constexpr, BT: tl.constexpr,
                 W: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, XS: tl.constexpr, DYS: tl.constexpr):
     """partial_a and partial_b as of partial_kernel, from x and dy themselves; the others as in thin_kernel. x is XS times W BK columns wide, a piece of dy DYS times. W
@@ -157,7 +157,7 @@ def once_kernel(x, dy, packed, seed, partial_a, partial_b, T, I, O, x_stride, dy
         tl.store(partial_b + places, db[j], mask=held)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "ranks", "groups_a"])
 def sum_kernel(partial_a, partial_b, da, db, chunks, ranks, rank, I, O, groups_a, scale_a, scale_b, CHUNKS: tl.constexpr, BN: tl.constexpr):
     """da [ranks, I] and db [O, rank] = scale_a and scale_b times the sums over the chunks; here `ranks` are all pieces' and O is all pieces'. Programs (group of BN columns, k), the first
     groups_a groups of dA."""

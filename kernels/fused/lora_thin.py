@@ -103,7 +103,7 @@ def _thin(left, left_stride, L, factor, factor_column, factor_rank, w, ours, row
     tl.store(w + rows[:, None] * R + ranks[None, :], total.to(w.dtype.element_ty), mask=(rows < T)[:, None] & ours[None, :])
 
 
-@triton.jit(do_not_specialize=["first_side", "sides", "pieces", "site"])
+@triton.jit(do_not_specialize=["T", "pieces", "first_side", "sides", "site", "threshold"])
 def thin_kernel(x, dy, packed, seed, u, v, T, I, O, x_stride, dy_stride, apart, pieces, rank, first_side, sides, site, threshold, scale, DROPS: tl.constexpr, BT: tl.constexpr,
                 BK: tl.constexpr, R: tl.constexpr):
     """u and v [T, R] of x's dtype from x [T, I], dy [T, O] of the first piece, the next one's `apart` columns further, packed and seed int64 [1]; scale = 1 / q. Sides: u is 0, v of a

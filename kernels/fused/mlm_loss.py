@@ -70,7 +70,7 @@ def _row_sums(logits, targets, weights, losses, tops, sums, vocabulary, row_stri
     tl.store(sums + m, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _mean(losses, targets, weights, loss, share, rows, vocabulary, WEIGHTED: tl.constexpr, ROWS: tl.constexpr):
     """losses [M], targets [M], weights [V] where WEIGHTED -> share [] = sum w, of no weights at least 1, and loss [] = the sum of the losses / share. One program."""
     total, counted = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)

@@ -71,7 +71,7 @@ def centre(parts, total, D, epsilon, ROWS: tl.constexpr, PARTS: tl.constexpr, BD
     return centred, 1.0 / tl.sqrt_rn(tl.sum(squares, 1) / D + epsilon)
 
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=["T", "site", "threshold"])
 def forward_kernel(hidden, residual, gain, bias, seed, y, normal, inverse, T, D, hidden_stride, residual_stride, epsilon, site, threshold, scale,
                    DROPS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr, WHOLE: tl.constexpr):
     """hidden, residual (or None) [T, D], gain, bias [D], seed int64 [1] or None -> y [T, D]; normal [T, D] and inverse fp32 [T] (n and i) unless None.
@@ -108,16 +108,17 @@ def _zeros(PARTS: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=["T", "tiles", "site", "threshold"])
 def backward_kernel(dy, again, normal, inverse, gain, seed, dhidden, dresidual, partial_gain, partial_bias, T, D, dy_stride, again_stride, partial_stride, tiles, site,
                     threshold, scale, DROPS: tl.constexpr, AFTER: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr, WHOLE: tl.constexpr):
     """dy, again (or None: y has one reader), normal [T, D], inverse fp32 [T], gain [D], seed int64 [1] or None -> dhidden, dresidual [T, D], partial_gain and partial_bias
-    fp32 [stretches, D], rows partial_stride apart: each unless None. A program does `tiles` tiles of ROWS rows, a stretch. DROPS: hidden was dropped, or where AFTER y
-    was (embeddings.py), so that the mask acts on dy and not on dhidden."""
-    first = tl.program_id(0).to(tl.int64) * tiles * ROWS
+    fp32 [stretches, D], rows partial_stride apart: each unless None. A program does `tiles` tiles of ROWS rows, a stretch; one where nothing is summed, and is compiled for
+    it. DROPS: hidden was dropped, or where AFTER y was (embeddings.py), so that the mask acts on dy and not on dhidden."""
+    count = 1 if partial_gain is None and partial_bias is None else tiles
+    first = tl.program_id(0).to(tl.int64) * count * ROWS
     start = 0 if seed is None else tl.load(seed)
     sums_gain, sums_bias = _zeros(PARTS, ROWS, BD), _zeros(PARTS, ROWS, BD)
-    for tile in range(0, tiles):
+    for tile in range(0, count):
         rows = first + tile * ROWS + tl.arange(0, ROWS)
         pulls, normals, grown_gain, grown_bias = (), (), (), ()
         along, across = tl.zeros([ROWS, BD], tl.float32), tl.zeros([ROWS, BD], tl.float32)
@@ -190,8 +191,6 @@ def spec_of(name: str, kernel, width: int, given: dict[str, str], nothing: tuple
     sums = "partial_gain" in kernel.arg_names and not {"partial_gain", "partial_bias"} <= set(nothing)
     sizes = tiles_for(width, sums)
     warps, fixed = sizes.pop("num_warps"), dict.fromkeys([*nothing, *(() if drops else ("seed",))]) | {"DROPS": drops} | constants
-    if "tiles" in kernel.arg_names and not sums:
-        fixed["tiles"] = 1  # a launch with 1 is compiled for it
     numbers = dict.fromkeys(("T", "D", "tiles", "site", "threshold", *(n for n in kernel.arg_names if n.endswith("_stride"))), "i32") | {"epsilon": "fp32", "scale": "fp32"}
     signature = {n: kind for n, kind in ({"seed": "*i64"} | numbers | given).items() if n in kernel.arg_names and n not in fixed}
     aligned = () if width % 16 else tuple(n for n in signature if n == "D" or n.endswith("_stride"))

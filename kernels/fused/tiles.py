@@ -54,7 +54,7 @@ def reduce(partial, result, chunks, rank, N, scale, rank_stride, column_stride, 
     tl.store(result + k * rank_stride + columns * column_stride, (total * scale).to(result.dtype.element_ty), mask=columns < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stretches"])
 def sum_kernel(partial, result, stretches, N, CHUNKS: tl.constexpr, BN: tl.constexpr):
     """result [N] = the sum over the stretches of partial fp32 [stretches, N]. Programs (tile of columns)."""
     reduce(partial, result, stretches, 1, N, 1.0, N, 1, tl.program_id(0), 0, CHUNKS, BN)
@@ -136,8 +136,9 @@ class Spec:
     """What of a kernel file is compiled without a device (bench/compile_report.py): one kernel at its default tiles. `specs(arch)` of a file lists them.
 
     signature: name of every run-time argument -> Triton's type ("*bf16", "i32", "fp32"), in the kernel's order. constants: name -> value of every tl.constexpr
-    argument; an optional pointer that is None is one of them. aligned: whole-number arguments that are multiples of 16 where it matters; pointers always are. maxnreg:
-    registers of a thread at most, None for the compiler's own limit.
+    argument; an optional pointer that is None is one of them. aligned: whole-number arguments that are multiples of 16 where it matters, none of them
+    `do_not_specialize`, as counts are that change with the batch (docs/kernels.md); pointers always are. maxnreg: registers of a thread at most, None for the compiler's own
+    limit.
     """
 
     name: str
