@@ -36,6 +36,20 @@ def test_the_wider_product_is_the_plain_one(size, over):
     assert_close(torch.autograd.grad(found, x, found.data if over else dy)[0], gradient, "gradient")
 
 
+@pytest.mark.parametrize("over", [False, True])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_row_without_a_gradient_adds_nothing_whatever_its_x(bad, over):
+    """As a row does whose target is ignored; the other rows' gradients stay theirs."""
+    x, weight, bias, dy = given()
+    x[2, 0], dy[2] = bad, 0
+    found = _Scores.apply(x.requires_grad_(), weight, bias)
+    if over:
+        found.data.copy_(dy)
+    (gradient,) = torch.autograd.grad(found, x, found.data if over else dy)
+    assert not gradient[2].any()
+    assert_close(gradient, dy @ weight, "gradient")
+
+
 def test_a_gradient_that_looks_like_the_scores_but_lies_elsewhere():
     """Its neighbours hold something else than zeros."""
     x, weight, bias, dy = given()

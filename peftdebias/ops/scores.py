@@ -103,7 +103,9 @@ class _Scores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         (matrix, *_), whole = ctx.saved_tensors, ctx.whole
-        if not (dy.data_ptr() == whole.data_ptr() and dy.stride() == whole.stride()):  # the loss writes its gradient over the scores: then it lies there already
+        if dy.data_ptr() == whole.data_ptr() and dy.stride() == whole.stride():  # the loss writes its gradient over the scores: then it lies there already
+            whole[:, dy.shape[1]:].zero_()  # what is infinite in x is NaN there, and a row that the loss ignores has a gradient of 0 all the same
+        else:
             whole = F.pad(dy, (0, len(matrix) - dy.shape[1]))
         return whole @ matrix, None, None
 

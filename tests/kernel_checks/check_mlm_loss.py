@@ -7,6 +7,7 @@ import torch
 
 from peftdebias.batches import IGNORED
 from peftdebias.kernels import mlm_loss as fused
+from peftdebias.ops.scores import _Scores
 from peftdebias.tasks import mlm_loss_ref
 
 from .harness import DEVICE, DTYPES, Guarded, compare, drawn, poisoned, strided
@@ -98,6 +99,19 @@ def test_the_gradient_lies_where_the_logits_lay():
     truth = tensors["logits"].float().double().requires_grad_()
     (wanted,) = torch.autograd.grad(3 * mlm_loss_ref(truth, tensors["targets"]), truth)
     assert (gradient - wanted).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_an_ignored_row_with_an_infinite_hidden_state_gets_no_gradient(bad):
+    """Of the wider scores too, whose right part the loss does not write."""
+    x, weight, bias, targets = drawn(6, 32, seed=1), drawn(97, 32, seed=2), drawn(97, seed=3), torch.arange(6, device=DEVICE)
+    x[2, 0], targets[2] = bad, IGNORED
+    x, weight, bias = (t.bfloat16() for t in (x, weight, bias))
+    found = []
+    for product in (_Scores.apply, torch.nn.functional.linear):
+        leaf = x.clone().requires_grad_()
+        found.append(torch.autograd.grad(fused.mlm_loss(product(leaf, weight, bias), targets), leaf)[0])
+    assert not found[0][2].any() and torch.allclose(*found, rtol=2e-2, atol=1e-4)
 
 
 def test_a_second_backward_is_refused_not_answered_wrongly():
