@@ -90,7 +90,8 @@ def rounding_of(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _wide(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left [m, T] right [T, n] of 16 bits -> [m, n]; float32 sums, rounded once where `dtype` is not that."""
     if not left.is_cuda:
-        return (left.float() @ right.float()).to(dtype)
+        with torch.autocast(left.device.type, enabled=False):  # a backward inside such a block would round what is wide here
+            return (left.float() @ right.float()).to(dtype)
     return torch.mm(left, right, out_dtype=torch.float32).to(dtype)
 
 

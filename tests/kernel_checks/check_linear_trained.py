@@ -125,6 +125,24 @@ def test_autocast_says_the_dtype(op):
     assert y.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in torch.autograd.grad(y.sum(), list(given.values())))
 
 
+@BOTH
+@pytest.mark.parametrize("normal", [False, True], ids=["x", "n"])
+def test_a_backward_inside_autocast_gives_the_bits_of_one_outside(op, normal):
+    given, found = tensors(op, 37, 13, 7, torch.bfloat16), []
+    scales = [1 + 0.3 * drawn(13, seed=22).float(), 0.5 * drawn(13, seed=23).float()]
+    for inside in (False, True):
+        leaves = {n: x.float().requires_grad_() for n, x in given.items()}
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            y = OPS[op][0](**leaves, **({"normal": (given["x"].bfloat16(), *scales)} if normal else {}))
+            if inside:
+                found.append(torch.autograd.grad(y.float().pow(2).sum(), list(leaves.values())))
+        if not inside:
+            found.append(torch.autograd.grad(y.float().pow(2).sum(), list(leaves.values())))
+    assert any(not torch.equal(g, g.bfloat16().float()) for g in found[0])
+    for name, outside, within in zip(given, *found):
+        assert torch.equal(outside, within), name
+
+
 def test_what_is_kept_for_the_backward():
     """x where W is trained, or n in its place; of the block what GELU is made of, and nothing of GELU; and of W nothing that is not there anyway."""
     t, width, out = 64, 96, 32
