@@ -219,13 +219,16 @@ _written.differentiate(_save_written, _backward_written)
 
 @register("lora_written", "triton")
 def lora_written(x: Tensor, written: Tensor, bias: Tensor | None, pieces: list[tuple[int, Tensor, Tensor, float]]) -> Tensor:
-    """lora_written_ref of peftdebias/written.py. x [T, in] and written W' [out, in] of one dtype, bias [out] or None; pieces (first row, A, B, s) say what W' holds.
+    """lora_written_ref of peftdebias/written.py. x [T, in], written W' [out, in], rounded to x's dtype, under autocast both to its, bias [out] or None likewise; pieces
+    (first row, A, B, s) say what W' holds.
 
     The product sees W' alone; the gradients of A and B come from x and dY. W' itself has none: W is frozen. A piece that is frozen costs nothing: no gradients, and where all
     are, x is not kept. Raises ValueError, naming the tensor.
     """
     if not pieces:
         raise ValueError("lora_written: expected at least one piece, got none")
+    x = x.to(product_dtype(x))
+    written, bias = written.to(x.dtype), None if bias is None else bias.to(x.dtype)
     for first, a, b, _ in pieces:
         check("lora_written", x, a, b, 0.0, None)
         expect("lora_written", "W'", written, (-1, x.shape[1]), (x.dtype,), x.device)

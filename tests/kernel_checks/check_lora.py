@@ -418,6 +418,26 @@ def test_the_product_with_written_weights(grads, dtype):
             gradients=("x", "bias", "qa", "qb", "va", "vb"))
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+def test_the_product_with_written_weights_in_float32_under_autocast(inside):
+    """Products and their result are of autocast's dtype, as a library's; every gradient is of its own tensor's."""
+    given = {"x": drawn(37, 13, seed=1), "bias": drawn(21, seed=3), "a": drawn(5, 13, seed=4), "b": drawn(7, 5, seed=5)}
+    weight, pull, found = drawn(21, 13, seed=2).float(), drawn(37, 21, seed=6), []
+    for function, dtype in ((lora.lora_written, torch.float32), (lora_written_ref, torch.float64)):
+        x, bias, a, b = tensors = [t.to(dtype).requires_grad_() for t in given.values()]
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.float32):
+            y = function(x, weight.to(dtype), bias, [(7, a, b, SCALE)])
+            assert y.dtype == (torch.bfloat16 if dtype == torch.float32 else dtype)
+            if inside:
+                y.backward(pull.to(y.dtype))
+        if not inside:
+            y.backward(pull.to(y.dtype))
+        assert all(t.grad.dtype == dtype for t in tensors)
+        found.append([y.detach(), *(t.grad for t in tensors)])
+    for have, expected in zip(*found, strict=True):
+        assert (have.double() - expected).norm() < 2e-2 * expected.norm()
+
+
 @pytest.mark.parametrize("trained", ["x", "va", "x va", "qa qb va vb"])
 def test_pieces_that_are_frozen_cost_nothing(trained, monkeypatch):
     """Neither dA and dB of a piece that is, nor x where all are. The others, each of its own rank and scale, have the twin's gradients."""
