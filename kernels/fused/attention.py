@@ -316,8 +316,8 @@ REGISTERS = {"queries": 128, "keys": 168}
 """kernel -> registers of a thread at most, from sm_90 on and up to W 64: with a few more, which dropout takes, one program fewer fits on a multiprocessor."""
 
 
-def tiles_for(kernel: str, dtype: torch.dtype, width: int, queries: int, keys: int, shared: int, arch: int = 90) -> dict[str, int]:
-    """Sizes of a tile and launch options. queries, keys: of the longest sequence; shared: P. A tile is no larger than what there is for it."""
+def tiles_for(kernel: str, dtype: torch.dtype, width: int, queries: int, keys: int, shared: int, arch: int = 90, alone: bool = False) -> dict[str, int]:
+    """Sizes of a tile and launch options. queries, keys: of the longest sequence; shared: P. A tile is no larger than what there is for it. alone: of "queries", d without dq."""
     caps = CAPS[dtype != torch.float32, power(width) <= 64]
     most_rows, most_keys, warps, stages = caps[kernel]
     sizes = {"W": width, "BW": power(width), "BM": min(most_rows, power(queries))} | ({} if kernel == "prefix" else {"BN": min(most_keys, power(keys))})
@@ -329,6 +329,8 @@ def tiles_for(kernel: str, dtype: torch.dtype, width: int, queries: int, keys: i
     if kernel in REGISTERS and narrow and arch >= 90 and (kernel == "keys" or short and (hopper or not shared)):
         sizes["maxnreg"] = REGISTERS[kernel]
     # Without a bound the compilers take fewer there, and spill.
+    elif alone and not short and power(width) == 64:
+        sizes["maxnreg"] = 128
     elif kernel in ("queries", "whole") and short and arch >= 100:
         sizes["maxnreg"] = 168
     elif kernel == "keys" and arch < 90 and not (short and narrow) or kernel == "forward" and arch == 86 and shared and short:
@@ -348,7 +350,7 @@ def in_one(dtype: torch.dtype, width: int, keys: int, shared: int) -> bool:
 
 def specs(arch: int) -> list[Spec]:
     """Every kernel at its largest tiles with prefix and dropout, which is the most that a program has to hold, and with neither; at W 64 in bf16, what BERT has,
-    with one of them as well, and at the tiles of short texts."""
+    with one of them as well, and at the tiles of short texts. Beside dq d alone, as the lowest layer asks for it that has a prefix or trained keys."""
     both, each = ((True, 30), (False, 0)), ((True, 30), (True, 0), (False, 30), (False, 0))
     found = []
     for dtype, widths in ((torch.bfloat16, (64, 32, 128)), (torch.float16, (64,)), (torch.float32, (32, 64, 128))):
@@ -359,6 +361,8 @@ def specs(arch: int) -> list[Spec]:
                     found += _specs_of(arch, dtype, DTYPES[dtype], width, drops, shared, queries, keys)
                 if in_one(dtype, width, 64, 0) and not shared:
                     found += _specs_of(arch, dtype, DTYPES[dtype], width, drops, 0, 64, 64, ("whole",))
+            for drops, shared in () if dtype == torch.float16 else each if width == 64 else both:
+                found += _specs_of(arch, dtype, DTYPES[dtype], width, drops, shared, 512, 512, ("d",))
     return found + [mask_spec(), sum_spec()]
 
 
@@ -369,19 +373,19 @@ def _specs_of(arch: int, dtype: torch.dtype, kind: str, width: int, drops: bool,
     numbers = dict.fromkeys(("Mq", "P", "H", "tiles", "q_row", "k_row", "v_row", "dq_row", "d_row", "stretch", "line", "own"), "i32") | {"scale": "fp32", "inverse": "fp32"}
     aligned = ["q_row", "k_row", "v_row", "dq_row", "d_row", *(n for n, value in (("own", _words(keys, shared)[1]), ("P", shared)) if value % 16 == 0)]
     words = f"{kind}, W {width}{', dropout' if drops else ''}{', prefix' if shared else ''}, {queries} by {keys}"
-    kernels = {"forward": (forward_kernel, {}), "queries": (backward_queries_kernel, {"WANTED": True}),
+    kernels = {"forward": (forward_kernel, {}), "queries": (backward_queries_kernel, {"WANTED": True}), "d": (backward_queries_kernel, {"WANTED": False}),
                "keys": (backward_keys_kernel, {"WHOLE": False}), "whole": (backward_keys_kernel, {"WHOLE": True}), "prefix": (backward_prefix_kernel, {})}
     found = []
     for name in names:
         kernel, chosen = kernels[name]
         if name == "prefix" and not shared:
             continue
-        sizes = tiles_for(name, dtype, width, queries, keys, shared, arch)
+        sizes = tiles_for("queries" if name == "d" else name, dtype, width, queries, keys, shared, arch, alone=name == "d")
         options = {key: sizes.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in sizes}
         absent = ([] if drops else ["bits"]) + ([] if shared else ["prefix_k", "prefix_v"])
         constants = chosen | {"EXACT": exact(dtype), "DROPS": drops} | sizes | {key: None for key in absent if key in kernel.arg_names}
         signature = {key: value for key, value in (pointers | numbers).items() if key in kernel.arg_names and key not in constants}
-        title = f"{'' if name == 'forward' else 'backward, '}{name}{' and all else' if name == 'whole' else ''}, {words}"
+        title = f"{'' if name == 'forward' else 'backward, '}{name}{' and all else' if name == 'whole' else ' alone' if name == 'd' else ''}, {words}"
         found.append(Spec(title, kernel, signature, constants, aligned=tuple(n for n in aligned if n in kernel.arg_names), **options))
     return found
 
@@ -446,7 +450,7 @@ def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Te
     whole, arch = of_query and of_keys and in_one(q.dtype, width, keys, shared), arch_of(q)
     with on(q):
         if not whole:
-            tile = tiles_for("queries", q.dtype, width, queries, keys, shared, arch)
+            tile = tiles_for("queries", q.dtype, width, queries, keys, shared, arch, alone=not of_query)
             tiles = ceil_div(queries, tile["BM"])
             backward_queries_kernel[pairs * tiles,](q, k, v, *prefix, g, y, sums, cu_queries, cu_keys, bits, delta, dq, rows, shared, heads, tiles, *strides, line, own,
                                                     *scales, WANTED=of_query, **options, **tile)
