@@ -216,6 +216,7 @@ class Lexicon(NamedTuple):
 @functools.lru_cache(maxsize=32)
 def lexicon(axis: Axis, only_from: int | None = None) -> Lexicon:
     """With `only_from`, the forms of other columns are found too, so that no piece of one is, and replaced by nothing: ()."""
+    expect_axis("lexicon", axis, PAPER)
     if only_from is not None and only_from >= (width := max(map(len, axis.groups))):
         raise ConfigError(f"only_from: expected a column of the axis {axis.name!r}, 0 to {width - 1}, got {only_from}")
     others = {}  # word -> what stands in its place, variant by variant

@@ -81,12 +81,20 @@ def save_adapter(folder: str | Path, method: Method, axis: str, base: dict, abou
         raise AdapterError(f"save_adapter: axis: expected a name without '/', got {axis!r}")
     if not isinstance(base, dict) or not set(SIZES) <= set(base):
         raise AdapterError(f"save_adapter: base: expected what describe_base says of the model, got {base!r}")
-    content = {"format": FORMAT, "method": method.name, "axis": axis, "config": dataclasses.asdict(method.saved_config()), "base": base} | (about or {})
+    if not isinstance(base.get("sha256"), (str, type(None))):
+        raise AdapterError(f"save_adapter: base: sha256: expected a text, got {base['sha256']!r}")
+    content = {"format": FORMAT, "method": method.name, "axis": axis, "config": dataclasses.asdict(method.saved_config()), "base": base}
+    if not isinstance(about, (dict, type(None))) or set(content) & set(about or {}):
+        raise AdapterError(f"save_adapter: about: expected a dict without {', '.join(content)}, got {about!r}")
     try:
-        text = json.dumps(content, indent=2) + "\n"
+        text = json.dumps(content | (about or {}), indent=2) + "\n"
     except (TypeError, ValueError) as error:
         raise AdapterError(f"save_adapter: expected what JSON can hold, got {error}") from None
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in method.state().items()}
+    try:
+        methods.outline(type(method), method.saved_config(), method.encoder_config).load(state)
+    except AdapterError as error:
+        raise AdapterError(f"save_adapter: {error}") from None
     folder = expect_path("save_adapter", folder, AdapterError)
     folder.mkdir(parents=True, exist_ok=True)
     header, tensors = folder / "adapter.json", folder / "adapter.safetensors"
@@ -121,6 +129,8 @@ def read_header(folder: Path) -> dict:
     for key in ("config", "base"):
         if not isinstance(header[key], dict):
             raise AdapterError(f"{path}: {key}: expected a JSON object, got {header[key]!r}")
+    if not isinstance(header["base"].get("sha256"), (str, type(None))):
+        raise AdapterError(f"{path}: base: sha256: expected a text, got {header['base']['sha256']!r}")
     for key in ("method", "axis"):
         if not isinstance(header[key], str):
             raise AdapterError(f"{path}: {key}: expected a text, got {header[key]!r}")
@@ -359,8 +369,11 @@ def load_run(path: str | Path, adapters: tuple[str, ...] | None = (), device: st
             except ModelError as error:
                 raise ModelError(f"{path}: a module, whose base was {config['model']}: {error}") from None
     attached = attach_adapters(loaded.model, (*own, *(adapters or ())), force)
-    beside = config.get("adapter", []) if config.get("command") == "upstream" and len(attached) - len(own) < len(config.get("adapter", [])) else []
-    for line in (*loaded.report.missed(), *([f"{path}: its module was learnt beside {', '.join(beside)}; attached is {', '.join(loaded.model.methods)} alone"] if beside else [])):
+    there = {os.path.realpath(adapter.folder) for adapter in attached}
+    named = config.get("adapter", []) if config.get("command") == "upstream" else []
+    fewer = len(attached) - len(own) < len(named)  # of a folder that was moved since nothing else is known
+    beside = [one for one in named if os.path.realpath(module_folder(Path(one))) not in there and (fewer or os.path.exists(one))]
+    for line in (*loaded.report.missed(), *(f"{path}: its module was learnt beside {one}, which is not among those attached" for one in beside)):
         warnings.warn(line, stacklevel=2)
     sources = dict(zip(loaded.model.methods, (adapter.folder for adapter in attached)))
     with torch.inference_mode(False):  # as load_model reads it

@@ -400,10 +400,10 @@ def _read_once(what: str, *files: str) -> None:
         raise ConfigError(f"{what}: expected standard input, -, once, since it is read once; got it {times} times")
 
 
-def check_weight(settings) -> None:
-    """Raises ConfigError on an `attribute_weight` that no word can have."""
+def check_weight(settings, called: str = "--attribute-weight") -> None:
+    """Raises ConfigError on an `attribute_weight` that no word can have. called: what the message calls it."""
     if not 1 <= settings.attribute_weight <= 1000:
-        raise ConfigError(f"--attribute-weight: expected a number from 1 to 1000, got {settings.attribute_weight}")
+        raise ConfigError(f"{called}: expected a number from 1 to 1000, got {settings.attribute_weight}")
 
 
 def _number(kind: type, text: str):

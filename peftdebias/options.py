@@ -8,7 +8,6 @@ import dataclasses
 import errno
 import numbers
 import os
-import re
 import sys
 import tomllib
 import types
@@ -138,7 +137,7 @@ def resolve(cls: type, given: dict):
     try:
         return build(cls, values | typed)
     except ConfigError as error:
-        key = next((key for key in values.keys() - typed.keys() if re.match(rf"{flag(key)}(?![\w-])", str(error))), None)
+        key = next((key for key in values.keys() - typed.keys() if str(error).startswith(f"{flag(key)}: ")), None)
         if key is None:
             raise
         raise ConfigError(f"{path}: {key.rstrip('_')}{str(error).removeprefix(flag(key))}") from None  # nobody typed that flag

@@ -11,7 +11,6 @@ A unit is a phase of one system under one seed with its measures. What it adds o
 import dataclasses
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from .config import Downstream, Evaluate, Run, Upstream
 from .errors import ConfigError, DataError, PeftDebiasError
 from .files import read_object
 from .labelled import read_labelled
-from .metrics import bare_name, nli
+from .metrics import bare_of_system, nli
 from .options import build, checked, expect, parse_settings, texts_of
 from .outputs import alone, digest, tables, write_text
 from .prepare import Splits
@@ -132,7 +131,7 @@ def _free(phase: str, settings: dict, where: str) -> dict:
 
 def _begin(measure: str) -> str:
     """How a measure's name begins, whichever system and file it is of: an entry of evaluation.GIVES."""
-    return re.sub("^(base|only-[^/]+)/", "", bare_name(measure)).split("/")[0]
+    return bare_of_system(measure).split("/")[0]
 
 
 def _whole_path(path: str | Path) -> str:

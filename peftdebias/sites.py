@@ -148,16 +148,16 @@ class Merged:
             parameter.data = written if merged else kept
 
 
+_main = threading.main_thread().ident
 _all: "weakref.WeakSet[Hooks]" = weakref.WeakSet()
 
 
 def _forked() -> None:
-    """In a child of os.fork the blocks of the parent's other threads end: nobody is there to end them."""
+    """In a child of os.fork the blocks of the parent's other threads end: nobody is there to end them. Those of the main thread stay: a pool forks its later workers from a thread
+    of its own. What another thread was about to settle is settled."""
     for hooks in list(_all):
-        own = [block for block in hooks.turned_off if block[0] == threading.get_ident()]
-        if len(own) < len(hooks.turned_off):
-            hooks.turned_off = own
-            hooks.settle()
+        hooks.turned_off = [block for block in hooks.turned_off if block[0] in (_main, threading.get_ident())]
+        hooks.settle()
 
 
 if hasattr(os, "register_at_fork"):

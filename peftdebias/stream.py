@@ -73,7 +73,7 @@ class Recipe:
         at_least(LEAST, self, "max_length", called=str)
         at_least(1, self, "buffer", "threads", called=str)
         check_seed(self.seed, "seed")
-        check_weight(self)
+        check_weight(self, "attribute_weight")
 
 
 @dataclasses.dataclass

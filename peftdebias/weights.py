@@ -307,8 +307,8 @@ def known_device(name: str | torch.device) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
+        device = torch.device(name) if isinstance(name, (str, torch.device)) else None
+    except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise ConfigError(f"--device: expected cpu, cuda, cuda:1, ... or auto, got {name!r}")
@@ -449,6 +449,7 @@ def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = N
     which none of its heads reads. Returns the folder. Raises OSError where it cannot be written, ModelError on positions that no config.json can tell, and on what is no model,
     folder or tokenizer."""
     expect_model(model, "save_model")
+    model = getattr(model, "_orig_mod", model)
     folder = expect_path("save_model", folder, ModelError)
     if not isinstance(tokenizer, (Tokenizer, type(None))):
         raise ModelError(f"save_model: expected a tokenizer, as load_tokenizer gives one, got {type(tokenizer).__name__}")

@@ -56,7 +56,7 @@ class Epochs:
             raise ConfigError(f"epochs: expected a Recipe, got {type(recipe).__name__}")
         expect_whole("workers", workers, 0)
         self._files = recipe.files
-        self._source = Background(recipe, workers) if workers else Stream(recipe)
+        self._source = Background(recipe, int(workers)) if workers else Stream(recipe)
         self._events: Iterator | None = None
         self._begins: int | None = None  # the epoch whose beginning comes next
         self._first: Filled | None = None  # read by `ready`
@@ -74,6 +74,7 @@ class Epochs:
     def epoch(self, number: int) -> Iterator[Packed]:
         """The batches of an epoch. They go on without a break where the epoch before was taken to its end, else they begin anew, and a pass under way raises ConfigError."""
         expect_whole("epoch", number, 0)
+        number = int(number)  # one of numpy's is none in JSON
         if self._begins != number:
             self._restart(number)
         yield from self._batches()

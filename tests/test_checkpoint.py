@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -87,6 +88,10 @@ def test_a_module_that_takes_anothers_place_is_never_mixed_with_it(stops, saved,
     ({"axis": "a/b"}, "axis: expected a name without '/', got 'a/b'"), ({"axis": ""}, "axis: expected a name without '/', got ''"),
     ({"base": None}, "base: expected what describe_base says of the model, got None"), ({"base": {}}, "base: expected what describe_base says of the model, got {}"),
     ({"method": "lora"}, "expected a method with tensors of its own, got str"), ({"method": methods.create("full", TINY)}, "expected a method with tensors of its own, got full"),
+    ({"base": checkpoint.describe_base(model_of()) | {"sha256": 3}}, "base: sha256: expected a text, got 3"),
+    ({"method": methods.create("sparse", TINY, options={"k": 30})}, "sparse adapter: expected 30 values, got 0 in 0 tensors"),
+    ({"about": [1]}, "about: expected a dict without format, method, axis, config, base, got [1]"),
+    ({"about": {"axis": 3}}, "about: expected a dict without format, method, axis, config, base, got {'axis': 3}"),
     ({"folder": None}, "expected a path, got NoneType"), ({"folder": ""}, "expected a path, got an empty text"),
     ({"about": {"when": Path("x")}}, "expected what JSON can hold, got Object of type PosixPath is not JSON serializable")])
 def test_what_no_folder_could_give_back_is_refused_before_anything_is_written(changed, words, saved):
@@ -95,6 +100,16 @@ def test_what_no_folder_could_give_back_is_refused_before_anything_is_written(ch
     with pytest.raises(AdapterError, match=f"^save_adapter: {re.escape(words)}$"):
         save_adapter(**given)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_numbers_that_are_none_in_float32_are_not_written(saved):
+    before, method = saved.joinpath("adapter.safetensors").read_bytes(), lora(model_of(), rank=2)
+    name, parameter = next(iter(method.parameters().items()))
+    for value, dtype in ((math.nan, torch.float32), (1e300, torch.float64)):
+        parameter.data = torch.full(parameter.shape, value, dtype=dtype)
+        with pytest.raises(AdapterError, match=f"^save_adapter: lora adapter, {name}: expected finite numbers, got {parameter.numel()} of {parameter.numel()}"):
+            save_adapter(saved, method, "race", checkpoint.describe_base(model_of()))
+    assert saved.joinpath("adapter.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("folder, model, words", [(None, None, "expected a path, got NoneType"), ("saved", None, "expected a model of this package, .*, got NoneType")])
@@ -183,7 +198,7 @@ def test_an_adapter_without_checksum_warns_once_and_loads(saved):
 
 @pytest.mark.parametrize("changes,words", [
     ({"format": 2}, "expected format 1, got 2"), ({"axis": ...}, "expected the key 'axis', found none"), ({"base": ...}, "expected the key 'base'"),
-    ({"base": 3}, "base: expected a JSON object, got 3"), ({"config": []}, "config: expected a JSON object"), ({"method": "nope"}, "method: expected one of .*lora.*, got 'nope'"),
+    ({"base": 3}, "base: expected a JSON object, got 3"), ({"base": {"sha256": 3}}, "base: sha256: expected a text, got 3"), ({"config": []}, "config: expected a JSON object"), ({"method": "nope"}, "method: expected one of .*lora.*, got 'nope'"),
     ({"config": {"rank": 0}}, "lora rank: expected at least 1, got 0"), ({"config": {"depth": 1}}, "depth"),
 ])  # fmt: skip
 def test_a_header_that_is_wrong_is_named_with_its_file(changes, words, saved):
@@ -471,14 +486,12 @@ def test_a_run_s_configuration_says_of_what_command(tmp_path):
         load_run(tmp_path)
 
 
-def test_a_module_with_numbers_that_are_none_is_refused(tmp_path):
-    model = model_of()
-    method = lora(model, rank=3)
-    with torch.no_grad():
-        next(iter(method.parameters().values()))[0, 0] = float("nan")
-    save_adapter(tmp_path / "adapter", method, "gender", checkpoint.describe_base(model))
+def test_a_module_with_numbers_that_are_none_is_refused(saved):
+    tensors = safetensors.torch.load_file(saved / "adapter.safetensors")
+    tensors["layers.0.attention.query.a"][0, 0] = math.nan
+    safetensors.torch.save_file(tensors, saved / "adapter.safetensors")
     with pytest.raises(AdapterError, match=r"adapter.safetensors: lora adapter, layers.0.attention.query.a: expected finite numbers, got 1 of 42 that are NaN or infinite"):
-        load_adapter(tmp_path, model)
+        load_adapter(saved, model_of())
 
 
 @pytest.mark.parametrize("written, words", [("model = 5", "model: expected a text, got 5"), ('max_length = "x"', "max_length: expected a whole number, got 'x'"),

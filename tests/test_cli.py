@@ -259,6 +259,7 @@ SWEEP = {
     "wrong type in TOML": (lambda b: b.up("--config", b.file("c.toml", 'steps = "3"\n')), "c.toml: steps: expected a whole number, got '3'"),
     "wrong value in TOML": (lambda b: b.up("--config", b.file("c.toml", "attribute-weight = 0\n")), "c.toml: attribute_weight: expected a number from 1 to 1000, got 0"),
     "wrong value over TOML": (lambda b: b.up("--config", b.file("c.toml", "attribute-weight = 2\n"), **{"attribute-weight": 0}), "peftdebias: --attribute-weight: expected a number"),
+    "two that clash in TOML": (lambda b: b.up("--config", b.file("c.toml", "batch-size = 2\nbatch-tokens = 9\n"), batch_size=None), "peftdebias: --batch-size and --batch-tokens: expected one of them, got both"),
     "TOML that is none": (lambda b: b.up("--config", b.file("c.toml", "steps\n")), r"--config .*c.toml: expected TOML, got .*line 1"),
     "missing TOML": (lambda b: b.up("--config", b.folder / "none.toml"), "none.toml: no such file"),
     "nothing given": (lambda b: ["upstream"], "missing: --axis, --model, --corpus, --out "),

@@ -211,8 +211,11 @@ def test_in_a_child_process_the_blocks_of_other_threads_have_ended(model):
     def answers():
         with model.run.model.without("race"):
             if (child := os.fork()) == 0:
-                within = model.encode(TEXTS).equal(own)
-                os._exit(0 if within and not (model.run.model.encoder.hooks.off - {"race"}) else 1)
+                code = 1
+                try:
+                    code = int(not model.encode(TEXTS).equal(own) or model.run.model.encoder.hooks.off != {"race"})
+                finally:
+                    os._exit(code)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     other = threading.Thread(target=hold)
@@ -226,6 +229,23 @@ def test_in_a_child_process_the_blocks_of_other_threads_have_ended(model):
         done.set()
         other.join()
     assert model.encode(TEXTS).equal(on)
+
+
+def test_a_block_of_the_main_thread_holds_in_all_workers_of_a_pool(model):
+    """Which forks the later ones from a thread of its own."""
+    with model.without("gender"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        codes = []
+
+        def fork():
+            if (child := os.fork()) == 0:
+                os._exit(0 if model.run.model.encoder.hooks.off == {"gender"} else 1)
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+        other = threading.Thread(target=fork)
+        other.start()
+        other.join()
+    assert codes == [0]
 
 
 def test_an_answer_leaves_every_part_in_the_mode_it_had(model):
@@ -250,6 +270,20 @@ def test_what_is_loaded_under_inference_mode_can_be_trained_and_rounded(folders)
     assert not any(parameter.is_inference() for parameter in parameters)
     model.run.model.half()
     assert model.encode(TEXTS).isfinite().all()
+
+
+def test_a_module_learnt_beside_others_is_loaded_with_a_word_on_those_that_are_left_out(folders, tmp_path):
+    config = peftdebias.load(folders / "plain").run.model.config
+    base = checkpoint.describe_base(peftdebias.load(folders / "plain").run.model)
+    checkpoint.save_adapter(tmp_path / "second", methods.create("lora", config, seed=2), "age", base)
+    beside = [str(folders / "third"), str(tmp_path / "second")]
+    with checkpoint.writing_run(tmp_path / "up", "upstream", {"model": str(folders / "plain"), "adapter": beside}) as run:
+        checkpoint.save_adapter(run.path / "adapter", methods.create("lora", config), "gender", base)
+    for given in ([], beside[:1], beside[1:], beside):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            assert peftdebias.load(tmp_path / "up", given).methods[0] == "gender"
+        assert [str(w.message) for w in seen] == [f"{tmp_path}/up: its module was learnt beside {one}, which is not among those attached" for one in beside if one not in given]
 
 
 def test_threads_share_a_model(model):

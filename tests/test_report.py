@@ -264,7 +264,7 @@ def test_bars_end_where_the_figure_does():
     families = {"bias-nli/net-neutral": (0, 1), "fprd": (0, 9), "fprd/shuffled (a.csv)": (0, 9), "fprd-iptts/script": (0, 9), "mlm-loss": (0, 9), "perplexity (a.txt)": (1, 9),
                 "seat/sent-weat6/effect-size": (-2, 2), "seat-mean/weat6/effect-size": (-2, 2), "seat/weat6/p": (0, 1)}
     assert {name.split("/")[0].split(" ")[0] for name in families} == set(figures_of.POSSIBLE_OF) <= set(words.GLOSSARY)
-    for name, ends in families.items():
+    for name, ends in [*families.items(), ("base/perplexity", (1, 9)), ("only-gender/fprd (a.csv)", (0, 9))]:
         assert figures_of.drawn_ends(line("1", -9.0, 9.0, name)) == ends and figures_of.drawn_ends(line("1", 1.1, 1.2, name, 1.15)) == (1.1, min(1.2, max(ends[1], 1.15)))
     assert figures_of.drawn_ends(line("1", -9.0, 9.0, "seat/unlike/effect-size", 2.07)) == (-2.0, 2.07)  # what a seed has is possible
     assert figures_of.drawn_ends(line("1", 1.9, 2.1, "seat/unlike/effect-size", 2.0, "examples")) == (1.9, 2.1)

@@ -78,6 +78,13 @@ def given(made: Recipe, count: int, position: dict | None = None) -> list[Given]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+def test_numbers_of_numpy_serve_as_epoch_and_workers(file, workers):
+    with Epochs(recipe(file), numpy.int64(workers)) as epochs:
+        next(epochs.epoch(numpy.int64(1)))
+        assert type(epochs.position["epoch"]) is int and next(epochs.resume(epochs.position)) is not None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 def test_one_pass_at_a_time(file, workers):
     """The batches of one are never another's: the one that was under way is told; the new one is whole."""
     with Epochs(recipe(file), workers) as epochs:
@@ -121,8 +128,8 @@ def test_a_corpus_of_one_window_gives_what_everything_in_memory_would(file, batc
     ({"max_length": "a"}, "Recipe: max_length: expected a whole number, got 'a'"),
     ({"seed": -1}, "seed: expected a whole number from 0 to 9223372036854775807, got -1"),
     ({"seed": "a"}, "Recipe: seed: expected a whole number, got 'a'"),
-    ({"attribute_weight": float("nan")}, "--attribute-weight: expected a number from 1 to 1000, got nan"),
-    ({"attribute_weight": 0}, "--attribute-weight: expected a number from 1 to 1000, got 0.0"),
+    ({"attribute_weight": float("nan")}, "attribute_weight: expected a number from 1 to 1000, got nan"),
+    ({"attribute_weight": 0}, "attribute_weight: expected a number from 1 to 1000, got 0.0"),
     ({"attribute_weight": "a"}, "Recipe: attribute_weight: expected a number, got 'a'"),
     ({"threads": 1.5}, "Recipe: threads: expected a whole number, got 1.5"),
     ({"files": (3,)}, r"Recipe: files: expected a list of texts, got \(3,\)"),

@@ -648,3 +648,10 @@ def test_what_the_encoder_leaves_unused_is_warned_of(tmp_path):
     store(tmp_path, read_tensors(tmp_path) | {"bert.encoder.layer.0.output.adapters.x.adapter_up.weight": torch.zeros(2, 2), "cls.seq_relationship.weight": torch.zeros(2, 21)})
     with pytest.warns(UserWarning, match=r"in the files, not used: bert.encoder.layer.0.output.adapters.x.adapter_up.weight$"):
         checkpoint.load_run(tmp_path)
+
+
+def test_a_compiled_model_is_saved_as_the_model_that_it_wraps(tmp_path):
+    model = model_of()
+    save_model(torch.compile(model), tmp_path / "compiled")
+    save_model(model, tmp_path / "plain")
+    assert [(tmp_path / "compiled" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes() for name in ("model.safetensors", "config.json")] == [True, True]

@@ -14,6 +14,11 @@ def bare_name(name: str) -> str:
     return re.sub(r" \(.*\)$", "", name)
 
 
+def bare_of_system(name: str) -> str:
+    """"mlm-loss" of "base/mlm-loss" and "only-gender/mlm-loss": a figure of the base, or of one of the modules alone."""
+    return re.sub("^(base|only-[^/]+)/", "", bare_name(name))
+
+
 @dataclass(frozen=True)
 class Measure:
     """One figure of `evaluate`: a name, a value in a unit, and its 95 % interval [low, high] over examples, as percentages or as plain numbers by the unit; None, or a value

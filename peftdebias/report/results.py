@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..comparison import Rows, compare_examples, read_rows
 from ..errors import DataError
-from ..metrics import bare_name
+from ..metrics import bare_name, bare_of_system
 from ..metrics.compare import over_seeds, seed_difference
 from ..metrics.tally import Difference
 from .reading import Answered, Source
@@ -172,7 +172,7 @@ def drawn_ends(line: Line) -> tuple[float | None, float | None]:
     sizes of sets of unlike sizes may lie a little beyond 2."""
     if line.low is None or line.high is None:
         return None, None
-    name = bare_name(line.name)
+    name = bare_of_system(line.name)
     least, most = POSSIBLE.get(line.unit) or POSSIBLE_OF.get(name.split("/")[0], (-math.inf, math.inf))
     if line.unit == "points" and any(part in name for part in SIGNED):
         least = -most
