@@ -40,7 +40,7 @@ test: $(VENV)/.test
 	$(PY) -m pytest -q $(SIDE_BY_SIDE) -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.test
-	$(PY) -m pytest -q $(SIDE_BY_SIDE) -m slow $(ARGS)
+	$(PY) -m pytest -q $(SIDE_BY_SIDE) -o faulthandler_timeout=3600 -m slow $(ARGS)
 
 # The package, what it needs at run time, and what draws the report. A stamp file is touched last, so an interrupted install is taken up again.
 $(VENV)/.package: pyproject.toml constraints.txt $(wildcard csrc/*)
