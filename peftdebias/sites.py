@@ -175,10 +175,10 @@ class Hooks:
         self.off: set[str] = set()
         self.merged: Merged | None = None
         self.turned_off: list[tuple[int, set[str]]] = []  # (thread, names) of each open `without`
-        _all.add(self)
         self.folded: set[str] = set()
         self._at: dict[str, list] = {}
         self._hosts: dict[str, set[str]] = {}
+        _all.add(self)
 
     def __setstate__(self, state: dict) -> None:
         """A copy's methods are on: the `without` blocks that are open are the original's, and only those end there."""
