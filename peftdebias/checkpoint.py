@@ -31,7 +31,7 @@ from .encoder import Model, expect_model
 from .errors import AdapterError, ConfigError, ModelError
 from .files import read_object, read_tensors, write_tensors
 from .methods import Method
-from .options import checked, expect_path
+from .options import checked, expect_name, expect_path
 from .outputs import NotMade, digest, files_in, held, keep_apart, partial_of, tables, write_text, writing_folder
 from .tokens import Tokenizer
 
@@ -77,8 +77,7 @@ def save_adapter(folder: str | Path, method: Method, axis: str, base: dict, abou
     """
     if not isinstance(method, Method) or method.trains_base:
         raise AdapterError(f"save_adapter: expected a method with tensors of its own, got {method.name if isinstance(method, Method) else type(method).__name__}")
-    if not isinstance(axis, str) or not axis or "/" in axis:
-        raise AdapterError(f"save_adapter: axis: expected a name without '/', got {axis!r}")
+    expect_name("save_adapter: axis", axis, AdapterError)
     if not isinstance(base, dict) or not set(SIZES) <= set(base):
         raise AdapterError(f"save_adapter: base: expected what describe_base says of the model, got {base!r}")
     if not isinstance(base.get("sha256"), (str, type(None))):

@@ -70,6 +70,12 @@ def expect_path(what: str, given, raised: type[PeftDebiasError] = ConfigError) -
     return Path(name)
 
 
+def expect_name(what: str, given, raised: type[PeftDebiasError] = ConfigError) -> None:
+    """Raises about `what` on anything but a name that a module or an axis may have: a text that is not blank, without the / that parts the names of measures and of tensors."""
+    if not isinstance(given, str) or not given.strip() or "/" in given:
+        raise raised(f"{what}: expected a name without /, got {given!r}")
+
+
 def expect_whole(what: str, value, least: int, more: str = "") -> None:
     """Raises ConfigError about `what` on anything but a whole number of at least `least`. more: said behind that."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from .encoder import Model, expect_model, parameter_at
 from .errors import AdapterError
 from .methods import Method
+from .options import expect_name
 from .sites import EMBED_SITE, TABLES, Merged, add_delta, block_sites, key_value_sites
 
 _expect_model = functools.partial(expect_model, raised=AdapterError)
@@ -36,8 +37,7 @@ def attach(model: Model, name: str, method: Method) -> None:
     if isinstance(name, Method):
         raise AdapterError(f"attach: expected a model, a name and a method, in this order, got a method for the name: {name.name}")
     _expect_model(model, f"attach {name!r}", " (attach_to takes others)")
-    if not isinstance(name, str) or not name or "/" in name:
-        raise AdapterError(f"attach: expected a name without '/', got {name!r}")
+    expect_name("attach", name, AdapterError)
     if not isinstance(method, Method):
         raise AdapterError(f"attach {name!r}: expected a method, as methods.create() makes one, got {type(method).__name__}")
     if name in model.methods:

@@ -10,7 +10,7 @@ from .. import checkpoint, weights
 from ..encoder import Model
 from ..errors import AdapterError, ConfigError, ModelError
 from ..files import read_object, wrong_numbers
-from ..options import expect_path
+from ..options import expect_name, expect_path
 from ..patch import base_checksum
 from ..sites import EncoderConfig
 from ..tokens import load_tokenizer
@@ -37,8 +37,7 @@ def import_adapter(folder: str | Path, model: str | Path, axis: str, out: str | 
 
     axis: what the module was learnt on, and its name when attached. Raises AdapterError or ModelError where folder and model do not fit.
     """
-    if not isinstance(axis, str) or not axis.strip() or "/" in axis:
-        raise ConfigError(f"--axis: expected a name without /, got {axis!r}")
+    expect_name("--axis", axis)
     out = expect_path("--out", out)
     loaded, _ = weights.load_model(model, labels=())
     found = read(folder, loaded.config)
