@@ -72,6 +72,9 @@ def test_one_seed_is_compared_by_examples_or_not_at_all(tmp_path):
         assert [d.name for d in compared[0]["lora, gender"]] == list(found) and compared[1] == notes
     for final in ([], [measure("accuracy", None)]):  # a seed without figures is in no mean
         assert results.differences(runs.source_of_runs([plain, lora, run_folder(tmp_path / f"none-{len(final)}", "downstream", 3, final=final)]), "downstream", "")[1] == []
+    bare = run_folder(tmp_path / "bare", "downstream", 1, final=[measure("accuracy", None)])  # the other side has figures under this seed
+    compared = results.differences(runs.source_of_runs([plain, lora, more[0], bare]), "downstream", "")
+    assert [d.name for d in compared[0]["lora, gender"]] == list(found) and compared[1] == [told]
     (lora / "examples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in others[:-1]))
     text, data = written(tmp_path, plain, lora)  # other examples: a note, no difference
     assert data["sources"][0]["differences"] == [] and "expected the 30 examples of counterfactual" in text
@@ -221,7 +224,7 @@ def test_differences_are_of_the_figures_beside_them(tmp_path):
     assert data["sources"][0]["differences"] == [] and "another number of examples, unit or ideal on either side" in text
     assert next(m["n"] for r in data["sources"][0]["results"] for m in r["measures"]) is None
     text, _ = written(tmp_path, run("p5", None, 60.0, 0), run("l5", "lora", 60.0, 1))
-    assert "not compared with plain fine-tuning: no seed in common" in text
+    assert "not compared with plain fine-tuning: no seed with a figure that both have" in text
 
 
 def test_another_tasks_baseline_stands_in_no_plot_and_dev_figures_are_told(tmp_path):

@@ -81,7 +81,7 @@ def differences(source: Source, stage: str, task: str) -> tuple[dict[str, list[D
     for system, answers in of.items():
         if system == baseline:
             continue
-        pairs = paired(of[baseline], answers, stage)
+        pairs = [pair for pair in paired(of[baseline], answers, stage) if _both([pair])]
         if any(a.same != b.same for a, b in pairs):
             notes.append(f"{system}: not compared with {baseline}, whose model, settings or data are others")
         elif len(pairs) >= 2:
@@ -89,7 +89,7 @@ def differences(source: Source, stage: str, task: str) -> tuple[dict[str, list[D
             if unlike := _unlike(pairs):
                 notes.append(f"{system}: {', '.join(unlike)}: not compared with {baseline} under every seed: another number of examples, unit or ideal on either side")
         elif not pairs:
-            notes.append(f"{system}: not compared with {baseline}: no seed in common")
+            notes.append(f"{system}: not compared with {baseline}: no seed with a figure that both have")
         elif pairs[0][0].examples and pairs[0][1].examples:
             first, second = (answer.examples for answer in pairs[0])
             try:
