@@ -194,6 +194,8 @@ def checked(cls: type, values: dict, where: str = "") -> dict:
             raise ConfigError(f"{where}{name}: expected {KINDS.get(kind) or f'an instance of {kind.__name__}'}, got {_short(value)}")
         if (place := _place(fields[key])) and "" in (value if kind is tuple else (value,)):
             raise ConfigError(f"{where}{name}: expected {place}, got an empty text")
+        for one in (value if kind is tuple else (value,)) if place else ():
+            expect_path(f"{where}{name}", one)
         if (choices := fields[key].metadata.get("choices")) and value not in choices:
             raise ConfigError(f"{where}{name}: expected one of {', '.join(choices)}, got {value!r}")
         ready[key] = value

@@ -246,6 +246,7 @@ def test_all_that_is_missing_is_named_as_it_is_typed():
     (Evaluate, {"model": "m"}, {"model": ""}, "Evaluate: model: expected DIR_OR_RUN, got an empty text"),
     (Upstream, UPSTREAM, {"out": ""}, "Upstream: out: expected RUN, got an empty text"),
     (Upstream, UPSTREAM, {"corpus": ("a.txt", "")}, "Upstream: corpus: expected FILE, got an empty text"),
+    (Upstream, UPSTREAM, {"corpus": ("a.txt", "b\0")}, r"Upstream: corpus: expected a path, got 'b\\x00': embedded null byte"),
     (Evaluate, {"model": "m"}, {"seed": -2}, "--seed: expected a whole number from 0"),
     (Upstream, UPSTREAM, {"steps": "3"}, "Upstream: steps: expected a whole number, got '3'"),
     (Upstream, UPSTREAM, {"steps": 2.5}, "Upstream: steps: expected a whole number, got 2.5"),
