@@ -286,6 +286,8 @@ def import_(settings: config.Import) -> None:
 
     show(settings)
     out = import_adapter(settings.folder, settings.model, settings.axis, settings.out, settings.overwrite)
+    if (out / "model").is_dir():
+        print(f"the head beside the module came along: {settings.model} with it is {out / 'model'}")
     print(f"result: {out}")
 
 

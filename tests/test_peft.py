@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peftdebias
-from peftdebias import checkpoint, interchange, patch
+from peftdebias import checkpoint, cli, interchange, patch
 from peftdebias.errors import AdapterError
 from peftdebias.interchange.folders import Fields
 from peftdebias.interchange.peft import _prompt_learning, write as write_peft
@@ -297,12 +297,13 @@ def test_a_masked_lm_head_that_was_trained_beside_the_module_is_carried(kind, he
     assert_close(ours, expected)
 
 
-def test_a_head_with_another_number_of_labels_has_no_names_from_the_base(theirs, tmp_path):
+def test_a_head_with_another_number_of_labels_has_no_names_from_the_base(theirs, tmp_path, capsys):
     folder, _ = theirs(tensors=lambda t: t | {"base_model.model.classifier.weight": torch.zeros(2, 21), "base_model.model.classifier.bias": torch.zeros(2)}, rank=2)
     save_model(drawn_model().float(), tmp_path / "base", TOKENIZER)
     path = tmp_path / "base" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": {str(i): "abcde"[i] for i in range(5)}}))
-    interchange.import_adapter(folder, tmp_path / "base", "gender", tmp_path / "run")
+    assert cli.main(["import", str(folder), "--model", str(tmp_path / "base"), "--axis", "gender", "--out", str(tmp_path / "run")]) == 0
+    assert f"the head beside the module came along: {tmp_path / 'base'} with it is {tmp_path / 'run' / 'model'}\n" in capsys.readouterr().out
     assert checkpoint.load_run(tmp_path / "run").model.classifier.labels == ("LABEL_0", "LABEL_1")
 
 
