@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch.autograd.function import once_differentiable
-
 from . import kernels
 from .kernels import dispatch
+from .kernels.op import first_order
 from .ops import compiled, linear
 from .ops.linear import in_bf16, product, product_dtype
 from .sites import Hooks
@@ -151,8 +150,8 @@ class _Apart(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        first_order("lora_apart")
         x, u, weight, a, *b = ctx.saved_tensors
         to_x, _, to_bias, _, _, *to_thin = ctx.needs_input_grad
         ranks, trained = [up.shape[1] for up in b], any(to_thin)

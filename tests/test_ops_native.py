@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peftdebias import kernels, native, optimizer, tasks
 from peftdebias.batches import IGNORED, Spans
@@ -20,6 +21,8 @@ from peftdebias.ops.dropout import dropout_compiled
 from peftdebias.ops.gelu import gelu_compiled
 from peftdebias.ops.norm import norm_compiled
 
+from .outside import attached
+from .plain import model_of, some
 from .test_attention import SPANS
 
 pytestmark = pytest.mark.skipif(not compiled.FUNCTIONS, reason=f"no compiled ops: {native.load()[1]}")
@@ -656,6 +659,34 @@ if __name__ == "__main__":
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent.parent)
     assert ran.returncode == 0 and ran.stdout == "same\n", ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("method", ["adapter", "prefix"])
+def test_a_second_derivative_is_that_of_float64_or_an_error(method):
+    """Of the inputs asked for alone: there autograd leaves out, without a word, what a backward that cannot be differentiated reads of the forward."""
+    def pulled(kind: str, dtype: torch.dtype) -> list[Tensor]:
+        model, batch = model_of(), some("bert")
+        trained = list(attached(model, "x", method).parameters().values())
+        model.to(dtype)
+        with kernels.use(kind), sdpa_kernel(SDPBackend.MATH):  # the only one of torch's with a second derivative
+            first = torch.autograd.grad(torch.nn.functional.cross_entropy(model.mlm_logits(batch), batch.targets), trained, create_graph=True)
+            return torch.autograd.grad(sum(g.square().sum() for g in first), trained)
+
+    for found, expected in zip(pulled("torch", torch.float32), pulled("auto", torch.float64), strict=True):
+        assert torch.allclose(found.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    with pytest.raises(RuntimeError, match=r": expected a backward without create_graph, .*\(PEFTDEBIAS_KERNELS=torch\)$"):
+        pulled("auto", torch.float32)
+
+
+def test_every_backward_that_has_no_derivative_says_so():
+    from peftdebias import methods, written  # noqa: F401
+
+    found = [cls for cls in torch.autograd.Function.__subclasses__() if cls.__module__.startswith("peftdebias.") and "backward" in vars(cls) and ".kernels." not in cls.__module__]
+    assert {cls.__name__ for cls in found} == {"_Norm", "_Gelu", "_Linear", "_Scores", "_Turned", "_Attention", "_Parts", "_Dropout", "_Adapter", "_Apart", "_Loss"}
+    for cls in found:
+        if cls.__name__ != "_Parts":  # which puts gradients side by side, differentiably
+            with pytest.raises(RuntimeError, match="expected a backward without create_graph"):
+                cls.backward(None, None)
 
 
 def test_callers_on_two_threads_do_not_disturb_each_other():

@@ -19,10 +19,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from .. import kernels
+from ..kernels.op import first_order
 from ..errors import ConfigError
 from ..ops import compiled
 from ..ops.linear import product
@@ -69,8 +69,8 @@ class _Adapter(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        first_order("adapter")
         inputs, z, down, up = ctx.saved_tensors
         to_inputs, to_hidden, *to_parameters = ctx.needs_input_grad[:6]
         dz = SLOPES[ctx.activation](product(dy, up.t()).mul_(ctx.scale), z)

@@ -9,10 +9,10 @@ Letters: T tokens, Mq query rows, B sequences, H heads, W head width, P prefix l
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..batches import Spans
 from ..kernels.dropout_ref import Drop
+from ..kernels.op import first_order
 from . import compiled
 from .attention import Prefix, attention_padded
 
@@ -43,8 +43,8 @@ class _Attention(torch.autograd.Function):
         return _forward(query, key, value, prefix_key, prefix_value, spans, drop, statistics)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):
+        first_order("attention")
         query, key, value, prefix_key, prefix_value, statistics, seed = ctx.saved_tensors
         drop = None if ctx.drop is None else Drop(ctx.drop[0], seed, ctx.drop[1])
         needs, (_, heads, width) = ctx.needs_input_grad[:5], query.shape
@@ -117,8 +117,7 @@ class _Parts(torch.autograd.Function):
         return x.view(len(x), parts, heads, x.shape[1] // parts // heads).unbind(1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *gradients):
-        if _adjacent(gradients):
+        if not torch.is_grad_enabled() and _adjacent(gradients):  # else the view would be of the first alone, for whoever differentiates again
             return gradients[0].as_strided(ctx.shape, (ctx.shape[1], 1)), None, None
         return torch.cat([g.flatten(1) for g in gradients], 1), None, None

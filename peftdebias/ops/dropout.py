@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import kernels
 from ..kernels.dropout_ref import Drop, dropout_ref
+from ..kernels.op import first_order
 from . import compiled
 
 __all__ = ["Drop", "dropout", "dropout_ref"]
@@ -36,8 +36,8 @@ class _Dropout(torch.autograd.Function):
         return _dropped(x, drop)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        first_order("dropout")
         return _dropped(dy, Drop(ctx.rate, *ctx.saved_tensors, ctx.site)), None
 
 
