@@ -49,6 +49,7 @@ $(VENV)/.package: pyproject.toml constraints.txt $(wildcard csrc/*)
 	@echo "Installing peftdebias and PyTorch (CPU build) into $(VENV): about a minute, once ..."
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) torch setuptools 2>/dev/null || { $(PIP) --no-deps --index-url $(TORCH_INDEX) torch && $(PIP) torch setuptools; } || { echo "error: PyTorch's CPU build could not be installed for this Python (looked at $(TORCH_INDEX) too); another place: make TORCH_INDEX=URL" >&2; exit 1; }
+	@rm -f peftdebias/_native*.so  # what does not compile is left out: the one of another csrc/ shall not stand in for it
 	@$(PIP) --no-build-isolation -e ".[report]"
 	@$(COMPILE)
 	@touch $@

@@ -65,8 +65,10 @@ class Spans:
 
     @classmethod
     def of(cls, query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device = torch.device("cpu")) -> "Spans":
-        """Spans of sequences with that many queries and keys."""
+        """Spans of sequences with that many queries and keys. Raises ModelError on a length below 0, or another number of lengths on either side."""
         both = tuple(query_lengths), tuple(key_lengths)
+        if len(both[0]) != len(both[1]) or min((least for lengths in both for least in lengths), default=0) < 0:
+            raise ModelError(f"Spans.of: expected lengths from 0, as many of queries as of keys, got {both[0]} and {both[1]}")
         return cls(*(send(cumulative(lengths), device) for lengths in both), *map(sum, both), *(max(lengths, default=0) for lengths in both))._knowing(*both)
 
     def _knowing(self, query_lengths: tuple[int, ...], key_lengths: tuple[int, ...]) -> "Spans":
@@ -87,8 +89,11 @@ class Spans:
 
     @lazy
     def host_lengths(self) -> Tensor:
-        """int64 [2, B], on the host: query_lengths and key_lengths."""
-        return torch.tensor((self.query_lengths, self.key_lengths), dtype=torch.int64, device="cpu")
+        """int64 [2, B], on the host: query_lengths and key_lengths. Raises ModelError where one is below 0: whoever goes by it would leave the tensors' memory."""
+        lengths = torch.tensor((self.query_lengths, self.key_lengths), dtype=torch.int64, device="cpu")
+        if bool((lengths < 0).any()):
+            raise ModelError(f"spans: expected ascending cu_queries and cu_keys, got lengths {self.query_lengths} and {self.key_lengths}")
+        return lengths
 
     @lazy
     def query_places(self) -> Tensor:

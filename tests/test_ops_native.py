@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peftdebias import kernels, native, optimizer, tasks
 from peftdebias.batches import IGNORED, Spans
+from peftdebias.errors import ModelError
 from peftdebias.kernels.dropout_ref import dropout_ref
 from peftdebias.ops import Drop, attention_ref, compiled, dropout, gelu_ref, heads_of, norm_ref
 from peftdebias.ops.attention_compiled import attention_compiled
@@ -676,6 +677,16 @@ def test_a_second_derivative_is_that_of_float64_or_an_error(method):
         assert torch.allclose(found.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     with pytest.raises(RuntimeError, match=r": expected a backward without create_graph, .*\(PEFTDEBIAS_KERNELS=torch\)$"):
         pulled("auto", torch.float32)
+
+
+def test_lengths_below_0_never_reach_memory():
+    query, keys = drawn(5, 2, 4), drawn(5, 2, 4)
+    for lengths in (((6, -1), (6, -1)), ((-1, 6), (3, 2)), ((3, 2), (5,))):
+        with pytest.raises(ModelError, match=r"^Spans.of: expected lengths from 0, as many of queries as of keys, got \("):
+            Spans.of(*lengths)
+    by_hand = Spans(torch.tensor([0, 6, 5], dtype=torch.int32), torch.tensor([0, 3, 5], dtype=torch.int32), 5, 5, 6, 3)
+    with pytest.raises(ModelError, match=r"^spans: expected ascending cu_queries and cu_keys, got lengths \(6, -1\) and \(3, 2\)$"):
+        attention_compiled(query, keys, keys, by_hand)
 
 
 def test_every_backward_that_has_no_derivative_says_so():
