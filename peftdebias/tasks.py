@@ -167,7 +167,7 @@ class _Loss(torch.autograd.Function):
         else:
             factors = weights.index_select(0, targets) * counted
             factors = factors / factors.sum()
-        ctx.save_for_backward(logits, targets, sums, factors)
+        ctx.save_for_backward(logits, targets, sums, torch.where(counted, factors, 0))  # 0 / 0 where all are ignored and weighted
         nll = torch.where(counted, nll, 0)  # an ignored row's may be infinite, and 0 times that no number
         return (nll.double() @ factors.double()).float()
 

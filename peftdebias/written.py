@@ -126,7 +126,7 @@ def _pays(linear: nn.Linear, pieces: list[Piece], dtype: torch.dtype, x: Tensor)
 def lora_apart(x: Tensor, weight: Tensor, bias: Tensor | None, pieces: list[Piece]) -> Tensor:
     """lora_apart_ref by library products alone, the thin ones of all pieces together. Saves x and x A^T where A or B is trained, else neither."""
     a, b = [piece[1] for piece in pieces], [piece[2] for piece in pieces]
-    if x.dim() != 2 or weight.requires_grad or not compiled.takes(x, weight, bias, *a, *b):
+    if x.dim() != 2 or weight.requires_grad or torch.is_autocast_enabled("cpu") or not compiled.takes(x, weight, bias, *a, *b):
         return lora_apart_ref(x, weight, bias, pieces)
     return _Apart.apply(x, weight, bias, [piece[0] for piece in pieces], [piece[3] for piece in pieces], *a, *b)
 

@@ -107,6 +107,15 @@ def test_by_library_products_with_gradients_written_out(activation, trained, sam
     assert ((37, 5), torch.bool if activation == "relu" and not trained else torch.float32) in own and (((37, 29), torch.float32) in own) == trained
 
 
+def test_under_autocast_it_is_the_twin():
+    given = [torch.randn(*s, generator=torch.Generator().manual_seed(i)).requires_grad_() for i, s in enumerate(((11, 29), (11, 29), (5, 29), (5,), (29, 5), (29,)))]
+    with torch.autocast("cpu"):
+        found, expected = (function(*given, "gelu", 0.6) for function in (adapter_compiled, adapter_ref))
+    assert torch.equal(found, expected) and found.dtype == expected.dtype
+    for mine, theirs in zip(*(torch.autograd.grad(y.sum(), given) for y in (found, expected)), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.skipif(not compiled.FUNCTIONS, reason="no compiled ops here")
 @pytest.mark.parametrize("alone", range(6))
 @pytest.mark.parametrize("activation", ["relu", "silu"])

@@ -410,6 +410,9 @@ def test_mlm_loss_where_all_rows_are_ignored():
     logits, targets = drawn(3, 7), torch.full((3,), IGNORED)
     for loss in (tasks.mlm_loss_ref, tasks.mlm_loss_compiled):
         assert loss(logits, targets).item() == 0 and loss(logits, targets, torch.ones(7)).isnan()
+        for weights in (None, torch.ones(7)):
+            given = logits.clone().requires_grad_()
+            assert not torch.autograd.grad(loss(given * 1, targets, weights), given)[0].any()
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (13, 7), (7, 37), (5, 30522)])

@@ -172,6 +172,14 @@ def test_the_product_with_pieces_apart(wanted):
 
 
 @native
+def test_under_autocast_the_product_with_pieces_apart_is_the_twins():
+    given = {name: t.requires_grad_(name != "weight") for name, t in apart_inputs(torch.float32).items()}
+    with torch.autocast("cpu"):
+        found, expected = apart(lora_apart, **given), apart(lora_apart_ref, **given)
+    assert torch.equal(found, expected) and found.dtype == expected.dtype and found.grad_fn.name() == expected.grad_fn.name()
+
+
+@native
 def test_forced_native_takes_the_pieces_apart():
     model, batch = tiny_model(), ragged_batch()
     method = trained_lora(model)

@@ -51,7 +51,7 @@ SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def adapter_compiled(inputs: Tensor, hidden: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, activation: str, scale: float = 1.0) -> Tensor:
     """adapter_ref by library products. Saves inputs and z = inputs down^T + c where the four are trained; else z alone, and for ReLU its signs."""
     parameters = (down, down_bias, up, up_bias)
-    if inputs.dim() != 2 or not compiled.takes(inputs, hidden, *parameters):
+    if inputs.dim() != 2 or torch.is_autocast_enabled("cpu") or not compiled.takes(inputs, hidden, *parameters):
         return adapter_ref(inputs, hidden, *parameters, activation, scale)
     return _Adapter.apply(inputs, hidden, *parameters, activation, scale)
 
