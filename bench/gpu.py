@@ -246,6 +246,28 @@ def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict
     return found
 
 
+# ---------------------------------------------------------------- after all that is timed
+
+def busy(entries: Plan, providers: dict[str, dict[str, Provider]], found: list[rows.Row], clock: Clock) -> None:
+    """Puts `busy_ms` (measure.py) into the rows of the two providers that a step's targets compare. What fails there, or finds no time left, has none, which is said."""
+    for ours in roofline.fastest(found):
+        (case, setting), = [(case, setting) for case, setting in entries if (case.name, setting.x) == (ours.kernel_name, ours.x_value)]
+        for name in (case.baseline, ours.provider):
+            its = [row for row in found if (row.kernel_name, row.x_value, row.provider) == (case.name, setting.x, name)]
+            if not its:
+                continue
+            if not clock.before(clock.late):
+                return say(f"{title(case, setting)}: {name}: no busy_ms, nor of what follows: the run has used {clock.late:.0%} of its time")
+            try:
+                lineup.let_go()
+                ms = measure.busy_ms(case, setting, of_case(case, providers)[name])
+            except Exception as error:  # a machine may keep its counters to itself
+                say(f"{title(case, setting)}: {name}: no busy_ms: {told(error)}")
+                continue
+            for row in its if ms else ():
+                row.extra_config["busy_ms"] = round(ms, 5)
+
+
 # ---------------------------------------------------------------- before anything is timed
 
 STEP_NEEDS, OP_NEEDS = 20 * 2 ** 30, 8 * 2 ** 30
@@ -374,6 +396,8 @@ def main(argv: list[str] | None = None) -> int:
         red.update(wrong)
         found = [] if arguments.check else timed(run.to_time, run.providers, shares, arguments.repeats, clock, red, trouble, heard,
                                                  keep=lambda found: written(found, partial, ["the rest: the run did not come to its end"]))
+        if run.device.type == "cuda":
+            busy(run.to_time, run.providers, found, clock)
     if arguments.check:
         print("\n".join(red.values()) or f"{len(run.to_check)} checks, all equal")
         return 1 if red else 0

@@ -135,16 +135,17 @@ def host_seconds(work: Work, passes: int, device: torch.device) -> float:
     return spent
 
 
-def busy_seconds(work: Work, device: torch.device) -> float:
-    """Seconds for which the device works on one pass, by torch's profiler, what runs beside each other counted twice; 0 where it sees nothing. What is missing to the time of a
-    step is the host's: how long the host needs by itself cannot be told where it waits for the device in between, as transformers does to look at a mask."""
-    found = 0.0
-    with contextlib.suppress(Exception):  # a machine may keep its counters to itself
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-            work.run()
-            _finish(device)
-        found = sum(event.self_device_time_total for event in seen.key_averages()) / 1e6
-    return found
+def busy_ms(case: Case, setting: Setting, provider: Provider) -> float | None:
+    """Milliseconds for which the device works on a step of that provider, built anew, by torch's profiler, what runs beside each other counted twice; None where it sees
+    nothing. What is missing to the time of a step is the host's: how long the host needs by itself cannot be told where it waits for the device in between, as transformers does
+    to look at a mask. For when nothing is timed in this process any more: the profiler's library stays attached, and what runs behind it is slower, by 10 to 20 % (pytorch#144455)."""
+    forget_compiled({case.name: provider})
+    work = provider.build(setting)
+    warmed_up(case, work, setting.device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        work.run()
+        _finish(setting.device)
+    return sum(event.self_device_time_total for event in seen.key_averages()) / 1e3 / work.steps or None
 
 
 def _finish(device: torch.device) -> None:
@@ -208,8 +209,6 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
     for name, work in works.items():
         if name in launches:
             work.extra |= {"host_ms": round(1000 * host_seconds(work, passes[name], device), 5), "clock_ms": clock_ms(device), "late_launches": late[name]}
-        elif cuda and case.mode == "step" and (busy := busy_seconds(work, device)):
-            work.extra["busy_ms"] = round(1000 * busy / work.steps, 5)
         if memory or name not in peaks:
             peaks[name] = memory(name) if memory else cuda_peak(work, device) if cuda else None
     found = []

@@ -94,15 +94,18 @@ RATES = {"128x256": 55.0}
 """Texts x tokens of a step, as bench/gpu.py names its cases -> per cent of the best matrix product's rate that is asked for there."""
 
 
+def fastest(found: Sequence[Row]) -> list[Row]:
+    """Of every whole step at every x the time of ours that its targets are about: the least, that of a folded module apart."""
+    times = [row for row in found if row.mode == "step" and row.metric_name == "time" and row.provider.startswith(OURS) and "folded" not in row.provider]
+    return [min((row for row in times if (row.kernel_name, row.x_value) == key), key=lambda row: row.y_50) for key in dict.fromkeys((row.kernel_name, row.x_value) for row in times)]
+
+
 def _steps(found: Sequence[Row]) -> list[str]:
     """Whole steps beside eager and compiled transformers, their peak memory, and their share of the matrix products' ceiling."""
     lines, tops = [], ceilings(found)
-    rows = [row for row in found if row.mode == "step"]
-    for name, x in dict.fromkeys((row.kernel_name, row.x_value) for row in rows):
-        here = {(row.provider, row.metric_name): row for row in rows if (row.kernel_name, row.x_value) == (name, x)}
-        ours = min((row for (p, metric), row in here.items() if p.startswith(OURS) and "folded" not in p and metric == "time"), key=lambda row: row.y_50, default=None)
-        if ours is None:
-            continue
+    for ours in fastest(found):
+        name, x = ours.kernel_name, ours.x_value
+        here = {(row.provider, row.metric_name): row for row in found if row.mode == "step" and (row.kernel_name, row.x_value) == (name, x)}
         base = ours.extra_config["baseline"]
         for provider, asked in zip((base, f"{base}, compiled"), STEP_TARGETS[x >= ours.extra_config["longest"]]):
             if theirs := here.get((provider, "time")):

@@ -230,11 +230,53 @@ def test_what_takes_most_memory_in_training_is_in_the_peak_of_a_step(bench, quic
     case = dataclasses.replace(one_case(bench, "step"), providers=providers)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device=None: (30 if runs[-1] == "most" else 22) * 2 ** 20)
     monkeypatch.setattr(bench.measure, "_settled", lambda device: settled.append(list(runs)) or 0)
-    monkeypatch.setattr(bench.measure, "busy_seconds", lambda work, device: 7.0)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **how: pytest.fail("profiled between the times, where it stays attached"))
     rows = {(row.provider, row.metric_name): row for row in bench.measure.time_case(case, bench.case.Setting("micro", 1, tmp_path, torch.device("cuda")), dict(providers), 1)}
     assert runs[:4] == ["run"] * 3 + ["most"] and rows["ours", "reserved memory"].y_50 == 26 and rows["ours", "time"].extra_config["reserved_by_passes_mib"] == 18
     assert settled[2:] == [runs[:4], runs[:4], [*runs[:4], "compiled"]] and rows["theirs", "reserved memory"].y_50 == 18
-    assert [rows[name, "time"].extra_config["busy_ms"] for name in ("ours", "theirs")] == [7000, 7000]
+
+
+def test_the_device_s_own_time_of_the_two_that_a_target_compares_is_taken_when_all_timing_is_over(bench, monkeypatch, tmp_path, capsys):
+    """Of each that has rows, in all of them; one that fails, or has no time, is a line and nothing else."""
+    gpu, asked, setting = bench.gpu, [], bench.case.Setting("micro", 1, tmp_path)
+    case = dataclasses.replace(one_case(bench, "step", theirs=None, other=None), name="k 2x2")
+    case = dataclasses.replace(case, providers=case.providers | {f"peftdebias{more}": bench.case.Provider(int) for more in ("", ", CUDA graph", ", frozen module folded")})
+    entries = [(dataclasses.replace(case, name=name), dataclasses.replace(setting, x=x)) for name, x in (("k 2x2", 1), ("k 2x2", 2), ("k 3x3", 1))]
+
+    def measured():
+        ms = {"theirs": 9, "other": 8, "peftdebias": 5, "peftdebias, CUDA graph": 4, "peftdebias, frozen module folded": 3}
+        return [bench.rows.Row(case.name, p, "step", metric, "", "rows", s.x, y, y, y, {"baseline": "theirs", "longest": 2}, "d", "t", None, "c", "2026")
+                for case, s in entries for p, y in ms.items() for metric in ("time", "rate") if (case.name, p) != ("k 3x3", "theirs")]
+
+    def busy_ms(case, setting, provider):
+        asked.append((case.name, setting.x, next(name for name, p in case.providers.items() if p is provider)))
+        return {1: 7.0, 2: None}[setting.x] if asked[-1][2] != "theirs" else 1 / 0
+
+    monkeypatch.setattr(bench.measure, "busy_ms", busy_ms)
+    found = measured()
+    gpu.busy(entries, {"k": case.providers}, found, gpu.Clock(8, True))
+    graph = "peftdebias, CUDA graph"
+    assert asked == [("k 2x2", 1, "theirs"), ("k 2x2", 1, graph), ("k 2x2", 2, "theirs"), ("k 2x2", 2, graph), ("k 3x3", 1, graph)]
+    assert {(row.kernel_name, row.x_value, row.provider, row.metric_name): row.extra_config["busy_ms"] for row in found if "busy_ms" in row.extra_config} == {
+        (name, 1, graph, metric): 7.0 for name in ("k 2x2", "k 3x3") for metric in ("time", "rate")}
+    assert capsys.readouterr().err == "".join(f"k 2x2, micro, rows {x}: theirs: no busy_ms: ZeroDivisionError: division by zero\n" for x in (1, 2))
+    asked.clear(), gpu.busy(entries, {"k": case.providers}, measured(), gpu.Clock(1e-9, True))
+    assert not asked and capsys.readouterr().err == "k 2x2, micro, rows 1: theirs: no busy_ms, nor of what follows: the run has used 90% of its time\n"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True), monkeypatch.setattr(bench.lineup, "taking_part", lambda *a: {})
+    monkeypatch.setattr(bench.rows, "device_name", lambda device: "NVIDIA X"), monkeypatch.setattr(gpu.Run, "equality", lambda run, clock: ({}, {}))
+    monkeypatch.setattr(gpu, "timed", lambda *a, **k: asked.append("timed") or measured()), monkeypatch.setattr(gpu, "busy", lambda *a: asked.append("busy"))
+    assert gpu.main(["--no-apart", "--steps", "--only", "lora_step", "--out", str(tmp_path / "rows.json")]) == 0 and asked == ["timed", "busy"]
+
+
+def test_what_the_device_works_is_of_a_step_of_a_provider_that_is_built_anew(bench, monkeypatch, tmp_path):
+    runs, seen = [], []
+    events = [types.SimpleNamespace(self_device_time_total=us) for us in (2500, 1500)]
+    monkeypatch.setattr(torch.profiler, "profile", lambda **how: seen.append(len(runs)) or contextlib.nullcontext(types.SimpleNamespace(key_averages=lambda: events)))
+    monkeypatch.setattr(bench.measure, "_finish", lambda device: None)
+    case, setting = one_case(bench, "step", ours=bench.case.Work(lambda: runs.append(1), dict, steps=2)), bench.case.Setting("micro", 1, tmp_path, torch.device("cuda"))
+    assert bench.measure.busy_ms(case, setting, case.providers["ours"]) == 2 and (seen, len(runs)) == ([3], 4)  # behind what captures and compiles
+    events.clear()
+    assert bench.measure.busy_ms(case, setting, case.providers["ours"]) is None
 
 
 def test_a_graph_s_most_is_its_longest_batch_run_eagerly(bench, monkeypatch, tmp_path):
