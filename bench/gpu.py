@@ -304,19 +304,25 @@ def check_job(arguments: argparse.Namespace, folder: Path, name: str, clock: Clo
     return Run(arguments, folder, lambda line: None).equality(clock, [name])
 
 
-def compile_job(arguments: argparse.Namespace, folder: Path, key: tuple[str, float, str]) -> str:
-    """Runs a compiled provider, so that torch.compile finds all of it in its cache on disk from then on; what went wrong, or nothing. It has as many threads as
-    the process that times: their number is part of what the cache goes by. Which of several ways is the fastest it leaves to that one, as here others use the device too."""
+def compile_job(arguments: argparse.Namespace, folder: Path, name: str, provider: str, values: Sequence[float]) -> list[str]:
+    """Runs a compiled provider of a case at these x, so that torch.compile finds all of it in its cache on disk from then on; of each x what went wrong, or nothing. One behind
+    the other: a batch of theirs is padded to one shape at every x, and all but the first find what that one compiled. It has as many threads as the process that times: their number is
+    part of what the cache goes by. Which of several ways is the fastest it leaves to that one, as here others use the device too."""
     from torch._inductor import config
 
     config.autotune_local_cache = False
-    run, (name, x, provider) = Run(arguments, folder, lambda line: None), key
-    (case, setting), = [(case, setting) for case, setting in run.to_time if (case.name, setting.x) == (name, x)]
-    try:
-        measure.warmed_up(case, run.providers[stem(case)][provider].build(setting), setting.device)
-    except Exception as error:
-        return told(error)
-    return ""
+    run, found = Run(arguments, folder, lambda line: None), []
+    for x in values:
+        (case, setting), = [(case, setting) for case, setting in run.to_time if (case.name, setting.x) == (name, x)]
+        its = run.providers[stem(case)][provider]
+        lineup.forget_compiled({provider: its})  # as before it is timed: what is compiled for one x is not made to serve the next
+        lineup.let_go()
+        try:
+            measure.warmed_up(case, its.build(setting), setting.device)
+            found.append("")
+        except Exception as error:
+            found.append(told(error))
+    return found
 
 
 def beforehand(run: Run, clock: Clock) -> tuple[dict[str, str], dict, dict[tuple[str, float, str], str]]:
@@ -324,20 +330,24 @@ def beforehand(run: Run, clock: Clock) -> tuple[dict[str, str], dict, dict[tuple
     memory = torch.cuda.get_device_properties(run.device).total_memory if run.device.type == "cuda" else 0
     room = max(1, min(8, (os.cpu_count() or 1) // 2, memory // (STEP_NEEDS if run.arguments.steps else OP_NEEDS)))
     stems = [*dict.fromkeys(stem(case) for case, _ in run.to_check)]
-    keys = [] if run.arguments.check else compiled_at(run.to_time, run.providers)
-    workers = max(1, min(room, len(stems) + len(keys)))
+    keys, jobs = [] if run.arguments.check else compiled_at(run.to_time, run.providers), {}
+    for name, x, provider in keys:
+        jobs.setdefault((name, provider), []).append(x)
+    workers = max(1, min(room, len(stems) + len(jobs)))
     given, threads = (run.arguments, run.folder), max(1, torch.get_num_threads() // workers)
-    say(f"{len(stems)} checks and {len(keys)} times torch.compile, {workers} at a time")
+    say(f"{len(stems)} checks and {len(jobs)} times torch.compile, {workers} at a time")
     unhurried, left = run.arguments.check or room == 1, clock.left
     checks, most = (clock.late, clock.late) if unhurried else (clock.early, clock.patient)
     found = together([("bench.gpu:check_job", (*given, name, clock, threads), left(checks)) for name in stems]
-                     + [("bench.gpu:compile_job", (*given, key), left(clock.early)) for key in keys], workers, left(most))
+                     + [("bench.gpu:compile_job", (*given, *job, values), left(clock.early)) for job, values in jobs.items()], workers, left(most))
     red, shares, unready = {}, {}, clock.reason() or "it had no time"
     for name, answer in zip(stems, found):
         wrong, of_stem = answer if isinstance(answer, tuple) else ({name: f"{name}: not checked: {answer or unready}"}, {})
         red |= wrong
         shares |= of_stem
-    return red, shares, {key: unready if answer is None else str(answer) for key, answer in zip(keys, found[len(stems):])}
+    ahead = {(name, x, provider): why for ((name, provider), values), answer in zip(jobs.items(), found[len(stems):])
+             for x, why in zip(values, answer if isinstance(answer, list) else len(values) * [str(answer or unready)])}
+    return red, shares, ahead
 
 
 def shapes_of(arguments: argparse.Namespace) -> list[str]:

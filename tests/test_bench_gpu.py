@@ -494,19 +494,33 @@ def test_equality_is_asked_in_float32_itself(bench, tmp_path):
 def test_as_many_processes_as_the_memory_has_room_for_and_what_is_not_compiled_is_not_timed(bench, tmp_path, monkeypatch):
     asked, answers = [], {}
     monkeypatch.setattr(bench.gpu, "together", lambda calls, workers, most: asked.append(workers) or [
-        answers.get(call[1][-1]) if call[0].endswith("compile_job") else ({}, {}) for call in calls])
+        answers.get(call[1][2:4]) if call[0].endswith("compile_job") else ({}, {}) for call in calls])
     monkeypatch.setattr(bench.gpu.os, "cpu_count", lambda: 64)
     monkeypatch.setattr(bench.gpu.torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=41 * 2 ** 30))
-    for words, only, expected in ((["--steps"], "lora_step", 2), ([], "gelu,norm,embed", 5)):  # 16 GiB each, 8 GiB each
+    for words, only, expected, wrong in ((["--steps"], "lora_step", 2, ["", "no room"]), ([], "gelu,norm,embed", 5, [""])):  # 20 GiB each, 8 GiB each
         run = bench.gpu.Run(bench.gpu.parser().parse_args(["--device", "cpu", "--dry-run", "--compile", "--only", only, *words]), tmp_path, lambda line: None)
         run.device, keys = torch.device("cuda"), bench.gpu.compiled_at(run.to_time, run.providers)
-        answers |= {keys[0]: "", keys[1]: RuntimeError("its process ended with code 9")}
+        first, second, *others = dict.fromkeys((name, provider) for name, _, provider in keys)  # one job of each, for all its x
+        answers |= {first: wrong, second: RuntimeError("its process ended with code 9")}
         red, _, ahead = bench.gpu.beforehand(run, bench.gpu.Clock(10, False))
-        assert asked.pop() == expected and red == {} and [ahead[key] for key in keys[:2]] == ["", "its process ended with code 9"]
-        assert all(ahead[key] == "it had no time" for key in keys[2:])
+        of = {job: [why for (name, _, provider), why in ahead.items() if (name, provider) == job] for job in (first, second, *others)}
+        assert asked.pop() == expected and red == {} and set(ahead) == set(keys)
+        assert of == {first: wrong, second: len(wrong) * ["its process ended with code 9"]} | {job: ["it had no time"] for job in others}
     said = []
     taking = bench.gpu.affordable(bench.cases.CASES["norm"], {"a": bench.case.Provider(int, compiled=True), "b": bench.case.Provider(int)}, lambda name: "it had no time", said.append)
     assert list(taking) == ["b"] and said == ["norm: a is not measured: it had no time"]
+
+
+def test_what_pads_to_one_shape_is_compiled_by_one_process(bench, monkeypatch, tmp_path):
+    """All x of a provider, one behind the other, each as it is timed: from nothing compiled. What fails at one of them is said of that one."""
+    did = []
+    name, theirs = "lora_step 4x48", bench.case.Provider(lambda setting: did.append(("built", setting.x)) or setting.x, compiled=True)
+    monkeypatch.setattr(bench.lineup, "taking_part", lambda *given: {"transformers+peft, compiled": theirs}), monkeypatch.setattr(bench.lineup, "forget_compiled", lambda providers: did.append(dict(providers)))
+    monkeypatch.setattr(bench.measure, "warmed_up", lambda case, work, device: 1 / 0 if work == 19 else did.append((case.name, work)))
+    arguments = bench.gpu.parser().parse_args(["--device", "cpu", "--dry-run", "--steps", "--compile", "--only", "lora_step"])
+    assert bench.gpu.compile_job(arguments, tmp_path, name, "transformers+peft, compiled", [19, 48]) == ["ZeroDivisionError: division by zero", ""]
+    forgotten = {"transformers+peft, compiled": theirs}
+    assert did == [forgotten, ("built", 19), forgotten, ("built", 48), (name, 48)]
 
 
 def test_on_a_gpu_checks_are_processes_of_their_own(bench, monkeypatch, capsys):
