@@ -1,6 +1,8 @@
 """What the scripts ask of their arguments: one line to standard error for a bad one, `bench: ...`, and exit code 2."""
 
 import argparse
+import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -24,12 +26,26 @@ def existing_folder(word: str) -> Path:
 
 
 def results_file(word: str) -> Path:
-    """A `type` of add_argument: where rows are to be written, FILE.json in a folder that is there or can be made."""
+    """A `type` of add_argument: where rows are to be written, FILE.json in a folder that is there or can be made. Whether one can be written there is tried, and
+    nothing of that stays: it shall not be found out when all is measured."""
     path = Path(word)
     if path.suffix != ".json":
         raise argparse.ArgumentTypeError(f"{word}: expected a file name that ends in .json")
-    if path.is_dir() or not next(folder for folder in path.absolute().parents if folder.exists()).is_dir():
-        raise argparse.ArgumentTypeError(f"{word}: expected a file in a folder, {'got a folder' if path.is_dir() else 'a file is in its way'}")
+    made = [folder for folder in path.absolute().parents if not os.path.exists(folder)]  # the innermost first
+    if os.path.isdir(path) or not path.absolute().parents[len(made)].is_dir():
+        raise argparse.ArgumentTypeError(f"{word}: expected a file in a folder, {'got a folder' if os.path.isdir(path) else 'a file is in its way'}")
+    tried = path.with_name(f".tried-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tried.write_bytes(bytes(2 ** 16))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{word}: cannot be written: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            tried.unlink()
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
     return path
 
 

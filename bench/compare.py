@@ -169,8 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"# {heading}\n\n{rows.table(found, notes)}")
     if arguments.out:
         drawn = arguments.out.with_suffix(".svg")
-        rows.write(arguments.out, found, heading, notes, {drawn.name: plots.describe(found)})
-        write_text(drawn, plots.draw(found))
+        if not rows.saved(arguments.out, lambda: rows.write(arguments.out, found, heading, notes, {drawn.name: plots.describe(found)}), lambda: write_text(drawn, plots.draw(found))):
+            return 1
         say(f"result: {arguments.out}, {arguments.out.with_suffix('.md')} and {drawn}")
     return 0
 

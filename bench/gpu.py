@@ -13,7 +13,7 @@ What nothing is timed by comes before all that is, on a GPU in processes side by
 With --check, equality alone.
 
 Needs torch, triton, numpy, tokenizers, safetensors, tqdm; transformers and peft for the comparison; no install of peftdebias, no network.
-Exit code 0; 1 where providers disagree or one fails: that case is not timed, the others are; 2 without a CUDA device or on bad arguments.
+Exit code 0; 1 where providers disagree or one fails: that case is not timed, the others are, or where the rows cannot be written in the end; 2 without a CUDA device or on bad arguments.
 """
 
 import argparse
@@ -240,9 +240,10 @@ def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict
         failures = []
         with _noting(case, setting, red, case.name):
             found += measure.time_case(case, setting, taking, repeats, shares=share, say=say, failed=failures.append)
-            keep(found)
         if failures:
             red[case.name] = "\n".join([*failures, *([red[case.name]] if case.name in red else [])])
+        if found:
+            keep(found)
     return found
 
 
@@ -372,7 +373,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     clock, lacking, by_host, red = Clock(arguments.minutes, arguments.steps), [], [], {}
     heading = "Dry run of bench/gpu.py: the figures mean nothing" if arguments.dry_run else f"Measured by bench/gpu.py on {rows.device_name(torch.device(arguments.device))}"
-    out = arguments.out or (None if arguments.dry_run else ROOT / "bench" / "results" / file_name(rows.slug(torch.device(arguments.device)), arguments))
+    try:
+        out = arguments.out or (None if arguments.dry_run or arguments.check else results_file(str(ROOT / "bench" / "results" / file_name(rows.slug(torch.device(arguments.device)), arguments))))
+    except argparse.ArgumentTypeError as error:
+        return complain(str(error))
     partial = out and out.with_suffix(".partial.json")
 
     def heard(line: str) -> None:
@@ -380,16 +384,18 @@ def main(argv: list[str] | None = None) -> int:
         by_host.extend([line] if measure.NO_GRAPH in line else [])
         say(line)
 
-    def written(found: list[rows.Row], path: Path | None, more: Sequence[str] = ()) -> str:
-        """The rows with what they say together, in a file where there is to be one; its tables."""
+    def summed(found: list[rows.Row], *more: str) -> tuple[list[rows.Row], str, dict[str, Sequence[str]]]:
+        """What is written: the rows, the heading and what the rows say together."""
         found = roofline.with_shares(found)
         if arguments.dry_run:
             found = [dataclasses.replace(row, extra_config={**row.extra_config, "dry_run": True}) for row in found]
         notes = {"Targets": roofline.targets(found), f"Below {roofline.GOOD:.0f} % of the roofline": roofline.limits(found), "Red: not equal, or failed": [*red.values()],
                  "Not measured": [*lacking, *more]} | ({"Timed with the host's work": by_host} if by_host else {})
-        if path:
-            rows.write(path, found, heading, notes)
-        return f"# {heading}\n\n{rows.table(found, notes)}"
+        return found, heading, notes
+
+    def keep(found: list[rows.Row]) -> None:
+        if partial:
+            rows.saved(partial, lambda: rows.write(partial, *summed(found, "the rest: the run did not come to its end")))
 
     with tempfile.TemporaryDirectory(prefix="peftdebias-bench-") as folder:
         run = Run(arguments, Path(folder), heard)
@@ -404,8 +410,7 @@ def main(argv: list[str] | None = None) -> int:
             wanted = compiled_at(run.to_time, run.providers)
             trouble = lambda key: clock.reason() if key in wanted else None  # noqa: E731
         red.update(wrong)
-        found = [] if arguments.check else timed(run.to_time, run.providers, shares, arguments.repeats, clock, red, trouble, heard,
-                                                 keep=lambda found: written(found, partial, ["the rest: the run did not come to its end"]))
+        found = [] if arguments.check else timed(run.to_time, run.providers, shares, arguments.repeats, clock, red, trouble, heard, keep)
         if run.device.type == "cuda":
             busy(run.to_time, run.providers, found, clock)
     if arguments.check:
@@ -416,8 +421,11 @@ def main(argv: list[str] | None = None) -> int:
     if not found:
         print("\n".join(red.values()))
         return 1
-    print(written(found, out))
+    found, heading, notes = summed(found)
+    print(f"# {heading}\n\n{rows.table(found, notes)}")
     if out:
+        if not rows.saved(out, lambda: rows.write(out, found, heading, notes)):
+            return 1  # the partial stays
         for path in (partial, partial.with_suffix(".md")):
             path.unlink(missing_ok=True)
         say(f"result: {out} and {out.with_suffix('.md')}")

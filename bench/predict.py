@@ -228,7 +228,8 @@ def main(argv: list[str] | None = None) -> int:
     heading, notes = f"Measured by bench/predict.py on {rows.device_name(torch.device('cpu'))}", {"The whole file": lines} if lines else {}
     print(f"# {heading}\n\n{rows.table(found, notes)}")
     if arguments.out:
-        rows.write(arguments.out, found, heading, notes)
+        if not rows.saved(arguments.out, lambda: rows.write(arguments.out, found, heading, notes)):
+            return 1
         say(f"result: {arguments.out} and {arguments.out.with_suffix('.md')}")
     return 0
 

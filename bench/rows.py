@@ -10,15 +10,17 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from peftdebias import processor
+from peftdebias.errors import ConfigError
 from peftdebias.outputs import write_text
 
 from . import ROOT
+from .arguments import say
 
 MODES = ("forward", "backward", "full", "step", "predict")
 UNITS = {"time": "ms", "eager time": "ms", "p99": "ms", "texts": "texts/s", "rate": "valid tokens/s", "arithmetic": "TFLOP/s", "bandwidth": "GB/s", "roofline": "%", "peak memory": "MiB", "reserved memory": "MiB", "saved for backward": "MiB",
@@ -104,6 +106,17 @@ def write(path: Path, rows: Sequence[Row], title: str, notes: dict[str, Sequence
     write_text(path, "[\n" + ",\n".join(json.dumps(dataclasses.asdict(row)) for row in rows) + "\n]\n")
     links = "".join(f"![{words}]({name})\n\n" for name, words in (drawings or {}).items())
     write_text(path.with_suffix(".md"), f"# {title}\n\n{links}{table(rows, notes)}\n")
+
+
+def saved(path: Path, *written: Callable[[], object]) -> bool:
+    """Whether all of it, results at `path` and beside it, could be written; where it could not, a line says why: they are to be printed before."""
+    try:
+        for write_one in written:
+            write_one()
+    except (OSError, ConfigError) as error:
+        say(f"bench: {error if isinstance(error, ConfigError) else f'{path}: cannot be written: {error.strerror or error}'}")
+        return False
+    return True
 
 
 def read(path: Path) -> list[Row]:

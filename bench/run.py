@@ -84,7 +84,8 @@ def run(settings: list[tuple[Case, Setting]], arguments) -> int:
         found += measure.time_case(case, setting, taking_part[case.name], arguments.repeats or setting.size.repeats, shares=share, memory=memory, say=say)
     print(rows.table(found))
     if arguments.out:
-        rows.write(arguments.out, found, f"Measured by bench/run.py on {found[0].device_name if found else 'nothing'}")
+        if not rows.saved(arguments.out, lambda: rows.write(arguments.out, found, f"Measured by bench/run.py on {found[0].device_name if found else 'nothing'}")):
+            return 1
         say(f"result: {arguments.out} and {arguments.out.with_suffix('.md')}")
     return 0
 

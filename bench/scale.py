@@ -198,8 +198,8 @@ def main(argv: list[str] | None = None) -> int:
         notes["--save-memory"] = lines
     print(f"# {heading}\n\n{rows.table(found, notes)}")
     if arguments.out:
-        rows.write(arguments.out, found, heading, notes)
-        say(save_drawing(found, arguments.out.with_suffix(".svg")))
+        if not rows.saved(arguments.out, lambda: rows.write(arguments.out, found, heading, notes), lambda: say(save_drawing(found, arguments.out.with_suffix(".svg")))):
+            return 1
         say(f"result: {arguments.out} and {arguments.out.with_suffix('.md')}")
     return 0
 

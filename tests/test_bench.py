@@ -1,7 +1,9 @@
 """bench/: a sound registry, equality before time, rows with their schema. No figure is looked at."""
 
+import argparse
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -20,7 +22,7 @@ from peftdebias.optimizer import FlatAdamW
 from .benched import FIELDS, HAVE_BOTH, ROOT, modules, planted, quick  # noqa: F401  (quick is a fixture)
 from .outside import one_thread  # noqa: F401  (a fixture: small models on one thread)
 
-bench = modules("case", "cases", "cases_adamw", "cases_native", "cases_sparse", "cases_steps", "equality", "gpu", "lineup", "measure", "rows", "run", "texts")
+bench = modules("arguments", "case", "cases", "cases_adamw", "cases_native", "cases_sparse", "cases_steps", "equality", "gpu", "lineup", "measure", "rows", "run", "texts")
 
 
 # ---------------------------------------------------------------- registry
@@ -210,6 +212,27 @@ def test_peak_memory_sees_what_a_pass_takes(bench, tmp_path):
 
 # ---------------------------------------------------------------- the commands
 
+def no_room(*given):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_where_results_go_is_tried_before_anything_is_measured_and_left_as_it_was(bench, monkeypatch, tmp_path):
+    out = tmp_path / "deep" / "deeper" / "rows.json"
+    assert bench.arguments.results_file(str(out)) == out and not list(tmp_path.iterdir())
+    monkeypatch.setattr(Path, "write_bytes", no_room)
+    for place in (out, tmp_path / "rows.json"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^{place}: cannot be written: No space left on device$"):
+            bench.arguments.results_file(str(place))
+        assert not list(tmp_path.iterdir())
+
+
+def test_results_that_cannot_be_written_in_the_end_have_been_printed(bench, quick, monkeypatch, capsys, tmp_path):  # noqa: F811
+    monkeypatch.setattr(bench.rows, "write_text", no_room)
+    assert bench.run.main(["native_gelu", "--size", "micro", "--repeats", "1", "--out", str(tmp_path / "rows.json")]) == 1
+    out, err = capsys.readouterr()
+    assert "## native_gelu (full)" in out and err.endswith(f"timing\nbench: {tmp_path / 'rows.json'}: cannot be written: No space left on device\n")
+
+
 @pytest.mark.parametrize("script,words,shown", [
     ("run", ["nope"], "no case 'nope'; expected one of gemm, copy, lora_step, adapter_step, prefix_step, full_step, sparse_step, attention, attention_even, attention_dropout, attention_prefix, lora_linear"),
     ("run", ["--size", "tiny,huge"], "no size 'huge'; expected one of micro, tiny, small, base"),
@@ -229,6 +252,8 @@ def test_peak_memory_sees_what_a_pass_takes(bench, tmp_path):
     ("gpu", ["--device", "cpu", "--dry-run", "--check", "--only", "gemm"], "--only gemm: expected a case that is checked here, got none"),
     ("gpu", ["--device", "cpu", "--dry-run", "--steps", "--only", "gelu"], "--only gelu: expected a case that is timed here, got none"),
     ("gpu", ["--out", f"{__file__}/rows.json"], "expected a file in a folder, a file is in its way"),
+    ("gpu", ["--device", "cpu", "--dry-run", "--only", "dropout", "--out", "/proc/foo/rows.json"], "--out: /proc/foo/rows.json: cannot be written: "),
+    ("run", ["dropout", "--out", "/proc/foo/rows.json"], "--out: /proc/foo/rows.json: cannot be written: "),
 ])
 def test_bad_arguments_get_one_line_and_exit_code_2(bench, capsys, script, words, shown):
     try:

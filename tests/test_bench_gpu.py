@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +39,14 @@ def test_gpu_without_a_device_measures_nothing(bench, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.gpu.main([]) == 2
     assert capsys.readouterr() == ("", "no CUDA device here: not measured\n")
+
+
+def test_the_place_of_a_run_s_rows_that_nobody_named_is_tried_as_well(bench, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True), monkeypatch.setattr(bench.gpu, "Run", lambda *given: pytest.fail("begun"))
+    monkeypatch.setattr(bench.rows, "device_name", lambda device: "NVIDIA X"), monkeypatch.setattr(bench.rows, "slug", lambda device: "nvidia-x")
+    monkeypatch.setattr(bench.gpu, "ROOT", Path("/proc/foo"))
+    assert bench.gpu.main([]) == 2
+    assert capsys.readouterr() == ("", "bench: /proc/foo/bench/results/nvidia-x.json: cannot be written: No such file or directory\n")
 
 
 @pytest.mark.skipif(not HAVE_BOTH, reason="compares with transformers and peft, which are not installed")
@@ -102,6 +111,26 @@ def test_a_run_that_is_stopped_leaves_what_it_had_measured(bench, quick, monkeyp
     assert "the rest: the run did not come to its end" in partial.with_suffix(".md").read_text()
     assert bench.gpu.main(words) == 0
     assert {row.kernel_name for row in bench.rows.read(out)} == {*CEILINGS, "sparse_add"} and not list(tmp_path.glob("*.partial.*"))
+
+
+def test_a_disk_that_fills_up_costs_no_figure(bench, quick, monkeypatch, capsys, tmp_path):  # noqa: F811
+    """In between a line each time, and no case is red for it; in the end the tables are printed, and what was written in between stays."""
+    write, full = bench.rows.write, {"rows.partial.json"}
+
+    def filling(path, *given):
+        if path.name in full:
+            raise OSError(28, "No space left on device")
+        write(path, *given)
+
+    monkeypatch.setattr(bench.rows, "write", filling)
+    words = ["--device", "cpu", "--dry-run", "--repeats", "1", "--only", "sparse_add", "--out", str(tmp_path / "rows.json")]
+    assert bench.gpu.main(words) == 0 and json.loads((tmp_path / "rows.json").read_text())
+    out, err = capsys.readouterr()
+    assert err.count(f"bench: {tmp_path / 'rows.partial.json'}: cannot be written: No space left on device\n") == 4 and out.split("## Red: not equal, or failed\n\n")[1].startswith("- none\n")
+    (tmp_path / "rows.json").unlink(), full.clear(), full.add("rows.json")
+    assert bench.gpu.main(words) == 1 and {row.kernel_name for row in bench.rows.read(tmp_path / "rows.partial.json")} == {*CEILINGS, "sparse_add"}
+    out, err = capsys.readouterr()
+    assert "## sparse_add (full)" in out and err.endswith(f"timing\nbench: {tmp_path / 'rows.json'}: cannot be written: No space left on device\n")
 
 
 def test_out_of_time_leaves_out_and_says_so(bench, quick, capsys):  # noqa: F811
