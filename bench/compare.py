@@ -4,10 +4,10 @@ torch.compile, length-bucketed); every provider in a process of its own, on a CP
     python bench/compare.py lora --size small,base --out bench/results/compare-cpu.json
     python bench/compare.py adapter --adapters-venv venv-adapters        AdapterHub's library, in the virtual environment that bench/README.md makes
 
-First all providers must compute the same loss and gradients (exit code 1, and no times, where they do not). Then each lives in a fresh process, they take turns pass by
-pass, and the rows say: ms a step, valid tokens a second, peak memory above the loaded weights, bytes saved for the backward, size of an adapter file. The floor beside them
-is FLOPs that the batch needs over the best sgemm rate measured in the same run. Then the bars (bars.py), import time, size and number of installed packages; with --out a
-drawing as well (plots.py).
+First all providers of all cases must compute the same loss and gradients (exit code 1, and no times, where they do not). Then each lives in a fresh process, they take turns pass
+by pass, and the rows say: ms a step, valid tokens a second, peak memory above the loaded weights, bytes saved for the backward, size of an adapter file. Where a process ends
+before its time, what was measured until then is kept (exit code 2). The floor beside them is FLOPs that the batch needs over the best sgemm rate measured in the same run. Then the
+bars (bars.py), import time, size and number of installed packages; with --out a drawing as well (plots.py).
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,7 +26,7 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 
 from bench import bars, equality, install, lanes, lineup, measure, plots, rows  # noqa: E402
-from bench.arguments import Parser, complain, positive, results_file, say  # noqa: E402
+from bench.arguments import Parser, complain, positive, results_file, say, told  # noqa: E402
 from bench.case import SIZES, Case, Provider, Setting  # noqa: E402
 from bench.cases_steps import needed_flops  # noqa: E402
 from bench.process import Ended, Process  # noqa: E402
@@ -148,23 +149,28 @@ def main(argv: list[str] | None = None) -> int:
     hub = arguments.adapters_venv and interpreter(arguments.adapters_venv)
     if arguments.adapters_venv and not hub:
         return complain(f"--adapters-venv {arguments.adapters_venv}: expected a virtual environment whose bin/python imports adapters, torch and transformers")
-    found = []
+    found, ended = [], ""
     with tempfile.TemporaryDirectory(prefix="peftdebias-bench-") as folder:
-        for case in (lanes.case_of(name, hub) for name in names):
-            for setting in (Setting(size, x, Path(folder), batches=arguments.batches, longest=min(128, SIZES[size].positions // 2))
-                            for size in arguments.size.split(",") for x in case.x_values):
-                providers = lineup.taking_part(case, arguments.compile, say, bf16=arguments.bf16)
-                try:
-                    share = check(case, setting, providers, functools.partial(lanes.results, case=case))
-                except equality.Unequal as red:
-                    print(red)
-                    return 1
-                say(f"{title(case, setting)}: timing")
-                try:
-                    found += compare(case, setting, providers, arguments.repeats, arguments.pairs, share)
-                except Ended as error:
-                    return complain(f"{title(case, setting)}: {error}; expected all {len(providers)} to last, side by side")
-    notes = {"Ours beside theirs": bars.lines(found), "Start-up": install.start_up(hub), "Installed, with all that each side requires, PyTorch among it": install.sizes(hub)}
+        settings = [(case, Setting(size, x, Path(folder), batches=arguments.batches, longest=min(128, SIZES[size].positions // 2)))
+                    for case in (lanes.case_of(name, hub) for name in names) for size in arguments.size.split(",") for x in case.x_values]
+        entries = [(case, setting, lineup.taking_part(case, arguments.compile, say, bf16=arguments.bf16)) for case, setting in settings]
+        try:
+            shares = [check(case, setting, providers, functools.partial(lanes.results, case=case)) for case, setting, providers in entries]
+        except equality.Unequal as red:
+            print(red)
+            return 1
+        for (case, setting, providers), share in zip(entries, shares):
+            say(f"{title(case, setting)}: timing")
+            try:
+                found += compare(case, setting, providers, arguments.repeats, arguments.pairs, share)
+            except Ended as error:
+                ended = f"{title(case, setting)}: {error}; expected all {len(providers)} to last, side by side"
+                break
+    if ended and not found:
+        return complain(ended)
+    notes = {"Ours beside theirs": bars.lines(found), "Start-up": _asked(install.start_up, hub), "Installed, with all that each side requires, PyTorch among it": _asked(install.sizes, hub)}
+    if ended:
+        notes["Not measured"] = [f"{ended}; nothing behind it either"]
     heading = f"Measured by bench/compare.py on {rows.device_name(torch.device('cpu'))}"
     print(f"# {heading}\n\n{rows.table(found, notes)}")
     if arguments.out:
@@ -172,7 +178,15 @@ def main(argv: list[str] | None = None) -> int:
         if not rows.saved(arguments.out, lambda: rows.write(arguments.out, found, heading, notes, {drawn.name: plots.describe(found)}), lambda: write_text(drawn, plots.draw(found))):
             return 1
         say(f"result: {arguments.out}, {arguments.out.with_suffix('.md')} and {drawn}")
-    return 0
+    return complain(ended) if ended else 0
+
+
+def _asked(what: Callable[[str | None], list[str]], hub: str | None) -> list[str]:
+    """The lines of install.py, or why there are none: what was measured before is not lost with them."""
+    try:
+        return what(hub)
+    except (OSError, subprocess.SubprocessError) as error:
+        return [f"not measured: {told(error)}"]
 
 
 if __name__ == "__main__":

@@ -222,6 +222,39 @@ def test_a_process_that_the_memory_is_not_enough_for_is_one_line(bench, tmp_path
                                                         "side by side")
 
 
+def test_what_was_measured_outlasts_a_process_that_ends_later_and_a_library_that_does_not_start(bench, tmp_path, capsys, monkeypatch):
+    def compared(case, *given):
+        if case.name != "lora_step":
+            raise bench.process.Ended("theirs: its process ended with code 1")
+        return [row(bench, "lora_step", "peftdebias", 200.0)]
+
+    def refused(hub):
+        raise subprocess.CalledProcessError(1, ["python", "-c", "import torch, peft"])
+
+    monkeypatch.setattr(bench.compare, "check", lambda *given: {}), monkeypatch.setattr(bench.compare, "compare", compared)
+    monkeypatch.setattr(bench.install, "start_up", refused), monkeypatch.setattr(bench.install, "sizes", lambda hub: ["asked"])
+    out = tmp_path / "rows.json"
+    assert bench.compare.main(["lora", "sparse", "full", "--size", "micro", "--out", str(out)]) == 2
+    assert [r.kernel_name for r in bench.rows.read(out)] == ["lora_step"] and out.with_suffix(".svg").exists()
+    printed, said = capsys.readouterr()
+    line = "sparse_step, micro, mean_length 54: theirs: its process ended with code 1; expected all 2 to last, side by side"
+    assert said.endswith(f"\nbench: {line}\n") and "full_step, micro, mean_length 54: timing" not in said
+    for text in (printed, out.with_suffix(".md").read_text()):
+        assert f"## Not measured\n\n- {line}; nothing behind it either\n" in text and "- asked\n" in text
+        assert "- not measured: CalledProcessError: Command '['python', '-c', 'import torch, peft']' returned non-zero exit status 1.\n" in text
+
+
+def test_all_cases_are_checked_before_one_is_timed(bench, tmp_path, capsys, monkeypatch):
+    def checked(case, *given):
+        if case.name == "full_step":
+            raise bench.equality.Unequal("unlike")
+        return {}
+
+    monkeypatch.setattr(bench.compare, "check", checked), monkeypatch.setattr(bench.compare, "compare", lambda *given: pytest.fail("timed"))
+    assert bench.compare.main(["sparse", "full", "--size", "micro", "--out", str(tmp_path / "rows.json")]) == 1 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == "unlike\n"
+
+
 def test_compare_writes_rows_tables_bars_and_a_drawing(bench, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench.install, "start_up", lambda hub: ["not asked"])
     monkeypatch.setattr(bench.compare, "GEMM", (64, 96, 128))
