@@ -81,8 +81,8 @@ def file_name(device: str, arguments: argparse.Namespace) -> str:
     return "-".join([device, *(["steps"] if arguments.steps else []), *some]) + ".json"
 
 
-def plan(device: torch.device, size: str, dry: bool, folder: Path) -> tuple[Plan, Plan]:
-    """(what is checked on the device, what is timed)."""
+def plan(device: torch.device, size: str, dry: bool, folder: Path, compiled: bool = True) -> tuple[Plan, Plan]:
+    """(what is checked on the device, what is timed). compiled: whether what is compiled of the steps is checked too."""
     def settings(name: str, values: tuple[float, ...], **fields) -> Plan:
         common = {"precision": "bf16" if device.type == "cuda" else "float32", "stand_in": dry}
         return [(CASES[name], Setting(size, x, folder, device, **common | fields)) for x in values]
@@ -91,11 +91,15 @@ def plan(device: torch.device, size: str, dry: bool, folder: Path) -> tuple[Plan
         return [entry for name, x in table.items() for entry in settings(name, x if isinstance(x, tuple) else (x,))]
 
     ceilings, again = ceiling_plan(settings, dry)
-    if dry:
-        steps = settings("lora_step", (20, 48), sequences=4, longest=48)
-        return each(DRY) + steps, ceilings + each(DRY) + steps + again
-    steps = settings("lora_step", (54, 128), sequences=32, longest=128)  # 45 % valid tokens in batches padded to 128, and all valid
-    return each(CHECKED) + steps, ceilings + each(TIMED) + steps + again
+    values, shape = ((20, 48), {"sequences": 4, "longest": 48}) if dry else ((54, 128), {"sequences": 32, "longest": 128})
+    steps = settings("lora_step", values, **shape)  # 45 % valid tokens in batches padded to 128, and all valid
+    to_check = [(to_be_checked(case, compiled), setting) for case, setting in steps]
+    return each(DRY if dry else CHECKED) + to_check, ceilings + each(DRY if dry else TIMED) + steps + again
+
+
+def to_be_checked(case: Case, compiled: bool) -> Case:
+    """It with all providers of its stem, or all that are not compiled."""
+    return dataclasses.replace(case, providers={name: p for name, p in CASES[stem(case)].providers.items() if compiled or not p.compiled})
 
 
 def ceiling_plan(settings: Callable[[str, tuple[float, ...]], Plan], dry: bool) -> tuple[Plan, Plan]:
@@ -125,13 +129,10 @@ def step_plan(device: torch.device, size: str, dry: bool, folder: Path, shapes: 
         return (dataclasses.replace(case, name=f"{name} {sequences}x{longest}", providers=taking),
                 Setting(size, x, folder, device, sequences=sequences, longest=longest, batches=2 if dry or share == 1 else UNEVEN, **common))
 
-    def uncompiled(case: Case) -> Case:
-        return dataclasses.replace(case, providers={name: p for name, p in CASES[stem(case)].providers.items() if compiled and stem(case) == foremost or not p.compiled})
-
     order = [(foremost, shape) for shape in sizes] + [(name, sizes[0]) for name in others] + [(name, shape) for shape in sizes[1:] for name in others]
     timed = [of(name, shape, share) for name, shape in order for share in (0.4, 1)]
     smallest = min(sizes, key=lambda shape: shape[0] * shape[1])
-    to_check = [(uncompiled(case), setting) for case, setting in (of(name, smallest) for name in STEP_CASES)]
+    to_check = [(to_be_checked(case, compiled and stem(case) == foremost), setting) for case, setting in (of(name, smallest) for name in STEP_CASES)]
     ceilings, again = ceiling_plan(lambda name, values: [(CASES[name], Setting(size, x, folder, device, **common)) for x in values], dry)
     return to_check, ceilings + timed + again
 
@@ -282,8 +283,9 @@ class Run:
         self.arguments, self.folder, self.device = arguments, folder, torch.device(arguments.device)
         torch.set_float32_matmul_precision("highest")  # equality is asked in float32, not in TF32; bf16 products are not touched by it
         common = self.device, "micro" if arguments.dry_run else arguments.size, arguments.dry_run, folder
-        # Before a timing nobody waits for torch.compile in eval mode: curves.py has compared what is compiled, on its small model.
-        planned = step_plan(*common, tuple(shapes_of(arguments)), arguments.check or self.device.type != "cuda") if arguments.steps else plan(*common)
+        # Before a timing nobody waits for torch.compile of a step in eval mode: with --steps curves.py compares what is compiled, on its small model.
+        compiled = arguments.check or self.device.type != "cuda"
+        planned = step_plan(*common, tuple(shapes_of(arguments)), compiled) if arguments.steps else plan(*common, compiled)
         self.to_check, self.to_time = (chosen(entries, arguments.only) for entries in planned)
         self.compiled = self.device.type == "cuda" if arguments.compile is None else arguments.compile
         cases = {stem(case): CASES[stem(case)] for case, _ in self.to_check + self.to_time}
@@ -330,7 +332,7 @@ def beforehand(run: Run, clock: Clock) -> tuple[dict[str, str], dict, dict[tuple
     """(red, shares) of all checks and, by what `compiled_at` names, what became of it: each in a process of its own, as many at a time as the device's memory has room for."""
     memory = torch.cuda.get_device_properties(run.device).total_memory if run.device.type == "cuda" else 0
     room = max(1, min(8, (os.cpu_count() or 1) // 2, memory // (STEP_NEEDS if run.arguments.steps else OP_NEEDS)))
-    stems = [*dict.fromkeys(stem(case) for case, _ in run.to_check)]
+    stems = sorted({stem(case): None for case, _ in run.to_check}, key=lambda name: CASES[name].mode != "step")  # what takes longest begins first
     keys, jobs = [] if run.arguments.check else compiled_at(run.to_time, run.providers), {}
     for name, x, provider in keys:
         jobs.setdefault((name, provider), []).append(x)

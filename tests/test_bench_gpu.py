@@ -393,7 +393,10 @@ def test_steps_begin_with_what_matters_most(bench, tmp_path):
     assert bench.gpu.compiled_at(timed, {name: case.providers for name, case in bench.cases.CASES.items()})[:5] == [
         ("lora_step 128x256", 102, "transformers+peft, compiled"), ("lora_step 128x256", 102, "peftdebias, compiled"), ("lora_step 128x256", 256, "transformers+peft, compiled"),
         ("lora_step 128x256", 256, "peftdebias, compiled"), ("lora_step 32x128", 51, "transformers+peft, compiled")] and "peftdebias, compiled" not in providers["lora_step 32x128"]
-    to_check, timed = bench.gpu.plan(torch.device("cpu"), "base", False, tmp_path)  # a single op at its last size
+    for compiled in (True, False):  # of a step; a single op is compared compiled as well
+        to_check, timed = bench.gpu.plan(torch.device("cpu"), "base", False, tmp_path, compiled)  # a single op at its last size
+        assert {case.name for case, _ in to_check if any(p.compiled for p in case.providers.values())} >= {"gelu"}
+        assert [(setting.x, any(p.compiled for p in case.providers.values())) for case, setting in to_check if case.name == "lora_step"] == [(54, compiled), (128, compiled)]
     keys = bench.gpu.compiled_at(timed, {name: case.providers for name, case in bench.cases.CASES.items()})
     assert [key for key in keys if key[0] == "gelu"] == [("gelu", 65536, "plain torch, compiled")] and len([key for key in keys if key[0] == "lora_step"]) == 4
 
@@ -508,6 +511,18 @@ def test_on_a_gpu_all_is_measured_in_bf16_and_steps_are_of_the_texts_that_are_sa
         steps = {(s.x, s.sequences, s.longest, s.batches) for case, s in timed if bench.gpu.stem(case) == "lora_step"}
         assert steps == ({(54, 32, 128, None), (128, 32, 128, None)} if made is bench.gpu.plan else
                          {(51, 128, 128, 8), (128, 128, 128, 2), (102, 128, 256, 8), (256, 128, 256, 2), (51, 32, 128, 8), (128, 32, 128, 2)})
+
+
+@pytest.mark.parametrize("words", [[], ["--steps"]], ids=["ops", "steps"])
+def test_before_a_timing_on_a_gpu_no_step_is_compiled_to_be_compared_and_steps_are_checked_first(bench, monkeypatch, tmp_path, words):
+    calls = []
+    monkeypatch.setattr(bench.lineup, "taking_part", lambda *given: {}), monkeypatch.setattr(bench.gpu, "together", lambda made, *given: calls.extend(made) or [None] * len(made))
+    for more, expected in ((["--check"], True), ([], False)):
+        run = bench.gpu.Run(bench.gpu.parser().parse_args([*words, *more, "--only", "gelu,embed,lora_step,full_step"]), tmp_path)
+        assert any(p.compiled for case, _ in run.to_check if case.mode == "step" for p in case.providers.values()) == expected
+    run.device = torch.device("cpu")
+    bench.gpu.beforehand(run, bench.gpu.Clock(8, False))
+    assert [call[1][2] for call in calls] == (["lora_step", "full_step"] if words else ["lora_step", "embed", "gelu"])
 
 
 def test_equality_is_asked_in_float32_itself(bench, tmp_path):
