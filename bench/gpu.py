@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--shapes", metavar="BxS[,BxS...]", help=f"with --steps: some of {','.join(SHAPES)} (default all)")
     top.add_argument("--check", action="store_true", help="equality alone; nothing is timed and no file is written")
     top.add_argument("--size", default="base", choices=SIZES, help="the base model (default base)")
-    top.add_argument("--repeats", type=positive, default=15, metavar="N", help="times that every provider is timed (default 15)")
+    top.add_argument("--repeats", type=positive, default=7, metavar="N", help="times that every provider is timed (default 7)")
     top.add_argument("--minutes", type=above_zero, default=8.0, metavar="M", help="budget of the whole run (default 8); compiled baselines are left out first")
     top.add_argument("--compile", action=argparse.BooleanOptionalAction, help="with torch.compile as a further baseline (default: on a GPU)")
     top.add_argument("--apart", action=argparse.BooleanOptionalAction, help="equality and torch.compile in processes of their own, side by side (default: on a GPU)")
