@@ -61,6 +61,8 @@ def cuda_seconds(launch: Callable[[], object], passes: int, device: torch.device
     marks, late = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(passes)], []
     with torch.cuda.device(device):
         for start, end in marks:
+            # What lies in L2 then is not in memory yet, and the launch waits for that; in turn its own last lines are written behind its end. After a flush that only reads,
+            # up to an L2 of its writes would cost nothing: this one flatters nobody.
             for _ in range(FLUSHES):
                 cold.zero_()
             start.record()
