@@ -158,7 +158,7 @@ def _finish(device: torch.device) -> None:
 def in_turn(names: Iterable, repeat: int) -> list:
     """The names in the order of a repeat, each of which begins with another one, so that noise hits all alike."""
     names = list(names)
-    first = repeat % len(names)
+    first = repeat % max(1, len(names))
     return names[first:] + names[:first]
 
 
@@ -167,7 +167,7 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
               failed: Callable[[str], None] | None = None) -> list[rows.Row]:
     """Rows of all providers. They take turns within every repeat (in_turn).
 
-    failed: hears of a provider, other than a compiled one, that raises in its first passes, and the others are timed; without it that is raised.
+    failed: hears of a provider, other than a compiled one, that raises, in its first passes or later, and has no rows; the others have theirs. Without it that is raised.
 
     A single op on a GPU (it has a roof) has two times: that of its CUDA graph by the device's clock, cold cache, and the wall-clock of an eager launch. Anything else
     has wall-clock time alone.
@@ -199,20 +199,32 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
     eager: dict[str, list[float]] = {name: [] for name in launches}
     late = dict.fromkeys(launches, 0)
     load = os.getloadavg()[0]
-    for i in range(repeats):
-        for name in in_turn(works, i):
-            if name not in launches:
-                samples[name].append(seconds(works[name], passes[name], device))
-                continue
+
+    def unless_it_fails(name: str, measured: Callable[[str], object]) -> None:
+        """Where it does, that provider takes no part from then on."""
+        with may_fail(case, name, providers, say, failed), memory_may_end(case, name, device, say):
+            measured(name)
+            return
+        works.pop(name), launches.pop(name, None)
+
+    def sampled(name: str) -> None:
+        if name in launches:
             spent, behind = cuda_seconds(launches[name], passes[name], device)
             samples[name].append(spent)
             late[name] += behind
-            eager[name].append(seconds(works[name], passes[name], device))
-    for name, work in works.items():
+        (eager if name in launches else samples)[name].append(seconds(works[name], passes[name], device))
+
+    def behind_the_samples(name: str) -> None:
         if name in launches:
-            work.extra |= {"host_ms": round(1000 * host_seconds(work, passes[name], device), 5), "clock_ms": clock_ms(device), "late_launches": late[name]}
+            works[name].extra |= {"host_ms": round(1000 * host_seconds(works[name], passes[name], device), 5), "clock_ms": clock_ms(device), "late_launches": late[name]}
         if memory or name not in peaks:
-            peaks[name] = memory(name) if memory else cuda_peak(work, device) if cuda else None
+            peaks[name] = memory(name) if memory else cuda_peak(works[name], device) if cuda else None
+
+    for i in range(repeats):
+        for name in in_turn(works, i):
+            unless_it_fails(name, sampled)
+    for name in list(works):
+        unless_it_fails(name, behind_the_samples)
     found = []
     for name, work in works.items():
         found += _rows(case, setting, name, work, samples[name], eager.get(name, []), passes[name], peaks[name], reserved.get(name), load, (shares or {}).get(name))

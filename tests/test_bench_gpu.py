@@ -35,6 +35,31 @@ def test_a_provider_that_fails_takes_nothing_from_the_others(bench, quick, monke
     assert line in capsys.readouterr().err and out.with_suffix(".md").read_text().split("## Red")[1].split("##")[0].count(line) == 1
 
 
+@pytest.mark.parametrize("error", [RuntimeError("an illegal address\nsomewhere"), torch.OutOfMemoryError("20 GiB")], ids=["fails", "memory"])
+@pytest.mark.parametrize("when", [2, 4, 5], ids=["first pass", "a sample", "behind the samples"])
+def test_a_provider_that_fails_later_takes_nothing_from_the_others_either(bench, quick, tmp_path, error, when):  # noqa: F811
+    """Two passes to warm up, two samples, then its memory."""
+    runs, said, heard = [], [], []
+
+    def run():
+        runs.append(1)
+        if len(runs) == when:
+            raise error
+
+    case, setting = one_case(bench, "full", fails=bench.case.Work(run, dict), lasts=bench.case.Work(int, dict)), bench.case.Setting("micro", 1, tmp_path)
+    memory = {"memory": lambda name: run() if name == "fails" else 3.0}
+    found = bench.measure.time_case(case, setting, dict(case.providers), 2, say=said.append, failed=heard.append, **memory)
+    assert {row.provider for row in found} == {"lasts"} and {row.extra_config["repeats"] for row in found} == {2} and len(runs) == when
+    lines = ["k: fails is not measured: RuntimeError: an illegal address"]
+    assert (said, heard) == ((["k: fails is not measured: out of memory"], []) if type(error) is torch.OutOfMemoryError else (lines, lines))
+    runs.clear()
+    assert bench.measure.time_case(case, setting, {"fails": case.providers["fails"]}, 2, failed=heard.append, **memory) == []
+    runs.clear()
+    if type(error) is RuntimeError:  # there is nobody to hear of it
+        with pytest.raises(RuntimeError, match="illegal address"):
+            bench.measure.time_case(case, setting, dict(case.providers), 2, **memory)
+
+
 def test_gpu_without_a_device_measures_nothing(bench, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.gpu.main([]) == 2
