@@ -232,6 +232,17 @@ def test_on_a_gpu_an_op_has_two_times_and_without_a_graph_that_is_said(bench, qu
     assert heads.startswith("| size | rows | provider | time, ms | of baseline | eager time, ms |")
 
 
+@pytest.mark.parametrize("device,untimed", [("cuda", ["a", "b"]), ("cpu", [])])
+def test_on_a_gpu_all_run_once_between_the_last_that_is_built_and_the_first_sample(bench, quick, pretend, monkeypatch, tmp_path, device, untimed):  # noqa: F811
+    """Building a step gives the device back what torch holds in store; who was built before pays for that outside of its samples."""
+    did = []
+    case = one_case(bench, "step", a=bench.case.Work(lambda: did.append("a"), dict), b=bench.case.Work(lambda: did.append("b"), dict))
+    monkeypatch.setattr(bench.measure, "seconds", lambda work, passes, device: did.append("timed") or work.run() or 1.0)
+    bench.measure.time_case(case, bench.case.Setting("micro", 1, tmp_path, torch.device(device)), dict(case.providers), 1)
+    first = 3 if device == "cuda" else 1
+    assert did == [*first * ["timed", "a"], *first * ["timed", "b"], *untimed, "timed", "a", "timed", "b"]
+
+
 def test_a_launch_that_the_device_waited_for_does_not_count(bench, monkeypatch):
     """Unless all did."""
     class Event:
