@@ -52,7 +52,7 @@ def check(task: Task, texts: list[str]) -> dict[str, float]:
         expected = expected or tensor
         (found,) = equality.differences(expected, tensor, output_bound)
         if found.red:
-            raise equality.Unequal(f"{name} differs from {next(iter(PREDICTORS))}; nothing is timed\n  probabilities: max|difference| {found.apart:.3g}, allowed {found.allowed:.3g}")
+            raise equality.Unequal(f"{name} differs from {next(iter(available()))}; nothing is timed\n  probabilities: max|difference| {found.apart:.3g}, allowed {found.allowed:.3g}")
         shares[name] = found.apart / found.allowed
     return shares
 
