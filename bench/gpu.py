@@ -82,7 +82,7 @@ def file_name(device: str, arguments: argparse.Namespace) -> str:
 
 
 def plan(device: torch.device, size: str, dry: bool, folder: Path, compiled: bool = True) -> tuple[Plan, Plan]:
-    """(what is checked on the device, what is timed). compiled: whether what is compiled of the steps is checked too."""
+    """(what is checked on the device, what is timed). compiled: whether what is compiled of the steps is checked too; ours is not timed unless it is."""
     def settings(name: str, values: tuple[float, ...], **fields) -> Plan:
         common = {"precision": "bf16" if device.type == "cuda" else "float32", "stand_in": dry}
         return [(CASES[name], Setting(size, x, folder, device, **common | fields)) for x in values]
@@ -94,7 +94,8 @@ def plan(device: torch.device, size: str, dry: bool, folder: Path, compiled: boo
     values, shape = ((20, 48), {"sequences": 4, "longest": 48}) if dry else ((54, 128), {"sequences": 32, "longest": 128})
     steps = settings("lora_step", values, **shape)  # 45 % valid tokens in batches padded to 128, and all valid
     to_check = [(to_be_checked(case, compiled), setting) for case, setting in steps]
-    return each(DRY if dry else CHECKED) + to_check, ceilings + each(DRY if dry else TIMED) + steps + again
+    to_time = [(dataclasses.replace(case, providers={name: p for name, p in case.providers.items() if compiled or name != COMPILED_STEP}), setting) for case, setting in steps]
+    return each(DRY if dry else CHECKED) + to_check, ceilings + each(DRY if dry else TIMED) + to_time + again
 
 
 def to_be_checked(case: Case, compiled: bool) -> Case:
@@ -283,7 +284,7 @@ class Run:
         self.arguments, self.folder, self.device = arguments, folder, torch.device(arguments.device)
         torch.set_float32_matmul_precision("highest")  # equality is asked in float32, not in TF32; bf16 products are not touched by it
         common = self.device, "micro" if arguments.dry_run else arguments.size, arguments.dry_run, folder
-        # Before a timing nobody waits for torch.compile of a step in eval mode: with --steps curves.py compares what is compiled, on its small model.
+        # Before a timing nobody waits for torch.compile of a step in eval mode: with --steps curves.py compares what is compiled, on its small model; without, theirs alone is timed so.
         compiled = arguments.check or self.device.type != "cuda"
         planned = step_plan(*common, tuple(shapes_of(arguments)), compiled) if arguments.steps else plan(*common, compiled)
         self.to_check, self.to_time = (chosen(entries, arguments.only) for entries in planned)
