@@ -111,16 +111,31 @@ def expect_axis(what: str, axis: Axis, intervention: Intervention) -> None:
         raise ConfigError(f"{what}: expected an Axis, as load_axis makes one, and an Intervention, got {type(axis).__name__} and {type(intervention).__name__}")
 
 
+def expect_texts(texts: Iterable[str]) -> None:
+    """Raises ConfigError on one text in place of several, and on what is no list of anything."""
+    if (one := isinstance(texts, (str, bytes))) or not isinstance(texts, Iterable):
+        raise ConfigError(f"families: expected a list of texts, got {f'one: [{texts[:20]!r}]' if one else type(texts).__name__}")
+
+
+def utf8(text: str) -> bytes:
+    """The text in UTF-8. Raises ConfigError on what is no text, or holds half a surrogate pair."""
+    if not isinstance(text, str):
+        raise ConfigError(f"counterfactuals: expected a text, got {type(text).__name__}")
+    try:
+        return str.encode(text)
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"counterfactuals: expected a text that utf-8 can hold, got half a surrogate pair, {text[error.start]!r}") from None
+
+
 def counterfactuals(text: str, axis: Axis, intervention: Intervention = PAPER) -> list[Counterfactual]:
     """All variants of a text: none without an attribute word, one on an axis of pairs, up to k - 1 where a row has k words.
 
     Variant r = 1 .. k - 1 (k: the longest row touched) puts column (c + r) mod k' for a word in column c of its row of k' words. A word whose row
     returns to itself (r mod k' = 0) stays; a variant equal to the text or to an earlier variant is left out. With occurrences = "one" the candidates
     are those of the first word, r = 1 .. k' - 1, then those of the second, and so on. Raises ConfigError on what is no Axis or no Intervention, or a column that it has not,
-    and on what is no text.
+    and on what is no text (`utf8`).
     """
-    if not isinstance(text, str):
-        raise ConfigError(f"counterfactuals: expected a text, got {type(text).__name__}")
+    encoded = utf8(text)
     expect_axis("counterfactuals", axis, intervention)
     known = lexicon(axis, intervention.only_from)
     hits = [(*found.span(), known.forms[found[0]]) for found in known.find(text)]
@@ -132,7 +147,7 @@ def counterfactuals(text: str, axis: Axis, intervention: Intervention = PAPER) -
     else:
         candidates = [(r, [hit], [row]) for hit, row in zip(hits, others) for r in range(1, 1 + len(row))]
     if intervention.max_variants is not None and (many := len(candidates)) > intervention.max_variants:
-        first = zlib.crc32(text.encode())
+        first = zlib.crc32(encoded)
         candidates = [candidates[i] for i in sorted((first + j) % many for j in range(intervention.max_variants))]
     variants, seen = [], {text}
     for r, places, rows in candidates:
@@ -155,8 +170,7 @@ def counterfactuals(text: str, axis: Axis, intervention: Intervention = PAPER) -
 def families(texts: Iterable[str], axis: Axis, intervention: Intervention = PAPER) -> Iterator[Family]:
     """One family a text, in order; texts without an attribute word are dropped or kept alone, as axis.keep_untouched says. Raises ConfigError on one text in
     place of several, and as counterfactuals."""
-    if (one := isinstance(texts, (str, bytes))) or not isinstance(texts, Iterable):
-        raise ConfigError(f"families: expected a list of texts, got {f'one: [{texts[:20]!r}]' if one else type(texts).__name__}")
+    expect_texts(texts)
     for source, text in enumerate(texts):
         variants = counterfactuals(text, axis, intervention)
         if variants or axis.keep_untouched:

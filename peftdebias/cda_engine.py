@@ -4,6 +4,7 @@ What it adds over cda.py, which says what a counterfactual is: blocks of texts, 
 others use; it takes the compiled engine where it is there. The tables that the engine works from are made here, out of those of cda.py and pronouns.py.
 """
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -24,6 +25,7 @@ from peftdebias.pronouns import PRONOUNS, fits, pronoun_table
 
 BLOCK = 8 << 20  # bytes of text that go to the engine together
 EVERYTHING = 2**62
+WRITTEN = ("json", "lines", "members", "nothing")  # what `write` may make of a text
 
 
 @dataclass(slots=True)
@@ -78,6 +80,16 @@ def expand(texts: Sequence[str], axis: Axis, intervention: Intervention = PAPER,
     return engine(axis, intervention, threads).expand(texts)
 
 
+def _expect(what: str, kind: str, first: int, start: int, stop: int, data: bytes = b"") -> None:
+    """Raises ConfigError about `what`, a call to write, on what it cannot be asked for."""
+    if kind not in WRITTEN:
+        raise ConfigError(f"{what}: kind: expected one of {', '.join(WRITTEN)}, got {kind!r}")
+    for name, value in (("first", first), ("start", start), ("stop", stop)):
+        expect_whole(f"{what}: {name}", value, 0)
+    if not isinstance(data, bytes):
+        raise ConfigError(f"{what}: expected bytes, got {type(data).__name__}")
+
+
 # ---------------------------------------------------------------- the twin
 
 class PythonEngine:
@@ -103,9 +115,14 @@ class PythonEngine:
         return found
 
     def write(self, texts: Sequence[str], kind: str = "json", first: int = 0, start: int = 0, stop: int = EVERYTHING) -> Written:
-        """The texts' rows ("json") or members, one a line ("lines"). `first` is the number of the first text; those outside start .. stop - 1 are counted only."""
-        counts, pieces = Counts(texts=len(texts)), []
+        """The texts' rows ("json"), or members, one a line ("lines") or end to end ("members"), or "nothing". `first` is the number of the first text; those outside
+        start .. stop - 1 are counted only. Raises ConfigError on another kind, a number below 0, and what are no texts."""
+        _expect("write", kind, first, start, stop)
+        cda.expect_texts(texts)
+        counts, pieces = Counts(), []
         for number, text in enumerate(texts, first):
+            cda.utf8(text)
+            counts.texts += 1
             if not start <= number < stop:
                 continue
             variants = counterfactuals(text, self.axis, self.intervention)
@@ -117,12 +134,13 @@ class PythonEngine:
                 family = Family(text, tuple(variants), number)
                 if kind == "json":
                     pieces += [json.dumps(row, ensure_ascii=False) + "\n" for row in cda.rows(family, self.intervention.keep)]
-                elif kind == "lines":
-                    pieces += [member + "\n" for member in family.kept(self.intervention.keep)]
-        return Written(["".join(pieces).encode()], counts, [], len(texts))
+                elif kind != "nothing":
+                    pieces += [member + ("\n" if kind == "lines" else "") for member in family.kept(self.intervention.keep)]
+        return Written(["".join(pieces).encode()], counts, [], counts.texts)
 
     def write_lines(self, data: bytes, kind: str = "json", first: int = 0, start: int = 0, stop: int = EVERYTHING) -> Written:
         """The same for the lines of a block of a .txt: whole lines, read as corpus.read_texts reads them."""
+        _expect("write_lines", kind, first, start, stop, data)
         texts, bad = [], []
         lines = data.removesuffix(b"\n").split(b"\n") if data else []
         for number, raw in enumerate(lines):
@@ -180,10 +198,12 @@ class NativeEngine:
             return found
 
     def write(self, texts: Sequence[str], kind: str = "json", first: int = 0, start: int = 0, stop: int = EVERYTHING) -> Written:
+        _expect("write", kind, first, start, stop)
         with self._alone:
             return self._written(self._run(texts, kind, first=first, start=start, stop=stop), None)
 
     def write_lines(self, data: bytes, kind: str = "json", first: int = 0, start: int = 0, stop: int = EVERYTHING) -> Written:
+        _expect("write_lines", kind, first, start, stop, data)
         with self._alone:
             return self._written(self._call(data, None, 0, kind, None, first, start, stop), data)
 
@@ -224,19 +244,28 @@ class NativeEngine:
         return memoryview(data).cast("B")
 
     def _run(self, texts: Sequence[str], kind: str, keep: str | None = None, first: int = 0, start: int = 0, stop: int = EVERYTHING) -> list["_Part"]:
-        encoded = [text.encode() for text in texts]
+        encoded = _encoded(texts)
         ends = array("q", (end - 1 for end in itertools.accumulate(len(text) + 1 for text in encoded)))
         return self._call(b"\n".join(encoded), ends, len(encoded), kind, keep, first, start, stop)
 
     def _call(self, data: bytes, ends: array | None, texts: int, kind: str, keep: str | None, first: int, start: int, stop: int) -> list["_Part"]:
         how, result = self.intervention, _Result()
         request = _Request(
-            data, len(data), None if ends is None else ends.buffer_info()[0], texts, first, start, stop, min(how.max_variants or 0, EVERYTHING),
-            how.occurrences == "one", KEEP.index(keep or how.keep), self.axis.keep_untouched, _WRITE[kind], self.threads,
+            data, len(data), None if ends is None else ends.buffer_info()[0], texts, int(first), min(int(start), EVERYTHING), min(int(stop), EVERYTHING),
+            min(int(how.max_variants or 0), EVERYTHING), how.occurrences == "one", KEEP.index(keep or how.keep), self.axis.keep_untouched, _WRITE[kind], self.threads,
         )
         _check(self._library.peftdebias_cda_run(self._axis, self._job, ctypes.byref(request), ctypes.byref(result)))
         self._found = result.counts[: len(self._words)]
         return result.parts[: result.n_parts]
+
+
+def _encoded(texts: Sequence[str]) -> list[bytes]:
+    """Each text in UTF-8. Raises ConfigError as cda.families; what is wrong is looked for where something is, since a question a text would cost as much as to encode it."""
+    cda.expect_texts(texts)
+    texts = list(texts)
+    with contextlib.suppress(TypeError, UnicodeEncodeError):
+        return list(map(str.encode, texts))
+    return list(map(cda.utf8, texts))
 
 
 def _texts(part: "_Part") -> list[str]:

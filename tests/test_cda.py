@@ -474,3 +474,6 @@ def test_a_column_that_is_not_there_and_one_text_for_several_are_refused():
         for ask in (lambda: counterfactuals(text, axis), lambda: list(families([text], axis))):
             with pytest.raises(ConfigError, match=f"^counterfactuals: expected a text, got {kind}$"):
                 ask()
+    for most in (None, 1):
+        with pytest.raises(ConfigError, match=r"^counterfactuals: expected a text that utf-8 can hold, got half a surrogate pair, '\\udcff'$"):
+            counterfactuals("she met \udcff", axis, Intervention(occurrences="one", max_variants=most))

@@ -46,13 +46,13 @@ def same(axis, texts, intervention=PAPER, threads=1):
     for a, b in zip(fast.families(texts), plain.families(texts), strict=True):
         assert a == b
     assert fast.expand(texts) == plain.expand(texts)
-    for kind in ("json", "lines", "nothing"):
+    for kind in cda_engine.WRITTEN:
         same_written(fast.write(texts, kind, first=7), plain.write(texts, kind, first=7))
 
 
 def same_lines(axis, data, intervention=PAPER, threads=1, **bounds):
     fast, plain = engines(axis, intervention, threads)
-    for kind in ("json", "lines"):
+    for kind in ("json", "lines", "members"):
         same_written(fast.write_lines(data, kind, **bounds), plain.write_lines(data, kind, **bounds))
 
 
@@ -384,7 +384,7 @@ def test_a_library_that_is_not_there_or_not_ours_is_told(origin, words, tmp_path
     native.load.cache_clear()
 
 
-@pytest.mark.parametrize("most", [2**63, 2**64 + 1])
+@pytest.mark.parametrize("most", [2**63, 2**64 + 1, numpy.int64(2)])
 def test_any_number_of_variants_may_be_allowed(most):
     compiled, twin = engines(RACE, Intervention(max_variants=most))
     assert compiled.families(["a black cat"]) == twin.families(["a black cat"])
@@ -420,3 +420,44 @@ def test_callers_on_other_threads_wait_for_each_other():
 def test_what_makes_no_engine_is_named(arguments, words):
     with pytest.raises(ConfigError, match=f"^{words}$"):
         cda_engine.engine(*arguments)
+
+
+ONE = "families: expected a list of texts, got one: ['he is']"
+
+
+@pytest.mark.parametrize("texts,words", [
+    ("he is", ONE), (b"he is", ONE.replace("'he", "b'he")), (None, "families: expected a list of texts, got NoneType"), (7, "families: expected a list of texts, got int"),
+    (["he", 1], "counterfactuals: expected a text, got int"), ([None], "counterfactuals: expected a text, got NoneType"), ([b"he"], "counterfactuals: expected a text, got bytes"),
+    (["he", "she \ud800 is"], "counterfactuals: expected a text that utf-8 can hold, got half a surrogate pair, '\\ud800'"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["families", "expand", "write"])
+def test_what_are_no_texts_is_refused_by_both_alike(texts, words, name):
+    for engine in engines(GENDER):
+        with pytest.raises(ConfigError, match=f"^{re.escape(words)}$"):
+            getattr(engine, name)(texts)
+        with pytest.raises(ConfigError, match=f"^{re.escape(words)}$"):  # nor from what gives them one by one
+            getattr(engine, name)(iter(texts) if isinstance(texts, list) else texts)
+        assert engine.expand(["he"]).texts == ["he", "she"]
+
+
+@pytest.mark.parametrize("asked,words", [
+    (dict(kind="nope"), "kind: expected one of json, lines, members, nothing, got 'nope'"), (dict(kind="swaps"), "kind: expected one of json, lines, members, nothing, got 'swaps'"),
+    (dict(kind=[]), "kind: expected one of json, lines, members, nothing, got []"), (dict(first=-5), "first: expected a whole number of at least 0, got -5"),
+    (dict(first=1.0), "first: expected a whole number of at least 0, got 1.0"), (dict(start=-1), "start: expected a whole number of at least 0, got -1"),
+    (dict(stop="3"), "stop: expected a whole number of at least 0, got '3'"),
+])  # fmt: skip
+def test_what_can_not_be_written_is_refused_by_both_alike(asked, words):
+    for engine in engines(GENDER):
+        for name, texts in (("write", ["he"]), ("write_lines", b"he")):
+            with pytest.raises(ConfigError, match=f"^{re.escape(f'{name}: {words}')}$"):
+                getattr(engine, name)(texts, **asked)
+        for data in ("he", bytearray(b"he"), 5):
+            with pytest.raises(ConfigError, match=f"^write_lines: expected bytes, got {type(data).__name__}$"):
+                engine.write_lines(data)
+
+
+def test_texts_may_come_one_by_one_and_numbers_from_anywhere():
+    for engine in engines(GENDER):
+        assert engine.expand(iter(["he", "x", "she"])).sources == [0, 2]
+        written = engine.write(iter(["he", "x", "she"]), first=numpy.int64(5), start=numpy.int64(0), stop=2**64 + 3)
+        assert (written.counts.texts, written.lines) == (3, 3) and [json.loads(row)["source"] for row in b"".join(written.chunks).splitlines()] == [5, 7]
