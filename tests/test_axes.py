@@ -273,7 +273,7 @@ def test_a_file_that_is_no_text(tmp_path):
         ('keep_untouched = true\ngroups = [["a", "b"]]\n[like]\n"a" = "b"', DataError, r"mine\.toml:4: like: 'a' stands in a group too"),
         ('keep_untouched = true\ngroups = [["a", "b"]]\n[like]\nc = "d"', DataError, "like: 'c' is to be treated like 'd': expected a word of the groups"),
         ("keep_untouched = true\ngroups = " + "[" * 5000, DataError, "expected TOML, got "),
-        ('keep_untouched = true\ngroups = [["rich", "poor"]]\n[only]\nrich = ["lower"]\npoor = ["UPPER"]', DataError, r"only: 'rich' counts in no letter case, since its row has others"),
+        ('keep_untouched = true\ngroups = [["rich", "poor"]]\n[only]\nrich = ["lower"]\npoor = ["UPPER"]', DataError, r"mine\.toml:4: only: 'rich' counts in no letter case, since its row has others"),
         ('keep_untouched = true\ngroups = [["isi", "b"], ["ısı", "c"]]', DataError, r"'ısı' and 'isi' are both written 'ISI': expected words that can be told apart"),
         ('name = "a\\nb"\nkeep_untouched = true\ngroups = [["a", "b"]]', DataError, r"key 'name': expected printable characters, got 'a\\nb'"),
         ('columns = ["x\\ny", "z"]\nkeep_untouched = true\ngroups = [["a", "b"]]', DataError, r"key 'columns': expected names of printable characters, got 'x\\ny'"),
@@ -285,6 +285,7 @@ def test_a_file_that_is_no_text(tmp_path):
         ('keep_untouched = true\ngroups = [["a", "b"]]\n[unless_after]\na = ["o\'x"]', DataError, r"unless_after: 'a': expected words without an apostrophe"),
         ('keep_untouched = true\ngroups = [["a", "b"]]\n[only]\nc = ["lower"]', DataError, "only: 'c' is in no group and not under like"),
         ('keep_untouched = true\ngroups = [["a", "b"]]\n[only]\na = ["title"]', DataError, r"mine\.toml:4: only: 'a': expected a list out of lower, Capital"),
+        ('keep_untouched = true\ngroups = [["a", "b"]]\n[only]\na = [["lower"]]', DataError, r"mine\.toml:4: only: 'a': expected a list out of lower, Capital, UPPER, got \[\['lower'\]\]"),
         ('keep_untouched = true\ngroups = [["a", "b"]]\n[like]\nc = ["a"]', DataError, r"mine\.toml:4: like: 'c' is to be treated like \['a'\]: expected"),
         ("keep_untouched = true\ngroups = [['a', 'b'],\n['c', 'b']]", DataError, r"mine\.toml:3: 'b' stands in groups 1 and 2"),
         ('keep_untouched = true\n[groups]\na = "b"', DataError, "key 'groups': expected a list of rows .*, got {'a': 'b'}"),
@@ -342,6 +343,7 @@ def test_the_line_that_is_named_is_that_of_the_mistake(line, words, tmp_path):
     (dict(only=(("rich", 3),)), "only: 'rich': expected a list out of lower, Capital, UPPER, got 3"), (dict(unless_after=(("rich", 3),)), "unless_after: 'rich': expected a list of words, got 3"),
     (dict(columns=3), "key 'columns': expected a list of names, one for each identity, got 3"), (dict(keep_untouched=None), "key 'keep_untouched': expected true or false, got None"),
     (dict(source=3), "key 'source': expected a text, got 3"),
+    (dict(groups=(("old", "young"), ("rich", "poor", "middling")), only=(("poor", ("lower", "UPPER")), ("middling", ("Capital",)))), "only: 'rich' counts in no letter case, since its row has others"),
 ])  # fmt: skip
 def test_an_axis_made_by_hand_is_looked_at_too(changes, words):
     with pytest.raises(DataError, match=re.escape(f"axis 'wealth': {words}")):

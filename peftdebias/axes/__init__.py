@@ -71,10 +71,11 @@ class Axis:
             except (TypeError, ValueError):
                 check.fail(f"key {key!r}: expected pairs of a word and what is said of it, got {getattr(self, key)!r}")
         check.kinds(vars(self) | tables)
-        words = {word for row in check.groups(_listed(self.groups, _listed)) for word in row}
+        groups = check.groups(_listed(self.groups, _listed))
+        words = {word for row in groups for word in row}
         check.like(tables["like"], words)
         words |= set(tables["like"])
-        check.only(tables["only"], words)
+        check.only(tables["only"], words, groups)
         check.unless_after(tables["unless_after"], words)
         if self.columns:
             check.columns(_listed(self.columns), self.groups)
@@ -242,7 +243,7 @@ class _Check:
             description=table.get("description", ""),
             source=str(self.path),
             like=self.like(table.get("like", {}), words),
-            only=self.only(table.get("only", {}), words | set(table.get("like", {}))),
+            only=self.only(table.get("only", {}), words | set(table.get("like", {})), groups),
             unless_after=self.unless_after(table.get("unless_after", {}), words | set(table.get("like", {}))),
             columns=self.columns(table["columns"], groups) if "columns" in table else (),
         )
@@ -321,20 +322,22 @@ class _Check:
                 self.fail(f"like: {word!r} is to be treated like {model!r}: expected a word of the groups", word, inside="like")
         return tuple(like.items())
 
-    def only(self, only: dict, known: set) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    def only(self, only: dict, known: set, groups: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """Every row is left a letter case in which it counts."""
         for word, shapes in only.items():
             if word not in known:
                 self.fail(f"only: {word!r} is in no group and not under like: expected a word of this axis", word, inside="only")
-            if not isinstance(shapes, list) or not shapes or any(shape not in SHAPES for shape in shapes):
+            if not isinstance(shapes, list) or not shapes or any(shape not in [*SHAPES] for shape in shapes):
                 self.fail(f"only: {word!r}: expected a list out of {', '.join(SHAPES)}, got {shapes!r}", word, inside="only")
+        for row in groups:
+            if not set(SHAPES).intersection(*(only[word] for word in row if word in only)):
+                self.fail(f"only: {row[0]!r} counts in no letter case, since its row has others: expected one that all have in common", row[0], inside="only")
         return tuple((word, tuple(shapes)) for word, shapes in only.items())
 
     def forms(self, axis: Axis):
-        """Every word has a letter case in which it counts, and no other word's form is the same there."""
+        """No two words have a form in common."""
         word_of: dict[str, str] = {}
         for word, shapes in letter_cases(axis).items():
-            if not shapes:
-                self.fail(f"only: {word!r} counts in no letter case, since its row has others: expected one that all have in common", word, inside="only")
             for form in {shape: SHAPES[shape](word) for shape in shapes}.values():
                 if word_of.setdefault(form, word) != word:
                     self.fail(f"{word!r} and {word_of[form]!r} are both written {form!r}: expected words that can be told apart, or its swap would be ambiguous", word)
