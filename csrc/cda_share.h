@@ -6,6 +6,8 @@
 #include <array>
 #include <cstring>
 #include <string>
+#include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "cda_pronouns.h"
@@ -27,6 +29,10 @@ struct Done {  // one replaced stretch
 struct Made {  // a variant of the text at hand; mark: of its bytes, where many are compared
     int64_t start, size;
     uint64_t mark;
+};
+
+struct Change {  // a variant that is not kept: `size` bytes at out_[at] stand for text[start:end]
+    int64_t start, end, at, size;
 };
 
 class Share : public Pronouns {
@@ -59,6 +65,7 @@ private:
     Buffer out_, afters_;
     std::vector<int64_t> ends_, sources_, swaps_;
     std::vector<Made> made_;
+    std::vector<Change> changes_;
     std::vector<int32_t> sizes_, swap_counts_;
     std::vector<Hit> hits_;
     std::vector<Done> done_;
@@ -196,10 +203,10 @@ private:
             wanted = request->max_variants;
             first = int64_t(checksum(base_ + t.start, t.end - t.start) % uint64_t(candidates));
         }
-        made_.clear();
+        made_.clear(), changes_.clear();
         const int64_t mark = out_.size();
         const bool kept = request->write != WRITE_NOTHING && request->keep != KEEP_ORIGINALS;
-        if (!kept) written(t);
+        if (!kept && !request->one_at_a_time) written(t);
         int made = 0;
         size_t hit = 0;
         int64_t passed = 0;  // candidates of the hits before `hit`
@@ -212,6 +219,7 @@ private:
             while (i - passed >= hits_[hit].choices) passed += hits_[hit++].choices;
             made += variant(t, source, i - passed + 1, hit, hit + 1, kept);
         }
+        if (!kept && request->one_at_a_time) made = different(), part.replaced += made;
         if (!kept) out_.shrink(mark);  // they were made to see which differ
         return made;
     }
@@ -227,6 +235,7 @@ private:
             possessive(t, hit, done);
             done_.push_back(done);
         }
+        if (!kept && request->one_at_a_time) return change(t, done_[0]), false;
         const bool json = request->write == WRITE_JSON;
         const int64_t row = out_.size();
         if (json && kept) {
@@ -257,6 +266,35 @@ private:
             if (request->write == WRITE_SWAPS) record(t);
         }
         return true;
+    }
+
+    // A variant of one stretch as what it changes: cut down to where it differs from the text, and what only puts bytes in or only takes some out moved on as far as that makes no
+    // difference. Two variants are equal exactly if their changes are. Nothing is noted of one that is the text itself.
+    void change(const Text& t, const Done& done) {
+        const std::string& choice = axis->choices[size_t(done.choice)];
+        int64_t start = done.start, end = done.end, at = out_.size();
+        out_.put(choice.data(), int64_t(choice.size())), out_.put(done.tail, done.suffix);
+        int64_t stop = out_.size(), moved = 0;
+        uint8_t* put = out_.data();
+        while (at < stop && start < end && put[at] == base_[start]) ++at, ++start;
+        while (at < stop && start < end && put[stop - 1] == base_[end - 1]) --stop, --end;
+        if (at == stop && start == end) return;
+        if (at == stop)
+            while (end < t.end && base_[start] == base_[end]) ++start, ++end;
+        if (start == end) {
+            while (end < t.end && put[at + moved % (stop - at)] == base_[end]) ++moved, ++end;
+            std::rotate(put + at, put + at + moved % (stop - at), put + stop), start = end;
+        }
+        changes_.push_back(Change{start, end, at, stop - at});
+    }
+
+    // How many of the changes are different ones.
+    int different() {
+        const auto key = [this](const Change& one) {
+            return std::tuple(one.start, one.end, std::string_view(reinterpret_cast<const char*>(out_.data()) + one.at, size_t(one.size)));
+        };
+        std::sort(changes_.begin(), changes_.end(), [&](const Change& a, const Change& b) { return key(a) < key(b); });
+        return int(std::unique(changes_.begin(), changes_.end(), [&](const Change& a, const Change& b) { return key(a) == key(b); }) - changes_.begin());
     }
 
     // The text as it is written, kept to compare with.

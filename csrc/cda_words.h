@@ -24,6 +24,7 @@ public:
     void shrink(int64_t size) { size_ = size; }
     int64_t size() const { return size_; }
     const uint8_t* data() const { return data_; }
+    uint8_t* data() { return data_; }
     uint8_t* room(int64_t more) {
         if (size_ + more > capacity_) grow(more);
         return data_ + size_;

@@ -7,6 +7,8 @@ import json
 import pickle
 import random
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -269,6 +271,38 @@ def test_the_s_of_a_possessive_has_the_case_of_what_is_put():
 @pytest.mark.parametrize("occurrences", OCCURRENCES)
 def test_choices_that_are_written_alike_make_one_variant(occurrences):
     same(Axis("alike", (("x", "\u0131", "i"), ("y", "z")), True), ["X", "X X y", "I"], Intervention(occurrences=occurrences))
+
+
+@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("most", [None, 3])
+def test_words_that_repeat_what_stands_beside_them(keep, most):
+    """One word replaced here and another there may make the same text: ha'ha'ha'ha without the first ha' or without the second."""
+    axis = Axis("laughter", (("ha'ha", "ha"), ("oh", "oh'oh'oh"), ("x", "\u0131", "i"), ("p'q", "p"), ("q'r", "r"), ("ladies", "gentlemen"), ("s", "z")), True)
+    rng = random.Random(7)
+    pieces = ["ha", "ha'ha", "oh", "oh'oh", "X", "i", "p", "p'q", "q", "q'r", "r", "ladies", "gentlemen", "s", "'", "'", "'", "\u2019", " ", "\u00e9", "\n", "."]
+    texts = ["ha'ha'ha'ha", "oh'oh", "p'q'q'r", *("".join(rng.choices(pieces, k=rng.randrange(12))) for _ in range(1500))]
+    texts += ["'".join(rng.choices(pieces[:14], k=rng.randrange(2, 9))) for _ in range(500)]
+    same(axis, texts, Intervention(occurrences="one", max_variants=most, keep=keep))
+    assert [len(family.variants) for family in cda.families(texts[:3], axis, Intervention(occurrences="one"))] == [1, 1, 1]
+    assert [len(cda.attribute_words(text, axis)) for text in texts[:3]] == [2, 2, 2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no limit on memory that holds")
+def test_variants_that_are_not_kept_take_no_memory():
+    """In a process of 1 GiB; all variants together have 2.6 GB."""
+    code = """
+import resource
+from peftdebias.axes import load_axis
+from peftdebias.cda import Intervention
+from peftdebias.cda_engine import engine
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+text = "He met her and said it. " * 7500
+for keep, kind in (("originals", "json"), ("originals", "lines"), ("pairs", "nothing")):
+    counts = engine(load_axis("gender"), Intervention(occurrences="one", keep=keep)).write([text], kind).counts
+    print(counts.variants, counts.replaced)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0 and ran.stdout == "15000 15000\n" * 3, ran.stdout + ran.stderr
 
 
 def test_no_texts():
