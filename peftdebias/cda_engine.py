@@ -9,8 +9,10 @@ import ctypes
 import functools
 import itertools
 import json
+import os
 import re
 import threading
+import weakref
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -160,20 +162,38 @@ class PythonEngine:
 _WRITE = {"nothing": 0, "members": 1, "swaps": 2, "json": 3, "lines": 4}
 
 
+_all: "weakref.WeakSet[NativeEngine]" = weakref.WeakSet()
+
+
+def _forked() -> None:
+    """In a child of os.fork nobody ends what the parent's other threads were about: every engine begins anew, and what it worked with, locked and half written perhaps, is left as it is."""
+    for one in list(_all):
+        one._begin()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 class NativeEngine:
     """csrc/cda.cpp. The calls are PythonEngine's, and so are the results; of what `write` gives, the chunks are its memory until its next call.
 
-    Callers on other threads wait for each other. A copy, or what a pickle makes, is an engine of its own.
+    Callers on other threads wait for each other; a forked child waits for none of its parent's. A copy, or what a pickle makes, is an engine of its own.
     """
 
     name = "native"
 
     def __init__(self, axis: Axis, intervention: Intervention, threads: int, library: ctypes.CDLL):
         self.axis, self.intervention, self.threads = axis, intervention, threads
-        self._library, self._axis, self._job, self._alone = library, ctypes.c_void_p(), ctypes.c_void_p(), threading.Lock()
+        self._library, self._axis = library, ctypes.c_void_p()
         tables, self._words = _tables(axis, intervention.only_from)
         _check(library.peftdebias_cda_axis_new(ctypes.byref(tables), ctypes.byref(self._axis)))
-        _check(library.peftdebias_cda_job_new(ctypes.byref(self._job)))
+        self._begin()
+        _all.add(self)
+
+    def _begin(self) -> None:
+        self._alone, self._job = threading.Lock(), ctypes.c_void_p()
+        _check(self._library.peftdebias_cda_job_new(ctypes.byref(self._job)))
 
     def __del__(self):
         if getattr(self, "_job", None):

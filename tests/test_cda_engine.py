@@ -4,11 +4,15 @@ import concurrent.futures
 import copy
 import importlib.util
 import json
+import os
 import pickle
 import random
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -443,6 +447,40 @@ def test_callers_on_other_threads_wait_for_each_other():
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda i: engine.families(TEXTS) if i % 2 else engine.expand(TEXTS), range(12)))
     assert all(one == expected[i % 2] for i, one in enumerate(found))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_process_waits_for_no_thread_of_its_parent():
+    """It is forked while another thread is inside the engine, which is locked then and its memory half written."""
+    engine, data, done = cda_engine.engine(GENDER), b"he met her and said it\n" * 1_000_000, threading.Event()
+    expected = cda_engine.engine(GENDER).expand(TEXTS)
+
+    def work():
+        while not done.is_set():
+            engine.write_lines(data, "nothing")
+
+    other = threading.Thread(target=work)
+    other.start()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads
+            for _ in range(3):
+                while not engine._alone.locked():
+                    assert other.is_alive()
+                    time.sleep(0.001)
+                job = engine._job.value
+                if (child := os.fork()) == 0:
+                    signal.alarm(20)
+                    code = 1
+                    try:
+                        code = int(engine._job.value == job or engine.expand(TEXTS) != expected)
+                    finally:
+                        os._exit(code)
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        done.set()
+        other.join()
+    assert engine.expand(TEXTS) == expected
 
 
 @pytest.mark.parametrize("arguments,words", [
