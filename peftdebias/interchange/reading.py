@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import checkpoint, weights
 from ..encoder import Model
-from ..errors import AdapterError, ConfigError, ModelError
+from ..errors import AdapterError, ModelError
 from ..files import read_object, wrong_numbers
 from ..options import expect_name, expect_path
 from ..patch import base_checksum
