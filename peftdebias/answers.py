@@ -54,8 +54,10 @@ class Answers:
 def is_plain(source: str, named: str | None, columns: tuple[str | None, str | None]) -> bool:
     """Whether a source is one text a line: standard input ("-"), or a txt file of which no column is named. columns: the text's and the second text's.
 
-    Raises ConfigError where it is and there have to be two texts.
+    Raises ConfigError where it is and there have to be two texts, or a column of standard input is named.
     """
+    if source == "-" and named is not None:
+        raise ConfigError(f"--text {named}: expected a csv, tsv or jsonl file to take it from, got standard input, where a line is a text")
     txt = Path(source).name.lower().removesuffix(".gz").endswith(".txt")
     if source != "-" and (not txt or named is not None):
         return False

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -69,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))  # None where the caller closed it
             if hasattr(sys.stdout, "reconfigure"):
                 sys.stdout.reconfigure(encoding="utf-8")
+            if isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase):  # PYTHONUNBUFFERED: a write there may take a part and drop the rest
+                sys.stdout = open(sys.stdout.fileno(), "w", buffering=1, encoding="utf-8", closefd=False)
             warnings.showwarning = lambda message, *where: say(f"warning: {message}")
             given = options.resolve(settings, arguments)
             if closed and (refused := _nowhere(given)):

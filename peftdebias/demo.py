@@ -20,7 +20,7 @@ from .encoder import EncoderConfig, Model
 from .errors import ConfigError
 from .evaluation import evaluate
 from .metrics import Measure
-from .outputs import alone
+from .outputs import alone, claiming
 from .patch import all_parameters, train_only
 from .tasks import MaskedLM
 from .testbed import World, write
@@ -84,13 +84,10 @@ def demo(settings: Demo, say: Callable[[str], None] = lambda line: None) -> str:
     earlier = (out / MARK).exists()
     if not earlier and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out {out}: exists and is no earlier demo; expected a new folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with claiming(out):
         if not earlier:
             with contextlib.suppress(FileExistsError):  # another one has begun there meanwhile, and says so below
                 open(out / MARK, "x").close()
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
     with alone(out / MARK, f"--out {out}"):
         _write_mark(out, about, None)
         if earlier:

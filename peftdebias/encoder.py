@@ -108,6 +108,7 @@ class Encoder(nn.Module):
         self.written: dict[str, Written] = {}  # while a forward pass runs: weights that hold a method's delta
         self.seed: Tensor | None = None  # int64 [1], of the masks of this forward pass and its head
         self.recompute = False  # in the backward, what lies inside a layer, in place of keeping it
+        self.at_most: int | None = None  # tokens of a text, where that is to be less than there is room for
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
 
@@ -137,8 +138,9 @@ class Encoder(nn.Module):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text that there are positions for, beside what the methods put before it."""
-        return self.config.max_positions - self.hooks.position_shift
+        """Tokens of the longest text that there are positions for, beside what the methods put before it; no more than `at_most`, where that is set."""
+        room = self.config.max_positions - self.hooks.position_shift
+        return room if self.at_most is None else min(room, self.at_most)
 
     @property
     def _linears(self) -> dict[str, tuple[nn.Linear, tuple[str, ...]]]:

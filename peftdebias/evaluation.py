@@ -97,16 +97,20 @@ def unused(settings: Evaluate) -> list[str]:
 
 
 def evaluate_run(run: Run, settings: Evaluate) -> Result:
-    """All that settings.on asks for, on a loaded run; see `systems` for one with several modules."""
-    total = Result([], [], [])
-    for prefix, off in systems(tuple(run.model.methods)).items():
-        with run.model.without(*off):
-            results = [(path, ON[name](run, path, settings)) for name, path in parse_on(settings.on)]
-            for path, found in results:
-                of = _of_file(path, found, results)
-                total.measures += [dataclasses.replace(m, name=prefix + m.name + of) for m in found.measures]
-                total.examples += [row | {"measure": prefix + row["measure"] + of} for row in found.examples]
-                total.notes += [note for note in found.notes if note not in total.notes]
+    """All that settings.on asks for, on a loaded run; see `systems` for one with several modules. All systems read the same tokens, as many as all modules leave room for."""
+    total, encoder = Result([], [], []), run.model.encoder
+    before, encoder.at_most = encoder.at_most, encoder.longest
+    try:
+        for prefix, off in systems(tuple(run.model.methods)).items():
+            with run.model.without(*off):
+                results = [(path, ON[name](run, path, settings)) for name, path in parse_on(settings.on)]
+                for path, found in results:
+                    of = _of_file(path, found, results)
+                    total.measures += [dataclasses.replace(m, name=prefix + m.name + of) for m in found.measures]
+                    total.examples += [row | {"measure": prefix + row["measure"] + of} for row in found.examples]
+                    total.notes += [note for note in found.notes if note not in total.notes]
+    finally:
+        encoder.at_most = before
     return total
 
 

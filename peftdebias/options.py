@@ -113,8 +113,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, last: type | None = No
             parser.add_argument(field.name, **{"nargs": "?"} | kwargs)
         else:
             parser.add_argument(flag(field.name), dest=field.name, **kwargs)
-    parser.add_argument("--config", metavar="FILE.toml", default=argparse.SUPPRESS,
-                        help="TOML file with the same names as the flags, a run's config.toml too; a flag wins over it")
+    parser.add_argument("--config", metavar="FILE.toml", action="append", default=argparse.SUPPRESS,
+                        help="TOML file with the same names as the flags, a run's config.toml too; a flag wins over it, KEY=VALUE over that key of its table")
 
 
 def _shown(field: dataclasses.Field) -> str:
@@ -134,12 +134,18 @@ def resolve(cls: type, given: dict):
     """An instance of `cls` from typed flags and, under "config", a TOML file. Raises ConfigError on unknown keys, wrong types and values, and what is missing."""
     given = {key: value for key, value in given.items() if value is not None and value != []}
     path = given.pop("config", None)
+    if isinstance(path, list):  # typed flags
+        if len(path) > 1:
+            raise ConfigError(f"--config: expected one file, got {len(path)}: {', '.join(path)}")
+        (path,) = path
     values = {} if path is None else _read_toml(cls, path)
     for field in dataclasses.fields(cls):
         pair = {field.name, field.metadata["instead"]} if field.metadata["instead"] else set()
         if len(pair & set(given)) == 1:
             values = {key: value for key, value in values.items() if key not in pair}
     typed = checked(cls, given)
+    if typed.get("method", values.get("method")) == values.get("method"):  # else the table is of another method's options
+        typed |= {key: values[key] | value for key, value in typed.items() if isinstance(value, dict) and isinstance(values.get(key), dict)}
     try:
         return build(cls, values | typed)
     except ConfigError as error:

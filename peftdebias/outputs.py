@@ -70,6 +70,22 @@ def _is_open(path: str) -> bool:
 
 
 @contextlib.contextmanager
+def claiming(out: Path) -> Iterator[None]:
+    """Makes the folder of --out; the block writes what marks it as a command's own. Raises ConfigError where either cannot be, and takes back the folders that it made."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]  # the innermost first
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
+        raise
+
+
+@contextlib.contextmanager
 def alone(path: Path, what: str) -> Iterator[None]:
     """Inside the `with` block no other process is in such a block for `path`, a file that is there. Raises ConfigError about `what` where one is; where the system
     knows no such locks, it is not seen. What a process that was killed left half-written beside the file or below is removed, at the start and, of those that the block

@@ -25,7 +25,7 @@ from .files import read_object
 from .labelled import read_labelled
 from .metrics import bare_of_system, nli
 from .options import build, checked, expect, parse_settings, texts_of
-from .outputs import alone, digest, tables, write_text
+from .outputs import alone, claiming, digest, tables, write_text
 from .prepare import Splits
 from .recipe import Column, Recipe, System, Task
 from .recipe_table import figures, markdown
@@ -290,14 +290,11 @@ class _Runner:
                 if before != now and not (key == "model" and before == os.path.realpath(self.settings.model)):  # what an earlier version made of a name of the hub
                     what = f"another recipe{recipes.differing(before, now)}" if key == "recipe" else f"{key} {there.get(key)}"
                     raise ConfigError(f"--out {self.out}: holds results with {what}; expected the same as before or another folder")
-        elif self.out.exists() and any(self.out.iterdir()):
+        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise ConfigError(f"--out {self.out}: exists and holds no results of a recipe; expected a new folder")
         else:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
+            with claiming(self.out):
                 write_text(path, json.dumps(asked, indent=2) + "\n")
-            except OSError as error:
-                raise ConfigError(f"--out {self.out}: cannot be written: {error.strerror}") from None
 
     def give_back(self) -> None:
         """Leaves nothing behind where nothing was done; a folder that was claimed before stays."""

@@ -419,6 +419,19 @@ def test_an_error_that_finds_no_place_keeps_its_code(small, tmp_path):
         assert subprocess.run(["sh", "-c", f"'{sys.executable}' -m peftdebias {words} 2>/dev/full"], capture_output=True).returncode == 2, words
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of files here")
+def test_unbuffered_output_is_written_whole_or_its_lack_is_told(small, tmp_path):
+    """PYTHONUNBUFFERED makes standard output a raw file, of which the system may take a part of what is written and say so, as on a full disk."""
+    words, out = ["augment", "--axis", "gender", str(small.corpus)], tmp_path / "o.jsonl"
+    for most in (5000, 2 ** 30):
+        with open(out, "wb") as file:
+            said = subprocess.run([sys.executable, "-c", f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({most},) * 2); from peftdebias.cli import main; sys.exit(main())", *words],
+                                  stdout=file, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        if most == 5000:
+            assert said.returncode == 2 and said.stderr.endswith("peftdebias: the results cannot be written: File too large\n") and out.stat().st_size <= 5000
+    assert said.returncode == 0 and out.stat().st_size > 5000 and out.read_text() == done(*words).out
+
+
 def test_a_name_that_is_not_utf_8_is_one_line(small, tmp_path):
     said = cli("upstream", *small.learning(out=tmp_path / "d\udcff"))
     assert said.code == 2 and "expected names in UTF-8" in said.err.splitlines()[-1] and "d\\udcff" in said.err.splitlines()[-1] and tree(tmp_path) == {}

@@ -135,6 +135,8 @@ def test_seeds_are_paired():
     assert found.value == pytest.approx(2) and found.unit == "points" and found.n == 3
     assert (found.low, found.high) == pytest.approx((2 - 4.30265273 / math.sqrt(3), 2 + 4.30265273 / math.sqrt(3)))
     assert found.p == pytest.approx(1 - t_inside(2 * math.sqrt(3), 2)) == pytest.approx(0.0741799, abs=1e-6)
+    alike = seed_difference([58.2, 61.88], [61.37, 58.71], unit="%")  # of means that differ by their rounding alone
+    assert alike.value == 0 == alike.second - alike.first and alike.low < 0 < alike.high and alike.p > 0.99
     assert seed_difference([1, 2], [1, 2]).p == 1 and seed_difference([1, 2], [2, 3]).p == 0.5
     for a, b in (([1], [2]), ([1, 2], [1, 2, 3])):
         with pytest.raises(DataError, match="expected the same two seeds or more of both"):

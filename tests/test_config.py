@@ -98,6 +98,10 @@ def test_a_flag_wins_over_the_file_over_the_default(toml):
     assert found.lr == 1.0 and type(found.lr) is float  # a whole number serves as a number
     assert found.corpus == ("a.txt", "b.txt") and found.set == {"rank": 2}
     assert options.resolve(Upstream, {"config": path, "set": ["rank=4", "targets=key"]}).set == {"rank": 4, "targets": "key"}
+    assert options.resolve(Upstream, {"config": [path], "set": ["alpha=4"]}).set == {"rank": 2, "alpha": 4}  # key by key
+    assert options.resolve(Upstream, {"config": path, "method": "prefix", "set": ["length=4"]}).set == {"length": 4}  # the file's are another method's
+    with pytest.raises(ConfigError, match=f"^--config: expected one file, got 2: {path}, {path}$"):
+        options.resolve(Upstream, {"config": [path, path]})
 
 
 @pytest.mark.parametrize("cls,rest,name", [(cls, rest, field.name) for cls, rest in ((Upstream, UPSTREAM), (Downstream, DOWNSTREAM), (config.Compare, {}))

@@ -159,8 +159,10 @@ def test_how_long_texts_may_be_and_which_files_have_one_a_line():
         return longest_of(SimpleNamespace(model=SimpleNamespace(encoder=SimpleNamespace(longest=room)), config=trained), Predict(run="r", max_length=most))
 
     assert [longest(512), longest(512, max_length=300), longest(512, 20, max_length=300), longest(64, 300), longest(LEAST)] == [256, 300, 20, 64, LEAST]
-    for source, named, plain in (("-", "x", True), ("a.TXT", None, True), ("a.txt.gz", None, True), ("a.txt", "1", False), ("a.csv.gz", None, False)):
+    for source, named, plain in (("-", None, True), ("a.TXT", None, True), ("a.txt.gz", None, True), ("a.txt", "1", False), ("a.csv.gz", None, False)):
         assert is_plain(source, named, (None, None)) == plain
+    with pytest.raises(ConfigError, match="^--text x: expected a csv, tsv or jsonl file to take it from, got standard input, where a line is a text$"):
+        is_plain("-", "x", (None, None))
 
 
 def test_gaps_of_0_that_say_nothing_are_told():
@@ -484,7 +486,7 @@ def test_figures_of_a_classifier_are_those_of_the_runs_labels_with_the_seed_and_
 def test_a_note_on_every_system_is_told_once(tmp_path, monkeypatch):
     (tmp_path / "t.txt").write_text("a\n")
     monkeypatch.setitem(evaluation.ON, "perplexity", lambda run, path, settings: Result([], [], ["cut"]))
-    run = SimpleNamespace(model=SimpleNamespace(methods={"gender": None, "race": None}, without=lambda *names: contextlib.nullcontext()))
+    run = SimpleNamespace(model=SimpleNamespace(encoder=SimpleNamespace(longest=9, at_most=None), methods={"gender": None, "race": None}, without=lambda *names: contextlib.nullcontext()))
     assert evaluation.evaluate_run(run, Evaluate(model="m", on=(f"perplexity={tmp_path / 't.txt'}",))).notes == ["cut"]
 
 
@@ -497,7 +499,7 @@ def test_figures_and_examples_of_every_system_and_file_have_one_name(tmp_path, m
     monkeypatch.setitem(evaluation.ON, "perplexity", lambda run, path, settings: Result([Measure("mlm-loss", 1.0, "nats", None, None, None, 1)], [{"measure": "mlm-loss"}], []))
     for modules, expected in ((("gender", "race"), {"": (), "base/": ("gender", "race"), "only-gender/": ("race",), "only-race/": ("gender",)}), (("gender",), {"": ()})):
         off = []
-        run = SimpleNamespace(model=SimpleNamespace(methods=dict.fromkeys(modules), without=lambda *names: off.append(names) or contextlib.nullcontext()))
+        run = SimpleNamespace(model=SimpleNamespace(encoder=SimpleNamespace(longest=9, at_most=None), methods=dict.fromkeys(modules), without=lambda *names: off.append(names) or contextlib.nullcontext()))
         found = evaluation.evaluate_run(run, Evaluate(model="m", on=tuple(f"perplexity={os.path.relpath(file)}" for file in files)))
         assert off == list(expected.values()) and [m.name for m in found.measures] == [f"{prefix}mlm-loss ({file.resolve()})" for prefix in expected for file in files]
         assert [row["measure"] for row in found.examples] == [m.name for m in found.measures]

@@ -174,6 +174,20 @@ def test_evaluate_shows_what_each_module_does_alone(small, tmp_path):
     assert len({round(v, 9) for n, v in found.items() if n.endswith("mlm-loss")}) == 4
 
 
+def test_every_system_of_an_evaluation_reads_the_same_tokens(small, tmp_path):
+    """A positioned prompt leaves few positions; beside it the base and the other module, which have room for all of a text, are not measured on more of it."""
+    learn(small, tmp_path / "prompt", "prompt", set=["length=56", "positioned=true"])
+    learn(small, tmp_path / "lora", "lora")
+    said = done("evaluate", small.base, "--adapter", tmp_path / "prompt", "--adapter", tmp_path / "lora", "--on", f"perplexity={small.heldout}", "--on", f"crows-pairs={small.pairs}",
+                "--examples", tmp_path / "e.jsonl")
+    tokens = {}
+    for row in lines(tmp_path / "e.jsonl"):
+        tokens.setdefault(row["measure"].partition("mlm-loss")[0], []).append(row.get("tokens"))
+    tokens = {system: found for system, found in tokens.items() if "crows" not in system}
+    assert set(tokens) == {"", "base/", "only-gender/", "only-gender-2/"} and len({tuple(found) for found in tokens.values()}) == 1
+    assert said.err.count(" are longer than 8 tokens and were cut") == 2 and "longer than 64" not in said.err
+
+
 def test_force_goes_on_where_shapes_allow_it(small, tmp_path):
     learn(small, tmp_path / "up", "lora")
     other = save_bert(tmp_path / "other", load(small.base).tokenizer, seed=5)

@@ -427,3 +427,12 @@ def test_the_standard_output_by_its_name_is_written_behind_what_is_there(tmp_pat
         subprocess.run([sys.executable, "-m", "peftdebias", "augment", "--axis", "gender", "a.txt", "--out", "/dev/stdout"], cwd=tmp_path, stdout=gone, stderr=subprocess.PIPE, check=True)
         gone.seek(0)
         assert gone.read().startswith('{"text": ') and sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "link", "log"]
+
+
+def test_a_folder_that_cannot_be_claimed_is_taken_back_with_those_above_it(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for failure, told in ((OSError(28, "No space left on device"), f"^--out {tmp_path}/mine/a/b: cannot be written: No space left on device$"), (ConfigError("x"), "^x$")):
+        with pytest.raises(ConfigError, match=told), outputs.claiming(tmp_path / "mine" / "a" / "b"):
+            assert (tmp_path / "mine" / "a" / "b").is_dir()
+            raise failure
+        assert (tmp_path / "mine").is_dir() and not list((tmp_path / "mine").iterdir())

@@ -186,6 +186,7 @@ def test_a_recipe_that_is_wrong_is_refused_in_one_line(old, new, words, tmp_path
     (["--upstream", "jobs.lr=1.0"], "--upstream jobs.lr: expected NAME.KEY=VALUE with NAME one of FT, Full-Debias, LoRA"),
     (["--upstream", "Lora2.lr=1.0"], "--upstream Lora2.lr: expected NAME.KEY=VALUE with NAME one of FT, Full-Debias, LoRA"),
     (["--data", "nowhere"], "--data nowhere: expected a folder, found none"), (["--out", "/dev/null/x"], "--out /dev/null/x: cannot be written: Not a directory"),
+    (["--out", __file__], f"--out {__file__}: exists and holds no results of a recipe; expected a new folder"),
     (["--model", "nowhere"], "model 'nowhere': no such folder"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_nothing(flags, words, place, small, tmp_path):

@@ -149,7 +149,10 @@ def seed_difference(first, second, *, name: str = "", unit: str = "1", ideal: fl
         p, test = 2.0 ** (1 - change.n), "signs of seeds"
         low, high = (min(low, 0.0), max(high, 0.0)) if p > 0.05 else (low, high)
     unit = "points" if unit == "%" else unit
-    return Difference(name, float(first.mean()), float(second.mean()), unit, ideal, low, high, p, test, change.n)
+    one, other = float(first.mean()), float(second.mean())
+    if abs(other - one) <= 1e-12 * max(abs(first).max(), abs(second).max()):  # their rounding, whose sign would look like a direction
+        other = one
+    return Difference(name, one, other, unit, ideal, low, high, p, test, change.n)
 
 
 def t_inside(t: float, freedom: int) -> float:

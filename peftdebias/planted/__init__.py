@@ -24,7 +24,7 @@ from ..config import Testbed
 from ..errors import ConfigError, PeftDebiasError
 from ..files import read_object
 from ..options import expect
-from ..outputs import alone, partial_of, write_text
+from ..outputs import alone, claiming, partial_of, write_text
 from . import summary
 from .units import NONE, RATES, Plan, Sizes, Unit
 
@@ -57,12 +57,9 @@ def testbed(settings: Testbed, say: Callable[[str], None] = lambda line: None) -
     units = units_of(settings)
     numbers = {name: settings.numbers(name) for name in ("text_strengths", "label_strengths", "method_strengths", "seeds")}
     about = {"settings": dataclasses.asdict(settings) | numbers, "versions": checkpoint.versions()}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with claiming(out):
         if not (out / MARK).exists():
             write_text(out / MARK, json.dumps(about | {"rows": None}, indent=1) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
     with alone(out / MARK, f"--out {out}"):
         results = {unit: plan.result(unit) for unit in units}
         todo = [unit for unit in units if results[unit] is None]
