@@ -34,7 +34,9 @@ def results_file(word: str) -> Path:
     made = [folder for folder in path.absolute().parents if not os.path.exists(folder)]  # the innermost first
     if os.path.isdir(path) or not path.absolute().parents[len(made)].is_dir():
         raise argparse.ArgumentTypeError(f"{word}: expected a file in a folder, {'got a folder' if os.path.isdir(path) else 'a file is in its way'}")
-    tried = path.with_name(f".tried-{os.getpid()}")
+    if beside := next((there for there in map(path.with_suffix, (".md", ".svg", ".partial.json", ".partial.md")) if os.path.isdir(there)), None):
+        raise argparse.ArgumentTypeError(f"{word}: expected a file in a folder, got a folder {beside.name} beside it, where its tables or its drawing go")
+    tried = path.with_name(f".{path.stem}.partial.json.partial-{os.getpid():016d}")  # as long as any name that is written
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tried.write_bytes(bytes(2 ** 16))

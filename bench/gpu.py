@@ -19,6 +19,7 @@ Exit code 0; 1 where providers disagree or one fails: that case is not timed, th
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import os
 import sys
 import tempfile
@@ -76,9 +77,13 @@ def parser() -> argparse.ArgumentParser:
 def file_name(device: str, arguments: argparse.Namespace) -> str:
     """Of the rows: a run of some cases or shapes, of another base model or without torch.compile leaves the file of the whole run alone."""
     some = ([arguments.size] if arguments.size != "base" else []) + (["uncompiled"] if arguments.compile is False else [])
-    some += [arguments.only.replace(",", "+")] if arguments.only else []
-    some += [arguments.shapes.replace(",", "+")] if arguments.shapes else []
+    some += [_short(asked.replace(",", "+")) for asked in (arguments.only, arguments.shapes) if asked]
     return "-".join([device, *(["steps"] if arguments.steps else []), *some]) + ".json"
+
+
+def _short(name: str) -> str:
+    """As long as a file's name may be; others that begin alike end otherwise."""
+    return name if len(name) <= 100 else f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def plan(device: torch.device, size: str, dry: bool, folder: Path, compiled: bool = True) -> tuple[Plan, Plan]:
@@ -227,11 +232,11 @@ def compiled_at(entries: Plan, providers: dict[str, dict[str, Provider]]) -> lis
 
 def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict, repeats: int, clock: Clock, red: dict[str, str],
           trouble: Callable[[tuple[str, float, str]], str | None], say: Callable[[str], None] = say, keep: Callable[[list[rows.Row]], None] = lambda found: None) -> list[rows.Row]:
-    """Rows of every case that is not red; one that fails becomes red, at that shape alone. trouble: of what is compiled, as `affordable` asks. say: hears what is left out.
+    """Rows of every case that is not red; one that fails becomes red, and is measured at other x and shapes all the same. trouble: of what is compiled, as `affordable` asks. say: hears what is left out.
     keep: gets all that there is after every case."""
-    found = []
+    found, barred = [], {*red}
     for case, setting in entries:
-        if red.keys() & {stem(case), case.name}:
+        if barred & {stem(case), case.name}:
             continue
         if not clock.before(clock.late):
             say(f"{title(case, setting)}: not measured: the run has used {clock.late:.0%} of its time")
@@ -239,11 +244,11 @@ def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict
         say(f"{title(case, setting)}: timing")
         taking = affordable(case, of_case(case, providers), lambda name: case.mode == "step" and red.get(name) or trouble((case.name, setting.x, name)), say)
         share = shares.get((stem(case), setting.x)) or next((s for (name, _), s in shares.items() if name == stem(case)), None)
-        failures = []
-        with _noting(case, setting, red, case.name):
-            found += measure.time_case(case, setting, taking, repeats, shares=share, say=say, failed=failures.append)
-        if failures:
-            red[case.name] = "\n".join([*failures, *([red[case.name]] if case.name in red else [])])
+        wrong, here = [red[case.name]] if case.name in red else [], {}  # at another x
+        with _noting(case, setting, here, case.name):
+            found += measure.time_case(case, setting, taking, repeats, shares=share, say=say, failed=wrong.append)
+        if wrong := [*wrong, *here.values()]:
+            red[case.name] = "\n".join(wrong)
         if found:
             keep(found)
     return found

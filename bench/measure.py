@@ -206,6 +206,7 @@ def time_case(case: Case, setting: Setting, providers: dict[str, Provider], repe
             measured(name)
             return
         works.pop(name), launches.pop(name, None)
+        let_go()
 
     def sampled(name: str) -> None:
         if name in launches:

@@ -166,7 +166,8 @@ _all: "weakref.WeakSet[NativeEngine]" = weakref.WeakSet()
 
 
 def _forked() -> None:
-    """In a child of os.fork nobody ends what the parent's other threads were about: every engine begins anew, and what it worked with, locked and half written perhaps, is left as it is."""
+    """In a child of os.fork nobody ends what the parent's other threads were about: every engine begins anew, and what it worked with,
+    locked and half written perhaps, is left as it is."""
     for one in list(_all):
         one._begin()
 
@@ -205,13 +206,15 @@ class NativeEngine:
         return engine, (self.axis, self.intervention, self.threads)
 
     def families(self, texts: Sequence[str]) -> list[Family]:
+        encoded = _encoded(texts)
         with self._alone:
-            return self._families(self._run(texts, "swaps", keep="pairs"))
+            return self._families(self._run(encoded, "swaps", keep="pairs"))
 
     def expand(self, texts: Sequence[str]) -> Expanded:
+        encoded = _encoded(texts)
         with self._alone:
             found = Expanded([], [], [])
-            for part in self._run(texts, "members"):
+            for part in self._run(encoded, "members"):
                 found.texts += _texts(part)
                 found.sizes += part.sizes[: part.n_families]
                 found.sources += part.sources[: part.n_families]
@@ -219,8 +222,9 @@ class NativeEngine:
 
     def write(self, texts: Sequence[str], kind: str = "json", first: int = 0, start: int = 0, stop: int = EVERYTHING) -> Written:
         _expect("write", kind, first, start, stop)
+        encoded = _encoded(texts)
         with self._alone:
-            return self._written(self._run(texts, kind, first=first, start=start, stop=stop), None)
+            return self._written(self._run(encoded, kind, first=first, start=start, stop=stop), None)
 
     def write_lines(self, data: bytes, kind: str = "json", first: int = 0, start: int = 0, stop: int = EVERYTHING) -> Written:
         _expect("write_lines", kind, first, start, stop, data)
@@ -263,8 +267,7 @@ class NativeEngine:
         data.owner = self  # the memory is the job's
         return memoryview(data).cast("B")
 
-    def _run(self, texts: Sequence[str], kind: str, keep: str | None = None, first: int = 0, start: int = 0, stop: int = EVERYTHING) -> list["_Part"]:
-        encoded = _encoded(texts)
+    def _run(self, encoded: list[bytes], kind: str, keep: str | None = None, first: int = 0, start: int = 0, stop: int = EVERYTHING) -> list["_Part"]:
         ends = array("q", (end - 1 for end in itertools.accumulate(len(text) + 1 for text in encoded)))
         return self._call(b"\n".join(encoded), ends, len(encoded), kind, keep, first, start, stop)
 
@@ -280,7 +283,8 @@ class NativeEngine:
 
 
 def _encoded(texts: Sequence[str]) -> list[bytes]:
-    """Each text in UTF-8. Raises ConfigError as cda.families; what is wrong is looked for where something is, since a question a text would cost as much as to encode it."""
+    """Each text in UTF-8, for a call that does not hold the engine yet: what gives the texts may ask it too. Raises ConfigError as cda.families;
+    what is wrong is looked for where something is, since a question a text would cost as much as to encode it."""
     cda.expect_texts(texts)
     texts = list(texts)
     with contextlib.suppress(TypeError, UnicodeEncodeError):

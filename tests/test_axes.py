@@ -348,6 +348,12 @@ def test_the_line_that_is_named_is_that_of_the_mistake(line, words, tmp_path):
 def test_an_axis_made_by_hand_is_looked_at_too(changes, words):
     with pytest.raises(DataError, match=re.escape(f"axis 'wealth': {words}")):
         Axis(**dict(name="wealth", groups=(("rich", "poor"),), keep_untouched=True) | changes)
+
+
+@pytest.mark.parametrize("name,words", [("a/b", "expected a name without /"), ("", "expected a text to call the axis by"), (" ", "expected a text to call the axis by"), ("a\nb", "expected printable characters")])
+def test_an_axis_made_by_hand_has_a_name_that_a_file_s_may_have(name, words):
+    with pytest.raises(DataError, match=re.escape(f"axis {name!r}: key 'name': {words}, got {name!r}")):
+        Axis(name, (("rich", "poor"),), True)
     assert counterfactuals("rich", Axis("wealth", (("rich", "poor"),), True))[0].text == "poor"
     with pytest.raises(DataError, match="^axis None: key 'name': expected a text, got None$"):
         Axis(None, (("rich", "poor"),), True)

@@ -226,6 +226,14 @@ def test_where_results_go_is_tried_before_anything_is_measured_and_left_as_it_wa
         assert not list(tmp_path.iterdir())
 
 
+def test_a_place_whose_tables_have_none_or_whose_name_is_too_long_is_refused_before(bench, tmp_path):
+    (tmp_path / "rows.md").mkdir()
+    for name, why in (("rows", "expected a file in a folder, got a folder rows.md beside it, where its tables or its drawing go"), ("x" * 245, "cannot be written: File name too long")):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{why}$"):
+            bench.arguments.results_file(str(tmp_path / f"{name}.json"))
+    assert [there.name for there in tmp_path.iterdir()] == ["rows.md"]
+
+
 def test_results_that_cannot_be_written_in_the_end_have_been_printed(bench, quick, monkeypatch, capsys, tmp_path):  # noqa: F811
     monkeypatch.setattr(bench.rows, "write_text", no_room)
     assert bench.run.main(["native_gelu", "--size", "micro", "--repeats", "1", "--out", str(tmp_path / "rows.json")]) == 1

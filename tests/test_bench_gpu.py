@@ -115,6 +115,9 @@ def test_rows_of_some_cases_have_a_file_of_their_own(bench):
     named = lambda *argv: bench.gpu.file_name("nvidia-x", bench.gpu.parser().parse_args(argv))  # noqa: E731
     assert [named(), named("--steps"), named("--only", "lora,embed"), named("--steps", "--only", "lora_step", "--shapes", "128x128,32x128"), named("--size", "small", "--no-compile")] == [
         "nvidia-x.json", "nvidia-x-steps.json", "nvidia-x-lora+embed.json", "nvidia-x-steps-lora_step-128x128+32x128.json", "nvidia-x-small-uncompiled.json"]
+    every, others = (",".join(bench.gpu.TIMED)[:many] for many in (None, -1))
+    names = [bench.gpu.file_name("nvidia-x", bench.gpu.parser().parse_args(["--only", some])) for some in (every, others)]
+    assert len(every) > 300 and all(len(name) < 120 for name in names) and names[0] != names[1]
 
 
 def test_a_run_that_is_stopped_leaves_what_it_had_measured(bench, quick, monkeypatch, tmp_path):  # noqa: F811
@@ -536,8 +539,11 @@ def test_a_row_has_the_share_of_its_own_case_and_a_shape_that_fails_is_red_alone
     entries = [(case, bench.case.Setting("micro", x, tmp_path)) for case, x in ((gelu, 1), (gelu, 2), (other, 1), (other, 2), (norm, 3))]
     shares = {("norm", 1): {"ours": 0.1}, ("gelu", 2): {"ours": 0.2}}
     assert bench.gpu.timed(entries, {"gelu": {}, "norm": {}}, shares, 1, bench.gpu.Clock(8, False), red, lambda key: "", lambda line: None) == []
-    assert seen == [("gelu 1x1", 1, {"ours": 0.2}), ("gelu 2x2", 1, {"ours": 0.2}), ("gelu 2x2", 2, {"ours": 0.2}), ("norm 1x1", 3, {"ours": 0.1})]
-    assert red == {"gelu 1x1": "gelu 1x1, micro, rows 1: ZeroDivisionError: division by zero"}
+    assert seen == [("gelu 1x1", 1, {"ours": 0.2}), ("gelu 1x1", 2, {"ours": 0.2}), ("gelu 2x2", 1, {"ours": 0.2}), ("gelu 2x2", 2, {"ours": 0.2}), ("norm 1x1", 3, {"ours": 0.1})]
+    assert red == {"gelu 1x1": "\n".join(f"gelu 1x1, micro, rows {x}: ZeroDivisionError: division by zero" for x in (1, 2))}
+    seen.clear()  # what was red before any timing is not timed
+    assert bench.gpu.timed(entries, {"gelu": {}, "norm": {}}, shares, 1, bench.gpu.Clock(8, False), {"gelu 1x1": "failed", "norm": "unequal"}, lambda key: "", lambda line: None) == []
+    assert [name for name, *_ in seen] == ["gelu 2x2"] * 2
 
 
 def test_on_a_gpu_all_is_measured_in_bf16_and_steps_are_of_the_texts_that_are_said(bench, tmp_path):

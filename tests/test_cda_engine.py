@@ -449,6 +449,14 @@ def test_callers_on_other_threads_wait_for_each_other():
     assert all(one == expected[i % 2] for i, one in enumerate(found))
 
 
+def test_what_gives_the_texts_may_ask_the_same_engine():
+    engine, found = cda_engine.engine(GENDER), []
+    asked = threading.Thread(target=lambda: found.append(engine.expand(text for text in TEXTS if engine.families([text]) is not None)), daemon=True)
+    asked.start()
+    asked.join(20)
+    assert not asked.is_alive() and found == [engine.expand(TEXTS)]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_child_process_waits_for_no_thread_of_its_parent():
     """It is forked while another thread is inside the engine, which is locked then and its memory half written."""

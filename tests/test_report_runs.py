@@ -75,6 +75,9 @@ def test_one_seed_is_compared_by_examples_or_not_at_all(tmp_path):
     bare = run_folder(tmp_path / "bare", "downstream", 1, final=[measure("accuracy", None)])  # the other side has figures under this seed
     compared = results.differences(runs.source_of_runs([plain, lora, more[0], bare]), "downstream", "")
     assert [d.name for d in compared[0]["lora, gender"]] == list(found) and compared[1] == [told]
+    classes = [run_folder(tmp_path / f"class-{n}", "downstream", 1, method=m, final=[measure("tpr-gap/class/nurse", 2.0)]) for n, m in (("plain", None), ("lora", "lora"))]
+    assert [d.name for d in results.differences(runs.source_of_runs([plain, lora, *classes]), "downstream", "")[0]["lora, gender"]] == list(found)  # no figure that is compared
+    assert results.differences(runs.source_of_runs(classes), "downstream", "")[0] == {}
     (lora / "examples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in others[:-1]))
     text, data = written(tmp_path, plain, lora)  # other examples: a note, no difference
     assert data["sources"][0]["differences"] == [] and "expected the 30 examples of counterfactual" in text

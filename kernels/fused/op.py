@@ -38,7 +38,7 @@ def first_order(name: str) -> None:
     """To begin a backward with that cannot be differentiated itself: what it reads of the forward has no gradient there, so autograd alone would leave a term out and say
     nothing (torch's once_differentiable too, where autograd.grad is asked for some inputs alone). Raises RuntimeError under create_graph."""
     if torch.is_grad_enabled():
-        raise RuntimeError(f"{name}: expected a backward without create_graph, as its gradient has none of its own; the plain twin's has one (PEFTDEBIAS_KERNELS=torch)")
+        raise RuntimeError(f"{name}: expected a backward without create_graph, as its gradient has none of its own; the plain twin's has one (PEFTDEBIAS_KERNELS=torch, in float32)")
 
 
 def backward_only(name: str) -> None:

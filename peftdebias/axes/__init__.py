@@ -71,6 +71,7 @@ class Axis:
             except (TypeError, ValueError):
                 check.fail(f"key {key!r}: expected pairs of a word and what is said of it, got {getattr(self, key)!r}")
         check.kinds(vars(self) | tables)
+        check.name(self.name)
         groups = check.groups(_listed(self.groups, _listed))
         words = {word for row in groups for word in row}
         check.like(tables["like"], words)
@@ -220,15 +221,18 @@ class _Check:
                 if key in table and not isinstance(table[key], kind):
                     self.fail(f"key {key!r}: expected {_KINDS[kind]}, got {table[key]!r}")
 
-    def axis(self, table: dict) -> Axis:
-        self.keys(table, _KEYS)
-        self.kinds(table)
-        if not (name := table.get("name", self.path.stem)).strip():
+    def name(self, name: str):
+        if not name.strip():
             self.fail(f"key 'name': expected a text to call the axis by, got {name!r}")
         if "/" in name:  # parts the names of measures
             self.fail(f"key 'name': expected a name without /, got {name!r}")
         if not name.isprintable():
             self.fail(f"key 'name': expected printable characters, got {name!r}")
+
+    def axis(self, table: dict) -> Axis:
+        self.keys(table, _KEYS)
+        self.kinds(table)
+        self.name(name := table.get("name", self.path.stem))
         if "keep_untouched" not in table:
             self.fail("key 'keep_untouched' is missing: expected true (texts without an attribute word stay) or false (they are dropped)")
         groups = self.groups(table.get("groups"))

@@ -81,7 +81,9 @@ def differences(source: Source, stage: str, task: str) -> tuple[dict[str, list[D
     for system, answers in of.items():
         if system == baseline:
             continue
-        pairs = [pair for pair in paired(of[baseline], answers, stage) if _both([pair])]
+        pairs = paired(of[baseline], answers, stage)
+        shared = [pair for pair in pairs if any(map(_compared, _both([pair])))]
+        pairs = shared or pairs * (len(pairs) == 1)  # one pair may have examples alone
         if any(a.same != b.same for a, b in pairs):
             notes.append(f"{system}: not compared with {baseline}, whose model, settings or data are others")
         elif len(pairs) >= 2:
