@@ -1,5 +1,6 @@
 """Both phases on files: seeds repeat, what is frozen stays bit for bit, what is saved is what was trained, runs follow on each other only where that makes sense."""
 
+import dataclasses
 import json
 import os
 import re
@@ -66,6 +67,52 @@ def test_a_seed_repeats_bit_for_bit_and_another_differs(name, file, command, sma
     assert sha256(tmp_path / "0" / file) == sha256(runs[name] / file) != sha256(tmp_path / "1" / file)
     first, again, other = (without_times(run / "metrics.jsonl") for run in (runs[name], tmp_path / "0", tmp_path / "1"))
     assert first == again != other
+
+
+class Stop(Exception):
+    """Before a training begins."""
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """stopped(phase, settings) -> (model, task, ids of the first batch of two epochs) of its first training, which is not begun."""
+    def train(model, task, *args, **kwargs):
+        raise Stop(model, task, [next(task.epoch(number)).ids.tolist() for number in (0, 1)])
+
+    def first(phase, settings):
+        with pytest.raises(Stop) as found:
+            phase(settings)
+        return found.value.args
+
+    monkeypatch.setattr(phases, "train", train)
+    return first
+
+
+def test_all_that_is_drawn_upstream_is_by_the_seed(small, stopped, tmp_path):
+    bare, found = save_bert(tmp_path / "bare", tokenizer_of(World()), mlm=False), []
+    for seed in (0, 0, 1):
+        settings = Upstream(model=str(bare), axis="gender", method="prefix", corpus=(str(small.corpus),), fresh_head=1, seed=seed, out=str(tmp_path / "run"))
+        model, task, batches = stopped(phases.upstream, settings)
+        module = model.methods["gender"].state()
+        found.append({"module": module["layers.1.key"].tolist(), "head": model.mlm.dense.weight.tolist(), "held out": [s.ids.tolist() for s in task.held_out], "batches": batches})
+    assert found[0] == found[1] and [name for name in found[0] if found[0][name] == found[2][name]] == []
+
+
+def test_all_that_is_drawn_downstream_is_by_the_seed(small, stopped, tmp_path):
+    found = []
+    for seed in (0, 0, 1):
+        settings = Downstream(model=str(small.base), train=str(small.train), dev=str(small.dev), text="hard_text", label="profession", seed=seed, out=str(tmp_path / "run"))
+        model, _, batches = stopped(phases.downstream, settings)
+        found.append({"head": model.classifier.output.weight.tolist(), "batches": batches})
+    assert found[0] == found[1] and [name for name in found[0] if found[0][name] == found[2][name]] == []
+    assert found[0]["batches"][0] != found[0]["batches"][1]
+
+
+def test_the_intervals_of_a_run_are_drawn_by_its_seed(small, runs, tmp_path, monkeypatch):
+    asked, original = [], phases.classification_measures
+    monkeypatch.setattr(phases, "classification_measures", lambda *args, **kwargs: asked.append(kwargs["seed"]) or original(*args, **kwargs))
+    done("downstream", *small.task(epochs=1, seed=7, out=tmp_path / "run"))
+    assert asked == [7]
 
 
 # ---------------------------------------------------------------- what is trained
@@ -297,6 +344,20 @@ def test_a_fresh_head_does_not_depend_on_the_module_beside_it(small, tmp_path):
         with safetensors.safe_open(tmp_path / name / "model" / "model.safetensors", "pt") as file:
             heads.append({key: file.get_tensor(key) for key in file.keys() if key.startswith("cls.")})
     assert len(heads[0]) > 3 and all(torch.equal(tensor, heads[1][key]) for key, tensor in heads[0].items())
+
+
+def test_a_first_stage_has_a_rate_of_its_own_and_seconds_are_those_of_all_trainings(small, tmp_path, monkeypatch):
+    original, rates = phases.train, []
+
+    def train(model, task, parameters, schedule, *args, **kwargs):
+        rates.append(schedule.lr)
+        return dataclasses.replace(original(model, task, parameters, schedule, *args, **kwargs), seconds=4.0)
+
+    monkeypatch.setattr(phases, "train", train)
+    said = done("upstream", *small.learning(out=tmp_path / "sparse", method="sparse", set=["k=50", "first_rate=0.25"], steps=1))
+    assert rates == [0.0025, 0.01]
+    assert lines(tmp_path / "sparse" / "metrics.jsonl")[-1]["seconds"] == 8.0
+    assert "seconds: of 2 trainings; tokens a second and the share of waiting are the last one's" in said.err
 
 
 def test_norms_rest_downstream_beside_a_sparse_module(small, runs, tmp_path):
