@@ -277,6 +277,19 @@ def test_the_module_that_is_trained_drops_and_the_frozen_one_does_not(trained):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_what_is_trained_next_drops_in_a_model_that_is_in_training():
+    model = tiny_model()
+    gender, race = (trained_lora(model, name, rank=rank, dropout=0.4) for name, rank in (("gender", 2), ("race", 3)))
+    patch.train_only(model, gender.parameters().values())
+    model.train()
+    for own, other in ((race, gender), (gender, race)):
+        patch.train_only(model, own.parameters().values())
+        assert own.drops and not other.drops
+    model.eval()
+    patch.train_only(model, gender.parameters().values())
+    assert not gender.drops and not race.drops
+
+
 def test_no_two_places_of_a_pass_drop_alike(monkeypatch):
     """One seed serves the whole pass, so every place has a number of its own: the encoder's, the classifier's, every linear's, whichever module drops there."""
     found = []

@@ -117,6 +117,23 @@ def test_a_state_goes_over(source, kind):
     close(ours, theirs)  # the source went on undisturbed
 
 
+@OURS
+@pytest.mark.parametrize("without", [(), {(0, 2), (1, 2), (2, 2)}], ids=["of none", "of all but one"])
+def test_a_state_without_steps_of_a_parameter_begins_it_anew(without, kind):
+    """torch's own lists no parameter that has had no gradient; what stood here is another training's."""
+    ours, optimizer, theirs, other = both(kind)
+    run(ours, optimizer, 4)
+    if without:
+        run(theirs, other, 3, without=without)
+    optimizer.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        for p, q in zip(ours, theirs):
+            p.copy_(q)
+    run(ours, optimizer, 3, start=3)
+    run(theirs, other, 3, start=3)
+    close(ours, theirs)
+
+
 def test_the_reference_is_one_step_written_out():
     w, g, m, q = (drawn(7, seed=i) for i in range(4))
     q = q.abs()
