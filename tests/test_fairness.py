@@ -85,10 +85,11 @@ def test_what_labels_and_groups_share_is_no_part_of_paritys_floor():
     assert found["demographic-parity"].value == 80 and found["demographic-parity/shuffled"].high < 25
 
 
-def test_the_floor_of_equalised_odds_is_shuffled_within_the_labels():
+@pytest.mark.parametrize("order", [range(20), [i + 10 * side for i in range(10) for side in (0, 1)]], ids=["by label", "in turns"])
+def test_the_floor_of_equalised_odds_is_shuffled_within_the_labels(order):
     """Of label a, 5 of 10 are right, and one of the ten is of f: whichever it is, the rates are 0 or 1 and 5/9 or 4/9 beside it. All of b are right."""
-    labels, groups = ["a"] * 10 + ["b"] * 10, ["m"] * 9 + ["f"] + ["m"] + ["f"] * 9
-    found = {m.name: m for m in fairness(["a"] * 5 + ["b"] * 5 + ["b"] * 10, labels, groups).measures}
+    columns = ["a"] * 5 + ["b"] * 5 + ["b"] * 10, ["a"] * 10 + ["b"] * 10, ["m"] * 9 + ["f"] + ["m"] + ["f"] * 9
+    found = {m.name: m for m in fairness(*([column[i] for i in order] for column in columns)).measures}
     floor = found["equalized-odds/shuffled"]
     assert (floor.value, floor.low, floor.high) == pytest.approx((500 / 9,) * 3)
 
