@@ -66,7 +66,8 @@ def test_a_module_that_takes_anothers_place_is_never_mixed_with_it(stops, saved,
     before, other = saved.joinpath("adapter.safetensors").read_bytes(), lora(model_of(), rank=2)
 
     def stopped(*given):
-        Path(given[stops == "write_tensors"]).write_bytes(b"the beginning")
+        if stops == "write_tensors":
+            Path(given[1]).write_bytes(b"the beginning")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, stops, stopped)
@@ -262,6 +263,11 @@ def test_the_folder_of_each_module_is_told_by_its_name(tmp_path, small):
     for axis in ("gender", "race"):
         save_adapter(tmp_path / axis, lora(model), axis, checkpoint.describe_base(model))
     assert load_run(small.base, [tmp_path / "race", tmp_path / "gender"]).sources == {axis: tmp_path / axis for axis in ("race", "gender")}
+    with writing_run(tmp_path / "run", "import", {"model": str(small.base)}) as run:
+        save_adapter(run.path / "adapter", lora(model, seed=2), "gender", checkpoint.describe_base(model))
+    found = load_run(tmp_path / "run", [tmp_path / "gender", tmp_path / "race"])  # a run's own come first, and keep their names
+    assert list(found.sources.items()) == [("gender", tmp_path / "run" / "adapter"), ("gender-2", tmp_path / "gender"), ("race", tmp_path / "race")]
+    assert list(found.model.methods) == list(found.sources) and torch.equal(found.model.methods["gender"].values["layers.0.attention.query.a"], lora(model, seed=2).values["layers.0.attention.query.a"])
 
 
 def test_a_run_of_several_modules_gives_all_of_them(tmp_path):

@@ -123,6 +123,11 @@ def test_encode_is_the_first_token_or_the_mean(model):
         model.encode("text")
 
 
+def test_vectors_have_the_dtype_of_the_model(folders):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert embedding.Debiased(checkpoint.load_run(folders / "plain", dtype=dtype)).encode(TEXTS).dtype == dtype
+
+
 def test_numbers_that_overflow_are_no_answer(model):
     with torch.no_grad():
         model.run.model.encoder.layers[0].feed_forward.down.bias[0] = torch.inf
