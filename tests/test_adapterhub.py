@@ -77,6 +77,15 @@ def test_lora_of_before_their_scaling_was_mended(hub, tmp_path):
     assert (found.method.config.scale, found.method.config.dropout) == (8 / 3, 0) and found.origin == {"library": "adapters.1.3.0", "kind": "lora"}
 
 
+def test_a_bottleneck_whose_scaling_is_not_told_has_none(hub, tmp_path):
+    folder = hub_folder(hub, "seq_bn", tmp_path / "a")
+    values = json.loads((folder / "adapter_config.json").read_text())
+    for scaling, scale in ((2.5, 2.5), (None, 1.0), (..., 1.0)):
+        values["config"]["scaling"] = scaling
+        (folder / "adapter_config.json").write_text(json.dumps(values | {"config": {key: value for key, value in values["config"].items() if value is not ...}}))
+        assert interchange.read(folder, drawn_for(hub, "bert")).method.config.scale == scale
+
+
 def drawn_for(hub, kind: str):
     c = hub[0]["models"][kind]
     return weights.EncoderConfig(kind=kind, layers=c["num_hidden_layers"], hidden=c["hidden_size"], heads=c["num_attention_heads"], feed_forward=c["intermediate_size"],

@@ -289,6 +289,12 @@ def test_a_module_learnt_beside_others_is_loaded_with_a_word_on_those_that_are_l
             warnings.simplefilter("always")
             assert peftdebias.load(tmp_path / "up", given).methods[0] == "gender"
         assert [str(w.message) for w in seen] == [f"{tmp_path}/up: its module was learnt beside {one}, which is not among those attached" for one in beside if one not in given]
+    (tmp_path / "second").rename(tmp_path / "moved")  # attached from there it cannot be told from another, but that one is missing can
+    for given in (beside[:1], [beside[0], str(tmp_path / "moved")]):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            peftdebias.load(tmp_path / "up", given)
+        assert [str(w.message) for w in seen] == [f"{tmp_path}/up: its module was learnt beside {beside[1]}, which is not among those attached"] * (2 - len(given))
 
 
 def test_threads_share_a_model(model):

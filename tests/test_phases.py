@@ -432,6 +432,17 @@ def test_f1_as_the_metric_needs_a_positive_label_in_every_split(small, tmp_path,
         phases.downstream(Downstream(**settings, positive="c"))
 
 
+def test_files_without_the_positive_label_are_measured_without_its_f1(small, tmp_path):
+    rows = "text,label\nhe is,0\nshe is,1\nhe was,0\n"
+    (tmp_path / "t.csv").write_text(rows)
+    (tmp_path / "d.csv").write_text(rows.replace("she is,1\n", ""))
+    settings = dict(model=str(small.base), train=str(tmp_path / "t.csv"), text="text", label="label", epochs=1)
+    for name, dev, has in (("without", "d.csv", False), ("with", "t.csv", True)):
+        result = phases.downstream(Downstream(**settings, dev=str(tmp_path / dev), out=str(tmp_path / name)))
+        assert [("f1" in scores, "accuracy" in scores, "macro-f1" in scores) for scores in (result.outcome.before, result.outcome.best)] == [(has, True, True)] * 2
+        assert ("f1/1" in {m.name for m in result.measures}) is has and (f"{tmp_path / dev}: no F1 of '1', which no example has" in result.notes) is not has
+
+
 def test_notes_are_said_before_training_begins(small, tmp_path, monkeypatch):
     said, before = [], []
     original = phases.train

@@ -291,6 +291,16 @@ def test_a_step_whose_optimizer_clips_as_it_reads_is_the_step(pulled):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_no_gradient_lies_beside_the_activations_of_a_forward_pass():
+    step, seen = made("lora"), []
+    loss = step.loss
+    step.loss = lambda *given: seen.append([p.grad is None for p in step.parameters]) or loss(*given)
+    for seed in range(2):
+        step.gradients(batch_for("lora", seed))
+        assert all(p.grad is not None for p in step.parameters)
+    assert len(seen) == 2 and all(map(all, seen))
+
+
 def test_which_step_is_taken():
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     assert [pick_step(name, device) for name in ("auto", "eager", "compiled") for device in (cpu, gpu)] == ["eager", "graph", "eager", "eager", "compiled", "compiled"]

@@ -252,6 +252,13 @@ def test_parameters_that_are_not_finite_are_never_kept():
         run(Task())
 
 
+def test_a_classifier_that_answers_with_no_numbers_stops_as_parameters_do():
+    model, task = model_of(), classification()
+    train_only(model, model.classifier.parameters())
+    with pytest.raises(PeftDebiasError, match=r"^step 1: classifier.* is not finite any more \(a lower --lr may help\)$"):
+        train(model, task, dict(model.classifier.named_parameters(prefix="classifier")), Schedule(steps=1, lr=math.inf))
+
+
 def test_an_epoch_without_batches_stops():
     class Task(Plain):
         def epoch(self, number):

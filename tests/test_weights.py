@@ -122,6 +122,8 @@ def test_an_equal_decoder_is_tied_only_where_the_configuration_ties(saved):
     edit_config(folder, tie_word_embeddings=False)
     found, _ = load_model(folder)
     assert torch.equal(found.mlm.decoder.weight, word_table(tensors))
+    again = load_model(save_model(found, folder.parent / "again"))[0]
+    assert torch.equal(again.mlm.decoder.weight, word_table(tensors))
     store(folder, tensors)  # nothing stored to untie
     found, report = load_model(folder)
     assert found.mlm.decoder is None and report.missed() == [f"{folder}: new, not in the files: mlm.decoder (tied to the words instead, though config.json does not tie it)"]
