@@ -127,6 +127,24 @@ def test_a_card_of_a_run_whose_record_is_damaged_has_no_figures(damaged, runs, t
     assert "## Figures\n\nNone recorded.\n" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_the_card_has_the_loss_of_the_last_training_alone(runs, tmp_path):
+    """That of a new head comes before it."""
+    shutil.copytree(runs / "lora", tmp_path / "run")
+    events = [{"event": "validation", "step": 0, "loss": 9.0}, {"event": "validation", "step": 4, "loss": 7.0, "kept": True}, {"event": "validation", "step": 0, "loss": 6.5},
+              {"event": "validation", "step": 2, "loss": 5.25, "kept": True}, {"event": "final", "step": 2, "loss": 5.25}]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    done("export", tmp_path / "run", "--as", "peft", "--out", tmp_path / "out")
+    assert "\n- masked-LM loss on held-out texts, nats a masked token: 6.5000 before, 5.2500 at step 2\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_card_says_where_a_run_cuts_texts_that_the_model_has_positions_for(runs, tmp_path):
+    shutil.copytree(runs / "lora", tmp_path / "run")
+    path = tmp_path / "run" / "config.toml"
+    path.write_text(re.sub(r"(?m)^max_length = \d+$", "max_length = 24", path.read_text()))
+    done("export", tmp_path / "run", "--as", "merged", "--out", tmp_path / "out")
+    assert "\n- texts: the run cuts them at 24 tokens (`truncation=True, max_length=24`)\n" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_card_names_what_a_module_was_learnt_beside(runs, small, tmp_path):
     done("upstream", *small.learning(method="bias", set=None, adapter=runs / "prefix", steps=2), "--out", tmp_path / "onto")
     done("export", tmp_path / "onto", "--as", "merged", "--out", tmp_path / "a")
