@@ -66,6 +66,19 @@ def answer():
 
 # ---------------------------------------------------------------- figures
 
+def test_every_measure_of_the_base_leaves_room_for_what_stands_before_a_text(small, tmp_path):
+    """A positioned prompt of three takes three of the model's 64 positions, whatever the texts are measured for."""
+    done("upstream", *small.learning(method="prompt", set=["length=3", "positioned=true"], steps=1, out=tmp_path / "run"))
+    text = " ".join(["he works in the market ."] * 20)
+    (tmp_path / "pairs.csv").write_text(f"sent_more,sent_less,stereo_antistereo,bias_type\nhe {text},she {text},stereo,gender\n")
+    (tmp_path / "seat.jsonl").write_text(json.dumps({name: {"category": name, "examples": [f"{word} {text}", word]}
+                                                     for name, word in (("targ1", "he"), ("targ2", "she"), ("attr1", "market"), ("attr2", "work"))}))
+    (tmp_path / "text.txt").write_text(text + "\n")
+    for name, file, cut in (("crows-pairs", "pairs.csv", "2 of 2"), ("seat", "seat.jsonl", "4 of 8"), ("perplexity", "text.txt", "1 of 1")):
+        said = done("evaluate", small.base, "--adapter", tmp_path / "run", "--on", f"{name}={tmp_path / file}")
+        assert f"{tmp_path / file}: {cut} texts are longer than 61 tokens and were cut" in said.out + said.err
+
+
 def test_a_text_without_a_word_to_mask_says_nothing(small, tmp_path):
     (tmp_path / "one.txt").write_text(small.heldout.read_text().splitlines()[0] + "\n\U0001f984\n")
     (tmp_path / "three.txt").write_text("\n".join([*small.heldout.read_text().splitlines()[:2], "\U0001f984"]))

@@ -201,6 +201,18 @@ def templates(count=40, terms=6, seed=0):
 TERMS_OF = ["gay", "white", "african american", "american", "deaf", "old"]
 
 
+def test_sums_over_many_terms_have_intervals_above_1():
+    """Of eight terms those of four are taken for hateful four times in five, those of the others never; each text mentions one, every fourth is hateful."""
+    terms = [f"t{z}" for z in range(8)]
+    mentioned = np.eye(8, dtype=bool)[np.arange(320) % 8]
+    predicted, labels = np.where((np.arange(320) % 8 < 4) & (np.arange(320) // 8 % 5 > 0), "1", "0"), np.where(np.arange(320) // 8 % 4 > 0, "0", "1")
+    found = {m.name: m for m in fprd(predicted, labels, "1", mentioned, terms, samples=300).measures}
+    assert all(1 < m.low < m.value < m.high < 8 for m in (found["fprd"], found["fprd/script"]))
+    one, other = (fprd_tally(said, labels, "1", mentioned, terms).tally for said in (np.where(labels == "1", "1", "0"), predicted))
+    compared = {d.name: d for d in tally.differences(one, other)[0]}
+    assert all(1 < d.low < d.value < d.high for d in (compared["fprd"], compared["fprd/script"]))
+
+
 def test_texts_of_one_template_have_one_frame():
     assert frames(["Gay men, GAY!", "african  american men", "Men of Gaytown", "Bold men"], TERMS_OF) == ["_ men, _!", "_ men", "men of gaytown", "bold men"]
     assert frames(["African American men", "african men"], ["african", "african american"]) == ["_ men", "_ men"]  # the longest term that is there
