@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from peftdebias.errors import DataError
-from peftdebias.metrics import Measure, bare_name, bootstrap
+from peftdebias.metrics import Measure, bare_name, bootstrap, causal, classification, counterfactual, crows_pairs, fairness, fprd, nli, seat, stereoset, tpr_gap
 
 
 def test_seeds_repeat_and_differ():
@@ -93,3 +93,42 @@ def test_a_measure_as_json_has_no_nan_and_no_numpy():
     assert row == {"name": "a/b", "value": 0.5, "unit": "%", "ideal": None, "low": None, "high": None, "n": 3}
     assert bare_name("fprd/term/a b (more (1).csv)") == "fprd/term/a b"
     assert json.dumps(Measure("a/b", 1, "%", np.float32(50), None, None, 3).as_json()["ideal"]) == "50.0"
+
+
+# ---------------------------------------------------------------- the seed and the number of resamples, of every measure
+
+N = 367
+
+
+def drawn_measures() -> dict:
+    """name -> a measure's function of seed and samples, on random answers."""
+    random = np.random.default_rng(0)
+    labels, groups, said = random.integers(0, 3, N), np.where(random.random(N) < 0.5, "f", "m"), random.random((N, 3))
+    predicted = np.where(random.random(N) < 0.6, labels, random.integers(0, 3, N))
+    mentioned, occupations, scores = random.random((N, 2)) < 0.4, [f"job {i % 41}" for i in range(N)], random.random((N, 3))
+    pairs = [crows_pairs.Scored(crows_pairs.Pair("a", "b", "gender"), *row) for row in scores[:, :2].tolist()]
+    words = [[f"{side}{i} is here" for i in range(23)] for side in "xy"]
+    test, s = seat.AssociationTest("weat", (*map(tuple, words), ("a",), ("b",)), ("",) * 4), random.normal(size=46)
+    first, second = random.random((N, 2)), random.random((N, 2))
+    return {
+        "accuracy": lambda **drawn: [classification.accuracy(predicted, labels, **drawn)],
+        "f1": lambda **drawn: [classification.f1(predicted, labels, 1, **drawn), classification.macro_f1(predicted, labels, **drawn)],
+        "tpr-gap": lambda **drawn: tpr_gap.tpr_gap(predicted, labels, groups, shuffles=50, **drawn).as_measures(),
+        "fairness": lambda **drawn: fairness.fairness(predicted, labels, groups, shuffles=50, **drawn).measures,
+        "fprd": lambda **drawn: fprd.fprd(predicted, labels, 1, mentioned, ["a", "b"], shuffles=50, **drawn).measures,
+        "bias-nli": lambda **drawn: nli.measures(said[:, 0], said[:, 0] > 0.4, occupations, **drawn),
+        "counterfactual": lambda **drawn: counterfactual.measures(said[:, 0] > 0.5, said[:, 1], occupations, **drawn),
+        "stereoset": lambda **drawn: stereoset.measures(occupations, ["gender"] * N, scores, **drawn),
+        "crows-pairs": lambda **drawn: crows_pairs.measures(pairs, "nangia", **drawn),
+        "seat": lambda **drawn: seat.measures(test, s, **drawn),
+        "causal": lambda **drawn: causal.gender_effect(first, second, ["m", "f"] * (N // 2) + ["m"], ["x", "y"], {"x": "m", "y": "f"}, **drawn),
+    }
+
+
+@pytest.mark.parametrize("name", drawn_measures())
+def test_every_interval_is_drawn_by_the_seed_with_as_many_resamples_as_asked(name):
+    measure = drawn_measures()[name]
+    found, again, other, few = ({m.name: (m.low, m.high) for m in measure(**drawn) if m.low is not None}
+                                for drawn in (dict(seed=3, samples=99), dict(seed=3, samples=99), dict(seed=4, samples=99), dict(seed=3, samples=30)))
+    assert found and found == again and [m for m in found if found[m] == other[m]] == []
+    assert [m for m in found if found[m] == few[m] and "shuffled" not in m] == []  # floors have a number of their own
