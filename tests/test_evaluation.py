@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from peftdebias import axes, evaluation, patch
+from peftdebias import axes, evaluation, extrinsic, patch
 from peftdebias.answers import Answers, Result, cut_note, is_plain, longest_of, positive_label
 from peftdebias.batches import Sample, pack
 from peftdebias.checkpoint import load_run
@@ -27,7 +27,7 @@ from peftdebias.errors import AdapterError, ConfigError, DataError
 from peftdebias.evaluation import parse_on
 from peftdebias.extrinsic import classification_measures
 from peftdebias.labelled import Labelled
-from peftdebias.metrics import Measure, bootstrap
+from peftdebias.metrics import Measure, bootstrap, counterfactual, crows_pairs, nli, seat, stereoset
 from peftdebias.metrics.classification import accuracy, f1, macro_f1
 from peftdebias.metrics.fairness import fairness
 from peftdebias.metrics.tpr_gap import tpr_gap
@@ -77,6 +77,31 @@ def test_every_measure_of_the_base_leaves_room_for_what_stands_before_a_text(sma
     for name, file, cut in (("crows-pairs", "pairs.csv", "2 of 2"), ("seat", "seat.jsonl", "4 of 8"), ("perplexity", "text.txt", "1 of 1")):
         said = done("evaluate", small.base, "--adapter", tmp_path / "run", "--on", f"{name}={tmp_path / file}")
         assert f"{tmp_path / file}: {cut} texts are longer than 61 tokens and were cut" in said.out + said.err
+
+
+def test_seed_and_samples_reach_every_measure(small, runs, tmp_path, monkeypatch):
+    asked = []
+
+    def heard(module, name):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **drawn: asked.append((module.__name__.rpartition(".")[2], drawn["seed"], drawn["samples"])) or original(*args, **drawn))
+
+    for module in (crows_pairs, stereoset, seat, nli, counterfactual):
+        heard(module, "measures")
+    heard(extrinsic, "fprd")
+    row = {"target": "nurse", "bias_type": "gender", "context": "The nurse is BLANK.",
+           "sentences": [{"gold_label": label, "sentence": f"The nurse is {word}."} for label, word in zip(stereoset.LABELS, ("she", "he", "market"))]}
+    (tmp_path / "stereoset.json").write_text(json.dumps({"data": {"intrasentence": [row]}}))
+    (tmp_path / "seat.jsonl").write_text(json.dumps({name: {"category": name, "examples": [word]} for name, word in zip(("targ1", "targ2", "attr1", "attr2"), ("he", "she", "market", "work"))}))
+    (tmp_path / "lists").mkdir()
+    for name, text in (("occupations", "nurse\nbaker\n"), ("gendered_words", "man\n"), ("templates", "The {} is here.\n")):
+        (tmp_path / "lists" / f"{name}.txt").write_text(text)
+    (tmp_path / "terms.txt").write_text("he\nshe\n")
+    for run, name, file, flags in ((small.base, "crows-pairs", small.pairs, ()), (small.base, "stereoset", tmp_path / "stereoset.json", ()), (small.base, "seat", tmp_path / "seat.jsonl", ()),
+                                   (runs["pairs"], "bias-nli", tmp_path / "lists", ("--neutral", "no")), (runs["health"], "counterfactual", small.binary, ("--axis", "gender")),
+                                   (runs["health"], "fprd", small.binary, ("--terms", tmp_path / "terms.txt"))):
+        done("evaluate", run, "--on", f"{name}={file}", "--seed", 6, "--samples", 41, *flags)
+    assert asked == [(name, 6, 41) for name in ("crows_pairs", "crows_pairs", "stereoset", "seat", "nli", "counterfactual", "extrinsic")]
 
 
 def test_a_text_without_a_word_to_mask_says_nothing(small, tmp_path):
