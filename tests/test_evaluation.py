@@ -92,13 +92,14 @@ def test_seed_and_samples_reach_every_measure(small, runs, tmp_path, monkeypatch
     row = {"target": "nurse", "bias_type": "gender", "context": "The nurse is BLANK.",
            "sentences": [{"gold_label": label, "sentence": f"The nurse is {word}."} for label, word in zip(stereoset.LABELS, ("she", "he", "market"))]}
     (tmp_path / "stereoset.json").write_text(json.dumps({"data": {"intrasentence": [row]}}))
-    (tmp_path / "seat.jsonl").write_text(json.dumps({name: {"category": name, "examples": [word]} for name, word in zip(("targ1", "targ2", "attr1", "attr2"), ("he", "she", "market", "work"))}))
+    (tmp_path / "seat.jsonl").write_text(json.dumps({name: {"category": name, "examples": [word]} for name, word in zip(seat.SETS, ("he", "she", "market", "work"))}))
     (tmp_path / "lists").mkdir()
     for name, text in (("occupations", "nurse\nbaker\n"), ("gendered_words", "man\n"), ("templates", "The {} is here.\n")):
         (tmp_path / "lists" / f"{name}.txt").write_text(text)
     (tmp_path / "terms.txt").write_text("he\nshe\n")
-    for run, name, file, flags in ((small.base, "crows-pairs", small.pairs, ()), (small.base, "stereoset", tmp_path / "stereoset.json", ()), (small.base, "seat", tmp_path / "seat.jsonl", ()),
-                                   (runs["pairs"], "bias-nli", tmp_path / "lists", ("--neutral", "no")), (runs["health"], "counterfactual", small.binary, ("--axis", "gender")),
+    for run, name, file, flags in ((small.base, "crows-pairs", small.pairs, ()), (small.base, "stereoset", tmp_path / "stereoset.json", ()),
+                                   (small.base, "seat", tmp_path / "seat.jsonl", ()), (runs["pairs"], "bias-nli", tmp_path / "lists", ("--neutral", "no")),
+                                   (runs["health"], "counterfactual", small.binary, ("--axis", "gender")),
                                    (runs["health"], "fprd", small.binary, ("--terms", tmp_path / "terms.txt"))):
         done("evaluate", run, "--on", f"{name}={file}", "--seed", 6, "--samples", 41, *flags)
     assert asked == [(name, 6, 41) for name in ("crows_pairs", "crows_pairs", "stereoset", "seat", "nli", "counterfactual", "extrinsic")]
