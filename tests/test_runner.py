@@ -336,6 +336,58 @@ def test_a_setting_of_one_text_keeps_its_commas(place, small, tmp_path, monkeypa
     assert seen[0].class_weights == "nurse=2,teacher=1"
 
 
+@pytest.mark.parametrize("said, lr", [
+    (("lr=0.1",), 0.1), (("jobs.lr=0.2", "lr=0.1"), 0.2), (("FT.lr=0.3", "jobs.lr=0.2", "lr=0.1"), 0.3), (("lr=0.1", "jobs.lr=0.2", "FT.lr=0.3"), 0.3)])
+def test_what_is_said_of_a_system_goes_before_what_is_said_of_a_task_and_of_all(said, lr, place, small, tmp_path, monkeypatch):
+    recipe, data = place
+    seen = []
+
+    def asked(settings, say):
+        seen.append(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.phases, "downstream", asked)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out"), systems=("FT",), downstream=said))
+    assert seen[0].lr == lr
+
+
+def test_all_that_a_recipe_says_of_the_measuring_is_asked_for(place, small, tmp_path, monkeypatch):
+    recipe, data = place
+    recipe.write_text(recipe.read_text().replace("lr = 1e-3\n", 'lr = 1e-3\nneutral = "nurse"\nmax_pairs = 7\nterms = "terms.txt"\n', 1))
+    (data / "terms.txt").write_text("he\n")
+    seen = []
+
+    def asked(settings):
+        if settings.on[0].startswith("classification"):
+            seen.append(settings)
+            raise KeyboardInterrupt
+        return types.SimpleNamespace(measures=[], notes=[])
+
+    monkeypatch.setattr(runner.phases, "downstream", lambda settings, say: None)
+    monkeypatch.setattr(runner.evaluation, "evaluate", asked)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out"), systems=("FT",), device="cpu"))
+    (found,) = seen
+    assert (found.axis, found.neutral, found.max_pairs, found.terms, found.device) == ("gender", "nurse", 7, str(data / "terms.txt"), "cpu")
+    assert found.model == str(tmp_path / "out" / "runs" / "jobs-ft-0") and found.examples == str(tmp_path / "out" / "examples" / "jobs-ft-0.jsonl")
+
+
+def test_the_text_upstream_is_a_tasks_whole_training_split_at_every_scale(place, small, tmp_path, monkeypatch):
+    recipe, data = place
+    made = []
+
+    def asked(settings, say):
+        made.append(Path(settings.corpus[0]).read_text().splitlines())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.phases, "upstream", asked)
+    for scale in (1.0, 0.03):
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / str(scale)), systems=("LoRA",), scale=scale))
+    assert made[0] == made[1] and len(made[0]) > 80
+
+
 def test_all_that_a_recipe_says_of_the_training_is_asked_for(place, small, tmp_path, monkeypatch):
     recipe, data = place
     own = 'lr = 1e-3\nbatch_size = 7\nmax_length = 50\nmetric = "f1"\npositive = "nurse"\nclass_weights = "nurse=2"\n'
