@@ -97,7 +97,7 @@ class Upstream(Swapping, Training):
     valid_texts: int = option("at most that many held-out texts with their counterfactuals", 500)
     valid_every: int = option("steps between validations; the module with the lowest loss is kept", 1000)
     budget: float | None = option("size of the module as a share of the base's parameters, e.g. 0.01", None)
-    set: dict | None = option("option of the method, e.g. --set rank=8 --set targets=query,key,value", None, many="repeat", metavar="KEY=VALUE")
+    set: dict | None = option("option of the method, e.g. --set rank=8 --set targets=query,key,value", None, many="repeat", metavar="KEY=VALUE", under="method")
     adapter: tuple[str, ...] = option("frozen modules to attach first, each a run or adapter folder", (), many="repeat", metavar="RUN")
     fresh_head: int | None = option("for a base without a masked-LM head: first train a new tied one for N steps, encoder frozen; saved with the run", None)
     attribute_weight: float = option("how many times likelier than another a word of the axis is chosen for masking, among words that are one token; 1 is BERT's masking", 1.0)

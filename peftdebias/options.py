@@ -20,11 +20,13 @@ from .outputs import SHIPPED
 
 
 def option(help: str, default=dataclasses.MISSING, *, many: str = "", metavar: str | None = None, choices: tuple[str, ...] = (), positional: bool = False,
-           of: tuple[str, ...] = (), instead: str = ""):
+           of: tuple[str, ...] = (), instead: str = "", under: str = ""):
     """A field with its help. many: "words" takes several after one flag, "repeat" takes one flag each; such fields are tuples. "maybe": the flag
     alone means SHIPPED. positional: no flag. of: the names whose option it is, with which its help then begins.
-    instead: the field in whose place it stands; a flag for one of the two takes the other of a TOML file away."""
-    metadata = {"help": f"{', '.join(of)}: {help}" if of else help, "of": of, "instead": instead, "many": many, "metavar": metavar, "choices": choices, "positional": positional}
+    instead: the field in whose place it stands; a flag for one of the two takes the other of a TOML file away. under: of a table, the field whose choice its keys belong to;
+    keys typed stand beside those of a TOML file, unless another choice is typed too."""
+    metadata = {"help": f"{', '.join(of)}: {help}" if of else help, "of": of, "instead": instead, "under": under, "many": many, "metavar": metavar,
+                "choices": choices, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata) if default is not dataclasses.MISSING else dataclasses.field(metadata=metadata)
 
 
@@ -144,8 +146,9 @@ def resolve(cls: type, given: dict):
         if len(pair & set(given)) == 1:
             values = {key: value for key, value in values.items() if key not in pair}
     typed = checked(cls, given)
-    if typed.get("method", values.get("method")) == values.get("method"):  # else the table is of another method's options
-        typed |= {key: values[key] | value for key, value in typed.items() if isinstance(value, dict) and isinstance(values.get(key), dict)}
+    for field in dataclasses.fields(cls):
+        if (under := field.metadata["under"]) and typed.get(under, values.get(under)) == values.get(under) and field.name in typed:
+            typed[field.name] = (values.get(field.name) or {}) | typed[field.name]
     try:
         return build(cls, values | typed)
     except ConfigError as error:

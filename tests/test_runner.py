@@ -322,34 +322,33 @@ def test_everything_that_is_read_is_looked_for_first(place, small, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_setting_of_one_text_keeps_its_commas(place, small, tmp_path, monkeypatch):
-    recipe, data = place
-    seen = []
+@pytest.fixture
+def asked(place, small, tmp_path, monkeypatch):
+    """asked(**settings of `run`): what the recipe's first training downstream is asked for; it is not begun."""
+    def of(**settings):
+        seen = []
 
-    def asked(settings, say):
-        seen.append(settings)
-        raise KeyboardInterrupt
+        def downstream(asked_for, say):
+            seen.append(asked_for)
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner.phases, "downstream", asked)
-    with pytest.raises(KeyboardInterrupt):
-        runner.run(Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out"), downstream=("jobs.class_weights=nurse=2,teacher=1",)))
-    assert seen[0].class_weights == "nurse=2,teacher=1"
+        monkeypatch.setattr(runner.phases, "downstream", downstream)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(Run(recipe=str(place[0]), model=str(small.base), data=str(place[1]), out=str(tmp_path / "out"), **settings))
+        (found,) = seen
+        return found
+
+    return of
+
+
+def test_a_setting_of_one_text_keeps_its_commas(asked):
+    assert asked(downstream=("jobs.class_weights=nurse=2,teacher=1",)).class_weights == "nurse=2,teacher=1"
 
 
 @pytest.mark.parametrize("said, lr", [
     (("lr=0.1",), 0.1), (("jobs.lr=0.2", "lr=0.1"), 0.2), (("FT.lr=0.3", "jobs.lr=0.2", "lr=0.1"), 0.3), (("lr=0.1", "jobs.lr=0.2", "FT.lr=0.3"), 0.3)])
-def test_what_is_said_of_a_system_goes_before_what_is_said_of_a_task_and_of_all(said, lr, place, small, tmp_path, monkeypatch):
-    recipe, data = place
-    seen = []
-
-    def asked(settings, say):
-        seen.append(settings)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(runner.phases, "downstream", asked)
-    with pytest.raises(KeyboardInterrupt):
-        runner.run(Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out"), systems=("FT",), downstream=said))
-    assert seen[0].lr == lr
+def test_what_is_said_of_a_system_goes_before_what_is_said_of_a_task_and_of_all(said, lr, asked):
+    assert asked(systems=("FT",), downstream=said).lr == lr
 
 
 def test_all_that_a_recipe_says_of_the_measuring_is_asked_for(place, small, tmp_path, monkeypatch):
