@@ -146,8 +146,9 @@ def resolve(cls: type, given: dict):
         if len(pair & set(given)) == 1:
             values = {key: value for key, value in values.items() if key not in pair}
     typed = checked(cls, given)
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     for field in dataclasses.fields(cls):
-        if (under := field.metadata["under"]) and typed.get(under, values.get(under)) == values.get(under) and field.name in typed:
+        if (under := field.metadata["under"]) and field.name in typed and typed.get(under, there := values.get(under, defaults[under])) == there:
             typed[field.name] = (values.get(field.name) or {}) | typed[field.name]
     try:
         return build(cls, values | typed)

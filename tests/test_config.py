@@ -100,6 +100,7 @@ def test_a_flag_wins_over_the_file_over_the_default(toml):
     assert options.resolve(Upstream, {"config": path, "set": ["rank=4", "targets=key"]}).set == {"rank": 4, "targets": "key"}
     assert options.resolve(Upstream, {"config": [path], "set": ["alpha=4"]}).set == {"rank": 2, "alpha": 4}  # key by key
     assert options.resolve(Upstream, {"config": path, "method": "prefix", "set": ["length=4"]}).set == {"length": 4}  # the file's are another method's
+    assert options.resolve(Upstream, {"config": path, "method": "lora", "set": ["alpha=4"]}).set == {"rank": 2, "alpha": 4}  # the default's, which the file means
     with pytest.raises(ConfigError, match=f"^--config: expected one file, got 2: {path}, {path}$"):
         options.resolve(Upstream, {"config": [path, path]})
 
