@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> int:
         if again := next((new for new in found.get(op, []) if _about(new) == about), None):
             again["ms"] = {form: ms for form, ms in line["ms"].items() if form in dispatch.FORMS[op]} | again["ms"]
     table = kept | {op: [line for line in kept.get(op, []) if _about(line) not in map(_about, of)] + of for op, of in found.items()}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(arguments.out, json.dumps(table, indent=1) + "\n")
+    if not rows.saved(arguments.out, lambda: arguments.out.parent.mkdir(parents=True, exist_ok=True), lambda: write_text(arguments.out, json.dumps(table, indent=1) + "\n")):
+        return 2
     every = [line for of in found.values() for line in of]
     say(f"result: {arguments.out}: {len(every)} lines of {', '.join(sorted({line['device'] for line in every}))}")
     return 0

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.arguments import Parser, complain, existing_file  # noqa: E402
-from bench.rows import Row, number, read  # noqa: E402
+from bench.rows import Row, number, read, saved  # noqa: E402
 from peftdebias.outputs import write_text  # noqa: E402
 
 WIDTH, LEFT, RIGHT = 820, 270, 200  # of the picture; of the names; of the numbers behind the longest bar
@@ -91,7 +91,9 @@ def main(argv: list[str] | None = None) -> int:
             return complain(f"{path}: expected the rows of a benchmark, got {error}")
         if not panels(found):
             return complain(f"{path}: expected steps with a floor, as bench/compare.py writes them, found none")
-        write_text(path.with_suffix(".svg"), draw(found))
+        drawing = path.with_suffix(".svg")
+        if not saved(drawing, lambda: write_text(drawing, draw(found))):
+            return 2
     return 0
 
 

@@ -351,7 +351,8 @@ def test_plots_draws_files_and_refuses_others_in_one_line(bench, tmp_path, capsy
     bad.write_text("{")
     empty.write_text("[]")
     assert bench.plots.main([str(good)]) == 0 and good.with_suffix(".svg").read_text().startswith("<svg ")
-    for words, shown in (([str(bad)], "bad.json: expected the rows of a benchmark"), ([str(empty)], "expected steps with a floor"), ([], "the following arguments are required: FILE.json"), (["x.svg"], "x.svg: no such file")):
+    good.with_suffix(".svg").unlink(), good.with_suffix(".svg").mkdir()
+    for words, shown in (([str(good)], f"{tmp_path}/good.svg: "), ([str(bad)], "bad.json: expected the rows of a benchmark"), ([str(empty)], "expected steps with a floor"), ([], "the following arguments are required: FILE.json"), (["x.svg"], "x.svg: no such file")):
         try:
             code = bench.plots.main(words)
         except SystemExit as left:

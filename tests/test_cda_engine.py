@@ -196,7 +196,7 @@ def test_a_corpus_has_any_number_of_texts():
 
 @pytest.mark.parametrize(
     "text",
-    ["x" * 1_000_000, "he" * 500_000, "é" * 500_000, "her " * 20_000, "her" + " " * 500_000 + "her", "ma'" * 100_000, "\n" * 500_000, "x" * 1_000_000 + " he",
+    ["x" * 1_000_000, "he" * 500_000, "é" * 500_000, "her " * 4_000, "her" + " " * 500_000 + "her", "ma'" * 100_000, "\n" * 500_000, "x" * 1_000_000 + " he",
      "\"" * 100_000 + " he", "é " * 50_000 + "his"],
     ids=["one word", "he he he", "not ASCII", "pronouns", "a gap", "apostrophes", "empty lines", "a long word before", "quotes", "after many characters"],
 )

@@ -1,7 +1,9 @@
 """The table that picks LoRA's form, from rows as bench/gpu.py writes them to what dispatch.pick reads."""
 
 import dataclasses
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -182,6 +184,16 @@ def test_errors_leave_the_table_alone(content, words, tmp_path, capsys):
     assert dispatch_table.main([str(path), "--out", str(out)]) == 2
     said = capsys.readouterr().err
     assert words in said and len(said.splitlines()) == 1 and not out.exists()
+
+
+def test_a_table_that_cannot_be_written_gets_one_line(monkeypatch, tmp_path, capsys):
+    def full(*given):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    rows.write(tmp_path / "x.json", [row("lora_grads", "once", 4096, 2.0)], "t")
+    monkeypatch.setattr(dispatch_table, "write_text", full)
+    assert dispatch_table.main([str(tmp_path / "x.json"), "--out", str(tmp_path / "dispatch.json")]) == 2
+    assert capsys.readouterr().err == f"bench: {tmp_path}/dispatch.json: cannot be written: No space left on device\n"
 
 
 def test_a_constant_is_marked_as_torch_marks_it():

@@ -489,6 +489,8 @@ for method, options in (("lora", ["rank=2", "dropout=0.1"]), ("prefix", ["length
 assert cli.main(["downstream", *task, "--adapter", f"{out}/lora", "--out", f"{out}/task"]) == 0
 model, plain = load(f"{out}/task"), load(world[world.index("--model") + 1], [f"{out}/lora"])
 print("answers", model.predict(["she is a nurse"]), plain.fill_mask("[MASK] is a nurse"), plain.encode(["she is a nurse"], pooling="mean").sum().item())
+if number == 1:
+    raise SystemExit
 model.export(f"{out}/task.pt2")
 bare = world[-1]
 assert cli.main(["upstream", *(bare if word == learning[learning.index("--model") + 1] else word for word in learning), "--fresh-head", "2", "--set", "rank=2", "--out", f"{out}/fresh"]) == 0
@@ -508,7 +510,7 @@ def test_torchs_defaults_change_nothing(modes, number, small, tmp_path):
         assert done.returncode == 0, done.stderr
         answers = next(line for line in done.stdout.splitlines() if line.startswith("answers"))
         said[set_to] = answers, {name: sha for name, sha in tree(tmp_path / f"run-{set_to}").items() if name.endswith(".safetensors")}
-    assert len(said[""][1]) == 4 + number  # the task's module and model, what was learnt, and with a new head the model too
+    assert len(said[""][1]) == 2 + number + 2 * (number > 1)  # the task's module and model, what was learnt, and with a new head the model too
     for mode in modes:
         assert said[mode][1] == said[""][1] and (said[mode][0] == said[""][0] or mode == "inference")  # whose answers follow the caller's autocast
 
