@@ -52,6 +52,14 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return found, unknown
 
+    def print_help(self, file=None):  # argparse's drops what it cannot write, and says nothing
+        (file or sys.stdout or sys.stderr).write(self.format_help())
+
+    def exit(self, status: int = 0, message: str | None = None):
+        if status == 0 and sys.stdout is not None:
+            sys.stdout.flush()
+        super().exit(status, message)
+
     def error(self, message: str):
         self.exit(2, f"peftdebias: {message} (see `{self.prog} --help`)\n")
 
@@ -61,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = None
     try:
         with stoppable(), warnings.catch_warnings():
+            if isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase):  # PYTHONUNBUFFERED: a write there may take a part and drop the rest
+                sys.stdout = open(sys.stdout.fileno(), "w", buffering=1, encoding="utf-8", closefd=False)
             arguments = vars(parser().parse_args(argv))
             command, settings, module = COMMANDS[arguments.pop("command")]
             sleep_soon()
@@ -70,8 +80,6 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))  # None where the caller closed it
             if hasattr(sys.stdout, "reconfigure"):
                 sys.stdout.reconfigure(encoding="utf-8")
-            if isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase):  # PYTHONUNBUFFERED: a write there may take a part and drop the rest
-                sys.stdout = open(sys.stdout.fileno(), "w", buffering=1, encoding="utf-8", closefd=False)
             warnings.showwarning = lambda message, *where: say(f"warning: {message}")
             given = options.resolve(settings, arguments)
             if closed and (refused := _nowhere(given)):
@@ -89,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _ended(f"PEFTDEBIAS_KERNELS={setting()}: {error}")
     except BrokenPipeError:  # the reader of our output went away, `| head` say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go()
         return 141
     except OSError as error:
         if error.filename is None and error.errno not in FULL:
@@ -117,9 +125,19 @@ def _nowhere(settings) -> str:
 
 def _ended(why: str) -> int:
     """Says it, where somebody can hear; the exit code of what can be mended."""
+    _let_go()
     with contextlib.suppress(OSError):  # the terminal may be gone, the disk of its log full
         print(f"peftdebias: {why}", file=sys.stderr, flush=True)
     return 2
+
+
+def _let_go() -> None:
+    """What standard output holds and has no place for goes nowhere: when it ends, Python would try once more, complain, and change the exit code."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _no_memory(error: Exception) -> str | None:

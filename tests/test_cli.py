@@ -419,6 +419,15 @@ def test_an_error_that_finds_no_place_keeps_its_code(small, tmp_path):
         assert subprocess.run(["sh", "-c", f"'{sys.executable}' -m peftdebias {words} 2>/dev/full"], capture_output=True).returncode == 2, words
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("words", ["--version", "upstream --help", "doctor"])
+def test_a_short_result_that_finds_no_place_is_told_in_one_line(words):
+    """It is all in the buffer still when the command ends."""
+    for unbuffered in ("", "1"):
+        said = subprocess.run(["sh", "-c", f"'{sys.executable}' -m peftdebias {words} >/dev/full"], capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+        assert said.returncode == 2 and said.stderr.removeprefix("doctor: device=auto\n") == "peftdebias: the results cannot be written: No space left on device\n"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits of files here")
 def test_unbuffered_output_is_written_whole_or_its_lack_is_told(small, tmp_path):
     """PYTHONUNBUFFERED makes standard output a raw file, of which the system may take a part of what is written and say so, as on a full disk."""
