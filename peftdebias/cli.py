@@ -97,7 +97,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _ended(f"PEFTDEBIAS_KERNELS={setting()}: {error}")
     except BrokenPipeError:  # the reader of our output went away, `| head` say
-        _let_go()
         return 141
     except OSError as error:
         if error.filename is None and error.errno not in FULL:
@@ -111,6 +110,9 @@ def main(argv: list[str] | None = None) -> int:
         if why is None:
             raise
         return _ended(f"out of memory: {why}{_less(settings)}")
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _let_go(stream)
 
 
 def _nowhere(settings) -> str:
@@ -125,19 +127,18 @@ def _nowhere(settings) -> str:
 
 def _ended(why: str) -> int:
     """Says it, where somebody can hear; the exit code of what can be mended."""
-    _let_go()
     with contextlib.suppress(OSError):  # the terminal may be gone, the disk of its log full
         print(f"peftdebias: {why}", file=sys.stderr, flush=True)
     return 2
 
 
-def _let_go() -> None:
-    """What standard output holds and has no place for goes nowhere: when it ends, Python would try once more, complain, and change the exit code."""
+def _let_go(stream) -> None:
+    """What a standard stream holds and has no place for goes nowhere: at its end Python would try once more, complain, and change the exit code."""
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        if stream is not None:
+            stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _no_memory(error: Exception) -> str | None:

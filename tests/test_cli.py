@@ -384,8 +384,15 @@ def test_a_bug_keeps_its_traceback(small, monkeypatch, tmp_path):
     assert said.code == 130 and said.err.splitlines()[-1] == "peftdebias: stopped; nothing of the training is kept" and tree(tmp_path) == {}
 
 
-def test_streams_that_nobody_reads_end_no_work(small, tmp_path):
+@pytest.fixture(params=["", "1"], ids=["buffered", "unbuffered"])
+def buffered(request, monkeypatch):
+    """With and without Python's buffers before the standard streams, whatever is set where the tests run."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", request.param)
+
+
+def test_streams_that_nobody_reads_end_no_work(small, tmp_path, monkeypatch):
     """Standard output or error closed by the caller, or lines for people that find no place."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     words = [sys.executable, "-m", "peftdebias", "evaluate", small.base, "--on", f"perplexity={small.heldout}", "--json"]
     line = " ".join(f"'{word}'" for word in words)
     for number, stream in enumerate((">&-", "2>&-", ">&- 2>&-", *(["2>/dev/full"] if os.path.exists("/dev/full") else []))):
@@ -414,18 +421,17 @@ def test_a_result_for_a_standard_output_that_is_closed_is_refused(small, tmp_pat
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_an_error_that_finds_no_place_keeps_its_code(small, tmp_path):
+def test_an_error_that_finds_no_place_keeps_its_code(small, tmp_path, buffered):
     for words in (f"augment --axis nope '{small.heldout}'", f"augment --axis gender '{tmp_path}/none.txt'", "augment --nope"):
         assert subprocess.run(["sh", "-c", f"'{sys.executable}' -m peftdebias {words} 2>/dev/full"], capture_output=True).returncode == 2, words
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 @pytest.mark.parametrize("words", ["--version", "upstream --help", "doctor"])
-def test_a_short_result_that_finds_no_place_is_told_in_one_line(words):
+def test_a_short_result_that_finds_no_place_is_told_in_one_line(words, buffered):
     """It is all in the buffer still when the command ends."""
-    for unbuffered in ("", "1"):
-        said = subprocess.run(["sh", "-c", f"'{sys.executable}' -m peftdebias {words} >/dev/full"], capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
-        assert said.returncode == 2 and said.stderr.removeprefix("doctor: device=auto\n") == "peftdebias: the results cannot be written: No space left on device\n"
+    said = subprocess.run(["sh", "-c", f"'{sys.executable}' -m peftdebias {words} >/dev/full"], capture_output=True, text=True)
+    assert said.returncode == 2 and said.stderr.removeprefix("doctor: device=auto\n") == "peftdebias: the results cannot be written: No space left on device\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits of files here")
