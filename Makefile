@@ -14,7 +14,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # -qq: errors only. pip would otherwise print a line for every index it asks. --no-compile: the byte code is made below, by every processor.
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -qq --no-compile -c constraints.txt
-# Where PYTHONDONTWRITEBYTECODE is set, each of the tests' processes would else compile torch for itself. A failure is no error: torch has files in a newer Python's syntax.
+# Where PYTHONDONTWRITEBYTECODE is set, each process would else compile torch for itself. A failure is no error: torch has files in a newer Python's syntax.
 COMPILE := $(PY) -m compileall -qq -j 0 $(VENV)/lib || true
 
 .DEFAULT_GOAL := help
@@ -33,14 +33,17 @@ demo: $(VENV)/.package
 install: $(VENV)/.package
 	@echo 'The command: . $(VENV)/bin/activate, or $(VENV)/bin/peftdebias'
 
+# Byte code is kept even where PYTHONDONTWRITEBYTECODE is set: each of the tests' processes would else compile for itself what it imports.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -q
+
 # A process a processor, each with tests of its own.
 SIDE_BY_SIDE := -n logical --maxprocesses 8 --dist worksteal
 
 test: $(VENV)/.test
-	$(PY) -m pytest -q $(SIDE_BY_SIDE) -m "not slow" $(ARGS)
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.test
-	$(PY) -m pytest -q $(SIDE_BY_SIDE) -o faulthandler_timeout=3600 -m slow $(ARGS)
+	$(PYTEST) $(SIDE_BY_SIDE) -o faulthandler_timeout=3600 -m slow $(ARGS)
 
 # The package, what it needs at run time, and what draws the report. A stamp file is touched last, so an interrupted install is taken up again.
 $(VENV)/.package: pyproject.toml constraints.txt $(wildcard csrc/*)
@@ -59,7 +62,6 @@ $(VENV)/.test: $(VENV)/.package
 	@echo "Installing the test extra into $(VENV): about half a minute, once ..."
 	@$(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"], sep="\n")' > $(VENV)/test.txt
 	@$(PIP) -r $(VENV)/test.txt
-	@$(COMPILE)
 	@touch $@
 
 clean:

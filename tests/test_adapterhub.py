@@ -86,6 +86,17 @@ def test_a_bottleneck_whose_scaling_is_not_told_has_none(hub, tmp_path):
         assert interchange.read(folder, drawn_for(hub, "bert")).method.config.scale == scale
 
 
+def test_where_no_norm_comes_first_its_residual_is_the_same_before_and_behind_it(hub, tmp_path):
+    """par_bn and double_seq_bn; seq_bn, whose input passes a norm, is refused below."""
+    for name in ("par_bn", "double_seq_bn"):
+        folder = hub_folder(hub, name, tmp_path / name)
+        values = json.loads((folder / "adapter_config.json").read_text())
+        for before in (True, False):
+            values["config"]["residual_before_ln"] = before
+            (folder / "adapter_config.json").write_text(json.dumps(values))
+            assert interchange.read(folder, drawn_for(hub, "bert")).method.name == "adapter"
+
+
 def drawn_for(hub, kind: str):
     c = hub[0]["models"][kind]
     return weights.EncoderConfig(kind=kind, layers=c["num_hidden_layers"], hidden=c["hidden_size"], heads=c["num_attention_heads"], feed_forward=c["intermediate_size"],

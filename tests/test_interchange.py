@@ -223,6 +223,8 @@ def test_out_is_replaced_only_when_asked_and_only_an_export(runs, tmp_path):
     argv = ["export", runs / "lora", "--as", "peft", "--out", tmp_path / "out"]
     done(*argv)
     assert cli(*argv).err.splitlines()[-1].endswith("exists; expected a new folder (or --overwrite)")
+    with pytest.raises(ConfigError, match="exists; expected a new folder"):
+        peftdebias.export_adapter(runs / "lora", "peft", tmp_path / "out")
     done(*argv, "--overwrite")
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "out").mkdir()
