@@ -168,6 +168,8 @@ def build(cls: type, values: dict):
     return cls(**values)
 
 
+PLACES = ("DIR", "DIR_OR_RUN", "FILE", "RUN", "PATH", "RECIPE", "NAME|FILE")  # metavars of files and folders
+NAMED = ("COL", "COLUMN", "LABEL", "A=W,...")  # ... and of what else an empty text cannot be; no more than "" is left of an unset shell variable
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", tuple: "a list of texts", dict: "a table of options"}
 
 
@@ -188,7 +190,7 @@ def checked(cls: type, values: dict, where: str = "") -> dict:
             raise ConfigError(f"{where}unknown key {name!r}; expected {'one of ' + known if known else 'none'}")
         if key in ready:  # with - and with _
             raise ConfigError(f"{where}{name}: expected once, got it twice")
-        kind = _plain(hints[key])
+        kind, name = _plain(hints[key]), name.rstrip("_")
         if value is None and type(None) in typing.get_args(hints[key]):
             ready[key] = None
             continue
@@ -202,20 +204,15 @@ def checked(cls: type, values: dict, where: str = "") -> dict:
             value = float(value) if kind is float and type(value) is int and abs(value) <= sys.float_info.max else value
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)) or (kind is tuple and not all(isinstance(v, str) for v in value)):
             raise ConfigError(f"{where}{name}: expected {KINDS.get(kind) or f'an instance of {kind.__name__}'}, got {_short(value)}")
-        if (place := _place(fields[key])) and "" in (value if kind is tuple else (value,)):
-            raise ConfigError(f"{where}{name}: expected {place}, got an empty text")
-        for one in (value if kind is tuple else (value,)) if place else ():
+        metavar, every = fields[key].metadata.get("metavar"), value if kind is tuple else (value,)
+        if metavar in (*PLACES, *NAMED) and "" in every:
+            raise ConfigError(f"{where}{name}: expected {metavar}, got an empty text")
+        for one in every if metavar in PLACES else ():
             expect_path(f"{where}{name}", one)
         if (choices := fields[key].metadata.get("choices")) and value not in choices:
             raise ConfigError(f"{where}{name}: expected one of {', '.join(choices)}, got {value!r}")
         ready[key] = value
     return ready
-
-
-def _place(field: dataclasses.Field) -> str | None:
-    """The word for a file or folder where a field is one; of an unset shell variable no more than "" is left."""
-    metavar = field.metadata.get("metavar")
-    return metavar if metavar in ("DIR", "DIR_OR_RUN", "FILE", "RUN", "PATH", "RECIPE", "NAME|FILE") else None
 
 
 def _unwrapped(value):

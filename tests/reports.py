@@ -26,8 +26,8 @@ def task_measures(random, gap: float = 10.0, classes=CLASSES) -> list[dict]:
             measure("tpr-gap/rms-shuffled", 3.0, "points", None), *(measure(f"tpr-gap/class/{c}", random.uniform(-gap, gap), "points", n=40) for c in classes)]
 
 
-def flip_row(text="he is a nurse", counterfactual="she is a nurse", before="guard", after="nurse", p=0.8, place="data/test.jsonl:3", source=0) -> dict:
-    q = 0.3 if before != after else p - 0.05
+def flip_row(text="he is a nurse", counterfactual="she is a nurse", before="guard", after="nurse", p=0.8, place="data/test.jsonl:3", source=0, q=None) -> dict:
+    q = q if q is not None else 0.3 if before != after else p - 0.05
     return {"measure": "counterfactual", "place": place, "source": source, "axis": "gender", "text": text, "counterfactual": counterfactual, "predicted": before,
             "predicted_counterfactual": after, "probabilities": {before: p, after: 1 - p} if before != after else {before: p},
             "probabilities_counterfactual": {before: q, after: 1 - q} if before != after else {before: q}}

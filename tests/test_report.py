@@ -20,7 +20,7 @@ from peftdebias import evaluation  # noqa: E402
 from peftdebias.metrics.compare import over_seeds, seed_difference  # noqa: E402
 from peftdebias.metrics.tally import Difference  # noqa: E402
 from peftdebias.report.words import duration, number  # noqa: E402
-from peftdebias.report import figures, flips, page, plots, recipe, results as figures_of, sections, tables, words  # noqa: E402
+from peftdebias.report import figures, flips, page, plots, recipe, results as figures_of, runs, sections, tables, words  # noqa: E402
 
 from .reports import FEW, HOSTILE, Elements, flip_row, hostile_results, hostile_runs, measure, result_folder, results, run_folder, task_measures, task_runs, titles, written  # noqa: E402
 from .small import cli, done, tree  # noqa: E402
@@ -161,6 +161,14 @@ def test_flips_are_counted_capped_and_ordered(tmp_path):
     text, _ = written(tmp_path, run, examples=0)
     assert "30 of 35" in text and " dogs" not in text
     assert "Shown: the" not in written(tmp_path, run, examples=30)[0]
+
+
+def test_flips_come_by_how_far_the_first_label_falls_each_with_both_labels_probabilities(tmp_path):
+    rows = [flip_row(text=text, counterfactual=text + " too", p=p, q=q) for text, p, q in (("far", 0.62, 0.07), ("near", 0.97, 0.48), ("farthest", 0.94, 0.04))]
+    run = run_folder(tmp_path / "run", "downstream", final=task_measures(random.Random(0)), examples={"": rows})
+    (block,) = next(s for s in sections_of(runs.source_of_runs([run])) if s.id == "x-flips").blocks
+    assert [("".join(piece for piece, _ in row.text), row.before, row.after) for row in block.rows] == [
+        ("farthest", ("guard", "94 %"), ("nurse", "96 %")), ("far", ("guard", "62 %"), ("nurse", "93 %")), ("near", ("guard", "97 %"), ("nurse", "52 %"))]
 
 
 def test_pieces_are_the_texts_and_mark_what_differs():
@@ -375,6 +383,17 @@ def test_the_plots_get_the_figures_of_the_lines(tmp_path, monkeypatch):
     assert [(one.name, one.values, one.hollow) for one in series] == [("FT", [plain[row].mean for row in rows], True), ("LoRA", [lora[row].mean for row in rows], False)]
     every = [value for lines in (plain, lora) for line in lines.values() for value in point(line)]
     assert ends == (min(every), max(every))
+
+
+def test_the_papers_figures_stand_beside_ours_in_the_drawing(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(tables.figures, "dots", lambda ident, alt, rows, series, label, ideal, *rest: given.setdefault(label, (rows, series, ideal)) and "")
+    source = recipe.source_of_recipe(result_folder(tmp_path / "ghc", results()))
+    sections_of(source)
+    rows, (ours, theirs), ideal = next(found for label, found in given.items() if label.startswith("CrowS-Pairs"))
+    means = [figures_of.lines(source.of("upstream", "")[system])["crows-pairs/bias-bench/race-color"].mean for system in rows]
+    assert ours.values == means and (ours.name, theirs.name, ours.hollow, theirs.hollow, ideal) == ("here", "paper", False, True, 50.0)
+    assert dict(zip(rows, theirs.values))["LoRA"] == 56.12 and dict(zip(rows, theirs.values))["BERT"] == 62.33
 
 
 # ---------------------------------------------------------------- bad input
