@@ -15,6 +15,7 @@ UNITS = ("line", "sentence", "document")  # what a text is in a file
 ON_ERROR = ("stop", "skip")  # what a corrupt line does
 OCCURRENCES = ("all", "one")  # which attribute words a counterfactual replaces
 KEEP = ("pairs", "originals", "counterfactuals")
+METRICS = ("accuracy", "f1", "macro-f1")  # what chooses the best epoch
 ANSWERED_IN = ("float32", "bf16")  # precisions of answers, as `load` takes them too
 LEAST_SAMPLES = 40  # of a bootstrap: below, an interval's ends, 2.5 % of the samples, are no sample's
 
@@ -133,7 +134,7 @@ class Downstream(Training):
     text_pair: str | None = option("column with the second text, for pair tasks", None, metavar="COL")
     group: str | None = option("column with the protected group of each text's subject (m/f, say), for TPR-GAP", None, metavar="COL")
     class_weights: str | None = option("weights of the labels in the loss, e.g. 0=1,1=10 (default 1 each)", None, metavar="A=W,...")
-    metric: str = option("what chooses the best epoch", "accuracy", choices=("accuracy", "f1", "macro-f1"))
+    metric: str = option("what chooses the best epoch", "accuracy", choices=METRICS)
     positive: str | None = option("the label that F1 is of (default: 1, 1.0, true or yes of two labels)", None, metavar="LABEL")
     epochs: int = option("passes over the training file", 10)
     lr: float = option("peak learning rate", 2e-5)

@@ -18,7 +18,7 @@ import tomllib
 from pathlib import Path
 
 from . import methods, prepare
-from .config import LEAST
+from .config import LEAST, METRICS
 from .errors import ConfigError, DataError
 from .options import KINDS, at_least, checked
 from .prepare import Source
@@ -69,7 +69,7 @@ class Task:
     dev_share: float = 0.1
     positive: str | None = None
     class_weights: str | None = None
-    metric: str = "accuracy"
+    metric: str = dataclasses.field(default="accuracy", metadata={"choices": METRICS})
     epochs: int = 10
     lr: float = 2e-5
     batch_size: int = 32
@@ -209,6 +209,8 @@ class _Reader:
         for field in dataclasses.fields(cls):
             if field.default is dataclasses.MISSING and field.name not in ready:
                 self.fail(f"{where}: missing: {field.name}")
+            if "" in (value if isinstance(value := ready.get(field.name), tuple) else (value,)):
+                self.fail(f"{where}: {field.name}: expected a text, got an empty one")
         try:
             return cls(**ready)
         except ConfigError as error:

@@ -271,6 +271,8 @@ class _Runner:
             raise ConfigError(f"{self.recipe.path}: measure {entry}: expected one of {', '.join(evaluation.ON)}, got {name!r}")
         if not equals and test is None:
             raise ConfigError(f"{self.recipe.path}: [upstream] measure {entry}: expected {name}=FILE")
+        if equals and not file:
+            raise ConfigError(f"{self.recipe.path}: measure {entry}: expected {name}=FILE, got no file")
         return f"{name}={prepare.find((file,), self.data) if equals else test}"
 
     def _claim(self) -> None:

@@ -206,6 +206,10 @@ def measured(new: str, column: str = "accuracy") -> dict[str, str]:
 
 @pytest.mark.parametrize("changes,words", [
     (measured('measures = ["clasification"]'), r"small.toml: measure clasification: expected one of .*, got 'clasification'"),
+    (measured('measures = ["classification", "iptts="]'), r"small.toml: measure iptts=: expected iptts=FILE, got no file"),
+    (measured('measures = ["classification", ""]'), r"small.toml: \[\[task\]\] jobs: measures: expected a text, got an empty one"),
+    (measured('metric = "f2"'), r"small.toml: \[\[task\]\] jobs: metric: expected one of accuracy, f1, macro-f1, got 'f2'"),
+    (measured('class_weights = ""'), r"small.toml: \[\[task\]\] jobs: class_weights: expected a text, got an empty one"),
     ({'measures = ["crows-pairs=pairs.csv"]': 'measures = ["crows-pairs"]'}, r"small.toml: \[upstream\] measure crows-pairs: expected crows-pairs=FILE"),
     (measured(HATE), r"small.toml: \[\[task\]\] jobs: positive: expected the hateful label, one of .*nurse.*, got none"),
     (measured(HATE + '\npositive = "hate"'), r"\[\[task\]\] jobs: --positive: expected one of .*, got 'hate'"),
