@@ -113,8 +113,10 @@ class Cuts:
 
 
 def encode_examples(tokenizer: Tokenizer, examples, longest: int) -> list:
-    """Examples as token ids, pairs where they have a second text."""
+    """Examples as token ids, pairs where they have a second text. Raises ConfigError where `longest` leaves no room for a token of a pair."""
     pairs = [e.text_pair for e in examples] if examples and examples[0].text_pair is not None else None
+    if pairs is not None and longest < (least := LEAST + tokenizer.between):
+        raise ConfigError(f"--max-length: expected at least {least} for pairs, the special tokens and one more, got {longest}")
     return tokenizer.encode([e.text for e in examples], pairs, longest)
 
 

@@ -39,7 +39,7 @@ class Swapping:
 class Training:
     """What both phases share."""
 
-    seed: int = option("every random choice follows from it: same seed, same machine, same bits", 0)
+    seed: int = option("every random choice follows from it: same seed, machine and number of threads, same bits", 0)
     batch_size: int | None = option("texts in a batch (default 32 unless --batch-tokens is given)", None)
     batch_tokens: int | None = option("tokens in a batch, instead of --batch-size", None, instead="batch_size")
     max_length: int = option("longest text in tokens; longer ones are cut, counted and reported", 256)

@@ -8,10 +8,12 @@ weight decay acts on W' - D; afterwards `unfold` leaves W' - D in the base and t
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn import Parameter
 
 from .encoder import Model, expect_model, parameter_at
@@ -118,6 +120,17 @@ def _deltas(method: Method, sites: tuple[str, ...]) -> Iterator[tuple[str, Tenso
             yield site, delta
 
 
+@torch.no_grad()
+def _small(model: Model, method: Method) -> bool:
+    """Whether its deltas are small enough to be taken off again, ROUNDING."""
+    for site, delta in _deltas(method, method.sites(model.config)):
+        _, parameter, rows = parameter_at(model, site)
+        values = delta[1] if isinstance(delta, tuple) else delta
+        if values.numel() and torch.finfo(parameter.dtype).eps * vector_norm(values, math.inf) > ROUNDING * max(1.0, vector_norm(parameter[rows], math.inf)):
+            return False
+    return True
+
+
 def merge(model: Model, *names: str) -> None:
     """Write the deltas and scales of the named methods (default: all) into the base. Outputs equal within rounding; the base tensors are kept for unmerge. Does nothing
     where no method is attached.
@@ -212,11 +225,16 @@ class Folded:
         hooks.settle()
 
 
+ROUNDING = 2e-6
+"""What a delta that is folded rounds off at most, (w + d) - d, as a share of the tensor's largest weight, or of 1 where that is less: in float32 the delta is then below 17. A
+module that diverged has a larger one, which would leave the weights few of their digits."""
+
+
 def fold(model: Model) -> Folded:
-    """Fold every attached method that is foldable; the others keep acting through their hooks. What is to be trained must require gradients by now (train_only).
-    See Folded; what it saves: `bench/compare.py full`."""
+    """Fold every attached method that is foldable, up to ROUNDING; the others keep acting through their hooks. What is to be trained must require gradients
+    by now (train_only). See Folded; what it saves: `bench/compare.py full`."""
     hooks = model.encoder.hooks
-    names = tuple(name for name, method in hooks.methods.items() if method.foldable and name not in hooks.off)
+    names = tuple(name for name, method in hooks.methods.items() if method.foldable and name not in hooks.off and _small(model, method))
     anchors: list[tuple[Parameter, slice, Tensor]] = []
     kept: dict[str, tuple[Parameter, Tensor]] = {}
     with torch.no_grad():

@@ -25,7 +25,7 @@ from .outputs import writing
 
 SPLITS = ("train", "dev", "test", "valid", "validation")
 """What files of many data sets are called, so that the name alone tells of none."""
-_LINK = re.compile(r"(?:https?://|www\.)\S+", re.IGNORECASE)
+_LINK = re.compile(r"(?:https?://|(?<!w)www\.(?=\w))\S+", re.IGNORECASE)  # no "Awww...", but what is glued to the word before it
 _MENTION = re.compile(r"(?<!\w)@\w+")
 
 

@@ -120,8 +120,13 @@ class Tokenizer:
         table[self.special_ids] = True
         return table
 
+    @property
+    def between(self) -> int:
+        """Special tokens between the texts of a pair."""
+        return 2 if self.style == "roberta" else 1
+
     def _assemble(self, a: list[int], b: list[int] | None, max_length: int) -> Encoded:
-        middle = [] if b is None else [self.sep_id] * (2 if self.style == "roberta" else 1)
+        middle = [] if b is None else [self.sep_id] * self.between
         room = max_length - 2 - len(middle)
         if room < 0:
             raise ConfigError(f"max_length {max_length}: expected at least {2 + len(middle)}, the special tokens of a text")

@@ -163,7 +163,7 @@ def train(model: Model, task, parameters: dict[str, Parameter], schedule: Schedu
 
     task: see tasks.MaskedLM. folded: deltas in the base that weight decay must not touch. log: gets every event as keywords. label: names the progress bar.
     pull: adds a gradient of its own to the parameters' after every backward; no loss that is logged has a term for it.
-    Repeats bit for bit on the same machine, where no other thread draws from torch's generators meanwhile. Raises PeftDebiasError when the loss is not finite,
+    Repeats bit for bit on the same machine with the same number of threads, where no other thread draws from torch's generators meanwhile. Raises PeftDebiasError when the loss is not finite,
     ConfigError on a precision that is none, or none of this device and step.
     """
     device, began = model.device, time.perf_counter()

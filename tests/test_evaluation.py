@@ -38,6 +38,15 @@ from .outside import one_thread  # noqa: F401
 from .small import cli, done, flags_of, lines, tree
 
 
+def test_a_pair_needs_room_for_more_than_its_special_tokens(small, tmp_path):
+    words = flags_of(dict(model=small.base, train=small.paired, dev=small.paired, text="first", text_pair="second", label="same", epochs=1, out=tmp_path / "run"))
+    said = cli("downstream", *words, "--max-length", 3)
+    assert said.code == 2 and said.err.splitlines()[-1] == "peftdebias: --max-length: expected at least 4 for pairs, the special tokens and one more, got 3"
+    assert not (tmp_path / "run").exists()
+    done("downstream", *words, "--max-length", 4)
+    assert "expected at least 4 for pairs" in cli("predict", tmp_path / "run", small.paired, "--max-length", 3).err
+
+
 @pytest.fixture(scope="module")
 def runs(small, tmp_path_factory):
     """name -> run folder: a classifier of professions, one of health (0 and 1), one of pairs."""

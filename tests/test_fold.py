@@ -110,6 +110,31 @@ def test_fold_acts_on_what_is_foldable_and_unfold_gives_the_methods_back():
         assert patch.fold(model).names == () and model.class_logits(batch).equal(plain) and not plain.equal(before)
 
 
+@pytest.mark.parametrize("kind,options", [("lora", {}), ("bias", {}), ("sparse", {"k": 5})])
+def test_a_delta_beside_which_the_weights_have_few_digits_is_not_folded(kind, options):
+    """Of a module that diverged, say. In float32 (w + 1e8) - 1e8 is 0."""
+    model = Model(TINY, labels=("a", "b")).eval()
+    model.initialize(model, torch.Generator().manual_seed(0))
+    method = methods.create(kind, TINY, options=options)
+    patch.attach(model, "gender", method)
+    site = "layers.0.attention.query" + (".bias" if kind == "bias" else "")
+    for size, folded in ((17.0, False), (16.5, True)):
+        if kind == "lora":
+            method.values[site + ".a"].data.fill_(0.0), method.values[site + ".b"].data.fill_(0.0)
+            method.values[site + ".a"].data[0, 0], method.values[site + ".b"].data[1, 0] = 1.0, size / method.config.scale
+        elif kind == "bias":
+            method.values[site].data[2] = size
+        else:
+            method.load({site + ".values": torch.tensor([size, -1.0, 0.1, 0.2, 0.3]), site + ".indices": torch.arange(5, dtype=torch.int32)})
+        before = {n: p.clone() for n, p in patch.all_parameters(model).items()}
+        answers = model.class_logits(next(Task().epoch(0)))
+        found = patch.fold(model)
+        assert found.names == (("gender",) if folded else ())
+        torch.testing.assert_close(model.class_logits(next(Task().epoch(0))), answers, rtol=1e-4, atol=1e-4)
+        found.unfold()
+        assert all((p - before[n]).abs().max() < 1e-6 for n, p in patch.all_parameters(model).items())
+
+
 def test_what_is_not_trained_comes_back_bit_for_bit():
     """In float32 (w + d) - d need not be w."""
     model = Model(TINY, labels=("a", "b"))
@@ -117,7 +142,7 @@ def test_what_is_not_trained_comes_back_bit_for_bit():
     for name, method in (("gender", "bias"), ("race", "bias"), ("age", "lora")):
         method = methods.create(method, TINY)
         for p in method.parameters().values():
-            p.data = torch.randn(p.shape)
+            p.data = 0.5 * torch.randn(p.shape)
         patch.attach(model, name, method)
     ours = {n: p for n, p in patch.all_parameters(model).items() if not n.startswith("methods.")}
     for p in ours.values():

@@ -277,6 +277,15 @@ def test_the_module_that_is_trained_drops_and_the_frozen_one_does_not(trained):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("part", [".a", ".b", "layers.1."])
+def test_a_module_that_is_trained_in_part_drops(part):
+    model = tiny_model()
+    method = trained_lora(model, dropout=0.4)
+    patch.train_only(model, [p for name, p in method.parameters().items() if part in name])
+    model.train()
+    assert method.drops
+
+
 def test_what_is_trained_next_drops_in_a_model_that_is_in_training():
     model = tiny_model()
     gender, race = (trained_lora(model, name, rank=rank, dropout=0.4) for name, rank in (("gender", 2), ("race", 3)))

@@ -20,6 +20,7 @@ from peftdebias.prepare import Source, read, read_texts, splits, without_links
 @pytest.mark.parametrize("text,left", [
     ("see https://a.b/c?d=e, now", "see now"), ("WWW.x.org is down", "is down"), ("@you and @me_2: hi", "and : hi"), ("a@b.c stays", "a@b.c stays"),
     ("two  spaces\tfold", "two spaces fold"), ("http://only.it", ""), ("", ""),
+    ("EWWWW...can you", "EWWWW...can you"), ("Awww... paw, Awww.", "Awww... paw, Awww."), ("(www.a.b) oncewww.c.d", "( once"),
 ])  # fmt: skip
 def test_links_and_mentions_go(text, left):
     assert without_links(text) == left

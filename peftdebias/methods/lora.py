@@ -99,7 +99,7 @@ class LoRA(Method):
 
     @property
     def drops(self) -> bool:
-        return self.training and self.config.dropout > 0 and next(iter(self.values.values())).requires_grad  # a frozen module is as it is
+        return self.training and self.config.dropout > 0 and any(p.requires_grad for p in self.values.values())  # a frozen module is as it is
 
     def linear(self, site: str, x: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None = None) -> Tensor:
         product = lora_linear_ref if x.dtype == torch.float64 else kernels.choose("lora_linear", reference=lora_linear_ref, device=x.device)
