@@ -122,11 +122,11 @@ def _deltas(method: Method, sites: tuple[str, ...]) -> Iterator[tuple[str, Tenso
 
 @torch.no_grad()
 def _small(model: Model, method: Method) -> bool:
-    """Whether its deltas are small enough to be taken off again, ROUNDING."""
+    """Whether its deltas are small enough to be taken off again, LARGEST."""
     for site, delta in _deltas(method, method.sites(model.config)):
         _, parameter, rows = parameter_at(model, site)
         values = delta[1] if isinstance(delta, tuple) else delta
-        if values.numel() and torch.finfo(parameter.dtype).eps * vector_norm(values, math.inf) > ROUNDING * max(1.0, vector_norm(parameter[rows], math.inf)):
+        if parameter.dtype != torch.float64 and values.numel() and vector_norm(values, math.inf) > LARGEST * max(1.0, vector_norm(parameter[rows], math.inf)):
             return False
     return True
 
@@ -225,13 +225,13 @@ class Folded:
         hooks.settle()
 
 
-ROUNDING = 2e-6
-"""What a delta that is folded rounds off at most, (w + d) - d, as a share of the tensor's largest weight, or of 1 where that is less: in float32 the delta is then below 17. A
-module that diverged has a larger one, which would leave the weights few of their digits."""
+LARGEST = 16
+"""Times the largest weight of a tensor, or 1 where that is less: as much as a delta that is folded has at most. A larger one, of a module that diverged, would leave the weights few
+of their digits, (w + d) - d; float64 has enough."""
 
 
 def fold(model: Model) -> Folded:
-    """Fold every attached method that is foldable, up to ROUNDING; the others keep acting through their hooks. What is to be trained must require gradients
+    """Fold every attached method that is foldable, up to LARGEST; the others keep acting through their hooks. What is to be trained must require gradients
     by now (train_only). See Folded; what it saves: `bench/compare.py full`."""
     hooks = model.encoder.hooks
     names = tuple(name for name, method in hooks.methods.items() if method.foldable and name not in hooks.off and _small(model, method))
