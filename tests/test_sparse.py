@@ -153,6 +153,19 @@ def test_a_first_stage_that_is_stopped_leaves_the_base_as_it_was():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("k,still", [(3, None), (5, 2)])
+def test_weights_that_are_kept_though_they_did_not_move_are_told(k, still, recwarn):
+    def loop(parameters, pull, rate=None):
+        if rate is not None:
+            with torch.no_grad():
+                next(iter(parameters.values())).view(-1)[[4, 7, 9]] += 0.5
+
+    method = Sparse(SparseConfig(k=k), TINY)
+    method.learn(tiny_model(), loop)
+    assert sum(map(len, method.indices.values())) == k
+    assert [str(w.message).split(" in ")[0] for w in recwarn] == ([f"sparse: {still} of the {k} weights that are kept did not move"] if still else [])
+
+
 def test_a_large_parameter_is_pulled_piece_by_piece(monkeypatch):
     monkeypatch.setattr(sparse, "PIECE", 5)
     p, start = torch.nn.Parameter(torch.tensor([[1.0, -2, 0, 4], [5, 6, -7, 0], [0, 1, 1, -1]])), torch.zeros(3, 4)

@@ -13,6 +13,7 @@ heads, dynamic choice of the weights.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Iterable
 
 import numpy
@@ -142,6 +143,9 @@ class Sparse(Method):
             with torch.no_grad():
                 for name, parameter in whole.items():
                     parameter.copy_(start[name])
+        if still := sum(int((distance[chosen] == 0).sum()) for distance, chosen in zip(moved, found)):
+            warnings.warn(f"sparse: {still} of the {self.config.k} weights that are kept did not move in the first stage, so nothing chose them; expected a higher lr or first_rate, "
+                          "or a smaller k", stacklevel=2)
         for site, chosen in zip(places, found):
             if len(chosen):
                 self.indices[site] = torch.from_numpy(chosen)
