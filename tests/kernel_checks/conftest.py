@@ -5,6 +5,8 @@ its errors would be twice those of any device: here it rounds. And it multiplies
 `products_in_order` is for kernels that take the same product of tiles of other shapes and count on the same bits.
 
 It reads and writes wherever an address points to, where a GPU ends the program or not, by luck: here a kernel loads and stores nothing but the tensors that it was given.
+
+That of triton 3.6 cannot count a loop beside numpy 2.4: here it can.
 """
 
 import os
@@ -42,6 +44,19 @@ def narrow_floats() -> None:
         return convert(argument)
 
     interpreter._implicit_cvt = narrow
+
+
+def count_loops() -> None:
+    """A loop's bounds are arrays of one number, which triton 3.6 has numpy make whole numbers of; from 2.4 on numpy refuses what has a dimension."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
 
 
 def patch_once() -> None:
@@ -174,6 +189,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     stay_inside()
     round_to_bfloat16()
     narrow_floats()
+    count_loops()
     patch_once()
     remember_types()
     take_what_fits()
