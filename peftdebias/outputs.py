@@ -206,6 +206,10 @@ def writing_folder(out: Path, overwrite: bool, what: str, replaceable: Callable[
                 partial.rename(target)
     except NotMade as error:
         raise ConfigError(f"--out {out}: cannot be written: {error}") from None
+    except OSError as error:
+        if isinstance(error.filename, (str, Path)) and Path(error.filename).is_relative_to(partial):
+            error.filename = str(out / Path(error.filename).relative_to(partial))  # the name it was to have; the other is gone
+        raise
     finally:
         if os.path.exists(old) and not os.path.exists(target):  # stopped between the two
             old.rename(target)

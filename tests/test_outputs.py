@@ -114,6 +114,13 @@ def test_a_folder_that_is_tidied_before_it_is_locked_is_made_again(tmp_path, mon
     assert len(locked) == 2 and list(tree(tmp_path)) == ["run", "run/a"]
 
 
+def test_a_file_of_a_folder_that_cannot_be_written_is_told_by_the_name_it_was_to_have(tmp_path):
+    for out, place, told in ((tmp_path / "run", "sub/a", tmp_path / "run" / "sub" / "a"), (tmp_path / "run", tmp_path / "sub" / "a", tmp_path / "sub" / "a")):
+        with pytest.raises(FileNotFoundError) as found, folder(out) as made:
+            (made / place).write_text("1")
+        assert found.value.filename == str(told) and list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_somebody_made_meanwhile_stays(tmp_path):
     for overwrite, words in ((False, "exists; expected a new folder"), (True, "exists and is no folder with a; it is not replaced")):
         out = tmp_path / str(overwrite)
