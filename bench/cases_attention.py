@@ -78,7 +78,7 @@ def _case(name: str, what: str, varlen: bool = False, **variant) -> Case:
 ATTENTION_CASES = {case.name: case for case in (
     _case("attention", "attention inside ragged sequences", varlen=True),
     _case("attention_even", "the same, all texts of one length", varlen=True, even=True),
-    _case("attention_dropout", f"the same inside ragged sequences, dropout {RATE:g}", rate=RATE),
+    _case("attention_dropout", f"the same inside ragged sequences, dropout {RATE:g}; torch SDPA's copies to padded tensors and back are in its time", rate=RATE),
     _case("attention_prefix", f"the same inside ragged sequences, a prefix of {PREFIX} that trains", prefix=PREFIX),
 )}
 

@@ -4,8 +4,8 @@ import time
 
 
 class Clock:
-    """The budget of a whole run. Past `early` of it nothing more is compiled, past `patient` nobody waits for what is compiled still, past `late` no case is begun: what is
-    left out is said."""
+    """The budget of a whole run. Past `early` of it nothing more is compiled, past `patient` nobody waits for what is compiled still, past `late` no case is begun, nor where
+    the longest so far would not end in time: what is left out is said."""
 
     late = 0.9
 
@@ -19,6 +19,12 @@ class Clock:
 
     def before(self, share: float) -> bool:
         return self.left(share) > 0
+
+    def full(self, longest: float) -> str:
+        """Why no case is begun any more, where one took `longest` seconds; empty where one is."""
+        if not self.before(self.late):
+            return f"the run has used {self.late:.0%} of its time"
+        return "" if self.left(1) > longest else f"the run has {self.left(1):.0f} s left, and a case took {longest:.0f}"
 
     def reason(self) -> str:
         """Why nothing is compiled any more; empty where it is."""

@@ -234,19 +234,21 @@ def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict
           trouble: Callable[[tuple[str, float, str]], str | None], say: Callable[[str], None] = say, keep: Callable[[list[rows.Row]], None] = lambda found: None) -> list[rows.Row]:
     """Rows of every case that is not red; one that fails becomes red, and is measured at other x and shapes all the same. trouble: of what is compiled, as `affordable` asks. say: hears what is left out.
     keep: gets all that there is after every case."""
-    found, barred = [], {*red}
+    found, barred, longest = [], {*red}, 0.0
     for case, setting in entries:
         if barred & {stem(case), case.name}:
             continue
-        if not clock.before(clock.late):
-            say(f"{title(case, setting)}: not measured: the run has used {clock.late:.0%} of its time")
+        if why := clock.full(longest):
+            say(f"{title(case, setting)}: not measured: {why}")
             continue
+        begun = clock.left(1)
         say(f"{title(case, setting)}: timing")
         taking = affordable(case, of_case(case, providers), lambda name: case.mode == "step" and red.get(name) or trouble((case.name, setting.x, name)), say)
         share = shares.get((stem(case), setting.x)) or next((s for (name, _), s in shares.items() if name == stem(case)), None)
         wrong, here = [red[case.name]] if case.name in red else [], {}  # at another x
         with _noting(case, setting, here, case.name):
             found += measure.time_case(case, setting, taking, repeats, shares=share, say=say, failed=wrong.append)
+        longest = max(longest, begun - clock.left(1))
         if wrong := [*wrong, *here.values()]:
             red[case.name] = "\n".join(wrong)
         if found:

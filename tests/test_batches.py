@@ -1,6 +1,7 @@
 """Packing against batches made by hand; the plan is a partition, keeps its limits and its seed; where spans say that sequences begin."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -102,6 +103,21 @@ def test_moving_a_batch_moves_every_tensor_and_nothing_else():
             assert after == before
     assert moved.spans.cu_keys.device.type == "meta"
     assert batch.to("cpu") is batch
+
+
+@pytest.mark.parametrize("texts", [1, 2, 3, 4])
+def test_what_travels_begins_at_multiples_of_16_bytes_and_arrives_unchanged(texts):
+    """Whatever the counts: a kernel is compiled anew for a pointer that begins elsewhere."""
+    batch = pack([sample(*range(1, n + 4), rows=[*range(n + 1)], targets=[*range(n + 1)]) for n in range(texts)])
+    staged = batch.staged()
+    assert staged.flat.data_ptr() % 16 == 0
+    copy, seen = staged.on(staged.flat.clone()), 0
+    for field in dataclasses.fields(staged.batch):
+        wanted, found = getattr(staged.batch, field.name), getattr(copy, field.name)
+        if isinstance(wanted, torch.Tensor):
+            assert torch.equal(wanted, found) and found.data_ptr() % 16 == 0, field.name
+            seen += 1
+    assert seen == 8 and copy.cu_rows.tolist() == [0, *itertools.accumulate(batch.row_lengths)]
 
 
 # Spans

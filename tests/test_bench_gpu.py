@@ -200,6 +200,8 @@ def pretend(bench, monkeypatch):
 
     bench.measure.clock_ms.cache_clear()
     monkeypatch.setattr(bench.measure, "clock_ms", lambda device: 0.002)
+    monkeypatch.setattr(bench.measure, "draws", lambda graph, device: graph.run() == "draws")
+    monkeypatch.setattr(bench.measure, "seeding_ms", lambda device: 100.0)
     monkeypatch.setattr(bench.measure, "graphed", graphed)
     monkeypatch.setattr(bench.measure, "cuda_seconds", lambda launch, passes, device: (launch(), (0.5, 1))[1])
     monkeypatch.setattr(bench.measure, "_finish", lambda device: None)
@@ -219,18 +221,19 @@ def one_case(bench, mode, **works):
 def test_on_a_gpu_an_op_has_two_times_and_without_a_graph_that_is_said(bench, quick, pretend, tmp_path):  # noqa: F811
     op = dict(results=dict, roof=((0.0, 1e6),))
     case = one_case(bench, "full", plain=bench.case.Work(lambda: "whole", **op), ours=bench.case.Work(lambda: "whole", capture=lambda: "device", **op),
-                    other=bench.case.Work(lambda: "no", **op), ceiling=bench.case.Work(lambda: "whole", dict))
+                    theirs=bench.case.Work(lambda: "draws", **op), other=bench.case.Work(lambda: "no", **op), ceiling=bench.case.Work(lambda: "whole", dict))
     said, setting = [], bench.case.Setting("micro", 1, tmp_path, torch.device("cuda"))
     rows = {(row.provider, row.metric_name): row for row in bench.measure.time_case(case, setting, dict(case.providers), 2, say=said.append)}
     assert said == ["k: other: no CUDA graph, so its time is that of an eager launch, the host's work among it: RuntimeError: operation not permitted"]
-    assert sorted(pretend) == ["device", "device", "whole", "whole"]  # two repeats of each graph
-    for name, timed in (("plain", "graph"), ("ours", "graph"), ("other", "eager")):
+    assert sorted(pretend) == ["device", "device", "draws", "draws", "whole", "whole"]  # two repeats of each graph
+    for name, timed, ms in (("plain", "graph", 500), ("ours", "graph", 500), ("theirs", "graph", 400), ("other", "eager", 500)):
         row = rows[name, "time"]
-        assert row.y_50 == 500 and row.extra_config["timed"] == timed and row.extra_config["late_launches"] == 2 and row.extra_config["clock_ms"] == 0.002
+        assert row.extra_config.get("seeding_ms") == (100 if name == "theirs" else None)
+        assert row.y_50 == pytest.approx(ms) and row.extra_config["timed"] == timed and row.extra_config["late_launches"] == 2 and row.extra_config["clock_ms"] == 0.002
         assert row.extra_config["host_ms"] >= 0 and rows[name, "eager time"].y_50 < 500 and rows[name, "peak memory"].y_50 == 3
     assert rows["ceiling", "time"].y_50 < 500 and ("ceiling", "eager time") not in rows and "timed" not in rows["ceiling", "time"].extra_config
     lines = bench.rows.table(list(rows.values())).splitlines()
-    assert [line.split("|")[5].strip() for line in lines if line.startswith("| micro | 1 | ") and "ceiling" not in line] == ["1.00", "1.00", "by the host"]
+    assert [line.split("|")[5].strip() for line in lines if line.startswith("| micro | 1 | ") and "ceiling" not in line] == ["1.00", "1.00", "0.80", "by the host"]
     heads = next(line for line in lines if line.startswith("| size"))
     assert heads.startswith("| size | rows | provider | time, ms | of baseline | eager time, ms |")
 
@@ -244,6 +247,35 @@ def test_on_a_gpu_all_run_once_between_the_last_that_is_built_and_the_first_samp
     bench.measure.time_case(case, bench.case.Setting("micro", 1, tmp_path, torch.device(device)), dict(case.providers), 1)
     first = 3 if device == "cuda" else 1
     assert did == [*first * ["timed", "a"], *first * ["timed", "b"], *untimed, "timed", "a", "timed", "b"]
+
+
+def test_what_a_replay_does_for_torchs_generator_is_measured_beside_the_clock(bench, monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
+    assert [bench.measure.draws(types.SimpleNamespace(replay=run), device) for run in (lambda: torch.rand(1), lambda: torch.ones(1))] == [True, False]
+    spent = iter([9e-6, 7e-6, 8e-6])
+    monkeypatch.setattr(bench.measure, "graphed", lambda run, device: types.SimpleNamespace(replay=run))
+    monkeypatch.setattr(bench.measure, "cuda_seconds", lambda launch, passes, device: (launch(), (next(spent), 0))[1])
+    monkeypatch.setattr(bench.measure, "clock_ms", lambda device: 0.004)
+    bench.measure.seeding_ms.cache_clear()
+    assert bench.measure.seeding_ms(device) == pytest.approx(0.003)
+    bench.measure.seeding_ms.cache_clear()
+
+
+def test_no_case_is_begun_that_would_end_too_late(bench, monkeypatch, tmp_path):
+    def time_case(case, *others, **named):
+        clock.started -= 350
+        return []
+
+    monkeypatch.setattr(bench.measure, "time_case", time_case)
+    case, said, clock = one_case(bench, "full", plain=bench.case.Work(lambda: None, dict)), [], bench.gpu.Clock(1000 / 60, steps=False)
+    entries = [(case, bench.case.Setting("micro", x, tmp_path, torch.device("cpu"))) for x in (1, 2, 3)]
+    bench.gpu.timed(entries, {"k": case.providers}, {}, 1, clock, {}, lambda key: None, said.append)
+    assert said == ["k, micro, rows 1: timing", "k, micro, rows 2: timing", "k, micro, rows 3: not measured: the run has 300 s left, and a case took 350"]
+    clock.started -= 100.5
+    assert clock.full(100) == "" and clock.full(300) == "the run has 199 s left, and a case took 300"
+    clock.started -= 100
+    assert clock.full(0) == "the run has used 90% of its time"
 
 
 def test_a_launch_that_the_device_waited_for_does_not_count(bench, monkeypatch):
