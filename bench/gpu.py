@@ -158,6 +158,7 @@ def stem(case: Case) -> str:
 
 
 CEILINGS = {"gemm", "copy"}
+DIFFERS = "it differs from what is not compiled"
 COMPILED_STEP = "peftdebias, compiled"
 """The provider of LoRA's case, and the name under which it is red by itself."""
 
@@ -243,8 +244,13 @@ def timed(entries: Plan, providers: dict[str, dict[str, Provider]], shares: dict
             continue
         begun = clock.left(1)
         say(f"{title(case, setting)}: timing")
-        taking = affordable(case, of_case(case, providers), lambda name: case.mode == "step" and red.get(name) or trouble((case.name, setting.x, name)), say)
         share = shares.get((stem(case), setting.x)) or next((s for (name, _), s in shares.items() if name == stem(case)), None)
+
+        def against(name: str) -> str | None:
+            differs = DIFFERS if (share or {}).get(name, 0.0) > 1 else ""
+            return case.mode == "step" and red.get(name) or differs or trouble((case.name, setting.x, name))
+
+        taking = affordable(case, of_case(case, providers), against, say)
         wrong, here = [red[case.name]] if case.name in red else [], {}  # at another x
         with _noting(case, setting, here, case.name):
             found += measure.time_case(case, setting, taking, repeats, shares=share, say=say, failed=wrong.append)
@@ -424,7 +430,8 @@ def main(argv: list[str] | None = None) -> int:
         if run.device.type == "cuda":
             busy(run.to_time, run.providers, found, clock)
     if arguments.check:
-        print("\n".join(red.values()) or f"{len(run.to_check)} checks, all equal")
+        apart = [f"{name}, {x:g}: {provider} is not measured: {DIFFERS}" for (name, x), its in shares.items() for provider, share in its.items() if share > 1]
+        print("\n".join([*red.values(), *apart]) or f"{len(run.to_check)} checks, all equal")
         return 1 if red else 0
     if not found and not red:
         return complain(f"--minutes {arguments.minutes:g}: too little for any figure")

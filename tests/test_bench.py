@@ -153,6 +153,21 @@ def test_a_compiler_that_fails_leaves_only_its_provider_out(bench, tmp_path):
         bench.equality.check(case, setting, {**providers, "ours": bench.case.Provider(broken)})
 
 
+def test_what_others_compile_and_differs_is_left_out_and_what_we_compile_is_red(bench, tmp_path):
+    setting, said = bench.case.Setting("micro", 1, tmp_path), []
+
+    def of(value, **kind):
+        return bench.case.Provider(lambda setting: bench.case.Work(int, lambda: {"y": torch.full((2,), value)}), **kind)
+
+    case = bench.case.Case("k", "full", "what", {"plain": of(1.0), "theirs, compiled": of(2.0, compiled=True), "other": of(1.0)}, "rows", (1,), bench.case.output_bound)
+    providers = dict(case.providers)
+    assert bench.equality.check(case, setting, providers, said.append) == {"theirs, compiled": math.inf, "other": 0} and list(providers) == ["plain", "other"]
+    assert len(said) == 1 and said[0].startswith("k, micro, rows 1: theirs, compiled differs from plain in 1 of 1 tensors; not timed\n  y: max|difference| 1, allowed ")
+    for name, kind in (("peftdebias, compiled", {"compiled": True}), ("theirs", {})):
+        with pytest.raises(bench.lineup.Unequal, match=f"{name} differs from plain"):
+            bench.equality.check(case, setting, {"plain": of(1.0), name: of(2.0, **kind)})
+
+
 def test_a_provider_that_has_too_little_memory_is_left_out(bench, tmp_path):
     def large(setting):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")

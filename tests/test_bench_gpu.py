@@ -278,6 +278,18 @@ def test_no_case_is_begun_that_would_end_too_late(bench, monkeypatch, tmp_path):
     assert clock.full(0) == "the run has used 90% of its time"
 
 
+def test_what_others_compile_and_differs_is_not_timed_and_the_rest_is(bench, quick, monkeypatch, capsys, tmp_path):  # noqa: F811
+    plain = next(iter(bench.cases.CASES["sparse_add"].providers.values()))
+    monkeypatch.setitem(bench.cases.CASES["sparse_add"].providers, "plain torch, compiled", dataclasses.replace(plain, compiled=True))
+    planted(bench, monkeypatch, "sparse_add", lambda results: {name: tensor + 1 for name, tensor in results.items()}, "plain torch, compiled")
+    words, out = ["--device", "cpu", "--dry-run", "--compile", "--repeats", "1", "--only", "sparse_add"], tmp_path / "rows.json"
+    line = "plain torch, compiled is not measured: it differs from what is not compiled"
+    assert bench.gpu.main([*words, "--check"]) == 0 and capsys.readouterr().out == f"sparse_add, 7: {line}\n"
+    assert bench.gpu.main([*words, "--out", str(out)]) == 0 and f"sparse_add: {line}" in capsys.readouterr().err
+    assert {row["provider"] for row in json.loads(out.read_text()) if row["kernel_name"] == "sparse_add"} == {*bench.cases.CASES["sparse_add"].providers} - {"plain torch, compiled"}
+    assert out.with_suffix(".md").read_text().split("## Not measured")[1].count(line) == 1
+
+
 def test_a_launch_that_the_device_waited_for_does_not_count(bench, monkeypatch):
     """Unless all did."""
     class Event:
