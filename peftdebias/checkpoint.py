@@ -272,7 +272,7 @@ def writing_run(out: str | Path, command: str, values: dict, overwrite: bool = F
     """
     if overwrite and is_run(out):
         keep_apart({"--out": out}, _sources(values), folders=True)
-    with writing_folder(Path(out), overwrite, "run folder", lambda there: is_run(there) or (there.is_dir() and not any(there.iterdir()))) as partial:
+    with writing_folder(Path(out), overwrite, "run folder", _replaceable) as partial:
         config = tomli_w.dumps({"command": command} | values)
         try:
             (partial / "config.toml").write_text(config, encoding="utf-8")
@@ -281,6 +281,13 @@ def writing_run(out: str | Path, command: str, values: dict, overwrite: bool = F
             raise ConfigError(f"{line!a}: expected names in UTF-8 (in the locale C, PYTHONUTF8=1 reads them as such)") from None
         (partial / "versions.json").write_text(json.dumps(versions(device) | chosen | ({"made_of": origins} if (origins := made_of(values)) else {}), indent=2) + "\n", encoding="utf-8")
         yield RunFolder(partial)
+
+
+def _replaceable(there: Path) -> bool:
+    """Whether it is empty, or has both files that `writing_run` begins with, of one of WRITERS: a config.toml alone may be anybody's."""
+    with contextlib.suppress(ModelError):
+        return there.is_dir() and (not any(there.iterdir()) or (there / "versions.json").is_file() and read_config(there)["command"] in WRITERS)
+    return False
 
 
 def _sources(values: dict) -> Iterator[str]:

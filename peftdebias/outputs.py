@@ -207,6 +207,8 @@ def writing_folder(out: Path, overwrite: bool, what: str, replaceable: Callable[
     except NotMade as error:
         raise ConfigError(f"--out {out}: cannot be written: {error}") from None
     except OSError as error:
+        if error.filename is None and error.errno in FULL:
+            raise OSError(error.errno, error.strerror, str(out)) from None
         if isinstance(error.filename, (str, Path)) and Path(error.filename).is_relative_to(partial):
             error.filename = str(out / Path(error.filename).relative_to(partial))  # the name it was to have; the other is gone
         raise

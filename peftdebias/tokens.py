@@ -147,7 +147,7 @@ class Tokenizer:
 
     def save(self, folder: Path, longest: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json as transformers reads them. longest: tokens that the model has positions for, more than which truncation leaves nowhere."""
-        self.backend.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")  # its own writer gives no OSError on a disk that is full
         names = {f"{role}_token": self.settings.get(f"{role}_token") or token for role, token in STYLES[self.style].items()}
         names["tokenizer_class"] = "RobertaTokenizer" if self.style == "roberta" else "BertTokenizer"
         if "added_tokens_decoder" in self.settings:  # all of them: transformers then asks nobody else

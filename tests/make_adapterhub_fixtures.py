@@ -27,6 +27,7 @@ KINDS = {
     "lora": ("bert", adapters.LoRAConfig(r=3, alpha=7, attn_matrices=["q", "k"], intermediate_lora=True, output_lora=True)),
     "prefix": ("bert", adapters.PrefixTuningConfig(flat=True, prefix_length=5)),
     "prefix_roberta": ("roberta", adapters.PrefixTuningConfig(flat=True, prefix_length=5)),
+    "prefix_ejected": ("bert", adapters.PrefixTuningConfig(flat=False, prefix_length=5, bottleneck_size=6)),
 }
 
 
@@ -64,6 +65,8 @@ def main() -> None:
         model.add_adapter(name, config=config)
         draw([(n, p) for n, p in sorted(model.named_parameters()) if name in n.split(".")], 10 + seed)
         model.set_active_adapters(name)
+        if name.endswith("_ejected"):
+            model.eject_prefix_tuning(name)
         with tempfile.TemporaryDirectory() as folder:
             model.save_adapter(folder, name)
             about["kinds"][name] = {"model": kind, "adapter_config": json.loads((Path(folder) / "adapter_config.json").read_text())}

@@ -43,7 +43,7 @@ def hub_model(hub, kind: str, folder: Path):
     return weights.load_model(folder, dtype=torch.float64)[0]
 
 
-HUB = {"seq_bn": "adapter", "double_seq_bn": "adapter", "seq_bn_gelu": "adapter", "par_bn": "adapter", "lora": "lora", "prefix": "prefix", "prefix_roberta": "prefix"}
+HUB = {"seq_bn": "adapter", "double_seq_bn": "adapter", "seq_bn_gelu": "adapter", "par_bn": "adapter", "lora": "lora", "prefix": "prefix", "prefix_roberta": "prefix", "prefix_ejected": "prefix"}
 
 
 @pytest.mark.parametrize("binary", [False, True], ids=["safetensors", "bin"])
@@ -75,6 +75,17 @@ def test_lora_of_before_their_scaling_was_mended(hub, tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(values))
     found = interchange.read(folder, config)
     assert (found.method.config.scale, found.method.config.dropout) == (8 / 3, 0) and found.origin == {"library": "adapters.1.3.0", "kind": "lora"}
+
+
+def test_a_prefix_that_a_network_computes_is_refused_whatever_its_settings_say(hub, tmp_path):
+    """Those of one that was ejected say no more than that it was not flat once."""
+    folder = hub_folder(hub, "prefix_ejected", tmp_path / "a")
+    assert json.loads((folder / "adapter_config.json").read_text())["config"]["flat"] is False
+    tensors = load_file(folder / "adapter.safetensors")
+    tensors |= {name.replace("control_trans", "wte.weight"): torch.zeros(5, 14) for name in tensors}
+    save_file(tensors, folder / "adapter.safetensors")
+    with pytest.raises(AdapterError, match=f"^{folder}/adapter.safetensors: expected a flat prefix, got the network that computes one; call eject_prefix_tuning there before saving$"):
+        interchange.read(folder, drawn_for(hub, "bert"))
 
 
 def test_a_bottleneck_whose_scaling_is_not_told_has_none(hub, tmp_path):
@@ -121,7 +132,6 @@ def drawn_for(hub, kind: str):
     ("lora", {"selfattn_lora": False}, "tensors of a lora module as configured, got .*loras.NAME.lora_A besides"),
     ("seq_bn", {"reduction_factor": 100}, r"adapter_down.0.weight: expected shape \[1, 14\], got \[4, 14\]"),
     ("seq_bn", {"architecture": ["lora"]}, "architecture: expected lora, prefix_tuning or none .a bottleneck., got .'lora'."),
-    ("prefix", {"flat": False}, "flat: expected true, got false; call eject_prefix_tuning"),
 ])  # fmt: skip
 def test_what_adapterhub_says_and_we_cannot_is_refused(name, changes, words, hub, tmp_path):
     folder = hub_folder(hub, name, tmp_path / "a")

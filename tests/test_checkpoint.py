@@ -332,8 +332,14 @@ def test_only_runs_are_replaced(tmp_path):
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
+    for name, config in (("project", 'command = "upstream"'), ("server", 'command = "serve"'), ("broken", "command = ")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text(config + "\n")
+        (tmp_path / name / "work.txt").write_text("years of it")
+    (tmp_path / "server" / "versions.json").write_text("{}")
+    (tmp_path / "broken" / "versions.json").write_text("{}")
     before = tree(tmp_path)
-    for name in ("thesis", "file"):
+    for name in ("thesis", "file", "project", "server", "broken"):
         with pytest.raises(ConfigError, match="exists and is no run folder; it is not replaced"), writing_run(tmp_path / name, "upstream", {}, overwrite=True):
             pass
     assert tree(tmp_path) == before

@@ -230,7 +230,23 @@ def test_out_is_replaced_only_when_asked_and_only_an_export(runs, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "README.md").write_text("x")  # of something else
     assert "is no exported folder; it is not replaced" in cli(*argv, "--overwrite").err
-    assert set(tree(tmp_path / "out")) == {"README.md"}
+    (tmp_path / "out" / "config.json").write_text("{}")  # somebody's model
+    assert "is no exported folder; it is not replaced" in cli(*argv, "--overwrite").err
+    assert set(tree(tmp_path / "out")) == {"README.md", "config.json"}
+
+
+def test_an_export_does_not_take_the_place_of_what_it_is_made_of(runs, small, tmp_path):
+    """Not of a base that was exported itself, and lies under a module."""
+    base = tmp_path / "base"
+    shutil.copytree(small.base, base)
+    (base / "README.md").write_text("Written by peftdebias 0 from a run.")
+    run = shutil.copytree(runs / "lora", tmp_path / "run")
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace(str(small.base), str(base)))
+    before = tree(tmp_path)
+    said = cli("export", run, "--as", "merged", "--out", base, "--overwrite")
+    assert said.code == 2 and said.err.splitlines()[-1] == f"peftdebias: --out {base}: is read, as {base}; expected another place, so that nothing is lost"
+    assert tree(tmp_path) == before
 
 
 def test_import_for_another_base(runs, small, tmp_path):

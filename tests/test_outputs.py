@@ -121,6 +121,13 @@ def test_a_file_of_a_folder_that_cannot_be_written_is_told_by_the_name_it_was_to
         assert found.value.filename == str(told) and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number, told", [(errno.ENOSPC, True), (errno.EINVAL, False)])
+def test_a_disk_that_is_full_is_told_with_the_folder(number, told, tmp_path):
+    with pytest.raises(OSError) as found, folder(tmp_path / "run"):
+        raise OSError(number, "why")
+    assert (found.value.errno, found.value.filename) == (number, str(tmp_path / "run") if told else None) and list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_somebody_made_meanwhile_stays(tmp_path):
     for overwrite, words in ((False, "exists; expected a new folder"), (True, "exists and is no folder with a; it is not replaced")):
         out = tmp_path / str(overwrite)

@@ -1,5 +1,6 @@
 """Every form of tokenizer file gives the ids that transformers gives; cutting keeps the special tokens and is counted; masking keeps its shares."""
 
+import errno
 import json
 
 import numpy as np
@@ -143,6 +144,19 @@ def test_saving_and_loading_give_the_same_ids(bert, roberta, tmp_path):
         first = [(tmp_path / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")]
         again.save(tmp_path)
         assert first == [(tmp_path / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")]
+
+
+def test_a_disk_that_is_full_is_the_systems_own_error(toy, tmp_path):
+    """The library's own writer raises a plain Exception, which nobody takes for that."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            toy.save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.errno == errno.EFBIG
 
 
 def test_what_is_saved_frames_texts_where_the_library_alone_reads_it(toy, tmp_path):

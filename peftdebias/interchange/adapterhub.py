@@ -78,9 +78,7 @@ def _lora(fields: Fields, config: EncoderConfig) -> Method:
 
 
 def _prefix(fields: Fields, config: EncoderConfig) -> Method:
-    if not fields.get("flat", bool, False):
-        raise AdapterError(f"{fields.path}: flat: expected true, got false; call eject_prefix_tuning there before saving")
-    fields.rest(*INERT, "bottleneck_size", "cross_prefix", "dropout", "encoder_prefix", "non_linearity", "prefix_length", "shared_gating")
+    fields.rest(*INERT, "flat", "bottleneck_size", "cross_prefix", "dropout", "encoder_prefix", "non_linearity", "prefix_length", "shared_gating")
     return made(fields, "prefix", {"length": fields.get("prefix_length", int)}, config)
 
 
@@ -108,6 +106,8 @@ def read(header: Fields, folder: Path, config: EncoderConfig) -> Foreign:
     path, tensors = read_tensors(folder, FILES)
     if beside := next((name for name in HEADS if (folder / name).exists()), None):
         warnings.warn(f"{folder}: {beside}: its head is not read; a classifier answers by the base's own", stacklevel=4)
+    if kind == "prefix_tuning" and any(n.endswith(".self_prefix.wte.weight") for n in tensors):
+        raise AdapterError(f"{path}: expected a flat prefix, got the network that computes one; call eject_prefix_tuning there before saving")  # after which flat is still false
     own = {re.sub(rf"\.(adapters|loras|prefix_tunings)\.{re.escape(name)}\.", r".\1.NAME.", n): t for n, t in tensors.items()}
     copies = [n for n in own if ".prefix_tuning.pool." in n]  # every layer lists the one table again
     for n in copies:

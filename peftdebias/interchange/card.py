@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .. import __version__, checkpoint
 
+WRITTEN = "Written by peftdebias"
 LIMITS = "The benchmarks have positive predictive power only: they can show bias, never its absence. Gender is treated as binary, and the word lists are narrow."
 
 
@@ -18,7 +19,7 @@ def card(run: Path, config: dict, form: str, base: str, longest: int, onto: str 
     axes = sorted({h["axis"] for h in headers} | ({config["axis"]} if "axis" in config else set()))
     what = [f"{h['method']} ({', '.join(f'{k} {v}' for k, v in h['config'].items() if v is not None)}), learnt on the axis {h['axis']}"
             + (f", read from a folder of {h['origin']['library']}" if "origin" in h else "") for h in headers]
-    began = f"Written by peftdebias {__version__} from a run of `{config.get('command', '')}`"
+    began = f"{WRITTEN} {__version__} from a run of `{config.get('command', '')}`"
     of_run = base != config.get("model", "")
     described = of_run or not (run / "model").is_dir()  # a module's header tells of the model that it lies on
     about = "".join(f" ({b['type']}, {b['layers']} layers, hidden {b['hidden']}, sha256 {(b.get('sha256') or 'unknown')[:12]})" for b in [h["base"] for h in headers[:1]] if described)

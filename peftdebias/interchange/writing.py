@@ -1,5 +1,6 @@
 """A run folder as a folder of others: its plain model, its module as peft has it, or its modules in the weights; each with a card."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from ..errors import AdapterError, ConfigError, ModelError
 from ..options import expect_path
 from ..outputs import FULL, files_in, keep_apart, writing_folder
 from . import peft
-from .card import card
+from .card import WRITTEN, card
 from .folders import CONFIG
 
 FORMS = ("hf", "peft", "merged")
@@ -26,7 +27,7 @@ def export_adapter(run: str | Path, form: str, out: str | Path, overwrite: bool 
         raise ModelError(f"{run}: expected a run folder with config.toml, found none")
     modules = [checkpoint.read_header(f)["method"] for f in checkpoint.adapter_folders(run)]
     config = checkpoint.read_config(run)
-    keep_apart({"--out": out}, [run, *checkpoint.files_of(run)], folders=True)
+    keep_apart({"--out": out}, [run, *checkpoint.files_of(run), checkpoint.base_of(run)], folders=True)
     with writing_folder(out, overwrite, "exported folder", _is_export) as folder:
         onto, base = None, config.get("model", "")
         if form == "hf":
@@ -71,4 +72,7 @@ def _other_forms(modules: list[str]) -> str:
 
 
 def _is_export(folder: Path) -> bool:
-    return (folder / "README.md").exists() and any((folder / name).exists() for name in (CONFIG, "config.json"))
+    """Whether it has a card of ours beside what it is about: many a model folder has a README.md."""
+    with contextlib.suppress(OSError):
+        return any((folder / name).exists() for name in (CONFIG, "config.json")) and WRITTEN in (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    return False
