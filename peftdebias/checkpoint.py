@@ -32,7 +32,7 @@ from .errors import AdapterError, ConfigError, ModelError
 from .files import read_object, read_tensors, write_tensors
 from .methods import Method
 from .options import checked, expect_name, expect_path
-from .outputs import NotMade, digest, files_in, held, keep_apart, partial_of, tables, write_text, writing_folder
+from .outputs import NotMade, digest, files_in, held, keep_apart, partial_of, tables, vacant, write_text, writing_folder
 from .tokens import Tokenizer
 
 FORMAT = 1
@@ -286,7 +286,7 @@ def writing_run(out: str | Path, command: str, values: dict, overwrite: bool = F
 def _replaceable(there: Path) -> bool:
     """Whether it is empty, or has both files that `writing_run` begins with, of one of WRITERS: a config.toml alone may be anybody's."""
     with contextlib.suppress(ModelError):
-        return there.is_dir() and (not any(there.iterdir()) or (there / "versions.json").is_file() and read_config(there)["command"] in WRITERS)
+        return vacant(there) or ((there / "versions.json").is_file() and read_config(there)["command"] in WRITERS)
     return False
 
 

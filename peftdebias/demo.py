@@ -20,7 +20,7 @@ from .encoder import EncoderConfig, Model
 from .errors import ConfigError
 from .evaluation import evaluate
 from .metrics import Measure
-from .outputs import alone, claiming
+from .outputs import alone, claiming, vacant
 from .patch import all_parameters, train_only
 from .tasks import MaskedLM
 from .testbed import World, write
@@ -82,7 +82,7 @@ def demo(settings: Demo, say: Callable[[str], None] = lambda line: None) -> str:
     world = World(text_link=settings.strength, label_link=settings.label_strength, seed=settings.seed)
     about = {"strength": settings.strength, "label_strength": settings.label_strength, "seed": settings.seed}
     earlier = (out / MARK).exists()
-    if not earlier and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if not earlier and out.exists() and not vacant(out):
         raise ConfigError(f"--out {out}: exists and is no earlier demo; expected a new folder")
     with claiming(out):
         if not earlier:

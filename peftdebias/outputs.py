@@ -26,6 +26,7 @@ except ImportError:  # not POSIX
 
 SHIPPED = "shipped"  # --names without a file
 STANDARD_OUTPUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")  # its names
+PARTIAL = re.compile(r"^\..*\.partial-[0-9a-z]+$", re.DOTALL)  # names that partial_of gives
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -67,6 +68,11 @@ def _is_open(path: str) -> bool:
             return False
         path = os.path.join(folder, os.readlink(path))
     return False
+
+
+def vacant(folder: Path) -> bool:
+    """Whether it is a folder and holds nothing, what killed processes left half-written aside."""
+    return folder.is_dir() and all(PARTIAL.search(path.name) for path in folder.iterdir())
 
 
 @contextlib.contextmanager
@@ -152,7 +158,7 @@ def _tidy(found: Iterable[Path]) -> bool:
     with contextlib.suppress(OSError):  # of a folder that goes meanwhile
         partials += found
     for left in partials:
-        if not re.search(r"\.partial-[0-9a-z]+$", left.name):
+        if not PARTIAL.search(left.name):
             continue
         with contextlib.suppress(OSError):
             descriptor = os.open(left, os.O_RDONLY)

@@ -25,7 +25,7 @@ from .files import read_object
 from .labelled import read_labelled
 from .metrics import bare_of_system, nli
 from .options import build, checked, expect, parse_settings, texts_of
-from .outputs import alone, claiming, digest, tables, write_text
+from .outputs import alone, claiming, digest, tables, vacant, write_text
 from .prepare import Splits
 from .recipe import Column, Recipe, System, Task
 from .recipe_table import figures, markdown
@@ -292,7 +292,7 @@ class _Runner:
                 if before != now and not (key == "model" and before == os.path.realpath(self.settings.model)):  # what an earlier version made of a name of the hub
                     what = f"another recipe{recipes.differing(before, now)}" if key == "recipe" else f"{key} {there.get(key)}"
                     raise ConfigError(f"--out {self.out}: holds results with {what}; expected the same as before or another folder")
-        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+        elif self.out.exists() and not vacant(self.out):
             raise ConfigError(f"--out {self.out}: exists and holds no results of a recipe; expected a new folder")
         else:
             with claiming(self.out):

@@ -121,6 +121,16 @@ def test_a_file_of_a_folder_that_cannot_be_written_is_told_by_the_name_it_was_to
         assert found.value.filename == str(told) and list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_is_vacant_but_for_what_killed_processes_left(tmp_path):
+    assert outputs.vacant(tmp_path) and not outputs.vacant(tmp_path / "none")
+    outputs.partial_of(tmp_path / "a.json").touch()
+    assert outputs.vacant(tmp_path)
+    for name in ("a.json", ".hidden", "b.partial-0a", ".b.partial-0A"):
+        (tmp_path / name).touch()
+        assert not outputs.vacant(tmp_path) and not outputs.vacant(tmp_path / name)
+        (tmp_path / name).unlink()
+
+
 @pytest.mark.parametrize("number, told", [(errno.ENOSPC, True), (errno.EINVAL, False)])
 def test_a_disk_that_is_full_is_told_with_the_folder(number, told, tmp_path):
     with pytest.raises(OSError) as found, folder(tmp_path / "run"):

@@ -40,6 +40,8 @@ SIZES = Sizes.scaled(0.01)
 def ran(tmp_path_factory):
     """(folder, what was said, calls of pretrain, upstream and downstream with what each got)."""
     out, calls = tmp_path_factory.mktemp("testbed") / "runs" / "testbed", []
+    out.mkdir(parents=True)
+    (out / ".testbed.json.partial-0a1b2c").touch()  # of one that was killed before anything else
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((units, "pretrain"), (units.phases, "upstream"), (units.phases, "downstream")):
             def counted(*args, kept=getattr(owner, name), name=name):

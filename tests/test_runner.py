@@ -427,6 +427,8 @@ def test_a_recipe_stopped_and_taken_up_again(place, small, tmp_path, monkeypatch
     out = tmp_path / "out"
     flags = ["run", recipe, "--model", small.base, "--data", data, "--out", out, "--downstream", "moved.epochs=3", "--scale", "0.1", "--downstream", "LoRA.batch_size=8"]
     trained, original = [], runner.phases.downstream
+    out.mkdir()
+    (out / ".recipe.json.partial-0a1b2c").touch()  # of one that was killed before anything else
 
     def stops_at_the_fourth(settings, say):
         trained.append(settings)
@@ -437,6 +439,7 @@ def test_a_recipe_stopped_and_taken_up_again(place, small, tmp_path, monkeypatch
     monkeypatch.setattr(runner.phases, "downstream", stops_at_the_fourth)
     said = cli(*flags)
     assert said.code == 130 and said.err.splitlines()[-2:] == [f"{out}: what is done is kept; the same command goes on from there", "peftdebias: stopped"]
+    assert not list(out.glob(".*"))
     before = {path.name: path.stat().st_mtime_ns for path in (out / "rows").iterdir()}
     half = json.loads((out / "results.json").read_text())
     assert len(before) == len(half["rows"]) == 5 and half["units"] == 17  # 2 seeds x (3 systems x 2 tasks + 2 learnt bases or modules), and the base once

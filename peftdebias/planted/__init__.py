@@ -24,7 +24,7 @@ from ..config import Testbed
 from ..errors import ConfigError, PeftDebiasError
 from ..files import read_object
 from ..options import expect
-from ..outputs import alone, claiming, partial_of, write_text
+from ..outputs import alone, claiming, partial_of, vacant, write_text
 from . import summary
 from .units import NONE, RATES, Plan, Sizes, Unit
 
@@ -52,7 +52,7 @@ def testbed(settings: Testbed, say: Callable[[str], None] = lambda line: None) -
     sizes = Sizes.scaled(settings.scale)
     plan = Plan(out, settings.numbers("text_strengths")[-1], dataclasses.replace(sizes, upstream=settings.upstream_steps or sizes.upstream),
                 settings.attribute_weight)
-    if os.path.exists(out) and not ((out / MARK).exists() or (out.is_dir() and not any(out.iterdir()))):
+    if os.path.exists(out) and not ((out / MARK).exists() or vacant(out)):
         raise ConfigError(f"--out {out}: exists and is no earlier testbed; expected a new folder")
     units = units_of(settings)
     numbers = {name: settings.numbers(name) for name in ("text_strengths", "label_strengths", "method_strengths", "seeds")}
