@@ -121,7 +121,10 @@ def encode_examples(tokenizer: Tokenizer, examples, longest: int) -> list:
 
 
 def positive_label(labels: tuple[str, ...], wanted: str | None) -> str | None:
-    """The label F1 is of: the one asked for, else 1, 1.0, true or yes (in any case) of two labels, else None. Raises ConfigError on an unknown one."""
+    """The label F1 is of: the one asked for, else 1, 1.0, true or yes (in any case) of two labels, else None. Raises ConfigError on an unknown one, and on "macro", whose F1
+    would have the name of the mean over all."""
+    if wanted == "macro":
+        raise ConfigError("--positive: expected a label of another name than 'macro': f1/macro is the mean over all labels")
     if wanted is not None and wanted not in labels:
         raise ConfigError(f"--positive: expected one of {', '.join(labels)}, got {wanted!r}")
     if wanted is not None or len(labels) != 2:

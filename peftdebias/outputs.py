@@ -200,6 +200,8 @@ def writing_folder(out: Path, overwrite: bool, what: str, replaceable: Callable[
     partial = partial_of(target)
     if _tidy(_partials(partial)):
         raise ConfigError(f"--out {out}: another process is at work there; expected it to end first, or another folder")
+    if _back(target, re.escape(partial.name.rpartition(".")[0]) + r"\.old-[0-9a-f]{12}"):
+        check()
     old = partial.with_name(partial.name.replace(".partial-", ".old-"))
     made = [folder for folder in partial.parents if not os.path.exists(folder)]  # by us, the innermost first
     try:
@@ -225,6 +227,18 @@ def writing_folder(out: Path, overwrite: bool, what: str, replaceable: Callable[
         for folder in made:
             with contextlib.suppress(OSError):  # with the result in it, it stays
                 folder.rmdir()
+
+
+def _back(target: Path, old: str) -> bool:
+    """Whether a folder came back that a process had put aside, by a name like `old`, when it was killed before the new one took its place; where one is there, what was put
+    aside is removed."""
+    for left in list(target.parent.iterdir()) if target.parent.is_dir() else ():
+        if re.fullmatch(old, left.name):
+            if not os.path.exists(target):
+                left.rename(target)
+                return True
+            shutil.rmtree(left, ignore_errors=True)
+    return False
 
 
 def _exchanged(one: Path, other: Path) -> bool:

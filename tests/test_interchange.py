@@ -86,6 +86,17 @@ def test_merged_is_one_plain_model(name, head, runs, tmp_path):
     assert transformers.AutoTokenizer.from_pretrained(out)("nurse")["input_ids"]
 
 
+def test_a_module_that_no_weight_can_hold_is_not_merged(runs, small, tmp_path):
+    """Read back, the model would be refused."""
+    done("export", runs / "lora", "--as", "peft", "--out", tmp_path / "peft")
+    fields = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(fields | {"lora_alpha": 1e300}))
+    done("import", tmp_path / "peft", "--model", small.base, "--axis", "gender", "--out", tmp_path / "again")
+    said = cli("export", tmp_path / "again", "--as", "merged", "--out", tmp_path / "merged")
+    assert said.code == 2 and not (tmp_path / "merged").exists()
+    assert re.fullmatch(r"peftdebias: encoder\.layers\.\d+\.\S+, with the module in it: expected finite numbers, got \d+ of \d+ that are NaN or infinite", said.err.splitlines()[-1])
+
+
 def test_hf_is_the_runs_model(runs, tmp_path):
     """With what others have put there."""
     shutil.copytree(runs / "plain", tmp_path / "run")

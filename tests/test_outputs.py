@@ -1,5 +1,6 @@
 """Results: files whole or not at all, and never in the place of what they are made from, whichever command writes them."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -164,6 +165,23 @@ def test_an_old_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_pa
     with pytest.raises(KeyboardInterrupt), folder(tmp_path / "run", overwrite=True) as made:
         (made / "a").write_text("new")
     assert (tmp_path / "run" / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_that_was_put_aside_when_the_process_was_killed_comes_back(overwrite, tmp_path):
+    """On systems that cannot exchange two names."""
+    put_aside, others = ".run.old-0123456789ab", [".run.old-1", ".run.old-b.old-0123456789ab", ".x.old-0123456789ab"]
+    for name in (put_aside, *others):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text("old")
+    with contextlib.nullcontext() if overwrite else pytest.raises(ConfigError, match="exists; expected a new folder"), folder(tmp_path / "run", overwrite) as made:
+        assert (tmp_path / "run" / "a").read_text() == "old"
+        (made / "a").write_text("new")
+    assert (tmp_path / "run" / "a").read_text() == ("new" if overwrite else "old") and {p.name for p in tmp_path.iterdir()} == {"run", *others}
+    (tmp_path / put_aside).mkdir()
+    with folder(tmp_path / "run", overwrite=True) as made:
+        (made / "a").write_text("newer")
+    assert (tmp_path / "run" / "a").read_text() == "newer" and {p.name for p in tmp_path.iterdir()} == {"run", *others}
 
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path):

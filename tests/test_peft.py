@@ -174,6 +174,17 @@ def test_an_alpha_that_is_not_there_is_theirs(theirs):
     assert interchange.read(folder, config).method.config.scale == 8 / 2
 
 
+@pytest.mark.parametrize("short", ["", "bert."])
+def test_a_tensor_under_two_names_is_refused(short, theirs):
+    """Which of the two is meant cannot be known."""
+    def twice(tensors):
+        return tensors | {name.replace("base_model.model.bert.", short): tensor + 1 for name, tensor in tensors.items() if name.endswith("layer.0.attention.self.query.lora_A.weight")}
+
+    folder, config = theirs(tensors=twice, rank=2)
+    with pytest.raises(AdapterError, match=f"^{folder}/adapter_model.safetensors: expected each tensor under one name, got bert.encoder.layer.0.attention.self.query.lora_A.weight under 2$"):
+        interchange.read(folder, config)
+
+
 @pytest.mark.parametrize("task", ["SEQ_CLS", "FEATURE_EXTRACTION", None])
 def test_a_classifier_comes_along_with_the_task_that_answers_texts(task, theirs):
     folder, config = theirs(changes={"task_type": task}, tensors=lambda t: t | {"base_model.model.classifier.weight": torch.zeros(2, 21), "base_model.model.classifier.bias": torch.zeros(2)})

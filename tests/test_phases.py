@@ -428,8 +428,9 @@ def test_f1_as_the_metric_needs_a_positive_label_in_every_split(small, tmp_path,
     (tmp_path / "d.csv").write_text("text,label\nhe is,a\n")
     with pytest.raises(ConfigError, match="--metric f1: expected --positive with one of a, b"):
         phases.downstream(Downstream(**settings))
-    with pytest.raises(ConfigError, match="--positive: expected one of a, b, got 'c'"):
-        phases.downstream(Downstream(**settings, positive="c"))
+    for positive, words in (("c", "expected one of a, b, got 'c'"), ("macro", "expected a label of another name than 'macro': f1/macro is the mean over all labels")):
+        with pytest.raises(ConfigError, match=f"^--positive: {words}$"):
+            phases.downstream(Downstream(**settings, positive=positive))
 
 
 def test_files_without_the_positive_label_are_measured_without_its_f1(small, tmp_path):

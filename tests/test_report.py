@@ -540,6 +540,7 @@ def test_a_folder_called_class_is_no_class_and_a_label_in_brackets_no_file(tmp_p
     found = Elements(text)
     assert {f"accuracy ({path}), %" for path in paths} <= set(found.all("th")) and {"nurse", "hate (strong)"} <= set(found.all("th")) and "hate" not in found.all("th")
     assert not any(t.startswith("a/test") for t in found.all("th"))
+    assert [figures_of.is_whole(name) for name in ("f1/health/class/nurse", "tpr-gap/class/nurse", "fprd/term/gay", "accuracy")] == [True, False, False, True]
     assert [figures_of.is_floor(name) for name in ("f1/second floor", "tpr-gap/rms-shuffled", "fprd/shuffled (a.csv)", "perplexity")] == [False, True, True, False]
 
 

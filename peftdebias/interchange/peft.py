@@ -134,14 +134,17 @@ def read(fields: Fields, folder: Path, config: EncoderConfig) -> Foreign:
         raise AdapterError(f"{fields.path}: peft_type: expected one of {', '.join(TABLES)}, got {kind!r}")
     method = TABLES[kind].read(fields, config)
     path, tensors = read_tensors(folder, FILES)
-    bare = {re.sub(r"^base_model\.(model\.)?", "", name): tensor for name, tensor in tensors.items()}
+    prefix = config.kind + "."  # absent where peft wrapped the encoder without a head
+    names = [re.sub(r"^(?=encoder\.)", prefix, re.sub(r"^base_model\.(model\.)?", "", name)) for name in tensors]
+    bare = dict(zip(names, tensors.values()))
+    if twice := next((name for name in bare if names.count(name) > 1), None):
+        raise AdapterError(f"{path}: expected each tensor under one name, got {twice} under {names.count(twice)}")
     heads, unknown = weights.from_foreign({n: t for n, t in bare.items() if _is_head(n, config)}, config)
     if unknown:
         raise AdapterError(f"{path}: expected modules of the encoder and whole heads, got {unknown[0]}")
     if "classifier.output.weight" in heads and (task := fields.values.get("task_type")) not in (None, "SEQ_CLS", "FEATURE_EXTRACTION"):
         raise AdapterError(f"{fields.path}: task_type: expected SEQ_CLS or none beside a classifier, which would answer texts, got {task!r}")
-    prefix = config.kind + "."  # absent where peft wrapped the encoder without a head
-    own = {n if n.startswith(prefix) or not n.startswith("encoder.") else prefix + n: t for n, t in bare.items() if not _is_head(n, config)}
+    own = {name: tensor for name, tensor in bare.items() if not _is_head(name, config)}
     return Foreign(TABLES[kind].take(method, own, config, path), heads, _origin(fields, kind))
 
 

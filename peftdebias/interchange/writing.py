@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .. import checkpoint, methods, patch, weights
 from ..errors import AdapterError, ConfigError, ModelError
+from ..files import wrong_numbers
 from ..options import expect_path
 from ..outputs import FULL, files_in, keep_apart, writing_folder
 from . import peft
@@ -60,6 +61,9 @@ def export_adapter(run: str | Path, form: str, out: str | Path, overwrite: bool 
 def write_merged(folder: Path, run: checkpoint.Run) -> None:
     """One plain model folder with all modules of `run` in its weights. Raises AdapterError, by name, on what cannot be written there with the same outputs."""
     patch.merge(run.model)
+    for name, weight in run.model.named_parameters():
+        if wrong := wrong_numbers(weight):
+            raise AdapterError(f"{name}, with the module in it: {wrong}")
     weights.save_model(run.model, folder, run.tokenizer)
 
 

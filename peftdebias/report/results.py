@@ -160,7 +160,7 @@ def _compared(name: str) -> bool:
 
 def is_whole(name: str) -> bool:
     """Whether a measure is of all classes and terms together, not of one of them."""
-    return not any(part in bare_name(name) for part in ONE_BY_ONE)
+    return bare_name(name).startswith("f1/") or not any(part in bare_name(name) for part in ONE_BY_ONE)  # f1/LABEL may be called anything
 
 
 POSSIBLE = {"%": (0.0, 100.0), "points": (0.0, 100.0)}  # by unit; of others by how their names begin (docs/measures.md)
@@ -187,7 +187,7 @@ def drawn_ends(line: Line) -> tuple[float | None, float | None]:
 def is_floor(name: str) -> bool:
     """Whether a measure says what chance alone would give."""
     parts = bare_name(name).split("/")
-    return parts[0] != "f1" and parts[-1].endswith(FLOORS)  # f1/LABEL may be called anything
+    return parts[0] != "f1" and parts[-1].endswith(FLOORS)
 
 
 def is_quality(name: str) -> bool:
