@@ -232,7 +232,10 @@ def writing_folder(out: Path, overwrite: bool, what: str, replaceable: Callable[
 def _back(target: Path, old: str) -> bool:
     """Whether a folder came back that a process had put aside, by a name like `old`, when it was killed before the new one took its place; where one is there, what was put
     aside is removed."""
-    for left in list(target.parent.iterdir()) if target.parent.is_dir() else ():
+    beside = []
+    with contextlib.suppress(OSError):  # of a folder that is not there yet, or may not be read
+        beside += target.parent.iterdir()
+    for left in beside:
         if re.fullmatch(old, left.name):
             if not os.path.exists(target):
                 left.rename(target)
