@@ -32,7 +32,7 @@ from .errors import AdapterError, ConfigError, ModelError
 from .files import read_object, read_tensors, write_tensors
 from .methods import Method
 from .options import checked, expect_name, expect_path
-from .outputs import NotMade, digest, files_in, held, keep_apart, partial_of, tables, vacant, write_text, writing_folder
+from .outputs import NotMade, digest, files_in, held, keep_apart, partial_of, tables, told_as, vacant, write_text, writing_folder
 from .tokens import Tokenizer
 
 FORMAT = 1
@@ -99,18 +99,15 @@ def save_adapter(folder: str | Path, method: Method, axis: str, base: dict, abou
     header, tensors = folder / "adapter.json", folder / "adapter.safetensors"
     partial = partial_of(tensors)
     try:
-        partial.touch()  # what forbids it says so itself, with its number
-        with held(partial, partial.touch):
-            write_tensors(state, partial)
-            header.unlink(missing_ok=True)
-            partial.replace(tensors)
-            write_text(header, text)
+        with told_as(tensors, partial):
+            partial.touch()  # what forbids it says so itself, with its number
+            with held(partial, partial.touch):
+                write_tensors(state, partial)
+                header.unlink(missing_ok=True)
+                partial.replace(tensors)
+                write_text(header, text)
     except NotMade as error:
         raise OSError(errno.EIO, error.args[0], str(tensors)) from None
-    except OSError as error:
-        if str(error.filename) == str(partial):
-            error.filename = str(tensors)
-        raise
 
 
 def read_header(folder: Path) -> dict:

@@ -45,15 +45,24 @@ def writing(path: str | None) -> Iterator:
         return
     partial = partial_of(target)
     try:
-        with held(partial, partial.touch):
+        with told_as(path, partial), held(partial, partial.touch):
             with open(partial, "w", encoding="utf-8") as file:
                 yield file
             partial.replace(target)
     except NotMade as error:
         raise ConfigError(f"{path}: cannot be written: {error}") from None
+
+
+@contextlib.contextmanager
+def told_as(place: str | Path, partial: Path) -> Iterator[None]:
+    """An OSError of the block about `partial`, or what lies in it, or about a full disk without a name, tells the name that it was to have: `place`. The other is gone then."""
+    try:
+        yield
     except OSError as error:
         if error.filename is None and error.errno in FULL:
-            raise OSError(error.errno, error.strerror, str(path)) from None
+            raise OSError(error.errno, error.strerror, str(place)) from None
+        if isinstance(error.filename, (str, Path)) and Path(error.filename).is_relative_to(partial):
+            error.filename = str(Path(place) / Path(error.filename).relative_to(partial))
         raise
 
 
@@ -205,7 +214,7 @@ def writing_folder(out: Path, overwrite: bool, what: str, replaceable: Callable[
     old = partial.with_name(partial.name.replace(".partial-", ".old-"))
     made = [folder for folder in partial.parents if not os.path.exists(folder)]  # by us, the innermost first
     try:
-        with held(partial, lambda: partial.mkdir(parents=True)):
+        with told_as(out, partial), held(partial, lambda: partial.mkdir(parents=True)):
             yield partial
             check()  # somebody may have come first
             if not (target.exists() and _exchanged(partial, target)):
@@ -214,12 +223,6 @@ def writing_folder(out: Path, overwrite: bool, what: str, replaceable: Callable[
                 partial.rename(target)
     except NotMade as error:
         raise ConfigError(f"--out {out}: cannot be written: {error}") from None
-    except OSError as error:
-        if error.filename is None and error.errno in FULL:
-            raise OSError(error.errno, error.strerror, str(out)) from None
-        if isinstance(error.filename, (str, Path)) and Path(error.filename).is_relative_to(partial):
-            error.filename = str(out / Path(error.filename).relative_to(partial))  # the name it was to have; the other is gone
-        raise
     finally:
         if os.path.exists(old) and not os.path.exists(target):  # stopped between the two
             old.rename(target)
