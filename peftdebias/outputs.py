@@ -40,7 +40,7 @@ def writing(path: str | None) -> Iterator:
     if os.path.isdir(target):
         raise ConfigError(f"{path}: expected a file to write, got a folder")
     if _is_open(path) or os.path.exists(path) and not os.path.isfile(path):  # or a device such as /dev/null, or a pipe
-        with open(path, "a", encoding="utf-8") as file:  # behind what is there: of a file that is open somebody has written the beginning
+        with told_as(path, target), open(path, "a", encoding="utf-8") as file:  # behind what is there: of a file that is open somebody has written the beginning
             yield file
         return
     partial = partial_of(target)

@@ -83,7 +83,10 @@ def _run(runner: "_Runner") -> Results:
             if runner.row(unit).exists():
                 continue
             began = time.perf_counter()
-            runner.do(unit)
+            try:
+                runner.do(unit)
+            except PeftDebiasError as error:
+                raise type(error)(f"{unit.name}: {error}") from None
             say(f"{number} of {len(units)}: {unit.name}, {time.perf_counter() - began:.0f} s")
             table = runner.write(units)
             if unit.place not in looked:  # early: a recipe may name other measures for its table at any time

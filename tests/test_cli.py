@@ -212,7 +212,7 @@ SWEEP = {
     "a prediction by number": (lambda b: ["compare", b.scored("a.jsonl", "a", {"a": 1.0, "b": 0.0}), b.scored("b.jsonl", 0, {"a": 1.0, "b": 0.0})], r"b.jsonl:1: predicted: expected a label as text, got 0$"),
     "a list of probabilities": (lambda b: ["compare", b.scored("a.jsonl", "a", {"a": 1.0, "b": 0.0}), b.scored("b.jsonl", "a", [{"a": 1.0}])], r"b.jsonl:1: probabilities: expected an object, got \[\{.*\}\]$"),
     "a missing file compared": (lambda b: ["compare", b.folder / "a.jsonl", b.folder / "b.jsonl"], "a.jsonl: no such file$"),
-    "a full device": (lambda b: ["augment", "--axis", "gender", b.small.corpus, "--out", "/dev/full"], "the results cannot be written: No space left on device$"),
+    "a full device": (lambda b: ["augment", "--axis", "gender", b.small.corpus, "--out", "/dev/full"], ": /dev/full: No space left on device$"),
     "a column of no table": (lambda b: b.up(column="body"), "--column body: expected a csv, tsv or jsonl file to take it from, got txt alone"),
     "a column of no table, augment": (lambda b: ["augment", "--axis", "gender", b.small.corpus, "--column", "body"], "--column body: expected a csv, tsv or jsonl file"),
     "a second text for single ones": (lambda b: ["predict", b.runs["plain"], b.small.test, "--text-pair", "gender"],

@@ -626,6 +626,12 @@ def test_what_a_user_put_beside_the_work_of_a_stopped_call_stays_where_the_next_
     assert tree(tmp_path / "out") == before
 
 
+def test_what_stops_a_unit_names_it(place, small, tmp_path):
+    recipe, data = place
+    with pytest.raises(PeftDebiasError, match=r"^jobs-ft-0: step \d+: the loss is nan; expected a finite one \(a lower --lr may help\)$"):
+        runner.run(Run(recipe=str(recipe), model=str(small.base), data=str(data), out=str(tmp_path / "out"), scale=0.02, systems=("FT",), downstream=("lr=1e38",)))
+
+
 def test_an_empty_folder_of_the_users_stays_where_nothing_was_done(place, small, tmp_path):
     recipe, data = place
     (tmp_path / "out").mkdir()
