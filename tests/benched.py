@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+CEILINGS = {"gemm", "copy", "gemm at the end"}  # what every run of gpu.py times beside the cases
 HAVE_BOTH = all(importlib.util.find_spec(name) for name in ("transformers", "peft"))
 FIELDS = ["kernel_name", "provider", "mode", "metric_name", "metric_unit", "x_name", "x_value", "y_50", "y_20", "y_80", "extra_config", "device_name", "torch_version",
           "triton_version", "commit", "timestamp"]
@@ -44,3 +45,7 @@ def planted(bench, monkeypatch, name: str, change, provider_name: str | None = N
 
     spoilt = dataclasses.replace(case, providers={**case.providers, last: dataclasses.replace(provider, build=build)})
     monkeypatch.setitem(bench.cases.CASES, name, spoilt)
+
+
+def one_case(bench, mode, **works):
+    return bench.case.Case("k", mode, "what", {name: bench.case.Provider(lambda setting, work=work: work) for name, work in works.items()}, "rows", (1,), bench.case.output_bound)

@@ -1,5 +1,5 @@
-"""What every test file may use: the fixtures `shared`, `small` (a small model and its files) and `little_memory`, the marks `slow` and `gpu` (described in
-pyproject.toml), and no network."""
+"""What every test file may use: the fixtures `shared`, `small` (a small model and its files), `place` (a recipe over them) and `little_memory`, the marks `slow` and
+`gpu` (described in pyproject.toml), and no network."""
 
 import fnmatch
 import os
@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from .outside import little_memory  # noqa: E402, F401
 from .small import small  # noqa: E402, F401
+from .small_recipe import place  # noqa: E402, F401
 
 ROOT = Path(__file__).resolve().parent.parent
 
